@@ -1,0 +1,228 @@
+"""Every error of the library, in one tree.
+
+RealtimeError
+├── UsageError                  the caller's mistake; also a ValueError
+│   ├── InvalidConfiguration
+│   ├── InvalidSource           pipe() was given something that is no source; also a TypeError
+│   ├── EncodingError           a value has no JSON form; also a TypeError
+│   ├── InvalidPayload
+│   ├── InvalidRequest
+│   ├── UnknownTask
+│   ├── NoCurrentRun            a run was needed and none was named; also a RuntimeError
+│   └── LimitExceeded
+├── TokenError                  the credential
+│   ├── InvalidToken
+│   │   └── ExpiredToken
+│   └── ScopeDenied
+├── RunNotFound
+├── LocalCopyLost
+├── RunEnded                    how a run ended, raised to whoever waits for its result
+│   ├── RunFailed
+│   └── RunCanceled
+├── StateError                  an operation that the present state does not allow
+│   ├── InvalidTransition
+│   ├── StreamClosed
+│   ├── VersionConflict
+│   └── ProducerGap
+├── TaskError                   raised by a task: its message is shown to subscribers
+└── BrokerUnavailable           the environment
+
+`status` is a hint for whoever answers over HTTP and `code` a stable word for programs; the message says what was
+wrong and what is allowed. No message carries a token or a secret.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    from asgi_realtime.core.runs import RunRecord
+
+
+class RealtimeError(Exception):
+    """The base of all errors of this library."""
+
+    status: ClassVar[int] = 500
+    code: ClassVar[str] = "internal"
+
+
+class UsageError(RealtimeError, ValueError):
+    """The caller passed something that is not allowed."""
+
+    status = 422
+    code = "invalid"
+
+
+class InvalidConfiguration(UsageError):
+    """A `Realtime` cannot be built from these settings."""
+
+    code = "invalid_configuration"
+
+
+class InvalidSource(UsageError, TypeError):
+    """`pipe()` was given something that it cannot iterate, or that would be iterated by accident."""
+
+    code = "invalid_source"
+
+
+class EncodingError(UsageError, TypeError):
+    """A value has no JSON form. Names the type and, for a chunk, its index."""
+
+    code = "not_encodable"
+
+
+class InvalidPayload(UsageError):
+    """A payload does not fit the annotation of its task."""
+
+    code = "invalid_payload"
+
+
+class InvalidRequest(UsageError):
+    """A request's path, query, header or body is malformed."""
+
+    status = 400
+    code = "invalid_request"
+
+
+class UnknownTask(UsageError):
+    """No task is registered under this id."""
+
+    status = 404
+    code = "unknown_task"
+
+
+class NoCurrentRun(UsageError, RuntimeError):
+    """A run was needed, none was passed and none is current."""
+
+    code = "no_current_run"
+
+
+class LimitExceeded(UsageError):
+    """A limit was exceeded. The message has the value and the limit, `status` the HTTP status that fits (413, 422, 429)."""
+
+    code = "limit_exceeded"
+
+    def __init__(self, message: str, *, status: int = 422) -> None:
+        super().__init__(message)
+        self.status = status  # type: ignore[misc]
+
+
+class TokenError(RealtimeError):
+    """The credential does not admit the request."""
+
+    status = 401
+    code = "unauthorized"
+
+
+class InvalidToken(TokenError):
+    """A token is missing, malformed, forged or foreign."""
+
+    code = "invalid_token"
+
+
+class ExpiredToken(InvalidToken):
+    """A token was valid and is no longer."""
+
+    code = "token_expired"
+
+
+class ScopeDenied(TokenError):
+    """A valid token whose scopes do not admit this."""
+
+    status = 403
+    code = "forbidden"
+
+
+class RunNotFound(RealtimeError):
+    """No run has this id, or it is past its retention."""
+
+    status = 404
+    code = "run_not_found"
+
+
+class LocalCopyLost(RealtimeError):
+    """The local copy of a `Pipe` was given up because it was full and nobody read it. Subscribers lost nothing."""
+
+    code = "local_copy_lost"
+
+
+class RunEnded(RealtimeError):
+    """A run ended without a result. `record` is its last state, if it is known."""
+
+    code = "run_ended"
+
+    def __init__(self, message: str, *, record: RunRecord | None = None) -> None:
+        super().__init__(message)
+        self.record = record
+
+
+class RunFailed(RunEnded):
+    """The run ended FAILED, CRASHED, EXPIRED or TIMED_OUT."""
+
+    code = "run_failed"
+
+
+class RunCanceled(RunEnded):
+    """The run was canceled."""
+
+    code = "run_canceled"
+
+
+class StateError(RealtimeError):
+    """The present state of a run or stream does not allow this."""
+
+    status = 409
+    code = "conflict"
+
+
+class InvalidTransition(StateError):
+    """A run cannot go from its status to that one."""
+
+    code = "invalid_transition"
+
+
+class StreamClosed(StateError):
+    """The stream is closed: its run is over."""
+
+    code = "stream_closed"
+
+
+class VersionConflict(StateError):
+    """A compare-and-set found another version. `current` is the stored record."""
+
+    code = "version_conflict"
+
+    def __init__(self, message: str, *, current: RunRecord | None = None) -> None:
+        super().__init__(message)
+        self.current = current
+
+
+class ProducerGap(StateError):
+    """A producer's append starts behind the next index that the stream expects of it."""
+
+    code = "producer_gap"
+
+    def __init__(self, message: str, *, expected: int) -> None:
+        super().__init__(message)
+        self.expected = expected
+
+
+class TaskError(RealtimeError):
+    """Raise it in a task to fail its run with a message that subscribers may see.
+
+    The messages of all other exceptions are withheld from them, unless `Realtime(debug=True)`.
+    `data` is for the raising code only and goes nowhere.
+    """
+
+    code = "task_error"
+
+    def __init__(self, message: str, *, data: Any = None) -> None:
+        super().__init__(message)
+        self.data = data
+
+
+class BrokerUnavailable(RealtimeError):
+    """The broker does not answer. Nothing is known of the call that raised it, so it may be retried as it was."""
+
+    status = 503
+    code = "broker_unavailable"
