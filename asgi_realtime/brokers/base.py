@@ -1,0 +1,155 @@
+"""What a broker keeps, and what it guarantees.
+
+A broker keeps streams (append-only logs), runs (versioned records), topics (indexes of changed runs) and claims. Every
+guarantee stands at its method and is tested by the suite in `asgi_realtime.testing.conformance`, which a backend has
+to pass. A cancelled call happened entirely or not at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager
+from typing import NamedTuple, Protocol, runtime_checkable
+
+from asgi_realtime.core.log import End, Entry, Page, Position, Producer, StreamKey
+from asgi_realtime.core.runs import RunRecord
+from asgi_realtime.core.topics import Change, Changes, Cursor
+from asgi_realtime.livelog import LiveLog
+from asgi_realtime.waiting import Parking
+
+
+class ChangeMark(NamedTuple):
+    """Who commits, and the number of the commit in the writer's own count: makes a retried commit harmless."""
+
+    writer: str
+    number: int
+
+
+class LiveTopic(Protocol):
+    """A topic that is followed: ask `changes`, then wait at `waiting`. One for each topic and process."""
+
+    waiting: Parking
+
+    async def changes(self, cursor: Cursor | None, *, limit: int = 1000) -> Changes:
+        """As `Broker.changes`. Raises `BrokerUnavailable` if the topic cannot be followed any more."""
+        ...
+
+
+class Broker(Protocol):
+    """The storage and distribution behind a `Realtime`. An async context manager that may be entered again after exit.
+
+    All methods raise `BrokerUnavailable` when the backend does not answer; nothing is known of such a call then.
+    """
+
+    shared: bool
+    """Whether other processes see what this one writes."""
+
+    async def __aenter__(self) -> Broker: ...
+
+    async def __aexit__(self, *exc_info: object) -> None: ...
+
+    async def append(
+        self, key: StreamKey, items: Sequence[bytes], *, producer: Producer | None = None, end: End | None = None
+    ) -> Position:
+        """Append JSON items with consecutive seqs, and end the stream in the same step if `end` is given.
+
+        Appends to one key are serialised and no reader sees part of a call. An end is durable, final and idempotent.
+        With a producer a retried call is harmless: what was stored is skipped, also if the stream has ended since.
+        Raises `RunNotFound`, `StreamClosed` (the stream or its run is over), `ProducerGap`.
+        """
+        ...
+
+    async def read(self, key: StreamKey, *, after: int = -1, limit: int = 500) -> Page:
+        """The entries after a cursor (exclusive), at most `limit`. A stream that nobody wrote is empty.
+
+        A page that starts behind `after + 1` tells of a gap: what lies between was trimmed. Raises `RunNotFound`.
+        """
+        ...
+
+    def live(self, key: StreamKey) -> AbstractAsyncContextManager[LiveLog]:
+        """Follow a stream: its retained part and every later append, joined without a gap or a duplicate.
+
+        Entering raises `RunNotFound`. Leaving, also by cancellation, leaves nothing behind.
+        """
+        ...
+
+    async def commit(self, record: RunRecord, *, expect: int, change: ChangeMark) -> int:
+        """Store a record if the stored version is `expect` (0: the run must not exist yet); return its version.
+
+        The record and its own topic `run:<id>` change in one step; a terminal record ends all streams of the run in
+        that step. Before the call returns, the topics in `record.topics` are told: each change at least once, never an
+        older version over a newer one; a mark of the same step makes the run due as `untold` until that is done.
+        A commit whose mark was stored before returns the version of then. Raises `VersionConflict` with the stored
+        record.
+        """
+        ...
+
+    async def load(self, run_ids: Sequence[str]) -> list[RunRecord | None]:
+        """The newest records, in the order asked; None for a run that does not exist."""
+        ...
+
+    async def changes(self, topic: str, *, after: Cursor | None = None, limit: int = 1000) -> Changes:
+        """What changed in a topic after a cursor, oldest first; a snapshot if the cursor is of no use (or None).
+
+        Index and position are read in one step, and a record that is loaded afterwards is at least as new.
+        """
+        ...
+
+    def follow(self, topic: str) -> AbstractAsyncContextManager[LiveTopic]:
+        """Follow a topic. A change that is committed after entering wakes those who wait."""
+        ...
+
+    async def claim(self, key: str, value: str, *, ttl_s: float) -> str:
+        """Store a value under a key unless there is one; return the one that is stored. The first wins."""
+        ...
+
+    async def due(self, kind: str, *, limit: int = 100) -> list[str]:
+        """The runs that are due for `kind` (see `core.runs.DUE_KINDS`) by the broker's clock, oldest first.
+
+        A run stays due until a commit, `renew`, `tell` or `remove` changes that.
+        """
+        ...
+
+    async def renew(self, run_ids: Sequence[str], *, owner: str) -> None:
+        """Renew the leases of runs that are EXECUTING and owned by `owner`. Others are left alone."""
+        ...
+
+    async def tell(self, run_id: str) -> None:
+        """Tell the topics of a run again. Harmless at any time."""
+        ...
+
+    async def remove(self, run_id: str) -> None:
+        """Remove a run that is over: its record, its streams and its places in all topics."""
+        ...
+
+    async def ping(self) -> None:
+        """Return if the backend answers, raise `BrokerUnavailable` if not."""
+        ...
+
+
+@runtime_checkable
+class ImmediateBroker(Protocol):
+    """A broker that appends at once, in memory: a pipe then needs no task of its own for writing."""
+
+    def append_nowait(
+        self, key: StreamKey, items: Sequence[bytes], *, producer: Producer | None = None, end: End | None = None
+    ) -> Position:
+        """As `Broker.append`, without suspending."""
+        ...
+
+
+__all__ = [
+    "Broker",
+    "Change",
+    "ChangeMark",
+    "Changes",
+    "Cursor",
+    "End",
+    "Entry",
+    "ImmediateBroker",
+    "LiveTopic",
+    "Page",
+    "Position",
+    "Producer",
+    "StreamKey",
+]

@@ -1,0 +1,352 @@
+"""The broker of one process: its storage is what readers follow.
+
+Every method does its work without suspending, so each is atomic on its loop and a cancelled call has not begun. Nothing
+leaves the process; a restart of the `Realtime` keeps what is stored, a restart of the process starts empty.
+"""
+
+from __future__ import annotations
+
+import heapq
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+
+from asgi_realtime.brokers.base import ChangeMark
+from asgi_realtime.config import Limits, Retention, Timeouts
+from asgi_realtime.core.log import End, Log, Page, Position, Producer, StreamKey
+from asgi_realtime.core.runs import DUE_KINDS, RunRecord, Status, due_times, run_topic
+from asgi_realtime.core.topics import Changes, Cursor, TopicIndex
+from asgi_realtime.errors import RunNotFound, VersionConflict
+from asgi_realtime.livelog import LiveLog
+from asgi_realtime.waiting import Parking
+
+_RECORD_BYTES = 2048
+"""What a stored run costs besides its payload, output and streams, roughly."""
+
+Clock = Callable[[], float]
+
+
+class _StoredRun:
+    """A run and all that lives and ends with it."""
+
+    __slots__ = ("marks", "record", "size", "streams", "told")
+
+    def __init__(self, record: RunRecord) -> None:
+        self.record = record
+        self.streams: dict[str, LiveLog] = {}
+        self.marks: dict[str, tuple[int, int]] = {}  # writer: (number, version) of its last commit
+        self.told: tuple[str, ...] = ()  # topics that the run was ever told to
+        self.size = 0
+
+
+class _MemoryTopic:
+    __slots__ = ("followers", "index", "waiting")
+
+    def __init__(self, index: TopicIndex) -> None:
+        self.index = index
+        self.waiting = Parking()
+        self.followers = 0
+
+    async def changes(self, cursor: Cursor | None, *, limit: int = 1000) -> Changes:
+        return self.index.after(cursor, limit=limit)
+
+
+class _Schedule:
+    """Times at which runs are due, for one kind. Entries that were superseded are skipped when they come up."""
+
+    __slots__ = ("_at", "_heap")
+
+    def __init__(self) -> None:
+        self._at: dict[str, int] = {}
+        self._heap: list[tuple[int, str]] = []
+
+    def __contains__(self, run_id: str) -> bool:
+        return run_id in self._at
+
+    def set(self, run_id: str, at_ms: int | None) -> None:
+        if at_ms is None:
+            self._at.pop(run_id, None)
+        elif self._at.get(run_id) != at_ms:
+            self._at[run_id] = at_ms
+            heapq.heappush(self._heap, (at_ms, run_id))
+        if len(self._heap) > 64 + 2 * len(self._at):
+            self._heap = [(at, run) for run, at in self._at.items()]
+            heapq.heapify(self._heap)
+
+    def due(self, now_ms: int, limit: int) -> list[str]:
+        """The due runs; they stay due."""
+        found: dict[str, int] = {}
+        while self._heap and self._heap[0][0] <= now_ms and len(found) < limit:
+            at_ms, run_id = heapq.heappop(self._heap)
+            if self._at.get(run_id) == at_ms:
+                found[run_id] = at_ms
+        for run_id, at_ms in found.items():
+            heapq.heappush(self._heap, (at_ms, run_id))
+        return list(found)
+
+    def first(self) -> str | None:
+        """The run that is due next, if any."""
+        while self._heap and self._at.get(self._heap[0][1]) != self._heap[0][0]:
+            heapq.heappop(self._heap)
+        return self._heap[0][1] if self._heap else None
+
+
+class MemoryBroker:
+    """Everything in this process. `clock` gives unix seconds."""
+
+    shared = False
+
+    def __init__(
+        self,
+        *,
+        limits: Limits | None = None,
+        retention: Retention | None = None,
+        timeouts: Timeouts | None = None,
+        clock: Clock = time.time,
+    ) -> None:
+        self._limits = limits or Limits()
+        self._retention = retention or Retention()
+        self._timeouts = timeouts or Timeouts()
+        self._clock = clock
+        self._runs: dict[str, _StoredRun] = {}
+        self._topics: dict[str, _MemoryTopic] = {}
+        self._claims: dict[str, tuple[str, int]] = {}
+        self._claims_expire = _Schedule()
+        self._due = {kind: _Schedule() for kind in DUE_KINDS}
+        self._size = 0
+
+    async def __aenter__(self) -> MemoryBroker:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        return None
+
+    def _now_ms(self) -> int:
+        return int(self._clock() * 1000)
+
+    @property
+    def size(self) -> int:
+        """Bytes held, roughly: the retained frames, payloads and outputs, and a fixed sum for each run."""
+        return self._size
+
+    # Streams
+
+    def append_nowait(
+        self, key: StreamKey, items: Sequence[bytes], *, producer: Producer | None = None, end: End | None = None
+    ) -> Position:
+        run = self._run(key.run)
+        live = run.streams.get(key.name)
+        if live is None:
+            live = self._add_stream(run, key.name)
+        log = live.log
+        before = log.size
+        position = log.append(items, self._now_ms(), producer=producer)
+        if end is not None:
+            log.close(end)
+        if log.size > self._retention.stream_bytes:
+            log.trim(self._retention.stream_bytes)
+        grown = log.size - before
+        run.size += grown
+        self._size += grown
+        live.wake()
+        if self._size > self._retention.total_bytes:
+            self._make_room()
+        return position
+
+    async def append(
+        self, key: StreamKey, items: Sequence[bytes], *, producer: Producer | None = None, end: End | None = None
+    ) -> Position:
+        return self.append_nowait(key, items, producer=producer, end=end)
+
+    async def read(self, key: StreamKey, *, after: int = -1, limit: int = 500) -> Page:
+        run = self._run(key.run)
+        live = run.streams.get(key.name)
+        log = Log() if live is None else live.log
+        return Page(log.entries(after, limit), log.first, log.next, log.end or run.record.end)
+
+    @asynccontextmanager
+    async def live(self, key: StreamKey) -> AsyncIterator[LiveLog]:
+        run = self._run(key.run)
+        live = run.streams.get(key.name)
+        if live is None:
+            live = self._add_stream(run, key.name)
+        live.enter()
+        try:
+            yield live
+        finally:
+            live.leave()
+            if not live.readers and not live.log.next and run.streams.get(key.name) is live:
+                del run.streams[key.name]  # only readers ever knew it
+
+    def _add_stream(self, run: _StoredRun, name: str) -> LiveLog:
+        live = run.streams[name] = LiveLog(Log())
+        if run.record.end is not None:
+            live.log.close(run.record.end)
+        return live
+
+    def _run(self, run_id: str) -> _StoredRun:
+        run = self._runs.get(run_id)
+        if run is None:
+            raise RunNotFound(f"no run {run_id!r}: it never was, or it is past its retention")
+        return run
+
+    # Runs
+
+    async def commit(self, record: RunRecord, *, expect: int, change: ChangeMark) -> int:
+        run = self._runs.get(record.id)
+        if run is not None:
+            number, version = run.marks.get(change.writer, (-1, 0))
+            if change.number <= number:
+                return version
+        stored = 0 if run is None else run.record.version
+        if stored != expect or record.version != expect + 1:
+            current = None if run is None else run.record
+            raise VersionConflict(f"run {record.id!r} has version {stored}, expected {expect}", current=current)
+        if run is None:
+            run = self._runs[record.id] = _StoredRun(record)
+            self._resize(run, _RECORD_BYTES + len(record.payload_json or b""))
+        run.record = record
+        run.marks[change.writer] = (change.number, record.version)
+        self._schedule(record)
+        self._tell(run_topic(record.id), record)
+        if record.end is not None:
+            self._resize(run, run.size + len(record.output_json or b""))
+            for live in run.streams.values():
+                live.log.close(record.end)
+                live.wake()
+        self._tell_topics(run)
+        if self._size > self._retention.total_bytes:
+            self._make_room()
+        return record.version
+
+    def _schedule(self, record: RunRecord) -> None:
+        due = due_times(record, cancel_s=self._timeouts.cancel, after_end_s=self._retention.after_end)
+        for kind in ("delay", "ttl", "cancel", "expiry"):
+            self._due[kind].set(record.id, due.get(kind))
+        if record.status is not Status.EXECUTING:
+            self._due["lease"].set(record.id, None)
+        elif record.id not in self._due["lease"]:
+            self._due["lease"].set(record.id, self._lease_end())
+
+    def _lease_end(self) -> int:
+        return self._now_ms() + round(self._timeouts.lease * 1000)
+
+    def _tell_topics(self, run: _StoredRun) -> None:
+        topics = run.record.topics
+        for topic in topics:
+            self._tell(topic, run.record)
+        run.told = tuple(dict.fromkeys((*run.told, *topics)))
+
+    def _tell(self, topic: str, record: RunRecord) -> None:
+        entry = self._topics.get(topic)
+        if entry is None:
+            entry = self._add_topic(topic)
+        if entry.index.tell(record.id, record.version):
+            entry.waiting.wake()
+
+    def _add_topic(self, topic: str) -> _MemoryTopic:
+        index = TopicIndex(secrets.token_hex(4), max_runs=self._limits.topic_runs)
+        entry = self._topics[topic] = _MemoryTopic(index)
+        return entry
+
+    async def load(self, run_ids: Sequence[str]) -> list[RunRecord | None]:
+        return [None if (run := self._runs.get(run_id)) is None else run.record for run_id in run_ids]
+
+    async def changes(self, topic: str, *, after: Cursor | None = None, limit: int = 1000) -> Changes:
+        async with self.follow(topic) as followed:
+            return await followed.changes(after, limit=limit)
+
+    @asynccontextmanager
+    async def follow(self, topic: str) -> AsyncIterator[_MemoryTopic]:
+        entry = self._topics.get(topic)
+        if entry is None:
+            entry = self._add_topic(topic)
+        entry.followers += 1
+        try:
+            yield entry
+        finally:
+            entry.followers -= 1
+            self._drop_unused(topic, entry)
+
+    def _drop_unused(self, topic: str, entry: _MemoryTopic) -> None:
+        if not entry.followers and not len(entry.index) and self._topics.get(topic) is entry:
+            del self._topics[topic]
+
+    async def remove(self, run_id: str) -> None:
+        self._remove(run_id)
+
+    def _remove(self, run_id: str) -> None:
+        run = self._runs.pop(run_id, None)
+        if run is None:
+            return
+        self._size -= run.size
+        for schedule in self._due.values():
+            schedule.set(run_id, None)
+        for topic in (run_topic(run_id), *run.told):
+            entry = self._topics.get(topic)
+            if entry is not None:
+                entry.index.forget(run_id)
+                self._drop_unused(topic, entry)
+        for live in run.streams.values():
+            live.fail(RunNotFound(f"run {run_id!r} is past its retention"))
+
+    # Claims, due times, leases
+
+    async def claim(self, key: str, value: str, *, ttl_s: float) -> str:
+        now_ms = self._now_ms()
+        for expired in self._claims_expire.due(now_ms, limit=100):
+            del self._claims[expired]
+            self._claims_expire.set(expired, None)
+        stored = self._claims.get(key)
+        if stored is not None and stored[1] > now_ms:
+            return stored[0]
+        expires_ms = now_ms + round(ttl_s * 1000)
+        self._claims[key] = (value, expires_ms)
+        self._claims_expire.set(key, expires_ms)
+        return value
+
+    async def due(self, kind: str, *, limit: int = 100) -> list[str]:
+        return self._due[kind].due(self._now_ms(), limit)
+
+    async def renew(self, run_ids: Sequence[str], *, owner: str) -> None:
+        for run_id in run_ids:
+            run = self._runs.get(run_id)
+            if run is not None and run.record.status is Status.EXECUTING and run.record.owner == owner:
+                self._due["lease"].set(run_id, self._lease_end())
+
+    async def tell(self, run_id: str) -> None:
+        run = self._runs.get(run_id)
+        if run is not None:
+            self._tell_topics(run)
+
+    async def ping(self) -> None:
+        return None
+
+    # Retention
+
+    def _resize(self, run: _StoredRun, size: int) -> None:
+        self._size += size - run.size
+        run.size = size
+
+    def _make_room(self) -> None:
+        """Get a tenth below the total: runs that ended first go, then the older halves of the largest streams."""
+        target = self._retention.total_bytes * 9 // 10
+        while self._size > target:
+            ended = self._due["expiry"].first()
+            if ended is not None:
+                self._remove(ended)
+            elif not self._halve_largest():
+                return
+
+    def _halve_largest(self) -> bool:
+        """Trim the largest stream of all; False if nothing could be freed."""
+        run, log = max(
+            ((run, live.log) for run in self._runs.values() for live in run.streams.values()),
+            key=lambda pair: pair[1].size,
+            default=(None, None),
+        )
+        freed = log.trim(log.size // 2) if log is not None else 0
+        if run is not None:
+            self._resize(run, run.size - freed)
+        return freed > 0

@@ -1,0 +1,281 @@
+"""Runs as immutable versioned records, and the only function that changes them.
+
+`apply` is pure: record, changes and the time in, the next record out. The status table says what may follow what;
+terminal states absorb every later change. A record never holds a stack trace.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import Any
+
+import msgspec
+
+from asgi_realtime.core.chunks import decode
+from asgi_realtime.core.log import End
+from asgi_realtime.core.metadata import Operation, apply_operations
+from asgi_realtime.errors import InvalidTransition
+
+
+class Status(StrEnum):
+    """Where a run is in its life."""
+
+    DELAYED = "DELAYED"
+    QUEUED = "QUEUED"
+    EXECUTING = "EXECUTING"
+    COMPLETED = "COMPLETED"
+    FAILED = "FAILED"
+    CANCELED = "CANCELED"
+    CRASHED = "CRASHED"
+    EXPIRED = "EXPIRED"
+    TIMED_OUT = "TIMED_OUT"
+
+
+_S = Status
+TRANSITIONS: dict[Status, frozenset[Status]] = {
+    _S.DELAYED: frozenset({_S.QUEUED, _S.CANCELED, _S.EXPIRED}),
+    _S.QUEUED: frozenset({_S.EXECUTING, _S.CANCELED, _S.EXPIRED, _S.FAILED}),
+    _S.EXECUTING: frozenset({_S.COMPLETED, _S.FAILED, _S.CANCELED, _S.CRASHED, _S.TIMED_OUT}),
+    _S.COMPLETED: frozenset(),
+    _S.FAILED: frozenset(),
+    _S.CANCELED: frozenset(),
+    _S.CRASHED: frozenset(),
+    _S.EXPIRED: frozenset(),
+    _S.TIMED_OUT: frozenset(),
+}
+TERMINAL = frozenset(status for status, following in TRANSITIONS.items() if not following)
+WAITING = frozenset({_S.DELAYED, _S.QUEUED})
+
+END_REASONS: dict[Status, str] = {
+    _S.COMPLETED: "complete",
+    _S.FAILED: "failed",
+    _S.CANCELED: "canceled",
+    _S.CRASHED: "crashed",
+    _S.EXPIRED: "expired",
+    _S.TIMED_OUT: "timed_out",
+}
+
+
+class RunError(msgspec.Struct, frozen=True):
+    """What subscribers see of a failure: the class name, and a message that is safe to show."""
+
+    name: str
+    message: str
+
+
+class BatchMember(msgspec.Struct, frozen=True):
+    """The batch that a run belongs to, its place there, and how many runs the batch has."""
+
+    id: str
+    index: int
+    count: int
+
+
+class RunRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One version of a run's state. Times are unix milliseconds; payload and output are JSON as stored."""
+
+    id: str
+    task: str
+    status: Status
+    version: int = 1
+    created_at_ms: int
+    updated_at_ms: int
+    queued_at_ms: int | None = None
+    started_at_ms: int | None = None
+    completed_at_ms: int | None = None
+    delay_until_ms: int | None = None
+    ttl_s: float | None = None
+    expires_at_ms: int | None = None
+    cancel_requested_at_ms: int | None = None
+    max_duration_s: float | None = None
+    tags: tuple[str, ...] = ()
+    metadata: dict[str, Any] = {}
+    payload_json: bytes | None = None
+    output_json: bytes | None = None
+    error: RunError | None = None
+    streams: tuple[str, ...] = ()
+    idempotency_key: str | None = None
+    batch: BatchMember | None = None
+    parent_id: str | None = None
+    root_id: str | None = None
+    depth: int = 0
+    owner: str | None = None
+
+    @property
+    def payload(self) -> Any:
+        """The payload, decoded; None if there is none."""
+        return None if self.payload_json is None else decode(self.payload_json)
+
+    @property
+    def output(self) -> Any:
+        """The output, decoded; None if there is none."""
+        return None if self.output_json is None else decode(self.output_json)
+
+    @property
+    def is_completed(self) -> bool:
+        """The run is over, whatever its result."""
+        return self.status in TERMINAL
+
+    @property
+    def is_success(self) -> bool:
+        return self.status is Status.COMPLETED
+
+    @property
+    def is_queued(self) -> bool:
+        return self.status in WAITING
+
+    @property
+    def is_executing(self) -> bool:
+        return self.status is Status.EXECUTING
+
+    @property
+    def is_canceled(self) -> bool:
+        return self.status is Status.CANCELED
+
+    @property
+    def is_failed(self) -> bool:
+        return self.status in TERMINAL and self.status not in (Status.COMPLETED, Status.CANCELED)
+
+    @property
+    def created_at(self) -> datetime:
+        return datetime.fromtimestamp(self.created_at_ms / 1000, UTC)
+
+    @property
+    def updated_at(self) -> datetime:
+        return datetime.fromtimestamp(self.updated_at_ms / 1000, UTC)
+
+    @property
+    def finished_at(self) -> datetime | None:
+        return None if self.completed_at_ms is None else datetime.fromtimestamp(self.completed_at_ms / 1000, UTC)
+
+    @property
+    def topics(self) -> tuple[str, ...]:
+        """The topics besides its own that hear of this run."""
+        batch = () if self.batch is None else (batch_topic(self.batch.id),)
+        return (*map(tag_topic, self.tags), *batch)
+
+    @property
+    def end(self) -> End | None:
+        """How the run's streams end, if it is over."""
+        if self.status not in TERMINAL:
+            return None
+        return End(END_REASONS[self.status], None if self.error is None else self.error.message)
+
+
+def run_topic(run_id: str) -> str:
+    return f"run:{run_id}"
+
+
+def tag_topic(tag: str) -> str:
+    return f"tag:{tag}"
+
+
+def batch_topic(batch_id: str) -> str:
+    return f"batch:{batch_id}"
+
+
+class Queued(msgspec.Struct, frozen=True, tag=True):
+    """The delay of a run is over."""
+
+
+class Started(msgspec.Struct, frozen=True, tag=True):
+    """Somebody executes the run. `owner` is unique for each execution, which makes it the fence."""
+
+    owner: str
+
+
+class Finished(msgspec.Struct, frozen=True, tag=True):
+    """The run ended. Output and status come in one version."""
+
+    status: Status
+    output_json: bytes | None = None
+    error: RunError | None = None
+
+
+class CancelRequested(msgspec.Struct, frozen=True, tag=True):
+    """The owner of the run is asked to stop it."""
+
+
+class TagsAdded(msgspec.Struct, frozen=True, tag=True):
+    tags: tuple[str, ...]
+
+
+class StreamAdded(msgspec.Struct, frozen=True, tag=True):
+    name: str
+
+
+class MetadataChanged(msgspec.Struct, frozen=True, tag=True):
+    operations: tuple[Operation, ...]
+
+
+RunChange = Queued | Started | Finished | CancelRequested | TagsAdded | StreamAdded | MetadataChanged
+
+
+def apply(record: RunRecord, changes: Sequence[RunChange], now_ms: int) -> RunRecord:
+    """Return the record after the changes, one version later; the same object if they change nothing.
+
+    Nothing follows a terminal state, so what comes later is absorbed. Raises `InvalidTransition` for a status that may
+    not follow the present one.
+    """
+    now_ms = max(now_ms, record.updated_at_ms)
+    fields: dict[str, Any] = {}
+    for change in changes:
+        if fields.get("status", record.status) in TERMINAL:
+            break
+        fields.update(_effect(record, fields, change, now_ms))
+    if not fields:
+        return record
+    return msgspec.structs.replace(record, version=record.version + 1, updated_at_ms=now_ms, **fields)
+
+
+def _effect(record: RunRecord, fields: dict[str, Any], change: RunChange, now_ms: int) -> dict[str, Any]:
+    """The fields that one change sets, given those that earlier changes of the same call have set."""
+
+    def now(name: str) -> Any:
+        return fields[name] if name in fields else getattr(record, name)
+
+    match change:
+        case Queued():
+            return {**_to(now("status"), Status.QUEUED), "queued_at_ms": now_ms}
+        case Started(owner):
+            return {**_to(now("status"), Status.EXECUTING), "started_at_ms": now_ms, "owner": owner}
+        case Finished(status, output_json, error):
+            ended = _to(now("status"), status)
+            return {**ended, "completed_at_ms": now_ms, "output_json": output_json, "error": error}
+        case CancelRequested():
+            return {} if now("cancel_requested_at_ms") is not None else {"cancel_requested_at_ms": now_ms}
+        case TagsAdded(tags):
+            merged = tuple(dict.fromkeys((*now("tags"), *tags)))
+            return {} if merged == now("tags") else {"tags": merged}
+        case StreamAdded(name):
+            return {} if name in now("streams") else {"streams": (*now("streams"), name)}
+        case MetadataChanged(operations):
+            metadata = apply_operations(now("metadata"), operations, strict=False)
+            return {} if metadata == now("metadata") else {"metadata": metadata}
+
+
+def _to(present: Status, following: Status) -> dict[str, Any]:
+    if following not in TRANSITIONS[present]:
+        allowed = ", ".join(sorted(TRANSITIONS[present])) or "none"
+        raise InvalidTransition(f"a run that is {present} cannot become {following}; allowed: {allowed}")
+    return {"status": following}
+
+
+DUE_KINDS = ("delay", "ttl", "lease", "cancel", "expiry", "untold")
+"""What a run can be due for. `lease` and `untold` are kept by the broker, the others follow from the record."""
+
+
+def due_times(record: RunRecord, *, cancel_s: float, after_end_s: float) -> dict[str, int]:
+    """When the run is due for what, in unix milliseconds."""
+    if record.completed_at_ms is not None:
+        return {"expiry": record.completed_at_ms + round(after_end_s * 1000)}
+    due: dict[str, int] = {}
+    if record.status is Status.DELAYED and record.delay_until_ms is not None:
+        due["delay"] = record.delay_until_ms
+    if record.status in WAITING and record.expires_at_ms is not None:
+        due["ttl"] = record.expires_at_ms
+    if record.status is Status.EXECUTING and record.cancel_requested_at_ms is not None:
+        due["cancel"] = record.cancel_requested_at_ms + round(cancel_s * 1000)
+    return due
