@@ -20,6 +20,7 @@ ifeq ($(OPENAI_BASE_URL)$(OPENAI_API_KEY),)
 DEMO_MODEL := $(MODEL)
 endif
 
+.NOTPARALLEL:
 .DEFAULT_GOAL := help
 .PHONY: demo test check bench model format clean help
 
