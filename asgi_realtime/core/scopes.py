@@ -1,0 +1,165 @@
+"""The scopes of a token: what it admits, and the friendly form that users write.
+
+A scope is `action[:type[:id]]`; only the first two colons separate, so ids may contain colons. Matching never fails:
+what it does not understand admits nothing. Writing is strict: a scope that could admit nothing is refused when it is
+made, because its user would find out only when a browser gets a 403. Grammar: wire.md section 3.2.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+from asgi_realtime.errors import UsageError
+
+Resource = tuple[str, str | None]
+"""A type and an id; without an id it is the whole type, such as the list of all runs."""
+
+ScopeIds = str | bool | Iterable[str]
+Scopes = Mapping[str, Mapping[str, ScopeIds] | bool] | Sequence[str]
+"""`{"read": {"runs": ["run_1"], "tags": True}}`, or a list of scopes as they stand in the token."""
+
+_EVERY_TYPE = ("runs", "tags", "batch", "tasks", "inputStreams", "waitpoints", "all")
+_TYPES_OF: dict[str, tuple[str, ...]] = {
+    "read": _EVERY_TYPE,
+    "write": _EVERY_TYPE,
+    "trigger": ("tasks", "all"),
+    "batchTrigger": ("tasks", "all"),
+    "*": _EVERY_TYPE,
+}
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+
+
+class Scope(NamedTuple):
+    """The parts of one scope. `type` and `id` are None where they are absent."""
+
+    action: str
+    type: str | None = None
+    id: str | None = None
+
+
+def parse(scope: str) -> Scope:
+    """Split a scope into its parts, without judging them."""
+    return Scope(*scope.split(":", 2))
+
+
+def admits(scopes: Iterable[str], action: str, resources: Iterable[Resource]) -> bool:
+    """Whether any one of the scopes admits the action on any one of the resource's names."""
+    names = tuple(resources)
+    return any(_matches(parse(scope), action, names) for scope in scopes)
+
+
+def _matches(scope: Scope, action: str, names: tuple[Resource, ...]) -> bool:
+    if scope.action == "admin":
+        return scope.type is None
+    if scope.action != action and scope.action != "*":
+        return False
+    if scope.type == "all":
+        return True
+    return any(scope.type == type and (scope.id is None or scope.id == id) for type, id in names)
+
+
+def names(scopes: Iterable[str], action: str, type: str) -> frozenset[str]:
+    """The ids of a type that the scopes name one by one for an action."""
+    parsed = (parse(scope) for scope in scopes)
+    return frozenset(
+        scope.id for scope in parsed if scope.action in (action, "*") and scope.type == type and scope.id is not None
+    )
+
+
+def run_scoped_ids(scopes: Iterable[str]) -> frozenset[str]:
+    """The run ids that may be read because a scope names them, such as `read:runs:run_1`."""
+    return names(scopes, "read", "runs")
+
+
+def flatten_scopes(scopes: Scopes) -> tuple[str, ...]:
+    """Turn the dict form into scope strings, or check a ready list of them. Keeps the order, drops repetitions.
+
+    Raises `UsageError` for unknown words, for anything empty, and for scopes that admit nothing, such as `read: True`.
+    """
+    if isinstance(scopes, Mapping):
+        found = list(_flatten(scopes))
+    elif isinstance(scopes, Sequence) and not isinstance(scopes, str | bytes):
+        found = [_checked(scope) for scope in scopes]
+    else:
+        raise UsageError(
+            f"scopes is a {_type(scopes)}; allowed are a dict like {{'read': {{'runs': ['run_1']}}}} or a list"
+        )
+    if not found:
+        raise UsageError("scopes is empty, so the token would admit nothing; name at least one scope")
+    return tuple(dict.fromkeys(found))
+
+
+def _flatten(scopes: Mapping[str, Mapping[str, ScopeIds] | bool]) -> Iterator[str]:
+    for action, types in scopes.items():
+        if action == "admin" and types is True:
+            yield "admin"
+            continue
+        allowed = _allowed_types(action)
+        if not isinstance(types, Mapping):
+            raise UsageError(
+                f"scope {action!r} is {_shown(types)}, which admits nothing; allowed is a dict with {allowed}"
+            )
+        if not types:
+            raise UsageError(f"scope {action!r} is empty, which admits nothing; name at least one of {allowed}")
+        for type, ids in types.items():
+            for scope in _of_type(action, type, ids):
+                yield _checked(scope)
+
+
+def _of_type(action: str, type: str, ids: ScopeIds) -> Iterator[str]:
+    where = f"{action}:{type}"
+    if ids is True:
+        yield where
+    elif isinstance(ids, str):
+        yield f"{where}:{ids}"
+    elif not isinstance(ids, list | tuple | set | frozenset):
+        raise UsageError(f"scope {where!r} is {_shown(ids)}; allowed are True, an id, or a list of ids")
+    elif not ids:
+        raise UsageError(f"scope {where!r} is an empty list, which admits nothing; list at least one id, or pass True")
+    else:
+        for id in sorted(ids) if isinstance(ids, set | frozenset) else ids:
+            if not isinstance(id, str):
+                raise UsageError(f"scope {where!r} lists a {_type(id)}; allowed are ids as str")
+            yield f"{where}:{id}"
+
+
+def _checked(scope: object) -> str:
+    if not isinstance(scope, str):
+        raise UsageError(f"a scope is a {_type(scope)}; allowed are strings like 'read:runs:run_1'")
+    action, type, id = parse(scope)
+    if scope == "admin":
+        return scope
+    allowed = _allowed_types(action)
+    if type is None:
+        raise UsageError(f"scope {action!r} without a type admits nothing; name one of {allowed}")
+    if type not in _TYPES_OF[action]:
+        raise UsageError(f"scope {action!r} has the unknown type {type!r}; allowed are {allowed}")
+    if id is not None:
+        _check_id(action, type, id)
+    return scope
+
+
+def _check_id(action: str, type: str, id: str) -> None:
+    if not id:
+        raise UsageError(f"scope '{action}:{type}' has an empty id, which admits nothing; pass an id")
+    if type == "all":
+        raise UsageError(f"scope '{action}:all' has an id, but 'all' admits everything; leave the id out")
+    if _CONTROL.search(id):
+        raise UsageError(f"scope '{action}:{type}' has an id with control characters: {id!r}")
+
+
+def _allowed_types(action: str) -> str:
+    types = _TYPES_OF.get(action)
+    if types is None:
+        raise UsageError(f"scope has the unknown action {action!r}; allowed are {', '.join(_TYPES_OF)}, admin")
+    return ", ".join(types)
+
+
+def _shown(value: object) -> str:
+    return repr(value) if isinstance(value, bool | str | None) else f"a {_type(value)}"
+
+
+def _type(value: object) -> str:
+    return type(value).__name__
