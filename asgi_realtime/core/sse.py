@@ -1,0 +1,69 @@
+"""The bytes of a `text/event-stream`: one function per kind of frame.
+
+A frame is one event with its empty line, complete in itself, so frames can be joined as they are. Data is one line of
+JSON, which `core.chunks` guarantees; whatever else enters a frame is checked here for CR, LF and NUL, which would end
+the line and let a value write events of its own. Spec: WHATWG HTML, section 9.2 (server-sent events).
+"""
+
+from __future__ import annotations
+
+import re
+
+from asgi_realtime.errors import UsageError
+
+_LINE_BREAK = re.compile(r"[\r\n\0]")  # NUL: an id with it is ignored by the client, and so is the resume point
+_DATA = len(b"data: ")
+
+
+def chunk_frame(seq: int, data: bytes) -> bytes:
+    """The frame of a stream's entry. Unchecked, for the hot path: `data` is what `encode_chunk` returned."""
+    return b"id: %d\ndata: %b\n\n" % (seq, data)
+
+
+def frame_data(frame: bytes) -> bytes:
+    """The data of a frame that `chunk_frame` made."""
+    return frame[frame.index(10) + 1 + _DATA : -2]
+
+
+def control_frame(event: str, data: bytes | None, *, id: str | None = None, retry_ms: int | None = None) -> bytes:
+    """A named event. Without data its data is the empty string: an event without a data line is never fired."""
+    if not event:
+        raise UsageError("event is empty; a control event needs a name")
+    lines = [b"event: " + _text("event", event)]
+    if retry_ms is not None:
+        lines.append(_retry(retry_ms))
+    if id is not None:
+        lines.append(b"id: " + _text("id", id))
+    lines.append(b"data: " + _data(data) if data else b"data")
+    return b"\n".join(lines) + b"\n\n"
+
+
+def retry_frame(retry_ms: int) -> bytes:
+    """Sets how long a client waits before it reconnects. Fires no event."""
+    return _retry(retry_ms) + b"\n\n"
+
+
+def comment_frame(text: str) -> bytes:
+    """A comment: keeps the connection alive, shows in `curl -N`, fires no event."""
+    return b": " + _text("comment", text) + b"\n\n"
+
+
+def _text(name: str, text: str) -> bytes:
+    if _LINE_BREAK.search(text):
+        raise UsageError(f"{name} is {text!r}; it must not contain CR, LF or NUL")
+    return text.encode("utf-8", "replace")
+
+
+def _data(data: bytes) -> bytes:
+    if b"\n" in data or b"\r" in data:
+        raise UsageError(f"data of {len(data)} bytes has line breaks; it must be one line of JSON")
+    return data
+
+
+def _retry(retry_ms: int) -> bytes:
+    if retry_ms < 0:
+        raise UsageError(f"retry_ms is {retry_ms}; it must not be negative")
+    return b"retry: %d" % retry_ms
+
+
+HEARTBEAT = comment_frame("heartbeat")
