@@ -1,0 +1,185 @@
+"""One value to one line of JSON and back: the form in which chunks, payloads, outputs and metadata are kept and sent.
+
+The output never holds a raw line break, so it fits into an SSE frame as it is. NaN and infinities become null, lone
+surrogates U+FFFD. Bytes inside a dict or list become base64 text; bytes alone are refused, since a source of bytes is
+nearly always text that was not decoded. Pydantic is recognised by its marks on the type, never imported.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any, NoReturn
+
+import msgspec
+
+from asgi_realtime.errors import EncodingError, UsageError
+
+_AS_SENT = frozenset({"openai", "anthropic"})
+"""Their models hold every field that the API may send; what it did send are the fields that are set."""
+
+_LF, _CR = b"\n\r"  # as integers: `10 in data` is ten times as fast as `b"\n" in data`
+_BINARY = (bytes, bytearray, memoryview)
+_MALFORMED = (msgspec.MsgspecError, ValueError)  # bad UTF-8 is a ValueError only
+_PATH_STEPS = 20  # an end for values that contain themselves
+_ALLOWED = "str, numbers, dicts, lists, dataclasses, msgspec and pydantic models, datetimes, UUIDs, Decimals, enums"
+
+
+def encode_value(value: object) -> bytes:
+    """Encode a value as one line of JSON. Raises `EncodingError`, and nothing else, if it has no JSON form."""
+    cls = type(value)
+    if cls is not str and cls is not dict and isinstance(value, _BINARY):
+        raise EncodingError(
+            f"{cls.__name__} has no JSON form; pass text (`data.decode()`),"
+            " or base64 text (`base64.b64encode(data).decode()`)"
+        )
+    try:
+        data = _encode(value)
+    except Exception as exc:  # a foreign model's serializer may raise anything
+        data = _encode_slowly(value, exc)
+    if _LF in data or _CR in data:
+        return _on_one_line(data)
+    return data
+
+
+encode_chunk = encode_value
+"""Chunks follow the same rules as all other values."""
+
+
+def decode(data: bytes) -> Any:
+    """Decode JSON. Raises `UsageError` if it is malformed."""
+    try:
+        return msgspec.json.decode(data)
+    except RecursionError as exc:
+        raise UsageError("JSON is nested too deeply") from exc
+    except _MALFORMED as exc:
+        if b"\\u" in data:
+            return _decode_surrogates(data)
+        raise UsageError(f"not valid JSON: {exc}") from exc
+
+
+def _decode_surrogates(data: bytes) -> Any:
+    """Decode JSON that may hold escaped lone surrogates, as `JSON.stringify` writes them (ECMA-262, 25.5.2.3)."""
+    try:
+        return _scrub(json.loads(data, parse_constant=_refuse_constant))
+    except (ValueError, RecursionError) as exc:
+        raise UsageError(f"not valid JSON: {exc}") from exc
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _enc_hook(value: Any) -> Any:
+    """What msgspec does not know by itself."""
+    serializer = getattr(type(value), "__pydantic_serializer__", None)
+    if serializer is None:
+        return _known(value)
+    data = serializer.to_json(value, by_alias=True, exclude_unset=_as_sent(value), warnings=False)
+    if (
+        data.find(b"NaN") >= 0 or data.find(b"Infinity") >= 0
+    ):  # a model may be configured to write these, and they are no JSON
+        return _model_dict(value)
+    return msgspec.Raw(data)
+
+
+def _plain_hook(value: Any) -> Any:
+    """The same with values of Python instead of bytes, so that the strings in them can be scrubbed."""
+    if isinstance(value, msgspec.Raw):
+        return decode(bytes(value))
+    if hasattr(type(value), "__pydantic_serializer__"):
+        return _model_dict(value)
+    return _known(value)
+
+
+def _model_dict(model: Any) -> Any:
+    serializer = type(model).__pydantic_serializer__
+    return serializer.to_python(model, mode="json", by_alias=True, exclude_unset=_as_sent(model), warnings=False)
+
+
+def _as_sent(model: object) -> bool:
+    return type(model).__module__.partition(".")[0] in _AS_SENT
+
+
+def _known(value: object) -> Any:
+    # msgspec takes str, int and float exactly; subclasses are common (markupsafe.Markup, numpy.float64).
+    if isinstance(value, str):
+        return str.__str__(value)
+    if isinstance(value, int):
+        return int.__int__(value)
+    if isinstance(value, float):
+        return float.__float__(value)
+    if isinstance(value, Mapping):
+        return dict(value)
+    raise EncodingError(f"{type(value).__qualname__} has no JSON form; allowed are {_ALLOWED}")
+
+
+_encode = msgspec.json.Encoder(enc_hook=_enc_hook).encode
+
+
+def _encode_slowly(value: object, cause: Exception) -> bytes:
+    """The second try, for lone surrogates; or the error that says what and where."""
+    if isinstance(cause, RecursionError):
+        raise _too_deep(value) from cause
+    try:
+        return _encode(_scrub(_to_plain(value)))
+    except RecursionError as exc:
+        raise _too_deep(value) from exc
+    except Exception as exc:
+        path, culprit = _blame(value)
+        reason = str(exc) if isinstance(exc, EncodingError) else f"{type(culprit).__qualname__} has no JSON form: {exc}"
+        raise EncodingError(f"at {path}: {reason}" if path else reason) from exc
+
+
+def _too_deep(value: object) -> EncodingError:
+    return EncodingError(f"{type(value).__qualname__} is nested too deeply, or contains itself")
+
+
+def _to_plain(value: object) -> Any:
+    return msgspec.to_builtins(value, enc_hook=_plain_hook, str_keys=True)
+
+
+def _scrub(value: Any) -> Any:
+    """Replace lone surrogates in plain values. Two that make a pair become the character that they stand for."""
+    if isinstance(value, str):
+        return value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    if isinstance(value, dict):
+        return {_scrub(key): _scrub(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_scrub(item) for item in value]
+    return value
+
+
+def _blame(value: object) -> tuple[str, object]:
+    """The innermost part of dicts and lists that cannot be encoded, and the way there."""
+    path = ""
+    for _ in range(_PATH_STEPS):
+        found = next(((step, child) for step, child in _children(value) if not _is_encodable(child)), None)
+        if found is None:
+            break
+        path, value = path + found[0], found[1]
+    return path, value
+
+
+def _children(value: object) -> Iterable[tuple[str, object]]:
+    if isinstance(value, dict):
+        return ((f"[{key!r}]", child) for key, child in value.items())
+    if isinstance(value, list | tuple):
+        return ((f"[{index}]", child) for index, child in enumerate(value))
+    return ()
+
+
+def _is_encodable(value: object) -> bool:
+    try:
+        _encode(_scrub(_to_plain(value)))
+    except Exception:
+        return False
+    return True
+
+
+def _on_one_line(data: bytes) -> bytes:
+    """Only a `msgspec.Raw` of the caller brings line breaks in."""
+    try:
+        return msgspec.json.encode(msgspec.json.decode(data))
+    except (*_MALFORMED, RecursionError) as exc:
+        raise EncodingError(f"a msgspec.Raw holds no valid JSON: {exc}") from exc

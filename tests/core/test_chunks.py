@@ -1,0 +1,269 @@
+from __future__ import annotations
+
+import collections
+import dataclasses
+import datetime
+import decimal
+import enum
+import json
+import types
+import uuid
+from typing import Any
+
+import msgspec
+import pydantic
+import pytest
+from anthropic.types import RawContentBlockDeltaEvent, TextDelta
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from openai.types.chat import ChatCompletionChunk
+
+from asgi_realtime.core.chunks import decode, encode_chunk, encode_value
+from asgi_realtime.errors import EncodingError, UsageError
+
+
+class Text(str):
+    __slots__ = ()
+
+
+class Count(int):
+    pass
+
+
+class Ratio(float):
+    pass
+
+
+class Color(enum.Enum):
+    RED = "red"
+
+
+class Struct(msgspec.Struct):
+    a: Any
+
+
+@dataclasses.dataclass
+class Data:
+    a: Any
+
+
+class Model(pydantic.BaseModel):
+    user_name: str = pydantic.Field(alias="userName")
+    score: float | None = None
+    at: datetime.date | None = None
+
+
+class LooseModel(pydantic.BaseModel):
+    model_config = {"ser_json_inf_nan": "constants"}
+    text: Any = None
+    number: float = 0.0
+
+
+class BrokenModel(pydantic.BaseModel):
+    value: int = 1
+
+    @pydantic.field_serializer("value")
+    def serialize(self, value: int) -> int:
+        raise RuntimeError("out of order")
+
+
+@pydantic.dataclasses.dataclass
+class PydanticData:
+    a: int
+
+
+@pytest.mark.parametrize(
+    ("value", "data"),
+    [
+        ("hi\n\r\u2028\0", b'"hi\\n\\r\xe2\x80\xa8\\u0000"'),
+        (None, b"null"),
+        (True, b"true"),
+        (1, b"1"),
+        (1.5, b"1.5"),
+        (2**64, b"18446744073709551616"),
+        ({"a": [1, {"b": None}]}, b'{"a":[1,{"b":null}]}'),
+        ({1: "one"}, b'{"1":"one"}'),
+        ((1, 2), b"[1,2]"),
+        ({1}, b"[1]"),
+        (frozenset(["a"]), b'["a"]'),
+        (datetime.datetime(2024, 1, 2, 3, 4, 5, tzinfo=datetime.UTC), b'"2024-01-02T03:04:05Z"'),
+        (datetime.date(2024, 1, 2), b'"2024-01-02"'),
+        (uuid.UUID(int=1), b'"00000000-0000-0000-0000-000000000001"'),
+        (decimal.Decimal("1.10"), b'"1.10"'),
+        (Color.RED, b'"red"'),
+        (Struct(1), b'{"a":1}'),
+        (Data([Struct("x")]), b'{"a":[{"a":"x"}]}'),
+        (PydanticData(1), b'{"a":1}'),
+        (Text("x"), b'"x"'),
+        ([Text("x"), Count(1), Ratio(0.5)], b'["x",1,0.5]'),
+        (types.MappingProxyType({"a": 1}), b'{"a":1}'),
+        (collections.ChainMap({"a": 1}), b'{"a":1}'),
+        ({"audio": b"\x00\x01"}, b'{"audio":"AAE="}'),
+        (float("nan"), b"null"),
+        ([float("inf"), {"a": float("-inf")}], b'[null,{"a":null}]'),
+        (Ratio("nan"), b"null"),
+    ],
+)
+def test_values_have_one_json_form(value: object, data: bytes) -> None:
+    assert encode_chunk(value) == data
+    assert encode_value(value) == data
+
+
+def test_pydantic_models_are_encoded_by_alias() -> None:
+    model = Model(userName="ada", at=datetime.date(2024, 1, 2))
+    expected = {"userName": "ada", "score": None, "at": "2024-01-02"}
+    assert decode(encode_chunk(model)) == expected
+    assert decode(encode_chunk({"models": [model]})) == {"models": [expected]}
+    assert decode(encode_chunk(Data(model))) == {"a": expected}
+
+
+def test_a_chunk_of_openai_is_encoded_as_the_api_sent_it() -> None:
+    sent: dict[str, Any] = {
+        "id": "chatcmpl-1",
+        "object": "chat.completion.chunk",
+        "created": 1,
+        "model": "gpt",
+        "choices": [{"index": 0, "delta": {"content": "hi", "new_field": 1}, "finish_reason": None}],
+        "usage": None,
+        "unknown": {"kept": True},
+    }
+    chunk = ChatCompletionChunk.construct(**sent)
+    assert decode(encode_chunk(chunk)) == sent
+    assert decode(encode_chunk([chunk])) == [sent]
+    assert "system_fingerprint" in chunk.model_dump()
+
+
+def test_an_openai_model_of_unexpected_shape_is_encoded_without_a_warning() -> None:
+    sent: dict[str, Any] = {"id": 7, "choices": [{"index": "zero", "delta": "text"}]}
+    assert decode(encode_chunk(ChatCompletionChunk.construct(**sent))) == sent
+
+
+def test_an_event_of_anthropic_is_encoded_as_the_api_sent_it() -> None:
+    sent = {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": "hi"}}
+    event = RawContentBlockDeltaEvent.model_validate(sent)
+    assert isinstance(event.delta, TextDelta)
+    assert decode(encode_chunk(event)) == sent
+
+
+@pytest.mark.parametrize("value", [b"x", bytearray(b"x"), memoryview(b"x")])
+def test_bytes_are_refused_with_what_to_use(value: object) -> None:
+    with pytest.raises(EncodingError, match="base64") as caught:
+        encode_chunk(value)
+    assert type(value).__name__ in str(caught.value)
+    assert isinstance(caught.value, TypeError)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("\ud800", "\ufffd"),
+        ("a\udc00b", "a\ufffdb"),
+        ("\ud83d\ude00", "😀"),
+        ("\ufeff\ud800", "\ufeff\ufffd"),
+        ({"\ud800": ["\ud800", 1, None, {"x": "\udfff"}]}, {"\ufffd": ["\ufffd", 1, None, {"x": "\ufffd"}]}),
+        (Data("\ud800"), {"a": "\ufffd"}),
+        (Struct({"\ud800"}), {"a": ["\ufffd"]}),
+        ({1: Text("\ud800")}, {"1": "\ufffd"}),
+        ([LooseModel(text=1), "\ud800"], [{"text": 1, "number": 0.0}, "\ufffd"]),
+        (LooseModel(text="\ud800"), {"text": "\ufffd", "number": 0.0}),
+        ([msgspec.Raw(b'{"raw":1}'), "\ud800"], [{"raw": 1}, "\ufffd"]),
+        (["\ud800", float("nan"), 2**70, b"x"], ["\ufffd", None, 2**70, "eA=="]),
+    ],
+)
+def test_lone_surrogates_become_replacement_characters(value: object, expected: object) -> None:
+    assert decode(encode_chunk(value)) == expected
+
+
+def test_a_model_that_writes_nan_gives_null() -> None:
+    assert decode(encode_chunk(LooseModel(number=float("nan")))) == {"text": None, "number": None}
+    assert decode(encode_chunk([LooseModel(number=float("-inf"))])) == [{"text": None, "number": None}]
+    assert decode(encode_chunk(LooseModel(text="NaN", number=0.5))) == {"text": "NaN", "number": 0.5}
+
+
+def test_what_has_no_json_form_is_named_with_its_place() -> None:
+    with pytest.raises(EncodingError, match=r"^object has no JSON form; allowed are str, numbers"):
+        encode_chunk(object())
+    with pytest.raises(EncodingError, match=r"^at \['a'\]\[1\]: complex has no JSON form"):
+        encode_chunk({"b": "\ud800", "a": [1, 1j]})
+    with pytest.raises(EncodingError, match=r"^at \[0\]: dict has no JSON form: "):
+        encode_chunk([{(1,): 1}])
+    with pytest.raises(EncodingError, match="generator"):
+        encode_chunk({"a": (n for n in [1])})
+
+
+def test_the_error_of_a_foreign_serializer_is_ours_and_keeps_its_cause() -> None:
+    with pytest.raises(EncodingError, match=r"^at \['m'\]: BrokenModel has no JSON form: .*out of order") as caught:
+        encode_chunk({"m": BrokenModel()})
+    assert caught.value.__cause__ is not None
+
+
+def circular_list() -> list[Any]:
+    value: list[Any] = []
+    value.append(value)
+    return value
+
+
+def circular_model() -> LooseModel:
+    value = LooseModel()
+    value.text = value
+    return value
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        circular_list(),
+        circular_model(),
+        {"a": "\ud800", "b": circular_list()},
+        {(1,): 1, "b": circular_list()},
+        10**5000,
+        msgspec.UNSET,
+        ValueError,
+    ],
+    ids=["list", "model", "after-surrogate", "after-bad-key", "huge-int", "unset", "class"],
+)
+def test_nothing_but_an_encoding_error_comes_out(value: object) -> None:
+    with pytest.raises(EncodingError):
+        encode_chunk(value)
+
+
+def test_a_circular_value_is_told() -> None:
+    for value in (circular_list(), {"a": "\ud800", "b": circular_list()}):
+        with pytest.raises(EncodingError, match="contains itself"):
+            encode_chunk(value)
+
+
+def test_raw_json_is_put_on_one_line() -> None:
+    assert encode_chunk(msgspec.Raw(b'{\n "a":\r\n 1}')) == b'{"a":1}'
+    with pytest.raises(EncodingError, match="msgspec.Raw"):
+        encode_chunk({"a": msgspec.Raw(b'"\n')})
+
+
+@pytest.mark.slow
+@settings(deadline=None)
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters()),
+        lambda inner: st.lists(inner) | st.dictionaries(st.text(st.characters()), inner),
+    )
+)
+def test_every_json_value_becomes_one_line_of_valid_json(value: object) -> None:
+    data = encode_chunk(value)
+    assert b"\n" not in data
+    assert b"\r" not in data
+    json.loads(data, parse_constant=pytest.fail)
+    assert encode_chunk(decode(data)) == data
+
+
+def test_escaped_lone_surrogates_are_read_as_replacement_characters() -> None:
+    assert decode(b'{"a":"\\ud800","b":"\\ud83d\\ude00"}') == {"a": "\ufffd", "b": "😀"}
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"{", b"NaN", b"1 2", b'"\xff"', b'["\\ud800", NaN]', b'"\\ud800', b"[" * 100_000, b'"\\u12"'],
+    ids=["empty", "open", "nan", "two", "utf8", "surrogate-nan", "surrogate-open", "deep", "escape"],
+)
+def test_malformed_json_is_refused(data: bytes) -> None:
+    with pytest.raises(UsageError, match="JSON"):
+        decode(data)
