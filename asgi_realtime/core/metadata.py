@@ -1,0 +1,186 @@
+"""The metadata of a run: operations as values, and the pure function that applies them.
+
+Operations cross processes, so they are tagged structs; their keys are checked when they are made. Applying copies what
+it changes and shares the rest: neither the old metadata nor a value inside it is ever changed. Semantics: those of the
+metadata API of Trigger.dev (set, del, append, remove, increment, decrement, replace).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import msgspec
+
+from asgi_realtime.core.chunks import decode, encode_value
+from asgi_realtime.errors import LimitExceeded, UsageError
+
+MAX_KEY_LENGTH = 128
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+
+
+def check_key(key: str) -> None:
+    """Raise `UsageError` if this cannot be a metadata key."""
+    if not isinstance(key, str):
+        raise UsageError(f"metadata key is a {type(key).__name__}; allowed is a str")
+    if not 0 < len(key) <= MAX_KEY_LENGTH:
+        raise UsageError(f"metadata key is {len(key)} characters; allowed are 1 to {MAX_KEY_LENGTH}")
+    if _CONTROL.search(key):
+        raise UsageError(f"metadata key {key!r} has control characters")
+
+
+class _Keyed(msgspec.Struct, frozen=True):
+    key: str
+
+    def __post_init__(self) -> None:
+        check_key(self.key)
+
+
+class Set(_Keyed, frozen=True, tag="set"):
+    """Set a key."""
+
+    value: Any
+
+
+class Delete(_Keyed, frozen=True, tag="delete"):
+    """Remove a key, if it is there."""
+
+
+class Append(_Keyed, frozen=True, tag="append"):
+    """Add a value to the end of a list. A missing key becomes a list, another value the first of one."""
+
+    value: Any
+
+
+class Remove(_Keyed, frozen=True, tag="remove"):
+    """Take the first element that equals the value out of a list. Anything else stays as it is."""
+
+    value: Any
+
+
+class Increment(_Keyed, frozen=True, tag="increment"):
+    """Add to a number; a missing key counts from 0. A negative `by` decrements."""
+
+    by: int | float
+
+    def __post_init__(self) -> None:
+        check_key(self.key)
+        if not _is_number(self.by):
+            raise UsageError(f"metadata {self.key!r} cannot change by {self.by!r}; allowed is a finite number")
+
+
+class Replace(msgspec.Struct, frozen=True, tag="replace"):
+    """Put other metadata in the place of all that there is."""
+
+    value: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.value, dict):
+            raise UsageError(f"metadata is a {type(self.value).__name__}; allowed is a dict")
+        for key in self.value:
+            check_key(key)
+
+
+Operation = Set | Delete | Append | Remove | Increment | Replace
+
+
+def apply_operations(
+    metadata: Mapping[str, Any], operations: Iterable[Operation], *, strict: bool = True
+) -> dict[str, Any]:
+    """Return the metadata after the operations, in their order.
+
+    An increment of what is no number raises `UsageError`; with `strict=False` it is skipped, for operations that were
+    accepted against other metadata.
+    """
+    result = dict(metadata)
+    for operation in operations:
+        result = _apply(result, operation, strict)
+    return result
+
+
+def _apply(result: dict[str, Any], operation: Operation, strict: bool) -> dict[str, Any]:
+    """Apply one operation to a dict that is ours; its values are not."""
+    match operation:
+        case Set(key, value):
+            result[key] = value
+        case Delete(key):
+            result.pop(key, None)
+        case Append(key, value):
+            result[key] = [*_as_list(result, key), value]
+        case Remove(key, value):
+            if isinstance(result.get(key), list):
+                result[key] = _without_first(result[key], value)
+        case Replace(value):
+            return dict(value)
+        case _:
+            _increment(result, operation, strict)
+    return result
+
+
+def _as_list(result: dict[str, Any], key: str) -> list[Any]:
+    if key not in result:
+        return []
+    return result[key] if isinstance(result[key], list) else [result[key]]
+
+
+def _without_first(items: list[Any], value: object) -> list[Any]:
+    for index, item in enumerate(items):
+        if _equal(item, value):
+            return items[:index] + items[index + 1 :]
+    return items
+
+
+def _equal(one: object, other: object) -> bool:
+    """Equality as JSON has it: `true` is not 1."""
+    if isinstance(one, bool) or isinstance(other, bool):
+        return one is other
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(_equal, one, other))
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_equal(one[key], other[key]) for key in one)
+    return one == other
+
+
+def _increment(result: dict[str, Any], operation: Increment, strict: bool) -> None:
+    key, by = operation.key, operation.by
+    old = result.get(key, 0)
+    total = _sum(old, by)
+    if total is not None:
+        result[key] = total
+    elif strict:
+        raise UsageError(f"metadata {key!r} is {_shown(old)} and cannot change by {by!r}; allowed are finite numbers")
+
+
+def _sum(old: Any, by: int | float) -> int | float | None:
+    if not _is_number(old):
+        return None
+    try:
+        total = old + by
+    except OverflowError:  # an int beyond the range of floats
+        return None
+    return total if _is_number(total) else None
+
+
+def _is_number(value: object) -> bool:
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _shown(value: object) -> str:
+    return f"{value!r}" if isinstance(value, bool | int | float | None) else f"a {type(value).__name__}"
+
+
+def normalize_value(value: object) -> Any:
+    """Take a value through JSON once: what is read back is what subscribers see, and nobody else holds it."""
+    return decode(encode_value(value))
+
+
+def check_size(metadata: Mapping[str, Any], limit_bytes: int) -> None:
+    """Raise `LimitExceeded` if the encoded metadata is over the limit."""
+    size = len(encode_value(metadata))
+    if size > limit_bytes:
+        raise LimitExceeded(f"metadata is {size} bytes, limit {limit_bytes}", status=413)

@@ -1,0 +1,163 @@
+from __future__ import annotations
+
+import copy
+import datetime
+from typing import Any
+
+import msgspec
+import pytest
+
+from asgi_realtime.core.metadata import (
+    Append,
+    Delete,
+    Increment,
+    Operation,
+    Remove,
+    Replace,
+    Set,
+    apply_operations,
+    check_size,
+    normalize_value,
+)
+from asgi_realtime.errors import EncodingError, LimitExceeded, UsageError
+
+OLD: dict[str, Any] = {
+    "n": 1,
+    "f": 0.5,
+    "list": [1, True, {"a": [1]}, {"a": [1]}],
+    "text": "x",
+    "flag": True,
+    "nil": None,
+}
+
+
+@pytest.mark.parametrize(
+    ("operation", "changed"),
+    [
+        (Set("new", {"a": 1}), {"new": {"a": 1}}),
+        (Set("n", None), {"n": None}),
+        (Delete("n"), {"n": ...}),
+        (Delete("missing"), {}),
+        (Append("missing", 1), {"missing": [1]}),
+        (Append("list", 2), {"list": [1, True, {"a": [1]}, {"a": [1]}, 2]}),
+        (Append("text", "y"), {"text": ["x", "y"]}),
+        (Append("nil", 1), {"nil": [None, 1]}),
+        (Remove("list", {"a": [1]}), {"list": [1, True, {"a": [1]}]}),
+        (Remove("list", True), {"list": [1, {"a": [1]}, {"a": [1]}]}),
+        (Remove("list", 1.0), {"list": [True, {"a": [1]}, {"a": [1]}]}),
+        (Remove("list", {"a": [True]}), {}),
+        (Remove("list", {"b": [1]}), {}),
+        (Remove("list", [1]), {}),
+        (Remove("missing", 1), {}),
+        (Remove("text", "x"), {}),
+        (Increment("n", 2), {"n": 3}),
+        (Increment("n", -2.5), {"n": -1.5}),
+        (Increment("missing", 1), {"missing": 1}),
+        (Replace({"only": 1}), {**dict.fromkeys(OLD, ...), "only": 1}),
+    ],
+)
+def test_an_operation_changes_its_key_and_nothing_else(operation: Operation, changed: dict[str, Any]) -> None:
+    before = copy.deepcopy(OLD)
+    expected = {key: value for key, value in {**OLD, **changed}.items() if value is not ...}
+    assert apply_operations(OLD, [operation]) == expected
+    assert before == OLD
+
+
+def test_operations_apply_in_order_and_leave_their_values_alone() -> None:
+    value: list[Any] = [1]
+    replacement: dict[str, Any] = {"a": value}
+    operations: list[Operation] = [
+        Set("x", 1),
+        Replace(replacement),
+        Append("a", 2),
+        Append("a", 3),
+        Remove("a", 1),
+        Increment("n", 1),
+    ]
+    assert apply_operations({}, operations) == {"a": [2, 3], "n": 1}
+    assert (value, replacement) == ([1], {"a": [1]})
+
+
+def test_no_operations_give_a_copy() -> None:
+    result = apply_operations(OLD, [])
+    assert result == OLD
+    assert result is not OLD
+
+
+@pytest.mark.parametrize(
+    ("old", "by", "shown"),
+    [
+        ("1", 1, "a str"),
+        (True, 1, "True"),
+        (None, 1, "None"),
+        ([1], 1, "a list"),
+        (1.7e308, 1.7e308, "1.7e\\+308"),
+        (10**400, 0.5, "1000"),
+    ],
+)
+def test_what_is_no_number_cannot_be_incremented(old: object, by: float, shown: str) -> None:
+    operations: list[Operation] = [Increment("n", by), Set("after", 1)]
+    with pytest.raises(UsageError, match=f"metadata 'n' is {shown}.* cannot change by"):
+        apply_operations({"n": old}, operations)
+    assert apply_operations({"n": old}, operations, strict=False) == {"n": old, "after": 1}
+
+
+@pytest.mark.parametrize("by", [True, "1", None, float("nan"), float("inf")])
+def test_an_increment_is_by_a_finite_number(by: Any) -> None:
+    with pytest.raises(UsageError, match="finite number"):
+        Increment("n", by)
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("", "0 characters; allowed are 1 to 128"),
+        ("k" * 129, "129 characters"),
+        ("a\nb", "control characters"),
+        ("a\x7f", "control characters"),
+        (1, "is a int"),
+    ],
+)
+def test_a_bad_key_is_refused(key: Any, message: str) -> None:
+    makers = (lambda: Set(key, 1), lambda: Delete(key), lambda: Increment(key, 1), lambda: Replace({key: 1}))
+    for make in makers:
+        with pytest.raises(UsageError, match=message):
+            make()
+
+
+def test_a_key_of_128_characters_is_allowed() -> None:
+    assert apply_operations({}, [Set("ä" * 128, 1)]) == {"ä" * 128: 1}
+
+
+def test_metadata_is_replaced_by_a_dict() -> None:
+    with pytest.raises(UsageError, match="metadata is a list; allowed is a dict"):
+        Replace([1])  # type: ignore[arg-type]
+
+
+def test_operations_cross_a_wire() -> None:
+    operations = [
+        Set("a", {"x": 1}),
+        Delete("b"),
+        Append("c", 1),
+        Remove("d", [1]),
+        Increment("e", -1),
+        Increment("f", 0.5),
+        Replace({"g": 1}),
+    ]
+    assert msgspec.json.decode(msgspec.json.encode(operations), type=list[Operation]) == operations
+    with pytest.raises(msgspec.ValidationError, match="1 to 128"):
+        msgspec.json.decode(b'[{"type":"delete","key":""}]', type=list[Operation])
+
+
+def test_a_value_is_what_subscribers_see() -> None:
+    value = {"at": datetime.date(2024, 1, 2), "pair": (1, 2), "bad": "\ud800", "nan": float("nan")}
+    assert normalize_value(value) == {"at": "2024-01-02", "pair": [1, 2], "bad": "\ufffd", "nan": None}
+    with pytest.raises(EncodingError):
+        normalize_value(object())
+
+
+def test_the_size_limit_is_exact() -> None:
+    check_size({"a": "é"}, 10)
+    with pytest.raises(LimitExceeded, match="metadata is 10 bytes, limit 9") as caught:
+        check_size({"a": "é"}, 9)
+    assert caught.value.status == 413
