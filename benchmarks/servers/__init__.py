@@ -1,0 +1,10 @@
+"""The servers that are compared: one module each, which differ in the transport only."""
+
+from __future__ import annotations
+
+PEERS = {
+    "raw": "benchmarks.servers.raw:RawPeer",
+    "sse-starlette": "benchmarks.servers.sse_starlette:SseStarlettePeer",
+    "asgi_realtime": "benchmarks.servers.ours:OursPeer",
+}
+"""Name to class, imported only in the server's own process. The first is what the others are compared with."""

@@ -1,0 +1,144 @@
+"""The process of one server: uvicorn on one CPU, and the control channel that makes it create, publish and end.
+
+Called as `python -m benchmarks.servers PEER CONTROL_FD CPU` by `benchmarks.process`; not by hand.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import importlib
+import json
+import math
+import os
+import socket
+import sys
+import time
+from typing import Any, cast
+
+import uvicorn
+import uvloop
+
+from benchmarks.chunks import make_chunk
+from benchmarks.servers import PEERS
+from benchmarks.servers.peer import Peer
+
+_LINE_LIMIT = 16 * 1024 * 1024
+_BACKLOG = 4096
+
+
+class Control:
+    """Does what the load client says, one command at a time; acknowledgements come in between."""
+
+    def __init__(self, peer: Peer, writer: asyncio.StreamWriter) -> None:
+        self._peer = peer
+        self._writer = writer
+        self._produced: dict[str, int] = {}
+        self._acknowledged = 0
+        self._advanced = asyncio.Event()
+        self._working: asyncio.Task[None] | None = None
+
+    def handle(self, message: dict[str, Any]) -> None:
+        command = message.pop("do")
+        if command == "acknowledge":
+            self._acknowledged = message["count"]
+            self._advanced.set()
+        else:
+            self._working = asyncio.create_task(self._work(command, message))
+
+    async def _work(self, command: str, arguments: dict[str, Any]) -> None:
+        answer = await getattr(self, f"do_{command}")(**arguments)
+        self._writer.write(json.dumps(answer).encode() + b"\n")
+
+    async def do_create(self, *, streams: list[str], tokens: int = 1) -> list[dict[str, Any]]:
+        self._produced |= dict.fromkeys(streams, 0)
+        return [dataclasses.asdict(await self._peer.create_stream(name, tokens=tokens)) for name in streams]
+
+    async def do_produce(self, *, stream: str, count: int, burst: int, window: int, seconds: float) -> int:
+        """Publish `burst` chunks per loop turn, at most `window` ahead of the slowest subscriber, not for ever.
+
+        The window is kept by what the subscribers report, so that no server can run ahead in its own queues."""
+        deadline = time.monotonic() + seconds
+        seq = self._produced[stream]
+        end = seq + count
+        self._acknowledged = max(self._acknowledged, seq)
+        while seq < end and time.monotonic() < deadline:
+            if seq + burst > self._acknowledged + window:
+                await self._wait_for_subscribers(deadline)
+                continue
+            now = time.monotonic_ns()
+            await self._peer.publish(stream, [make_chunk(seq + number, now) for number in range(burst)])
+            seq += burst
+            await asyncio.sleep(0)
+        self._produced[stream] = seq
+        return seq
+
+    async def do_pace(self, *, streams: list[str], rate: float, count: int, start_ns: int) -> int:
+        """Publish to the streams in turn, `rate` chunks a second in all, whether or not subscribers keep up."""
+        base = self._produced[streams[0]]
+        done = 0
+        while done < count:
+            due = min(count, math.floor((time.monotonic_ns() - start_ns) * rate / 1e9) + 1)
+            while done < due:
+                chunk = make_chunk(base + done // len(streams), start_ns + int(done * 1e9 / rate))
+                await self._peer.publish(streams[done % len(streams)], [chunk])
+                done += 1
+            wait_ms = (start_ns + done * 1e9 / rate - time.monotonic_ns()) / 1e6
+            # uvloop's timers count in whole milliseconds: less than one would spin.
+            await asyncio.sleep(max(1, math.ceil(wait_ms)) / 1000)
+        self._produced |= dict.fromkeys(streams, base + count // len(streams))
+        return base + count // len(streams)
+
+    async def do_end(self, *, streams: list[str]) -> None:
+        for name in streams:
+            await self._peer.end_stream(name)
+
+    async def _wait_for_subscribers(self, deadline: float) -> None:
+        self._advanced.clear()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
+                await self._advanced.wait()
+
+
+def _make_peer(name: str) -> Peer:
+    module, _, class_name = PEERS[name].partition(":")
+    return cast(Peer, getattr(importlib.import_module(module), class_name)())
+
+
+async def _serve(peer_name: str, control_fd: int) -> None:
+    peer = _make_peer(peer_name)
+    config = uvicorn.Config(
+        peer.app,
+        interface="asgi3",
+        http="httptools",
+        ws="none",
+        access_log=False,
+        log_level="warning",
+        backlog=_BACKLOG,
+        timeout_graceful_shutdown=2,
+    )
+    server = uvicorn.Server(config)
+    listener = socket.create_server(("127.0.0.1", 0), backlog=_BACKLOG)
+    serving = asyncio.create_task(server.serve([listener]))
+    while not server.started and not serving.done():  # noqa: ASYNC110 - uvicorn sets a flag, no event.
+        await asyncio.sleep(0.01)
+    reader, writer = await asyncio.open_connection(sock=socket.socket(fileno=control_fd), limit=_LINE_LIMIT)
+    if server.started:
+        writer.write(json.dumps({"port": listener.getsockname()[1]}).encode() + b"\n")
+        control = Control(peer, writer)
+        with contextlib.suppress(ConnectionResetError):  # The client left an answer unread.
+            while line := await reader.readline():
+                control.handle(json.loads(line))
+    server.should_exit = True
+    await serving
+
+
+def main() -> None:
+    peer, control_fd, cpu = sys.argv[1:]
+    os.sched_setaffinity(0, {int(cpu)})
+    uvloop.run(_serve(peer, int(control_fd)))
+
+
+if __name__ == "__main__":
+    main()

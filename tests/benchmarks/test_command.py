@@ -1,0 +1,35 @@
+"""The command runs, and its exit code tells of a chunk that was not delivered."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("uvloop")
+
+_ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.mark.slow
+def test_a_quick_run_of_the_raw_server_is_right(tmp_path: Path) -> None:
+    file = tmp_path / "figures.json"
+    command = [sys.executable, "-m", "benchmarks", "--quick", "--peers", "raw", "--only", "burst", "--json", str(file)]
+    done = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, timeout=18)
+
+    assert done.returncode == 0, done.stderr
+    row = json.loads(file.read_text())["workloads"]["burst"]["summary"]["raw"]
+    assert row["missing"] == row["doubled"] == row["damaged"] == 0
+    assert row["us_per_event"] > 0
+    assert row["ratio"] == 1
+
+
+def test_an_unknown_name_is_refused() -> None:
+    command = [sys.executable, "-m", "benchmarks", "--only", "sideways"]
+    done = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, timeout=18)
+
+    assert done.returncode == 2
+    assert "fanout" in done.stderr
