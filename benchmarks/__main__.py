@@ -84,6 +84,8 @@ def main() -> int:
     machine = describe_machine()
     print(f"Python {machine['python']}, {machine['system']};", end=" ")
     print(", ".join(f"{name} {number}" for name, number in machine["packages"].items()))
+    if options.quick:
+        print("Quick run: about a tenth of the sizes below, and figures that mean little.")
     print(render(options.workloads, results))
     if options.json:
         options.json.write_text(json.dumps(as_json(options.workloads, results), indent=2) + "\n")

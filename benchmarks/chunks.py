@@ -17,7 +17,7 @@ _PADDING = "x" * (PAYLOAD_BYTES - 2 - 8 - 1 - 19 - 1)
 _EVENT = re.compile(
     rb'id: ?(?P<id>\d+)\r?\ndata: ?"(?P<seq>\d{8}) (?P<due>\d{19}) ' + _PADDING.encode() + rb'"\r?\n\r?\n'
     rb"|(?::[^\n]*\n|retry:[^\n]*\n)+\r?\n"
-    rb"|(?:id:[^\n]*\n)?event: ?(?:end|reconnect)\r?\n(?:[^\n]+\n)*\r?\n"
+    rb"|(?:id:[^\n]*\n)?event: ?(?:end|reconnect)\r?\n(?:[^\r\n]+\r?\n)*\r?\n"
 )
 """An event with a chunk, or what a server may say besides: comments, `retry:`, a named event at the end."""
 FRAME_END = re.compile(rb'x"\r?\n\r?\n')

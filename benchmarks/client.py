@@ -143,7 +143,8 @@ class Subscriber(asyncio.Protocol):
         if bodies:
             # Each server sends its heartbeat as a body of its own, with a time in it or at another place for each
             # subscriber. One inside another body would end up in `own` and be parsed there.
-            self._take(b"".join([body for body in bodies if body[:1] != b":"]))
+            wanted = [body for body in bodies if body[:1] != b":"]
+            self._take(wanted[0] if len(wanted) == 1 else b"".join(wanted))
 
     def _check_head(self, head: bytes) -> None:
         status, _, headers = head.partition(b"\r\n")
@@ -171,7 +172,7 @@ class Subscriber(asyncio.Protocol):
             self.own = bytearray(body)
             return
         if len(body) > known:
-            text += body[known:]
+            text += body[known:] if known else body
         self.position += len(body)
 
 
