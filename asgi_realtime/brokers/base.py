@@ -17,9 +17,15 @@ from asgi_realtime.core.topics import Change, Changes, Cursor
 from asgi_realtime.livelog import LiveLog
 from asgi_realtime.waiting import Parking
 
+MARKS_KEPT = 64
+"""How many of a run's newest commits a broker recognises when they are retried, at least."""
+
 
 class ChangeMark(NamedTuple):
-    """Who commits, and the number of the commit in the writer's own count: makes a retried commit harmless."""
+    """The name of one commit, the same in each retry: the writer, and a number that it uses once for each run.
+
+    Numbers need not arrive in order: one writer may have several commits under way.
+    """
 
     writer: str
     number: int
@@ -79,8 +85,8 @@ class Broker(Protocol):
         The record and its own topic `run:<id>` change in one step; a terminal record ends all streams of the run in
         that step. Before the call returns, the topics in `record.topics` are told: each change at least once, never an
         older version over a newer one; a mark of the same step makes the run due as `untold` until that is done.
-        A commit whose mark was stored before returns the version of then. Raises `VersionConflict` with the stored
-        record.
+        A commit whose mark is among the newest `MARKS_KEPT` of the run changes nothing and returns the version of then.
+        Raises `VersionConflict` with the stored record.
         """
         ...
 
@@ -139,6 +145,7 @@ class ImmediateBroker(Protocol):
 
 
 __all__ = [
+    "MARKS_KEPT",
     "Broker",
     "Change",
     "ChangeMark",

@@ -12,7 +12,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 
-from asgi_realtime.brokers.base import ChangeMark
+from asgi_realtime.brokers.base import MARKS_KEPT, ChangeMark
 from asgi_realtime.config import Limits, Retention, Timeouts
 from asgi_realtime.core.log import End, Log, Page, Position, Producer, StreamKey
 from asgi_realtime.core.runs import DUE_KINDS, RunRecord, Status, due_times, run_topic
@@ -35,7 +35,7 @@ class _StoredRun:
     def __init__(self, record: RunRecord) -> None:
         self.record = record
         self.streams: dict[str, LiveLog] = {}
-        self.marks: dict[str, tuple[int, int]] = {}  # writer: (number, version) of its last commit
+        self.marks: dict[ChangeMark, int] = {}  # the versions that the newest commits made
         self.told: tuple[str, ...] = ()  # topics that the run was ever told to
         self.size = 0
 
@@ -136,14 +136,13 @@ class MemoryBroker:
         self, key: StreamKey, items: Sequence[bytes], *, producer: Producer | None = None, end: End | None = None
     ) -> Position:
         run = self._run(key.run)
-        live = run.streams.get(key.name)
-        if live is None:
-            live = self._add_stream(run, key.name)
+        live = run.streams.get(key.name) or self._make_stream(run)
         log = live.log
         before = log.size
         position = log.append(items, self._now_ms(), producer=producer)
         if end is not None:
             log.close(end)
+        run.streams[key.name] = live  # not before: a refused append leaves nothing behind
         if log.size > self._retention.stream_bytes:
             log.trim(self._retention.stream_bytes)
         grown = log.size - before
@@ -168,19 +167,18 @@ class MemoryBroker:
     @asynccontextmanager
     async def live(self, key: StreamKey) -> AsyncIterator[LiveLog]:
         run = self._run(key.run)
-        live = run.streams.get(key.name)
-        if live is None:
-            live = self._add_stream(run, key.name)
+        live = run.streams[key.name] = run.streams.get(key.name) or self._make_stream(run)
         live.enter()
         try:
             yield live
         finally:
             live.leave()
-            if not live.readers and not live.log.next and run.streams.get(key.name) is live:
-                del run.streams[key.name]  # only readers ever knew it
+            if not live.readers and not live.log.next and live.end in (None, run.record.end):
+                run.streams.pop(key.name, None)  # only readers ever knew it
 
-    def _add_stream(self, run: _StoredRun, name: str) -> LiveLog:
-        live = run.streams[name] = LiveLog(Log())
+    @staticmethod
+    def _make_stream(run: _StoredRun) -> LiveLog:
+        live = LiveLog(Log())
         if run.record.end is not None:
             live.log.close(run.record.end)
         return live
@@ -196,8 +194,8 @@ class MemoryBroker:
     async def commit(self, record: RunRecord, *, expect: int, change: ChangeMark) -> int:
         run = self._runs.get(record.id)
         if run is not None:
-            number, version = run.marks.get(change.writer, (-1, 0))
-            if change.number <= number:
+            version = run.marks.get(change)
+            if version is not None:
                 return version
         stored = 0 if run is None else run.record.version
         if stored != expect or record.version != expect + 1:
@@ -207,7 +205,9 @@ class MemoryBroker:
             run = self._runs[record.id] = _StoredRun(record)
             self._resize(run, _RECORD_BYTES + len(record.payload_json or b""))
         run.record = record
-        run.marks[change.writer] = (change.number, record.version)
+        run.marks[change] = record.version
+        if len(run.marks) > MARKS_KEPT:
+            del run.marks[next(iter(run.marks))]
         self._schedule(record)
         self._tell(run_topic(record.id), record)
         if record.end is not None:
@@ -340,13 +340,11 @@ class MemoryBroker:
                 return
 
     def _halve_largest(self) -> bool:
-        """Trim the largest stream of all; False if nothing could be freed."""
-        run, log = max(
-            ((run, live.log) for run in self._runs.values() for live in run.streams.values()),
-            key=lambda pair: pair[1].size,
-            default=(None, None),
-        )
-        freed = log.trim(log.size // 2) if log is not None else 0
-        if run is not None:
-            self._resize(run, run.size - freed)
-        return freed > 0
+        """Trim the largest stream of those that can be trimmed; False if there is none: the last entry stays."""
+        logs = ((run, live.log) for run in self._runs.values() for live in run.streams.values())
+        trimmable = ((run, log) for run, log in logs if log.next - log.first > 1)
+        run, log = max(trimmable, key=lambda pair: pair[1].size, default=(None, None))
+        if run is None or log is None:
+            return False
+        self._resize(run, run.size - log.trim(log.size // 2))
+        return True

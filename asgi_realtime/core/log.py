@@ -108,15 +108,14 @@ class Log:
             return Position(seq - 1, seq)
         if self.end is not None:
             raise StreamClosed(f"the stream has ended ({self.end.reason}); nothing can be appended")
-        for item in items:
-            frame = chunk_frame(seq, item)
+        frames = [chunk_frame(number, item) for number, item in enumerate(items, seq)]  # before anything is changed
+        for frame in frames:
             self._frames.append(frame)
             self._times.append(now_ms)
             self._sums.append((self._sums[-1] if self._sums else self._trimmed) + len(frame))
-            seq += 1
-        self.next = seq
+        self.next = seq = seq + len(frames)
         if producer is not None:
-            self._producers[producer.id] = (expected + len(items), seq - 1)
+            self._producers[producer.id] = (expected + len(frames), seq - 1)
         return Position(seq - 1, seq)
 
     def close(self, end: End) -> None:
@@ -167,4 +166,3 @@ class Log:
             del self._frames[:stop], self._times[:stop], self._sums[:stop]
             self._base += stop
         return freed
-

@@ -1,0 +1,221 @@
+"""Claims, due times, leases and removal: what a broker knows by its own clock."""
+
+from __future__ import annotations
+
+import anyio
+import pytest
+
+from asgi_realtime.brokers.base import Broker, StreamKey
+from asgi_realtime.core.runs import BatchMember, RunRecord, Status, run_topic
+from asgi_realtime.errors import RunNotFound, VersionConflict
+from asgi_realtime.testing.conformance.kit import (
+    TIMEOUTS,
+    Backend,
+    MakeBroker,
+    create,
+    finished,
+    following,
+    items,
+    new_mark,
+    new_tag,
+    opened,
+    store,
+    versions_in,
+)
+
+
+@pytest.mark.anyio
+async def test_the_first_claim_wins(make_broker: MakeBroker) -> None:
+    async with opened(make_broker) as backend:
+        key = new_tag()
+        assert await backend.broker.claim(key, "first", ttl_s=60) == "first"
+        assert await backend.peer.claim(key, "second", ttl_s=60) == "first"
+        assert await backend.broker.claim(key, "first", ttl_s=60) == "first"
+        assert await backend.broker.claim(new_tag(), "second", ttl_s=60) == "second"
+
+
+@pytest.mark.anyio
+async def test_of_concurrent_claims_all_learn_of_one_winner(make_broker: MakeBroker) -> None:
+    async with opened(make_broker) as backend:
+        key = new_tag()
+        found: list[str] = []
+
+        async def claim(broker: Broker, value: str) -> None:
+            found.append(await broker.claim(key, value, ttl_s=60))
+
+        async with anyio.create_task_group() as group:
+            for number in range(10):
+                group.start_soon(claim, backend.processes[number % 2], f"value {number}")
+        assert len(found) == 10
+        assert len(set(found)) == 1
+
+
+@pytest.mark.anyio
+async def test_a_claim_expires_by_the_brokers_clock(make_broker: MakeBroker) -> None:
+    async with opened(make_broker) as backend:
+        key = new_tag()
+        await backend.broker.claim(key, "first", ttl_s=1.0)
+        await backend.advance(0.5)
+        assert await backend.peer.claim(key, "second", ttl_s=60) == "first", "a later claim does not prolong it either"
+        await backend.advance(0.6)
+        assert await backend.peer.claim(key, "third", ttl_s=60) == "third"
+        assert await backend.broker.claim(key, "fourth", ttl_s=60) == "third"
+
+
+# Due times
+
+
+async def _due(backend: Backend, kind: str) -> list[str]:
+    """What is due, for which both processes must give the same answer."""
+    found = await backend.broker.due(kind)
+    assert await backend.peer.due(kind) == found
+    return found
+
+
+async def _assert_due_after(backend: Backend, kind: str, run: RunRecord, seconds: float) -> None:
+    assert run.id not in await _due(backend, kind)
+    await backend.advance(seconds + 0.1)
+    assert await _due(backend, kind) == [run.id]
+    assert await _due(backend, kind) == [run.id], "it stays due until something is done"
+
+
+@pytest.mark.anyio
+async def test_a_delayed_run_is_due_when_its_delay_is_over(make_broker: MakeBroker) -> None:
+    async with opened(make_broker) as backend:
+        run = await create(backend, status=Status.DELAYED, delay_until_ms=backend.now_ms() + 1000)
+        await _assert_due_after(backend, "delay", run, 1.0)
+        await store(backend.peer, following(run, status=Status.QUEUED))
+        assert await _due(backend, "delay") == []
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("status", [Status.DELAYED, Status.QUEUED])
+async def test_a_waiting_run_is_due_when_its_ttl_is_over(make_broker: MakeBroker, status: Status) -> None:
+    async with opened(make_broker) as backend:
+        run = await create(backend, status=status, expires_at_ms=backend.now_ms() + 1000)
+        await _assert_due_after(backend, "ttl", run, 1.0)
+        await store(backend.peer, following(run, status=Status.EXPIRED, completed_at_ms=backend.now_ms()))
+        assert await _due(backend, "ttl") == []
+
+
+@pytest.mark.anyio
+async def test_a_run_that_has_started_has_no_ttl(make_broker: MakeBroker) -> None:
+    async with opened(make_broker) as backend:
+        run = await create(backend, expires_at_ms=backend.now_ms() + 1000)
+        await store(backend.broker, following(run, status=Status.EXECUTING, owner="us"))
+        await backend.advance(1.1)
+        assert await _due(backend, "ttl") == []
+
+
+@pytest.mark.anyio
+async def test_a_cancel_that_nobody_heeds_is_due(make_broker: MakeBroker) -> None:
+    async with opened(make_broker) as backend:
+        run = await create(backend, status=Status.EXECUTING, owner="us")
+        run = await store(backend.broker, following(run, cancel_requested_at_ms=backend.now_ms()))
+        await _assert_due_after(backend, "cancel", run, TIMEOUTS.cancel)
+        await store(backend.peer, following(run, status=Status.CANCELED, completed_at_ms=backend.now_ms()))
+        assert await _due(backend, "cancel") == []
+
+
+@pytest.mark.anyio
+async def test_a_run_that_is_over_expires_and_can_be_removed(make_broker: MakeBroker) -> None:
+    async with opened(make_broker, after_end=1.0) as backend:
+        run = await store(backend.broker, finished(backend, await create(backend)))
+        await _assert_due_after(backend, "expiry", run, 1.0)
+        await backend.peer.remove(run.id)
+        assert await _due(backend, "expiry") == []
+
+
+@pytest.mark.anyio
+async def test_what_is_due_longest_comes_first_up_to_a_limit(make_broker: MakeBroker) -> None:
+    async with opened(make_broker) as backend:
+        now_ms = backend.now_ms()
+        runs = {
+            at: (await create(backend, status=Status.DELAYED, delay_until_ms=now_ms + at)).id for at in (500, 100, 300)
+        }
+        await backend.advance(1.0)
+        assert await _due(backend, "delay") == [runs[100], runs[300], runs[500]]
+        assert await backend.broker.due("delay", limit=2) == [runs[100], runs[300]]
+
+
+# Leases
+
+
+@pytest.mark.anyio
+async def test_a_lease_begins_with_the_execution_and_is_due_when_nobody_renews_it(make_broker: MakeBroker) -> None:
+    async with opened(make_broker) as backend:
+        run = await create(backend)
+        await backend.advance(TIMEOUTS.lease + 0.1)
+        assert await _due(backend, "lease") == [], "nobody owes anything for a run that waits"
+        run = await store(backend.broker, following(run, status=Status.EXECUTING, owner="us"))
+        await _assert_due_after(backend, "lease", run, TIMEOUTS.lease)
+        await store(backend.peer, following(run, status=Status.CRASHED, completed_at_ms=backend.now_ms()))
+        assert await _due(backend, "lease") == []
+
+
+@pytest.mark.anyio
+async def test_a_change_of_the_run_is_no_renewal(make_broker: MakeBroker) -> None:
+    """Any process may add a tag; that says nothing of the owner's health."""
+    async with opened(make_broker) as backend:
+        run = await create(backend, status=Status.EXECUTING, owner="us")
+        await backend.advance(TIMEOUTS.lease / 2)
+        await store(backend.peer, following(run, tags=(new_tag(),)))
+        await backend.advance(TIMEOUTS.lease / 2 + 0.1)
+        assert await _due(backend, "lease") == [run.id]
+
+
+@pytest.mark.anyio
+async def test_only_the_owner_renews_a_lease(make_broker: MakeBroker) -> None:
+    async with opened(make_broker) as backend:
+        run = await create(backend, status=Status.EXECUTING, owner="us")
+        neighbour = await create(backend, status=Status.EXECUTING, owner="us")
+        over = await store(
+            backend.broker, finished(backend, await create(backend, status=Status.EXECUTING, owner="us"))
+        )
+        await backend.advance(TIMEOUTS.lease / 2)
+        await backend.broker.renew([run.id, over.id, "run_that_never_was"], owner="us")
+        await backend.broker.renew([neighbour.id], owner="them")
+        await backend.advance(TIMEOUTS.lease / 2 + 0.1)
+        assert await _due(backend, "lease") == [neighbour.id]
+        await backend.peer.renew([neighbour.id], owner="us")
+        assert await _due(backend, "lease") == [], "a lease may be renewed as long as nobody has acted on its end"
+        await backend.advance(TIMEOUTS.lease / 2)
+        assert await _due(backend, "lease") == [run.id]
+
+
+# Removal
+
+
+@pytest.mark.anyio
+async def test_a_removed_run_is_gone_from_everywhere(make_broker: MakeBroker) -> None:
+    async with opened(make_broker) as backend:
+        tag, early, batch = new_tag(), new_tag(), new_tag()
+        run = await create(backend, tags=(early,), batch=BatchMember(batch, 0, 2))
+        other = await create(backend, tags=(tag,))
+        key = StreamKey(run.id, "default")
+        await backend.broker.append(key, items(3))
+        run = await store(backend.broker, finished(backend, run, tags=(early, tag)))
+        await backend.peer.remove(run.id)
+        await backend.peer.remove(run.id)
+
+        assert await backend.broker.load([run.id]) == [None]
+        with pytest.raises(RunNotFound):
+            await backend.broker.read(key)
+        with pytest.raises(RunNotFound):
+            await backend.broker.append(key, items(1))
+        for topic in (run_topic(run.id), f"tag:{early}", f"batch:{batch}"):
+            assert await versions_in(backend.broker, topic) == {}
+        assert await versions_in(backend.broker, f"tag:{tag}") == {other.id: 1}
+        with pytest.raises(VersionConflict) as conflict:
+            await backend.broker.commit(following(run), expect=run.version, change=new_mark())
+        assert conflict.value.current is None
+        await backend.broker.tell(run.id)
+        assert await versions_in(backend.broker, f"tag:{early}") == {}
+
+
+@pytest.mark.anyio
+async def test_a_broker_that_answers_says_so(make_broker: MakeBroker) -> None:
+    async with opened(make_broker) as backend:
+        for broker in backend.processes:
+            await broker.ping()
+            assert isinstance(broker.shared, bool)

@@ -1,0 +1,312 @@
+"""What the tests of the suite are written with: the broker under test, a reader, and the art of cancelling.
+
+`Backend` is what a user's fixture gives. `Reader` does what a subscription does, with the same calls. Nothing in here
+sleeps; a test that waits for ever is ended by `opened`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import secrets
+import time
+import types
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Protocol
+
+import anyio
+import anyio.lowlevel
+import msgspec
+from hypothesis import HealthCheck, settings
+
+from asgi_realtime.brokers.base import Broker, ChangeMark, Changes, Cursor, End, Entry, LiveTopic, StreamKey
+from asgi_realtime.config import Limits, Retention, Timeouts
+from asgi_realtime.core.runs import RunRecord, Status
+from asgi_realtime.core.sse import chunk_frame
+from asgi_realtime.livelog import LiveLog
+from asgi_realtime.waiting import make_parker
+
+COMPLETE = End("complete")
+
+PROPERTY = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+"""For tests of random examples: each opens a backend of its own, and how long that takes is the backend's matter."""
+
+
+@dataclass(kw_only=True)
+class Backend:
+    """A broker under test, and what the suite has to know of it."""
+
+    broker: Broker
+    peer: Broker
+    """The same storage as another process sees it: a second broker object; or `broker` itself if it is not shared."""
+    now: Callable[[], float] = time.time
+    """The broker's clock, in unix seconds."""
+    advance: Callable[[float], Awaitable[None]] = anyio.sleep
+    """Moves that clock on. A backend whose clock cannot be moved sleeps; the suite asks for a few seconds at most."""
+    held: Callable[[], int] = lambda: 0
+    """How many subscriptions, mirrors, tasks and other things the two brokers hold open for readers, just now."""
+
+    @property
+    def processes(self) -> tuple[Broker, Broker]:
+        return self.broker, self.peer
+
+    def now_ms(self) -> int:
+        return int(self.now() * 1000)
+
+
+class MakeBroker(Protocol):
+    """The fixture `make_broker`: opens a broker with these settings, and closes it."""
+
+    def __call__(
+        self, *, limits: Limits, retention: Retention, timeouts: Timeouts
+    ) -> AbstractAsyncContextManager[Backend]: ...
+
+
+TIMEOUTS = Timeouts(lease=2.0, cancel=1.0)
+
+GUARD_S = 10.0
+"""No test of the suite takes longer, on any backend."""
+
+
+@asynccontextmanager
+async def opened(
+    make_broker: MakeBroker, *, stream_bytes: int = 1024 * 1024, topic_runs: int = 1000, after_end: float = 3.0
+) -> AsyncIterator[Backend]:
+    """A backend for one test, under the guard."""
+    with anyio.fail_after(getattr(make_broker, "guard_s", GUARD_S)):
+        async with make_broker(
+            limits=Limits(topic_runs=topic_runs),
+            retention=Retention(stream_bytes=stream_bytes, after_end=after_end),
+            timeouts=TIMEOUTS,
+        ) as backend:
+            yield backend
+
+
+# Runs
+
+
+def new_record(backend: Backend, *, status: Status = Status.QUEUED, **fields: Any) -> RunRecord:
+    now_ms = backend.now_ms()
+    run_id = f"run_{secrets.token_hex(8)}"
+    return RunRecord(id=run_id, task="test", status=status, created_at_ms=now_ms, updated_at_ms=now_ms, **fields)
+
+
+def new_tag() -> str:
+    return f"tag-{secrets.token_hex(8)}"
+
+
+def new_mark() -> ChangeMark:
+    """The mark of a writer that commits once."""
+    return ChangeMark(secrets.token_hex(8), 0)
+
+
+def following(record: RunRecord, **fields: Any) -> RunRecord:
+    """The next version of a record."""
+    return msgspec.structs.replace(record, **{"version": record.version + 1, **fields})
+
+
+def finished(backend: Backend, record: RunRecord, **fields: Any) -> RunRecord:
+    """The next version of a record, COMPLETED."""
+    return following(record, status=Status.COMPLETED, completed_at_ms=backend.now_ms(), **fields)
+
+
+async def create(backend: Backend, **fields: Any) -> RunRecord:
+    """Store a new run."""
+    record = new_record(backend, **fields)
+    assert await backend.broker.commit(record, expect=0, change=new_mark()) == 1
+    return record
+
+
+async def store(broker: Broker, record: RunRecord) -> RunRecord:
+    """Commit the next version of a run."""
+    assert await broker.commit(record, expect=record.version - 1, change=new_mark()) == record.version
+    return record
+
+
+async def new_key(backend: Backend, name: str = "default") -> StreamKey:
+    """A stream of a run of its own."""
+    return StreamKey((await create(backend)).id, name)
+
+
+# Streams
+
+
+def items(count: int, start: int = 0) -> list[bytes]:
+    return [b"%d" % number for number in range(start, start + count)]
+
+
+def data(entries: Sequence[Entry]) -> list[bytes]:
+    return [entry.data for entry in entries]
+
+
+def seqs(entries: Sequence[Entry]) -> list[int]:
+    return [entry.seq for entry in entries]
+
+
+async def read_all(broker: Broker, key: StreamKey, after: int = -1) -> list[Entry]:
+    """All retained entries, page by page."""
+    entries: list[Entry] = []
+    while page := (await broker.read(key, after=after)).entries:
+        entries += page
+        after = page[-1].seq
+    return entries
+
+
+@dataclass
+class Reader:
+    """A subscriber with a cursor. It may leave and come again; what it has seen stays."""
+
+    broker: Broker
+    key: StreamKey
+    after: int = -1
+    seen: list[Entry] = field(default_factory=list)
+    gaps: list[tuple[int, int]] = field(default_factory=list)
+    """(cursor, first retained seq) for each loss that was reported."""
+    end: End | None = None
+
+    async def run(self, *, enough: Callable[[Reader], bool] = lambda reader: False) -> Reader:
+        """Read until the stream ends, or until it is enough."""
+        async with self.broker.live(self.key) as live:
+            while not enough(self):
+                if await self._take(live):
+                    continue
+                if live.failure is not None:
+                    raise live.failure
+                if live.end is not None:
+                    self.end = live.end
+                    break
+                await live.waiting.wait()
+        return self
+
+    async def _take(self, live: LiveLog) -> bool:
+        """Move the cursor on; false if there is nothing behind it."""
+        if live.gap(self.after) is not None:
+            await self._catch_up()
+            return True
+        found = live.take(self.after)
+        if found is None:
+            return False
+        entries = live.entries(self.after, 1_000_000)
+        entries = entries[: found.last - entries[0].seq + 1]
+        assert b"".join(chunk_frame(entry.seq, entry.data) for entry in entries) == found.body
+        self._add(entries)
+        return True
+
+    async def _catch_up(self) -> None:
+        """Read from storage what the process does not hold, or learn that it is lost."""
+        page = await self.broker.read(self.key, after=self.after)
+        lost = page.first > self.after + 1
+        assert lost or page.entries, f"neither the process nor the storage has what follows {self.after}"
+        if lost:
+            self.gaps.append((self.after, page.first))
+            self.after = page.first - 1
+        self._add(page.entries)
+
+    def _add(self, entries: list[Entry]) -> None:
+        self.seen += entries
+        if entries:
+            self.after = entries[-1].seq
+
+    def assert_seamless(self) -> None:
+        """Every entry came once and in order, and every jump was reported."""
+        jumps = {first: cursor for cursor, first in self.gaps}
+        for entry, successor in itertools.pairwise(self.seen):
+            if successor.seq != entry.seq + 1:
+                assert successor.seq > entry.seq, f"{successor.seq} came after {entry.seq}"
+                assert jumps.get(successor.seq) == entry.seq, f"nobody told of {entry.seq + 1} to {successor.seq - 1}"
+
+
+def have(count: int) -> Callable[[Reader], bool]:
+    """Enough for a reader: so many entries."""
+    return lambda reader: len(reader.seen) >= count
+
+
+async def pause(steps: int) -> None:
+    """Let the others run for some steps of the loop."""
+    for _ in range(steps):
+        await anyio.lowlevel.checkpoint()
+
+
+async def until_parked(place: LiveLog | LiveTopic, count: int = 1) -> None:
+    """Wait until so many wait there."""
+    while len(place.waiting) < count:
+        await anyio.lowlevel.checkpoint()
+
+
+# Topics
+
+
+async def next_changes(topic: LiveTopic, cursor: Cursor | None, *, limit: int = 1000) -> Changes:
+    """The changes after a cursor, as soon as there are any.
+
+    To ask may suspend, so one takes a seat first, asks, and then waits: a change in between is not missed.
+    """
+    parker = make_parker()
+    try:
+        while True:
+            woken = parker.arm()
+            topic.waiting.add(parker)
+            changes = await topic.changes(cursor, limit=limit)
+            if changes.items:
+                return changes
+            cursor = changes.cursor
+            await woken
+    finally:
+        topic.waiting.discard(parker)
+
+
+def versions(changes: Changes) -> dict[str, int]:
+    """The newest version of each run in an answer; a run stands in an answer once."""
+    found = {change.run_id: change.version for change in changes.items}
+    assert len(found) == len(changes.items), "a run came twice in one answer"
+    return found
+
+
+async def versions_in(broker: Broker, topic: str) -> dict[str, int]:
+    """The runs of a topic and their versions, as a new reader sees them."""
+    changes = await broker.changes(topic)
+    assert changes.snapshot
+    return versions(changes)
+
+
+# Cancellation
+
+
+async def cancelled_at(number: int, call: Coroutine[Any, Any, Any]) -> bool:
+    """Run a call and cancel it at its `number`-th suspension, from 1 (0: before it begins).
+
+    Returns whether it was over before that. Nothing here depends on time, so going through the numbers until the call
+    is over cancels it at every one of its waiting points.
+    """
+    reached = [0]
+    with anyio.CancelScope() as scope:
+        if number == 0:
+            scope.cancel()
+        await _counting(call, reached, partial(_cancel_at, scope, number))
+    return number > reached[0]
+
+
+def _cancel_at(scope: anyio.CancelScope, number: int, reached: int) -> None:
+    if reached == number:
+        scope.cancel()
+
+
+@types.coroutine
+def _counting(
+    call: Coroutine[Any, Any, Any], reached: list[int], suspended: Callable[[int], None]
+) -> Generator[Any, Any, Any]:
+    """As `yield from call`, with a look at each suspension."""
+    resume: Callable[[], Any] = partial(call.send, None)
+    while True:
+        try:
+            trap = resume()
+        except StopIteration as stop:
+            return stop.value
+        reached[0] += 1
+        suspended(reached[0])
+        try:
+            resume = partial(call.send, (yield trap))
+        except BaseException as exc:
+            resume = partial(call.throw, exc)

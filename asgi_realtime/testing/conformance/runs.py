@@ -1,0 +1,309 @@
+"""Runs: compare-and-set, retried commits, one step for record and run topic, what a cancelled commit leaves."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from itertools import count
+
+import anyio
+import pytest
+
+from asgi_realtime.brokers.base import MARKS_KEPT, Broker, ChangeMark
+from asgi_realtime.core.runs import BatchMember, RunError, RunRecord, Status, run_topic
+from asgi_realtime.errors import VersionConflict
+from asgi_realtime.testing.conformance.kit import (
+    Backend,
+    MakeBroker,
+    cancelled_at,
+    create,
+    finished,
+    following,
+    new_mark,
+    new_record,
+    new_tag,
+    next_changes,
+    opened,
+    pause,
+    store,
+    versions,
+    versions_in,
+)
+
+
+@pytest.mark.anyio
+async def test_a_record_comes_back_as_it_was_stored(make_broker: MakeBroker) -> None:
+    async with opened(make_broker) as backend:
+        record = await create(
+            backend,
+            status=Status.EXECUTING,
+            started_at_ms=backend.now_ms(),
+            tags=(new_tag(), "user:ü"),
+            metadata={"progress": 0.5, "steps": ["a", {"b": None}], "text": "line\nline"},
+            payload_json=b'{"prompt":"hello"}',
+            streams=("default", "ai"),
+            idempotency_key="key",
+            batch=BatchMember("batch_1", 2, 3),
+            parent_id="run_parent",
+            root_id="run_root",
+            depth=2,
+            owner="owner-1",
+            ttl_s=12.5,
+            max_duration_s=3.5,
+        )
+        assert await backend.broker.load([record.id]) == [record]
+        ended = finished(backend, record, output_json=b'{"text":"hi"}', error=RunError("E", "m"))
+        await store(backend.peer, ended)
+        assert await backend.broker.load([record.id]) == [ended]
+        assert await backend.peer.load([record.id]) == [ended]
+
+
+@pytest.mark.anyio
+async def test_records_are_loaded_in_the_order_asked(make_broker: MakeBroker) -> None:
+    async with opened(make_broker) as backend:
+        first, second = await create(backend), await create(backend)
+        asked = [second.id, "run_that_never_was", first.id, second.id]
+        assert await backend.peer.load(asked) == [second, None, first, second]
+        assert await backend.peer.load([]) == []
+
+
+@pytest.mark.anyio
+async def test_a_run_is_created_once(make_broker: MakeBroker) -> None:
+    async with opened(make_broker) as backend:
+        record = await create(backend)
+        for broker in backend.processes:
+            with pytest.raises(VersionConflict) as conflict:
+                await broker.commit(record, expect=0, change=new_mark())
+            assert conflict.value.current == record
+
+
+@pytest.mark.anyio
+async def test_a_run_that_is_not_there_cannot_be_changed(make_broker: MakeBroker) -> None:
+    async with opened(make_broker) as backend:
+        record = following(new_record(backend))
+        with pytest.raises(VersionConflict) as conflict:
+            await backend.broker.commit(record, expect=1, change=new_mark())
+        assert conflict.value.current is None
+        assert await backend.broker.load([record.id]) == [None]
+
+
+@pytest.mark.anyio
+async def test_a_commit_on_another_version_is_refused_with_the_stored_record(make_broker: MakeBroker) -> None:
+    async with opened(make_broker) as backend:
+        record = await create(backend)
+        newest = await store(backend.peer, following(record, metadata={"by": "other"}))
+        for expect in (0, 1, 3):
+            stale = following(record, version=expect + 1, metadata={"by": "us"})
+            with pytest.raises(VersionConflict) as conflict:
+                await backend.broker.commit(stale, expect=expect, change=new_mark())
+            assert conflict.value.current == newest
+        assert await backend.broker.load([record.id]) == [newest]
+
+
+@pytest.mark.anyio
+async def test_of_concurrent_committers_one_wins_each_version(make_broker: MakeBroker) -> None:
+    async with opened(make_broker) as backend:
+        run = await create(backend, metadata={"count": 0})
+        won: list[int] = []
+
+        async def increment(broker: Broker, times: int) -> None:
+            record = run
+            for _ in range(times):
+                while True:
+                    changed = following(record, metadata={"count": record.metadata["count"] + 1})
+                    await pause(1)
+                    try:
+                        won.append(await broker.commit(changed, expect=record.version, change=new_mark()))
+                    except VersionConflict as conflict:
+                        assert conflict.current is not None
+                        assert conflict.current.version > record.version
+                        record = conflict.current
+                    else:
+                        record = changed
+                        break
+
+        async with anyio.create_task_group() as group:
+            for number in range(5):
+                group.start_soon(increment, backend.processes[number % 2], 6)
+        (stored,) = await backend.broker.load([run.id])
+        assert stored is not None
+        assert stored.metadata == {"count": 30}
+        assert Counter(won) == Counter(range(2, 32))
+
+
+@pytest.mark.anyio
+async def test_of_concurrent_creators_one_wins(make_broker: MakeBroker) -> None:
+    async with opened(make_broker) as backend:
+        record = new_record(backend)
+        losers: list[RunRecord | None] = []
+
+        async def try_to_create(broker: Broker) -> None:
+            try:
+                await broker.commit(record, expect=0, change=new_mark())
+            except VersionConflict as conflict:
+                losers.append(conflict.current)
+
+        async with anyio.create_task_group() as group:
+            for number in range(6):
+                group.start_soon(try_to_create, backend.processes[number % 2])
+        assert losers == [record] * 5
+
+
+@pytest.mark.anyio
+async def test_a_retried_commit_changes_nothing(make_broker: MakeBroker) -> None:
+    async with opened(make_broker) as backend:
+        record = new_record(backend)
+        created = ChangeMark("writer", 0)
+        assert await backend.broker.commit(record, expect=0, change=created) == 1
+        assert await backend.peer.commit(record, expect=0, change=created) == 1
+        changed = following(record, metadata={"n": 1})
+        assert await backend.broker.commit(changed, expect=1, change=ChangeMark("writer", 1)) == 2
+        assert await backend.broker.commit(changed, expect=1, change=ChangeMark("writer", 1)) == 2
+        assert await backend.broker.load([record.id]) == [changed]
+
+
+@pytest.mark.anyio
+async def test_a_retried_commit_is_recognised_after_later_ones(make_broker: MakeBroker) -> None:
+    """A commit whose answer was lost is retried when others, or another task of the same writer, went on."""
+    async with opened(make_broker) as backend:
+        tag = new_tag()
+        record = await create(backend, tags=(tag,))
+        ours, first = ChangeMark("writer", 7), following(record, metadata={"n": 1})
+        assert await backend.broker.commit(first, expect=1, change=ours) == 2
+        newest = first
+        for number in range(MARKS_KEPT - 1):
+            newest = following(newest, metadata={"n": number})
+            mark = ChangeMark(("writer", "other")[number % 2], 100 + number)
+            await backend.peer.commit(newest, expect=newest.version - 1, change=mark)
+        assert await backend.broker.commit(first, expect=1, change=ours) == 2
+        assert await backend.broker.load([record.id]) == [newest]
+        for topic in (run_topic(record.id), f"tag:{tag}"):
+            assert await versions_in(backend.broker, topic) == {record.id: newest.version}
+
+
+@pytest.mark.anyio
+async def test_a_commit_that_comes_late_is_not_taken_for_a_retry(make_broker: MakeBroker) -> None:
+    """Two tasks of one writer commit; the one with the higher number arrives first. The other must learn of it."""
+    async with opened(make_broker) as backend:
+        record = await create(backend)
+        newest = following(record, metadata={"by": "second"})
+        await backend.broker.commit(newest, expect=1, change=ChangeMark("writer", 2))
+        with pytest.raises(VersionConflict) as conflict:
+            late = following(record, metadata={"by": "first"})
+            await backend.broker.commit(late, expect=1, change=ChangeMark("writer", 1))
+        assert conflict.value.current == newest
+
+
+@pytest.mark.anyio
+async def test_marks_of_different_runs_are_different(make_broker: MakeBroker) -> None:
+    async with opened(make_broker) as backend:
+        first, second = new_record(backend), new_record(backend)
+        for record in (first, second):
+            await backend.broker.commit(record, expect=0, change=ChangeMark("writer", 0))
+        assert await backend.broker.load([first.id, second.id]) == [first, second]
+
+
+@pytest.mark.anyio
+async def test_a_refused_commit_leaves_no_mark(make_broker: MakeBroker) -> None:
+    async with opened(make_broker) as backend:
+        record = await create(backend)
+        changed = following(record, metadata={"n": 1})
+        mark = new_mark()
+        with pytest.raises(VersionConflict):
+            await backend.broker.commit(following(changed), expect=2, change=mark)
+        assert await backend.broker.commit(changed, expect=1, change=mark) == 2
+        assert await backend.broker.load([record.id]) == [changed]
+
+
+@pytest.mark.anyio
+async def test_record_and_run_topic_change_in_one_step(make_broker: MakeBroker) -> None:
+    """Whoever looks: the topic is never behind a record that was loaded before, nor ahead of one that is loaded after."""
+    async with opened(make_broker) as backend:
+        run = await create(backend)
+        over = anyio.Event()
+
+        async def look(broker: Broker) -> None:
+            while not over.is_set():
+                (before,) = await broker.load([run.id])
+                told = (await versions_in(broker, run_topic(run.id)))[run.id]
+                (after,) = await broker.load([run.id])
+                assert before is not None
+                assert after is not None
+                assert before.version <= told <= after.version
+                await pause(1)
+
+        async with anyio.create_task_group() as group:
+            for broker in backend.processes:
+                group.start_soon(look, broker)
+            record = run
+            for _ in range(20):
+                record = await store(backend.peer, following(record))
+                await pause(1)
+            over.set()
+
+
+@pytest.mark.anyio
+async def test_a_cancelled_commit_happened_entirely_or_not_at_all(make_broker: MakeBroker) -> None:
+    """And if it did, every topic hears of it, though the one who had to tell is gone."""
+    async with opened(make_broker) as backend:
+        held = backend.held()
+        for number in count():
+            tag, batch = new_tag(), new_tag()
+            record = await create(backend, tags=(tag,), batch=BatchMember(batch, 0, 1))
+            changed, mark = following(record, metadata={"n": 1}), new_mark()
+            was_over = await cancelled_at(number, backend.broker.commit(changed, expect=1, change=mark))
+            topics = [run_topic(record.id), *record.topics]
+            assert await told_at_last(backend, record.id, topics) in (record, changed), f"cancelled at {number}"
+            assert await backend.broker.commit(changed, expect=1, change=mark) == 2
+            assert await backend.broker.load([record.id]) == [changed]
+            assert backend.held() == held
+            if was_over:
+                return
+
+
+async def told_at_last(backend: Backend, run_id: str, topics: Sequence[str]) -> RunRecord:
+    """Do what the ticker of another process does, until the topics have the stored version and no mark is left.
+
+    Some rounds are allowed, for the cancelled call may still have been on its way to the storage.
+    """
+    stored: RunRecord | None = None
+    told: list[dict[str, int]] = []
+    for _ in range(5):
+        await backend.advance(1.1)  # what is marked for over a second is told again
+        for untold in await backend.peer.due("untold"):
+            await backend.peer.tell(untold)
+        (stored,) = await backend.peer.load([run_id])
+        assert stored is not None
+        told = [await versions_in(backend.broker, topic) for topic in topics]
+        if all(each == {run_id: stored.version} for each in told) and not await backend.peer.due("untold"):
+            return stored
+    raise AssertionError(f"{stored} is stored, {topics} have {told}")
+
+
+@pytest.mark.anyio
+async def test_telling_again_is_harmless(make_broker: MakeBroker) -> None:
+    async with opened(make_broker) as backend:
+        tag = new_tag()
+        record = await create(backend, tags=(tag,))
+        newest = await store(backend.broker, following(record))
+        for broker in backend.processes:
+            await broker.tell(record.id)
+            await broker.tell("run_that_never_was")
+        assert await versions_in(backend.broker, f"tag:{tag}") == {record.id: newest.version}
+
+
+@pytest.mark.anyio
+async def test_a_commit_wakes_those_who_follow_the_run(make_broker: MakeBroker) -> None:
+    async with opened(make_broker) as backend:
+        run = await create(backend)
+        async with backend.broker.follow(run_topic(run.id)) as topic:
+            cursor = (await topic.changes(None)).cursor
+            record = run
+            for _ in range(5):
+                async with anyio.create_task_group() as group:
+                    record = following(record)
+                    group.start_soon(store, backend.peer, record)
+                    changes = await next_changes(topic, cursor)
+                    while versions(changes) != {run.id: record.version}:
+                        changes = await next_changes(topic, changes.cursor)
+                    cursor = changes.cursor

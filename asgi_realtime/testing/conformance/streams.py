@@ -1,0 +1,475 @@
+"""Streams: order, ends, producers, pages, retention, what a cancelled append leaves."""
+
+from __future__ import annotations
+
+from itertools import count
+
+import anyio
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from asgi_realtime.brokers.base import Broker, End, Position, Producer, StreamKey
+from asgi_realtime.errors import ProducerGap, RunNotFound, StreamClosed
+from asgi_realtime.testing.conformance.kit import (
+    COMPLETE,
+    PROPERTY,
+    MakeBroker,
+    Reader,
+    cancelled_at,
+    create,
+    data,
+    finished,
+    have,
+    items,
+    new_key,
+    opened,
+    pause,
+    read_all,
+    seqs,
+    store,
+)
+
+UNKNOWN = StreamKey("run_that_never_was", "default")
+
+
+@pytest.mark.anyio
+async def test_entries_come_back_in_order_with_seqs_from_zero(make_broker: MakeBroker) -> None:
+    async with opened(make_broker) as backend:
+        key = await new_key(backend)
+        assert await backend.broker.append(key, [b'"a"']) == Position(0, 1)
+        assert await backend.peer.append(key, [b'"b"', b'{"c": 1}']) == Position(2, 3)
+        for broker in backend.processes:
+            page = await broker.read(key)
+            assert [(entry.seq, entry.data) for entry in page.entries] == [(0, b'"a"'), (1, b'"b"'), (2, b'{"c": 1}')]
+            assert (page.first, page.next, page.end) == (0, 3, None)
+
+
+@pytest.mark.anyio
+async def test_data_comes_back_byte_for_byte(make_broker: MakeBroker) -> None:
+    async with opened(make_broker) as backend:
+        key = await new_key(backend, name="a b/ü:{1}")
+        chunks = [b"null", b'""', b'"id: 7"', b'"data: "', '"ü \u2028 🙂"'.encode(), b'"' + b"x" * 200_000 + b'"']
+        await backend.broker.append(key, chunks)
+        assert data(await read_all(backend.peer, key)) == chunks
+
+
+@pytest.mark.anyio
+async def test_entries_carry_the_time_of_their_append(make_broker: MakeBroker) -> None:
+    async with opened(make_broker) as backend:
+        key = await new_key(backend)
+        before_ms = backend.now_ms()
+        await backend.broker.append(key, items(1))
+        await backend.advance(1.0)
+        await backend.broker.append(key, items(1))
+        first, second = (await backend.broker.read(key)).entries
+        assert before_ms <= first.time_ms < second.time_ms <= backend.now_ms() + 1
+
+
+@pytest.mark.anyio
+async def test_an_append_of_nothing_changes_nothing(make_broker: MakeBroker) -> None:
+    async with opened(make_broker) as backend:
+        key = await new_key(backend)
+        assert await backend.broker.append(key, []) == Position(-1, 0)
+        await backend.broker.append(key, items(2))
+        assert await backend.broker.append(key, []) == Position(1, 2)
+        assert data(await read_all(backend.broker, key)) == items(2)
+
+
+@pytest.mark.anyio
+async def test_concurrent_appends_are_serialised_and_never_interleaved(make_broker: MakeBroker) -> None:
+    async with opened(make_broker) as backend:
+        key = await new_key(backend)
+        positions: list[tuple[int, Position]] = []
+
+        async def write(broker: Broker, writer: int) -> None:
+            for call in range(10):
+                chunk = b"[%d,%d]" % (writer, call)
+                positions.append((writer, await broker.append(key, [chunk, chunk, chunk])))
+
+        async with anyio.create_task_group() as group:
+            for writer in range(6):
+                group.start_soon(write, backend.processes[writer % 2], writer)
+
+        entries = await read_all(backend.broker, key)
+        assert seqs(entries) == list(range(180))
+        triples = [data(entries[start : start + 3]) for start in range(0, 180, 3)]
+        assert all(len(set(triple)) == 1 for triple in triples)
+        assert sorted(position.last for _, position in positions) == list(range(2, 180, 3))
+        for writer, position in positions:
+            assert entries[position.last].data.startswith(b"[%d," % writer)
+        for writer in range(6):
+            own = [triple[0] for triple in triples if triple[0].startswith(b"[%d," % writer)]
+            assert own == [b"[%d,%d]" % (writer, call) for call in range(10)]
+
+
+@pytest.mark.anyio
+async def test_no_reader_sees_part_of_an_append(make_broker: MakeBroker) -> None:
+    async with opened(make_broker) as backend:
+        key = await new_key(backend)
+        reader = Reader(backend.broker, key)
+        lengths: list[int] = []
+
+        async def look(broker: Broker) -> None:
+            while not (page := await broker.read(key)).end:
+                lengths.append(page.next)
+                lengths.append(len(page.entries))
+                await pause(1)
+
+        async def watch() -> None:
+            async with backend.broker.live(key) as live:
+                while live.end is None:
+                    lengths.append(live.log.next)
+                    await live.waiting.wait()
+
+        async with anyio.create_task_group() as group:
+            for broker in backend.processes:
+                group.start_soon(look, broker)
+            group.start_soon(watch)
+            group.start_soon(reader.run)
+            for call in range(20):
+                await backend.peer.append(key, items(5, start=call * 5))
+                await pause(call % 3)
+            await backend.peer.append(key, [], end=COMPLETE)
+        assert {length % 5 for length in lengths} == {0}
+        assert data(reader.seen) == items(100)
+
+
+@pytest.mark.anyio
+async def test_streams_know_nothing_of_each_other(make_broker: MakeBroker) -> None:
+    async with opened(make_broker) as backend:
+        key = await new_key(backend)
+        sibling = StreamKey(key.run, "sibling")
+        stranger = await new_key(backend)
+        await backend.broker.append(key, items(3), end=COMPLETE)
+        await backend.broker.append(sibling, items(2))
+        assert await backend.broker.append(stranger, items(1)) == Position(0, 1)
+        assert (await backend.broker.read(sibling)).end is None
+        assert [len(await read_all(backend.broker, each)) for each in (key, sibling, stranger)] == [3, 2, 1]
+
+
+@pytest.mark.anyio
+async def test_a_stream_that_nobody_wrote_is_empty(make_broker: MakeBroker) -> None:
+    async with opened(make_broker) as backend:
+        assert await backend.broker.read(await new_key(backend)) == ([], 0, 0, None)
+
+
+@pytest.mark.anyio
+async def test_a_run_that_never_was_has_no_streams(make_broker: MakeBroker) -> None:
+    async with opened(make_broker) as backend:
+        with pytest.raises(RunNotFound):
+            await backend.broker.append(UNKNOWN, items(1))
+        with pytest.raises(RunNotFound):
+            await backend.broker.read(UNKNOWN)
+        with pytest.raises(RunNotFound):
+            async with backend.broker.live(UNKNOWN):
+                raise AssertionError("entered")  # pragma: no cover
+        assert backend.held() == 0
+
+
+@pytest.mark.anyio
+async def test_pages_are_read_after_a_cursor_up_to_a_limit(make_broker: MakeBroker) -> None:
+    async with opened(make_broker) as backend:
+        key = await new_key(backend)
+        await backend.broker.append(key, items(10), end=COMPLETE)
+
+        async def page(after: int, limit: int) -> list[int]:
+            found = await backend.broker.read(key, after=after, limit=limit)
+            assert (found.first, found.next, found.end) == (0, 10, COMPLETE), "also of a page that is not the last"
+            return seqs(found.entries)
+
+        assert await page(-1, 3) == [0, 1, 2]
+        assert await page(2, 3) == [3, 4, 5]
+        assert await page(7, 3) == [8, 9]
+        assert await page(8, 1) == [9]
+        assert await page(9, 3) == []
+        assert await page(1000, 3) == []
+
+
+# Ends
+
+
+@pytest.mark.anyio
+async def test_an_end_comes_with_the_last_append(make_broker: MakeBroker) -> None:
+    async with opened(make_broker) as backend:
+        key = await new_key(backend)
+        end = End("failed", "the model went away")
+        assert await backend.broker.append(key, items(2), end=end) == Position(1, 2)
+        page = await backend.peer.read(key)
+        assert (data(page.entries), page.end) == (items(2), end)
+
+
+@pytest.mark.anyio
+async def test_an_ended_stream_takes_nothing_more(make_broker: MakeBroker) -> None:
+    async with opened(make_broker) as backend:
+        key = await new_key(backend)
+        await backend.broker.append(key, items(1), end=COMPLETE)
+        for broker in backend.processes:
+            with pytest.raises(StreamClosed):
+                await broker.append(key, items(1))
+            with pytest.raises(StreamClosed):
+                await broker.append(key, items(1), end=COMPLETE)
+            with pytest.raises(StreamClosed):
+                await broker.append(key, items(1), producer=Producer("late", 0))
+        assert data(await read_all(backend.broker, key)) == items(1)
+
+
+@pytest.mark.anyio
+async def test_the_first_end_stays(make_broker: MakeBroker) -> None:
+    async with opened(make_broker) as backend:
+        key = await new_key(backend)
+        await backend.broker.append(key, items(1), end=COMPLETE)
+        assert await backend.peer.append(key, [], end=End("failed")) == Position(0, 1)
+        assert (await backend.broker.read(key)).end == COMPLETE
+
+
+@pytest.mark.anyio
+async def test_an_end_without_an_entry_is_as_durable(make_broker: MakeBroker) -> None:
+    async with opened(make_broker) as backend:
+        key = await new_key(backend)
+        assert await backend.broker.append(key, [], end=COMPLETE) == Position(-1, 0)
+        reader = await Reader(backend.peer, key).run()  # a reader who comes and goes takes nothing along
+        assert (reader.seen, reader.end) == ([], COMPLETE)
+        assert (await backend.peer.read(key)).end == COMPLETE
+        with pytest.raises(StreamClosed):
+            await backend.broker.append(key, items(1))
+
+
+@pytest.mark.anyio
+async def test_concurrent_appends_and_an_end_leave_exactly_what_was_acknowledged(make_broker: MakeBroker) -> None:
+    async with opened(make_broker) as backend:
+        key = await new_key(backend)
+        acknowledged: list[bytes] = []
+        refused: list[bytes] = []
+
+        async def write(broker: Broker, writer: int) -> None:
+            for call in range(20):
+                chunk = b"[%d,%d]" % (writer, call)
+                try:
+                    await broker.append(key, [chunk])
+                except StreamClosed:
+                    refused.append(chunk)
+                else:
+                    acknowledged.append(chunk)
+                await pause(1)
+
+        async with anyio.create_task_group() as group:
+            for writer in range(4):
+                group.start_soon(write, backend.processes[writer % 2], writer)
+            while len(acknowledged) < 20:
+                await pause(1)
+            await backend.broker.append(key, [b'"last"'], end=COMPLETE)
+
+        stored = data(await read_all(backend.peer, key))
+        assert stored[-1] == b'"last"'
+        assert sorted(stored[:-1]) == sorted(acknowledged)
+        assert refused
+
+
+@pytest.mark.anyio
+async def test_a_run_that_is_over_takes_no_append(make_broker: MakeBroker) -> None:
+    async with opened(make_broker) as backend:
+        run = await create(backend)
+        written, fresh = StreamKey(run.id, "written"), StreamKey(run.id, "fresh")
+        await backend.broker.append(written, items(2))
+        await store(backend.broker, finished(backend, run))
+        for broker in backend.processes:
+            for key in (written, fresh):
+                with pytest.raises(StreamClosed):
+                    await broker.append(key, items(1))
+                with pytest.raises(StreamClosed):
+                    await broker.append(key, items(1), producer=Producer("late", 0))
+        assert (await backend.broker.read(written))[1:] == (0, 2, COMPLETE)
+        assert await backend.broker.read(fresh) == ([], 0, 0, COMPLETE)
+
+
+# Producers
+
+
+@pytest.mark.anyio
+async def test_a_retried_append_stores_nothing_twice(make_broker: MakeBroker) -> None:
+    async with opened(make_broker) as backend:
+        key = await new_key(backend)
+        assert await backend.broker.append(key, items(2), producer=Producer("p", 0)) == Position(1, 2)
+        await backend.broker.append(key, [b'"other"'])
+        assert await backend.peer.append(key, items(2), producer=Producer("p", 0)) == Position(1, 3)
+        assert data(await read_all(backend.broker, key)) == [*items(2), b'"other"']
+
+
+@pytest.mark.anyio
+async def test_of_an_append_that_overlaps_only_the_new_part_is_stored(make_broker: MakeBroker) -> None:
+    async with opened(make_broker) as backend:
+        key = await new_key(backend)
+        await backend.broker.append(key, items(3), producer=Producer("p", 0))
+        assert await backend.peer.append(key, items(4, start=1), producer=Producer("p", 1)) == Position(4, 5)
+        assert data(await read_all(backend.broker, key)) == items(5)
+
+
+@pytest.mark.anyio
+async def test_a_hole_in_the_count_of_a_producer_is_refused(make_broker: MakeBroker) -> None:
+    async with opened(make_broker) as backend:
+        key = await new_key(backend)
+        for stored in (0, 2):
+            with pytest.raises(ProducerGap) as refusal:
+                await backend.broker.append(key, items(1), producer=Producer("p", stored + 1), end=COMPLETE)
+            assert refusal.value.expected == stored
+            page = await backend.broker.read(key)
+            assert (page.next, page.end) == (stored, None), "a refused append leaves nothing, its end neither"
+            await backend.broker.append(key, items(2, start=stored), producer=Producer("p", stored))
+
+
+@pytest.mark.anyio
+async def test_producers_count_for_themselves_and_for_each_stream(make_broker: MakeBroker) -> None:
+    async with opened(make_broker) as backend:
+        key = await new_key(backend)
+        sibling = StreamKey(key.run, "sibling")
+        await backend.broker.append(key, items(2), producer=Producer("p", 0))
+        await backend.broker.append(key, items(1, start=2), producer=Producer("q", 0))
+        await backend.broker.append(key, items(1, start=3))
+        await backend.broker.append(key, items(1, start=4), producer=Producer("p", 2))
+        await backend.broker.append(sibling, items(1), producer=Producer("p", 0))
+        assert data(await read_all(backend.broker, key)) == items(5)
+        assert data(await read_all(backend.broker, sibling)) == items(1)
+
+
+@pytest.mark.anyio
+async def test_a_retry_of_the_ending_append_succeeds(make_broker: MakeBroker) -> None:
+    async with opened(make_broker) as backend:
+        key = await new_key(backend)
+        producer = Producer("p", 0)
+        first = await backend.broker.append(key, items(2), producer=producer, end=COMPLETE)
+        assert await backend.peer.append(key, items(2), producer=producer, end=COMPLETE) == first
+        with pytest.raises(StreamClosed):
+            await backend.broker.append(key, items(3), producer=producer, end=COMPLETE)  # one item is new
+        assert data(await read_all(backend.broker, key)) == items(2)
+
+
+@pytest.mark.anyio
+async def test_a_retry_succeeds_when_the_run_is_over_meanwhile(make_broker: MakeBroker) -> None:
+    async with opened(make_broker) as backend:
+        run = await create(backend)
+        key = StreamKey(run.id, "default")
+        first = await backend.broker.append(key, items(2), producer=Producer("p", 0))
+        await store(backend.broker, finished(backend, run))
+        assert await backend.peer.append(key, items(2), producer=Producer("p", 0)) == first
+        assert data(await read_all(backend.broker, key)) == items(2)
+
+
+@pytest.mark.anyio
+async def test_the_same_append_from_several_sides_is_stored_once(make_broker: MakeBroker) -> None:
+    async with opened(make_broker) as backend:
+        key = await new_key(backend)
+        positions: list[Position] = []
+
+        async def write(broker: Broker) -> None:
+            positions.append(await broker.append(key, items(3), producer=Producer("p", 0)))
+
+        async with anyio.create_task_group() as group:
+            for attempt in range(6):
+                group.start_soon(write, backend.processes[attempt % 2])
+        assert positions == [Position(2, 3)] * 6
+        assert data(await read_all(backend.broker, key)) == items(3)
+
+
+@PROPERTY
+@given(calls=st.lists(st.tuples(st.integers(0, 2), st.integers(0, 6), st.integers(1, 4), st.booleans()), max_size=20))
+@pytest.mark.anyio
+async def test_whatever_producers_retry_each_item_is_stored_once(
+    make_broker: MakeBroker, calls: list[tuple[int, int, int, bool]]
+) -> None:
+    """Each call: a producer, the place in its count, the number of items, and which process writes."""
+    async with opened(make_broker) as backend:
+        key = await new_key(backend)
+        stored = dict.fromkeys(range(3), 0)
+        expected: list[bytes] = []
+        for producer, start, length, elsewhere in calls:
+            chunks = [b"[%d,%d]" % (producer, index) for index in range(start, start + length)]
+            call = backend.processes[elsewhere].append(key, chunks, producer=Producer(f"p{producer}", start))
+            if start > stored[producer]:
+                with pytest.raises(ProducerGap) as refusal:
+                    await call
+                assert refusal.value.expected == stored[producer]
+                continue
+            assert (await call).next == len(expected) + max(0, start + length - stored[producer])
+            expected += chunks[stored[producer] - start :]
+            stored[producer] = max(stored[producer], start + length)
+        assert data(await read_all(backend.broker, key)) == expected
+
+
+# Retention by bytes
+
+CHUNK = b'"' + b"x" * 100 + b'"'
+
+
+@pytest.mark.anyio
+async def test_retention_takes_the_oldest_entries_and_never_the_position(make_broker: MakeBroker) -> None:
+    async with opened(make_broker, stream_bytes=1000) as backend:
+        key = await new_key(backend)
+        for _ in range(50):
+            await backend.broker.append(key, [CHUNK])
+        page = await backend.broker.read(key)
+        assert page.first > 0, "nothing was trimmed"
+        assert page.next == 50
+        assert seqs(page.entries) == list(range(page.first, 50)), "a page says where the retained part begins"
+        assert len(page.entries) * len(CHUNK) <= 2000, "twice the retention: a backend may trim roughly"
+        assert await backend.peer.append(key, [CHUNK]) == Position(50, 51)
+
+
+@pytest.mark.anyio
+async def test_the_last_entry_stays_whatever_its_size(make_broker: MakeBroker) -> None:
+    async with opened(make_broker, stream_bytes=50) as backend:
+        key = await new_key(backend)
+        await backend.broker.append(key, [CHUNK])
+        await backend.broker.append(key, [CHUNK, b'"last"'])
+        entries = await read_all(backend.broker, key)
+        assert (entries[-1].seq, entries[-1].data) == (2, b'"last"')
+        await backend.broker.append(key, [CHUNK], end=COMPLETE)
+        page = await backend.broker.read(key)
+        assert (seqs(page.entries)[-1], page.next, page.end) == (3, 4, COMPLETE)
+
+
+@pytest.mark.anyio
+async def test_a_retry_of_what_was_trimmed_is_still_recognised(make_broker: MakeBroker) -> None:
+    async with opened(make_broker, stream_bytes=200) as backend:
+        key = await new_key(backend)
+        first = await backend.broker.append(key, [CHUNK] * 10, producer=Producer("p", 0))
+        await backend.broker.append(key, [CHUNK] * 10)
+        assert await backend.peer.append(key, [CHUNK] * 10, producer=Producer("p", 0)) == Position(first.last, 20)
+        assert (await backend.broker.append(key, [CHUNK] * 2, producer=Producer("p", 9))).next == 21
+
+
+@pytest.mark.anyio
+async def test_a_reader_behind_the_retained_part_is_told(make_broker: MakeBroker) -> None:
+    async with opened(make_broker, stream_bytes=1000) as backend:
+        key = await new_key(backend)
+        await backend.broker.append(key, [CHUNK] * 3)
+        early = await Reader(backend.peer, key).run(enough=have(3))
+        await backend.broker.append(key, [CHUNK] * 50, end=COMPLETE)
+        late = await Reader(backend.peer, key).run()
+        await early.run()
+        first = (await backend.broker.read(key)).first
+        assert early.gaps == [(2, first)]
+        assert late.gaps == [(-1, first)]
+        assert seqs(late.seen) == list(range(first, 53))
+        early.assert_seamless()
+
+
+# Cancellation
+
+
+@pytest.mark.anyio
+async def test_a_cancelled_append_happened_entirely_or_not_at_all(make_broker: MakeBroker) -> None:
+    async with opened(make_broker) as backend:
+        held = backend.held()
+        for number in count():
+            key = await new_key(backend)
+            append = backend.broker.append(key, items(3), producer=Producer("p", 0), end=COMPLETE)
+            was_over = await cancelled_at(number, append)
+            page = await backend.peer.read(key)
+            assert (data(page.entries), page.end) in (([], None), (items(3), COMPLETE)), f"cancelled at {number}"
+            again = await backend.peer.append(key, items(3), producer=Producer("p", 0), end=COMPLETE)
+            assert again == Position(2, 3)
+            assert data(await read_all(backend.broker, key)) == items(3)
+            assert backend.held() == held
+            if was_over:
+                return

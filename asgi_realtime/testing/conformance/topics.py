@@ -1,0 +1,340 @@
+"""Topics: a snapshot and what follows miss no change, a reader behind gets the newest, a useless cursor a snapshot.
+
+A topic may tell a change more than once: these tests ask for the newest version, never for the number of tellings.
+"""
+
+from __future__ import annotations
+
+from itertools import count
+
+import anyio
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from asgi_realtime.brokers.base import Broker, Changes, Cursor, LiveTopic
+from asgi_realtime.core.runs import BatchMember, RunRecord, run_topic
+from asgi_realtime.testing.conformance.kit import (
+    PROPERTY,
+    Backend,
+    MakeBroker,
+    cancelled_at,
+    create,
+    finished,
+    following,
+    new_tag,
+    next_changes,
+    opened,
+    pause,
+    store,
+    until_parked,
+    versions,
+    versions_in,
+)
+
+
+@pytest.mark.anyio
+async def test_a_run_is_in_all_its_topics_when_the_commit_returns(make_broker: MakeBroker) -> None:
+    async with opened(make_broker) as backend:
+        tag, other, batch = new_tag(), new_tag(), new_tag()
+        run = await create(backend, tags=(tag, other), batch=BatchMember(batch, 0, 1))
+        newest = await store(backend.peer, following(run))
+        for broker in backend.processes:
+            for topic in (run_topic(run.id), f"tag:{tag}", f"tag:{other}", f"batch:{batch}"):
+                assert await versions_in(broker, topic) == {run.id: newest.version}
+
+
+@pytest.mark.anyio
+async def test_a_tag_that_is_added_later_hears_of_the_run_from_then_on(make_broker: MakeBroker) -> None:
+    async with opened(make_broker) as backend:
+        tag = new_tag()
+        run = await create(backend)
+        assert await versions_in(backend.broker, f"tag:{tag}") == {}
+        await store(backend.broker, following(run, tags=(tag,)))
+        assert await versions_in(backend.broker, f"tag:{tag}") == {run.id: 2}
+
+
+@pytest.mark.anyio
+async def test_a_topic_that_nobody_told_is_empty(make_broker: MakeBroker) -> None:
+    async with opened(make_broker) as backend:
+        held = backend.held()
+        changes = await backend.broker.changes(f"tag:{new_tag()}")
+        assert (changes.items, changes.snapshot) == ([], True)
+        assert backend.held() == held
+
+
+@pytest.mark.anyio
+async def test_an_empty_snapshot_is_a_place_to_go_on_from(make_broker: MakeBroker) -> None:
+    async with opened(make_broker) as backend:
+        tag = new_tag()
+        before = (await backend.broker.changes(f"tag:{tag}")).cursor
+        run = await create(backend, tags=(tag,))
+        assert versions(await backend.broker.changes(f"tag:{tag}", after=before)) == {run.id: 1}
+
+
+@pytest.mark.anyio
+async def test_changes_come_in_the_order_of_each_runs_last_change(make_broker: MakeBroker) -> None:
+    async with opened(make_broker) as backend:
+        tag = new_tag()
+        runs = [await create(backend, tags=(tag,)) for _ in range(4)]
+        await store(backend.broker, following(runs[1]))
+        await store(backend.peer, following(runs[0]))
+        changes = await backend.broker.changes(f"tag:{tag}")
+        assert [change.run_id for change in changes.items] == [runs[number].id for number in (2, 3, 1, 0)]
+        positions = [change.position for change in changes.items]
+        assert positions == sorted(set(positions))
+        assert changes.cursor.position >= positions[-1]
+
+
+@pytest.mark.anyio
+async def test_a_reader_behind_gets_the_newest_of_each_changed_run_once(make_broker: MakeBroker) -> None:
+    async with opened(make_broker) as backend:
+        tag = new_tag()
+        busy, idle, late = [await create(backend, tags=(tag,)) for _ in range(3)]
+        cursor = (await backend.broker.changes(f"tag:{tag}")).cursor
+        for _ in range(5):
+            busy = await store(backend.peer, following(busy))
+        late = await store(backend.broker, following(late))
+        changes = await backend.broker.changes(f"tag:{tag}", after=cursor)
+        assert not changes.snapshot
+        assert versions(changes) == {busy.id: 6, late.id: 2}, "and nothing of the one that did not change"
+        assert changes.cursor.epoch == cursor.epoch
+        assert idle.version == 1
+
+
+@pytest.mark.anyio
+async def test_a_long_way_is_gone_in_pages_that_miss_nothing(make_broker: MakeBroker) -> None:
+    async with opened(make_broker) as backend:
+        tag = new_tag()
+        start = (await create(backend, tags=(tag,))).id
+        cursor = (await backend.broker.changes(f"tag:{tag}")).cursor
+        runs = [await create(backend, tags=(tag,)) for _ in range(10)]
+        seen: list[str] = []
+        while (page := await backend.broker.changes(f"tag:{tag}", after=cursor, limit=3)).items:
+            assert len(page.items) <= 3
+            assert not page.snapshot
+            seen += versions(page)
+            cursor = page.cursor
+        assert seen == [run.id for run in runs]
+        assert start not in seen
+
+
+@pytest.mark.anyio
+async def test_a_limited_snapshot_has_the_newest_runs(make_broker: MakeBroker) -> None:
+    async with opened(make_broker) as backend:
+        tag = new_tag()
+        runs = [await create(backend, tags=(tag,)) for _ in range(6)]
+        snapshot = await backend.broker.changes(f"tag:{tag}", limit=2)
+        assert snapshot.snapshot
+        assert [change.run_id for change in snapshot.items] == [run.id for run in runs[-2:]]
+        assert (await backend.broker.changes(f"tag:{tag}", after=snapshot.cursor)).items == []
+
+
+@pytest.mark.anyio
+async def test_a_cursor_of_no_use_gets_a_snapshot_and_never_a_wait(make_broker: MakeBroker) -> None:
+    async with opened(make_broker) as backend:
+        tag = new_tag()
+        run = await create(backend, tags=(tag,))
+        epoch, position = (await backend.broker.changes(f"tag:{tag}")).cursor
+        for useless in (Cursor("another", position), Cursor("another", 0), Cursor(epoch, position + 1000)):
+            async with backend.broker.follow(f"tag:{tag}") as topic:
+                for changes in (
+                    await backend.broker.changes(f"tag:{tag}", after=useless),
+                    await topic.changes(useless),
+                ):
+                    assert changes.snapshot
+                    assert versions(changes) == {run.id: 1}
+                    assert changes.cursor.epoch == epoch
+
+
+@pytest.mark.anyio
+async def test_a_topic_keeps_its_newest_runs_and_a_reader_before_them_gets_a_snapshot(make_broker: MakeBroker) -> None:
+    async with opened(make_broker, topic_runs=5) as backend:
+        tag = new_tag()
+        first = await create(backend, tags=(tag,))
+        early = (await backend.broker.changes(f"tag:{tag}")).cursor
+        runs = [await create(backend, tags=(tag,)) for _ in range(4)]
+        within = await backend.broker.changes(f"tag:{tag}", after=early)
+        assert (within.snapshot, len(within.items)) == (False, 4)
+        runs += [await create(backend, tags=(tag,)) for _ in range(6)]
+        behind = await backend.broker.changes(f"tag:{tag}", after=early)
+        assert behind.snapshot, "what this reader missed was dropped"
+        assert versions(behind) == {run.id: 1 for run in runs[-5:]}
+        assert await backend.broker.load([first.id]) == [first], "the run itself is still there"
+
+
+@pytest.mark.anyio
+async def test_a_topic_and_another_of_the_same_name_have_different_epochs(make_broker: MakeBroker) -> None:
+    """A position must not be taken for one of an index that is gone."""
+    async with opened(make_broker) as backend:
+        tag = new_tag()
+        run = await create(backend, tags=(tag,))
+        old = (await backend.broker.changes(f"tag:{tag}")).cursor
+        await store(backend.broker, finished(backend, run))
+        await backend.broker.remove(run.id)
+        runs = [await create(backend, tags=(tag,)) for _ in range(3)]
+        changes = await backend.broker.changes(f"tag:{tag}", after=old)
+        assert versions(changes) == {run.id: 1 for run in runs}
+
+
+# Following
+
+
+@pytest.mark.anyio
+async def test_a_follower_hears_of_changes_from_every_process(make_broker: MakeBroker) -> None:
+    async with opened(make_broker) as backend:
+        tag = new_tag()
+        async with backend.broker.follow(f"tag:{tag}") as topic:
+            cursor = (await topic.changes(None)).cursor
+            for number in range(6):
+                async with anyio.create_task_group() as group:
+                    group.start_soon(_create_when_parked, backend, topic, tag)
+                    cursor = (await next_changes(topic, cursor)).cursor
+                assert len(await versions_in(backend.broker, f"tag:{tag}")) == number + 1
+
+
+async def _create_when_parked(backend: Backend, topic: LiveTopic, tag: str) -> None:
+    await until_parked(topic)
+    await create(backend, tags=(tag,))
+
+
+class Feed:
+    """A reader of a topic as the library has them: the snapshot, then each change; it loads what it is told of."""
+
+    def __init__(self, broker: Broker, topic: str) -> None:
+        self.broker = broker
+        self.topic = topic
+        self.told: dict[str, int] = {}
+        self.rows: dict[str, RunRecord] = {}
+        self.cursor: Cursor | None = None
+
+    async def run(self, expected: dict[str, int], limit: int = 1000) -> None:
+        """Read until these versions have come. May be called again, with the cursor of before."""
+        async with self.broker.follow(self.topic) as topic:
+            while not self._has(expected):
+                await self.take(await next_changes(topic, self.cursor, limit=limit))
+
+    def _has(self, expected: dict[str, int]) -> bool:
+        return all(self.told.get(run_id, 0) >= version for run_id, version in expected.items())
+
+    async def take(self, changes: Changes) -> None:
+        self.cursor = changes.cursor
+        for change in changes.items:
+            assert change.version >= self.told.get(change.run_id, 0), "an older version came over a newer one"
+            self.told[change.run_id] = change.version
+        records = await self.broker.load([change.run_id for change in changes.items])
+        for change, record in zip(changes.items, records, strict=True):
+            assert record is not None
+            assert record.version >= change.version, "a record was older than the topic said"
+            self.rows[change.run_id] = record
+
+
+@PROPERTY
+@given(
+    runs=st.lists(st.lists(st.tuples(st.integers(0, 3), st.booleans()), max_size=6), min_size=1, max_size=5),
+    feeds=st.lists(st.tuples(st.integers(0, 12), st.booleans(), st.sampled_from([1, 2, 1000])), max_size=4),
+)
+@pytest.mark.anyio
+async def test_whenever_a_feed_begins_it_misses_no_change(
+    make_broker: MakeBroker, runs: list[list[tuple[int, bool]]], feeds: list[tuple[int, bool, int]]
+) -> None:
+    """Each run changes in a task of its own, after so many steps and in that process; each feed begins at its time."""
+    async with opened(make_broker) as backend:
+        held = backend.held()
+        tag = new_tag()
+        created = [await create(backend) for _ in runs]
+        expected = {run.id: 2 + len(changes) for run, changes in zip(created, runs, strict=True)}
+        reading = [(Feed(backend.processes[elsewhere], f"tag:{tag}"), late, limit) for late, elsewhere, limit in feeds]
+
+        async def change(record: RunRecord, changes: list[tuple[int, bool]]) -> None:
+            record = await store(backend.broker, following(record, tags=(tag,)))
+            for late, elsewhere in changes:
+                await pause(late)
+                record = await store(backend.processes[elsewhere], following(record))
+
+        async def read(feed: Feed, late: int, limit: int) -> None:
+            await pause(late)
+            await feed.take(await feed.broker.changes(feed.topic))
+            await pause(late % 3)
+            await feed.run(expected, limit=limit)
+
+        async with anyio.create_task_group() as group:
+            for feed, late, limit in reading:
+                group.start_soon(read, feed, late, limit)
+            for record, changes in zip(created, runs, strict=True):
+                group.start_soon(change, record, changes)
+        for feed, _, _ in reading:
+            assert feed.told == expected
+            assert {run_id: row.version for run_id, row in feed.rows.items()} == expected
+        assert await versions_in(backend.broker, f"tag:{tag}") == expected
+        assert backend.held() == held
+
+
+@pytest.mark.anyio
+async def test_no_older_version_replaces_a_newer_one_under_concurrent_committers(make_broker: MakeBroker) -> None:
+    """Many commits of one run on many topics, from both sides, while tellers tell again: versions only grow."""
+    async with opened(make_broker) as backend:
+        tags = tuple(new_tag() for _ in range(4))
+        run = await create(backend, tags=tags)
+        feeds = [Feed(broker, f"tag:{tag}") for tag in tags for broker in backend.processes]
+        committed = 30
+
+        async def tell_again(broker: Broker) -> None:
+            for _ in range(committed):
+                await broker.tell(run.id)
+                await pause(1)
+
+        async def change() -> None:
+            record = run
+            for number in range(committed):
+                record = await store(backend.processes[number % 2], following(record))
+                await pause(number % 2)
+
+        async with anyio.create_task_group() as group:
+            for feed in feeds:
+                group.start_soon(feed.run, {run.id: 1 + committed})
+            for broker in backend.processes:
+                group.start_soon(tell_again, broker)
+            group.start_soon(change)
+        for tag in tags:
+            assert await versions_in(backend.peer, f"tag:{tag}") == {run.id: 1 + committed}
+
+
+@pytest.mark.anyio
+async def test_who_leaves_a_topic_leaves_nothing(make_broker: MakeBroker) -> None:
+    async with opened(make_broker) as backend:
+        tag = new_tag()
+        held = backend.held()
+        async with anyio.create_task_group() as group:
+            async with backend.broker.follow(f"tag:{tag}") as topic:
+                for _ in range(5):
+                    group.start_soon(_follow, backend.broker, tag)
+                await until_parked(topic, count=5)
+                group.cancel_scope.cancel()
+        assert len(topic.waiting) == 0
+        assert backend.held() == held
+
+
+async def _follow(broker: Broker, tag: str) -> None:
+    async with broker.follow(f"tag:{tag}") as topic:
+        await topic.waiting.wait()
+
+
+@pytest.mark.anyio
+async def test_following_may_be_cancelled_at_every_await(make_broker: MakeBroker) -> None:
+    async with opened(make_broker) as backend:
+        tag = new_tag()
+        await create(backend, tags=(tag,))
+        held = backend.held()
+
+        async def enter_and_leave() -> None:
+            async with backend.broker.follow(f"tag:{tag}") as topic:
+                await topic.changes(None)
+
+        for number in count():
+            was_over = await cancelled_at(number, enter_and_leave())
+            assert backend.held() == held, f"cancelled at {number}"
+            if was_over:
+                break
+        async with backend.broker.follow(f"tag:{tag}") as topic:
+            assert len((await topic.changes(None)).items) == 1
