@@ -1,0 +1,1 @@
+"""A chat in FastAPI: `make demo`."""

