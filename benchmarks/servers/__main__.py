@@ -127,7 +127,7 @@ async def _serve(peer_name: str, control_fd: int) -> None:
     if server.started:
         writer.write(json.dumps({"port": listener.getsockname()[1]}).encode() + b"\n")
         control = Control(peer, writer)
-        with contextlib.suppress(ConnectionResetError):  # The client left an answer unread.
+        with contextlib.suppress(ConnectionError):  # The client left in the middle of a call.
             while line := await reader.readline():
                 control.handle(json.loads(line))
     server.should_exit = True
