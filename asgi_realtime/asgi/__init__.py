@@ -1,1 +1,8 @@
-"""."""
+"""The HTTP surface: raw ASGI on the hot path, starlette for the rest."""
+
+from __future__ import annotations
+
+from asgi_realtime.asgi.auth import RedactAccessToken
+from asgi_realtime.asgi.middleware import RealtimeMiddleware
+
+__all__ = ["RealtimeMiddleware", "RedactAccessToken"]

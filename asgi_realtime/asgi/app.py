@@ -1,0 +1,120 @@
+"""The ASGI app of a `Realtime`: what comes in is routed, what is raised becomes an answer.
+
+Nothing escapes to the host: an exception that leaves a mount makes the host answer, without CORS headers, and a browser
+shows that as a CORS error. A preflight is answered before authentication.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from starlette.responses import Response
+
+from asgi_realtime.asgi import api, feeds, streams
+from asgi_realtime.asgi.answers import error_answer, refusal
+from asgi_realtime.asgi.cors import cors_headers, preflight_headers
+from asgi_realtime.asgi.host import Headers, Host, Receive, Scope, Send
+from asgi_realtime.asgi.paths import API, Endpoint, resolve
+from asgi_realtime.asgi.request import Request
+from asgi_realtime.asgi.rows import RowCache
+from asgi_realtime.asgi.seats import Seats
+from asgi_realtime.asgi.subscription import Subscription
+from asgi_realtime.errors import BrokerUnavailable, RealtimeError
+
+logger = logging.getLogger("asgi_realtime")
+
+Answer = Response | Subscription[Any]
+
+ENDPOINTS: dict[Endpoint, dict[str, Callable[..., Awaitable[Answer]]]] = {
+    Endpoint.STREAM: {"GET": streams.stream},
+    Endpoint.INPUT: {"GET": streams.tail_input, "POST": api.send_input},
+    Endpoint.RUN_FEED: {"GET": feeds.run_feed},
+    Endpoint.TAG_FEED: {"GET": feeds.tag_feed},
+    Endpoint.BATCH_FEED: {"GET": feeds.batch_feed},
+    Endpoint.HEALTH: {"GET": api.health},
+    Endpoint.RETRIEVE_RUN: {"GET": api.retrieve_run},
+    Endpoint.CANCEL_RUN: {"POST": api.cancel_run},
+}
+"""What answers which method. Called with the request and the route's parameters."""
+
+
+class RealtimeApp:
+    """The ASGI app over a host."""
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+        self._seats = Seats(host.limits)
+        self._rows = RowCache(host.runs, max_rows=host.limits.record_cache)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            answer: Answer | None = None
+            request = Request(self._host, self._seats, self._rows, scope, receive)
+            cors = cors_headers(self._host.cors, request.header(b"origin"))
+            try:
+                answer = await self._decide(request, scope)
+                del request  # an open stream keeps none of it
+                answer.raw_headers.extend(cors)
+                await answer(scope, receive, send)
+            except Exception as exc:
+                await self._answer_error(exc, answer, cors, scope, receive, send)
+        elif scope["type"] == "lifespan":
+            await self._lifespan(receive, send)
+        elif scope["type"] == "websocket":
+            await receive()
+            await send({"type": "websocket.close", "code": 1000})  # before it was accepted: 403
+
+    async def _decide(self, request: Request, scope: Scope) -> Answer:
+        cors = self._host.cors
+        if cors is not None and request.method == "OPTIONS" and request.header(b"access-control-request-method"):
+            answer = Response(status_code=204)
+            answer.raw_headers += preflight_headers(cors, request.header(b"access-control-request-headers"))
+            return answer
+        route = resolve(scope["path"], scope.get("root_path", ""))
+        if route is None or (route.endpoint in API and not self._host.api):
+            return refusal(404, "not_found", f"nothing is served at {scope['path']!r}")
+        methods = ENDPOINTS[route.endpoint]
+        endpoint = methods.get(request.method)
+        if endpoint is None:
+            allowed = ", ".join(methods)
+            message = f"{request.method} is not allowed here; allowed: {allowed}"
+            return refusal(405, "method_not_allowed", message, {"allow": allowed})
+        await self._host.ensure_started()
+        return await endpoint(request, *route.params)
+
+    async def _answer_error(
+        self, error: Exception, answer: Answer | None, cors: Headers, scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        expected = isinstance(error, RealtimeError) and (error.status < 500 or isinstance(error, BrokerUnavailable))
+        if isinstance(answer, Response):  # its head may be out; and it fails only with the server's `send`
+            logger.debug("an answer could not be sent", exc_info=error)
+            return
+        if not expected:
+            logger.error("a request failed", exc_info=error)
+        response = error_answer(error, debug=self._host.debug)
+        response.raw_headers.extend(cors)
+        try:
+            await response(scope, receive, send)
+        except Exception as exc:
+            logger.debug("an answer could not be sent", exc_info=exc)
+
+    async def _lifespan(self, receive: Receive, send: Send) -> None:
+        """Only the root app of a server gets here; a mount gets no lifespan."""
+        await receive()
+        try:
+            await self._host.start()
+        except Exception as exc:
+            logger.exception("start failed")
+            await send({"type": "lifespan.startup.failed", "message": f"{type(exc).__name__}: {exc}"})
+            return
+        await send({"type": "lifespan.startup.complete"})
+        await receive()
+        try:
+            await self._host.stop()
+        except Exception as exc:
+            logger.exception("stop failed")
+            await send({"type": "lifespan.shutdown.failed", "message": f"{type(exc).__name__}: {exc}"})
+            return
+        await send({"type": "lifespan.shutdown.complete"})

@@ -1,0 +1,104 @@
+"""What the HTTP surface needs of a `Realtime`, and what a `Realtime` needs of a subscription.
+
+The one direction is `Host`, the other `Subscriber`. Everything here runs on the loop of the `Realtime`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from typing import Any, Protocol
+
+from asgi_realtime.brokers.base import Broker
+from asgi_realtime.config import Cors, Limits, Timeouts
+from asgi_realtime.core.runs import RunRecord
+from asgi_realtime.tokens import TokenAuthority
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+Headers = list[tuple[bytes, bytes]]
+
+
+class Subscriber(Protocol):
+    """An open subscription, as the ticker and the shutdown see it. Neither call suspends or raises."""
+
+    def tick(self, now: float) -> None:
+        """Look after heartbeat, expiry and stalled sends. `now` is unix seconds of the host's clock."""
+
+    def shut_down(self) -> None:
+        """End soon and cleanly, so that the client comes back later."""
+
+
+class Runs(Protocol):
+    """Read access to run records."""
+
+    async def get(self, run_id: str) -> RunRecord:
+        """The newest record. Raises `RunNotFound`."""
+        ...
+
+    async def load(self, run_ids: Sequence[str], /) -> list[RunRecord | None]:
+        """The newest records, in the order asked; None for those that do not exist."""
+        ...
+
+
+class Host(Protocol):
+    """The part of a `Realtime` that answers are made of.
+
+    The one ticker of a host calls `tick` of every subscriber about each `timeouts.tick` seconds; `begin_shutdown` sets
+    `closing` and then calls `shut_down` of every subscriber. Both go through a copy of `subscribers`.
+    """
+
+    @property
+    def broker(self) -> Broker: ...
+    @property
+    def runs(self) -> Runs: ...
+    @property
+    def tokens(self) -> TokenAuthority: ...
+    @property
+    def limits(self) -> Limits: ...
+    @property
+    def timeouts(self) -> Timeouts: ...
+    @property
+    def cors(self) -> Cors | None: ...
+    @property
+    def api(self) -> bool: ...
+    @property
+    def debug(self) -> bool: ...
+    @property
+    def closing(self) -> bool: ...
+    @property
+    def subscribers(self) -> set[Subscriber]: ...
+    @property
+    def clock(self) -> Callable[[], float]: ...
+
+    async def ensure_started(self) -> None:
+        """Start unless started. Called before anything else of a request."""
+        ...
+
+    async def start(self) -> None:
+        """Start in the context of the host's start-up. Idempotent."""
+        ...
+
+    async def stop(self) -> None:
+        """Begin the shutdown, end everything that runs, and leave the broker. Idempotent."""
+        ...
+
+    async def cancel(self, run_id: str, /) -> object:
+        """Cancel a run. Raises `RunNotFound`."""
+        ...
+
+    async def send_input(self, run_id: str, input_id: str, data: Any, /) -> object:
+        """Append to an input of a run. Raises `RunNotFound`, `StreamClosed`, `UsageError`."""
+        ...
+
+
+class HostApp(Protocol):
+    """A `Realtime` as the middleware sees it: an ASGI app with a life of its own."""
+
+    async def start(self) -> None: ...
+
+    async def stop(self) -> None: ...
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None: ...

@@ -1,0 +1,83 @@
+"""Finding what a subscription asks for, also a moment before it is there.
+
+A token that names a run is often in the browser before the run is in the broker of this process. So a run that the
+token names one by one is waited for; for all others 404 comes at once, or the answer would take as long as it tells.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from asgi_realtime.asgi.host import Host, Receive
+from asgi_realtime.asgi.request import Request
+from asgi_realtime.asgi.subscription import until_disconnect
+from asgi_realtime.core.runs import RunRecord, batch_topic, run_topic
+from asgi_realtime.core.scopes import names
+from asgi_realtime.errors import RunNotFound
+from asgi_realtime.tokens import Claims
+from asgi_realtime.waiting import make_guard, make_parker
+
+
+class _Wait:
+    """A waiting request, as the ticker and the shutdown see it."""
+
+    __slots__ = ("deadline", "over", "parker")
+
+    def __init__(self, deadline: float) -> None:
+        self.deadline = deadline
+        self.over = False
+        self.parker = make_parker()
+
+    def tick(self, now: float) -> None:
+        if now >= self.deadline:
+            self.shut_down()
+
+    def shut_down(self) -> None:
+        self.over = True
+        self.parker.wake()
+
+
+async def find_run(request: Request, claims: Claims, run_id: str) -> RunRecord:
+    """The record, waited for up to `timeouts.find` if the token names the run. Raises `RunNotFound`."""
+    runs = request.host.runs
+    try:
+        return await runs.get(run_id)
+    except RunNotFound:
+        if run_id not in names(claims.scopes, "read", "runs"):
+            raise
+    await _appeared(request, claims, run_topic(run_id))
+    return await runs.get(run_id)
+
+
+async def find_batch(request: Request, claims: Claims, batch_id: str) -> None:
+    """Return if the batch has a run, or has one soon. Raises `RunNotFound`."""
+    if not await _appeared(request, claims, batch_topic(batch_id)):
+        raise RunNotFound(f"no batch {batch_id!r}: it never was, or it is past its retention")
+
+
+async def _appeared(request: Request, claims: Claims, topic: str) -> bool:
+    """Wait until the topic has a run. False if there is none in time, the host shuts down or the client is gone."""
+    host, token_id = request.host, "" if claims.secret else claims.token_id
+    wait = _Wait(host.clock() + host.timeouts.find)
+    request.seats.take("", token_id)
+    host.subscribers.add(wait)
+    try:
+        return await _wait_for(host, topic, wait, request.receive)
+    finally:
+        host.subscribers.discard(wait)
+        request.seats.leave("", token_id)
+
+
+async def _wait_for(host: Host, topic: str, wait: _Wait, receive: Receive) -> bool:
+    found = False
+    async with host.broker.follow(topic) as followed, make_guard(partial(until_disconnect, receive)):
+        try:
+            while not found and not wait.over and not host.closing:
+                changed = wait.parker.arm()
+                followed.waiting.add(wait.parker)
+                found = bool((await followed.changes(None, limit=1)).items)
+                if not found:
+                    await changed
+        finally:
+            followed.waiting.discard(wait.parker)
+    return found

@@ -1,0 +1,92 @@
+"""From a request's path to one of our endpoints, whatever host passes it on.
+
+Hosts differ: `path` comes with the mount's prefix (Starlette), without (Litestar, which adds a slash at the end), and
+with or without the `root_path` of a proxy in front. So each candidate is tried, and the first that is one of our routes
+wins. All routes begin with `v1` or `api`, after `realtime` or not, so that both `baseURL`s of the official clients
+work. Nothing is redirected: that is trouble for a cross-origin EventSource (reference/hosts.md, section 2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from enum import Enum, auto
+from typing import NamedTuple
+
+MAX_PREFIXES = 2
+"""How many leading `realtime` are passed over: the mount's own, where a host does not say so, and the client's."""
+
+
+class Endpoint(Enum):
+    """What we answer."""
+
+    RUN_FEED = auto()
+    TAG_FEED = auto()
+    BATCH_FEED = auto()
+    STREAM = auto()
+    INPUT = auto()
+    HEALTH = auto()
+    RETRIEVE_RUN = auto()
+    CANCEL_RUN = auto()
+
+
+API = frozenset({Endpoint.RETRIEVE_RUN, Endpoint.CANCEL_RUN})
+"""The endpoints under `/api/`, which `Realtime(api=False)` does not have."""
+
+
+class Route(NamedTuple):
+    """An endpoint and the variable segments of its path, in their order."""
+
+    endpoint: Endpoint
+    params: tuple[str, ...] = ()
+
+
+def resolve(path: str, root_path: str = "") -> Route | None:
+    """Return the route that a request asks for, or None."""
+    if not path.startswith("/"):
+        return None  # `/realtimeX` in a Litestar mount at `/realtime` arrives as `X/`
+    for candidate in _candidates(_split(path), _split(root_path)):
+        route = _match(candidate)
+        if route is not None:
+            return route
+    return None
+
+
+def _split(path: str) -> list[str]:
+    stripped = path.strip("/")
+    return stripped.split("/") if stripped else []
+
+
+def _candidates(path: list[str], root: list[str]) -> Iterator[list[str]]:
+    """The path less the root path, less each end of it (a proxy may have taken the begin), and as it is."""
+    for start in range(len(root)):
+        prefix = root[start:]
+        if path[: len(prefix)] == prefix:
+            yield path[len(prefix) :]
+    yield path
+
+
+def _match(segments: list[str]) -> Route | None:
+    for _ in range(MAX_PREFIXES):
+        if segments[:1] == ["realtime"]:
+            segments = segments[1:]
+    if "" in segments:
+        return None
+    match segments:
+        case ["v1", "streams", run_id, key]:
+            return Route(Endpoint.STREAM, (run_id, key))
+        case ["v1", "streams", run_id, "input", input_id]:
+            return Route(Endpoint.INPUT, (run_id, input_id))
+        case ["v1", "runs"]:
+            return Route(Endpoint.TAG_FEED)
+        case ["v1", "runs", run_id]:
+            return Route(Endpoint.RUN_FEED, (run_id,))
+        case ["v1", "batches", batch_id]:
+            return Route(Endpoint.BATCH_FEED, (batch_id,))
+        case ["v1", "health"]:
+            return Route(Endpoint.HEALTH)
+        case ["api", "v3", "runs", run_id]:
+            return Route(Endpoint.RETRIEVE_RUN, (run_id,))
+        case ["api", "v2", "runs", run_id, "cancel"]:
+            return Route(Endpoint.CANCEL_RUN, (run_id,))
+        case _:
+            return None

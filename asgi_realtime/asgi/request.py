@@ -1,0 +1,87 @@
+"""One HTTP request, as the endpoints read it.
+
+It is gone once the answer is decided: an open stream keeps none of it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+from urllib.parse import parse_qsl
+
+from asgi_realtime.asgi.auth import bearer, redact_query
+from asgi_realtime.asgi.host import Host, Receive, Scope
+from asgi_realtime.errors import InvalidRequest, LimitExceeded
+from asgi_realtime.tokens import Claims
+
+if TYPE_CHECKING:
+    from asgi_realtime.asgi.rows import RowCache
+    from asgi_realtime.asgi.seats import Seats
+
+EVENT_STREAM = "text/event-stream"
+
+
+class Request:
+    """Made first thing: with it the access token is out of the scope."""
+
+    def __init__(self, host: Host, seats: Seats, rows: RowCache, scope: Scope, receive: Receive) -> None:
+        self.host = host
+        self.seats = seats
+        self.rows = rows
+        self.receive = receive
+        self.method: str = scope["method"]
+        self._headers: list[tuple[bytes, bytes]] = scope["headers"]
+        self._query_token = redact_query(scope)
+        self._query: bytes = scope.get("query_string", b"")
+
+    def header(self, name: bytes) -> bytes | None:
+        """The first value of a header, by its name in small letters."""
+        for key, value in self._headers:
+            if key.lower() == name:
+                return value
+        return None
+
+    def query(self, name: str) -> str | None:
+        """The last value of a query parameter."""
+        pairs = parse_qsl(self._query.decode("latin-1"), keep_blank_values=True)
+        return next((value for key, value in reversed(pairs) if key == name), None)
+
+    def authenticate(self) -> Claims:
+        """Raises `InvalidToken`, also if there is no credential at all."""
+        credential = bearer(self.header(b"authorization"))
+        if not credential and self.method == "GET":
+            credential = self._query_token
+        return self.host.tokens.authenticate(credential)
+
+    @property
+    def last_event_id(self) -> str | None:
+        """Where a client resumes: the header that an EventSource sends, else the query, else None."""
+        header = self.header(b"last-event-id")
+        text = header.decode("utf-8", "replace") if header else self.query("last_event_id")
+        return text or None
+
+    @property
+    def accepts_event_stream(self) -> bool:
+        return EVENT_STREAM in (self.header(b"accept") or b"").decode("latin-1").lower()
+
+    async def body(self, max_bytes: int) -> bytes:
+        """The body. Raises `LimitExceeded` (413) as soon as it is too long, `InvalidRequest` if it is cut off."""
+        length = self.header(b"content-length") or b""
+        if length.isdigit() and len(length) < 19:
+            _check_length(int(length), max_bytes)
+        parts: list[bytes] = []
+        size = 0
+        while True:
+            message = await self.receive()
+            if message["type"] == "http.disconnect":
+                raise InvalidRequest("the request's body was cut off")
+            part: bytes = message.get("body", b"")
+            size += len(part)
+            _check_length(size, max_bytes)
+            parts.append(part)
+            if not message.get("more_body", False):
+                return b"".join(parts)
+
+
+def _check_length(size: int, max_bytes: int) -> None:
+    if size > max_bytes:
+        raise LimitExceeded(f"body is at least {size} bytes, limit {max_bytes}", status=413)

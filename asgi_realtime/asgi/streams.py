@@ -1,0 +1,117 @@
+"""`GET /v1/streams/{run}/{key}`: the chunks of one stream, from any position, to its end.
+
+The hot path of the library. The cursor is the seq of the last chunk that the client has; everything behind it goes out
+as one body, shared with the others at the same place. Resume, gap and end: docs/protocol.md.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractAsyncContextManager
+
+from asgi_realtime.asgi.auth import authorise, run_resources
+from asgi_realtime.asgi.host import Host
+from asgi_realtime.asgi.lookup import find_run
+from asgi_realtime.asgi.request import Request
+from asgi_realtime.asgi.seats import Seats
+from asgi_realtime.asgi.subscription import Finished, Subscription
+from asgi_realtime.core.chunks import encode_value
+from asgi_realtime.core.log import StreamKey
+from asgi_realtime.core.runs import RunRecord
+from asgi_realtime.errors import InvalidRequest
+from asgi_realtime.livelog import LiveLog
+from asgi_realtime.names import check_key, input_stream
+from asgi_realtime.tokens import Claims
+
+_MAX_DIGITS = 18
+
+
+async def stream(request: Request, run_id: str, key: str) -> StreamSubscription:
+    """Follow a stream of a run."""
+    claims = request.authenticate()
+    return await _subscribe(request, claims, run_id, check_key(key, request.host.limits, what="stream key"))
+
+
+async def tail_input(request: Request, run_id: str, input_id: str) -> StreamSubscription:
+    """Follow what is sent to an input of a run: a hidden stream."""
+    claims = request.authenticate()
+    return await _subscribe(request, claims, run_id, input_stream(input_id, request.host.limits))
+
+
+async def _subscribe(request: Request, claims: Claims, run_id: str, name: str) -> StreamSubscription:
+    after = parse_position(request.last_event_id)
+    record = await find_run(request, claims, run_id)
+    authorise(claims, "read", run_resources(record))
+    return StreamSubscription(request.host, request.seats, claims, record, name, after)
+
+
+def parse_position(last_event_id: str | None) -> int:
+    """The cursor that a client resumes from; -1 for the begin. Raises `InvalidRequest`."""
+    if last_event_id is None:
+        return -1
+    text = last_event_id
+    if not (text.isascii() and text.isdigit() and len(text) <= _MAX_DIGITS):
+        raise InvalidRequest(f"Last-Event-ID is {text[:40]!r}; on a stream it must be an integer from 0")
+    return int(text)
+
+
+class StreamSubscription(Subscription[LiveLog]):
+    """Sends a stream's chunks after a position."""
+
+    __slots__ = ("_after", "_comment", "_key")
+
+    def __init__(self, host: Host, seats: Seats, claims: Claims, record: RunRecord, name: str, after: int) -> None:
+        super().__init__(host, seats, claims, run_id=record.id)
+        self._key = StreamKey(record.id, name)
+        self._after = after
+        written = name in record.streams or name.startswith("$")
+        self._comment = "connected" if written else _unwritten(name, record.streams)
+
+    def _open(self) -> AbstractAsyncContextManager[LiveLog]:
+        return self._host.broker.live(self._key)
+
+    async def _prepare(self, source: LiveLog) -> str:
+        if source.end is not None and self._after >= source.log.next:
+            raise Finished
+        comment, self._comment = self._comment, ""
+        return comment if not source.log.next else "connected"
+
+    async def _follow(self, source: LiveLog) -> bytes:
+        framing, parker, cursor = self._framing, self._parker, self._after
+        try:
+            while True:
+                if self._alert:
+                    self._alert = False
+                    last = self._last_words()
+                    if last is not None:
+                        return last if source.end is None or source.log.next > cursor + 1 else self._end(source)
+                    await self._write(framing.heartbeat)
+                first = source.gap(cursor)
+                if first is not None:
+                    await self._write(framing.gap(cursor + 1, first))
+                    cursor = first - 1
+                    continue
+                piece = framing.take(source, cursor)
+                if piece is not None:
+                    await self._write(piece.body)
+                    cursor = piece.last
+                elif source.failure is not None:
+                    return b""  # without an `end`: the client comes back and hears what is wrong
+                elif source.end is not None:
+                    return self._end(source)
+                else:
+                    source.waiting.add(parker)
+                    self._idle = True
+                    await parker.arm()
+                    self._idle = False
+        finally:
+            source.waiting.discard(parker)
+
+    def _end(self, source: LiveLog) -> bytes:
+        assert source.end is not None
+        return self._framing.end(source.end, str(source.log.next))
+
+
+def _unwritten(name: str, streams: tuple[str, ...]) -> str:
+    """Tells who reads a wrong key, in `curl -N`, which keys there are."""
+    listed = encode_value([stream for stream in streams if not stream.startswith("$")])
+    return f"stream {encode_value(name).decode()} is not written yet; this run has {listed.decode()}"

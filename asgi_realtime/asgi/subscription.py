@@ -1,0 +1,216 @@
+"""One open `text/event-stream` response: its head, its heartbeat, and everything that ends it from outside.
+
+There is one loop per connection and nothing else: no task, timer, scope or generator beside it but the guard's
+watcher, since no server tells of a disconnect in `send()`. What the loop sends is its subclass's matter (`streams`,
+`feeds`). The ticker and the shutdown call `tick` and `shut_down`; these set a flag and wake the loop, which does the
+sending, so that `send()` has one caller. An idle subscriber's bytes count: nothing of the request is kept once the head
+is out.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Awaitable
+from contextlib import AbstractAsyncContextManager
+from functools import partial
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+from asgi_realtime.asgi.framing import NATIVE, Framing
+from asgi_realtime.asgi.host import Headers, Host, Receive, Scope, Send
+from asgi_realtime.core.log import End
+from asgi_realtime.tokens import Claims
+from asgi_realtime.waiting import Guard, make_guard, make_parker
+
+if TYPE_CHECKING:
+    from asgi_realtime.asgi.seats import Seats
+
+logger = logging.getLogger("asgi_realtime")
+
+S = TypeVar("S")
+
+MIN_RECONNECT_MS = 250
+"""Nobody comes back at once: the server is still going down."""
+
+CLOSING_SEND_S = 1.0
+"""How long a send may take once the shutdown began: a reader that stands still must not hold it up."""
+
+_HEAD = (
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache, no-transform"),
+    (b"x-accel-buffering", b"no"),
+)
+
+
+async def until_disconnect(receive: Receive) -> None:
+    """Return when the client is gone."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class Finished(Exception):
+    """Raised before the head is sent: what the client asks for is over and it has it all. Answered with 204."""
+
+
+class _Over(Exception):
+    """Raised by `_heed`: the subscription ends with this frame."""
+
+    def __init__(self, last: bytes) -> None:
+        super().__init__()
+        self.last = last
+
+
+class Subscription(Generic[S]):
+    """An ASGI app that answers one request with what comes from a source. Raises before its head is sent or not at all.
+
+    In `_follow` stands the loop. Each turn of it looks at `_alert` first, also while there is more to send: a reader
+    that is never through with it has to hear of its end too.
+    """
+
+    __slots__ = (
+        "_alert",
+        "_expired",
+        "_expires_at",
+        "_framing",
+        "_guard",
+        "_host",
+        "_idle",
+        "_moved",
+        "_parker",
+        "_run_id",
+        "_seats",
+        "_send",
+        "_since",
+        "_token_id",
+        "raw_headers",
+    )
+    _send: Send
+
+    def __init__(
+        self, host: Host, seats: Seats, claims: Claims, *, run_id: str = "", framing: Framing = NATIVE
+    ) -> None:
+        self._host = host
+        self._seats: Seats | None = seats
+        self._run_id = run_id
+        self._token_id = "" if claims.secret else claims.token_id
+        self._expires_at = claims.expires_at
+        self._framing = framing
+        self._parker = make_parker()
+        self._guard: Guard | None = None
+        self._alert = False  # something of the following is to be looked at
+        self._expired = False
+        self._idle = False  # waiting for something to send
+        self._moved = True  # there was a send since the last tick
+        self._since = host.clock()  # the tick before which it last moved
+        self.raw_headers: Headers = []
+        """More headers for the head, such as those of CORS."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        seats = self._seats
+        assert seats is not None, "a subscription answers once"
+        seats.take(self._run_id, self._token_id)
+        self._send = send
+        self._host.subscribers.add(self)
+        self._alert = self._host.closing  # a shutdown that begins later calls `shut_down`
+        started = False
+        try:
+            async with self._open() as source:
+                comment = await self._prepare(source)
+                async with make_guard(partial(until_disconnect, receive)) as self._guard:
+                    started = True
+                    try:
+                        await self._start(comment)
+                        last = await self._follow(source)
+                    except _Over as over:
+                        last = over.last
+                    except OSError:
+                        return  # the peer is gone; only some servers say so
+                    except Exception:
+                        logger.exception("a subscription failed; its client will resume")
+                        last = b""
+                    await self._finish(last)
+        except Finished:
+            await send({"type": "http.response.start", "status": 204, "headers": list(self.raw_headers)})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        except Exception:
+            if not started:
+                raise
+            logger.debug("leaving a subscription failed", exc_info=True)
+        finally:
+            self._host.subscribers.discard(self)
+            self._guard = None
+            self._leave_seat()
+
+    def _open(self) -> AbstractAsyncContextManager[S]:
+        """What is followed."""
+        raise NotImplementedError
+
+    async def _prepare(self, source: S) -> str:
+        """Look before the head is sent: the last chance to raise. Returns the comment to begin with."""
+        raise NotImplementedError
+
+    async def _follow(self, source: S) -> bytes:
+        """Send what there is and wait for more, until there is no more. Returns the frame to end with."""
+        raise NotImplementedError
+
+    async def _start(self, comment: str) -> None:
+        headers, self.raw_headers = [*_HEAD, *self.raw_headers], []
+        await self._send({"type": "http.response.start", "status": 200, "headers": headers})
+        await self._write(self._framing.preamble(comment))
+
+    def _write(self, body: bytes) -> Awaitable[None]:
+        """Send part of the body. The message is a fresh one: a host's compression writes into it."""
+        self._moved = True
+        return self._send({"type": "http.response.body", "body": body, "more_body": True})
+
+    async def _finish(self, last: bytes) -> None:
+        self._moved = True
+        await self._send({"type": "http.response.body", "body": last, "more_body": False})
+
+    def _last_words(self) -> bytes | None:
+        """The frame to end with, if the subscription has to end now."""
+        if self._expired:
+            return self._framing.end(End("token_expired"), None)
+        if self._host.closing:
+            spread_ms = random.random() * self._host.timeouts.reconnect * 1000
+            return self._framing.reconnect(max(MIN_RECONNECT_MS, round(spread_ms)))
+        return None
+
+    def _heed(self) -> None:
+        """End the subscription, out of whatever it is sending, if it has to end now. Takes the alert back."""
+        self._alert = False
+        last = self._last_words()
+        if last is not None:
+            raise _Over(last)
+
+    # What others call
+
+    def tick(self, now: float) -> None:
+        if self._moved:
+            self._moved = False
+            self._since = now
+        elif not self._idle:
+            self._check_send(now)
+        elif now - self._since >= self._host.timeouts.heartbeat:
+            self._rouse()
+        if now >= self._expires_at and not self._expired:
+            self._expired = True
+            self._rouse()
+
+    def shut_down(self) -> None:
+        self._rouse()
+
+    def _rouse(self) -> None:
+        self._alert = True
+        self._parker.wake()
+
+    def _check_send(self, now: float) -> None:
+        allowed_s = CLOSING_SEND_S if self._host.closing else self._host.timeouts.send
+        if now - self._since >= allowed_s and self._guard is not None:
+            self._guard.cancel()
+            self._leave_seat()  # not left to the loop: there are servers whose send() cannot be cancelled
+
+    def _leave_seat(self) -> None:
+        seats, self._seats = self._seats, None
+        if seats is not None:
+            seats.leave(self._run_id, self._token_id)

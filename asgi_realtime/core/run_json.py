@@ -1,0 +1,107 @@
+"""A run as JSON, in the form of `GET /api/v3/runs/{id}` of the official clients, with the names of its streams.
+
+What is required there is always present, what is optional is absent and never null. Payload and output stand in it as
+they are stored. Spec: reference/wire.md, section 1.5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from datetime import UTC, datetime
+from typing import Any
+
+import msgspec
+
+from asgi_realtime.core.chunks import encode_value
+from asgi_realtime.core.runs import RunRecord, Status
+
+_COLUMNS = {
+    "runTags": "tags",
+    "completedAt": "finishedAt",
+    "delayUntil": "delayedUntil",
+    "usageDurationMs": "durationMs",
+}
+"""Columns of a run feed that have another name here."""
+
+_EMPTY: dict[str, Any] = {"tags": [], "costInCents": 0, "baseCostInCents": 0, "durationMs": 0, "isTest": False}
+"""Required fields that may be left out all the same: what stands there instead."""
+
+_KEPT = frozenset(
+    {"id", "status", "taskIdentifier", "createdAt", "updatedAt", "depth", "triggerFunction", "relatedRuns"}
+    | {"isQueued", "isExecuting", "isWaiting", "isCompleted", "isSuccess", "isFailed", "isCancelled"}
+)
+
+
+def run_json(record: RunRecord, *, skip: Collection[str] = ()) -> bytes:
+    """Encode a run as one line of JSON. `skip` names fields, or columns of the run feed, to leave out."""
+    fields = _fields(record)
+    for name in skip:
+        name = _COLUMNS.get(name, name)
+        if name in _EMPTY:
+            fields[name] = _EMPTY[name]
+        elif name not in _KEPT:
+            fields.pop(name, None)
+    return encode_value(fields)
+
+
+def _fields(record: RunRecord) -> dict[str, Any]:
+    return {
+        "id": record.id,
+        "status": record.status,
+        "taskIdentifier": record.task,
+        "isQueued": record.is_queued,
+        "isExecuting": record.is_executing,
+        "isWaiting": False,
+        "isCompleted": record.is_completed,
+        "isSuccess": record.is_success,
+        "isFailed": record.is_failed,
+        "isCancelled": record.is_canceled,
+        "isTest": False,
+        "createdAt": _iso(record.created_at_ms),
+        "updatedAt": _iso(record.updated_at_ms),
+        "tags": record.tags,
+        "costInCents": 0,
+        "baseCostInCents": 0,
+        "durationMs": _duration_ms(record),
+        "depth": record.depth,
+        "triggerFunction": "trigger" if record.batch is None else "batchTrigger",
+        "relatedRuns": {},
+        "metadata": record.metadata,
+        "realtimeStreams": [name for name in record.streams if not name.startswith("$")],
+        **_optional(record),
+    }
+
+
+def _optional(record: RunRecord) -> dict[str, Any]:
+    optional = {
+        "startedAt": _iso_or_none(record.started_at_ms),
+        "finishedAt": _iso_or_none(record.completed_at_ms),
+        "delayedUntil": _iso_or_none(record.delay_until_ms),
+        "expiredAt": _iso_or_none(record.completed_at_ms) if record.status is Status.EXPIRED else None,
+        "payload": _raw(record.payload_json),
+        "output": _raw(record.output_json),
+        "error": None if record.error is None else {"name": record.error.name, "message": record.error.message},
+        "idempotencyKey": record.idempotency_key,
+        "ttl": None if record.ttl_s is None else f"{record.ttl_s:g}s",
+        "batchId": None if record.batch is None else record.batch.id,
+    }
+    return {name: value for name, value in optional.items() if value is not None}
+
+
+def _raw(data: bytes | None) -> msgspec.Raw | None:
+    return None if data is None else msgspec.Raw(data)
+
+
+def _duration_ms(record: RunRecord) -> int:
+    if record.started_at_ms is None:
+        return 0
+    return (record.completed_at_ms or record.updated_at_ms) - record.started_at_ms
+
+
+def _iso(time_ms: int) -> str:
+    seconds, milliseconds = divmod(time_ms, 1000)
+    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%S}.{milliseconds:03}Z"
+
+
+def _iso_or_none(time_ms: int | None) -> str | None:
+    return None if time_ms is None else _iso(time_ms)

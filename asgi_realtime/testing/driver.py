@@ -1,0 +1,229 @@
+"""Drives an ASGI app without sockets, with bodies that are live.
+
+A body chunk is handed over when the test reads it and `send()` waits until then, so there is the back-pressure of a
+socket with no buffer at all. Leaving the `async with` is the client that goes away: the app gets `http.disconnect`.
+Works on asyncio and trio. (`httpx.ASGITransport` collects the whole body first, so it never shows a live stream.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping
+from contextlib import asynccontextmanager
+from typing import Any
+from urllib.parse import quote, urlencode
+
+import anyio
+import anyio.abc
+
+from asgi_realtime.testing.sse import Event, EventParser
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Any, Any, Any], Awaitable[None]]
+
+LEAVE_S = 2.0
+"""How long an app may take to notice that its client is gone, before it is cancelled."""
+
+
+class StreamedResponse:
+    """A response whose body is still on its way. Iterate it for the body chunks, as they are sent."""
+
+    def __init__(self, scope: Scope) -> None:
+        self.scope = scope
+        """The scope that the app was called with: shows what it changed in there."""
+        self.status = 0
+        self.headers: dict[str, str] = {}
+        """By names in small letters; values of the same name are joined by commas."""
+        self.events: list[Event] = []
+        """All events that were read so far."""
+        self.ended = False
+        """The app ended the body."""
+        self._parser = EventParser()
+        self._started = anyio.Event()
+        self._gone = anyio.Event()
+        self._chunks_in, self._chunks = anyio.create_memory_object_stream[bytes](0)
+
+    @property
+    def comments(self) -> list[str]:
+        """All comments that were read so far."""
+        return self._parser.comments
+
+    @property
+    def last_event_id(self) -> str | None:
+        """What an EventSource would send as `Last-Event-ID` now."""
+        return self._parser.last_event_id
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self._chunks.__aiter__()
+
+    async def chunk(self) -> bytes:
+        """The next body chunk. Raises `anyio.EndOfStream` behind the last."""
+        return await self._chunks.receive()
+
+    async def read(self) -> bytes:
+        """The rest of the body, to its end."""
+        return b"".join([chunk async for chunk in self._chunks])
+
+    async def read_events(self) -> list[Event]:
+        """The events in the body chunks that follow: of as many as it takes to have one, or to the end."""
+        while True:
+            try:
+                events = self._parser.feed(await self._chunks.receive())
+            except anyio.EndOfStream:
+                return []
+            if events:
+                self.events += events
+                return events
+
+    async def read_until(self, event: str) -> list[Event]:
+        """All events up to and with the first of this name. Raises AssertionError if the body ends before."""
+        found: list[Event] = []
+        while not any(one.event == event for one in found):
+            events = await self.read_events()
+            assert events, f"the body ended before an event {event!r} came; there were {found}"
+            found += events
+        return found
+
+    async def read_all_events(self) -> list[Event]:
+        """All further events, to the end of the body."""
+        found: list[Event] = []
+        while events := await self.read_events():
+            found += events
+        return found
+
+    def leave(self) -> None:
+        """Go away. Further sends of the app go nowhere, as with a real server."""
+        self._gone.set()
+        self._chunks.close()
+
+    async def _send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            assert not self.status, "the head was sent twice"
+            self.status = message["status"]
+            for name, value in message.get("headers", []):
+                key, text = name.decode("latin-1").lower(), value.decode("latin-1")
+                self.headers[key] = f"{self.headers[key]}, {text}" if key in self.headers else text
+            self._started.set()
+            return
+        assert self.status, "a body without a head"
+        assert not self.ended, "a body after its end"
+        try:
+            if message.get("body"):
+                await self._chunks_in.send(bytes(message["body"]))
+        except (anyio.BrokenResourceError, anyio.ClosedResourceError):
+            return
+        if not message.get("more_body", False):
+            self.ended = True
+            self._chunks_in.close()
+            self._gone.set()
+
+
+def make_scope(
+    method: str,
+    path: str,
+    *,
+    query: Mapping[str, str] | str = "",
+    headers: Mapping[str, str] | None = None,
+    root_path: str = "",
+) -> dict[str, Any]:
+    """An http scope as uvicorn makes it."""
+    text = query if isinstance(query, str) else urlencode(query)
+    return {
+        "type": "http",
+        "asgi": {"version": "3.0", "spec_version": "2.3"},
+        "http_version": "1.1",
+        "method": method,
+        "scheme": "http",
+        "path": path,
+        "raw_path": quote(path).encode(),
+        "root_path": root_path,
+        "query_string": text.encode(),
+        "headers": [(name.lower().encode(), value.encode("latin-1")) for name, value in (headers or {}).items()],
+        "client": ("127.0.0.1", 50000),
+        "server": ("127.0.0.1", 8000),
+    }
+
+
+@asynccontextmanager
+async def stream(
+    app: App,
+    method: str,
+    path: str,
+    *,
+    query: Mapping[str, str] | str = "",
+    headers: Mapping[str, str] | None = None,
+    body: bytes = b"",
+    root_path: str = "",
+    scope: Scope | None = None,
+) -> AsyncIterator[StreamedResponse]:
+    """Send a request; give the response as soon as its head is there. Leaving it early is a disconnect.
+
+    What the app raises is raised here, unless the body of the `async with` raised before.
+    """
+    scope = scope or make_scope(method, path, query=query, headers=headers, root_path=root_path)
+    response = StreamedResponse(scope)
+    requests: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+    raised: list[Exception] = []
+    failure: Exception | None = None  # of the caller's block, which a task group would wrap
+
+    async def receive() -> Message:
+        if requests:
+            return requests.pop()
+        await response._gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def run() -> None:
+        try:
+            await app(scope, receive, response._send)
+        except Exception as exc:
+            raised.append(exc)
+        finally:
+            response._started.set()
+            response._chunks_in.close()
+            over.set()
+
+    over = anyio.Event()
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(run)
+        try:
+            await response._started.wait()
+            if not raised:
+                assert response.status, "the app returned without an answer"
+                yield response
+        except Exception as exc:
+            failure = exc
+        finally:
+            response.leave()
+            with anyio.move_on_after(LEAVE_S, shield=True):
+                await over.wait()
+            tasks.cancel_scope.cancel()
+    for error in (failure, *raised):
+        if error is not None:
+            raise error
+
+
+class Response:
+    """A whole response."""
+
+    def __init__(self, streamed: StreamedResponse, body: bytes) -> None:
+        self.scope = streamed.scope
+        self.status = streamed.status
+        self.headers = streamed.headers
+        self.body = body
+
+
+async def request(
+    app: App,
+    method: str,
+    path: str,
+    *,
+    query: Mapping[str, str] | str = "",
+    headers: Mapping[str, str] | None = None,
+    body: bytes = b"",
+    root_path: str = "",
+) -> Response:
+    """Send a request and read the whole answer. For answers that end."""
+    async with stream(app, method, path, query=query, headers=headers, body=body, root_path=root_path) as streamed:
+        return Response(streamed, await streamed.read())

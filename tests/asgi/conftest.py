@@ -1,0 +1,11 @@
+from __future__ import annotations
+
+import pytest
+
+from asgi_realtime.config import Cors
+from tests.asgi.standin import StandIn
+
+
+@pytest.fixture
+def host() -> StandIn:
+    return StandIn(cors=Cors())

@@ -1,0 +1,185 @@
+"""A small stand-in for `Realtime`: the real memory broker and tokens, and a clock and ticker worked by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import count
+from typing import Any
+
+import anyio.lowlevel
+
+from asgi_realtime.asgi.app import RealtimeApp
+from asgi_realtime.asgi.host import Subscriber
+from asgi_realtime.brokers.base import Broker, ChangeMark
+from asgi_realtime.brokers.memory import MemoryBroker
+from asgi_realtime.config import Cors, Limits, Retention, Timeouts
+from asgi_realtime.core.chunks import encode_value
+from asgi_realtime.core.log import StreamKey
+from asgi_realtime.core.runs import (
+    BatchMember,
+    Finished,
+    RunChange,
+    RunError,
+    RunRecord,
+    Started,
+    Status,
+    StreamAdded,
+    apply,
+)
+from asgi_realtime.errors import RunNotFound
+from asgi_realtime.names import input_stream
+from asgi_realtime.testing.driver import Receive, Scope, Send
+from asgi_realtime.tokens import TokenAuthority
+
+SECRET = "a secret that is long enough for the tests"
+NOW = 1_800_000_000.0
+
+
+class StandIn:
+    """As much of a `Realtime` as the HTTP surface needs. Call it as the ASGI app."""
+
+    def __init__(
+        self,
+        *,
+        limits: Limits | None = None,
+        timeouts: Timeouts | None = None,
+        retention: Retention | None = None,
+        cors: Cors | None = None,
+        api: bool = True,
+        debug: bool = False,
+    ) -> None:
+        self.now = NOW
+        self.limits = limits or Limits()
+        self.timeouts = timeouts or Timeouts()
+        self.cors = cors
+        self.api = api
+        self.debug = debug
+        self.closing = False
+        self.subscribers: set[Subscriber] = set()
+        self.broker: Broker = MemoryBroker(limits=self.limits, retention=retention, clock=self.clock)
+        self.tokens = TokenAuthority(SECRET, clock=self.clock)
+        self.runs = self
+        self.calls: list[str] = []
+        self.start_error: Exception | None = None
+        self.stop_error: Exception | None = None
+        self._marks = count()
+        self.app = RealtimeApp(self)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self.app(scope, receive, send)
+
+    def clock(self) -> float:
+        return self.now
+
+    # What the HTTP surface calls
+
+    async def ensure_started(self) -> None:
+        if self.start_error is not None:
+            raise self.start_error
+
+    async def start(self) -> None:
+        self.calls.append("start")
+        if self.start_error is not None:
+            raise self.start_error
+
+    async def stop(self) -> None:
+        self.calls.append("stop")
+        self.begin_shutdown()
+        if self.stop_error is not None:
+            raise self.stop_error
+
+    def begin_shutdown(self) -> None:
+        self.closing = True
+        for subscriber in tuple(self.subscribers):
+            subscriber.shut_down()
+
+    async def load(self, run_ids: Sequence[str], /) -> list[RunRecord | None]:
+        return await self.broker.load(run_ids)
+
+    async def get(self, run_id: str) -> RunRecord:
+        (record,) = await self.broker.load([run_id])
+        if record is None:
+            raise RunNotFound(f"no run {run_id!r}")
+        return record
+
+    async def cancel(self, run_id: str, /) -> RunRecord:
+        return await self.change(run_id, Finished(Status.CANCELED))
+
+    async def send_input(self, run_id: str, input_id: str, data: Any, /) -> None:
+        await self.broker.append(StreamKey(run_id, input_stream(input_id, self.limits)), [encode_value(data)])
+
+    # What tests do
+
+    async def create(
+        self,
+        run_id: str = "run_1",
+        *,
+        task: str = "chat",
+        tags: Iterable[str] = (),
+        batch: BatchMember | None = None,
+        executing: bool = True,
+        created_ago_s: float = 0,
+        payload: Any = None,
+    ) -> RunRecord:
+        now_ms = round((self.now - created_ago_s) * 1000)
+        record = RunRecord(
+            id=run_id,
+            task=task,
+            status=Status.QUEUED,
+            created_at_ms=now_ms,
+            updated_at_ms=now_ms,
+            tags=tuple(tags),
+            batch=batch,
+            payload_json=None if payload is None else encode_value(payload),
+        )
+        await self.broker.commit(record, expect=0, change=self._mark())
+        return await self.change(run_id, Started("me")) if executing else record
+
+    async def change(self, run_id: str, *changes: RunChange) -> RunRecord:
+        record = await self.get(run_id)
+        following = apply(record, changes, round(self.now * 1000))
+        await self.broker.commit(following, expect=record.version, change=self._mark())
+        return following
+
+    async def finish(
+        self, run_id: str = "run_1", status: Status = Status.COMPLETED, *, output: Any = None, error: str | None = None
+    ) -> RunRecord:
+        failure = None if error is None else RunError("TaskError", error)
+        return await self.change(run_id, Finished(status, encode_value(output), failure))
+
+    async def append(self, *chunks: Any, run_id: str = "run_1", key: str = "default") -> None:
+        record = await self.get(run_id)
+        if not record.is_completed:
+            await self.change_if_new(run_id, StreamAdded(key))
+        await self.broker.append(StreamKey(run_id, key), [encode_value(chunk) for chunk in chunks])
+
+    async def change_if_new(self, run_id: str, change: RunChange) -> None:
+        record = await self.get(run_id)
+        if apply(record, [change], 0) is not record:
+            await self.change(run_id, change)
+
+    def _mark(self) -> ChangeMark:
+        return ChangeMark("tests", next(self._marks))
+
+    def token(self, *scopes: str, expires_in_s: float = 900, skip_columns: Sequence[str] = ()) -> str:
+        extra = {"realtime": {"skipColumns": list(skip_columns)}} if skip_columns else None
+        return self.tokens.mint(scopes or ("read:runs:run_1",), expires_in_s=expires_in_s, extra=extra)
+
+    def headers(self, *scopes: str, **more: str) -> dict[str, str]:
+        given = {name.replace("_", "-"): value for name, value in more.items()}
+        return {"authorization": f"Bearer {self.token(*scopes)}", **given}
+
+    def feed_headers(self, *scopes: str, **more: str) -> dict[str, str]:
+        return {"accept": "text/event-stream", **self.headers(*scopes, **more)}
+
+    def tick(self, seconds: float = 0.5) -> None:
+        """Let time pass, and the ticker see it."""
+        self.now += seconds
+        for subscriber in tuple(self.subscribers):
+            subscriber.tick(self.now)
+
+    async def one_subscriber(self) -> Subscriber:
+        while not self.subscribers:
+            await anyio.lowlevel.checkpoint()
+        (subscriber,) = self.subscribers
+        return subscriber
