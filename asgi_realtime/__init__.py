@@ -2,4 +2,85 @@
 
 from __future__ import annotations
 
+from asgi_realtime.asgi import RealtimeMiddleware, RedactAccessToken
+from asgi_realtime.config import Cors, Limits, Retention, Timeouts
+from asgi_realtime.core.runs import RunError, RunRecord, Status
+from asgi_realtime.errors import (
+    BrokerUnavailable,
+    EncodingError,
+    ExpiredToken,
+    InvalidConfiguration,
+    InvalidPayload,
+    InvalidSource,
+    InvalidToken,
+    LimitExceeded,
+    LocalCopyLost,
+    NoCurrentRun,
+    RealtimeError,
+    RunCanceled,
+    RunEnded,
+    RunFailed,
+    RunNotFound,
+    ScopeDenied,
+    StreamClosed,
+    StreamGap,
+    TaskError,
+    UnknownTask,
+    UsageError,
+)
+from asgi_realtime.handles import BatchHandle, RunHandle
+from asgi_realtime.pipe import Pipe, PipeResult
+from asgi_realtime.reading import StreamChunk
+from asgi_realtime.realtime import Realtime
+from asgi_realtime.run import Run, current_run
+from asgi_realtime.streams import StreamScope, TypedStream
+from asgi_realtime.tasks import Executor, Task
+from asgi_realtime.tokens import Claims
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "BatchHandle",
+    "BrokerUnavailable",
+    "Claims",
+    "Cors",
+    "EncodingError",
+    "Executor",
+    "ExpiredToken",
+    "InvalidConfiguration",
+    "InvalidPayload",
+    "InvalidSource",
+    "InvalidToken",
+    "Limits",
+    "LimitExceeded",
+    "LocalCopyLost",
+    "NoCurrentRun",
+    "Pipe",
+    "PipeResult",
+    "Realtime",
+    "RealtimeError",
+    "RealtimeMiddleware",
+    "RedactAccessToken",
+    "Retention",
+    "Run",
+    "RunCanceled",
+    "RunEnded",
+    "RunError",
+    "RunFailed",
+    "RunHandle",
+    "RunNotFound",
+    "RunRecord",
+    "ScopeDenied",
+    "Status",
+    "StreamChunk",
+    "StreamClosed",
+    "StreamGap",
+    "StreamScope",
+    "Task",
+    "TaskError",
+    "Timeouts",
+    "TypedStream",
+    "UnknownTask",
+    "UsageError",
+    "current_run",
+]

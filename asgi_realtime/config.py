@@ -27,7 +27,9 @@ def parse_span(value: Span, *, name: str = "span") -> float:
     elif isinstance(value, str):
         text = value.strip().lower()
         if not _SPAN.fullmatch(text):
-            raise UsageError(f"{name} is {value!r}; allowed are seconds, a timedelta, or text like '90s', '15m', '1h30m'")
+            raise UsageError(
+                f"{name} is {value!r}; allowed are seconds, a timedelta, or text like '90s', '15m', '1h30m'"
+            )
         seconds = sum(float(number) * _UNITS[unit] for number, unit in _PART.findall(text))
     elif isinstance(value, int | float) and not isinstance(value, bool):
         seconds = float(value)
@@ -47,7 +49,9 @@ class _Positive:
         for field in fields(self):  # type: ignore[arg-type]
             value = getattr(self, field.name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-                raise InvalidConfiguration(f"{type(self).__name__}.{field.name} is {value!r}; it must be a number above 0")
+                raise InvalidConfiguration(
+                    f"{type(self).__name__}.{field.name} is {value!r}; it must be a number above 0"
+                )
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,5 +149,7 @@ class Cors:
         origins = [self.origins] if isinstance(self.origins, str) else list(self.origins)
         for origin in origins:
             if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s,]+", origin):
-                raise InvalidConfiguration(f"cors origin {origin!r}; allowed are '*' and origins like 'https://app.example'")
+                raise InvalidConfiguration(
+                    f"cors origin {origin!r}; allowed are '*' and origins like 'https://app.example'"
+                )
         object.__setattr__(self, "origins", "*" if "*" in origins else tuple(origins))

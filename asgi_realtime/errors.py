@@ -22,9 +22,11 @@ RealtimeError
 ├── StateError                  an operation that the present state does not allow
 │   ├── InvalidTransition
 │   ├── StreamClosed
+│   ├── StreamGap               entries that a reader asked for are past their retention
 │   ├── VersionConflict
 │   └── ProducerGap
 ├── TaskError                   raised by a task: its message is shown to subscribers
+├── ServerShutdown              a run was stopped because its server stopped
 └── BrokerUnavailable           the environment
 
 `status` is a hint for whoever answers over HTTP and `code` a stable word for programs; the message says what was
@@ -98,7 +100,7 @@ class NoCurrentRun(UsageError, RuntimeError):
 
 
 class LimitExceeded(UsageError):
-    """A limit was exceeded. The message has the value and the limit, `status` the HTTP status that fits (413, 422, 429)."""
+    """A limit was exceeded. Says the value and the limit; `status` is the HTTP status that fits (413, 422, 429)."""
 
     code = "limit_exceeded"
 
@@ -187,6 +189,18 @@ class StreamClosed(StateError):
     code = "stream_closed"
 
 
+class StreamGap(StateError):
+    """Entries after the reader's cursor are no longer there. `first` is the oldest that is."""
+
+    status = 410
+    code = "stream_gap"
+
+    def __init__(self, message: str, *, requested: int, first: int) -> None:
+        super().__init__(message)
+        self.requested = requested
+        self.first = first
+
+
 class VersionConflict(StateError):
     """A compare-and-set found another version. `current` is the stored record."""
 
@@ -219,6 +233,13 @@ class TaskError(RealtimeError):
     def __init__(self, message: str, *, data: Any = None) -> None:
         super().__init__(message)
         self.data = data
+
+
+class ServerShutdown(RealtimeError):
+    """The server stopped before the run was over. Runs end FAILED with this."""
+
+    status = 503
+    code = "server_shutdown"
 
 
 class BrokerUnavailable(RealtimeError):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from asgi_realtime.core.log import End, Log
+from asgi_realtime.core.log import End, Entry, Log
 from asgi_realtime.waiting import Parking
 
 MAX_BODY = 64 * 1024
@@ -67,6 +67,10 @@ class LiveLog:
         """The first retained seq if entries after the cursor are gone, else None."""
         first = self.log.first
         return first if after + 1 < first else None
+
+    def entries(self, after: int, limit: int = 500) -> list[Entry]:
+        """The entries that follow the cursor, at most `limit`. The caller has asked `gap` first."""
+        return self.log.entries(after, limit)
 
     def take(self, after: int) -> Slice | None:
         """What follows the cursor, as one body of at most about `MAX_BODY`; None if there is nothing.

@@ -8,7 +8,7 @@ A `Guard` runs a body beside a watcher of the connection and cancels the body fr
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Generator
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -43,6 +43,18 @@ class _AsyncioParker:
             future.set_result(None)
 
 
+class _EventWait:
+    """Waits for an event when it is awaited, and is nothing until then: what is armed need not be awaited."""
+
+    __slots__ = ("_event",)
+
+    def __init__(self, event: anyio.Event) -> None:
+        self._event = event
+
+    def __await__(self) -> Generator[Any, Any, None]:
+        return self._event.wait().__await__()
+
+
 class _TrioParker:
     __slots__ = ("_event",)
 
@@ -51,7 +63,7 @@ class _TrioParker:
 
     def arm(self) -> Awaitable[None]:
         event = self._event = anyio.Event()
-        return event.wait()
+        return _EventWait(event)
 
     def wake(self) -> None:
         if self._event is not None:
@@ -105,6 +117,94 @@ class Parking:
             self.discard(parker)
 
 
+class Interrupt(Protocol):
+    """A context manager whose body can be cancelled from outside, by `interrupt`.
+
+    That cancellation ends at the border of the `with`, where `interrupted` is true; any other passes through. On
+    asyncio the body may be left in another task than it was entered in; the one that entered is interrupted.
+    """
+
+    interrupted: bool
+    """The body was ended by `interrupt` and by nothing else."""
+
+    def interrupt(self) -> None: ...
+
+    def __enter__(self) -> Interrupt: ...
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> bool: ...
+
+
+class _AsyncioInterrupt:
+    """A task and no scope: one stands beside every subscriber, so its bytes count."""
+
+    __slots__ = ("_called", "_delivered", "_earlier", "_left", "_owner", "interrupted")
+
+    def __init__(self) -> None:
+        owner = asyncio.current_task()
+        assert owner is not None
+        self._owner = owner
+        self._earlier = owner.cancelling()  # a shielded body may run in a task that is being cancelled
+        self._called = self._delivered = self._left = False
+        self.interrupted = False
+
+    def __enter__(self) -> Interrupt:
+        return self
+
+    def interrupt(self) -> None:
+        if self._called:
+            return
+        self._called = True
+        if asyncio.current_task() is self._owner:
+            # Before Python 3.13 `uncancel` cannot take back what the task has asked of itself and not met yet.
+            asyncio.get_running_loop().call_soon(self._deliver)
+        else:
+            self._deliver()
+
+    def _deliver(self) -> None:
+        if not self._left:
+            self._delivered = True
+            self._owner.cancel()
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> bool:
+        self._called = self._left = True
+        if not self._delivered:
+            return False
+        others = self._owner.uncancel() > self._earlier
+        self.interrupted = exc_type is asyncio.CancelledError and not others
+        return self.interrupted
+
+
+class _AnyioInterrupt:
+    __slots__ = ("_scope", "interrupted")
+
+    def __init__(self) -> None:
+        self._scope = anyio.CancelScope()
+        self.interrupted = False
+
+    def __enter__(self) -> Interrupt:
+        self._scope.__enter__()
+        return self
+
+    def interrupt(self) -> None:
+        self._scope.cancel()
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> bool:
+        swallowed = bool(self._scope.__exit__(exc_type, exc, tb))
+        self.interrupted = self._scope.cancelled_caught
+        return swallowed
+
+
+def make_interrupt() -> Interrupt:
+    """An interrupt for the running loop and task."""
+    return _AsyncioInterrupt() if on_asyncio() else _AnyioInterrupt()
+
+
 class Guard(Protocol):
     """An async context manager that runs a watcher beside its body.
 
@@ -124,40 +224,29 @@ class Guard(Protocol):
 Watcher = Callable[[], Coroutine[Any, Any, None]]
 
 
-class _AsyncioGuard:
-    """A task and no scope: this stands beside every subscriber, so its bytes count."""
-
-    __slots__ = ("_cancelled", "_owner", "_task", "_watcher")
+class _AsyncioGuard(_AsyncioInterrupt):
+    __slots__ = ("_task", "_watcher")
 
     def __init__(self, watcher: Watcher) -> None:
+        super().__init__()
         self._watcher = watcher
-        self._cancelled = False
 
     async def __aenter__(self) -> Guard:
-        owner = asyncio.current_task()
-        assert owner is not None
-        self._owner = owner
         self._task = asyncio.get_running_loop().create_task(self._watch())
         return self
 
     async def _watch(self) -> None:
         await self._watcher()
-        self.cancel()
+        self.interrupt()
 
     def cancel(self) -> None:
-        if not self._cancelled:
-            self._cancelled = True
-            self._owner.cancel()
+        self.interrupt()
 
     async def __aexit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
     ) -> bool | None:
-        ours, self._cancelled = self._cancelled, True
         self._task.cancel()
-        if not ours:
-            return None
-        others = self._owner.uncancel()
-        return exc_type is asyncio.CancelledError and others == 0
+        return self.__exit__(exc_type, exc, tb)
 
 
 class _AnyioGuard:
@@ -183,9 +272,14 @@ class _AnyioGuard:
         self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
     ) -> bool | None:
         self._group.cancel_scope.cancel()
-        return await self._group.__aexit__(exc_type, exc, tb)
+        try:
+            return await self._group.__aexit__(exc_type, exc, tb)
+        except BaseExceptionGroup as group:
+            if exc is not None and group.exceptions == (exc,):
+                return None  # the body's own error, as it was raised
+            raise
 
 
 def make_guard(watcher: Watcher) -> Guard:
-    """A guard for the running loop."""
+    """A guard for the running loop, made in the task that will be guarded."""
     return _AsyncioGuard(watcher) if on_asyncio() else _AnyioGuard(watcher)

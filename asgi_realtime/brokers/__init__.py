@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from asgi_realtime.brokers.base import Broker
-from asgi_realtime.brokers.memory import MemoryBroker
+from asgi_realtime.brokers.memory import Clock, MemoryBroker
 from asgi_realtime.config import Limits, Retention, Timeouts
 from asgi_realtime.errors import InvalidConfiguration
 
 
-def open_broker(url: str, *, limits: Limits, retention: Retention, timeouts: Timeouts) -> Broker:
+def open_broker(url: str, *, limits: Limits, retention: Retention, timeouts: Timeouts, clock: Clock) -> Broker:
     """Make the broker that a URL names. Raises `InvalidConfiguration` for a URL that names none."""
     if url == "memory://":
-        return MemoryBroker(limits=limits, retention=retention, timeouts=timeouts)
+        return MemoryBroker(limits=limits, retention=retention, timeouts=timeouts, clock=clock)
     raise InvalidConfiguration(f"broker {url!r} is not known; allowed are 'memory://' and a Broker object")
 
 

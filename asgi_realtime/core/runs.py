@@ -181,7 +181,7 @@ class Queued(msgspec.Struct, frozen=True, tag=True):
 
 
 class Started(msgspec.Struct, frozen=True, tag=True):
-    """Somebody executes the run. `owner` is unique for each execution, which makes it the fence."""
+    """A process claims the run for execution. That happens once in a run's life, so the owner is the fence too."""
 
     owner: str
 
@@ -195,7 +195,7 @@ class Finished(msgspec.Struct, frozen=True, tag=True):
 
 
 class CancelRequested(msgspec.Struct, frozen=True, tag=True):
-    """The owner of the run is asked to stop it."""
+    """The run is to stop: at once if it waits, else its owner is asked."""
 
 
 class TagsAdded(msgspec.Struct, frozen=True, tag=True):
@@ -244,6 +244,8 @@ def _effect(record: RunRecord, fields: dict[str, Any], change: RunChange, now_ms
         case Finished(status, output_json, error):
             ended = _to(now("status"), status)
             return {**ended, "completed_at_ms": now_ms, "output_json": output_json, "error": error}
+        case CancelRequested() if now("status") in WAITING:
+            return {**_to(now("status"), Status.CANCELED), "completed_at_ms": now_ms}
         case CancelRequested():
             return {} if now("cancel_requested_at_ms") is not None else {"cancel_requested_at_ms": now_ms}
         case TagsAdded(tags):

@@ -1,1 +1,8 @@
-"""."""
+"""Tasks: functions that are triggered by id, what runs them, and how a run begins and ends."""
+
+from __future__ import annotations
+
+from asgi_realtime.tasks.executor import Executor, InProcessExecutor
+from asgi_realtime.tasks.task import Task
+
+__all__ = ["Executor", "InProcessExecutor", "Task"]

@@ -1,0 +1,213 @@
+"""What runs between start and stop: the supervisor, the ticker, the executions of this process.
+
+Three ways lead to a start (the host's lifespan, the middleware, the first use) and all end here. One closing event ends
+all subscriptions: set by a signal, by the stop, or by the user.
+"""
+
+from __future__ import annotations
+
+import contextvars
+from collections.abc import Callable
+from typing import Protocol
+
+import anyio
+
+from asgi_realtime.brokers.base import Broker
+from asgi_realtime.config import Limits, Timeouts
+from asgi_realtime.core.runs import Finished, RunError, RunRecord, Status
+from asgi_realtime.errors import InvalidTransition, RunNotFound
+from asgi_realtime.execution import Execution
+from asgi_realtime.housekeeping import Housekeeping
+from asgi_realtime.run import RelatedRun, Run
+from asgi_realtime.runstore import RunStore
+from asgi_realtime.signals import ShutdownSignals
+from asgi_realtime.sources import ThreadBudget
+from asgi_realtime.supervisor import Job, Supervisor, logger
+from asgi_realtime.tasks.executor import Executor, InProcessExecutor
+from asgi_realtime.waiting import Parking
+
+
+class Ticking(Protocol):
+    """A subscription, as the ticker and the shutdown see it."""
+
+    def tick(self, now: float) -> None: ...
+
+    def shut_down(self) -> None: ...
+
+
+class Engine:
+    """The life of one `Realtime`. `executor` is set by whoever knows the tasks."""
+
+    def __init__(
+        self,
+        broker: Broker,
+        *,
+        limits: Limits,
+        timeouts: Timeouts,
+        clock: Callable[[], float],
+        signals: bool,
+        debug: bool,
+    ) -> None:
+        self.broker = broker
+        self.limits = limits
+        self.timeouts = timeouts
+        self.clock = clock
+        self.closing = False
+        self.subscribers: set[Ticking] = set()
+        self.executions: dict[str, Execution] = {}
+        self.threads = ThreadBudget(limits.source_threads)
+        self.runs = RunStore(broker, clock=clock, patience_s=timeouts.append, streams_per_run=limits.streams_per_run)
+        self.executor: Executor | None = None
+        self._debug = debug
+        self._signals = ShutdownSignals(self._on_signal) if signals else None
+        self._supervisor: Supervisor | None = None
+        self._lazy = False
+        self._ready = False
+        self._failure: Exception | None = None
+        self._changed = Parking()
+
+    @property
+    def supervisor(self) -> Supervisor | None:
+        """The supervisor, if this runs."""
+        supervisor = self._supervisor
+        return None if supervisor is None or supervisor.ended or supervisor.dead else supervisor
+
+    def spawn_detached(self, job: Job) -> None:
+        """Run a job beside everything else, outside of the caller's context."""
+        self.begin().spawn_detached(job)
+
+    # Start and stop
+
+    def begin(self, *, lazy: bool = True) -> Supervisor:
+        """Start if this does not run yet, without waiting for it. Raises `RuntimeError` off its loop."""
+        supervisor = self._supervisor
+        if supervisor is not None and not supervisor.ended:
+            if supervisor.usable:
+                return supervisor
+            if not supervisor.dead:
+                raise RuntimeError(
+                    "this Realtime runs on another event loop or thread: call it there, or use realtime.sync"
+                )
+        try:
+            context = contextvars.Context() if lazy else contextvars.copy_context()
+            supervisor = Supervisor(context=context, drain=self._drain)
+        except anyio.NoEventLoopError:
+            raise RuntimeError("no event loop runs in this thread: use realtime.sync") from None
+        self._supervisor = supervisor
+        self._lazy = lazy
+        self._ready = False
+        self._failure = None
+        self.closing = False
+        self.subscribers.clear()
+        self.executions.clear()
+        if self._signals is not None:
+            self._signals.install()
+        supervisor.start()
+        supervisor.spawn_detached(self._serve)
+        if lazy:
+            logger.info("started on first use: put realtime.lifespan or RealtimeMiddleware into the app to stop it too")
+        return supervisor
+
+    async def ensure_started(self, *, lazy: bool = True) -> None:
+        """Start if needed and wait until the broker is there. Raises what kept it from starting."""
+        self.begin(lazy=lazy)
+        while not self._ready:
+            if self._failure is not None:
+                raise self._failure
+            await self._changed.wait()
+
+    async def stop(self) -> None:
+        """End subscriptions, drain, cancel what still runs, leave the broker. Idempotent."""
+        supervisor = self.supervisor
+        if supervisor is None:
+            return
+        supervisor.request_stop()
+        await supervisor.wait_ended()
+
+    async def _serve(self) -> None:
+        try:
+            async with self.broker:
+                self._ready = True
+                self._changed.wake()
+                housekeeping = Housekeeping(self)
+                async with anyio.create_task_group() as group:
+                    group.start_soon(housekeeping.tick_subscribers)
+                    group.start_soon(housekeeping.run_what_is_due)
+        except Exception as exc:
+            logger.exception("the broker cannot be used")
+            self._failure = exc
+            self._changed.wake()
+
+    def begin_shutdown(self) -> None:
+        """End every subscription cleanly. From any thread or signal handler; idempotent."""
+        supervisor = self.supervisor
+        if supervisor is not None:
+            supervisor.post_or_call(self._close_subscriptions)
+
+    def _on_signal(self) -> None:
+        supervisor = self.supervisor
+        if supervisor is not None:
+            supervisor.post(self._close_subscriptions)
+            if self._lazy:  # nobody else will stop it
+                supervisor.post(supervisor.request_stop)
+
+    def _close_subscriptions(self) -> None:
+        self.closing = True
+        for subscriber in tuple(self.subscribers):
+            subscriber.shut_down()
+
+    async def _drain(self) -> None:
+        """The shutdown: let what runs end, then end it."""
+        self._close_subscriptions()
+        if isinstance(self.executor, InProcessExecutor):
+            for run_id in self.executor.take_waiting():
+                await self._fail_waiting(run_id)
+        with anyio.move_on_after(self.timeouts.drain):
+            await self._executions_ended()
+        for execution in tuple(self.executions.values()):
+            execution.shut_down()
+        with anyio.move_on_after(self.timeouts.cancel):
+            await self._executions_ended()
+        if self._signals is not None:
+            self._signals.restore()
+
+    async def _executions_ended(self) -> None:
+        while self.executions:
+            await self._changed.wait()
+
+    async def _fail_waiting(self, run_id: str) -> None:
+        error = RunError("ServerShutdown", "the server was shut down")
+        try:
+            await self.runs.update(run_id, Finished(Status.FAILED, error=error))
+        except (InvalidTransition, RunNotFound):
+            pass  # it was canceled or has begun elsewhere
+
+    # Executions
+
+    async def execution(self, record: RunRecord) -> Execution:
+        """Take up a run that is EXECUTING and ours."""
+        supervisor = self.begin()
+        ids = [run_id for run_id in (record.parent_id, record.root_id) if run_id is not None and run_id != record.id]
+        relatives = {
+            found.id: RelatedRun(found, runs=self.runs, supervisor=supervisor, limits=self.limits)
+            for found in await self.runs.load(ids)
+            if found is not None
+        }
+        run = Run(
+            record,
+            runs=self.runs,
+            supervisor=supervisor,
+            limits=self.limits,
+            broker=self.broker,
+            parent=relatives.get(record.parent_id or ""),
+            root=relatives.get(record.root_id or ""),
+        )
+        execution = Execution(run, runs=self.runs, debug=self._debug)
+        self.executions[record.id] = execution
+        return execution
+
+    def ended(self, execution: Execution) -> None:
+        """Forget an execution whose run is over."""
+        if self.executions.get(execution.run.id) is execution:
+            del self.executions[execution.run.id]
+        self._changed.wake()

@@ -1,0 +1,75 @@
+"""The one ticker of a process: heartbeats, expiry and stalled sends of subscriptions, and whatever runs are due.
+
+What is due is the broker's knowledge, so any process may do it; the compare-and-set behind each change lets only one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING
+
+import anyio
+
+from asgi_realtime.core.runs import Finished, Queued, RunChange, RunError, RunRecord, Status
+from asgi_realtime.errors import BrokerUnavailable, InvalidTransition, RunNotFound
+from asgi_realtime.supervisor import logger
+
+if TYPE_CHECKING:
+    from asgi_realtime.engine import Engine
+
+_EXPIRED = Finished(Status.EXPIRED, error=RunError("Expired", "the run was not started within its ttl"))
+_CRASHED = Finished(Status.CRASHED, error=RunError("Crashed", "the process that executed the run is gone"))
+
+
+class Housekeeping:
+    """The ticker of one start of an engine."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._broker_away = False
+
+    async def tick_subscribers(self) -> None:
+        engine = self._engine
+        while True:
+            await anyio.sleep(engine.timeouts.tick)
+            now = engine.clock()
+            for subscriber in tuple(engine.subscribers):
+                subscriber.tick(now)
+
+    async def run_what_is_due(self) -> None:
+        while True:
+            await anyio.sleep(self._engine.timeouts.tick)
+            try:
+                await self.once()
+                self._broker_away = False
+            except BrokerUnavailable as exc:
+                if not self._broker_away:
+                    logger.warning("the broker is away: %s", exc)
+                self._broker_away = True
+
+    async def once(self) -> None:
+        """Do all that is due now."""
+        engine = self._engine
+        if engine.executions:  # before looking for expired leases: a blocked loop must not crash its own runs
+            await engine.broker.renew(list(engine.executions), owner=engine.runs.owner)
+        await self._each("delay", self._queue)
+        await self._each("ttl", lambda run_id: self._change(run_id, _EXPIRED))
+        await self._each("lease", lambda run_id: self._change(run_id, _CRASHED))
+        await self._each("cancel", lambda run_id: self._change(run_id, Finished(Status.CANCELED)))
+        await self._each("untold", engine.broker.tell)
+        await self._each("expiry", engine.broker.remove)
+
+    async def _each(self, kind: str, act: Callable[[str], Awaitable[object]]) -> None:
+        for run_id in await self._engine.broker.due(kind):
+            await act(run_id)
+
+    async def _queue(self, run_id: str) -> None:
+        record = await self._change(run_id, Queued())
+        if record is not None and record.status is Status.QUEUED and self._engine.executor is not None:
+            await self._engine.executor.enqueue(run_id, record.task)
+
+    async def _change(self, run_id: str, change: RunChange) -> RunRecord | None:
+        try:
+            return await self._engine.runs.update(run_id, change)
+        except (InvalidTransition, RunNotFound):
+            return None  # somebody else was faster

@@ -1,0 +1,211 @@
+"""`Pipe`: forwards a source to a stream and hands the same objects to the host's own code.
+
+One job makes, reads and closes the source's iterator. Its life is the source's, not the consumer's: leaving the loop
+or dropping the pipe does not stop it, cancelling the run or `aclose()` does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable
+from contextlib import AbstractAsyncContextManager
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
+
+import anyio
+import anyio.lowlevel
+
+from asgi_realtime.config import Limits, Timeouts
+from asgi_realtime.errors import BrokerUnavailable, EncodingError, LimitExceeded, RealtimeError, RunCanceled
+from asgi_realtime.localcopy import LocalCopy, Reader
+from asgi_realtime.sources import ThreadBudget, opened
+from asgi_realtime.waiting import Parking
+from asgi_realtime.writer import StreamWriter, encode_within
+
+if TYPE_CHECKING:
+    from asgi_realtime.handles import RunHandle
+
+T = TypeVar("T")
+
+Source = AsyncIterable[T] | Iterable[T] | AbstractAsyncContextManager[AsyncIterable[T]]
+
+YIELD_EVERY = 64
+"""Items of a source that never suspends before the loop gets a turn."""
+
+
+class PipeResult(NamedTuple):
+    """What the broker has acknowledged of a pipe: chunks, their bytes, and the index of the last (None if none)."""
+
+    chunks: int
+    bytes: int
+    last_index: int | None
+
+
+class Pipe(Generic[T]):
+    """A source on its way into a stream. Made by `Realtime.pipe`; forwarding has begun.
+
+    Iterate it for the original objects, unchanged.
+    """
+
+    def __init__(
+        self,
+        source: Source[T],
+        writer: StreamWriter,
+        *,
+        handle: Callable[[], RunHandle[Any]],
+        limits: Limits,
+        timeouts: Timeouts,
+        threads: ThreadBudget,
+        post: Callable[[Callable[[], object]], None],
+    ) -> None:
+        self.run_id = writer.key.run
+        self.stream = writer.key.name
+        self._make_handle = handle
+        self._source = source
+        self._writer = writer
+        self._limits = limits
+        self._timeouts = timeouts
+        self._threads = threads
+        self._post = post
+        self._copy: LocalCopy[T] = LocalCopy(limits.pipe_buffer)
+        self._iterated: Reader[T] | None = None
+        self._index = 0
+        self._unwritable = False
+        self._scope: anyio.CancelScope | None = None
+        self._stop_reason: RunCanceled | None = None
+        self._stopped = False
+        self.error: Exception | None = None
+        """What went wrong, with the source or with a chunk of it."""
+        self._error_seen = False
+        self._done = False
+        self._ended = Parking()
+
+    def __repr__(self) -> str:
+        state = "ended" if self._done else "open"
+        return f"<Pipe run={self.run_id} stream={self.stream!r} chunks={self._writer.chunks} {state}>"
+
+    @cached_property
+    def handle(self) -> RunHandle[Any]:
+        """The handle of the pipe's run, with a token that reads it."""
+        return self._make_handle()
+
+    def __aiter__(self) -> AsyncIterator[T]:
+        return Reader(self._copy)
+
+    async def __anext__(self) -> T:
+        """The next original object, for code that calls `anext()` on the pipe itself."""
+        if self._iterated is None:
+            self._iterated = Reader(self._copy)
+        return await self._iterated.__anext__()
+
+    async def wait_until_complete(self) -> PipeResult:
+        """Wait until the source has ended and the broker has acknowledged every chunk.
+
+        Raises the source's own error, `EncodingError` or `LimitExceeded` for a chunk that could not be forwarded,
+        `BrokerUnavailable` if the broker was away for longer than `timeouts.append`, `RunCanceled` if the run was
+        canceled. Cancelling the caller does not stop the pipe.
+        """
+        await self.settled()
+        if (error := self.unseen_error or self.error) is not None:
+            self._error_seen = True
+            raise error
+        if self._stop_reason is not None:
+            raise self._stop_reason
+        return self.result
+
+    async def aclose(self) -> None:
+        """Stop forwarding and close the source. What it gave before is in the stream. Idempotent."""
+        self.stop(None)
+        await self.settled()
+
+    @property
+    def result(self) -> PipeResult:
+        """What the broker has acknowledged so far."""
+        return PipeResult(self._writer.chunks, self._writer.bytes, self._writer.last_index)
+
+    @property
+    def unseen_error(self) -> Exception | None:
+        """An error that was raised to nobody yet: it will fail the run."""
+        if self._error_seen or self._copy.error_seen:
+            return None
+        return self.error
+
+    async def settled(self) -> None:
+        """Wait until the pipe has ended, however it did."""
+        self._copy.drain_began()
+        try:
+            while not self._done:
+                await self._ended.wait()
+        finally:
+            self._copy.drain_ended()
+
+    def stop(self, reason: RunCanceled | None) -> None:
+        """Make the job end. A consumer then gets `reason`, or a clean end."""
+        if not self._stopped and not self._done:
+            self._stopped = True
+            self._stop_reason = reason
+            if self._scope is not None:
+                self._scope.cancel()
+
+    def fail(self, error: Exception | None) -> None:
+        """The pipe cannot begin."""
+        self.error = error
+        self._finish()
+
+    def _finish(self) -> None:
+        self._copy.finish(self.error or self._stop_reason)
+        self._done = True
+        self._ended.wake()
+
+    async def run(self) -> None:
+        """The job."""
+        cancelled = True
+        try:
+            with anyio.CancelScope() as self._scope:
+                if self._stopped:
+                    self._scope.cancel()
+                await self._forward_all()
+            cancelled = False
+        except Exception as exc:
+            self.error = exc
+            cancelled = False
+        finally:
+            if cancelled:
+                self._stop_reason = RunCanceled("the pipe was stopped by the shutdown of its Realtime")
+            self._copy.finish(self.error or self._stop_reason)
+            with anyio.CancelScope(shield=True):
+                await self._drain()
+            self._finish()
+
+    async def _forward_all(self) -> None:
+        await self._writer.open()
+        async with opened(
+            self._source, threads=self._threads, post=self._post, close_s=self._timeouts.close
+        ) as iterator:
+            async for item in iterator:
+                self._forward(item)
+                if self._writer.full:
+                    await self._writer.room()
+                if not self._copy.put_nowait(item):
+                    await self._copy.put(item)
+                if self._index % YIELD_EVERY == 0:
+                    await anyio.lowlevel.checkpoint()
+
+    def _forward(self, item: T) -> None:
+        """Write one item. Without a broker the local iteration goes on; the failure is raised at the end."""
+        try:
+            data = encode_within(item, self._limits.chunk_bytes)
+        except (EncodingError, LimitExceeded) as exc:
+            exc.args = (f"chunk {self._index} of stream {self.stream!r} of run {self.run_id!r}: {exc}",)
+            raise
+        self._index += 1
+        if not self._unwritable:
+            try:
+                self._writer.write(data)
+            except BrokerUnavailable:
+                self._unwritable = True
+
+    async def _drain(self) -> None:
+        try:
+            await self._writer.drain()
+        except RealtimeError as exc:
+            self.error = self.error or exc

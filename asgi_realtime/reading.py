@@ -1,0 +1,242 @@
+"""Reading streams and following runs from the host's own code.
+
+All of it is pull, in batches: an iterator holds nothing of the broker while nobody advances it, so it may be left or
+dropped at any point.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import anyio
+
+from asgi_realtime.brokers.base import Broker, Changes, Cursor, Entry, StreamKey
+from asgi_realtime.core.chunks import decode
+from asgi_realtime.core.log import End
+from asgi_realtime.core.runs import RunRecord, run_topic
+from asgi_realtime.errors import RunCanceled, RunEnded, RunFailed, StreamGap
+from asgi_realtime.livelog import LiveLog
+from asgi_realtime.runstore import RunStore
+from asgi_realtime.waiting import Parking, make_parker
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class StreamChunk:
+    """A chunk among run updates: its stream, its index there, the decoded chunk."""
+
+    stream: str
+    index: int
+    chunk: Any
+
+
+class BatchIterator(AsyncIterator[T], Generic[T]):
+    """An async iterator that is filled a batch at a time."""
+
+    def __init__(self) -> None:
+        self._ready: deque[T] = deque()
+
+    async def __anext__(self) -> T:
+        while not self._ready:
+            self._ready.extend(await self._next_batch())
+        return self._ready.popleft()
+
+    async def _next_batch(self) -> list[T]:
+        """What comes next. Raises `StopAsyncIteration` at the end, or what the end is."""
+        raise NotImplementedError
+
+
+class StreamReader(BatchIterator[Entry]):
+    """The entries of one stream after a cursor. `end` is set once they are all read and the stream has ended.
+
+    Raises `StreamGap` if entries are past their retention, `TimeoutError` after so much silence, `RunNotFound`.
+    """
+
+    def __init__(
+        self, broker: Broker, runs: RunStore, key: StreamKey, *, after: int = -1, timeout_s: float | None = None
+    ) -> None:
+        super().__init__()
+        self.key = key
+        self.after = after
+        self.timeout_s = timeout_s
+        self.end: End | None = None
+        self._broker = broker
+        self._runs = runs
+
+    async def _next_batch(self) -> list[Entry]:
+        await self._runs.present(self.key.run)
+        parker = make_parker()
+        async with self._broker.live(self.key) as live:
+            try:
+                while not (entries := _next_entries(live, self.after, self.key.name)):
+                    if live.end is not None:
+                        self.end = live.end
+                        raise StopAsyncIteration
+                    live.waiting.add(parker)
+                    with anyio.fail_after(self.timeout_s):
+                        await parker.arm()
+            finally:
+                live.waiting.discard(parker)
+        self.after = entries[-1].seq
+        return entries
+
+
+def _next_entries(live: LiveLog, after: int, name: str) -> list[Entry]:
+    """What follows the cursor. Raises `StreamGap`, or why the log cannot be followed."""
+    if live.failure is not None:
+        raise live.failure
+    if (first := live.gap(after)) is not None:
+        raise StreamGap(
+            f"chunk {after + 1} of stream {name!r} is past its retention, the oldest that is kept is {first}",
+            requested=after + 1,
+            first=first,
+        )
+    return live.entries(after)
+
+
+class ChunkReader(AsyncIterator[T], Generic[T]):
+    """The decoded chunks of a stream. Ends if the run completed, and raises how it ended if it did not."""
+
+    def __init__(self, entries: StreamReader, decode_chunk: Callable[[bytes], T]) -> None:
+        self._entries = entries
+        self._decode_chunk = decode_chunk
+
+    async def __anext__(self) -> T:
+        try:
+            entry = await self._entries.__anext__()
+        except StopAsyncIteration:
+            end = self._entries.end
+            if end is not None and end.reason != "complete":
+                raise ended_otherwise(end) from None
+            raise
+        return self._decode_chunk(entry.data)
+
+
+def ended_otherwise(end: End, record: RunRecord | None = None) -> RunEnded:
+    """The error that says how a run without a result ended."""
+    if end.reason == "canceled":
+        return RunCanceled("the run was canceled", record=record)
+    detail = f": {end.error}" if end.error else ""
+    return RunFailed(f"the run ended {end.reason}{detail}", record=record)
+
+
+class TopicFollower(BatchIterator[RunRecord]):
+    """The runs of a topic: their present state, then each change, in its newest state.
+
+    `stop` is asked after each batch and ends the iteration.
+    """
+
+    def __init__(
+        self,
+        broker: Broker,
+        runs: RunStore,
+        topic: str,
+        *,
+        limit: int,
+        keep: Callable[[RunRecord], bool] = lambda record: True,
+        stop: Callable[[RunRecord], bool] = lambda record: False,
+        run_id: str | None = None,
+    ) -> None:
+        super().__init__()
+        self._broker = broker
+        self._runs = runs
+        self._topic = topic
+        self._limit = limit
+        self._keep = keep
+        self._stop = stop
+        self._run_id = run_id
+        self._cursor: Cursor | None = None
+        self._versions: dict[str, int] = {}
+        self._stopped = False
+
+    async def _next_batch(self) -> list[RunRecord]:
+        if self._stopped:
+            raise StopAsyncIteration
+        if self._run_id is not None:
+            await self._runs.get(self._run_id)
+        parker = make_parker()
+        async with self._broker.follow(self._topic) as topic:
+            try:
+                while True:
+                    changed = parker.arm()
+                    topic.waiting.add(parker)
+                    records = await self._take(await topic.changes(self._cursor, limit=self._limit))
+                    if records:
+                        return records
+                    await changed
+            finally:
+                topic.waiting.discard(parker)
+
+    async def _take(self, changes: Changes) -> list[RunRecord]:
+        self._cursor = changes.cursor
+        taken = []
+        for record in await self._runs.load([change.run_id for change in changes.items]):
+            if record is None or self._versions.get(record.id, 0) >= record.version:
+                continue
+            self._versions[record.id] = record.version
+            if self._keep(record):
+                taken.append(record)
+                self._stopped = self._stopped or self._stop(record)
+        return taken
+
+
+class RunWithStreams(BatchIterator[RunRecord | StreamChunk]):
+    """The states of one run among the chunks of all its streams. The terminal state comes after the last chunk."""
+
+    def __init__(self, broker: Broker, runs: RunStore, run_id: str, *, stop_on_completion: bool) -> None:
+        super().__init__()
+        self._broker = broker
+        self._runs = runs
+        self._run_id = run_id
+        self._stop_on_completion = stop_on_completion
+        self._shown = 0
+        self._after: dict[str, int] = {}
+
+    async def _next_batch(self) -> list[RunRecord | StreamChunk]:
+        parker = make_parker()
+        places: list[Parking] = []
+        await self._runs.present(self._run_id)
+        async with AsyncExitStack() as stack:
+            topic = await stack.enter_async_context(self._broker.follow(run_topic(self._run_id)))
+            places.append(topic.waiting)
+            lives: dict[str, LiveLog] = {}
+            try:
+                while True:
+                    changed = parker.arm()
+                    record = await self._runs.get(self._run_id)
+                    for name in record.streams:
+                        if name not in lives:
+                            live = await stack.enter_async_context(self._broker.live(StreamKey(self._run_id, name)))
+                            lives[name] = live
+                            places.append(live.waiting)
+                    for place in places:
+                        place.add(parker)
+                    if batch := self._take(record, lives):
+                        return batch
+                    await changed
+            finally:
+                for place in places:
+                    place.discard(parker)
+
+    def _take(self, record: RunRecord, lives: dict[str, LiveLog]) -> list[RunRecord | StreamChunk]:
+        if self._stop_on_completion and record.is_completed and self._shown == record.version:
+            raise StopAsyncIteration
+        taken: list[RunRecord | StreamChunk] = []
+        if record.version > self._shown and not record.is_completed:
+            self._shown = record.version
+            taken.append(record)
+        chunks = 0
+        for name, live in lives.items():
+            for entry in _next_entries(live, self._after.get(name, -1), name):
+                self._after[name] = entry.seq
+                taken.append(StreamChunk(name, entry.seq, decode(entry.data)))
+                chunks += 1
+        if not chunks and record.is_completed and record.version > self._shown:
+            self._shown = record.version
+            taken.append(record)
+        return taken

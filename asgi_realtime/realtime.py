@@ -1,0 +1,534 @@
+"""`Realtime`: the one object of the library, and all that the host calls.
+
+It holds the parts together and does little itself: the engine runs things, runs are changed in `runstore`, triggered in
+`tasks.trigger`, streams written by `writer` and `pipe` and read in `reading`. What touches only memory is sync, what
+may wait for the broker is async. After the first two arguments all are keyword-only.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, MutableMapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import cached_property
+from typing import Any, Literal, ParamSpec, Protocol, TypeVar, cast, overload
+
+import anyio
+
+from asgi_realtime.brokers import Broker, open_broker
+from asgi_realtime.brokers.base import StreamKey
+from asgi_realtime.config import Cors, Limits, Retention, Span, Timeouts, parse_span
+from asgi_realtime.core.chunks import decode
+from asgi_realtime.core.runs import CancelRequested, RunRecord, batch_topic, run_topic, tag_topic
+from asgi_realtime.core.scopes import flatten_scopes
+from asgi_realtime.engine import Engine
+from asgi_realtime.errors import NoCurrentRun, UsageError
+from asgi_realtime.execution import Execution
+from asgi_realtime.handles import BatchHandle, RunHandle
+from asgi_realtime.names import check_key, check_tags, input_stream, stream_name
+from asgi_realtime.openrun import OpenRun
+from asgi_realtime.pipe import Pipe, Source
+from asgi_realtime.reading import ChunkReader, RunWithStreams, StreamChunk, StreamReader, TopicFollower, ended_otherwise
+from asgi_realtime.run import Run, current
+from asgi_realtime.sources import check_source
+from asgi_realtime.streams import StreamScope, TypedStream
+from asgi_realtime.supervisor import logger
+from asgi_realtime.sync import SyncRealtime
+from asgi_realtime.tasks import Executor, Task
+from asgi_realtime.tasks.trigger import BatchItem, RunOptions, TaskLike, Tasks
+from asgi_realtime.tokens import Claims, TokenAuthority
+from asgi_realtime.writer import StreamWriter, encode_within
+
+P = ParamSpec("P")
+R = TypeVar("R")
+T = TypeVar("T")
+T1 = TypeVar("T1")
+
+RunLike = str | RunHandle[Any] | Run | RunRecord
+"""A run, wherever one is asked for: its id, its handle, the run itself, or a record of it."""
+
+Asgi = Callable[[MutableMapping[str, Any], Any, Any], Awaitable[None]]
+
+_WRITERS = 10_000
+
+
+class TaskDecorator(Protocol):
+    """What `Realtime.task` gives: it makes a `Task` of a function and keeps its types."""
+
+    @overload
+    def __call__(self, function: Callable[P, Awaitable[R]], /) -> Task[P, R]: ...
+
+    @overload
+    def __call__(self, function: Callable[P, R], /) -> Task[P, R]: ...
+
+
+class Realtime:
+    """Live run updates and token streams for one app. An ASGI app and an async context manager.
+
+    Mount it (`app.mount("/realtime", realtime)`) and start it with the app: `lifespan=realtime.lifespan`, or
+    `async with realtime:`, or `RealtimeMiddleware`; without any of these it starts on first use.
+
+    `secret_key` signs tokens: 32 bytes or more. With several the first signs and all verify. `cors` is "*", a list of
+    origins, a `Cors`, or None to leave it to the host. `api=False` answers 404 on all of `/api/`. `signals=False`
+    leaves signal handlers alone. `debug=True` shows subscribers the messages of all exceptions. `clock` gives unix
+    seconds. Raises `InvalidConfiguration`.
+    """
+
+    def __init__(
+        self,
+        *,
+        secret_key: str | Sequence[str] | None = None,
+        broker: str | Broker = "memory://",
+        executor: Executor | None = None,
+        limits: Limits | None = None,
+        retention: Retention | None = None,
+        timeouts: Timeouts | None = None,
+        cors: Cors | str | Sequence[str] | None = "*",
+        api: bool = True,
+        signals: bool = True,
+        debug: bool = False,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.limits = limits or Limits()
+        self.retention = retention or Retention()
+        self.timeouts = timeouts or Timeouts()
+        self.cors = cors if isinstance(cors, Cors) or cors is None else Cors(origins=cors)
+        self.api = api
+        self.debug = debug
+        self.clock = clock
+        self.tokens = TokenAuthority(secret_key or "", cache_size=self.limits.token_cache, clock=clock)
+        if isinstance(broker, str):
+            broker = open_broker(
+                broker, limits=self.limits, retention=self.retention, timeouts=self.timeouts, clock=clock
+            )
+        self.broker = broker
+        self.engine = Engine(
+            broker, limits=self.limits, timeouts=self.timeouts, clock=clock, signals=signals, debug=debug
+        )
+        self.runs = self.engine.runs
+        self._tasks = Tasks(self.engine, executor, retention=self.retention, handle=self._handle)
+        self._writers: dict[StreamKey, StreamWriter] = {}
+
+    def __repr__(self) -> str:
+        return f"<Realtime broker={type(self.broker).__name__}>"
+
+    # Life
+
+    async def start(self) -> None:
+        """Start, in the context of the caller. Idempotent; after `stop` it may be started again, on any loop."""
+        await self.engine.ensure_started(lazy=False)
+
+    async def ensure_started(self) -> None:
+        """Start on first use, outside of the context of the caller."""
+        await self.engine.ensure_started()
+
+    async def stop(self) -> None:
+        """End every subscription, let tasks run for `timeouts.drain`, cancel them, and leave the broker. Idempotent."""
+        await self.engine.stop()
+
+    def begin_shutdown(self) -> None:
+        """End every subscription cleanly; their clients come back later. From any thread; idempotent."""
+        self.engine.begin_shutdown()
+
+    async def __aenter__(self) -> Realtime:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.stop()
+
+    @asynccontextmanager
+    async def lifespan(self, app: object = None) -> AsyncIterator[None]:
+        """A lifespan for Starlette, FastAPI and Litestar: `FastAPI(lifespan=realtime.lifespan)`."""
+        async with self:
+            yield
+
+    @property
+    def closing(self) -> bool:
+        """The shutdown has begun."""
+        return self.engine.closing
+
+    @property
+    def subscribers(self) -> set[Any]:
+        """The open subscriptions of this process."""
+        return self.engine.subscribers
+
+    @cached_property
+    def _app(self) -> Asgi:
+        from asgi_realtime.asgi.app import RealtimeApp  # the one import upward: an object that is both API and app
+
+        app: Asgi = RealtimeApp(self)
+        return app
+
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Any, send: Any) -> None:
+        await self._app(scope, receive, send)
+
+    @cached_property
+    def sync(self) -> SyncRealtime:
+        """The same calls for code that is not on the event loop: a thread, a sync view, a worker process."""
+        return SyncRealtime(self)
+
+    # Tasks and runs
+
+    def task(self, id: str, *, max_duration: Span | None = None, concurrency_limit: int | None = None) -> TaskDecorator:
+        """Register a function as a task: `async def`, or `def`, which runs in a thread.
+
+        It takes `()`, `(payload)`, `(payload, run)` or `(run: Run)`. The annotation of the payload decodes it: a
+        dataclass, msgspec struct, pydantic model, TypedDict or plain JSON. What it returns is the run's output. The
+        result is a `Task`, which can still be called as the plain function. Raises `InvalidConfiguration`.
+        """
+
+        def register(function: Callable[..., Any], /) -> Task[..., Any]:
+            return self._tasks.register(id, function, max_duration=max_duration, concurrency_limit=concurrency_limit)
+
+        return cast(TaskDecorator, register)
+
+    async def trigger(
+        self,
+        task: Task[P, R] | str,
+        payload: Any = None,
+        *,
+        tags: str | Iterable[str] | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        idempotency_key: str | None = None,
+        ttl: Span | None = None,
+        delay: Span | None = None,
+        parent: RunLike | None = None,
+        token_expires_in: Span = "1h",
+    ) -> RunHandle[R]:
+        """Start a run of a task and return its handle, ready to be sent to a browser as JSON.
+
+        `idempotency_key`: the same key gives the same run for a day. `ttl`: EXPIRED if it has not begun by then.
+        `delay`: begins later. `parent`: the run that triggers it, by default the current one. Raises `UnknownTask`,
+        `InvalidPayload`, `LimitExceeded`, `UsageError`; nothing has happened then. `BrokerUnavailable`.
+        """
+        options = RunOptions(tags, metadata, idempotency_key, ttl, delay)
+        parent_id = None if parent is None else run_id_of(parent)
+        return await self._tasks.trigger(task, payload, options, parent_id=parent_id, token_expires_in=token_expires_in)
+
+    async def batch_trigger(self, items: Iterable[BatchItem], *, token_expires_in: Span = "1h") -> BatchHandle:
+        """Start several runs: `(task, payload)` or `(task, payload, options)` each, options as `trigger`'s keywords.
+
+        All are checked before the first is started. Raises as `trigger`, and `LimitExceeded` for too many.
+        """
+        return await self._tasks.batch_trigger(items, token_expires_in=token_expires_in, mint=self._mint)
+
+    async def execute(self, run_id: str) -> None:
+        """Run a triggered task here and now; what a queue's worker calls.
+
+        A run is executed at most once: if it is not QUEUED any more, this returns. Raises `RunNotFound`,
+        `UnknownTask`. Cancelling the caller cancels the run.
+        """
+        await self._tasks.execute(run_id)
+
+    def open_run(
+        self, name: str, *, tags: str | Iterable[str] | None = None, metadata: Mapping[str, Any] | None = None
+    ) -> AbstractAsyncContextManager[Run]:
+        """A run of the host's own code, in an `async with`.
+
+        Leaving completes it with what `run.set_output` was given. An exception fails it and goes on; the host's
+        cancellation cancels it and goes on; `cancel(run)` cancels the body and raises `RunCanceled` from the
+        `async with`. On asyncio it may be left in another task than it was entered in.
+        """
+        record = self._tasks.open_record(name, tags=tags, metadata=metadata)
+
+        async def begin() -> Execution:
+            await self.ensure_started()
+            await self.runs.create(record)
+            return await self.engine.execution(record)
+
+        return OpenRun(begin, self.engine.ended)
+
+    async def cancel(self, run: RunLike) -> RunRecord:
+        """Cancel a run, from any process. A waiting run is CANCELED at once; a running one is asked to stop.
+
+        What its pipes hold is still written. A run that is over stays as it is. Raises `RunNotFound`.
+        """
+        await self.ensure_started()
+        record = await self.runs.update(run_id_of(run), CancelRequested())
+        execution = self.engine.executions.get(record.id)
+        if execution is not None and not record.is_completed:
+            execution.cancel()
+        return record
+
+    async def get_run(self, run: RunLike) -> RunRecord:
+        """The newest state of a run. Raises `RunNotFound`."""
+        await self.ensure_started()
+        return await self.runs.get(run_id_of(run))
+
+    async def result(self, run: RunLike, *, timeout: Span | None = None) -> Any:
+        """Wait until a run is over and return its output. Raises `RunFailed`, `RunCanceled`, `TimeoutError`."""
+        await self.ensure_started()
+        seconds = None if timeout is None else parse_span(timeout, name="timeout")
+        with anyio.fail_after(seconds):
+            record = await self.runs.ended(run_id_of(run))
+        if not record.is_success:
+            assert record.end is not None
+            raise ended_otherwise(record.end, record)
+        return self._tasks.decode_output(record)
+
+    # Streams
+
+    def pipe(
+        self,
+        source: Source[T],
+        stream: str = "default",
+        *,
+        run: RunLike | None = None,
+        task: str = "pipe",
+        tags: str | Iterable[str] | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> Pipe[T]:
+        """Forward a source into a stream, and get the same objects to iterate. Forwarding begins at once.
+
+        Inside a run (or with `run`) the stream is the run's. Elsewhere a run is opened, named by `task`, with `tags`
+        and `metadata`, that lives as long as the source. See `Pipe`. Raises `InvalidSource`, `UsageError`.
+        """
+        check_source(source)
+        name = stream_name(stream, self.limits)
+        supervisor = self.engine.begin()
+        if run is None and self._current() is None:
+            record = self._tasks.open_record(task, tags=tags, metadata=metadata)
+            pipe = self._new_pipe(source, StreamKey(record.id, name))
+            self.runs.announce(record.id)
+            supervisor.spawn(lambda: self._run_around(record, pipe))
+            return pipe
+        if tags is not None or metadata is not None:
+            raise UsageError("tags= and metadata= are for a run that pipe() opens; this one is there: use run.tags.add")
+        run_id = self._run_id(run)
+        pipe = self._new_pipe(source, StreamKey(run_id, name))
+        execution = self.engine.executions.get(run_id)
+        if execution is not None:
+            execution.run.pipes.add(pipe)
+        supervisor.spawn(lambda: self._run_beside(pipe))
+        return pipe
+
+    def _new_pipe(self, source: Source[T], key: StreamKey) -> Pipe[T]:
+        return Pipe(
+            source,
+            self._new_writer(key),
+            handle=lambda: self._handle(key.run, is_cached=False, expires_in="1h"),
+            limits=self.limits,
+            timeouts=self.timeouts,
+            threads=self.engine.threads,
+            post=self.engine.begin().post,
+        )
+
+    async def _run_around(self, record: RunRecord, pipe: Pipe[Any]) -> None:
+        """The job of a pipe with a run of its own."""
+        try:
+            await self.ensure_started()
+            await self.runs.create(record)
+            execution = await self.engine.execution(record)
+        except BaseException as exc:
+            pipe.fail(exc if isinstance(exc, Exception) else None)
+            raise
+        finally:
+            self.runs.opened(record.id)
+        execution.run.pipes.add(pipe)
+        current.set(execution.run)
+        try:
+            await pipe.run()
+            await execution.outcome_of(pipe)
+        except anyio.get_cancelled_exc_class():
+            await execution.stopped()
+            raise
+        finally:
+            self.engine.ended(execution)
+
+    async def _run_beside(self, pipe: Pipe[Any]) -> None:
+        """The job of a pipe in a run that is there, or is being opened."""
+        await self.ensure_started()
+        await self.runs.present(pipe.run_id)
+        execution = self.engine.executions.get(pipe.run_id)
+        if execution is not None:
+            execution.run.pipes.add(pipe)
+        await pipe.run()
+        if pipe.unseen_error is None and execution is not None:
+            execution.run.pipes.discard(pipe)
+        elif pipe.unseen_error is not None and execution is None:
+            logger.warning("a pipe into run %s failed: %s", pipe.run_id, pipe.unseen_error)
+
+    async def append(self, chunk: Any, stream: str = "default", *, run: RunLike | None = None) -> None:
+        """Append one chunk; it is in the log when this returns.
+
+        Raises `EncodingError`, `LimitExceeded`, `RunNotFound`, `StreamClosed`, `BrokerUnavailable`, `NoCurrentRun`.
+        """
+        key = StreamKey(self._run_id(run), stream_name(stream, self.limits))
+        data = encode_within(chunk, self.limits.chunk_bytes)
+        await self.ensure_started()
+        await self._write(key, data)
+
+    async def send_input(self, run: RunLike, input_id: str, data: Any) -> None:
+        """Send data into a run; `run.input(input_id)` gets it there. Raises as `append`."""
+        key = StreamKey(run_id_of(run), input_stream(input_id, self.limits))
+        encoded = encode_within(data, self.limits.input_bytes)
+        await self.ensure_started()
+        await self.runs.get(key.run)
+        await self._write(key, encoded)
+
+    async def _write(self, key: StreamKey, data: bytes) -> None:
+        writer = self._writers.get(key)
+        if writer is None or writer.failure is not None:
+            if len(self._writers) >= _WRITERS:
+                del self._writers[next(iter(self._writers))]
+            writer = self._writers[key] = self._new_writer(key)
+        await writer.open()
+        writer.write(data)
+        await writer.drain()
+
+    def _new_writer(self, key: StreamKey) -> StreamWriter:
+        return StreamWriter(
+            key, broker=self.broker, runs=self.runs, spawn=self.engine.spawn_detached, limits=self.limits
+        )
+
+    def writer(self, stream: str = "default", *, run: RunLike | None = None) -> StreamScope[Any]:
+        """An async context manager to write many chunks: `await writer.write(chunk)`, `writer.merge(source)`."""
+        key = StreamKey(self._run_id(run), stream_name(stream, self.limits))
+        return StreamScope(self, self._new_writer(key), chunk_bytes=self.limits.chunk_bytes)
+
+    def define_stream(self, key: str, chunk_type: type[T1]) -> TypedStream[T1]:
+        """A stream under a fixed key whose chunks have a type, with `pipe`, `append`, `writer` and `read`."""
+        return TypedStream(self, stream_name(key, self.limits), chunk_type)
+
+    def read(
+        self, run: RunLike, stream: str = "default", *, start_index: int = 0, timeout: Span | None = None
+    ) -> AsyncIterator[Any]:
+        """The decoded chunks of a stream from `start_index` on, present and to come.
+
+        Ends when the run completes; raises `RunFailed` or `RunCanceled` after the last chunk if it ended otherwise.
+        Raises `StreamGap` if chunks are past their retention, `TimeoutError` after `timeout` of silence, `RunNotFound`.
+        """
+        return self.read_as(run, stream, decode, start_index=start_index, timeout=timeout)
+
+    def read_as(
+        self,
+        run: RunLike,
+        stream: str,
+        decode_chunk: Callable[[bytes], T],
+        *,
+        start_index: int = 0,
+        timeout: Span | None = None,
+    ) -> AsyncIterator[T]:
+        """As `read`, with another way to decode the JSON of a chunk."""
+        if isinstance(start_index, bool) or not isinstance(start_index, int) or start_index < 0:
+            raise UsageError(f"start_index is {start_index!r}; allowed are whole numbers from 0")
+        key = StreamKey(run_id_of(run), stream_name(stream, self.limits))
+        seconds = None if timeout is None else parse_span(timeout, name="timeout")
+        self.engine.begin()
+        reader = StreamReader(self.broker, self.runs, key, after=start_index - 1, timeout_s=seconds)
+        return ChunkReader(reader, decode_chunk)
+
+    # Following runs
+
+    @overload
+    def subscribe_to_run(
+        self, run: RunLike, *, stop_on_completion: bool = True, with_streams: Literal[False] = False
+    ) -> AsyncIterator[RunRecord]: ...
+
+    @overload
+    def subscribe_to_run(
+        self, run: RunLike, *, stop_on_completion: bool = True, with_streams: Literal[True]
+    ) -> AsyncIterator[RunRecord | StreamChunk]: ...
+
+    def subscribe_to_run(
+        self, run: RunLike, *, stop_on_completion: bool = True, with_streams: bool = False
+    ) -> AsyncIterator[RunRecord] | AsyncIterator[RunRecord | StreamChunk]:
+        """The states of a run, the present one first; a reader who is behind gets the newest.
+
+        With streams, `StreamChunk`s come in between, and the terminal state after the last chunk. Raises `RunNotFound`.
+        """
+        run_id = run_id_of(run)
+        self.engine.begin()
+        if with_streams:
+            return RunWithStreams(self.broker, self.runs, run_id, stop_on_completion=stop_on_completion)
+        return TopicFollower(
+            self.broker,
+            self.runs,
+            run_topic(run_id),
+            limit=self.limits.feed_runs,
+            stop=lambda record: stop_on_completion and record.is_completed,
+            run_id=run_id,
+        )
+
+    def subscribe_to_runs_with_tag(
+        self, tags: str | Iterable[str], *, created_within: Span = "24h"
+    ) -> AsyncIterator[RunRecord]:
+        """The runs that have all of these tags, the present ones first, then each change. Never ends."""
+        wanted = check_tags(tags, self.limits)
+        if not wanted:
+            raise UsageError("tags are empty; name at least one")
+        oldest_ms = self.runs.now_ms() - round(parse_span(created_within, name="created_within") * 1000)
+        self.engine.begin()
+        return TopicFollower(
+            self.broker,
+            self.runs,
+            tag_topic(min(wanted)),
+            limit=self.limits.feed_runs,
+            keep=lambda record: record.created_at_ms >= oldest_ms and set(wanted) <= set(record.tags),
+        )
+
+    def subscribe_to_batch(self, batch: str | BatchHandle) -> AsyncIterator[RunRecord]:
+        """The runs of a batch, the present state first. Ends when all of them are over."""
+        batch_id = batch if isinstance(batch, str) else batch.id
+        over: set[str] = set()
+
+        def all_over(record: RunRecord) -> bool:
+            if record.is_completed:
+                over.add(record.id)
+            return record.batch is not None and len(over) >= record.batch.count
+
+        self.engine.begin()
+        return TopicFollower(self.broker, self.runs, batch_topic(batch_id), limit=self.limits.topic_runs, stop=all_over)
+
+    # Tokens
+
+    def create_public_token(self, *, scopes: Mapping[str, Any] | Sequence[str], expires_in: Span = "15m") -> str:
+        """A token for a browser: `{"read": {"runs": [run.id], "tags": ["user:1"]}}`, or scopes as a list of strings.
+
+        Raises `UsageError` for an unknown word, an empty list, or a scope that admits nothing.
+        """
+        return self._mint(flatten_scopes(scopes), expires_in)
+
+    def create_trigger_public_token(
+        self, tasks: TaskLike | Sequence[TaskLike], *, multiple_use: bool = False, expires_in: Span = "15m"
+    ) -> str:
+        """A token with which a browser may trigger these tasks: once, or as often as it likes until it expires."""
+        given = [tasks] if isinstance(tasks, str | Task) else list(tasks)
+        ids = [check_key(task if isinstance(task, str) else task.id, self.limits, what="task id") for task in given]
+        scopes = flatten_scopes({"trigger": {"tasks": ids}})
+        return self._mint(scopes, expires_in, one_time=not multiple_use)
+
+    def verify_token(self, token: str) -> Claims:
+        """The claims of a token. Raises `InvalidToken`, `ExpiredToken`."""
+        return self.tokens.verify(token)
+
+    def _mint(self, scopes: Sequence[str], expires_in: Span, *, one_time: bool = False) -> str:
+        return self.tokens.mint(scopes, expires_in_s=parse_span(expires_in, name="expires_in"), one_time=one_time)
+
+    def _handle(self, run_id: str, *, is_cached: bool, expires_in: Span) -> RunHandle[Any]:
+        token = self._mint([f"read:runs:{run_id}", f"write:inputStreams:{run_id}"], expires_in)
+        return RunHandle(run_id, token, is_cached=is_cached, result=self.result)
+
+    # The current run
+
+    def _current(self) -> Run | None:
+        """The current run, if it is one of ours."""
+        run = current.get(None)
+        return run if run is not None and run.belongs_to(self.runs) else None
+
+    def _run_id(self, run: RunLike | None) -> str:
+        if run is not None:
+            return run_id_of(run)
+        found = self._current()
+        if found is None:
+            raise NoCurrentRun("there is no current run here: call this inside a task or `open_run`, or pass run=")
+        return found.id
+
+
+def run_id_of(run: RunLike) -> str:
+    """The id of a run. Raises `UsageError` for anything that is none."""
+    run_id = run if isinstance(run, str) else getattr(run, "id", None)
+    if not isinstance(run_id, str) or not run_id:
+        raise UsageError(f"a run is an id, a RunHandle, a Run or a RunRecord, not a {type(run).__name__}")
+    return run_id

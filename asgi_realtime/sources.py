@@ -1,0 +1,205 @@
+"""What can be piped, and how it is opened, read and closed.
+
+A source is an async iterable, an async context manager that gives one, a plain sequence, or any other sync iterable,
+which is read and closed by one daemon thread of its own: never the host's pool, and never holding up the exit. The
+source is closed in every case.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import inspect
+import logging
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
+from contextlib import asynccontextmanager
+from typing import Any, Generic, TypeVar
+
+import anyio
+
+from asgi_realtime.errors import InvalidSource, LimitExceeded
+from asgi_realtime.waiting import Parking
+
+logger = logging.getLogger("asgi_realtime")
+
+T = TypeVar("T")
+
+THREAD_AHEAD = 256
+"""Items that a source's thread may be ahead of its reader."""
+
+_ALLOWED = "allowed are async iterables, async context managers that give one, and sync iterables"
+_INLINE = (list, tuple, range, AbstractSet, deque)
+
+
+def check_source(source: object) -> None:
+    """Raise `InvalidSource` for what cannot be iterated, or would be by accident."""
+    name = type(source).__name__
+    if isinstance(source, str | bytes | bytearray | memoryview):
+        raise InvalidSource(f"a {name} is not a source: use append() for one chunk; {_ALLOWED}")
+    if isinstance(source, Mapping):
+        raise InvalidSource(f"a {name} is not a source: use append() for one chunk, or pipe its .items(); {_ALLOWED}")
+    if inspect.isawaitable(source) and not hasattr(source, "__aiter__") and not hasattr(source, "__aenter__"):
+        raise InvalidSource(f"a {name} is not a source: await it first and pipe what it gives; {_ALLOWED}")
+    if not any(hasattr(source, method) for method in ("__aiter__", "__aenter__", "__iter__")):
+        raise InvalidSource(f"a {name} is not a source; {_ALLOWED}")
+
+
+class ThreadBudget:
+    """Counts the threads that read sources, and refuses more than the limit."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._lock = threading.Lock()
+        self.used = 0
+
+    def take(self) -> None:
+        with self._lock:
+            if self.used >= self._limit:
+                raise LimitExceeded(
+                    f"{self.used} sync sources are being read by threads, limit {self._limit}", status=429
+                )
+            self.used += 1
+
+    def give_back(self) -> None:
+        with self._lock:
+            self.used -= 1
+
+
+@asynccontextmanager
+async def opened(
+    source: Any, *, threads: ThreadBudget, post: Callable[[Callable[[], object]], None], close_s: float
+) -> AsyncIterator[AsyncIterator[Any]]:
+    """The iterator of a source. Whatever happens in the body, iterator and source are closed behind it.
+
+    Closing is shielded from cancellation for `close_s`; an error while closing is logged.
+    """
+    if hasattr(source, "__aenter__") and not hasattr(source, "__aiter__"):
+        async with source as entered:
+            check_source(entered)
+            async with opened(entered, threads=threads, post=post, close_s=close_s) as iterator:
+                yield iterator
+        return
+    if hasattr(source, "__aiter__"):
+        iterator = source.__aiter__()
+        closing = [iterator] if iterator is source else [iterator, source]
+    elif isinstance(source, _INLINE):
+        iterator, closing = _inline(source), []
+    else:
+        iterator = _ThreadIterator(source, threads=threads, post=post)
+        closing = [iterator]
+    try:
+        yield iterator
+    finally:
+        with anyio.move_on_after(close_s, shield=True):
+            for resource in closing:
+                await _close(resource)
+
+
+async def _close(resource: Any) -> None:
+    close = getattr(resource, "aclose", None) or getattr(resource, "close", None)
+    if close is None:
+        return
+    try:
+        result = close()
+        if inspect.isawaitable(result):
+            await result
+    except Exception:
+        logger.warning("closing a piped %s failed", type(resource).__name__, exc_info=True)
+
+
+async def _inline(items: Iterable[T]) -> AsyncIterator[T]:
+    for item in items:
+        yield item
+
+
+class _ThreadIterator(Generic[T]):
+    """Reads a sync iterable in one daemon thread, which also closes it."""
+
+    def __init__(
+        self, source: Iterable[T], *, threads: ThreadBudget, post: Callable[[Callable[[], object]], None]
+    ) -> None:
+        self._source = source
+        self._threads = threads
+        self._post = post
+        self._items: deque[T] = deque()
+        self._changed = threading.Condition()
+        self._stopped = False
+        self._ended = False
+        self._error: Exception | None = None
+        self._arrived = Parking()
+        threads.take()
+        context = contextvars.copy_context()
+        thread = threading.Thread(target=context.run, args=(self._read,), name="asgi_realtime source", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:
+            threads.give_back()
+            raise
+
+    def __aiter__(self) -> _ThreadIterator[T]:
+        return self
+
+    async def __anext__(self) -> T:
+        while True:
+            with self._changed:
+                if self._items:
+                    self._changed.notify()
+                    return self._items.popleft()
+                if self._ended:
+                    break
+            await self._arrived.wait()
+        if self._error is not None:
+            raise self._error
+        raise StopAsyncIteration
+
+    def close(self) -> None:
+        """Ask the thread to end. It does as soon as the source gives its next item; nobody waits for it."""
+        with self._changed:
+            self._stopped = True
+            self._changed.notify()
+
+    def _read(self) -> None:
+        """The thread."""
+        iterator: Iterator[T] | None = None
+        try:
+            iterator = iter(self._source)
+            for item in iterator:
+                if not self._offer(item):
+                    break
+        except Exception as exc:
+            self._error = exc
+        except BaseException as exc:  # SystemExit in a thread must not become one of the loop
+            self._error = RuntimeError(f"the source raised {type(exc).__name__}")
+            self._error.__cause__ = exc
+        finally:
+            for resource in {id(resource): resource for resource in (iterator, self._source)}.values():
+                self._close(resource)
+            self._threads.give_back()
+            self._ended = True
+            self._notify()
+
+    def _offer(self, item: T) -> bool:
+        with self._changed:
+            self._changed.wait_for(lambda: self._stopped or len(self._items) < THREAD_AHEAD)
+            if self._stopped:
+                return False
+            self._items.append(item)
+        self._notify()
+        return True
+
+    def _notify(self) -> None:
+        try:
+            self._post(self._arrived.wake)
+        except RuntimeError:
+            self._stopped = True  # the loop is gone
+
+    def _close(self, resource: object) -> None:
+        close: Callable[[], Awaitable[None] | None] | None = getattr(resource, "close", None)
+        if close is None:
+            return
+        try:
+            close()
+        except Exception:
+            logger.warning("closing a piped %s failed", type(resource).__name__, exc_info=True)

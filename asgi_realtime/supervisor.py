@@ -1,0 +1,142 @@
+"""The life of a `Realtime` between start and stop.
+
+One supervisor task owns the task group in which everything of ours runs, in the context of the start and never of a
+request, so no cancel scope ever belongs to a request or to the host's lifespan task. It can be started again after
+stop, on another loop as well.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import logging
+import threading
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+import anyio
+import anyio.abc
+import anyio.from_thread
+import anyio.lowlevel
+
+from asgi_realtime.waiting import Parking, on_asyncio
+
+logger = logging.getLogger("asgi_realtime")
+
+Job = Callable[[], Awaitable[None]]
+_R = TypeVar("_R")
+
+
+class Supervisor:
+    """Runs jobs in one task group until it is stopped. Belongs to the loop it was made on."""
+
+    def __init__(self, *, context: contextvars.Context, drain: Job) -> None:
+        self.context = context
+        self._drain = drain
+        self.stopping = False
+        self._group: anyio.abc.TaskGroup | None = None
+        self._waiting_jobs: list[tuple[contextvars.Context, Job]] = []
+        self._stop = Parking()
+        self._ended = Parking()
+        self.ended = False
+        self._thread = threading.get_ident()
+        self._loop = asyncio.get_running_loop() if on_asyncio() else None
+        self._token = anyio.lowlevel.current_token()
+        self._task: object = None
+
+    def start(self) -> None:
+        """Start the supervisor task. Does not wait for it."""
+        if self._loop is not None:
+            self._task = self._loop.create_task(self._run(), name="asgi_realtime", context=self.context)
+        else:
+            import trio
+
+            self._task = trio.lowlevel.spawn_system_task(self._run, name="asgi_realtime", context=self.context)
+
+    @property
+    def usable(self) -> bool:
+        """Whether jobs can run here: not ended, and called on its own living loop."""
+        if self.ended:
+            return False
+        if self._loop is not None:
+            return on_asyncio() and asyncio.get_running_loop() is self._loop
+        return not on_asyncio() and anyio.lowlevel.current_token() == self._token
+
+    @property
+    def dead(self) -> bool:
+        """Whether its loop was closed without a stop."""
+        return self._loop is not None and self._loop.is_closed()
+
+    @property
+    def on_own_thread(self) -> bool:
+        return threading.get_ident() == self._thread
+
+    async def _run(self) -> None:
+        try:
+            async with anyio.create_task_group() as group:
+                self._group = group
+                for context, job in self._waiting_jobs:
+                    context.run(group.start_soon, self._guarded, job)
+                self._waiting_jobs.clear()
+                while not self.stopping:
+                    await self._stop.wait()
+                await self._guarded(self._drain)
+                group.cancel_scope.cancel()
+        except Exception:  # nothing may leave: on trio it would end the whole program
+            logger.exception("the supervisor failed")
+        finally:
+            self._group = None
+            self.ended = True
+            self._ended.wake()
+
+    async def _guarded(self, job: Job) -> None:
+        try:
+            await job()
+        except Exception:
+            logger.exception("a background job failed: %r", job)
+
+    def spawn(self, job: Job) -> None:
+        """Run a job beside everything else, in a copy of the caller's context. Its errors are logged."""
+        self._spawn(contextvars.copy_context(), job)
+
+    def spawn_detached(self, job: Job) -> None:
+        """Run a job in a copy of the context of the start, so that nothing of a request leaks into it."""
+        self._spawn(self.context.copy(), job)
+
+    def _spawn(self, context: contextvars.Context, job: Job) -> None:
+        if self._group is None:
+            self._waiting_jobs.append((context, job))
+        else:
+            context.run(self._group.start_soon, self._guarded, job)
+
+    def post(self, call: Callable[[], object]) -> None:
+        """Make a call on the loop's thread, from any thread or signal handler. Raises RuntimeError if it is gone."""
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(call)
+        else:
+            native: Any = self._token.native_token
+            native.run_sync_soon(call)
+
+    def post_or_call(self, call: Callable[[], object]) -> None:
+        """Make a call now if this is the loop's thread, else post it."""
+        if self.on_own_thread:
+            call()
+        else:
+            self.post(call)
+
+    def run_from_thread(self, function: Callable[[], Awaitable[_R]]) -> _R:
+        """Run a coroutine function on the loop and wait for its result; from another thread only."""
+
+        async def call() -> _R:
+            return await function()
+
+        return anyio.from_thread.run(call, token=self._token)
+
+    async def wait_ended(self) -> None:
+        while not self.ended:
+            await self._ended.wait()
+
+    def request_stop(self) -> None:
+        """Begin to stop: drain, then cancel what still runs. On the loop's thread; idempotent."""
+        self.stopping = True
+        self._stop.wake()

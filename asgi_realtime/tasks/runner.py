@@ -1,0 +1,54 @@
+"""Runs the function of a task inside its run."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import anyio
+import anyio.to_thread
+
+from asgi_realtime.core.runs import RunRecord
+from asgi_realtime.execution import Execution
+from asgi_realtime.run import current
+from asgi_realtime.tasks.task import Task
+
+
+async def run_task(task: Task[Any, Any], execution: Execution, *, threads: anyio.CapacityLimiter) -> RunRecord:
+    """Call the task and end its run by what comes of it. Returns the last record.
+
+    Cancelling the caller cancels the run, and goes on when that is stored.
+    """
+    token = current.set(execution.run)
+    try:
+        with anyio.CancelScope() as scope:
+            execution.interrupt = scope.cancel
+            if execution.stopped_by is not None:
+                scope.cancel()
+            if task.max_duration_s is not None:
+                scope.deadline = anyio.current_time() + task.max_duration_s
+            try:
+                output = await _call(task, execution, threads)
+                if output is not None or execution.run.output_json is None:
+                    execution.run.set_output(output)
+                return await execution.returned()
+            except Exception as exc:
+                return await execution.raised(exc)
+        if execution.stopped_by is None and task.max_duration_s is not None:
+            return await execution.timed_out(task.max_duration_s)
+        return await execution.stopped()
+    except anyio.get_cancelled_exc_class():
+        await execution.stopped()
+        raise
+    finally:
+        execution.interrupt = None
+        current.reset(token)
+
+
+async def _call(task: Task[Any, Any], execution: Execution, threads: anyio.CapacityLimiter) -> Any:
+    run = execution.run
+    payload = task.decode_payload(run.record.payload_json or b"null") if task.takes_payload else None
+    call = functools.partial(task.function, *task.arguments(payload, run))
+    if task.is_async:
+        return await call()
+    return await anyio.to_thread.run_sync(call, abandon_on_cancel=True, limiter=threads)

@@ -1,0 +1,127 @@
+"""Writes chunks to one stream, in order, each once.
+
+On a broker in memory a chunk is in the log when `write` returns. On any other the chunks gather while an append is
+under way and go out together after it: one round trip of latency at low load, many chunks a call under load. The
+producer's count makes a repeated call harmless, so an absent broker is waited for.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections import deque
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from asgi_realtime.brokers.base import Broker, ImmediateBroker, Producer, StreamKey
+from asgi_realtime.config import Limits
+from asgi_realtime.core.chunks import encode_chunk
+from asgi_realtime.errors import LimitExceeded, RealtimeError
+from asgi_realtime.runstore import RunStore
+from asgi_realtime.waiting import Parking
+
+CALL_BYTES = 256 * 1024
+CALL_ITEMS = 500
+
+Spawn = Callable[[Callable[[], Awaitable[None]]], None]
+
+
+def encode_within(value: Any, limit_bytes: int) -> bytes:
+    """A chunk as JSON. Raises `EncodingError`, `LimitExceeded`."""
+    data = encode_chunk(value)
+    if len(data) > limit_bytes:
+        raise LimitExceeded(f"a chunk is {len(data)} bytes, limit {limit_bytes}", status=413)
+    return data
+
+
+class StreamWriter:
+    """One producer of one stream. `chunks`, `bytes` and `last_index` count what the broker has acknowledged."""
+
+    def __init__(self, key: StreamKey, *, broker: Broker, runs: RunStore, spawn: Spawn, limits: Limits) -> None:
+        self.key = key
+        self.chunks = 0
+        self.bytes = 0
+        self.last_index: int | None = None
+        self.failure: RealtimeError | None = None
+        self._broker = broker
+        self._runs = runs
+        self._spawn = spawn
+        self._limits = limits
+        self._immediate = broker.append_nowait if isinstance(broker, ImmediateBroker) else None
+        self._producer = secrets.token_hex(8)
+        self._pending: deque[bytes] = deque()
+        self._pending_bytes = 0
+        self._flushing = False
+        self._progress = Parking()
+
+    async def open(self) -> None:
+        """Call before the first `write`. Raises `RunNotFound`, `LimitExceeded` on a broker in memory; any other is
+        asked by the first append, so that it may be away for a while."""
+        if self._immediate is not None:
+            await self._runs.add_stream(self.key)
+
+    def write(self, data: bytes) -> None:
+        """Take one encoded chunk. Never waits. Raises what made the stream unwritable: `StreamClosed`, …"""
+        if self.failure is not None:
+            raise self.failure
+        if self._immediate is not None:
+            self._acknowledge(1, len(data), self._immediate(self.key, (data,)).last)
+            return
+        self._pending.append(data)
+        self._pending_bytes += len(data)
+        if not self._flushing:
+            self._flushing = True
+            self._spawn(self._flush)
+
+    @property
+    def full(self) -> bool:
+        """So much waits for the broker that the source should wait too."""
+        return self._pending_bytes > self._limits.pending_bytes
+
+    async def room(self) -> None:
+        """Wait until the writer is no longer full, or has failed."""
+        while self.full and self.failure is None:
+            await self._progress.wait()
+
+    async def drain(self) -> None:
+        """Wait until the broker has acknowledged everything. Raises the failure if it did not."""
+        while self._flushing and self.failure is None:
+            await self._progress.wait()
+        if self.failure is not None:
+            raise self.failure
+
+    def _acknowledge(self, chunks: int, size: int, last: int) -> None:
+        self.chunks += chunks
+        self.bytes += size
+        self.last_index = last
+
+    async def _flush(self) -> None:
+        try:
+            await self._runs.add_stream(self.key)
+            while self._pending:
+                await self._append(self._next_call())
+                self._progress.wake()
+        except RealtimeError as exc:
+            self.failure = exc
+            self._pending.clear()
+            self._pending_bytes = 0
+        finally:
+            self._flushing = False
+            self._progress.wake()
+
+    def _next_call(self) -> list[bytes]:
+        """What goes out next; it stays pending until it is acknowledged."""
+        items: list[bytes] = []
+        size = 0
+        for data in self._pending:
+            if items and (size + len(data) > CALL_BYTES or len(items) == CALL_ITEMS):
+                break
+            items.append(data)
+            size += len(data)
+        return items
+
+    async def _append(self, items: list[bytes]) -> None:
+        producer = Producer(self._producer, self.chunks)
+        position = await self._runs.patiently(lambda: self._broker.append(self.key, items, producer=producer))
+        for _ in items:
+            self._pending_bytes -= len(self._pending.popleft())
+        self._acknowledge(len(items), sum(map(len, items)), position.last)
