@@ -12,7 +12,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 
-from asgi_realtime.brokers.base import MARKS_KEPT, ChangeMark
+from asgi_realtime.brokers.base import MARKS_KEPT, ChangeMark, LiveTopic
 from asgi_realtime.config import Limits, Retention, Timeouts
 from asgi_realtime.core.log import End, Log, Page, Position, Producer, StreamKey
 from asgi_realtime.core.runs import DUE_KINDS, RunRecord, Status, due_times, run_topic
@@ -258,7 +258,7 @@ class MemoryBroker:
             return await followed.changes(after, limit=limit)
 
     @asynccontextmanager
-    async def follow(self, topic: str) -> AsyncIterator[_MemoryTopic]:
+    async def follow(self, topic: str) -> AsyncIterator[LiveTopic]:
         entry = self._topics.get(topic)
         if entry is None:
             entry = self._add_topic(topic)

@@ -1,13 +1,31 @@
-"""The memory broker as the conformance suite wants it, with a clock that is moved by hand."""
+"""The memory broker as the conformance suite wants it, and two that keep the same promises in another way."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Any
 
-from asgi_realtime.brokers.memory import MemoryBroker
+import anyio
+
+from asgi_realtime.brokers.base import (
+    ChangeMark,
+    Changes,
+    Cursor,
+    End,
+    LiveTopic,
+    Page,
+    Position,
+    Producer,
+    StreamKey,
+)
+from asgi_realtime.brokers.memory import MemoryBroker, _MemoryTopic, _StoredRun
 from asgi_realtime.config import Limits, Retention, Timeouts
+from asgi_realtime.core.runs import RunRecord, run_topic
+from asgi_realtime.core.topics import TopicIndex
+from asgi_realtime.livelog import LiveLog
 from asgi_realtime.testing.conformance import Backend
+from asgi_realtime.testing.conformance.kit import pause
 
 
 class Clock:
@@ -53,3 +71,120 @@ class Memory:
         made = self.factory(limits=limits, retention=retention, timeouts=timeouts, clock=clock)
         async with made as broker:
             yield Backend(broker=broker, peer=broker, now=clock, advance=clock.advance, held=lambda: held(broker))
+
+
+class RepeatingIndex(TopicIndex):
+    """Tells a version that it has told before as if it were new."""
+
+    def tell(self, run_id: str, version: int) -> bool:
+        known = self._entries.get(run_id)
+        if known is not None and known.version == version:
+            del self._entries[run_id]
+        return super().tell(run_id, version)
+
+
+class RepeatingBroker(MemoryBroker):
+    """Tells every topic twice, the second time when the committer is gone. At least once is what the contract asks."""
+
+    async def __aenter__(self) -> RepeatingBroker:
+        self._later = anyio.create_task_group()
+        await self._later.__aenter__()
+        return self
+
+    async def __aexit__(self, *exc_info: Any) -> None:
+        self._later.cancel_scope.cancel()
+        await self._later.__aexit__(None, None, None)
+
+    def _add_topic(self, topic: str) -> _MemoryTopic:
+        entry = super()._add_topic(topic)
+        entry.index = RepeatingIndex(entry.index.epoch, max_runs=entry.index.max_runs)
+        return entry
+
+    async def commit(self, record: RunRecord, *, expect: int, change: ChangeMark) -> int:
+        version = await super().commit(record, expect=expect, change=change)
+        self._later.start_soon(self._tell_again, record.id)
+        return version
+
+    async def _tell_again(self, run_id: str) -> None:
+        await pause(3)
+        run = self._runs.get(run_id)
+        if run is not None:
+            self._tell(run_topic(run_id), run.record)
+            self._tell_topics(run)
+
+
+class DistantBroker(MemoryBroker):
+    """Every call takes its time, and topics are told after the commit, under a mark, as over a network."""
+
+    async def append(
+        self, key: StreamKey, items: Sequence[bytes], *, producer: Producer | None = None, end: End | None = None
+    ) -> Position:
+        await pause(1)
+        position = self.append_nowait(key, items, producer=producer, end=end)
+        await pause(1)
+        return position
+
+    async def read(self, key: StreamKey, *, after: int = -1, limit: int = 500) -> Page:
+        await pause(1)
+        page = await super().read(key, after=after, limit=limit)
+        await pause(1)
+        return page
+
+    @asynccontextmanager
+    async def live(self, key: StreamKey) -> AsyncIterator[LiveLog]:
+        await pause(1)
+        async with super().live(key) as live:
+            await pause(1)
+            yield live
+
+    async def commit(self, record: RunRecord, *, expect: int, change: ChangeMark) -> int:
+        await pause(1)
+        version = await super().commit(record, expect=expect, change=change)
+        await pause(1)
+        await self.tell(record.id)
+        await pause(1)
+        return version
+
+    def _tell_topics(self, run: _StoredRun) -> None:
+        self._due["untold"].set(run.record.id, self._now_ms() + 1000)
+
+    async def tell(self, run_id: str) -> None:
+        run = self._runs.get(run_id)
+        for topic in () if run is None else run.record.topics:
+            await pause(1)
+            if run_id in self._runs and run is not None:
+                self._tell(topic, run.record)
+        if run_id in self._runs and run is not None:
+            super()._tell_topics(run)  # what was committed meanwhile
+            self._due["untold"].set(run_id, None)
+
+    async def load(self, run_ids: Sequence[str]) -> list[RunRecord | None]:
+        await pause(1)
+        records = await super().load(run_ids)
+        await pause(1)
+        return records
+
+    @asynccontextmanager
+    async def follow(self, topic: str) -> AsyncIterator[LiveTopic]:
+        await pause(1)
+        async with super().follow(topic) as followed:
+            await pause(1)
+            yield DistantTopic(followed)
+
+    async def claim(self, key: str, value: str, *, ttl_s: float) -> str:
+        await pause(1)
+        stored = await super().claim(key, value, ttl_s=ttl_s)
+        await pause(1)
+        return stored
+
+
+class DistantTopic:
+    def __init__(self, topic: LiveTopic) -> None:
+        self.waiting = topic.waiting
+        self._topic = topic
+
+    async def changes(self, cursor: Cursor | None, *, limit: int = 1000) -> Changes:
+        await pause(1)
+        changes = await self._topic.changes(cursor, limit=limit)
+        await pause(1)
+        return changes

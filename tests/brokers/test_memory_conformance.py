@@ -1,14 +1,17 @@
-"""The memory broker passes the suite, on both loop libraries."""
+"""The suite passes on the memory broker, and on two made from it that do the same in another way."""
 
 from __future__ import annotations
 
 import pytest
 
+from asgi_realtime.brokers import MemoryBroker
 from asgi_realtime.testing.conformance import *  # noqa: F403
 from asgi_realtime.testing.conformance import MakeBroker
-from tests.brokers.backends import Memory
+from tests.brokers.backends import DistantBroker, Memory, RepeatingBroker
+
+BROKERS = {"memory": MemoryBroker, "memory:tells-twice": RepeatingBroker, "memory:distant": DistantBroker}
 
 
-@pytest.fixture
-def make_broker() -> MakeBroker:
-    return Memory()
+@pytest.fixture(params=BROKERS)
+def make_broker(request: pytest.FixtureRequest) -> MakeBroker:
+    return Memory(BROKERS[request.param])

@@ -217,7 +217,7 @@ async def test_a_refused_commit_leaves_no_mark(make_broker: MakeBroker) -> None:
 
 @pytest.mark.anyio
 async def test_record_and_run_topic_change_in_one_step(make_broker: MakeBroker) -> None:
-    """Whoever looks: the topic is never behind a record that was loaded before, nor ahead of one that is loaded after."""
+    """Whoever looks: the topic is never behind a record that was loaded before, nor ahead of one loaded after."""
     async with opened(make_broker) as backend:
         run = await create(backend)
         over = anyio.Event()

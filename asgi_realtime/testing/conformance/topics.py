@@ -12,16 +12,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asgi_realtime.brokers.base import Broker, Changes, Cursor, LiveTopic
+from asgi_realtime.brokers.base import Broker, Changes, Cursor
 from asgi_realtime.core.runs import BatchMember, RunRecord, run_topic
+from asgi_realtime.errors import VersionConflict
 from asgi_realtime.testing.conformance.kit import (
     PROPERTY,
-    Backend,
     MakeBroker,
     cancelled_at,
     create,
     finished,
     following,
+    new_mark,
     new_tag,
     next_changes,
     opened,
@@ -184,18 +185,14 @@ async def test_a_topic_and_another_of_the_same_name_have_different_epochs(make_b
 async def test_a_follower_hears_of_changes_from_every_process(make_broker: MakeBroker) -> None:
     async with opened(make_broker) as backend:
         tag = new_tag()
-        async with backend.broker.follow(f"tag:{tag}") as topic:
-            cursor = (await topic.changes(None)).cursor
-            for number in range(6):
-                async with anyio.create_task_group() as group:
-                    group.start_soon(_create_when_parked, backend, topic, tag)
-                    cursor = (await next_changes(topic, cursor)).cursor
-                assert len(await versions_in(backend.broker, f"tag:{tag}")) == number + 1
-
-
-async def _create_when_parked(backend: Backend, topic: LiveTopic, tag: str) -> None:
-    await until_parked(topic)
-    await create(backend, tags=(tag,))
+        feed = Feed(backend.broker, f"tag:{tag}")
+        for number in range(6):
+            run = await create(backend)
+            async with anyio.create_task_group() as group:
+                group.start_soon(feed.run, {run.id: 2})
+                await pause(number * 3)
+                await store(backend.processes[number % 2], following(run, tags=(tag,)))
+        assert len(feed.rows) == 6
 
 
 class Feed:
@@ -284,18 +281,25 @@ async def test_no_older_version_replaces_a_newer_one_under_concurrent_committers
                 await broker.tell(run.id)
                 await pause(1)
 
-        async def change() -> None:
+        async def change(broker: Broker) -> None:
             record = run
-            for number in range(committed):
-                record = await store(backend.processes[number % 2], following(record))
-                await pause(number % 2)
+            while record.version <= committed:
+                changed = following(record)
+                try:
+                    await broker.commit(changed, expect=record.version, change=new_mark())
+                except VersionConflict as conflict:
+                    assert conflict.current is not None
+                    record = conflict.current
+                else:
+                    record = changed
+                await pause(1)
 
         async with anyio.create_task_group() as group:
             for feed in feeds:
                 group.start_soon(feed.run, {run.id: 1 + committed})
             for broker in backend.processes:
                 group.start_soon(tell_again, broker)
-            group.start_soon(change)
+                group.start_soon(change, broker)
         for tag in tags:
             assert await versions_in(backend.peer, f"tag:{tag}") == {run.id: 1 + committed}
 

@@ -1,0 +1,582 @@
+"""The suite fails on brokers that are sloppy. Each is a mistake that a real backend has made, or nearly."""
+
+from __future__ import annotations
+
+import functools
+import heapq
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import anyio
+import msgspec
+import pytest
+
+from asgi_realtime.brokers.base import ChangeMark, Changes, Cursor, End, Page, Position, Producer, StreamKey
+from asgi_realtime.brokers.memory import MemoryBroker, _MemoryTopic, _StoredRun
+from asgi_realtime.core.log import Log
+from asgi_realtime.core.runs import RunRecord, Status
+from asgi_realtime.core.topics import TopicIndex
+from asgi_realtime.errors import RealtimeError, StreamClosed, VersionConflict
+from asgi_realtime.livelog import LiveLog
+from asgi_realtime.testing import conformance
+from asgi_realtime.testing.conformance.kit import pause
+from tests.brokers.backends import Memory
+
+# Streams
+
+
+class Mirrors(MemoryBroker):
+    """Readers follow a copy, which they have to join with the storage."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.mirrors: dict[StreamKey, list[LiveLog]] = {}
+
+    def append_nowait(
+        self, key: StreamKey, items: Sequence[bytes], *, producer: Producer | None = None, end: End | None = None
+    ) -> Position:
+        before = len(self._all(key)) if key.run in self._runs else 0
+        position = super().append_nowait(key, items, producer=producer, end=end)
+        for mirror in self.mirrors.get(key, []):
+            mirror.log.append(self._all(key)[before:], 0)
+            if end is not None:
+                mirror.log.close(end)
+            mirror.wake()
+        return position
+
+    def _all(self, key: StreamKey) -> list[bytes]:
+        live = self._runs[key.run].streams.get(key.name)
+        return [] if live is None else [entry.data for entry in live.log.entries(-1, 10_000)]
+
+    @asynccontextmanager
+    async def live(self, key: StreamKey) -> AsyncIterator[LiveLog]:
+        mirror = LiveLog(Log())
+        await self._join(key, mirror)
+        ended = self._runs[key.run].streams.get(key.name)
+        if ended is not None and ended.end is not None:
+            mirror.log.close(ended.end)
+        yield mirror
+
+    async def _join(self, key: StreamKey, mirror: LiveLog) -> None:
+        raise NotImplementedError
+
+
+class JoinsInOneStep(Mirrors):
+    """Not sloppy: shows that it is the join that the next two are caught for."""
+
+    async def _join(self, key: StreamKey, mirror: LiveLog) -> None:
+        mirror.log.append(self._all(key), 0)
+        self.mirrors.setdefault(key, []).append(mirror)
+
+
+class ReadsThenSubscribes(Mirrors):
+    async def _join(self, key: StreamKey, mirror: LiveLog) -> None:
+        mirror.log.append(self._all(key), 0)
+        await pause(2)
+        self.mirrors.setdefault(key, []).append(mirror)
+
+
+class SubscribesThenReads(Mirrors):
+    async def _join(self, key: StreamKey, mirror: LiveLog) -> None:
+        self.mirrors.setdefault(key, []).append(mirror)
+        await pause(2)
+        end, mirror.log.end = mirror.log.end, None
+        mirror.log.append(self._all(key), 0)
+        mirror.log.end = end
+
+
+class ForgetfulLog(Log):
+    """Counts again from 0 when it is trimmed."""
+
+    def trim(self, max_bytes: int) -> int:
+        freed = super().trim(max_bytes)
+        kept = [entry.data for entry in self.entries(-1, 10_000)]
+        if freed:
+            self.__init__()  # type: ignore[misc]
+            self.append(kept, 0)
+        return freed
+
+
+class ReusesSeqs(MemoryBroker):
+    @staticmethod
+    def _make_stream(run: _StoredRun) -> LiveLog:
+        return LiveLog(ForgetfulLog())
+
+
+class ForgetsProducersWithTheirEntries(MemoryBroker):
+    def append_nowait(
+        self, key: StreamKey, items: Sequence[bytes], *, producer: Producer | None = None, end: End | None = None
+    ) -> Position:
+        position = super().append_nowait(key, items, producer=producer, end=end)
+        log = self._runs[key.run].streams[key.name].log
+        for name, (count, last) in list(log._producers.items()):
+            if last < log.first and count:
+                del log._producers[name]
+        return position
+
+
+class KeepsSilentAboutGaps(MemoryBroker):
+    async def read(self, key: StreamKey, *, after: int = -1, limit: int = 500) -> Page:
+        return (await super().read(key, after=after, limit=limit))._replace(first=0)
+
+
+class IgnoresProducers(MemoryBroker):
+    def append_nowait(
+        self, key: StreamKey, items: Sequence[bytes], *, producer: Producer | None = None, end: End | None = None
+    ) -> Position:
+        return super().append_nowait(key, items, end=end)
+
+
+class AcceptsHoles(MemoryBroker):
+    def append_nowait(
+        self, key: StreamKey, items: Sequence[bytes], *, producer: Producer | None = None, end: End | None = None
+    ) -> Position:
+        run = self._runs.get(key.run)
+        live = None if run is None else run.streams.get(key.name)
+        if producer is not None and live is not None:
+            known = live.log.producer_index(producer.id)
+            producer = producer._replace(start=min(producer.start, known))
+        return super().append_nowait(key, items, producer=producer, end=end)
+
+
+class ChecksTheEndBeforeTheProducer(MemoryBroker):
+    def append_nowait(
+        self, key: StreamKey, items: Sequence[bytes], *, producer: Producer | None = None, end: End | None = None
+    ) -> Position:
+        live = self._run(key.run).streams.get(key.name)
+        if live is not None and live.end is not None and items:
+            raise StreamClosed("closed")
+        return super().append_nowait(key, items, producer=producer, end=end)
+
+
+class AppendsOneByOne(MemoryBroker):
+    async def append(
+        self, key: StreamKey, items: Sequence[bytes], *, producer: Producer | None = None, end: End | None = None
+    ) -> Position:
+        for number, item in enumerate(items):
+            at = None if producer is None else Producer(producer.id, producer.start + number)
+            self.append_nowait(key, [item], producer=at)
+            await pause(1)
+        return self.append_nowait(key, [], end=end)
+
+
+class LastEndWins(MemoryBroker):
+    def append_nowait(
+        self, key: StreamKey, items: Sequence[bytes], *, producer: Producer | None = None, end: End | None = None
+    ) -> Position:
+        position = super().append_nowait(key, items, producer=producer, end=end)
+        if end is not None:
+            self._runs[key.run].streams[key.name].log.end = end
+        return position
+
+
+class ReadersTakeTheEndAlong(MemoryBroker):
+    """A stream without entries is dropped with its last reader, though a writer has ended it."""
+
+    @asynccontextmanager
+    async def live(self, key: StreamKey) -> AsyncIterator[LiveLog]:
+        async with super().live(key) as live:
+            yield live
+        if not live.readers and not live.log.next:
+            self._runs[key.run].streams.pop(key.name, None)
+
+
+class NeverLeaves(MemoryBroker):
+    """Cleans up after the body only if the body went well."""
+
+    @asynccontextmanager
+    async def live(self, key: StreamKey) -> AsyncIterator[LiveLog]:
+        run = self._run(key.run)
+        live = run.streams[key.name] = run.streams.get(key.name) or self._make_stream(run)
+        live.enter()
+        yield live
+        live.leave()
+
+
+class LeaksWhileEntering(MemoryBroker):
+    @asynccontextmanager
+    async def live(self, key: StreamKey) -> AsyncIterator[LiveLog]:
+        async with super().live(key) as live:
+            live.enter()
+            await pause(2)
+            live.leave()
+            yield live
+
+
+class EndsTheRunBeforeItsStreams(MemoryBroker):
+    """Between the terminal record and the end of the streams more is acknowledged."""
+
+    async def commit(self, record: RunRecord, *, expect: int, change: ChangeMark) -> int:
+        if record.end is None:
+            return await super().commit(record, expect=expect, change=change)
+        run = self._runs[record.id]
+        streams, run.streams = run.streams, {}
+        version = await super().commit(record, expect=expect, change=change)
+        run.streams = streams
+        await pause(3)
+        for live in streams.values():
+            live.log.close(record.end)
+            live.wake()
+        return version
+
+
+class EndsOnlyWhatIsWritten(MemoryBroker):
+    async def commit(self, record: RunRecord, *, expect: int, change: ChangeMark) -> int:
+        run = self._runs.get(record.id)
+        streams = {} if run is None else run.streams
+        if run is not None:
+            run.streams = {name: live for name, live in streams.items() if live.log.next}
+        try:
+            return await super().commit(record, expect=expect, change=change)
+        finally:
+            if run is not None:
+                run.streams = streams
+
+
+# Runs
+
+
+class CommitsWithoutComparing(MemoryBroker):
+    async def commit(self, record: RunRecord, *, expect: int, change: ChangeMark) -> int:
+        run = self._runs.get(record.id)
+        stored = 0 if run is None else run.record.version
+        record = msgspec.structs.replace(record, version=stored + 1)
+        return await super().commit(record, expect=stored, change=change)
+
+
+class ComparesAndThenCommits(MemoryBroker):
+    async def commit(self, record: RunRecord, *, expect: int, change: ChangeMark) -> int:
+        run = self._runs.get(record.id)
+        stored = 0 if run is None else run.record.version
+        if stored != expect and (run is None or change not in run.marks):
+            raise VersionConflict("other version", current=None if run is None else run.record)
+        await pause(1)
+        if run is not None and change not in run.marks:
+            run.record = msgspec.structs.replace(run.record, version=expect)
+        return await super().commit(record, expect=expect, change=change)
+
+
+class ForgetsTheConflictingRecord(MemoryBroker):
+    async def commit(self, record: RunRecord, *, expect: int, change: ChangeMark) -> int:
+        try:
+            return await super().commit(record, expect=expect, change=change)
+        except VersionConflict as conflict:
+            raise VersionConflict(str(conflict)) from conflict
+
+
+class KnowsOnlyTheLastMark(MemoryBroker):
+    """Remembers one commit; a retry of ours after a commit of another is a conflict."""
+
+    async def commit(self, record: RunRecord, *, expect: int, change: ChangeMark) -> int:
+        version = await super().commit(record, expect=expect, change=change)
+        self._runs[record.id].marks = {change: version}
+        return version
+
+
+class TakesLateCommitsForRetries(MemoryBroker):
+    """Believes that the numbers of a writer arrive in order."""
+
+    async def commit(self, record: RunRecord, *, expect: int, change: ChangeMark) -> int:
+        run = self._runs.get(record.id)
+        for known, version in {} if run is None else run.marks.items():
+            if known.writer == change.writer and known.number >= change.number:
+                return version
+        return await super().commit(record, expect=expect, change=change)
+
+
+# Topics
+
+
+class TellsLater(MemoryBroker):
+    """Leaves the topics to a task."""
+
+    async def __aenter__(self) -> TellsLater:
+        self._later = anyio.create_task_group()
+        await self._later.__aenter__()
+        return self
+
+    async def __aexit__(self, *exc_info: Any) -> None:
+        self._later.cancel_scope.cancel()
+        await self._later.__aexit__(None, None, None)
+
+    def _tell_topics(self, run: _StoredRun) -> None:
+        self._later.start_soon(self._tell_late, run)
+
+    async def _tell_late(self, run: _StoredRun) -> None:
+        await pause(5)
+        super()._tell_topics(run)
+
+
+class TellsWithoutMark(MemoryBroker):
+    """Who dies between the commit and the telling takes the change along."""
+
+    def _tell_topics(self, run: _StoredRun) -> None:
+        pass
+
+    async def commit(self, record: RunRecord, *, expect: int, change: ChangeMark) -> int:
+        version = await super().commit(record, expect=expect, change=change)
+        await pause(1)
+        super()._tell_topics(self._runs[record.id])
+        return version
+
+
+class TellsTheRunTopicLater(MemoryBroker):
+    async def commit(self, record: RunRecord, *, expect: int, change: ChangeMark) -> int:
+        told, self._tell = self._tell, lambda topic, record: None  # type: ignore[method-assign]
+        try:
+            version = await super().commit(record, expect=expect, change=change)
+        finally:
+            self._tell = told  # type: ignore[method-assign]
+        await pause(1)
+        self._tell(f"run:{record.id}", self._runs[record.id].record)
+        self._tell_topics(self._runs[record.id])
+        return version
+
+
+class CarelessIndex(TopicIndex):
+    """Takes whatever version comes."""
+
+    def tell(self, run_id: str, version: int) -> bool:
+        self._entries.pop(run_id, None)
+        return super().tell(run_id, version)
+
+
+class OverwritesNewerVersions(MemoryBroker):
+    def _add_topic(self, topic: str) -> _MemoryTopic:
+        entry = super()._add_topic(topic)
+        entry.index = CarelessIndex(entry.index.epoch, max_runs=entry.index.max_runs)
+        return entry
+
+    async def tell(self, run_id: str) -> None:
+        run = self._runs.get(run_id)
+        if run is not None:
+            record = run.record
+            await pause(2)
+            for topic in record.topics:
+                self._tell(topic, record)
+
+
+class BoundlessIndex(TopicIndex):
+    """Does not know what it has dropped."""
+
+    def after(self, cursor: Cursor | None, *, limit: int) -> Changes:
+        self.floor = 0
+        return super().after(cursor, limit=limit)
+
+
+class MissesWhatWasDropped(MemoryBroker):
+    def _add_topic(self, topic: str) -> _MemoryTopic:
+        entry = super()._add_topic(topic)
+        entry.index = BoundlessIndex(entry.index.epoch, max_runs=entry.index.max_runs)
+        return entry
+
+
+class HasOneEpoch(MemoryBroker):
+    def _add_topic(self, topic: str) -> _MemoryTopic:
+        entry = super()._add_topic(topic)
+        entry.index.epoch = "0"
+        return entry
+
+
+class WaitsAtUnknownPositions(MemoryBroker):
+    """Takes a position that is not reached yet for one that will come."""
+
+    async def changes(self, topic: str, *, after: Cursor | None = None, limit: int = 1000) -> Changes:
+        changes = await super().changes(topic, after=after, limit=limit)
+        if after is not None and after.position > changes.cursor.position:
+            return Changes(after, [], False)
+        return changes
+
+
+# Claims and due times
+
+
+class LastClaimWins(MemoryBroker):
+    async def claim(self, key: str, value: str, *, ttl_s: float) -> str:
+        self._claims.pop(key, None)
+        return await super().claim(key, value, ttl_s=ttl_s)
+
+
+class LooksAndThenClaims(MemoryBroker):
+    async def claim(self, key: str, value: str, *, ttl_s: float) -> str:
+        if key in self._claims:
+            return self._claims[key][0]
+        await pause(1)
+        self._claims[key] = (value, self._now_ms() + round(ttl_s * 1000))
+        return value
+
+
+class ProlongsClaims(MemoryBroker):
+    async def claim(self, key: str, value: str, *, ttl_s: float) -> str:
+        stored = await super().claim(key, value, ttl_s=ttl_s)
+        expires_ms = self._now_ms() + round(ttl_s * 1000)
+        self._claims[key] = (stored, expires_ms)
+        self._claims_expire.set(key, expires_ms)
+        return stored
+
+
+class HandsOutOnce(MemoryBroker):
+    """Forgets what is due as soon as somebody asked; who asked may have died since."""
+
+    async def due(self, kind: str, *, limit: int = 100) -> list[str]:
+        found = await super().due(kind, limit=limit)
+        for run_id in found:
+            self._due[kind].set(run_id, None)
+        return found
+
+
+class RenewsForAnyone(MemoryBroker):
+    async def renew(self, run_ids: Sequence[str], *, owner: str) -> None:
+        for run_id in run_ids:
+            self._due["lease"].set(run_id, self._lease_end())
+
+
+class RenewsWithEveryCommit(MemoryBroker):
+    def _schedule(self, record: RunRecord) -> None:
+        super()._schedule(record)
+        if record.status is Status.EXECUTING:
+            self._due["lease"].set(record.id, self._lease_end())
+
+
+class AsksInAnyOrder(MemoryBroker):
+    async def due(self, kind: str, *, limit: int = 100) -> list[str]:
+        return sorted(heapq.nlargest(limit, await super().due(kind, limit=10_000)))
+
+
+class LeavesTopicsBehind(MemoryBroker):
+    def _remove(self, run_id: str) -> None:
+        if run_id in self._runs:
+            self._runs[run_id].told = ()
+        super()._remove(run_id)
+
+
+CATCHES: dict[type[MemoryBroker], tuple[str, ...]] = {
+    ReadsThenSubscribes: ("test_whenever_a_reader_comes_and_leaves_nothing_is_lost_or_doubled",),
+    SubscribesThenReads: ("test_whenever_a_reader_comes_and_leaves_nothing_is_lost_or_doubled",),
+    ReusesSeqs: ("test_retention_takes_the_oldest_entries_and_never_the_position",),
+    ForgetsProducersWithTheirEntries: ("test_a_retry_of_what_was_trimmed_is_still_recognised",),
+    KeepsSilentAboutGaps: (
+        "test_retention_takes_the_oldest_entries_and_never_the_position",
+        "test_a_reader_behind_the_retained_part_is_told",
+        "test_whenever_entries_are_trimmed_each_loss_is_reported",
+    ),
+    IgnoresProducers: (
+        "test_a_retried_append_stores_nothing_twice",
+        "test_a_hole_in_the_count_of_a_producer_is_refused",
+    ),
+    AcceptsHoles: ("test_whatever_producers_retry_each_item_is_stored_once",),
+    ChecksTheEndBeforeTheProducer: (
+        "test_a_retry_of_the_ending_append_succeeds",
+        "test_a_retry_succeeds_when_the_run_is_over_meanwhile",
+    ),
+    AppendsOneByOne: (
+        "test_no_reader_sees_part_of_an_append",
+        "test_concurrent_appends_are_serialised_and_never_interleaved",
+        "test_a_cancelled_append_happened_entirely_or_not_at_all",
+    ),
+    LastEndWins: ("test_the_first_end_stays",),
+    ReadersTakeTheEndAlong: ("test_an_end_without_an_entry_is_as_durable",),
+    NeverLeaves: ("test_who_leaves_leaves_nothing", "test_cancelled_readers_leave_nothing"),
+    LeaksWhileEntering: ("test_entering_may_be_cancelled_at_every_await",),
+    EndsTheRunBeforeItsStreams: ("test_who_reads_a_terminal_record_can_read_what_was_acknowledged_before",),
+    EndsOnlyWhatIsWritten: ("test_the_end_of_a_run_ends_all_its_streams_at_their_last_entry",),
+    CommitsWithoutComparing: (
+        "test_a_commit_on_another_version_is_refused_with_the_stored_record",
+        "test_of_concurrent_committers_one_wins_each_version",
+    ),
+    ComparesAndThenCommits: ("test_of_concurrent_committers_one_wins_each_version",),
+    ForgetsTheConflictingRecord: ("test_a_run_is_created_once",),
+    KnowsOnlyTheLastMark: ("test_a_retried_commit_is_recognised_after_later_ones",),
+    TakesLateCommitsForRetries: ("test_a_commit_that_comes_late_is_not_taken_for_a_retry",),
+    TellsLater: ("test_a_run_is_in_all_its_topics_when_the_commit_returns",),
+    TellsWithoutMark: ("test_a_cancelled_commit_happened_entirely_or_not_at_all",),
+    TellsTheRunTopicLater: ("test_record_and_run_topic_change_in_one_step",),
+    OverwritesNewerVersions: ("test_no_older_version_replaces_a_newer_one_under_concurrent_committers",),
+    MissesWhatWasDropped: ("test_a_topic_keeps_its_newest_runs_and_a_reader_before_them_gets_a_snapshot",),
+    HasOneEpoch: ("test_a_topic_and_another_of_the_same_name_have_different_epochs",),
+    WaitsAtUnknownPositions: ("test_a_cursor_of_no_use_gets_a_snapshot_and_never_a_wait",),
+    LastClaimWins: ("test_the_first_claim_wins", "test_of_concurrent_claims_all_learn_of_one_winner"),
+    LooksAndThenClaims: (
+        "test_of_concurrent_claims_all_learn_of_one_winner",
+        "test_a_claim_expires_by_the_brokers_clock",
+    ),
+    ProlongsClaims: ("test_a_claim_expires_by_the_brokers_clock",),
+    HandsOutOnce: ("test_a_delayed_run_is_due_when_its_delay_is_over",),
+    RenewsForAnyone: ("test_only_the_owner_renews_a_lease",),
+    RenewsWithEveryCommit: ("test_a_change_of_the_run_is_no_renewal",),
+    AsksInAnyOrder: ("test_what_is_due_longest_comes_first_up_to_a_limit",),
+    LeavesTopicsBehind: ("test_a_removed_run_is_gone_from_everywhere",),
+}
+
+
+def leaves(error: BaseException) -> Iterator[BaseException]:
+    if isinstance(error, BaseExceptionGroup):
+        for inner in error.exceptions:
+            yield from leaves(inner)
+    else:
+        yield error
+
+
+FAILURES = (AssertionError, TimeoutError, RealtimeError, pytest.fail.Exception)
+
+
+def run_test(name: str, broker: type[MemoryBroker]) -> BaseException | None:
+    """Run one test of the suite on asyncio. Returns what it failed with, if it failed."""
+    test = getattr(conformance, name)
+    make_broker = Memory(broker, guard_s=0.5)
+    try:
+        if hasattr(test, "hypothesis"):
+            run_property(test, make_broker)
+        else:
+            anyio.run(test, make_broker)
+    except BaseException as error:
+        strange = [leaf for leaf in leaves(error) if not isinstance(leaf, FAILURES)]
+        if strange:
+            raise
+        return error
+    return None
+
+
+def run_property(test: Any, make_broker: Memory) -> None:
+    """As anyio's plugin does it for pytest, but content with the first failure instead of looking for the smallest."""
+    before = test.hypothesis.inner_test
+    original = getattr(before, "_anyio_original_func", before)
+    failure: BaseException | None = None
+
+    def run_example(**example: Any) -> None:
+        nonlocal failure
+        if failure is None:
+            try:
+                anyio.run(functools.partial(original, **example))
+            except BaseException as error:
+                failure = error
+                raise
+
+    test.hypothesis.inner_test = run_example
+    try:
+        test(make_broker=make_broker)
+    except BaseException:
+        raise failure or AssertionError("the test itself is broken") from None
+    finally:
+        test.hypothesis.inner_test = before
+
+
+@pytest.mark.parametrize(
+    ("broker", "name"),
+    [(broker, name) for broker, names in CATCHES.items() for name in names],
+    ids=lambda value: value if isinstance(value, str) else value.__name__,
+)
+def test_a_sloppy_broker_is_caught(broker: type[MemoryBroker], name: str) -> None:
+    assert run_test(name, MemoryBroker) is None
+    assert run_test(name, broker) is not None
+
+
+def test_a_join_in_one_step_is_not_caught() -> None:
+    assert run_test("test_whenever_a_reader_comes_and_leaves_nothing_is_lost_or_doubled", JoinsInOneStep) is None
+
+
+def test_the_suite_names_all_its_tests() -> None:
+    named = {name for name in conformance.__all__ if name.startswith("test_")}
+    assert len(named) > 80
+    assert {name for names in CATCHES.values() for name in names} <= named
