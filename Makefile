@@ -22,7 +22,7 @@ endif
 
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: demo test check bench model format clean help
+.PHONY: demo test check lowest bench model format clean help
 
 demo: $(DEMO) $(DEMO_MODEL)  ## the chat in your browser, with a real language model (APP=litestar for the other host)
 	@exec $(BIN)/python -m examples.$(APP)_app
@@ -36,6 +36,12 @@ check: $(DEV)  ## format, lint, types, layers, version: what CI runs before the 
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_layering.py tests/test_version.py
 
+lowest: $(DEV)  ## the tests on the lowest versions that pyproject.toml allows, in an environment of their own
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv venv --quiet --clear --no-python-downloads --python $(BIN)/python $(VENV)/lowest
+	$(BIN)/uv pip install --quiet --python $(VENV)/lowest --resolution lowest-direct --editable '.[trio]' --group dev
+	$(VENV)/lowest/bin/python -m pytest -p no:cacheprovider --ignore=tests/e2e $(ARGS)
+
 bench: $(BENCH)  ## measure against raw ASGI and sse-starlette, side by side
 	$(BIN)/python -m benchmarks $(ARGS)
 
@@ -46,7 +52,7 @@ format: $(DEV)  ## rewrite the code as `make check` wants it
 	$(BIN)/ruff format .
 
 clean:  ## remove .venv and everything else that these targets made
-	rm -rf $(VENV) .venv-lowest dist build .coverage .coverage.* htmlcov .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) dist build .coverage .coverage.* htmlcov .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 help:  ## this list

@@ -75,7 +75,7 @@ def serving(path: Path, *, api_key: str) -> Iterator[dict[str, str]]:
     ) as process:
         assert process.stdin is not None and process.stdout is not None
         try:
-            address = process.stdout.readline().strip()
+            address = next((line.strip() for line in process.stdout if line.startswith("http://")), None)
             if not address:
                 raise RuntimeError(f"the language model did not start: exit status {process.wait()}")
             with urlopen(f"{address}/health", timeout=60):

@@ -30,8 +30,9 @@ async def chat(question: Question, run: Run) -> dict[str, str]:
     text = ""
     stream = realtime.pipe(completion)  # whoever watches the run has each chunk as it comes; this loop has it too
     async for chunk in stream:
-        text += "".join(choice.delta.content or "" for choice in chunk.choices)
-        run.metadata.increment("tokens")
+        token = "".join(choice.delta.content or "" for choice in chunk.choices)
+        text += token
+        run.metadata.increment("tokens", 1 if token else 0)
     await stream.wait_until_complete()
     return {"text": text}
 

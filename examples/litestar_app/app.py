@@ -34,15 +34,16 @@ async def chat(question: Question, run: Run) -> dict[str, str]:
     text = ""
     stream = realtime.pipe(completion)
     async for chunk in stream:
-        text += "".join(choice.delta.content or "" for choice in chunk.choices)
-        run.metadata.increment("tokens")
+        token = "".join(choice.delta.content or "" for choice in chunk.choices)
+        text += token
+        run.metadata.increment("tokens", 1 if token else 0)
     await stream.wait_until_complete()
     return {"text": text}
 
 
 @asgi("/realtime", is_mount=True, copy_scope=True)
 async def mount(scope: Scope, receive: Receive, send: Send) -> None:
-    await realtime(scope, receive, send)
+    await realtime(scope, receive, send)  # type: ignore[arg-type]  # its scope is a TypedDict
 
 
 @post("/session", status_code=200)
@@ -68,4 +69,4 @@ async def stop(run_id: str, request: Request[Any, Any, Any]) -> None:
 
 
 page = create_static_files_router("/", directories=[PAGE], html_mode=True)
-app = Litestar([mount, session, ask, stop, page], lifespan=[realtime.lifespan])
+app = Litestar([mount, session, ask, stop, page], lifespan=[realtime.lifespan], logging_config=None)
