@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from asgi_realtime.asgi.app import RealtimeApp
 from asgi_realtime.asgi.auth import RedactAccessToken
 from asgi_realtime.asgi.middleware import RealtimeMiddleware
 
-__all__ = ["RealtimeMiddleware", "RedactAccessToken"]
+__all__ = ["RealtimeApp", "RealtimeMiddleware", "RedactAccessToken"]

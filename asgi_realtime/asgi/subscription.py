@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable
 from contextlib import AbstractAsyncContextManager
 from functools import partial
@@ -60,7 +61,7 @@ class _Over(Exception):
         self.last = last
 
 
-class Subscription(Generic[S]):
+class Subscription(ABC, Generic[S]):
     """An ASGI app that answers one request with what comes from a source. Raises before its head is sent or not at all.
 
     In `_follow` stands the loop. Each turn of it looks at `_alert` first, also while there is more to send: a reader
@@ -141,17 +142,20 @@ class Subscription(Generic[S]):
             self._guard = None
             self._leave_seat()
 
+    @abstractmethod
     def _open(self) -> AbstractAsyncContextManager[S]:
         """What is followed."""
-        raise NotImplementedError
+        ...
 
+    @abstractmethod
     async def _prepare(self, source: S) -> str:
         """Look before the head is sent: the last chance to raise. Returns the comment to begin with."""
-        raise NotImplementedError
+        ...
 
+    @abstractmethod
     async def _follow(self, source: S) -> bytes:
         """Send what there is and wait for more, until there is no more. Returns the frame to end with."""
-        raise NotImplementedError
+        ...
 
     async def _start(self, comment: str) -> None:
         headers, self.raw_headers = [*_HEAD, *self.raw_headers], []

@@ -138,7 +138,8 @@ class StandIn:
     async def change(self, run_id: str, *changes: RunChange) -> RunRecord:
         record = await self.get(run_id)
         following = apply(record, changes, round(self.now * 1000))
-        await self.broker.commit(following, expect=record.version, change=self._mark())
+        if following is not record:
+            await self.broker.commit(following, expect=record.version, change=self._mark())
         return following
 
     async def finish(
@@ -148,15 +149,8 @@ class StandIn:
         return await self.change(run_id, Finished(status, encode_value(output), failure))
 
     async def append(self, *chunks: Any, run_id: str = "run_1", key: str = "default") -> None:
-        record = await self.get(run_id)
-        if not record.is_completed:
-            await self.change_if_new(run_id, StreamAdded(key))
+        await self.change(run_id, StreamAdded(key))
         await self.broker.append(StreamKey(run_id, key), [encode_value(chunk) for chunk in chunks])
-
-    async def change_if_new(self, run_id: str, change: RunChange) -> None:
-        record = await self.get(run_id)
-        if apply(record, [change], 0) is not record:
-            await self.change(run_id, change)
 
     def _mark(self) -> ChangeMark:
         return ChangeMark("tests", next(self._marks))

@@ -1,0 +1,264 @@
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import anyio
+import pytest
+
+from asgi_realtime import Realtime
+from asgi_realtime.asgi.app import ENDPOINTS
+from asgi_realtime.asgi.host import Host
+from asgi_realtime.asgi.paths import Endpoint
+from asgi_realtime.config import Cors
+from asgi_realtime.errors import BrokerUnavailable, InvalidConfiguration
+from asgi_realtime.testing import driver
+from tests.asgi.standin import SECRET, StandIn
+
+pytestmark = pytest.mark.anyio
+
+STREAM = "/v1/streams/run_1/default"
+
+
+def test_every_endpoint_is_answered() -> None:
+    assert set(ENDPOINTS) == set(Endpoint)
+
+
+async def test_the_real_thing_is_a_host() -> None:
+    realtime = Realtime(secret_key=SECRET, signals=False)
+    host: Host = realtime
+    assert host.limits is realtime.limits
+    async with realtime, realtime.open_run("report") as run:
+        await realtime.append("a", run=run)
+        token = realtime.create_public_token(scopes={"read": {"runs": [run.id]}})
+        headers = {"authorization": f"Bearer {token}"}
+        async with driver.stream(realtime, "GET", f"/v1/streams/{run.id}/default", headers=headers) as response:
+            assert response.status == 200
+            (event,) = await response.read_until("message")
+            assert event.data == '"a"'
+            realtime.begin_shutdown()
+            assert [event.event for event in await response.read_all_events()] == ["reconnect"]
+
+
+# Routing and errors
+
+
+@pytest.mark.parametrize("path", ["/", "/realtime", "/v2/runs/run_1", "/favicon.ico", "/v1/streams/run_1/a/b"])
+async def test_an_unknown_path_is_404(host: StandIn, path: str) -> None:
+    response = await driver.request(host, "GET", path)
+    assert response.status == 404
+    assert json.loads(response.body)["code"] == "not_found"
+    assert response.headers["content-type"] == "application/json"
+    assert response.headers["access-control-allow-origin"] == "*"
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allow"),
+    [
+        ("POST", STREAM, "GET"),
+        ("HEAD", STREAM, "GET"),
+        ("DELETE", "/v1/streams/run_1/input/approval", "GET, POST"),
+        ("GET", "/api/v2/runs/run_1/cancel", "POST"),
+        ("OPTIONS", "/v1/health", "GET"),
+    ],
+)
+async def test_a_wrong_method_is_405_with_those_that_are_allowed(
+    host: StandIn, method: str, path: str, allow: str
+) -> None:
+    response = await driver.request(host, method, path)
+    assert response.status == 405
+    assert response.headers["allow"] == allow
+    assert response.headers["access-control-allow-origin"] == "*"
+
+
+async def test_without_the_api_everything_under_it_is_404() -> None:
+    host = StandIn(api=False)
+    await host.create()
+    assert (await driver.request(host, "GET", "/api/v3/runs/run_1", headers=host.headers())).status == 404
+    assert (
+        await driver.request(host, "POST", "/api/v2/runs/run_1/cancel", headers=host.headers("admin"))
+    ).status == 404
+    assert (await driver.request(host, "GET", "/v1/health")).status == 200
+
+
+async def test_an_unexpected_error_is_a_500_that_tells_nothing(
+    host: StandIn, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def get(run_id: str) -> Any:
+        raise ValueError("password=1234")
+
+    monkeypatch.setattr(host, "get", get)
+    response = await driver.request(host, "GET", STREAM, headers=host.headers())
+    assert response.status == 500
+    assert json.loads(response.body) == {"error": "internal error", "code": "internal"}
+    assert response.headers["access-control-allow-origin"] == "*"
+    assert "password=1234" in caplog.text
+    host.debug = True
+    response = await driver.request(host, "GET", STREAM, headers=host.headers())
+    assert "password=1234" in json.loads(response.body)["error"]
+
+
+async def test_a_broker_that_is_away_is_503_and_no_noise(host: StandIn, caplog: pytest.LogCaptureFixture) -> None:
+    host.start_error = BrokerUnavailable("the broker does not answer")
+    response = await driver.request(host, "GET", STREAM, headers=host.headers())
+    assert response.status == 503
+    assert json.loads(response.body)["code"] == "broker_unavailable"
+    assert not caplog.records
+
+
+async def test_a_send_that_fails_does_not_escape(host: StandIn) -> None:
+    async def never() -> Any:
+        await anyio.sleep_forever()
+
+    async def send(message: Any) -> None:
+        raise OSError("gone")
+
+    await host(driver.make_scope("GET", "/v1/health"), never, send)
+    await host(driver.make_scope("GET", STREAM), never, send)
+
+
+# The credential
+
+
+async def test_a_token_in_the_query_is_taken_on_get_and_redacted_in_place(host: StandIn) -> None:
+    await host.create()
+    token = host.token()
+    query = f"a=1&access_token={token}&last_event_id=0"
+    async with driver.stream(host, "GET", STREAM, query=query) as response:
+        assert response.status == 200
+        assert response.scope["query_string"] == b"a=1&access_token=REDACTED&last_event_id=0"
+
+
+async def test_a_token_is_redacted_in_refused_requests_too(host: StandIn) -> None:
+    for method, path in (("GET", STREAM), ("POST", STREAM), ("GET", "/nowhere"), ("OPTIONS", STREAM)):
+        response = await driver.request(host, method, path, query="access_token=abc")
+        assert response.scope["query_string"] == b"access_token=REDACTED"
+        assert b"abc" not in response.body
+
+
+async def test_a_token_in_the_query_is_not_taken_on_post(host: StandIn) -> None:
+    await host.create()
+    query = {"access_token": host.token("write:all")}
+    response = await driver.request(host, "POST", "/v1/streams/run_1/input/a", query=query, body=b'{"data":1}')
+    assert response.status == 401
+
+
+async def test_the_header_wins_over_the_query(host: StandIn) -> None:
+    await host.create()
+    good, bad = host.token(), host.token("read:runs:run_2")
+    headers = {"authorization": f"Bearer {bad}"}
+    response = await driver.request(host, "GET", STREAM, headers=headers, query={"access_token": good})
+    assert response.status == 403
+
+
+@pytest.mark.parametrize("credential", ["", "Bearer", "Bearer ", "Bearer abc", "Basic abc", "Bearer a.b.c", "Bearer ä"])
+async def test_a_malformed_credential_is_401(host: StandIn, credential: str) -> None:
+    await host.create()
+    response = await driver.request(host, "GET", STREAM, headers={"authorization": credential})
+    assert response.status == 401
+    assert response.headers["access-control-allow-origin"] == "*"
+
+
+async def test_foreign_and_expired_tokens_are_401(host: StandIn) -> None:
+    await host.create()
+    expired = host.headers()
+    host.now += 901
+    response = await driver.request(host, "GET", STREAM, headers=expired)
+    assert (response.status, json.loads(response.body)["code"]) == (401, "token_expired")
+    foreign = Realtime(secret_key="another secret, which is long enough").create_public_token(scopes=["read:runs"])
+    response = await driver.request(host, "GET", STREAM, headers={"authorization": f"Bearer {foreign}"})
+    assert (response.status, json.loads(response.body)["code"]) == (401, "invalid_token")
+
+
+# CORS
+
+
+async def test_a_preflight_is_answered_before_anything_else(host: StandIn) -> None:
+    host.start_error = BrokerUnavailable("away")
+    headers = {
+        "origin": "https://app.example",
+        "access-control-request-method": "GET",
+        "access-control-request-headers": "authorization,last-event-id",
+    }
+    response = await driver.request(host, "OPTIONS", STREAM, headers=headers)
+    assert (response.status, response.body) == (204, b"")
+    assert response.headers["access-control-allow-origin"] == "*"
+    assert response.headers["access-control-allow-headers"] == "authorization,last-event-id"
+    assert response.headers["access-control-allow-methods"] == "GET, HEAD, POST, PUT"
+    assert response.headers["access-control-max-age"] == "300"
+    assert "access-control-allow-credentials" not in response.headers
+
+
+async def test_only_listed_origins_may_read() -> None:
+    host = StandIn(cors=Cors(["https://app.example", "https://b.example"]))
+    await host.create()
+    preflight = {"access-control-request-method": "GET", "access-control-request-headers": "authorization"}
+    for origin, allowed in (("https://b.example", "https://b.example"), ("https://evil.example", None), ("null", None)):
+        response = await driver.request(host, "OPTIONS", STREAM, headers={"origin": origin, **preflight})
+        assert response.headers.get("access-control-allow-origin") == allowed
+        assert "Origin" in response.headers["vary"]
+        async with driver.stream(host, "GET", STREAM, headers=host.headers(origin=origin)) as answer:
+            assert answer.headers.get("access-control-allow-origin") == allowed
+            assert answer.headers["vary"] == "Origin"
+    response = await driver.request(host, "GET", "/v1/health")
+    assert response.headers["vary"] == "Origin"
+
+
+async def test_without_cors_there_are_no_headers_and_no_preflight() -> None:
+    host = StandIn()
+    headers = {"origin": "https://app.example", "access-control-request-method": "GET"}
+    response = await driver.request(host, "OPTIONS", STREAM, headers=headers)
+    assert response.status == 405
+    assert not [name for name in response.headers if name.startswith("access-control")]
+
+
+async def test_what_pages_have_to_read_is_exposed(host: StandIn) -> None:
+    response = await driver.request(host, "GET", "/v1/health")
+    exposed = response.headers["access-control-expose-headers"].split(", ")
+    assert {"electric-handle", "electric-offset", "electric-schema", "electric-cursor"} <= set(exposed)
+    assert {"x-trigger-jwt", "x-stream-version", "x-ratelimit-reset", "x-should-retry"} <= set(exposed)
+
+
+# Other protocols
+
+
+async def test_a_websocket_is_refused(host: StandIn) -> None:
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        return {"type": "websocket.connect"}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    await host({"type": "websocket", "path": STREAM}, receive, send)
+    assert sent == [{"type": "websocket.close", "code": 1000}]
+
+
+async def lifespan(host: StandIn) -> list[dict[str, Any]]:
+    messages = [{"type": "lifespan.startup"}, {"type": "lifespan.shutdown"}]
+    sent: list[dict[str, Any]] = []
+
+    async def receive() -> Any:
+        return messages.pop(0)
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    await host({"type": "lifespan"}, receive, send)
+    return sent
+
+
+async def test_the_root_app_is_started_and_stopped_by_the_server(host: StandIn) -> None:
+    assert await lifespan(host) == [{"type": "lifespan.startup.complete"}, {"type": "lifespan.shutdown.complete"}]
+    assert host.calls == ["start", "stop"]
+
+
+async def test_a_start_that_fails_is_told_to_the_server(host: StandIn, caplog: pytest.LogCaptureFixture) -> None:
+    host.start_error = InvalidConfiguration("no")
+    assert await lifespan(host) == [{"type": "lifespan.startup.failed", "message": "InvalidConfiguration: no"}]
+
+
+async def test_a_stop_that_fails_is_told_to_the_server(host: StandIn, caplog: pytest.LogCaptureFixture) -> None:
+    host.stop_error = ValueError("no")
+    assert (await lifespan(host))[-1] == {"type": "lifespan.shutdown.failed", "message": "ValueError: no"}

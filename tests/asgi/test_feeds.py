@@ -1,0 +1,579 @@
+from __future__ import annotations
+
+import json
+
+import anyio
+import pytest
+
+from asgi_realtime.asgi import rows
+from asgi_realtime.config import Cors, Limits, Timeouts
+from asgi_realtime.core.metadata import Set
+from asgi_realtime.core.run_json import run_json
+from asgi_realtime.core.runs import BatchMember, MetadataChanged, RunChange, RunRecord, Started, Status, TagsAdded
+from asgi_realtime.core.topics import Cursor
+from asgi_realtime.testing import driver
+from asgi_realtime.testing.sse import Event
+from tests.asgi.standin import StandIn
+
+pytestmark = pytest.mark.anyio
+
+RUN = "/v1/runs/run_1"
+TAGS = "/v1/runs"
+BATCH = "/v1/batches/batch_1"
+BATCH_SCOPE = "read:batch:batch_1"
+
+
+def runs(events: list[Event]) -> list[str]:
+    return [json.loads(event.data)["id"] for event in events if event.event == "run"]
+
+
+def statuses(events: list[Event]) -> list[str]:
+    return [json.loads(event.data)["status"] for event in events if event.event == "run"]
+
+
+def kinds(events: list[Event]) -> list[str]:
+    return [event.event for event in events]
+
+
+def progress(value: float) -> RunChange:
+    return MetadataChanged((Set("progress", value),))
+
+
+# One run
+
+
+async def test_a_run_feed_on_the_wire(host: StandIn) -> None:
+    await host.create()
+    async with driver.stream(host, "GET", RUN, headers=host.feed_headers()) as response:
+        assert response.status == 200
+        assert response.headers["content-type"].startswith("text/event-stream")
+        assert (await response.chunk()).startswith(b"retry: 1000\n\n: ")
+        snapshot = await response.chunk()
+        await host.finish(output={"text": "hi"})
+        rest = await response.read()
+    run, ready, tail = snapshot.split(b"\n\n")
+    assert tail == b""
+    assert run.startswith(b'event: run\ndata: {"id":"run_1","status":"EXECUTING"')
+    epoch = ready.splitlines()[1].removeprefix(b"id: ").rpartition(b".")[0]
+    assert ready == b'event: ready\nid: %b.2\ndata: {"count":1}' % epoch
+    run, end, tail = rest.split(b"\n\n")
+    assert run.startswith(b'event: run\nid: %b.3\ndata: {"id":"run_1","status":"COMPLETED"' % epoch)
+    assert b'"output":{"text":"hi"}' in run
+    assert end == b'event: end\nid: %b.3\ndata: {"reason":"complete"}' % epoch
+
+
+async def test_each_change_is_told_with_its_id(host: StandIn) -> None:
+    await host.create(executing=False)
+    async with driver.stream(host, "GET", RUN, headers=host.feed_headers()) as response:
+        snapshot = await response.read_until("ready")
+        assert [event.id for event in snapshot] == [None, snapshot[-1].id]
+        await host.change("run_1", progress(0.5))
+        (event,) = await response.read_events()
+        assert json.loads(event.data)["metadata"] == {"progress": 0.5}
+        assert event.id is not None
+        cursor = Cursor.parse(event.id)
+        ready = Cursor.parse(snapshot[-1].id or "")
+        assert cursor is not None and ready is not None
+        assert (cursor.epoch, cursor.position) == (ready.epoch, ready.position + 1)
+
+
+async def test_a_run_that_is_over_gives_its_state_and_ends(host: StandIn) -> None:
+    await host.create()
+    await host.finish(status=Status.FAILED, error="no luck")
+    async with driver.stream(host, "GET", RUN, headers=host.feed_headers()) as response:
+        events = await response.read_all_events()
+    assert kinds(events) == ["run", "ready", "end"]
+    assert json.loads(events[-1].data) == {"reason": "failed", "error": "no luck"}
+
+
+async def test_coming_back_behind_the_end_is_204(host: StandIn) -> None:
+    await host.create()
+    await host.finish()
+    async with driver.stream(host, "GET", RUN, headers=host.feed_headers()) as response:
+        await response.read_all_events()
+        last = response.last_event_id
+    assert last
+    again = await driver.request(host, "GET", RUN, headers=host.feed_headers(last_event_id=last))
+    assert again.status == 204
+    again = await driver.request(host, "GET", RUN, headers=host.feed_headers(), query={"last_event_id": last})
+    assert again.status == 204
+
+
+async def test_resume_tells_the_news_only_and_no_ready(host: StandIn) -> None:
+    await host.create()
+    async with driver.stream(host, "GET", RUN, headers=host.feed_headers()) as response:
+        await response.read_until("ready")
+        last = response.last_event_id or ""
+    await host.change("run_1", progress(0.1))
+    await host.finish()
+    async with driver.stream(host, "GET", RUN, headers=host.feed_headers(last_event_id=last)) as response:
+        events = await response.read_all_events()
+    assert kinds(events) == ["run", "end"]
+    assert statuses(events) == ["COMPLETED"]
+
+
+async def test_resume_without_news_waits(host: StandIn) -> None:
+    await host.create()
+    async with driver.stream(host, "GET", RUN, headers=host.feed_headers()) as response:
+        await response.read_until("ready")
+        last = response.last_event_id or ""
+    async with driver.stream(host, "GET", RUN, headers=host.feed_headers(last_event_id=last)) as response:
+        await response.chunk()
+        await anyio.wait_all_tasks_blocked()
+        await host.finish()
+        assert kinds(await response.read_all_events()) == ["run", "end"]
+
+
+@pytest.mark.parametrize("last", ["foreign.1", "nonsense", "12", ".", "x.y", "e" * 500 + ".3"])
+async def test_a_foreign_or_malformed_id_gives_a_new_snapshot(host: StandIn, last: str) -> None:
+    await host.create()
+    async with driver.stream(host, "GET", RUN, headers=host.feed_headers(last_event_id=last)) as response:
+        assert response.status == 200
+        assert kinds(await response.read_until("ready")) == ["run", "ready"]
+
+
+async def test_an_id_beyond_the_topics_position_gives_a_new_snapshot(host: StandIn) -> None:
+    await host.create()
+    async with driver.stream(host, "GET", RUN, headers=host.feed_headers()) as response:
+        ready = (await response.read_until("ready"))[-1].id or ""
+    beyond = ready.rpartition(".")[0] + ".999"
+    async with driver.stream(host, "GET", RUN, headers=host.feed_headers(last_event_id=beyond)) as response:
+        assert kinds(await response.read_until("ready")) == ["run", "ready"]
+
+
+async def test_who_is_behind_gets_the_newest_state(host: StandIn) -> None:
+    await host.create()
+    async with driver.stream(host, "GET", RUN, headers=host.feed_headers()) as response:
+        await response.read_until("ready")
+        await host.change("run_1", progress(0.1))
+        await anyio.wait_all_tasks_blocked()  # it stands in the send of that
+        for step in range(2, 10):
+            await host.change("run_1", progress(step / 10))
+        await host.finish()
+        events = await response.read_all_events()
+    assert [json.loads(event.data)["metadata"]["progress"] for event in events[:-1]] == [0.1, 0.9]
+    assert statuses(events) == ["EXECUTING", "COMPLETED"]
+
+
+async def test_a_run_feed_waits_for_the_run_that_its_token_names(host: StandIn) -> None:
+    async with anyio.create_task_group() as tasks:
+
+        async def appear() -> None:
+            await host.one_subscriber()
+            await anyio.wait_all_tasks_blocked()
+            await host.create()
+
+        tasks.start_soon(appear)
+        async with driver.stream(host, "GET", RUN, headers=host.feed_headers()) as response:
+            assert kinds(await response.read_until("ready")) == ["run", "ready"]
+
+
+async def test_refusals_of_a_run_feed(host: StandIn) -> None:
+    assert (await driver.request(host, "GET", RUN)).status == 401
+    assert (await driver.request(host, "GET", RUN, headers=host.feed_headers("read:runs"))).status == 404
+    await host.create()
+    assert (await driver.request(host, "GET", RUN, headers=host.feed_headers("read:runs:run_2"))).status == 403
+
+
+@pytest.mark.parametrize("accept", ["application/json", "*/*", None])
+async def test_without_the_accept_header_it_is_406_and_says_so(host: StandIn, accept: str | None) -> None:
+    await host.create()
+    headers = host.headers() if accept is None else host.headers(accept=accept)
+    response = await driver.request(host, "GET", RUN, headers=headers)
+    assert response.status == 406
+    assert "Accept: text/event-stream" in json.loads(response.body)["error"]
+
+
+# Columns
+
+
+async def test_columns_that_the_token_forbids_are_left_out(host: StandIn) -> None:
+    await host.create(payload={"secret": 1}, tags=["a"])
+    await host.change("run_1", progress(1))
+    token = host.token(skip_columns=["payload", "metadata", "runTags"])
+    headers = {"accept": "text/event-stream", "authorization": f"Bearer {token}"}
+    async with driver.stream(host, "GET", RUN, headers=headers, query={"skipColumns": "error"}) as response:
+        (run, _) = await response.read_until("ready")
+        assert b"secret" not in run.data.encode()
+        assert "metadata" not in json.loads(run.data)
+        assert json.loads(run.data)["tags"] == []
+    async with driver.stream(host, "GET", RUN, headers=host.feed_headers()) as response:
+        (run, _) = await response.read_until("ready")
+        assert json.loads(run.data)["payload"] == {"secret": 1}
+
+
+async def test_columns_may_be_left_out_on_request(host: StandIn) -> None:
+    await host.create(payload=1)
+    query = {"skipColumns": "payload,output"}
+    async with driver.stream(host, "GET", RUN, headers=host.feed_headers(), query=query) as response:
+        (run, _) = await response.read_until("ready")
+    assert "payload" not in json.loads(run.data)
+
+
+async def test_a_row_is_encoded_once_for_all(host: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded: list[str] = []
+
+    def counting(record: RunRecord) -> bytes:
+        encoded.append(record.id)
+        return run_json(record)
+
+    monkeypatch.setattr(rows, "run_json", counting)
+    await host.create()
+    headers = host.feed_headers()
+    for _ in range(3):
+        async with driver.stream(host, "GET", RUN, headers=headers) as response:
+            await response.read_until("ready")
+    assert encoded == ["run_1"]
+    await host.finish()
+    async with driver.stream(host, "GET", RUN, headers=headers) as response:
+        await response.read_all_events()
+    assert encoded == ["run_1", "run_1"]
+
+
+# Tags
+
+
+async def tag_snapshot(host: StandIn, tags: str, scope: str = "read:runs", **query: str) -> list[Event]:
+    headers = host.feed_headers(scope)
+    async with driver.stream(host, "GET", TAGS, headers=headers, query={"tags": tags, **query}) as response:
+        assert response.status == 200, await response.read()
+        return await response.read_until("ready")
+
+
+async def test_a_tag_feed_has_the_runs_with_all_of_the_tags(host: StandIn) -> None:
+    await host.create("run_1", tags=["b", "a"])
+    await host.create("run_2", tags=["a"])
+    await host.create("run_3", tags=["b"])
+    await host.create("run_4", tags=["a", "b", "c"])
+    assert runs(await tag_snapshot(host, "b,a")) == ["run_1", "run_4"]
+    assert runs(await tag_snapshot(host, "a")) == ["run_1", "run_2", "run_4"]
+    assert kinds(await tag_snapshot(host, "nothing")) == ["ready"]
+
+
+async def test_new_runs_and_changes_come_and_others_do_not(host: StandIn) -> None:
+    query = {"tags": "a,b"}
+    async with driver.stream(host, "GET", TAGS, headers=host.feed_headers("read:tags"), query=query) as response:
+        (ready,) = await response.read_until("ready")
+        assert json.loads(ready.data) == {"count": 0}
+        await host.create("run_1", tags=["a"])
+        await host.create("run_2", tags=["a", "b"], executing=False)
+        events = await response.read_events()
+        assert runs(events) == ["run_2"]
+        await host.change("run_1", TagsAdded(("b",)))  # now it has both
+        assert runs(await response.read_events()) == ["run_1"]
+        await host.finish("run_1")
+        assert statuses(await response.read_events()) == ["COMPLETED"]
+        await anyio.wait_all_tasks_blocked()
+        assert not response.ended  # a tag feed never ends
+
+
+async def test_a_tag_feed_resumes(host: StandIn) -> None:
+    await host.create("run_1", tags=["a"])
+    await host.create("run_2", tags=["a"])
+    last = (await tag_snapshot(host, "a"))[-1].id or ""
+    await host.finish("run_1")
+    await host.create("run_3", tags=["a"])
+    headers = host.feed_headers("read:tags:a", last_event_id=last)
+    async with driver.stream(host, "GET", TAGS, headers=headers, query={"tags": "a"}) as response:
+        events = await response.read_events()
+    assert runs(events) == ["run_1", "run_3"]
+    assert [event.id is not None for event in events] == [True, True]
+
+
+async def test_resume_from_every_position_of_a_tag_feed(host: StandIn) -> None:
+    headers = host.feed_headers("read:tags:a")
+    query = {"tags": "a"}
+    ids: list[str] = []
+    async with driver.stream(host, "GET", TAGS, headers=headers, query=query) as response:
+        ids.append((await response.read_until("ready"))[-1].id or "")
+        for number in range(5):
+            await host.create(f"run_{number}", tags=["a"], executing=False)
+            ids.append((await response.read_events())[-1].id or "")
+    for seen, last in enumerate(ids[:-1]):
+        more = {**headers, "last-event-id": last}
+        async with driver.stream(host, "GET", TAGS, headers=more, query=query) as response:
+            assert runs(await response.read_events()) == [f"run_{number}" for number in range(seen, 5)]
+
+
+async def test_a_position_that_was_trimmed_gives_a_new_snapshot() -> None:
+    host = StandIn(limits=Limits(topic_runs=3))
+    await host.create("run_0", tags=["a"], executing=False)
+    last = (await tag_snapshot(host, "a"))[-1].id or ""
+    for number in range(1, 6):
+        await host.create(f"run_{number}", tags=["a"], executing=False)
+    headers = host.feed_headers("read:runs", last_event_id=last)
+    async with driver.stream(host, "GET", TAGS, headers=headers, query={"tags": "a"}) as response:
+        events = await response.read_until("ready")
+    assert runs(events) == ["run_3", "run_4", "run_5"]
+
+
+async def test_who_is_overtaken_by_trimming_gets_a_new_snapshot() -> None:
+    host = StandIn(limits=Limits(topic_runs=3))
+    headers = host.feed_headers("read:runs")
+    async with driver.stream(host, "GET", TAGS, headers=headers, query={"tags": "a"}) as response:
+        await response.read_until("ready")
+        await host.create("run_0", tags=["a"], executing=False)
+        await anyio.wait_all_tasks_blocked()
+        for number in range(1, 6):
+            await host.create(f"run_{number}", tags=["a"], executing=False)
+        events = await response.read_until("ready")
+    assert runs(events) == ["run_0", "run_3", "run_4", "run_5"]
+
+
+async def test_a_snapshot_has_the_newest_runs_only() -> None:
+    host = StandIn(limits=Limits(feed_runs=3))
+    for number in range(10):
+        await host.create(f"run_{number}", tags=["a", "even" if number % 2 == 0 else "odd"], executing=False)
+    events = await tag_snapshot(host, "a")
+    assert runs(events) == ["run_7", "run_8", "run_9"]
+    assert json.loads(events[-1].data) == {"count": 3}
+    assert runs(await tag_snapshot(host, "a,even")) == ["run_4", "run_6", "run_8"]
+
+
+@pytest.mark.slow
+async def test_a_large_snapshot_is_complete_and_comes_in_bodies_of_bounded_size(host: StandIn) -> None:
+    for number in range(1200):
+        await host.create(f"run_{number}", tags=["a"], executing=False, payload="x" * 300)
+    headers = host.feed_headers("read:runs")
+    async with driver.stream(host, "GET", TAGS, headers=headers, query={"tags": "a"}) as response:
+        bodies = [await response.chunk()]
+        while b"event: ready" not in bodies[-1]:
+            bodies.append(await response.chunk())
+    assert max(map(len, bodies)) <= 64 * 1024
+    assert b"".join(bodies).count(b"event: run\n") == 1000
+
+
+async def test_created_at_is_a_window(host: StandIn) -> None:
+    await host.create("run_old", tags=["a"], created_ago_s=25 * 3600)
+    await host.create("run_2h", tags=["a"], created_ago_s=2 * 3600)
+    await host.create("run_now", tags=["a"])
+    assert runs(await tag_snapshot(host, "a")) == ["run_2h", "run_now"]
+    assert runs(await tag_snapshot(host, "a", createdAt="1h")) == ["run_now"]
+    assert runs(await tag_snapshot(host, "a", createdAt="7d")) == ["run_2h", "run_now"]  # clamped
+
+
+async def test_an_old_run_does_not_come_in_by_a_change(host: StandIn) -> None:
+    await host.create("run_old", tags=["a"], created_ago_s=7200)
+    query = {"tags": "a", "createdAt": "1h"}
+    async with driver.stream(host, "GET", TAGS, headers=host.feed_headers("read:runs"), query=query) as response:
+        assert kinds(await response.read_until("ready")) == ["ready"]
+        await host.finish("run_old")
+        await host.create("run_new", tags=["a"], executing=False)
+        assert runs(await response.read_events()) == ["run_new"]
+
+
+@pytest.mark.parametrize(
+    ("query", "status", "words"),
+    [
+        ({}, 400, "tags is missing"),
+        ({"tags": ""}, 400, "tags is missing"),
+        ({"tags": "a,"}, 422, "empty"),
+        ({"tags": " "}, 422, "empty"),
+        ({"tags": "a\nb"}, 422, "control character"),
+        ({"tags": "a\x7f"}, 422, "control character"),
+        ({"tags": 'a"b'}, 422, "double quote"),
+        ({"tags": "a\\b"}, 422, "backslash"),
+        ({"tags": "t" * 129}, 422, "limit 128"),
+        ({"tags": ",".join(map(str, range(11)))}, 422, "limit 10"),
+        ({"tags": "a", "createdAt": "soon"}, 400, "createdAt"),
+        ({"tags": "a", "createdAt": "-1h"}, 400, "createdAt"),
+        ({"tags": "a", "createdAt": "0s"}, 400, "createdAt"),
+    ],
+)
+async def test_bad_queries_are_refused(host: StandIn, query: dict[str, str], status: int, words: str) -> None:
+    response = await driver.request(host, "GET", TAGS, headers=host.feed_headers("read:runs"), query=query)
+    assert response.status == status
+    assert words in json.loads(response.body)["error"]
+
+
+async def test_tags_at_the_limit_are_fine(host: StandIn) -> None:
+    await tag_snapshot(host, ",".join("t" * 127 + str(number) for number in range(10)))
+
+
+@pytest.mark.parametrize(
+    ("scope", "status"),
+    [
+        ("read:runs", 200),
+        ("read:tags", 200),
+        ("read:tags:b", 200),
+        ("read:all", 200),
+        ("read:runs:run_1", 403),
+        ("read:tags:c", 403),
+        ("write:tags:a", 403),
+    ],
+)
+async def test_who_may_read_a_list(host: StandIn, scope: str, status: int) -> None:
+    headers = host.feed_headers(scope)
+    async with driver.stream(host, "GET", TAGS, headers=headers, query={"tags": "a,b"}) as response:
+        assert response.status == status
+
+
+# Batches
+
+
+async def create_batch(host: StandIn, count: int = 3) -> None:
+    for index in range(count):
+        await host.create(f"run_{index}", batch=BatchMember("batch_1", index, count))
+
+
+async def test_a_batch_feed_ends_when_all_runs_are_over(host: StandIn) -> None:
+    await create_batch(host)
+    await host.finish("run_0")
+    async with driver.stream(host, "GET", BATCH, headers=host.feed_headers(BATCH_SCOPE)) as response:
+        assert set(runs(await response.read_until("ready"))) == {"run_0", "run_1", "run_2"}
+        await host.finish("run_1", Status.CANCELED)
+        assert statuses(await response.read_events()) == ["CANCELED"]
+        await anyio.wait_all_tasks_blocked()
+        assert not response.ended
+        await host.finish("run_2")
+        events = await response.read_all_events()
+    assert kinds(events) == ["run", "end"]
+    assert json.loads(events[-1].data) == {"reason": "complete"}
+
+
+async def test_a_batch_that_is_not_yet_complete_does_not_end(host: StandIn) -> None:
+    await host.create("run_0", batch=BatchMember("batch_1", 0, 2))
+    await host.finish("run_0")
+    async with driver.stream(host, "GET", BATCH, headers=host.feed_headers(BATCH_SCOPE)) as response:
+        await response.read_until("ready")
+        await anyio.wait_all_tasks_blocked()
+        assert not response.ended
+        await host.create("run_1", batch=BatchMember("batch_1", 1, 2), executing=False)
+        assert runs(await response.read_events()) == ["run_1"]
+        await host.change("run_1", Started("me"))
+        await response.read_events()
+        await host.finish("run_1")
+        assert kinds(await response.read_all_events()) == ["run", "end"]
+
+
+@pytest.mark.parametrize("missed", [0, 1, 2, 3])
+async def test_a_resumed_batch_feed_tells_what_was_missed_and_ends(host: StandIn, missed: int) -> None:
+    await create_batch(host)
+    async with driver.stream(host, "GET", BATCH, headers=host.feed_headers(BATCH_SCOPE)) as response:
+        await response.read_until("ready")
+        for index in range(3 - missed):
+            await host.finish(f"run_{index}")
+            await response.read_events()
+        last = response.last_event_id or ""
+    for index in range(3 - missed, 3):
+        await host.finish(f"run_{index}")
+    headers = host.feed_headers(BATCH_SCOPE, last_event_id=last)
+    async with driver.stream(host, "GET", BATCH, headers=headers) as response:
+        if not missed:
+            assert response.status == 204
+            return
+        events = await response.read_all_events()
+    assert runs(events) == [f"run_{index}" for index in range(3 - missed, 3)]
+    assert events[-1].event == "end"
+
+
+async def test_the_end_of_a_batch_is_seen_beyond_the_snapshots_limit() -> None:
+    host = StandIn(limits=Limits(feed_runs=2))
+    await create_batch(host, 5)
+    for index in range(5):
+        await host.finish(f"run_{index}")
+    async with driver.stream(host, "GET", BATCH, headers=host.feed_headers(BATCH_SCOPE)) as response:
+        events = await response.read_all_events()
+    assert kinds(events) == ["run", "run", "ready", "end"]
+
+
+async def test_refusals_of_a_batch_feed(host: StandIn) -> None:
+    assert (await driver.request(host, "GET", BATCH)).status == 401
+    await create_batch(host)
+    response = await driver.request(host, "GET", BATCH, headers=host.feed_headers("read:batch:batch_2"))
+    assert response.status == 403
+    async with driver.stream(host, "GET", BATCH, headers=host.feed_headers("read:runs")) as feed:
+        assert feed.status == 200
+
+
+async def test_an_unknown_batch_is_waited_for_and_then_404(host: StandIn) -> None:
+    async with anyio.create_task_group() as tasks:
+
+        async def pass_time() -> None:
+            await host.one_subscriber()
+            await anyio.wait_all_tasks_blocked()
+            host.tick(5)
+
+        tasks.start_soon(pass_time)
+        response = await driver.request(host, "GET", BATCH, headers=host.feed_headers(BATCH_SCOPE))
+    assert response.status == 404
+    assert not host.subscribers
+
+
+# What feeds share with streams
+
+
+async def test_a_feed_has_heartbeats_and_ends_with_its_token() -> None:
+    host = StandIn(timeouts=Timeouts(heartbeat=15), cors=Cors())
+    await host.create()
+    headers = {"accept": "text/event-stream", "authorization": f"Bearer {host.token(expires_in_s=60)}"}
+    async with driver.stream(host, "GET", RUN, headers=headers) as response:
+        await response.read_until("ready")
+        last = response.last_event_id
+        await anyio.wait_all_tasks_blocked()
+        host.tick()
+        host.tick(15)
+        assert await response.chunk() == b": heartbeat\n\n"
+        host.tick(60)
+        (end,) = await response.read_all_events()
+        assert response.last_event_id == last
+    assert (end.event, json.loads(end.data)) == ("end", {"reason": "token_expired"})
+
+
+async def test_a_feed_ends_with_reconnect_at_shutdown(host: StandIn) -> None:
+    await host.create()
+    async with driver.stream(host, "GET", RUN, headers=host.feed_headers()) as response:
+        await response.read_until("ready")
+        await anyio.wait_all_tasks_blocked()
+        host.begin_shutdown()
+        (event,) = await response.read_all_events()
+        assert response.ended
+    assert event.event == "reconnect"
+
+
+async def test_a_large_snapshot_does_not_hold_up_the_shutdown(host: StandIn) -> None:
+    for number in range(20):
+        await host.create(f"run_{number}", tags=["a"], executing=False, payload="x" * 40_000)
+    headers = host.feed_headers("read:runs")
+    async with driver.stream(host, "GET", TAGS, headers=headers, query={"tags": "a"}) as response:
+        await response.read_until("run")
+        host.begin_shutdown()
+        events = await response.read_all_events()
+    assert len(events) < 5
+    assert events[-1].event == "reconnect"
+    assert response.last_event_id is None  # the snapshot was not complete: the next one begins anew
+
+
+async def test_a_stalled_feed_is_dropped() -> None:
+    host = StandIn(timeouts=Timeouts(send=30))
+    await host.create()
+    async with driver.stream(host, "GET", RUN, headers=host.feed_headers()):
+        await anyio.wait_all_tasks_blocked()
+        host.tick()
+        host.tick(30)
+        await anyio.wait_all_tasks_blocked()
+        assert not host.subscribers
+
+
+async def test_a_feed_counts_as_a_subscription() -> None:
+    host = StandIn(limits=Limits(subscribers=1))
+    await host.create()
+    async with driver.stream(host, "GET", RUN, headers=host.feed_headers()):
+        response = await driver.request(host, "GET", RUN, headers=host.feed_headers())
+        assert response.status == 429
+
+
+async def test_a_disconnect_leaves_nothing_behind(host: StandIn) -> None:
+    await host.create(tags=["a"])
+    await anyio.wait_all_tasks_blocked()
+    before = len(anyio.get_running_tasks())
+    for _ in range(20):
+        headers = host.feed_headers("read:runs")
+        async with driver.stream(host, "GET", TAGS, headers=headers, query={"tags": "a"}) as response:
+            await response.read_until("ready")
+    await anyio.wait_all_tasks_blocked()
+    async with host.broker.follow("tag:a") as topic:
+        assert len(topic.waiting) == 0
+    assert not host.subscribers
+    assert host.app._seats.taken == 0
+    assert len(anyio.get_running_tasks()) == before

@@ -1,0 +1,255 @@
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+from fastapi import FastAPI
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse
+from starlette.routing import Mount, Route
+
+from asgi_realtime.asgi import RealtimeMiddleware
+from asgi_realtime.errors import InvalidConfiguration
+from asgi_realtime.testing import driver
+from tests.asgi.standin import StandIn
+
+pytestmark = pytest.mark.anyio
+
+App = Callable[[Any, Any, Any], Awaitable[None]]
+
+
+async def hosts_own(scope: Any, receive: Any, send: Any) -> None:
+    await PlainTextResponse(f"host {scope['path']} {scope.get('root_path')}")(scope, receive, send)
+
+
+@pytest.mark.parametrize(
+    ("path", "root_path", "status"),
+    [
+        ("/realtime/v1/health", "", 200),
+        ("/realtime/v1/health", "/api", 200),  # hypercorn, granian: root_path is not in the path
+        ("/api/realtime/v1/health", "/api", 200),  # uvicorn: it is
+        ("/realtime/realtime/v1/health", "", 200),
+        ("/realtime", "", 404),
+        ("/realtime/", "", 404),
+    ],
+)
+async def test_what_is_under_the_path_is_ours(host: StandIn, path: str, root_path: str, status: int) -> None:
+    app = RealtimeMiddleware(hosts_own, host)
+    response = await driver.request(app, "GET", path, root_path=root_path)
+    assert response.status == status
+    assert response.headers["content-type"] == "application/json"
+    assert response.scope["root_path"] == root_path  # ours is a copy
+
+
+@pytest.mark.parametrize("path", ["/", "/realtimeX", "/realtimeX/v1/health", "/v1/health", "/x/realtime/v1/health"])
+async def test_all_else_is_the_hosts(host: StandIn, path: str) -> None:
+    response = await driver.request(RealtimeMiddleware(hosts_own, host), "GET", path)
+    assert response.body.decode() == f"host {path} "
+
+
+async def test_another_path(host: StandIn) -> None:
+    app = RealtimeMiddleware(hosts_own, host, path="/live/feed/")
+    assert (await driver.request(app, "GET", "/live/feed/v1/health")).status == 200
+    assert (await driver.request(app, "GET", "/live/feed/v1/health", root_path="/api")).status == 200
+    assert (await driver.request(app, "GET", "/realtime/v1/health")).body.startswith(b"host")
+
+
+@pytest.mark.parametrize("path", ["", "/", "//", "realtime", "/a?b", "/a#b"])
+def test_a_path_that_is_none_is_refused(host: StandIn, path: str) -> None:
+    with pytest.raises(InvalidConfiguration, match="path is"):
+        RealtimeMiddleware(hosts_own, host, path=path)
+
+
+async def test_the_outer_scope_is_redacted_and_the_token_works(host: StandIn) -> None:
+    await host.create()
+    app = RealtimeMiddleware(hosts_own, host)
+    query = f"access_token={host.token()}&x=1"
+    async with driver.stream(app, "GET", "/realtime/v1/streams/run_1/default", query=query) as response:
+        assert response.status == 200
+        assert response.scope["query_string"] == b"access_token=REDACTED&x=1"
+
+
+async def test_the_hosts_own_query_is_left_alone(host: StandIn) -> None:
+    response = await driver.request(RealtimeMiddleware(hosts_own, host), "GET", "/", query="access_token=abc")
+    assert response.scope["query_string"] == b"access_token=abc"
+
+
+async def test_a_websocket_under_the_path_is_refused(host: StandIn) -> None:
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        return {"type": "websocket.connect"}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    app = RealtimeMiddleware(hosts_own, host)
+    await app({"type": "websocket", "path": "/realtime/v1/health"}, receive, send)
+    assert sent == [{"type": "websocket.close", "code": 1000}]
+
+
+# Lifespan
+
+
+async def live(app: App, host: StandIn) -> list[str]:
+    """A server's side of the lifespan; what is sent goes into the host's calls, in order."""
+    messages = [{"type": "lifespan.startup"}, {"type": "lifespan.shutdown"}]
+
+    async def receive() -> Any:
+        message = messages.pop(0)
+        host.calls.append("<" + message["type"].removeprefix("lifespan."))
+        return message
+
+    async def send(message: Any) -> None:
+        host.calls.append(">" + message["type"].removeprefix("lifespan."))
+
+    await app({"type": "lifespan", "state": {}}, receive, send)
+    return host.calls
+
+
+def starlette(host: StandIn, *, fail: str = "") -> Starlette:
+    @asynccontextmanager
+    async def lifespan(app: object) -> AsyncIterator[None]:
+        host.calls.append("host starts")
+        if fail == "start":
+            raise ValueError("start")
+        yield
+        host.calls.append("host stops")
+        if fail == "stop":
+            raise ValueError("stop")
+
+    async def index(request: Request) -> PlainTextResponse:
+        return PlainTextResponse("index")
+
+    return Starlette(routes=[Route("/", index)], lifespan=lifespan)
+
+
+ORDER = ["<startup", "start", "host starts", ">startup.complete", "<shutdown", "host stops", "stop"]
+
+
+async def test_we_start_before_the_host_and_stop_after_it(host: StandIn) -> None:
+    assert await live(RealtimeMiddleware(starlette(host), host), host) == [*ORDER, ">shutdown.complete"]
+
+
+async def test_add_middleware_does_the_same(host: StandIn) -> None:
+    app = starlette(host)
+    app.add_middleware(RealtimeMiddleware, realtime=host)
+    assert (await driver.request(app, "GET", "/realtime/v1/health")).status == 200
+    assert (await driver.request(app, "GET", "/")).body == b"index"
+    assert await live(app, host) == [*ORDER, ">shutdown.complete"]
+
+
+async def test_a_host_that_does_not_start_takes_us_along(host: StandIn) -> None:
+    with pytest.raises(ValueError, match="start"):
+        await live(RealtimeMiddleware(starlette(host, fail="start"), host), host)
+    assert host.calls == ["<startup", "start", "host starts", "stop", ">startup.failed"]
+
+
+async def test_a_host_that_fails_to_stop_does_not_keep_us(host: StandIn) -> None:
+    with pytest.raises(ValueError, match="stop"):
+        await live(RealtimeMiddleware(starlette(host, fail="stop"), host), host)
+    assert host.calls == [*ORDER, ">shutdown.failed"]
+
+
+ALONE = ["<startup", "start", ">startup.complete", "<shutdown", "stop", ">shutdown.complete"]
+
+
+async def test_a_host_that_refuses_lifespan_has_it_answered(host: StandIn) -> None:
+    async def django(scope: Any, receive: Any, send: Any) -> None:
+        raise ValueError("Django can only handle ASGI/HTTP connections, not lifespan.")
+
+    assert await live(RealtimeMiddleware(django, host), host) == ALONE
+
+
+async def test_a_host_that_ignores_lifespan_has_it_answered(host: StandIn) -> None:
+    async def silent(scope: Any, receive: Any, send: Any) -> None:
+        return None
+
+    assert await live(RealtimeMiddleware(silent, host), host) == ALONE
+
+
+async def test_a_host_that_raises_with_the_message_in_hand_is_logged(
+    host: StandIn, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def clumsy(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        raise ValueError("boom")
+
+    assert await live(RealtimeMiddleware(clumsy, host), host) == ALONE
+    assert "without its start-up" in caplog.text
+
+
+async def test_a_host_that_raises_in_mid_life_stops_us(host: StandIn) -> None:
+    async def short(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        await send({"type": "lifespan.startup.complete"})
+        raise ValueError("boom")
+
+    with pytest.raises(ValueError, match="boom"):
+        await live(RealtimeMiddleware(short, host), host)
+    assert host.calls == ["<startup", "start", ">startup.complete", "stop"]
+
+
+async def test_our_own_start_that_fails_is_told_and_the_host_does_not_start(
+    host: StandIn, caplog: pytest.LogCaptureFixture
+) -> None:
+    host.start_error = InvalidConfiguration("no")
+    assert await live(RealtimeMiddleware(starlette(host), host), host) == ["<startup", "start", ">startup.failed"]
+
+
+async def test_our_start_that_fails_in_a_host_that_refuses_lifespan(
+    host: StandIn, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def django(scope: Any, receive: Any, send: Any) -> None:
+        raise ValueError("no lifespan")
+
+    host.start_error = InvalidConfiguration("no")
+    assert await live(RealtimeMiddleware(django, host), host) == ["<startup", "start", ">startup.failed"]
+
+
+async def test_a_host_that_swallows_our_failure_cannot_answer_over_it(
+    host: StandIn, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def swallowing(scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await receive()
+        except Exception:
+            await send({"type": "lifespan.startup.complete"})
+
+    host.start_error = InvalidConfiguration("no")
+    assert await live(RealtimeMiddleware(swallowing, host), host) == ["<startup", "start", ">startup.failed"]
+
+
+async def test_our_own_stop_that_fails_does_not_hold_the_host_up(
+    host: StandIn, caplog: pytest.LogCaptureFixture
+) -> None:
+    host.stop_error = ValueError("no")
+    assert await live(RealtimeMiddleware(starlette(host), host), host) == [*ORDER, ">shutdown.complete"]
+
+
+# Mounts
+
+
+@pytest.mark.parametrize("prefix", ["/realtime", "/live", "/a/b"])
+@pytest.mark.parametrize("root_path", ["", "/proxy"])
+async def test_mounted_in_starlette_and_fastapi(host: StandIn, prefix: str, root_path: str) -> None:
+    fastapi = FastAPI()
+    fastapi.mount(prefix, host)
+    for app in (Starlette(routes=[Mount(prefix, host)]), fastapi):
+        for path in ("/v1/health", "/realtime/v1/health"):
+            response = await driver.request(app, "GET", root_path + prefix + path, root_path=root_path)
+            assert response.status == 200, (path, root_path)
+        response = await driver.request(app, "GET", prefix + "/v1/health", root_path=root_path)
+        assert response.status == 200
+
+
+async def test_a_query_token_is_redacted_through_a_mount(host: StandIn) -> None:
+    await host.create()
+    app = Starlette(routes=[Mount("/realtime", host)])
+    query = {"access_token": host.token()}
+    async with driver.stream(app, "GET", "/realtime/v1/streams/run_1/default", query=query) as response:
+        assert response.status == 200
+        assert response.scope["query_string"] == b"access_token=REDACTED"

@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+import pytest
+
+from asgi_realtime.asgi import rows
+from asgi_realtime.asgi.rows import RowCache
+from asgi_realtime.core.run_json import run_json
+from asgi_realtime.core.runs import RunRecord, Status
+from asgi_realtime.core.topics import Change
+
+pytestmark = pytest.mark.anyio
+
+
+class Runs:
+    """Counts what is loaded."""
+
+    def __init__(self) -> None:
+        self.records: dict[str, RunRecord] = {}
+        self.loaded: list[str] = []
+
+    async def get(self, run_id: str) -> RunRecord:
+        return self.records[run_id]
+
+    async def load(self, run_ids: Sequence[str], /) -> list[RunRecord | None]:
+        self.loaded += run_ids
+        return [self.records.get(run_id) for run_id in run_ids]
+
+    def put(self, run_id: str, version: int, payload: bytes | None = None) -> RunRecord:
+        record = self.records[run_id] = RunRecord(
+            id=run_id,
+            task="t",
+            status=Status.QUEUED,
+            version=version,
+            created_at_ms=0,
+            updated_at_ms=0,
+            payload_json=payload,
+        )
+        return record
+
+
+def change(run_id: str, version: int) -> Change:
+    return Change(1, run_id, version)
+
+
+async def test_a_version_is_loaded_once() -> None:
+    runs = Runs()
+    cache = RowCache(runs, max_rows=10)
+    first = runs.put("a", 1)
+    assert await cache.records([change("a", 1), change("gone", 1)]) == [first, None]
+    assert await cache.records([change("a", 1)]) == [first]
+    assert runs.loaded == ["a", "gone"]
+    second = runs.put("a", 2)
+    assert await cache.records([change("a", 2)]) == [second]
+    assert await cache.records([change("a", 1)]) == [second]  # never an older one than is known
+    assert runs.loaded == ["a", "gone", "a"]
+
+
+async def test_json_is_of_the_record_that_is_asked_for() -> None:
+    runs = Runs()
+    cache = RowCache(runs, max_rows=10)
+    first = runs.put("a", 1)
+    await cache.records([change("a", 1)])
+    assert cache.json(first) is cache.json(first)
+    newer = msgspec.structs.replace(first, version=2, status=Status.EXECUTING)
+    assert cache.json(newer) == run_json(newer)
+
+
+async def test_the_least_used_go_first() -> None:
+    runs = Runs()
+    cache = RowCache(runs, max_rows=2)
+    for run_id in "abc":
+        runs.put(run_id, 1)
+    await cache.records([change("a", 1), change("b", 1)])
+    await cache.records([change("a", 1)])
+    await cache.records([change("c", 1)])
+    runs.loaded.clear()
+    await cache.records([change("a", 1), change("c", 1), change("b", 1)])
+    assert runs.loaded == ["b"]
+
+
+async def test_bytes_are_bounded_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows, "MAX_BYTES", 100_000)
+    runs = Runs()
+    cache = RowCache(runs, max_rows=1000)
+    for number in range(10):
+        runs.put(str(number), 1, b'"%b"' % (b"x" * 20_000))
+        await cache.records([change(str(number), 1)])
+    assert len(cache._rows) == 2
+    assert cache._size <= 100_000
+    runs.put("large", 1, b'"%b"' % (b"x" * 200_000))
+    await cache.records([change("large", 1)])
+    assert list(cache._rows) == ["large"]
+
+
+async def test_a_slower_load_does_not_put_an_older_version_back() -> None:
+    runs = Runs()
+    cache = RowCache(runs, max_rows=10)
+    old = runs.put("a", 1)
+
+    class Racing(Runs):
+        async def load(self, run_ids: Sequence[str], /) -> list[RunRecord | None]:
+            runs.put("a", 2)
+            cache._runs = runs
+            await cache.records([change("a", 2)])
+            return [old]
+
+    cache._runs = Racing()
+    assert await cache.records([change("a", 1)]) == [old]
+    assert cache._rows["a"].record.version == 2

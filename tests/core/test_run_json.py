@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import msgspec
+import pytest
+
+from asgi_realtime.core.run_json import run_json
+from asgi_realtime.core.runs import BatchMember, RunError, RunRecord, Status
+
+REQUIRED = {
+    *("id", "status", "taskIdentifier", "isQueued", "isExecuting", "isWaiting", "isCompleted", "isSuccess", "isFailed"),
+    *("isCancelled", "isTest", "createdAt", "updatedAt", "tags", "costInCents", "baseCostInCents", "durationMs"),
+    *("depth", "triggerFunction", "relatedRuns"),
+}
+QUEUED = RunRecord(
+    id="run_1", task="chat", status=Status.QUEUED, created_at_ms=1_767_323_045_678, updated_at_ms=1_767_323_045_678
+)
+FULL = msgspec.structs.replace(
+    QUEUED,
+    status=Status.COMPLETED,
+    started_at_ms=1_767_323_046_000,
+    completed_at_ms=1_767_323_047_001,
+    updated_at_ms=1_767_323_047_001,
+    delay_until_ms=1_767_323_046_000,
+    ttl_s=600.0,
+    tags=("a", "b"),
+    metadata={"progress": 0.5},
+    payload_json=b'{"prompt":"hi"}',
+    output_json=b"null",
+    streams=("default", "$trigger.input:x"),
+    idempotency_key="key",
+    batch=BatchMember("batch_1", 0, 2),
+    depth=1,
+)
+
+
+def as_dict(record: RunRecord, **options: Any) -> dict[str, Any]:
+    data = run_json(record, **options)
+    assert b"\n" not in data
+    decoded: dict[str, Any] = json.loads(data)
+    return decoded
+
+
+@pytest.mark.parametrize("record", [QUEUED, FULL])
+def test_required_fields_are_there_and_nothing_optional_is_null(record: RunRecord) -> None:
+    run = as_dict(record)
+    assert run.keys() >= REQUIRED
+    assert [name for name, value in run.items() if value is None and name != "output"] == []
+
+
+def test_what_is_not_known_is_absent() -> None:
+    absent = {"startedAt", "finishedAt", "payload", "output", "error", "idempotencyKey", "ttl", "batchId"}
+    absent |= {"expiredAt", "delayedUntil"}
+    assert not absent & as_dict(QUEUED).keys()
+
+
+def test_a_full_record() -> None:
+    run = as_dict(FULL)
+    assert run["createdAt"] == "2026-01-02T03:04:05.678Z"
+    assert run["finishedAt"] == "2026-01-02T03:04:07.001Z"
+    assert run["durationMs"] == 1001
+    assert run["payload"] == {"prompt": "hi"}
+    assert run["output"] is None  # a task that returned None: its output is null, not absent
+    assert run["realtimeStreams"] == ["default"]
+    assert run["tags"] == ["a", "b"]
+    assert run["ttl"] == "600s"
+    assert (run["batchId"], run["triggerFunction"]) == ("batch_1", "batchTrigger")
+    assert run["metadata"] == {"progress": 0.5}
+
+
+def test_every_millisecond_survives() -> None:
+    for milliseconds in range(1000):
+        record = msgspec.structs.replace(QUEUED, created_at_ms=1_767_323_045_000 + milliseconds)
+        assert as_dict(record)["createdAt"] == f"2026-01-02T03:04:05.{milliseconds:03}Z"
+
+
+@pytest.mark.parametrize("status", list(Status))
+def test_booleans_agree_with_the_record(status: Status) -> None:
+    record = msgspec.structs.replace(QUEUED, status=status)
+    run = as_dict(record)
+    assert run["status"] == status.value
+    assert (run["isCompleted"], run["isSuccess"]) == (record.is_completed, record.is_success)
+    assert (run["isFailed"], run["isCancelled"]) == (record.is_failed, record.is_canceled)
+    assert (run["isQueued"], run["isExecuting"]) == (record.is_queued, record.is_executing)
+
+
+def test_an_expired_run_says_when() -> None:
+    record = msgspec.structs.replace(
+        QUEUED, status=Status.EXPIRED, completed_at_ms=1_767_323_047_001, error=RunError("Expired", "not started")
+    )
+    run = as_dict(record)
+    assert run["expiredAt"] == run["finishedAt"]
+    assert run["error"] == {"name": "Expired", "message": "not started"}
+
+
+def test_a_running_run_has_run_so_long() -> None:
+    record = msgspec.structs.replace(
+        QUEUED, status=Status.EXECUTING, started_at_ms=1_767_323_045_700, updated_at_ms=1_767_323_046_000
+    )
+    assert as_dict(record)["durationMs"] == 300
+
+
+def test_skipped_fields_are_left_out_under_either_name() -> None:
+    skip = ["payload", "output", "metadata", "runTags", "completedAt", "usageDurationMs", "realtimeStreams", "unknown"]
+    run = as_dict(FULL, skip=skip)
+    assert not {"payload", "output", "metadata", "finishedAt", "realtimeStreams"} & run.keys()
+    assert (run["tags"], run["durationMs"]) == ([], 0)
+
+
+def test_what_identifies_a_run_cannot_be_skipped() -> None:
+    assert as_dict(FULL, skip=sorted(REQUIRED)).keys() >= REQUIRED
+    assert as_dict(FULL, skip=["id", "status", "createdAt", "updatedAt"]) == as_dict(FULL)
