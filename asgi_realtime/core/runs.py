@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from asgi_realtime.core.chunks import decode
+from asgi_realtime.core.chunks import decode, encode_value
 from asgi_realtime.core.log import End
 from asgi_realtime.core.metadata import Operation, apply_operations
 from asgi_realtime.errors import InvalidTransition
@@ -253,9 +253,10 @@ def _effect(record: RunRecord, fields: dict[str, Any], change: RunChange, now_ms
             return {} if merged == now("tags") else {"tags": merged}
         case StreamAdded(name):
             return {} if name in now("streams") else {"streams": (*now("streams"), name)}
-        case MetadataChanged(operations):
-            metadata = apply_operations(now("metadata"), operations, strict=False)
-            return {} if metadata == now("metadata") else {"metadata": metadata}
+        case _:
+            metadata = apply_operations(now("metadata"), change.operations, strict=False)
+            # As JSON: for Python `True` equals 1, and a change from one to the other would be dropped.
+            return {} if encode_value(metadata) == encode_value(now("metadata")) else {"metadata": metadata}
 
 
 def _to(present: Status, following: Status) -> dict[str, Any]:

@@ -169,16 +169,20 @@ class Reader:
     async def run(self, *, enough: Callable[[Reader], bool] = lambda reader: False) -> Reader:
         """Read until the stream ends, or until it is enough."""
         async with self.broker.live(self.key) as live:
-            while not enough(self):
-                if await self._take(live):
-                    continue
-                if live.failure is not None:
-                    raise live.failure
-                if live.end is not None:
-                    self.end = live.end
-                    break
-                await live.waiting.wait()
+            await self.follow(live, enough=enough)
         return self
+
+    async def follow(self, live: LiveLog, *, enough: Callable[[Reader], bool] = lambda reader: False) -> None:
+        """The same on a log that is being followed."""
+        while not enough(self):
+            if await self._take(live):
+                continue
+            if live.failure is not None:
+                raise live.failure
+            if live.end is not None:
+                self.end = live.end
+                break
+            await live.waiting.wait()
 
     async def _take(self, live: LiveLog) -> bool:
         """Move the cursor on; false if there is nothing behind it."""
@@ -205,9 +209,9 @@ class Reader:
         self._add(page.entries)
 
     def _add(self, entries: list[Entry]) -> None:
-        self.seen += entries
-        if entries:
-            self.after = entries[-1].seq
+        for entry in entries:
+            self.seen.append(entry)
+            self.after = entry.seq
 
     def assert_seamless(self) -> None:
         """Every entry came once and in order, and every jump was reported."""

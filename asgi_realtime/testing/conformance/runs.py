@@ -247,7 +247,7 @@ async def test_a_cancelled_commit_happened_entirely_or_not_at_all(make_broker: M
     """And if it did, every topic hears of it, though the one who had to tell is gone."""
     async with opened(make_broker) as backend:
         held = backend.held()
-        for number in count():
+        for number in count():  # pragma: no branch
             tag, batch = new_tag(), new_tag()
             record = await create(backend, tags=(tag,), batch=BatchMember(batch, 0, 1))
             changed, mark = following(record, metadata={"n": 1}), new_mark()

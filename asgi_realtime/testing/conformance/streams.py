@@ -461,7 +461,7 @@ async def test_a_reader_behind_the_retained_part_is_told(make_broker: MakeBroker
 async def test_a_cancelled_append_happened_entirely_or_not_at_all(make_broker: MakeBroker) -> None:
     async with opened(make_broker) as backend:
         held = backend.held()
-        for number in count():
+        for number in count():  # pragma: no branch
             key = await new_key(backend)
             append = backend.broker.append(key, items(3), producer=Producer("p", 0), end=COMPLETE)
             was_over = await cancelled_at(number, append)

@@ -1,0 +1,347 @@
+"""What is the memory broker's own: its size, what goes when it is full, and that nothing stays behind."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import anyio
+import pytest
+
+from asgi_realtime.brokers import MemoryBroker, open_broker
+from asgi_realtime.brokers.base import Broker, ChangeMark, ImmediateBroker, Position, Producer, StreamKey
+from asgi_realtime.config import Limits, Retention, Timeouts
+from asgi_realtime.core.log import End
+from asgi_realtime.core.runs import RunRecord, Status
+from asgi_realtime.errors import InvalidConfiguration, ProducerGap, RunNotFound, StreamClosed
+from asgi_realtime.testing.conformance.kit import following
+from tests.brokers.backends import Clock, held
+
+pytestmark = pytest.mark.anyio
+
+COMPLETE = End("complete")
+KIB = b"x" * 1000
+
+
+def record(run_id: str, **fields: object) -> RunRecord:
+    return RunRecord(
+        **{"id": run_id, "task": "test", "status": Status.QUEUED, "created_at_ms": 0, "updated_at_ms": 0} | fields  # type: ignore[arg-type]
+    )
+
+
+async def create(broker: Broker, run_id: str, **fields: object) -> RunRecord:
+    made = record(run_id, **fields)
+    await broker.commit(made, expect=0, change=ChangeMark(run_id, 0))
+    return made
+
+
+async def finish(broker: Broker, run: RunRecord, *, at_ms: int = 0, **fields: object) -> RunRecord:
+    ended = following(run, status=Status.COMPLETED, completed_at_ms=at_ms, **fields)
+    await broker.commit(ended, expect=run.version, change=ChangeMark(run.id, run.version))
+    return ended
+
+
+async def lengths(broker: Broker, *run_ids: str) -> list[int | None]:
+    """How many entries each run's stream retains; None for a run that is gone."""
+    found: list[int | None] = []
+    for run_id in run_ids:
+        try:
+            page = await broker.read(StreamKey(run_id, "s"), limit=100_000)
+        except RunNotFound:
+            found.append(None)
+        else:
+            found.append(page.next - page.first)
+    return found
+
+
+# Size
+
+
+async def test_size_counts_what_is_kept_and_goes_back_to_zero() -> None:
+    broker = MemoryBroker()
+    assert broker.size == 0
+    run = await create(broker, "a", payload_json=b"p" * 500)
+    empty = broker.size
+    assert empty > 500
+    await broker.append(StreamKey("a", "s"), [KIB] * 3)
+    await broker.append(StreamKey("a", "t"), [KIB])
+    assert 4000 < broker.size - empty < 4200
+    before = broker.size
+    run = await finish(broker, run, output_json=b"o" * 700)
+    assert broker.size == before + 700
+    await broker.remove("a")
+    assert broker.size == 0
+
+
+async def test_size_goes_down_with_what_is_trimmed() -> None:
+    broker = MemoryBroker(retention=Retention(stream_bytes=5000))
+    await create(broker, "a")
+    empty = broker.size
+    for _ in range(50):
+        await broker.append(StreamKey("a", "s"), [KIB])
+    assert 3900 < broker.size - empty <= 5000
+    await broker.remove("a")
+    assert broker.size == 0
+
+
+async def test_a_retry_costs_nothing() -> None:
+    broker = MemoryBroker()
+    await create(broker, "a")
+    await broker.append(StreamKey("a", "s"), [KIB], producer=Producer("p", 0))
+    before = broker.size
+    await broker.append(StreamKey("a", "s"), [KIB], producer=Producer("p", 0))
+    assert broker.size == before
+
+
+# Full
+
+
+async def test_runs_that_ended_longest_ago_go_first() -> None:
+    broker = MemoryBroker(retention=Retention(total_bytes=40_000))
+    runs = {}
+    for name in ("open", "early", "late", "middle"):
+        runs[name] = await create(broker, name)
+        await broker.append(StreamKey(name, "s"), [KIB] * 5)
+    for name, at_ms in (("late", 3000), ("early", 1000), ("middle", 2000)):
+        await finish(broker, runs[name], at_ms=at_ms)
+    await broker.append(StreamKey("open", "s"), [KIB] * 12)
+    assert await lengths(broker, "open", "early", "middle", "late") == [17, None, 5, 5]
+    await broker.append(StreamKey("open", "s"), [KIB] * 7)
+    assert await lengths(broker, "open", "early", "middle", "late") == [24, None, None, 5]
+    assert broker.size <= 40_000
+
+
+async def test_without_ended_runs_the_largest_streams_lose_their_older_half() -> None:
+    broker = MemoryBroker(retention=Retention(total_bytes=40_000))
+    for name, count in (("large", 22), ("small", 4), ("middle", 8)):
+        await create(broker, name)
+        await broker.append(StreamKey(name, "s"), [KIB] * count)
+    large, small, middle = await lengths(broker, "large", "small", "middle")
+    assert large is not None
+    assert 10 <= large <= 11
+    assert (small, middle) == (4, 8)
+    page = await broker.read(StreamKey("large", "s"))
+    assert (page.first, page.next) == (22 - large, 22)
+    assert broker.size <= 36_000
+
+
+async def test_a_stream_of_one_large_entry_does_not_keep_the_others_from_being_trimmed() -> None:
+    """The largest stream was chosen though nothing of it could go, and the broker grew without end."""
+    broker = MemoryBroker(retention=Retention(total_bytes=40_000))
+    await create(broker, "one")
+    await broker.append(StreamKey("one", "s"), [b"x" * 20_000])
+    await create(broker, "many")
+    for _ in range(100):
+        await broker.append(StreamKey("many", "s"), [KIB])
+    assert broker.size <= 40_000
+    assert (await lengths(broker, "one")) == [1]
+
+
+async def test_what_cannot_be_freed_is_kept() -> None:
+    broker = MemoryBroker(retention=Retention(total_bytes=3000))
+    await create(broker, "a")
+    await create(broker, "b")
+    assert await broker.append(StreamKey("a", "s"), [KIB]) == Position(0, 1)
+    assert await lengths(broker, "a", "b") == [1, 0]
+
+
+async def test_a_large_output_makes_room_too() -> None:
+    broker = MemoryBroker(retention=Retention(total_bytes=40_000))
+    old, new = await create(broker, "old"), await create(broker, "new")
+    await finish(broker, old, at_ms=1, output_json=b"x" * 20_000)
+    await finish(broker, new, at_ms=2, output_json=b"x" * 20_000)
+    assert await lengths(broker, "old", "new") == [None, 0]
+
+
+async def test_a_reader_of_a_run_that_had_to_go_is_told() -> None:
+    broker = MemoryBroker(retention=Retention(total_bytes=10_000))
+    await finish(broker, await create(broker, "old"))
+    async with broker.live(StreamKey("old", "s")) as live:
+        await create(broker, "new")
+        await broker.append(StreamKey("new", "s"), [KIB] * 9)
+        assert isinstance(live.failure, RunNotFound)
+    assert held(broker) == 0
+
+
+# Nothing stays behind
+
+
+async def test_a_refused_append_leaves_no_stream() -> None:
+    broker = MemoryBroker()
+    run = await create(broker, "a")
+    with pytest.raises(ProducerGap):
+        await broker.append(StreamKey("a", "hole"), [b"1"], producer=Producer("p", 1))
+    await finish(broker, run)
+    for number in range(10):
+        with pytest.raises(StreamClosed):
+            await broker.append(StreamKey("a", f"late {number}"), [b"1"])
+    assert broker._runs["a"].streams == {}
+
+
+async def test_a_stream_that_only_readers_knew_goes_with_them() -> None:
+    broker = MemoryBroker()
+    run = await create(broker, "a")
+    async with broker.live(StreamKey("a", "s")), broker.live(StreamKey("a", "s")):
+        assert len(broker._runs["a"].streams) == 1
+    assert broker._runs["a"].streams == {}
+    async with broker.live(StreamKey("a", "s")):
+        await finish(broker, run)
+    assert broker._runs["a"].streams == {}
+    async with broker.live(StreamKey("a", "s")) as live:
+        assert live.end == COMPLETE
+    assert broker._runs["a"].streams == {}
+
+
+async def test_a_topic_goes_with_its_last_run_and_its_last_follower() -> None:
+    broker = MemoryBroker()
+    async with broker.follow("tag:t"):
+        run = await create(broker, "a", tags=("t",))
+        await broker.remove(run.id)
+        assert list(broker._topics) == ["tag:t"]
+    assert broker._topics == {}
+    await broker.changes("tag:t")
+    assert broker._topics == {}
+
+
+async def test_a_topic_that_was_dropped_and_made_anew_is_not_dropped_for_the_old_one() -> None:
+    broker = MemoryBroker(limits=Limits(topic_runs=1))
+    await create(broker, "a", tags=("t",))
+    await create(broker, "b", tags=("t",))  # "a" is no longer in the topic
+    await broker.remove("a")
+    assert [change.run_id for change in (await broker.changes("tag:t")).items] == ["b"]
+    await broker.remove("b")
+    assert broker._topics == {}
+
+    await create(broker, "a", tags=("t",))
+    await create(broker, "b", tags=("t",))
+    await broker.remove("b")
+    assert "tag:t" not in broker._topics, "though it was told of a run that is still there"
+    await broker.remove("a")
+    assert broker._topics == {}
+
+
+async def test_a_thousand_runs_come_and_go() -> None:
+    clock = Clock()
+    broker = MemoryBroker(clock=clock, retention=Retention(after_end=1))
+    for number in range(1000):
+        run = await create(broker, f"run_{number}", tags=("t",), status=Status.EXECUTING, owner="us")
+        await broker.append(StreamKey(run.id, "s"), [b"1"])
+        await broker.claim(f"key {number}", run.id, ttl_s=1)
+        async with broker.live(StreamKey(run.id, "s")), broker.follow(f"run:{run.id}"):
+            await broker.renew([run.id], owner="us")
+        await finish(broker, run, at_ms=int(clock() * 1000))
+        await clock.advance(1.1)
+        for expired in await broker.due("expiry"):
+            await broker.remove(expired)
+    await broker.claim("last", "value", ttl_s=1)
+    assert (broker.size, broker._runs, broker._topics) == (0, {}, {})
+    assert set(broker._claims) == {"last"}
+    for schedule in (*broker._due.values(), broker._claims_expire):
+        assert len(schedule._at) <= 1
+        assert len(schedule._heap) <= 70
+
+
+async def test_renewing_for_ever_costs_nothing() -> None:
+    clock = Clock()
+    broker = MemoryBroker(clock=clock, timeouts=Timeouts(lease=30))
+    await create(broker, "a", status=Status.EXECUTING, owner="us")
+    for _ in range(1000):
+        await clock.advance(10)
+        await broker.renew(["a"], owner="us")
+    assert len(broker._due["lease"]._heap) <= 70
+    assert await broker.due("lease") == []
+    await clock.advance(31)
+    assert await broker.due("lease") == ["a"]
+
+
+async def test_a_time_that_is_set_forth_and_back_is_due_once() -> None:
+    clock = Clock()
+    broker = MemoryBroker(clock=clock)
+    now_ms = int(clock() * 1000)
+    run = await create(broker, "a", status=Status.DELAYED, delay_until_ms=now_ms + 1000)
+    for at_ms in (now_ms + 2000, now_ms + 1000):
+        run = following(run, delay_until_ms=at_ms)
+        await broker.commit(run, expect=run.version - 1, change=ChangeMark("w", run.version))
+    await clock.advance(3)
+    assert await broker.due("delay") == ["a"]
+    assert await broker.due("delay") == ["a"]
+
+
+async def test_the_marks_of_a_run_are_bounded() -> None:
+    broker = MemoryBroker()
+    run = await create(broker, "a")
+    for number in range(200):
+        run = following(run)
+        await broker.commit(run, expect=run.version - 1, change=ChangeMark("w", number))
+    assert len(broker._runs["a"].marks) == 64
+
+
+async def test_claims_that_expired_make_room_a_hundred_at_a_time() -> None:
+    clock = Clock()
+    broker = MemoryBroker(clock=clock)
+    for number in range(300):
+        await broker.claim(f"key {number}", "old", ttl_s=1)
+    await clock.advance(2)
+    assert await broker.claim("key 299", "new", ttl_s=1) == "new", "also one whose turn has not come"
+    assert len(broker._claims) == 200
+    for number in range(3):
+        await broker.claim(f"more {number}", "new", ttl_s=1)
+    assert set(broker._claims) == {"key 299", "more 0", "more 1", "more 2"}
+
+
+# Life
+
+
+async def test_every_call_can_be_made_without_suspending() -> None:
+    broker = MemoryBroker()
+    await create(broker, "a")
+    assert isinstance(broker, ImmediateBroker)
+    assert broker.append_nowait(StreamKey("a", "s"), [b"1"]) == Position(0, 1)
+    assert not broker.shared
+    with anyio.CancelScope() as scope:
+        scope.cancel()
+        assert await broker.append(StreamKey("a", "s"), [b"2"]) == Position(1, 2)
+        assert len((await broker.read(StreamKey("a", "s"))).entries) == 2
+
+
+@pytest.mark.parametrize("second", ["asyncio", "trio"])
+def test_it_can_be_entered_again_on_another_loop(second: str) -> None:
+    broker = MemoryBroker()
+    key = StreamKey("a", "s")
+    followed: list[bytes] = []
+
+    async def follow(count: int) -> None:
+        async with broker.live(key) as live:
+            while live.log.next < count:
+                await live.waiting.wait()
+            followed.extend(entry.data for entry in live.entries(len(followed) - 1))
+
+    async def first_life() -> None:
+        async with broker:
+            await create(broker, "a", tags=("t",))
+            async with anyio.create_task_group() as group:
+                group.start_soon(follow, 1)
+                await anyio.lowlevel.checkpoint()
+                await broker.append(key, [b"1"])
+
+    async def second_life() -> None:
+        async with broker:
+            assert (await broker.load(["a"]))[0] is not None
+            async with anyio.create_task_group() as group:
+                group.start_soon(follow, 2)
+                await anyio.lowlevel.checkpoint()
+                await broker.append(key, [b"2"])
+            async with broker.follow("tag:t") as topic:
+                assert len((await topic.changes(None)).items) == 1
+
+    anyio.run(first_life)
+    assert held(broker) == 0
+    anyio.run(second_life, backend=second)
+    assert followed == [b"1", b"2"]
+    assert held(broker) == 0
+
+
+def test_it_is_chosen_by_its_url() -> None:
+    settings: Any = {"limits": Limits(), "retention": Retention(), "timeouts": Timeouts(), "clock": Clock()}
+    assert isinstance(open_broker("memory://", **settings), MemoryBroker)
+    with pytest.raises(InvalidConfiguration, match="'amqp://host' is not known"):
+        open_broker("amqp://host", **settings)
