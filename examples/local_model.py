@@ -16,6 +16,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from urllib.request import urlopen
@@ -30,21 +31,30 @@ class ModelMissing(Exception):
     """A wheel of the model is not installed."""
 
 
+@dataclass(frozen=True)
+class Model:
+    """A model that answers: its process, and the environment for its clients."""
+
+    process: subprocess.Popen[str]
+    environment: dict[str, str]
+
+
 @contextmanager
 def model_endpoint() -> Iterator[None]:
     """Make the environment variables that the openai client reads name an endpoint that answers."""
     if os.environ.get("OPENAI_API_KEY") or os.environ.get("OPENAI_BASE_URL"):
-        os.environ.setdefault("OPENAI_API_KEY", "none")  # the client wants one, even for a server that does not
+        # The client wants a key, even for a server that does not.
+        os.environ["OPENAI_API_KEY"] = os.environ.get("OPENAI_API_KEY") or "none"
         yield
         return
     path = find_model()
     # A key, because any page in any browser of this machine can reach a port on it.
-    with serving(path, api_key=secrets.token_urlsafe()) as environment:
-        os.environ.update(environment)
+    with serving(path, api_key=secrets.token_urlsafe()) as model:
+        os.environ.update(model.environment)
         try:
             yield
         finally:
-            for name in environment:
+            for name in model.environment:
                 del os.environ[name]
 
 
@@ -62,11 +72,11 @@ def find_model() -> Path:
 
 
 @contextmanager
-def serving(path: Path, *, api_key: str) -> Iterator[dict[str, str]]:
-    """Run the model until the block is left. Gives the environment for its clients once it answers."""
+def serving(path: Path, *, api_key: str, answer_tokens: int = ANSWER_TOKENS) -> Iterator[Model]:
+    """Run the model until the block is left. Entering waits until it answers."""
     # In a session of its own a Ctrl-C at the terminal does not reach it: it goes last, when nobody needs it any more.
     with subprocess.Popen(
-        [sys.executable, __file__, str(path)],
+        [sys.executable, __file__, str(path), str(answer_tokens)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env={**os.environ, "OPENAI_API_KEY": api_key},
@@ -80,12 +90,13 @@ def serving(path: Path, *, api_key: str) -> Iterator[dict[str, str]]:
                 raise RuntimeError(f"the language model did not start: exit status {process.wait()}")
             with urlopen(f"{address}/health", timeout=60):
                 pass
-            yield {"OPENAI_BASE_URL": f"{address}/v1", "OPENAI_API_KEY": api_key, "OPENAI_MODEL": NAME}
+            environment = {"OPENAI_BASE_URL": f"{address}/v1", "OPENAI_API_KEY": api_key, "OPENAI_MODEL": NAME}
+            yield Model(process, environment)
         finally:
             process.stdin.close()
 
 
-def serve(path: str) -> None:
+def serve(path: str, answer_tokens: int) -> None:
     """What the process of the model does."""
     xllamacpp = importlib.import_module("xllamacpp")
     params = xllamacpp.CommonParams()
@@ -98,7 +109,7 @@ def serve(path: str) -> None:
     params.verbosity = 1
     params.n_parallel = ANSWERS_AT_ONCE
     params.n_ctx = CONTEXT_TOKENS * ANSWERS_AT_ONCE
-    params.n_predict = ANSWER_TOKENS
+    params.n_predict = answer_tokens
     params.sampling.temp = 0.6
     params.sampling.penalty_repeat = 1.1  # so small a model goes round in circles without it
     params.cpuparams.n_threads = 1
@@ -110,4 +121,4 @@ def serve(path: str) -> None:
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1])
+    serve(sys.argv[1], int(sys.argv[2]))

@@ -1,0 +1,156 @@
+"""What the tests on the real thing need: Chromium, the language model, and the examples as processes of their own.
+
+A test whose machine lacks Chromium or the model is skipped with the reason. With REQUIRE_ALL set, as in CI, it fails.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+from playwright.sync_api import Browser, sync_playwright
+
+from examples.local_model import Model, ModelMissing, find_model, serving
+
+ROOT = Path(__file__).parent.parent.parent
+GUARD_S = 60.0
+"""Nothing waits longer than this. It is no measure of speed: the machine may be busy."""
+
+CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome")
+CHROMIUM_FLAGS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+
+
+@dataclass(frozen=True)
+class Server:
+    """An example that runs."""
+
+    process: subprocess.Popen[str]
+    url: str
+
+    @property
+    def port(self) -> int:
+        return int(self.url.rpartition(":")[2])
+
+
+class Relay:
+    """Carries bytes to a server and back, until `cut` breaks every connection of the moment."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._sockets: set[socket.socket] = set()
+        self._threads: list[threading.Thread] = []
+        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+
+    def __enter__(self) -> Relay:
+        self._spawn(self._accept)
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        self.cut()
+        for thread in self._threads:
+            thread.join()
+
+    def cut(self) -> None:
+        for end in list(self._sockets):
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def _spawn(self, target: Callable[..., None], *args: socket.socket) -> None:
+        thread = threading.Thread(target=target, args=args, daemon=True)
+        thread.start()
+        self._threads.append(thread)
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                browser, _ = self._listener.accept()
+                server = socket.create_connection(("127.0.0.1", self._port))
+                self._sockets |= {browser, server}
+                self._spawn(self._carry, browser, server)
+                self._spawn(self._carry, server, browser)
+
+    def _carry(self, source: socket.socket, target: socket.socket) -> None:
+        with source, suppress(OSError):
+            while data := source.recv(65536):
+                target.sendall(data)
+        self._sockets.discard(source)
+        with suppress(OSError):
+            target.shutdown(socket.SHUT_RDWR)
+
+
+def missing(what: str) -> NoReturn:
+    if os.environ.get("REQUIRE_ALL"):
+        pytest.fail(what)
+    pytest.skip(what)
+
+
+# Not wider than a module: Playwright's sync API leaves its event loop running, and tests elsewhere start their own.
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Browser]:
+    path = next(filter(None, map(shutil.which, CHROMIUM_NAMES)), None)
+    if path is None:
+        missing("Chromium is not installed (on Debian: apt-get install chromium)")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=CHROMIUM_FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="session")
+def model_path() -> Path:
+    try:
+        return find_model()
+    except ModelMissing as exc:
+        missing(str(exc))
+
+
+@pytest.fixture(scope="session")
+def model(model_path: Path) -> Iterator[Model]:
+    """One model for all tests that do not start or end it. Its answers are short, to save time."""
+    with serving(model_path, api_key="for the tests only", answer_tokens=150) as running:
+        yield running
+
+
+@contextmanager
+def example(name: str, environment: dict[str, str]) -> Iterator[Server]:
+    """Run an example as a user does, on a free port."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("OPENAI_")}
+    with subprocess.Popen(
+        [sys.executable, "-m", f"examples.{name}"],
+        cwd=ROOT,
+        env={**kept, "PORT": "0", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        assert process.stdout is not None
+        try:
+            line = process.stdout.readline()
+            url = next((word for word in line.split() if word.startswith("http://")), None)
+            assert url is not None, f"{name} printed no address but: {line}{process.stdout.read()}"
+            yield Server(process, url)
+        finally:
+            process.kill()

@@ -1,0 +1,325 @@
+"""The chat page in Chromium, on a real server, with a real language model.
+
+A model that is in the middle of an answer can be held there (SIGSTOP) and let go again, so nothing here depends on who
+is faster. What the page shows is compared with what the run holds.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from playwright.sync_api import Browser, BrowserContext, Page, Request
+
+from examples.local_model import Model
+from tests.e2e.conftest import GUARD_S, Relay, Server, example
+
+pytestmark = [pytest.mark.slow, pytest.mark.chromium, pytest.mark.model, pytest.mark.timeout(3 * GUARD_S)]
+
+QUESTION = "Tell me a long story about a lighthouse keeper and a whale."
+
+WATCH = """
+    window.opened = [];
+    window.mostAtOnce = 0;
+    window.isOpen = (source) => source.readyState !== EventSource.CLOSED;
+    window.EventSource = class extends EventSource {
+      constructor(...args) {
+        super(...args);
+        this.times = 0;
+        this.addEventListener("open", () => this.times++);
+        opened.push(this);
+        mostAtOnce = Math.max(mostAtOnce, opened.filter(isOpen).length);
+      }
+    };
+    window.addEventListener("DOMContentLoaded", () => {
+      window.lengths = new Set();
+      const note = () => lengths.add(document.querySelector("#answer").textContent.length);
+      new MutationObserver(note).observe(document, { subtree: true, childList: true, characterData: true });
+    });
+"""
+"""Put into each page: every EventSource that it makes and how often it connected, every length that the answer had."""
+
+
+@pytest.fixture(scope="module", params=["fastapi_app", "litestar_app"])
+def either_server(request: pytest.FixtureRequest, model: Model) -> Iterator[Server]:
+    with example(request.param, model.environment) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def server(model: Model) -> Iterator[Server]:
+    with example("fastapi_app", model.environment) as server:
+        yield server
+
+
+@pytest.fixture
+def context(chromium: Browser) -> Iterator[BrowserContext]:
+    """A browser of its own, so a user of its own. Fails if a script of the page did."""
+    context = chromium.new_context()
+    context.set_default_timeout(GUARD_S * 1000)
+    context.add_init_script(WATCH)
+    errors: list[str] = []
+    context.on("weberror", lambda error: errors.append(str(error.error)))
+    yield context
+    context.close()
+    assert errors == []
+
+
+@pytest.fixture
+def page(context: BrowserContext) -> Page:
+    return context.new_page()
+
+
+class Held:
+    """Keeps the model where it is until it is let go."""
+
+    def __init__(self, model: Model) -> None:
+        self._process = model.process
+
+    def hold(self) -> None:
+        self._process.send_signal(signal.SIGSTOP)
+
+    def let_go(self) -> None:
+        self._process.send_signal(signal.SIGCONT)
+
+
+@pytest.fixture
+def held(model: Model) -> Iterator[Held]:
+    held = Held(model)
+    yield held
+    held.let_go()
+
+
+def open_chat(page: Page, server: Server) -> None:
+    page.goto(server.url)
+    page.wait_for_selector("#feed[data-state=live]")
+
+
+def ask(page: Page, question: str = QUESTION) -> str:
+    """Ask, and return the run's id."""
+    before = shown_run(page)
+    page.fill("#prompt", question)
+    page.keyboard.press("Enter")
+    page.wait_for_function(f"before => ({SHOWN_RUN}) !== before", arg=before)
+    run_id = shown_run(page)
+    assert run_id is not None
+    return run_id
+
+
+SHOWN_RUN = "JSON.parse(sessionStorage.getItem('shown') ?? '{}').id ?? null"
+
+
+def shown_run(page: Page) -> str | None:
+    found: str | None = page.evaluate(SHOWN_RUN)
+    return found
+
+
+def wait_for_text(page: Page, characters: int) -> None:
+    page.wait_for_function("n => document.querySelector('#answer').textContent.length >= n", arg=characters)
+
+
+def wait_for_end(page: Page, status: str) -> None:
+    page.wait_for_selector(f"#status[data-status={status}]")
+    page.wait_for_selector("#answer[aria-busy=false]")
+
+
+def answer(page: Page) -> str:
+    return page.text_content("#answer") or ""
+
+
+def load_run(page: Page, server: Server, run_id: str) -> dict[str, Any]:
+    session = page.request.post(f"{server.url}/session").json()
+    response = page.request.get(
+        f"{server.url}/realtime/api/v3/runs/{run_id}", headers={"authorization": f"Bearer {session['token']}"}
+    )
+    assert response.status == 200, response.text()
+    run: dict[str, Any] = response.json()
+    return run
+
+
+def ask_and_hold(page: Page, server: Server, held: Held) -> str:
+    """Ask, and hold the model in the middle of the answer. Returns the run's id."""
+    for _ in range(5):
+        run_id = ask(page)
+        wait_for_text(page, 20)
+        held.hold()
+        if load_run(page, server, run_id)["status"] == "EXECUTING":
+            return run_id
+        held.let_go()  # so small a model may say next to nothing; then the run was over before it was held
+    raise AssertionError("the model gave five short answers to a question for a long story")
+
+
+def test_an_answer_comes_token_by_token_and_is_the_output(either_server: Server, page: Page) -> None:
+    open_chat(page, either_server)
+    run_id = ask(page)
+    wait_for_end(page, "COMPLETED")
+
+    run = load_run(page, either_server, run_id)
+    assert answer(page) == run["output"]["text"]
+    assert page.text_content("#progress") == f"{run['metadata']['tokens']} tokens"
+    assert page.evaluate("lengths.size") > run["metadata"]["tokens"] / 10  # drawn as it came, and not at the end
+    assert page.evaluate("mostAtOnce") == 2
+    assert page.evaluate("opened.filter(isOpen).length") == 1  # the stream was closed at its end
+
+
+def test_a_reload_in_mid_answer_goes_on_without_a_missing_or_doubled_token(
+    server: Server, page: Page, held: Held
+) -> None:
+    open_chat(page, server)
+    run_id = ask_and_hold(page, server, held)
+    before = answer(page)
+
+    page.reload()
+    wait_for_text(page, len(before))
+    assert answer(page).startswith(before)
+    assert page.text_content("#question") == QUESTION
+    held.let_go()
+
+    wait_for_end(page, "COMPLETED")
+    output = load_run(page, server, run_id)["output"]["text"]
+    assert answer(page) == output
+    assert len(output) > len(before)
+
+
+def test_a_lost_connection_goes_on_without_a_missing_or_doubled_token(server: Server, page: Page, held: Held) -> None:
+    with Relay(server.port) as relay:
+        through_relay = Server(server.process, relay.url)
+        open_chat(page, through_relay)
+        run_id = ask_and_hold(page, through_relay, held)
+        relay.cut()
+        # The browser comes back by itself, and names the last token that it has.
+        page.wait_for_function("opened.filter(isOpen).map((source) => source.times).join() === '2,2'")
+        held.let_go()
+
+        wait_for_end(page, "COMPLETED")
+        assert answer(page) == load_run(page, server, run_id)["output"]["text"]
+
+
+def test_stop_ends_the_run_and_keeps_the_partial_answer(server: Server, page: Page, held: Held) -> None:
+    open_chat(page, server)
+    run_id = ask_and_hold(page, server, held)
+    before = answer(page)
+    page.click("#stop")
+    wait_for_end(page, "CANCELED")
+    held.let_go()
+    partial = answer(page)
+    assert partial.startswith(before)
+    assert load_run(page, server, run_id)["status"] == "CANCELED"
+    assert page.is_hidden("#stop")
+
+    page.click("#new")
+    page.click(f"[data-run={run_id}]")  # a past run shows what it has, as often as one asks
+    wait_for_end(page, "CANCELED")
+    assert answer(page) == partial
+
+
+def test_the_list_of_runs_follows_what_happens_in_another_tab(
+    server: Server, context: BrowserContext, page: Page, held: Held
+) -> None:
+    open_chat(page, server)
+    other = context.new_page()
+    open_chat(other, server)
+    assert other.is_visible("#no-runs")
+
+    run_id = ask_and_hold(page, server, held)
+    row = f"[data-run={run_id}]"
+    other.wait_for_selector(f"{row} [data-status=EXECUTING]")
+    assert other.text_content(f"{row} .text") == QUESTION
+
+    other.click(row)  # and the answer can be read there too
+    wait_for_text(other, len(answer(page)))
+    held.let_go()
+    other.wait_for_selector(f"{row} [data-status=COMPLETED]")
+    wait_for_end(other, "COMPLETED")
+    wait_for_end(page, "COMPLETED")
+    assert answer(other) == answer(page)
+
+
+def test_users_do_not_see_each_other(server: Server, chromium: Browser, page: Page) -> None:
+    open_chat(page, server)
+    run_id = ask(page)
+    wait_for_end(page, "COMPLETED")
+
+    stranger = chromium.new_context()
+    session = stranger.request.post(f"{server.url}/session").json()
+    feed = stranger.request.get(
+        f"{server.url}/realtime/api/v3/runs/{run_id}", headers={"authorization": f"Bearer {session['token']}"}
+    )
+    stop = stranger.request.post(f"{server.url}/chat/{run_id}/stop")
+    stranger.close()
+    assert feed.status == 403
+    assert stop.status == 404
+
+
+def test_the_feed_is_dropped_while_the_tab_is_hidden(server: Server, page: Page) -> None:
+    open_chat(page, server)
+    page.evaluate(
+        """() => {
+            Object.defineProperty(document, "hidden", { get: () => window.away, configurable: true });
+            window.turn = (away) => { window.away = away; document.dispatchEvent(new Event("visibilitychange")); };
+        }"""
+    )
+    page.evaluate("turn(true)")
+    assert page.evaluate("opened.filter(isOpen).length") == 0
+    page.evaluate("turn(false)")
+    page.wait_for_function("opened.length === 2 && opened[1].readyState === EventSource.OPEN")
+
+
+def plain_event_source(page: Page, path: str) -> list[str]:
+    """Read a stream with an EventSource that nobody closes, until it gives up. Returns what was requested."""
+    requested: list[str] = []
+
+    def note(request: Request) -> None:
+        requested.append(request.url)
+
+    page.on("request", note)
+    page.evaluate(
+        "path => new Promise((done) => { const source = new EventSource(path);"
+        " source.onerror = () => source.readyState === EventSource.CLOSED && done(); })",
+        path,
+    )
+    page.remove_listener("request", note)
+    return requested
+
+
+def test_a_browser_stops_at_the_end_of_a_stream_that_nobody_closes(server: Server, page: Page) -> None:
+    open_chat(page, server)
+    run_id = ask(page, "Say hello.")
+    wait_for_end(page, "COMPLETED")
+    token = page.request.post(f"{server.url}/session").json()["token"]
+    page.evaluate("opened.forEach((source) => source.close())")
+
+    # EventSource reconnects by itself after the end, and the 204 that it gets then stops it for good.
+    path = f"realtime/v1/streams/{run_id}/default?access_token={token}"
+    assert len(plain_event_source(page, path)) == 2
+
+
+def test_a_browser_stops_at_the_end_of_an_empty_stream(server: Server, page: Page, held: Held) -> None:
+    open_chat(page, server)
+    held.hold()
+    run_id = ask(page)
+    page.wait_for_selector("#status[data-status=EXECUTING]")
+    page.click("#stop")
+    wait_for_end(page, "CANCELED")
+    assert answer(page) == ""
+    token = page.request.post(f"{server.url}/session").json()["token"]
+    page.evaluate("opened.forEach((source) => source.close())")
+
+    path = f"realtime/v1/streams/{run_id}/default?access_token={token}"
+    assert len(plain_event_source(page, path)) == 2
+
+
+def test_ctrl_c_in_mid_answer_ends_server_and_model_at_once(model_path: Path, page: Page) -> None:
+    with example("fastapi_app", {}) as server:  # with a model of its own, as `make demo` starts it
+        children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
+        assert len(children) == 1
+        open_chat(page, server)
+        ask(page)
+        wait_for_text(page, 20)
+        server.process.send_signal(signal.SIGINT)
+        output, _ = server.process.communicate(timeout=GUARD_S)
+        assert (server.process.returncode, output) == (0, "")
+        assert not Path(f"/proc/{children[0]}").exists()
