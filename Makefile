@@ -66,7 +66,7 @@ $(VENV)/.stamp-venv:
 	@touch $@
 
 $(DEV): pyproject.toml | $(VENV)/.stamp-venv
-	$(BIN)/python -m pip install --quiet --editable . --group dev
+	$(BIN)/python -m pip install --quiet --editable . --group dev --group bench
 	@touch $@
 
 $(BENCH): pyproject.toml | $(VENV)/.stamp-venv
