@@ -65,15 +65,15 @@ $(VENV)/.stamp-venv:
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
 	@touch $@
 
-$(DEV): pyproject.toml | $(VENV)/.stamp-venv
+$(DEV): pyproject.toml Makefile | $(VENV)/.stamp-venv
 	$(BIN)/python -m pip install --quiet --editable . --group dev --group bench
 	@touch $@
 
-$(BENCH): pyproject.toml | $(VENV)/.stamp-venv
+$(BENCH): pyproject.toml Makefile | $(VENV)/.stamp-venv
 	$(BIN)/python -m pip install --quiet --editable . --group bench
 	@touch $@
 
-$(DEMO): pyproject.toml | $(VENV)/.stamp-venv
+$(DEMO): pyproject.toml Makefile | $(VENV)/.stamp-venv
 	@echo 'Installing the library, $(APP), uvicorn and the openai client …'
 	@$(BIN)/python -m pip install --quiet --editable . $(APP) 'uvicorn[standard]' openai
 	@touch $@
