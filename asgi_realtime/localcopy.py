@@ -31,19 +31,20 @@ class LocalCopy(Generic[T]):
         self.error_seen = False
         """The source's error was raised to a reader."""
 
-    def put_nowait(self, item: T) -> bool:
-        """Add an item if there is room. True also if the copy was given up: nobody has to wait then."""
-        if self._lost:
-            return True
-        if len(self._items) >= self._limit:
-            return False
-        self._items.append(item)
-        self._arrived.wake()
-        return True
+    def put(self, item: T) -> None:
+        """Add an item. If that was one too many (`full`), wait for `room` before the next."""
+        if not self._lost:
+            self._items.append(item)
+            self._arrived.wake()
 
-    async def put(self, item: T) -> None:
-        """Add an item. Waits while the copy is full and read; gives it up if it is full and not."""
-        while not self.put_nowait(item):
+    @property
+    def full(self) -> bool:
+        """Whether it holds more than its limit: the item that the producer could not get rid of."""
+        return len(self._items) > self._limit
+
+    async def room(self) -> None:
+        """Wait while the copy is full and read; give it up if it is full and not."""
+        while self.full:
             if not self._readers or self._draining:
                 self._lost = True
                 self._items.clear()
@@ -52,7 +53,9 @@ class LocalCopy(Generic[T]):
                 await self._space.wait()
 
     def finish(self, error: Exception | None) -> None:
-        """No item follows. Readers get the error, if there is one, after the items."""
+        """No item follows. Readers get the error, if there is one, after the items. The first call decides."""
+        if self._finished:
+            return
         self._finished = True
         self._error = error
         self._arrived.wake()

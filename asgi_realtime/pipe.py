@@ -6,7 +6,7 @@ or dropping the pipe does not stop it, cancelling the run or `aclose()` does.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import AbstractAsyncContextManager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
@@ -15,11 +15,11 @@ import anyio
 import anyio.lowlevel
 
 from asgi_realtime.config import Limits, Timeouts
-from asgi_realtime.errors import BrokerUnavailable, EncodingError, LimitExceeded, RealtimeError, RunCanceled
+from asgi_realtime.errors import BrokerUnavailable, RealtimeError, RunCanceled
 from asgi_realtime.localcopy import LocalCopy, Reader
-from asgi_realtime.sources import ThreadBudget, opened
+from asgi_realtime.sources import ThreadBudget, discard, opened
 from asgi_realtime.waiting import Parking
-from asgi_realtime.writer import StreamWriter, encode_within
+from asgi_realtime.writer import StreamWriter, encode_numbered
 
 if TYPE_CHECKING:
     from asgi_realtime.handles import RunHandle
@@ -67,7 +67,6 @@ class Pipe(Generic[T]):
         self._threads = threads
         self._post = post
         self._copy: LocalCopy[T] = LocalCopy(limits.pipe_buffer)
-        self._iterated: Reader[T] | None = None
         self._index = 0
         self._unwritable = False
         self._scope: anyio.CancelScope | None = None
@@ -92,10 +91,11 @@ class Pipe(Generic[T]):
         return Reader(self._copy)
 
     async def __anext__(self) -> T:
-        """The next original object, for code that calls `anext()` on the pipe itself."""
-        if self._iterated is None:
-            self._iterated = Reader(self._copy)
-        return await self._iterated.__anext__()
+        """The next original object, for code that calls `anext()` on the pipe itself.
+
+        Between two calls nobody counts as reading: who may fall behind by `limits.pipe_buffer` keeps `aiter(pipe)`.
+        """
+        return await Reader(self._copy).__anext__()
 
     async def wait_until_complete(self) -> PipeResult:
         """Wait until the source has ended and the broker has acknowledged every chunk.
@@ -105,9 +105,9 @@ class Pipe(Generic[T]):
         canceled. Cancelling the caller does not stop the pipe.
         """
         await self.settled()
-        if (error := self.unseen_error or self.error) is not None:
+        if self.error is not None:
             self._error_seen = True
-            raise error
+            raise self.error
         if self._stop_reason is not None:
             raise self._stop_reason
         return self.result
@@ -146,57 +146,61 @@ class Pipe(Generic[T]):
             if self._scope is not None:
                 self._scope.cancel()
 
-    def fail(self, error: Exception | None) -> None:
-        """The pipe cannot begin."""
-        self.error = error
-        self._finish()
-
-    def _finish(self) -> None:
-        self._copy.finish(self.error or self._stop_reason)
-        self._done = True
-        self._ended.wake()
-
     async def run(self) -> None:
         """The job."""
-        cancelled = True
         try:
             with anyio.CancelScope() as self._scope:
                 if self._stopped:
                     self._scope.cancel()
                 await self._forward_all()
-            cancelled = False
-        except Exception as exc:
-            self.error = exc
-            cancelled = False
+        except BaseException as exc:
+            self._note(exc)
+            if not isinstance(exc, Exception):
+                raise
         finally:
-            if cancelled:
-                self._stop_reason = RunCanceled("the pipe was stopped by the shutdown of its Realtime")
-            self._copy.finish(self.error or self._stop_reason)
             with anyio.CancelScope(shield=True):
-                await self._drain()
-            self._finish()
+                await self._end(self._drain)
+
+    async def fail(self, cause: BaseException) -> None:
+        """The job cannot begin."""
+        self._note(cause)
+        with anyio.CancelScope(shield=True):
+            await self._end(lambda: discard(self._source, close_s=self._timeouts.close))
+
+    def _note(self, cause: BaseException) -> None:
+        if isinstance(cause, Exception):
+            self.error = cause
+        else:
+            self._stop_reason = RunCanceled("the pipe was stopped by the shutdown of its Realtime")
+
+    async def _end(self, last: Callable[[], Awaitable[None]]) -> None:
+        """The local iteration ends now, the pipe after its last act."""
+        self._copy.finish(self.error or self._stop_reason)
+        try:
+            await last()
+        finally:
+            self._done = True
+            self._ended.wake()
 
     async def _forward_all(self) -> None:
-        await self._writer.open()
         async with opened(
             self._source, threads=self._threads, post=self._post, close_s=self._timeouts.close
         ) as iterator:
+            await anyio.lowlevel.checkpoint_if_cancelled()
+            await self._writer.open()
             async for item in iterator:
                 self._forward(item)
+                self._copy.put(item)
                 if self._writer.full:
                     await self._writer.room()
-                if not self._copy.put_nowait(item):
-                    await self._copy.put(item)
+                if self._copy.full:
+                    await self._copy.room()
                 if self._index % YIELD_EVERY == 0:
                     await anyio.lowlevel.checkpoint()
 
     def _forward(self, item: T) -> None:
         """Write one item. Without a broker the local iteration goes on; the failure is raised at the end."""
-        try:
-            data = encode_within(item, self._limits.chunk_bytes)
-        except (EncodingError, LimitExceeded) as exc:
-            exc.args = (f"chunk {self._index} of stream {self.stream!r} of run {self.run_id!r}: {exc}",)
-            raise
+        data = encode_numbered(item, self._limits.chunk_bytes, key=self._writer.key, index=self._index)
         self._index += 1
         if not self._unwritable:
             try:

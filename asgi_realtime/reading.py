@@ -7,7 +7,7 @@ dropped at any point.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -36,18 +36,24 @@ class StreamChunk:
 
 
 class BatchIterator(AsyncIterator[T], Generic[T]):
-    """An async iterator that is filled a batch at a time."""
+    """An async iterator that is filled a batch at a time. `begin` is called before each, if it is given."""
 
-    def __init__(self) -> None:
+    def __init__(self, begin: Callable[[], Awaitable[None]] | None = None) -> None:
         self._ready: deque[T] = deque()
+        self._begin = begin
 
     async def __anext__(self) -> T:
         while not self._ready:
-            self._ready.extend(await self._next_batch())
+            if self._begin is not None:
+                await self._begin()
+            await self._fill()
         return self._ready.popleft()
 
-    async def _next_batch(self) -> list[T]:
-        """What comes next. Raises `StopAsyncIteration` at the end, or what the end is."""
+    async def _fill(self) -> None:
+        """Put what comes next into `_ready`, in the step that moves the cursor: whoever is cancelled loses nothing.
+
+        Raises `StopAsyncIteration` at the end, or what the end is.
+        """
         raise NotImplementedError
 
 
@@ -58,9 +64,16 @@ class StreamReader(BatchIterator[Entry]):
     """
 
     def __init__(
-        self, broker: Broker, runs: RunStore, key: StreamKey, *, after: int = -1, timeout_s: float | None = None
+        self,
+        broker: Broker,
+        runs: RunStore,
+        key: StreamKey,
+        *,
+        after: int = -1,
+        timeout_s: float | None = None,
+        begin: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(begin)
         self.key = key
         self.after = after
         self.timeout_s = timeout_s
@@ -68,7 +81,7 @@ class StreamReader(BatchIterator[Entry]):
         self._broker = broker
         self._runs = runs
 
-    async def _next_batch(self) -> list[Entry]:
+    async def _fill(self) -> None:
         await self._runs.present(self.key.run)
         parker = make_parker()
         async with self._broker.live(self.key) as live:
@@ -82,8 +95,8 @@ class StreamReader(BatchIterator[Entry]):
                         await parker.arm()
             finally:
                 live.waiting.discard(parker)
-        self.after = entries[-1].seq
-        return entries
+            self.after = entries[-1].seq
+            self._ready.extend(entries)
 
 
 def _next_entries(live: LiveLog, after: int, name: str) -> list[Entry]:
@@ -141,8 +154,9 @@ class TopicFollower(BatchIterator[RunRecord]):
         keep: Callable[[RunRecord], bool] = lambda record: True,
         stop: Callable[[RunRecord], bool] = lambda record: False,
         run_id: str | None = None,
+        begin: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(begin)
         self._broker = broker
         self._runs = runs
         self._topic = topic
@@ -154,7 +168,7 @@ class TopicFollower(BatchIterator[RunRecord]):
         self._versions: dict[str, int] = {}
         self._stopped = False
 
-    async def _next_batch(self) -> list[RunRecord]:
+    async def _fill(self) -> None:
         if self._stopped:
             raise StopAsyncIteration
         if self._run_id is not None:
@@ -165,31 +179,38 @@ class TopicFollower(BatchIterator[RunRecord]):
                 while True:
                     changed = parker.arm()
                     topic.waiting.add(parker)
-                    records = await self._take(await topic.changes(self._cursor, limit=self._limit))
-                    if records:
-                        return records
+                    await self._take(await topic.changes(self._cursor, limit=self._limit))
+                    if self._ready:
+                        return
                     await changed
             finally:
                 topic.waiting.discard(parker)
 
-    async def _take(self, changes: Changes) -> list[RunRecord]:
+    async def _take(self, changes: Changes) -> None:
+        records = await self._runs.load([change.run_id for change in changes.items])
         self._cursor = changes.cursor
-        taken = []
-        for record in await self._runs.load([change.run_id for change in changes.items]):
+        for record in records:
             if record is None or self._versions.get(record.id, 0) >= record.version:
                 continue
             self._versions[record.id] = record.version
             if self._keep(record):
-                taken.append(record)
-                self._stopped = self._stopped or self._stop(record)
-        return taken
+                self._ready.append(record)
+                self._stopped = self._stop(record) or self._stopped
 
 
 class RunWithStreams(BatchIterator[RunRecord | StreamChunk]):
     """The states of one run among the chunks of all its streams. The terminal state comes after the last chunk."""
 
-    def __init__(self, broker: Broker, runs: RunStore, run_id: str, *, stop_on_completion: bool) -> None:
-        super().__init__()
+    def __init__(
+        self,
+        broker: Broker,
+        runs: RunStore,
+        run_id: str,
+        *,
+        stop_on_completion: bool,
+        begin: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
+        super().__init__(begin)
         self._broker = broker
         self._runs = runs
         self._run_id = run_id
@@ -197,7 +218,7 @@ class RunWithStreams(BatchIterator[RunRecord | StreamChunk]):
         self._shown = 0
         self._after: dict[str, int] = {}
 
-    async def _next_batch(self) -> list[RunRecord | StreamChunk]:
+    async def _fill(self) -> None:
         parker = make_parker()
         places: list[Parking] = []
         await self._runs.present(self._run_id)
@@ -208,35 +229,35 @@ class RunWithStreams(BatchIterator[RunRecord | StreamChunk]):
             try:
                 while True:
                     changed = parker.arm()
+                    for place in places:
+                        place.add(parker)
                     record = await self._runs.get(self._run_id)
                     for name in record.streams:
                         if name not in lives:
                             live = await stack.enter_async_context(self._broker.live(StreamKey(self._run_id, name)))
                             lives[name] = live
                             places.append(live.waiting)
-                    for place in places:
-                        place.add(parker)
-                    if batch := self._take(record, lives):
-                        return batch
+                            live.waiting.add(parker)
+                    self._take(record, lives)
+                    if self._ready:
+                        return
                     await changed
             finally:
                 for place in places:
                     place.discard(parker)
 
-    def _take(self, record: RunRecord, lives: dict[str, LiveLog]) -> list[RunRecord | StreamChunk]:
+    def _take(self, record: RunRecord, lives: dict[str, LiveLog]) -> None:
         if self._stop_on_completion and record.is_completed and self._shown == record.version:
             raise StopAsyncIteration
-        taken: list[RunRecord | StreamChunk] = []
         if record.version > self._shown and not record.is_completed:
             self._shown = record.version
-            taken.append(record)
-        chunks = 0
+            self._ready.append(record)
+        read_to_end = True
         for name, live in lives.items():
             for entry in _next_entries(live, self._after.get(name, -1), name):
                 self._after[name] = entry.seq
-                taken.append(StreamChunk(name, entry.seq, decode(entry.data)))
-                chunks += 1
-        if not chunks and record.is_completed and record.version > self._shown:
+                self._ready.append(StreamChunk(name, entry.seq, decode(entry.data)))
+            read_to_end = read_to_end and live.end is not None and self._after.get(name, -1) + 1 >= live.log.next
+        if read_to_end and record.is_completed and record.version > self._shown:
             self._shown = record.version
-            taken.append(record)
-        return taken
+            self._ready.append(record)

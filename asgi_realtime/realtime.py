@@ -321,7 +321,7 @@ class Realtime:
             await self.runs.create(record)
             execution = await self.engine.execution(record)
         except BaseException as exc:
-            pipe.fail(exc if isinstance(exc, Exception) else None)
+            await pipe.fail(exc)
             raise
         finally:
             self.runs.opened(record.id)
@@ -338,8 +338,12 @@ class Realtime:
 
     async def _run_beside(self, pipe: Pipe[Any]) -> None:
         """The job of a pipe in a run that is there, or is being opened."""
-        await self.ensure_started()
-        await self.runs.present(pipe.run_id)
+        try:
+            await self.ensure_started()
+            await self.runs.present(pipe.run_id)
+        except BaseException as exc:
+            await pipe.fail(exc)
+            raise
         execution = self.engine.executions.get(pipe.run_id)
         if execution is not None:
             execution.run.pipes.add(pipe)
@@ -416,7 +420,9 @@ class Realtime:
         key = StreamKey(run_id_of(run), stream_name(stream, self.limits))
         seconds = None if timeout is None else parse_span(timeout, name="timeout")
         self.engine.begin()
-        reader = StreamReader(self.broker, self.runs, key, after=start_index - 1, timeout_s=seconds)
+        reader = StreamReader(
+            self.broker, self.runs, key, after=start_index - 1, timeout_s=seconds, begin=self.ensure_started
+        )
         return ChunkReader(reader, decode_chunk)
 
     # Following runs
@@ -441,7 +447,9 @@ class Realtime:
         run_id = run_id_of(run)
         self.engine.begin()
         if with_streams:
-            return RunWithStreams(self.broker, self.runs, run_id, stop_on_completion=stop_on_completion)
+            return RunWithStreams(
+                self.broker, self.runs, run_id, stop_on_completion=stop_on_completion, begin=self.ensure_started
+            )
         return TopicFollower(
             self.broker,
             self.runs,
@@ -449,6 +457,7 @@ class Realtime:
             limit=self.limits.feed_runs,
             stop=lambda record: stop_on_completion and record.is_completed,
             run_id=run_id,
+            begin=self.ensure_started,
         )
 
     def subscribe_to_runs_with_tag(
@@ -466,6 +475,7 @@ class Realtime:
             tag_topic(min(wanted)),
             limit=self.limits.feed_runs,
             keep=lambda record: record.created_at_ms >= oldest_ms and set(wanted) <= set(record.tags),
+            begin=self.ensure_started,
         )
 
     def subscribe_to_batch(self, batch: str | BatchHandle) -> AsyncIterator[RunRecord]:
@@ -479,7 +489,14 @@ class Realtime:
             return record.batch is not None and len(over) >= record.batch.count
 
         self.engine.begin()
-        return TopicFollower(self.broker, self.runs, batch_topic(batch_id), limit=self.limits.topic_runs, stop=all_over)
+        return TopicFollower(
+            self.broker,
+            self.runs,
+            batch_topic(batch_id),
+            limit=self.limits.topic_runs,
+            stop=all_over,
+            begin=self.ensure_started,
+        )
 
     # Tokens
 

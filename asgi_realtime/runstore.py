@@ -81,7 +81,7 @@ class RunStore:
 
         What is later than the end of the run is absorbed. Raises `RunNotFound`, `InvalidTransition`.
         """
-        record = await self.get(run_id)
+        record = await self.patiently(lambda: self.get(run_id))
         while True:
             following = apply(record, changes, self.now_ms())
             if following is record:
@@ -123,7 +123,7 @@ class RunStore:
         """Make sure that the run lists the stream. Raises `RunNotFound`, `LimitExceeded`."""
         if key in self._known_streams or key.name.startswith(HIDDEN_STREAM):
             return
-        record = await self.get(key.run)
+        record = await self.patiently(lambda: self.get(key.run))
         if key.name not in record.streams:
             if len(record.streams) >= self._streams_per_run:
                 raise LimitExceeded(

@@ -12,7 +12,7 @@ import inspect
 import logging
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from contextlib import asynccontextmanager
 from typing import Any, Generic, TypeVar
@@ -40,10 +40,20 @@ def check_source(source: object) -> None:
         raise InvalidSource(f"a {name} is not a source: use append() for one chunk; {_ALLOWED}")
     if isinstance(source, Mapping):
         raise InvalidSource(f"a {name} is not a source: use append() for one chunk, or pipe its .items(); {_ALLOWED}")
+    if _iterates_fields(source) and not hasattr(source, "__aiter__"):
+        raise InvalidSource(
+            f"a {name} is not a source: use append() for one chunk, or ask your client for a stream (stream=True);"
+            f" {_ALLOWED}"
+        )
     if inspect.isawaitable(source) and not hasattr(source, "__aiter__") and not hasattr(source, "__aenter__"):
         raise InvalidSource(f"a {name} is not a source: await it first and pipe what it gives; {_ALLOWED}")
     if not any(hasattr(source, method) for method in ("__aiter__", "__aenter__", "__iter__")):
         raise InvalidSource(f"a {name} is not a source; {_ALLOWED}")
+
+
+def _iterates_fields(source: object) -> bool:
+    """A pydantic model that says nothing of iteration itself: it would give its fields, as pairs."""
+    return getattr(getattr(type(source), "__iter__", None), "__module__", "").partition(".")[0] == "pydantic"
 
 
 class ThreadBudget:
@@ -75,36 +85,97 @@ async def opened(
 
     Closing is shielded from cancellation for `close_s`; an error while closing is logged.
     """
-    if hasattr(source, "__aenter__") and not hasattr(source, "__aiter__"):
-        async with source as entered:
-            check_source(entered)
-            async with opened(entered, threads=threads, post=post, close_s=close_s) as iterator:
+    if _is_manager(source):
+        async with _entered(source, close_s=close_s) as given:
+            check_source(given)
+            async with opened(given, threads=threads, post=post, close_s=close_s) as iterator:
                 yield iterator
         return
-    if hasattr(source, "__aiter__"):
-        iterator = source.__aiter__()
-        closing = [iterator] if iterator is source else [iterator, source]
-    elif isinstance(source, _INLINE):
-        iterator, closing = _inline(source), []
-    else:
-        iterator = _ThreadIterator(source, threads=threads, post=post)
-        closing = [iterator]
+    try:
+        iterator, resources = _open(source, threads=threads, post=post)
+    except BaseException:
+        await discard(source, close_s=close_s)
+        raise
     try:
         yield iterator
     finally:
-        with anyio.move_on_after(close_s, shield=True):
-            for resource in closing:
-                await _close(resource)
+        for resource in resources:
+            await _close(resource, close_s=close_s)
 
 
-async def _close(resource: Any) -> None:
+def _is_manager(source: object) -> bool:
+    return hasattr(source, "__aenter__") and not hasattr(source, "__aiter__")
+
+
+def _open(
+    source: Any, *, threads: ThreadBudget, post: Callable[[Callable[[], object]], None]
+) -> tuple[AsyncIterator[Any], list[Any]]:
+    """The iterator of a source, and what is to be closed behind it, in that order."""
+    iterator: AsyncIterator[Any]
+    if hasattr(source, "__aiter__"):
+        iterator = source.__aiter__()
+        return iterator, [iterator] if iterator is source else [iterator, source]
+    if isinstance(source, _INLINE):
+        iterator = _inline(source)
+    else:
+        iterator = _ThreadIterator(source, threads=threads, post=post)
+    return iterator, [iterator]
+
+
+@asynccontextmanager
+async def _entered(manager: Any, *, close_s: float) -> AsyncIterator[Any]:
+    """`async with manager`, whose exit has `close_s` to itself, whatever is being cancelled.
+
+    The scope is entered before the manager, since scopes that the manager enters must be left inside of it.
+    """
+    failure: BaseException | None = None
+    with anyio.CancelScope() as scope:
+        async with manager as given:
+            try:
+                yield given
+            except BaseException as exc:
+                failure = exc
+                raise
+            finally:
+                scope.deadline = anyio.current_time() + close_s
+                scope.shield = True
+    if scope.cancelled_caught:
+        logger.warning("closing a piped %s took longer than %g s", type(manager).__name__, close_s)
+        if failure is not None:
+            raise failure
+
+
+async def discard(source: Any, *, close_s: float) -> None:
+    """Close a source that nobody will read."""
+    if isinstance(source, _INLINE) or _is_manager(source):
+        return
+    if hasattr(source, "__aiter__"):
+        await _close(source, close_s=close_s)
+    else:
+        threading.Thread(target=_close_sync, args=(source,), name="asgi_realtime source", daemon=True).start()
+
+
+async def _close(resource: Any, *, close_s: float) -> None:
     close = getattr(resource, "aclose", None) or getattr(resource, "close", None)
     if close is None:
         return
+    with anyio.move_on_after(close_s, shield=True) as scope:
+        try:
+            result = close()
+            if inspect.isawaitable(result):
+                await result
+        except Exception:
+            logger.warning("closing a piped %s failed", type(resource).__name__, exc_info=True)
+    if scope.cancelled_caught:
+        logger.warning("closing a piped %s took longer than %g s", type(resource).__name__, close_s)
+
+
+def _close_sync(resource: object) -> None:
+    close: Callable[[], object] | None = getattr(resource, "close", None)
+    if close is None:
+        return
     try:
-        result = close()
-        if inspect.isawaitable(result):
-            await result
+        close()
     except Exception:
         logger.warning("closing a piped %s failed", type(resource).__name__, exc_info=True)
 
@@ -175,7 +246,7 @@ class _ThreadIterator(Generic[T]):
             self._error.__cause__ = exc
         finally:
             for resource in {id(resource): resource for resource in (iterator, self._source)}.values():
-                self._close(resource)
+                _close_sync(resource)
             self._threads.give_back()
             self._ended = True
             self._notify()
@@ -194,12 +265,3 @@ class _ThreadIterator(Generic[T]):
             self._post(self._arrived.wake)
         except RuntimeError:
             self._stopped = True  # the loop is gone
-
-    def _close(self, resource: object) -> None:
-        close: Callable[[], Awaitable[None] | None] | None = getattr(resource, "close", None)
-        if close is None:
-            return
-        try:
-            close()
-        except Exception:
-            logger.warning("closing a piped %s failed", type(resource).__name__, exc_info=True)

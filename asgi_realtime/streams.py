@@ -6,10 +6,14 @@ from collections.abc import AsyncIterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+import anyio
+
 from asgi_realtime.config import Span
+from asgi_realtime.errors import RealtimeError
 from asgi_realtime.pipe import Pipe, Source
+from asgi_realtime.supervisor import logger
 from asgi_realtime.tasks.task import decode_as
-from asgi_realtime.writer import StreamWriter, encode_within
+from asgi_realtime.writer import StreamWriter, encode_numbered
 
 if TYPE_CHECKING:
     from asgi_realtime.realtime import Realtime, RunLike
@@ -21,7 +25,7 @@ class StreamScope(Generic[T]):
     """Writes chunks and merges sources into one stream. An async context manager made by `Realtime.writer`.
 
     Leaving waits until everything is acknowledged, merged sources included, and raises what went wrong; an exception
-    in the body stops the merged sources. It does not end the stream: its run does.
+    in the body stops the merged sources and goes on, after what was written. It does not end the stream: its run does.
     """
 
     def __init__(self, realtime: Realtime, writer: StreamWriter, *, chunk_bytes: int) -> None:
@@ -29,14 +33,18 @@ class StreamScope(Generic[T]):
         self._writer = writer
         self._chunk_bytes = chunk_bytes
         self._merged: list[Pipe[T]] = []
+        self._index = 0
 
     async def __aenter__(self) -> StreamScope[T]:
+        await self._realtime.ensure_started()
         await self._writer.open()
         return self
 
     async def write(self, chunk: T) -> None:
         """Append one chunk. Raises `EncodingError`, `LimitExceeded`, `StreamClosed`, `BrokerUnavailable`."""
-        self._writer.write(encode_within(chunk, self._chunk_bytes))
+        data = encode_numbered(chunk, self._chunk_bytes, key=self._writer.key, index=self._index)
+        self._writer.write(data)
+        self._index += 1
         await self._writer.room()
 
     def merge(self, source: Source[T]) -> Pipe[T]:
@@ -49,12 +57,24 @@ class StreamScope(Generic[T]):
         self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
     ) -> None:
         if exc is not None:
-            for pipe in self._merged:
-                await pipe.aclose()
+            with anyio.CancelScope(shield=True):
+                await self._stop()
             return
         for pipe in self._merged:
-            await pipe.wait_until_complete()
+            await pipe.settled()
         await self._writer.drain()
+        for pipe in self._merged:
+            await pipe.wait_until_complete()
+
+    async def _stop(self) -> None:
+        for pipe in self._merged:
+            pipe.stop(None)
+        for pipe in self._merged:
+            await pipe.aclose()
+        try:
+            await self._writer.drain()
+        except RealtimeError as error:
+            logger.warning("what was written to stream %r is not stored: %s", self._writer.key.name, error)
 
 
 class TypedStream(Generic[T]):

@@ -15,7 +15,7 @@ from typing import Any
 from asgi_realtime.brokers.base import Broker, ImmediateBroker, Producer, StreamKey
 from asgi_realtime.config import Limits
 from asgi_realtime.core.chunks import encode_chunk
-from asgi_realtime.errors import LimitExceeded, RealtimeError
+from asgi_realtime.errors import BrokerUnavailable, EncodingError, LimitExceeded, RealtimeError
 from asgi_realtime.runstore import RunStore
 from asgi_realtime.waiting import Parking
 
@@ -31,6 +31,15 @@ def encode_within(value: Any, limit_bytes: int) -> bytes:
     if len(data) > limit_bytes:
         raise LimitExceeded(f"a chunk is {len(data)} bytes, limit {limit_bytes}", status=413)
     return data
+
+
+def encode_numbered(value: Any, limit_bytes: int, *, key: StreamKey, index: int) -> bytes:
+    """As `encode_within`, with errors that say which chunk of a pipe or writer it is."""
+    try:
+        return encode_within(value, limit_bytes)
+    except (EncodingError, LimitExceeded) as exc:
+        exc.args = (f"chunk {index} of stream {key.name!r} of run {key.run!r}: {exc}",)
+        raise
 
 
 class StreamWriter:
@@ -50,6 +59,7 @@ class StreamWriter:
         self._producer = secrets.token_hex(8)
         self._pending: deque[bytes] = deque()
         self._pending_bytes = 0
+        self._taken = 0
         self._flushing = False
         self._progress = Parking()
 
@@ -66,6 +76,7 @@ class StreamWriter:
         if self._immediate is not None:
             self._acknowledge(1, len(data), self._immediate(self.key, (data,)).last)
             return
+        self._taken += 1
         self._pending.append(data)
         self._pending_bytes += len(data)
         if not self._flushing:
@@ -83,8 +94,9 @@ class StreamWriter:
             await self._progress.wait()
 
     async def drain(self) -> None:
-        """Wait until the broker has acknowledged everything. Raises the failure if it did not."""
-        while self._flushing and self.failure is None:
+        """Wait until the broker has acknowledged what was written before. Raises the failure if it did not."""
+        taken = self._taken
+        while self.chunks < taken and self.failure is None:
             await self._progress.wait()
         if self.failure is not None:
             raise self.failure
@@ -101,12 +113,18 @@ class StreamWriter:
                 await self._append(self._next_call())
                 self._progress.wake()
         except RealtimeError as exc:
-            self.failure = exc
-            self._pending.clear()
-            self._pending_bytes = 0
+            self._fail(exc)
+        except BaseException as exc:
+            self._fail(BrokerUnavailable(f"writing was stopped by {type(exc).__name__} before it was acknowledged"))
+            raise
         finally:
             self._flushing = False
             self._progress.wake()
+
+    def _fail(self, failure: RealtimeError) -> None:
+        self.failure = failure
+        self._pending.clear()
+        self._pending_bytes = 0
 
     def _next_call(self) -> list[bytes]:
         """What goes out next; it stays pending until it is acknowledged."""

@@ -1,0 +1,176 @@
+"""What the tests of the in-process API share: a broker that is far away and may fail, and ways to look and to wait."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
+
+import anyio
+import anyio.lowlevel
+
+from asgi_realtime import Realtime
+from asgi_realtime.brokers import MemoryBroker
+from asgi_realtime.brokers.base import (
+    ChangeMark,
+    Changes,
+    Cursor,
+    End,
+    LiveTopic,
+    Page,
+    Position,
+    Producer,
+    StreamKey,
+)
+from asgi_realtime.core.chunks import decode
+from asgi_realtime.core.runs import RunRecord
+from asgi_realtime.errors import BrokerUnavailable
+from asgi_realtime.livelog import LiveLog
+
+T = TypeVar("T")
+
+SECRET = "a secret of thirty-two bytes, or more"
+
+
+def make(**options: Any) -> Realtime:
+    """A `Realtime` that leaves signals alone. Not started."""
+    return Realtime(secret_key=SECRET, signals=False, **options)
+
+
+class RemoteBroker:
+    """A `MemoryBroker` as if it were on another machine.
+
+    It has no `append_nowait`, all calls suspend, and those named in `away` fail. It must have been entered.
+    """
+
+    shared = True
+
+    def __init__(self, inner: MemoryBroker | None = None) -> None:
+        self.inner = inner or MemoryBroker()
+        self.entered = False
+        self.away: set[str] = set()
+        self.lose_answers = 0
+        """So many appends are stored and yet raise."""
+        self.hold: anyio.Event | None = None
+        """Appends wait for it, if it is set."""
+        self.before_live: Callable[[], Any] | None = None
+        """Awaited while a stream is being joined."""
+        self.appends: list[int] = []
+        """Items of each append that was answered."""
+        self.failed = 0
+
+    async def __aenter__(self) -> RemoteBroker:
+        await anyio.lowlevel.checkpoint()
+        self.entered = True
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        self.entered = False
+
+    async def _travel(self, call: str) -> None:
+        assert self.entered, f"{call} before the start"
+        await anyio.lowlevel.checkpoint()
+        if call in self.away:
+            self.failed += 1
+            raise BrokerUnavailable(f"{call}: nobody there")
+
+    async def append(
+        self, key: StreamKey, items: Sequence[bytes], *, producer: Producer | None = None, end: End | None = None
+    ) -> Position:
+        if self.hold is not None:
+            await self.hold.wait()
+        await self._travel("append")
+        position = await self.inner.append(key, items, producer=producer, end=end)
+        with anyio.CancelScope(shield=True):
+            await anyio.lowlevel.checkpoint()
+        if self.lose_answers:
+            self.lose_answers -= 1
+            raise BrokerUnavailable("stored, but nobody was told")
+        self.appends.append(len(items))
+        return position
+
+    async def read(self, key: StreamKey, *, after: int = -1, limit: int = 500) -> Page:
+        await self._travel("read")
+        return await self.inner.read(key, after=after, limit=limit)
+
+    @asynccontextmanager
+    async def live(self, key: StreamKey) -> AsyncIterator[LiveLog]:
+        await self._travel("live")
+        async with self.inner.live(key) as live:
+            if self.before_live is not None:
+                await self.before_live()
+            yield live
+            await anyio.lowlevel.checkpoint()
+
+    async def commit(self, record: RunRecord, *, expect: int, change: ChangeMark) -> int:
+        await self._travel("commit")
+        return await self.inner.commit(record, expect=expect, change=change)
+
+    async def load(self, run_ids: Sequence[str]) -> list[RunRecord | None]:
+        await self._travel("load")
+        return await self.inner.load(run_ids)
+
+    async def changes(self, topic: str, *, after: Cursor | None = None, limit: int = 1000) -> Changes:
+        await self._travel("changes")
+        return await self.inner.changes(topic, after=after, limit=limit)
+
+    @asynccontextmanager
+    async def follow(self, topic: str) -> AsyncIterator[LiveTopic]:
+        await self._travel("follow")
+        async with self.inner.follow(topic) as live:
+            yield live
+            await anyio.lowlevel.checkpoint()
+
+    async def claim(self, key: str, value: str, *, ttl_s: float) -> str:
+        await self._travel("claim")
+        return await self.inner.claim(key, value, ttl_s=ttl_s)
+
+    async def due(self, kind: str, *, limit: int = 100) -> list[str]:
+        await self._travel("due")
+        return await self.inner.due(kind, limit=limit)
+
+    async def renew(self, run_ids: Sequence[str], *, owner: str) -> None:
+        await self._travel("renew")
+        await self.inner.renew(run_ids, owner=owner)
+
+    async def tell(self, run_id: str) -> None:
+        await self._travel("tell")
+        await self.inner.tell(run_id)
+
+    async def remove(self, run_id: str) -> None:
+        await self._travel("remove")
+        await self.inner.remove(run_id)
+
+    async def ping(self) -> None:
+        await self._travel("ping")
+
+
+async def stored(realtime: Realtime, run_id: str, stream: str = "default") -> list[Any]:
+    """What a stream holds now."""
+    broker = realtime.broker.inner if isinstance(realtime.broker, RemoteBroker) else realtime.broker
+    page = await broker.read(StreamKey(run_id, stream), limit=1_000_000)
+    return [decode(entry.data) for entry in page.entries]
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Give the loop turns until something holds."""
+    with anyio.fail_after(10):
+        while not condition():
+            await anyio.lowlevel.checkpoint()
+
+
+async def steps(count: int) -> None:
+    """Give the loop so many turns."""
+    for _ in range(count):
+        await anyio.lowlevel.checkpoint()
+
+
+def others() -> set[int]:
+    """The tasks that run now, besides the caller's."""
+    return {task.id for task in anyio.get_running_tasks()} - {anyio.get_current_task().id}
+
+
+async def take(items: AsyncIterable[T], into: list[T]) -> None:
+    """Append each item as it comes, so that what came before an error or a cancellation is there."""
+    async for item in items:
+        into.append(item)  # noqa: PERF401
