@@ -1,0 +1,246 @@
+"""The samples and tables of docs/protocol.md are what the app answers.
+
+What differs from run to run is evened out on both sides: run ids, epochs, the random time of `reconnect`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import anyio
+import pytest
+
+from asgi_realtime import Cors, Realtime, Retention, Run, RunHandle, TaskError, errors
+from asgi_realtime.asgi.cors import EXPOSED, METHODS
+from asgi_realtime.core.runs import END_REASONS, Status
+from asgi_realtime.testing import driver
+from tests.docs.blocks import ROOT, blocks
+
+SECRET = "a secret that is long enough for the tests"
+NOW = 1_768_469_400.0  # 2026-01-15T09:30:00Z
+ALL_POWERS = {"authorization": f"Bearer {SECRET}"}
+FEED = {**ALL_POWERS, "accept": "text/event-stream"}
+
+SAMPLES = blocks("sample")
+PROTOCOL = (ROOT / "docs/protocol.md").read_text("utf-8")
+
+
+class WaitingExecutor:
+    """Runs nothing by itself, so that a test sees a run that is QUEUED."""
+
+    async def enqueue(self, run_id: str, task_id: str) -> None:
+        return None
+
+
+def make(**settings: Any) -> Realtime:
+    return Realtime(secret_key=SECRET, signals=False, clock=lambda: NOW, **settings)
+
+
+def evened(text: str) -> str:
+    text = re.sub(r"run_[0-9a-f]{26}", "run_", text)
+    text = re.sub(r"^id: [0-9a-f]{8}\.", "id: epoch.", text, flags=re.MULTILINE)
+    text = re.sub(r"^(data: \{\"id\":\"run_\",\"status\":\"\w+\"),.*$", r"\1, …}", text, flags=re.MULTILINE)
+    return re.sub(r"^(retry: |data: \{\"retry\":)(?!1000$)\d+", r"\1ms", text, flags=re.MULTILINE)
+
+
+async def body(realtime: Realtime, path: str) -> str:
+    """The whole of a stream that ends."""
+    return (await driver.request(realtime, "GET", path, headers=ALL_POWERS)).body.decode()
+
+
+async def ended_run(realtime: Realtime, *chunks: Any) -> str:
+    async with realtime.open_run("sample") as run:
+        for chunk in chunks:
+            await realtime.append(chunk)
+    return run.id
+
+
+async def stream() -> str:
+    async with make() as realtime:
+        run_id = await ended_run(realtime, "Hel", {"token": "lo"})
+        return await body(realtime, f"/v1/streams/{run_id}/default")
+
+
+async def unwritten() -> str:
+    async with make() as realtime, realtime.open_run("sample") as run:
+        await realtime.append("x")
+        path = f"/v1/streams/{run.id}/defualt"
+        async with driver.stream(realtime, "GET", path, headers=ALL_POWERS) as response:
+            return (await response.chunk()).decode()
+
+
+async def failed() -> str:
+    async with make() as realtime:
+        try:
+            async with realtime.open_run("sample") as run:
+                await realtime.append("x")
+                raise TaskError("no luck")
+        except TaskError:
+            pass
+        return (await body(realtime, f"/v1/streams/{run.id}/default"))[-len(SAMPLES["failed"].text) :]
+
+
+async def gap() -> str:
+    async with make(retention=Retention(stream_bytes=90)) as realtime:
+        run_id = await ended_run(realtime, *range(20))
+        text = await body(realtime, f"/v1/streams/{run_id}/default")
+        assert "id: 15\ndata: 15\n\n" in text
+        return text[text.index("event: gap") : text.index("id: 15")]
+
+
+async def reconnect() -> str:
+    async with make() as realtime, realtime.open_run("sample") as run:
+        path = f"/v1/streams/{run.id}/default"
+        async with driver.stream(realtime, "GET", path, headers=ALL_POWERS) as response:
+            await response.chunk()
+            realtime.begin_shutdown()
+            return (await response.read()).decode()
+
+
+async def feed() -> str:
+    async with make(executor=WaitingExecutor()) as realtime:
+        told = anyio.Event()
+
+        @realtime.task("sample")
+        async def sample() -> None:
+            await told.wait()
+
+        run = await realtime.trigger(sample)
+        async with driver.stream(realtime, "GET", f"/v1/runs/{run.id}", headers=FEED) as response:
+            parts = [await response.chunk(), await response.chunk()]
+            async with anyio.create_task_group() as group:
+                group.start_soon(realtime.execute, run.id)
+                parts.append(await response.chunk())
+                told.set()
+                parts.append(await response.read())
+        return b"".join(parts).decode()
+
+
+@asynccontextmanager
+async def chatted() -> AsyncIterator[tuple[Realtime, RunHandle[dict[str, str]]]]:
+    async with make() as realtime:
+
+        @realtime.task("chat")
+        async def chat(payload: dict[str, str], run: Run) -> dict[str, str]:
+            run.metadata.set("progress", 0.5)
+            await realtime.append("Hi")
+            return {"text": "Hi"}
+
+        run = await realtime.trigger(chat, {"text": "Hello"}, tags=["user:1"])
+        await run.result()
+        yield realtime, run
+
+
+async def run() -> str:
+    async with chatted() as (realtime, handle):
+        return await body(realtime, f"/api/v3/runs/{handle.id}")
+
+
+async def input() -> str:
+    async with make() as realtime, realtime.open_run("sample") as run:
+        path = f"/v1/streams/{run.id}/input/approval"
+        answer = await driver.request(realtime, "POST", path, headers=ALL_POWERS, body=b'{"data": "yes"}')
+        assert await run.input("approval").get() == "yes"
+        return answer.body.decode()
+
+
+async def cancel() -> str:
+    async with chatted() as (realtime, handle):
+        answer = await driver.request(realtime, "POST", f"/api/v2/runs/{handle.id}/cancel", headers=ALL_POWERS)
+        return answer.body.decode()
+
+
+async def health() -> str:
+    async with make() as realtime:
+        return (await driver.request(realtime, "GET", "/v1/health")).body.decode()
+
+
+async def forbidden() -> str:
+    async with chatted() as (realtime, handle):
+        token = realtime.create_public_token(scopes={"read": {"runs": ["run_1"]}})
+        answer = await driver.request(realtime, "GET", f"/api/v3/runs/{handle.id}", query={"access_token": token})
+        assert answer.status == 403
+        return answer.body.decode()
+
+
+REAL: dict[str, Callable[[], Awaitable[str]]] = {
+    made.__name__: made
+    for made in (stream, unwritten, failed, gap, reconnect, feed, run, input, cancel, health, forbidden)
+}
+
+
+def test_every_sample_is_compared() -> None:
+    assert set(REAL) == set(SAMPLES)
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("name", SAMPLES)
+async def test_sample(name: str) -> None:
+    real, printed = evened(await REAL[name]()), evened(SAMPLES[name].text)
+    if SAMPLES[name].language == "json":
+        assert json.loads(real) == json.loads(printed)
+        assert list(json.loads(real)) == list(json.loads(printed))
+    else:
+        assert real == printed
+
+
+# Tables
+
+
+def section(number: int) -> str:
+    return PROTOCOL.partition(f"\n## {number}. ")[2].partition("\n## ")[0]
+
+
+def test_the_table_of_errors_has_the_status_of_each_code() -> None:
+    rows = set(re.findall(r"^\| (\d{3}) \| `(\w+)` \|", section(10), re.MULTILINE))
+    raised = [errors.InvalidRequest, errors.InvalidToken, errors.ExpiredToken, errors.ScopeDenied, errors.RunNotFound]
+    raised += [errors.UsageError, errors.RealtimeError, errors.BrokerUnavailable]
+    expected = {(str(error.status), error.code) for error in raised}
+    expected |= {(status, errors.LimitExceeded.code) for status in ("413", "422", "429")}
+    expected |= {("404", "not_found"), ("405", "method_not_allowed"), ("406", "not_acceptable")}
+    assert rows == expected
+
+
+@pytest.mark.asyncio
+async def test_refusals_that_are_no_exceptions() -> None:
+    async with chatted() as (realtime, handle):
+        for method, path, status, code in (
+            ("GET", "/v2/runs", 404, "not_found"),
+            ("HEAD", "/v1/health", 405, "method_not_allowed"),
+            ("GET", f"/v1/runs/{handle.id}", 406, "not_acceptable"),
+        ):
+            answer = await driver.request(realtime, method, path, headers=ALL_POWERS)
+            assert (answer.status, json.loads(answer.body)["code"]) == (status, code)
+
+
+def test_the_reasons_of_ends_are_all_told() -> None:
+    reasons = set(re.findall(r"^\| `(\w+)` \|", section(4), re.MULTILINE))
+    assert reasons - {"reason"} == {*END_REASONS.values(), "token_expired"}
+
+
+def test_all_statuses_are_told() -> None:
+    row = next(line for line in section(6).splitlines() if line.startswith("| `status` |"))
+    assert set(re.findall(r"`([A-Z_]+)`", row)) == set(Status)
+
+
+def test_cors_is_told() -> None:
+    told = section(11)
+    assert {f"`{name}`" for name in EXPOSED.decode().split(", ")} <= set(re.findall(r"`[\w-]+`", told))
+    assert f"`{METHODS.decode()}`" in told
+    assert f"`Access-Control-Max-Age: {Cors().max_age}`" in told
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("prefix", ["", "/realtime", "/realtime/realtime"])
+async def test_every_route_of_the_table_is_there(prefix: str) -> None:
+    rows = re.findall(r"^\| `(GET|POST) (/[^`?]+)(\?[^`]*)?` \|", section(1), re.MULTILINE)
+    assert len(rows) == 9
+    async with make() as realtime:
+        for method, path, _ in rows:
+            real = prefix + re.sub(r"\{\w+\}", "x", path)
+            answer = await driver.request(realtime, method, real)
+            assert answer.status == (200 if path == "/v1/health" else 401), real

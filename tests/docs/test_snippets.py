@@ -1,0 +1,343 @@
+"""Every block of code in the documents does what the text around it says."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import types
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+import httpx
+import pytest
+from fastapi import FastAPI
+
+from asgi_realtime import Limits, PipeResult, Realtime, Retention, Status, Timeouts, current_run
+from asgi_realtime.testing import driver
+from asgi_realtime.testing.sse import Event, EventParser
+from tests.docs.blocks import BLOCKS, CODE, ROOT, Block, blocks
+from tests.docs.programs import completions_endpoint, served
+
+SECRET = "a secret that is long enough for the tests"
+WORDS = "Each word is sent as soon as it is there.".split()
+
+FRAGMENTS = blocks("fragment")
+PROGRAMS = blocks("program")
+NEEDS = {"options": "tasks", "batches": "tasks"}
+"""Fragments that go on from another one."""
+
+Names = dict[str, Any]
+
+
+def missing(what: str) -> NoReturn:
+    if os.environ.get("REQUIRE_ALL"):
+        pytest.fail(what)
+    pytest.skip(what)
+
+
+@pytest.mark.parametrize("block", [block for block in BLOCKS if block.language in CODE], ids=str)
+def test_every_block_of_code_is_tested(block: Block) -> None:
+    assert block.kind in {"program", "fragment", "sample", "curl", "browser", "conformance"}
+
+
+def test_names_of_blocks_differ() -> None:
+    named = [(block.kind, block.name) for block in BLOCKS if block.kind]
+    assert len(named) == len(set(named))
+
+
+# Fragments
+
+
+async def tokens() -> AsyncIterator[str]:
+    for token in ("Hel", "lo, ", "you!"):
+        yield token
+
+
+async def finished_run(realtime: Realtime) -> str:
+    async with realtime.open_run("sample", tags=["user:1"]) as run:
+        await realtime.append("Hel")
+        await realtime.append("lo")
+        run.set_output({"text": "Hello"})
+    return run.id
+
+
+async def execute(block: Block, names: Names) -> None:
+    """Run a block that may have `await` at its top level. Tracebacks show the line in the document."""
+    source = "\n" * (block.line - 1) + block.text
+    flags = ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
+    code = compile(source, str(block.document), "exec", flags=flags, dont_inherit=True)
+    result = eval(code, names)
+    if inspect.isawaitable(result):
+        await result
+
+
+async def record_of(names: Names) -> Any:
+    return await names["realtime"].get_run(names["run"])
+
+
+async def check_tokens(names: Names, printed: str) -> None:
+    assert names["claims"].scopes == ("read:tags:user:1",)
+    assert names["realtime"].verify_token(names["one_run"]).scopes == (f"read:runs:{names['run'].id}",)
+
+
+async def check_cors(names: Names, printed: str) -> None:
+    assert names["realtime"].cors.origins == ("https://app.example",)
+
+
+async def check_middleware(names: Names, printed: str) -> None:
+    assert (await driver.request(names["app"], "GET", "/realtime/v1/health")).status == 200
+
+
+async def check_reading(names: Names, printed: str) -> None:
+    assert printed.splitlines() == ["Hel", "lo", "COMPLETED {} {'text': 'Hello'}"]
+
+
+async def check_testing(names: Names, printed: str) -> None:
+    await names["test_count_sends_every_number"]()
+
+
+async def check_limits(names: Names, printed: str) -> None:
+    realtime: Realtime = names["realtime"]
+    assert realtime.limits.tags == 20
+    assert realtime.retention.stream_bytes == 32 * 1024 * 1024
+    assert realtime.timeouts.drain == 10
+
+
+async def check_tasks(names: Names, printed: str) -> None:
+    assert names["output"] == {"pages": 3}
+    record = await names["realtime"].get_run(names["handle"])
+    assert record.metadata == {"page": 3}
+    assert record.max_duration_s == 600
+
+
+async def check_open_run(names: Names, printed: str) -> None:
+    record = await record_of(names)
+    assert (record.status, record.output, record.metadata) == (Status.COMPLETED, {"rows": 300}, {"progress": 1.0})
+    assert record.streams == ("progress",)
+
+
+async def check_pipe(names: Names, printed: str) -> None:
+    assert names["text"] == "Hello, you!"
+    assert names["result"] == PipeResult(chunks=3, bytes=17, last_index=2)
+    assert str(names["result"]) in FRAGMENTS["pipe"].text
+
+
+async def check_writer(names: Names, printed: str) -> None:
+    chunks = [chunk async for chunk in names["realtime"].read(names["run"], "log")]
+    assert chunks == [{"step": 1}, "Hel", "lo, ", "you!"]
+
+
+async def check_define_stream(names: Names, printed: str) -> None:
+    assert printed == "1\n"
+
+
+async def check_metadata(names: Names, printed: str) -> None:
+    record = await record_of(names)
+    assert record.metadata == {"progress": 0.5, "rows": 100, "warnings": ["row 7 is empty"]}
+    assert record.tags == ("urgent",)
+
+
+async def check_inputs(names: Names, printed: str) -> None:
+    assert names["output"] == "published"
+
+
+async def check_cancel(names: Names, printed: str) -> None:
+    assert names["record"].is_completed
+
+
+async def check_stop(names: Names, printed: str) -> None:
+    realtime: Realtime = names["realtime"]
+
+    @realtime.task("forever")
+    async def forever() -> None:
+        await current_run().input("never").get()
+
+    handle = await realtime.trigger(forever, tags="user:1")
+    path = f"/runs/{handle.id}/stop"
+    assert (await driver.request(names["app"], "POST", path, query={"user": "2"})).status == 404
+    assert (await driver.request(names["app"], "POST", path, query={"user": "1"})).status == 204
+    async for record in realtime.subscribe_to_run(handle):
+        last = record
+    assert last.status is Status.CANCELED
+
+
+async def check_options(names: Names, printed: str) -> None:
+    realtime = names["realtime"]
+    assert (await realtime.get_run(names["later"])).status is Status.DELAYED
+    assert (await realtime.get_run(names["brief"])).ttl_s == 30
+
+
+async def check_batches(names: Names, printed: str) -> None:
+    assert names["outputs"] == [{"pages": 1}, {"pages": 2}]
+    assert set(printed.splitlines()) == {"report COMPLETED"}
+
+
+async def check_errors(names: Names, printed: str) -> None:
+    assert f"# {printed.strip()}" in FRAGMENTS["errors"].text
+
+
+async def check_sync(names: Names, printed: str) -> None:
+    assert names["output"] == 3
+    chunks = [chunk async for chunk in names["realtime"].read(names["handle"], "rows")]
+    assert chunks == [{"row": 0}, {"row": 1}, {"row": 2}]
+
+
+CHECKS: dict[str, Callable[[Names, str], Awaitable[None]]] = {
+    name.removeprefix("check_"): check for name, check in globals().items() if name.startswith("check_")
+}
+
+
+def test_every_fragment_has_a_check() -> None:
+    assert set(CHECKS) == set(FRAGMENTS)
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("name", FRAGMENTS)
+async def test_fragment(name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    module = types.ModuleType("fragment")
+    monkeypatch.setitem(sys.modules, "fragment", module)  # where the annotations of its classes are looked up
+    names = vars(module)
+    async with Realtime(secret_key=SECRET, signals=False) as realtime:
+        run = await realtime.get_run(await finished_run(realtime))
+        names |= {"realtime": realtime, "run": run, "secret_key": SECRET, "tokens": tokens}
+        names |= {"FastAPI": FastAPI, "app": FastAPI(), "Realtime": Realtime}
+        if name in NEEDS:
+            await execute(FRAGMENTS[NEEDS[name]], names)
+        await execute(FRAGMENTS[name], names)
+        await CHECKS[name](names, capsys.readouterr().out)
+
+
+# Programs
+
+
+def test_every_program_is_served_by_a_test() -> None:
+    assert set(PROGRAMS) == {"smallest", "chat"}
+    assert set(blocks("curl")) == set(blocks("browser")) == {"smallest"}
+
+
+@pytest.fixture(scope="module")
+def smallest(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of the smallest program."""
+    with served(PROGRAMS["smallest"].text, tmp_path_factory.mktemp("smallest")) as url:
+        yield url
+
+
+def events_of(url: str, headers: dict[str, str] | None = None) -> list[Event]:
+    """All events of a stream that ends, asked for as an EventSource does."""
+    parser = EventParser()
+    headers = {"accept": "text/event-stream", **(headers or {})}
+    with httpx.stream("GET", url, headers=headers, timeout=10) as response:
+        assert response.status_code == 200
+        return [event for body in response.iter_bytes() for event in parser.feed(body)]
+
+
+@pytest.mark.slow
+def test_the_curl_line_works_as_printed(smallest: str) -> None:
+    if shutil.which("curl") is None:
+        missing("curl is not installed")
+    line = blocks("curl")["smallest"].text.replace("localhost:8000", smallest.removeprefix("http://"))
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=15, check=True)
+    parser = EventParser()
+    events = parser.feed(done.stdout.encode())
+    assert [json.loads(event.data) for event in events[:-1]] == WORDS
+    assert (events[-1].event, events[-1].data) == ("end", '{"reason":"complete"}')
+
+
+@pytest.mark.slow
+def test_the_stream_of_the_smallest_program_resumes(smallest: str) -> None:
+    url = smallest + httpx.post(f"{smallest}/words").text
+    events = events_of(url)
+    assert [event.id for event in events] == [str(index) for index in range(len(WORDS) + 1)]
+    events = events_of(url, {"last-event-id": "5"})
+    assert [json.loads(event.data) for event in events[:-1]] == WORDS[6:]
+    assert httpx.get(url, headers={"last-event-id": str(len(WORDS))}).status_code == 204
+
+
+@pytest.mark.slow
+@pytest.mark.chromium
+def test_the_event_source_of_the_readme_in_chromium(smallest: str) -> None:
+    from playwright.sync_api import sync_playwright
+
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if path is None:
+        missing("Chromium is not installed (on Debian: apt-get install chromium)")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=["--headless", "--no-sandbox"])
+        page = browser.new_page()
+        page.goto(f"{smallest}/openapi.json")
+        streams: list[str] = []
+        page.on("request", lambda request: streams.append(request.url) if "/streams/" in request.url else None)
+        printed: list[str] = []
+        page.on("console", lambda message: printed.append(message.text) if message.type == "log" else None)
+        with page.expect_console_message(lambda message: message.text == "complete", timeout=15_000):
+            page.evaluate(f"async () => {{ {blocks('browser')['smallest'].text} }}")
+        browser.close()
+    assert printed == [*(f"{index} {word}" for index, word in enumerate(WORDS)), "complete"]
+    assert len(streams) == 1
+
+
+@pytest.mark.slow
+def test_the_program_with_a_model(tmp_path: Path) -> None:
+    with completions_endpoint() as environment:
+        with served(PROGRAMS["chat"].text, tmp_path, {**environment, "REALTIME_SECRET_KEY": SECRET}) as url:
+            handle = httpx.post(f"{url}/chat", json={"text": "Hi"}).json()
+            assert set(handle) == {"id", "publicAccessToken", "isCached"}
+            query = f"access_token={handle['publicAccessToken']}"
+            events = events_of(f"{url}/realtime/v1/streams/{handle['id']}/default?{query}")
+            states = events_of(f"{url}/realtime/v1/runs/{handle['id']}?{query}")
+    chunks = [json.loads(event.data) for event in events if event.event == "message"]
+    assert [chunk["choices"][0]["delta"]["content"] for chunk in chunks] == ["Hel", "lo"]
+    run = json.loads([event for event in states if event.event == "run"][-1].data)
+    assert (run["status"], run["output"], run["metadata"]) == ("COMPLETED", {"text": "Hello"}, {"characters": 5})
+
+
+@pytest.mark.slow
+def test_the_conformance_suite_as_the_architecture_says(tmp_path: Path) -> None:
+    (block,) = blocks("conformance").values()
+    (tmp_path / "test_broker.py").write_text(block.text, "utf-8")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "retried_append", "--rootdir", "."]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout
+    assert " passed" in done.stdout
+
+
+# What else the documents say
+
+
+_SIZE = re.compile(r"(\d+)(?: (KiB|MiB|h))?")
+_UNITS = {"": 1, "KiB": 1024, "MiB": 1024 * 1024, "h": 3600}
+_ROW = re.compile(r"^\| `(Limits|Retention|Timeouts)\.(\w+)` \| ([^|]+) \|", re.MULTILINE)
+
+
+def test_the_table_of_limits_is_right() -> None:
+    rows = _ROW.findall((ROOT / "README.md").read_text("utf-8"))
+    assert len(rows) > 15
+    defaults = {kind.__name__: kind() for kind in (Limits, Retention, Timeouts)}
+    for kind, name, text in rows:
+        found = _SIZE.fullmatch(text)
+        assert found, text
+        assert getattr(defaults[kind], name) == int(found[1]) * _UNITS[found[2] or ""], name
+
+
+def test_settings_that_the_documents_name_exist() -> None:
+    known = {kind.__name__.lower(): {field.name for field in fields(kind)} for kind in (Limits, Retention, Timeouts)}
+    for document in sorted({block.document for block in BLOCKS}):
+        for kind, name in re.findall(
+            r"`(limits|retention|timeouts)\.(\w+)", document.read_text("utf-8"), re.IGNORECASE
+        ):
+            assert any(known_name.startswith(name) for known_name in known[kind.lower()]), f"{document.name}: {name}"
+
+
+def test_links_lead_somewhere() -> None:
+    for document in sorted({block.document for block in BLOCKS}):
+        for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", document.read_text("utf-8")):
+            if not target.startswith("http") and target != "docs/chat.png":  # the picture is made by a person
+                assert (document.parent / target).exists(), f"{document.name}: {target}"
