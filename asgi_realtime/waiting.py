@@ -90,20 +90,20 @@ class Parking:
     __slots__ = ("_parked",)
 
     def __init__(self) -> None:
-        self._parked: set[Parker] = set()
+        self._parked: dict[Parker, None] = {}  # in the order of coming
 
     def __len__(self) -> int:
         return len(self._parked)
 
     def add(self, parker: Parker) -> None:
-        self._parked.add(parker)
+        self._parked[parker] = None
 
     def discard(self, parker: Parker) -> None:
-        self._parked.discard(parker)
+        self._parked.pop(parker, None)
 
     def wake(self) -> None:
         if self._parked:
-            parked, self._parked = self._parked, set()
+            parked, self._parked = self._parked, {}
             for parker in parked:
                 parker.wake()
 
