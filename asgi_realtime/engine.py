@@ -15,7 +15,7 @@ import anyio
 from asgi_realtime.brokers.base import Broker
 from asgi_realtime.config import Limits, Timeouts
 from asgi_realtime.core.runs import Finished, RunError, RunRecord, Status
-from asgi_realtime.errors import InvalidTransition, RunNotFound
+from asgi_realtime.errors import BrokerUnavailable, InvalidTransition, RunNotFound
 from asgi_realtime.execution import Execution
 from asgi_realtime.housekeeping import Housekeeping
 from asgi_realtime.run import RelatedRun, Run
@@ -83,6 +83,7 @@ class Engine:
         supervisor = self._supervisor
         if supervisor is not None and not supervisor.ended:
             if supervisor.usable:
+                self._lazy = self._lazy and lazy
                 return supervisor
             if not supervisor.dead:
                 raise RuntimeError(
@@ -104,6 +105,8 @@ class Engine:
             self._signals.install()
         supervisor.start()
         supervisor.spawn_detached(self._serve)
+        if isinstance(self.executor, InProcessExecutor):
+            self.executor.restart()
         if lazy:
             logger.info("started on first use: put realtime.lifespan or RealtimeMiddleware into the app to stop it too")
         return supervisor
@@ -121,6 +124,8 @@ class Engine:
         supervisor = self.supervisor
         if supervisor is None:
             return
+        if not supervisor.usable:
+            raise RuntimeError("this Realtime runs on another event loop or thread: stop it there")
         supervisor.request_stop()
         await supervisor.wait_ended()
 
@@ -137,6 +142,11 @@ class Engine:
             logger.exception("the broker cannot be used")
             self._failure = exc
             self._changed.wake()
+            if self._supervisor is not None:
+                self._supervisor.request_stop()  # so that the next use tries again
+        finally:
+            if self._signals is not None:
+                self._signals.restore()
 
     def begin_shutdown(self) -> None:
         """End every subscription cleanly. From any thread or signal handler; idempotent."""
@@ -159,28 +169,33 @@ class Engine:
     async def _drain(self) -> None:
         """The shutdown: let what runs end, then end it."""
         self._close_subscriptions()
-        if isinstance(self.executor, InProcessExecutor):
-            for run_id in self.executor.take_waiting():
-                await self._fail_waiting(run_id)
         with anyio.move_on_after(self.timeouts.drain):
-            await self._executions_ended()
-        for execution in tuple(self.executions.values()):
-            execution.shut_down()
+            await self._fail_waiting()
+            while self._busy:
+                await self._changed.wait()
         with anyio.move_on_after(self.timeouts.cancel):
-            await self._executions_ended()
-        if self._signals is not None:
-            self._signals.restore()
+            while self._busy:
+                for execution in tuple(self.executions.values()):
+                    execution.shut_down()
+                await self._changed.wait()
+            await self._fail_waiting()
 
-    async def _executions_ended(self) -> None:
-        while self.executions:
-            await self._changed.wait()
+    @property
+    def _busy(self) -> bool:
+        return bool(self.executions) or (isinstance(self.executor, InProcessExecutor) and bool(self.executor.running))
 
-    async def _fail_waiting(self, run_id: str) -> None:
-        error = RunError("ServerShutdown", "the server was shut down")
+    async def _fail_waiting(self) -> None:
+        """Fail the runs that would begin in this process."""
+        if not isinstance(self.executor, InProcessExecutor):
+            return
+        for run_id in self.executor.take_waiting():
+            await self._end_waiting(run_id, RunError("ServerShutdown", "the server was shut down"))
+
+    async def _end_waiting(self, run_id: str, error: RunError) -> None:
         try:
             await self.runs.update(run_id, Finished(Status.FAILED, error=error))
-        except (InvalidTransition, RunNotFound):
-            pass  # it was canceled or has begun elsewhere
+        except (InvalidTransition, RunNotFound, BrokerUnavailable) as exc:
+            logger.info("run %s could not be failed: %s", run_id, exc)  # it has begun elsewhere, or so
 
     # Executions
 
@@ -204,10 +219,28 @@ class Engine:
         )
         execution = Execution(run, runs=self.runs, debug=self._debug)
         self.executions[record.id] = execution
+        self.wake()
         return execution
 
     def ended(self, execution: Execution) -> None:
         """Forget an execution whose run is over."""
         if self.executions.get(execution.run.id) is execution:
             del self.executions[execution.run.id]
+        self.wake()
+
+    def wake(self) -> None:
+        """Something began or ended: whoever waits for that looks again."""
         self._changed.wake()
+
+    def takes(self, task_id: str) -> bool:
+        """Whether the executor can have runs of this task executed."""
+        return not isinstance(self.executor, InProcessExecutor) or self.executor.knows(task_id)
+
+    async def enqueue(self, record: RunRecord) -> None:
+        """Hand a run that is QUEUED to the executor. If that refuses it, the run fails and the error is raised."""
+        assert self.executor is not None
+        try:
+            await self.executor.enqueue(record.id, record.task)
+        except Exception:
+            await self._end_waiting(record.id, RunError("NotQueued", "the executor did not take the run"))
+            raise

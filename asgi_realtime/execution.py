@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import anyio
 
 from asgi_realtime.core.runs import Finished, RunError, RunRecord, Status
-from asgi_realtime.errors import BrokerUnavailable, RealtimeError, RunCanceled, RunNotFound, ServerShutdown
+from asgi_realtime.errors import EncodingError, LimitExceeded, RealtimeError, RunCanceled, ServerShutdown, TaskError
 from asgi_realtime.run import Run
 from asgi_realtime.runstore import RunStore
 from asgi_realtime.supervisor import logger
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from asgi_realtime.pipe import Pipe
 
 _HIDDEN_MESSAGE = "task failed"
+_SHOWN = (TaskError, EncodingError, LimitExceeded)
+"""What was written for subscribers, and what is wrong with what the task gave; all else may tell of the inside."""
 
 
 class Execution:
@@ -93,7 +95,7 @@ class Execution:
         while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
             error = error.exceptions[0]
         logger.error("run %s of task %r failed", self.run.id, self.run.task, exc_info=error)
-        shown = self._debug or isinstance(error, RealtimeError)
+        shown = self._debug or isinstance(error, _SHOWN)
         message = str(error) if shown else _HIDDEN_MESSAGE
         return Finished(Status.FAILED, error=RunError(type(error).__name__, message))
 
@@ -103,10 +105,13 @@ class Execution:
         with anyio.CancelScope(shield=True):
             if result.status is not Status.COMPLETED:
                 self._stop_pipes()
-            for pipe in tuple(self.run.pipes):
-                await pipe.settled()
-            await self._flush_relatives()
-            record = await self._runs.update(self.run.id, *self.run.buffer.take(), result)
+            try:
+                for pipe in tuple(self.run.pipes):
+                    await pipe.settled()
+                await self._flush_relatives()
+            finally:  # asyncio's own cancellation, of a host that goes away, knows no shield
+                async with self.run.buffer.storing:
+                    record = await self._runs.update(self.run.id, *self.run.buffer.take(), result)
         return record
 
     async def _flush_relatives(self) -> None:
@@ -115,5 +120,5 @@ class Execution:
             if relative is not self.run:
                 try:
                     await relative.buffer.flush()
-                except (RunNotFound, BrokerUnavailable) as exc:
+                except RealtimeError as exc:
                     logger.warning("metadata of run %s is lost: %s", relative.id, exc)

@@ -34,7 +34,10 @@ class Housekeeping:
             await anyio.sleep(engine.timeouts.tick)
             now = engine.clock()
             for subscriber in tuple(engine.subscribers):
-                subscriber.tick(now)
+                try:
+                    subscriber.tick(now)
+                except Exception:
+                    logger.exception("the ticker failed for %r", subscriber)
 
     async def run_what_is_due(self) -> None:
         while True:
@@ -46,12 +49,15 @@ class Housekeeping:
                 if not self._broker_away:
                     logger.warning("the broker is away: %s", exc)
                 self._broker_away = True
+            except Exception:
+                logger.exception("the ticker failed")
 
     async def once(self) -> None:
         """Do all that is due now."""
         engine = self._engine
         if engine.executions:  # before looking for expired leases: a blocked loop must not crash its own runs
             await engine.broker.renew(list(engine.executions), owner=engine.runs.owner)
+            await self._heed_cancellations()
         await self._each("delay", self._queue)
         await self._each("ttl", lambda run_id: self._change(run_id, _EXPIRED))
         await self._each("lease", lambda run_id: self._change(run_id, _CRASHED))
@@ -59,14 +65,31 @@ class Housekeeping:
         await self._each("untold", engine.broker.tell)
         await self._each("expiry", engine.broker.remove)
 
+    async def _heed_cancellations(self) -> None:
+        """Stop what runs here and was canceled, or ended, by another process."""
+        executions = dict(self._engine.executions)
+        records = await self._engine.runs.load(list(executions))
+        for execution, record in zip(executions.values(), records, strict=True):
+            if record is None or record.is_completed or record.cancel_requested_at_ms is not None:
+                execution.cancel()
+
     async def _each(self, kind: str, act: Callable[[str], Awaitable[object]]) -> None:
         for run_id in await self._engine.broker.due(kind):
-            await act(run_id)
+            try:
+                await act(run_id)
+            except BrokerUnavailable:
+                raise
+            except Exception:  # of an executor, as a rule; the others have their turn all the same
+                logger.exception("run %s is due (%s) and that failed", run_id, kind)
 
     async def _queue(self, run_id: str) -> None:
+        engine = self._engine
+        (record,) = await engine.runs.load([run_id])
+        if record is None or not engine.takes(record.task):
+            return  # a process that has the task does it
         record = await self._change(run_id, Queued())
-        if record is not None and record.status is Status.QUEUED and self._engine.executor is not None:
-            await self._engine.executor.enqueue(run_id, record.task)
+        if record is not None and record.status is Status.QUEUED:
+            await engine.enqueue(record)
 
     async def _change(self, run_id: str, change: RunChange) -> RunRecord | None:
         try:

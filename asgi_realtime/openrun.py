@@ -7,9 +7,10 @@ from collections.abc import Awaitable, Callable
 from types import TracebackType
 
 from asgi_realtime.core.runs import RunRecord
-from asgi_realtime.errors import RunCanceled
+from asgi_realtime.errors import RealtimeError
 from asgi_realtime.execution import Execution
 from asgi_realtime.run import Run, current
+from asgi_realtime.supervisor import logger
 from asgi_realtime.waiting import Interrupt, make_interrupt
 
 Begin = Callable[[], Awaitable[Execution]]
@@ -19,7 +20,8 @@ class OpenRun:
     """An async context manager that gives the `Run`. Made by `Realtime.open_run`.
 
     Leaving completes the run with what `run.set_output` was given. An exception fails it and goes on; cancellation by
-    the host cancels it and goes on. `cancel(run)` cancels the body, and the `async with` raises `RunCanceled`.
+    the host cancels it and goes on. `cancel(run)` cancels the body, and the `async with` raises `RunCanceled`; the stop
+    of the `Realtime` does the same with `ServerShutdown`, and the run is FAILED.
     """
 
     def __init__(self, begin: Begin, ended: Callable[[Execution], None]) -> None:
@@ -52,9 +54,13 @@ class OpenRun:
             pass  # left in another task than entered: that one has its own context, nothing is to be undone here
         try:
             await self._end(execution, exc, interrupted=interrupt.interrupted)
+        except RealtimeError as failure:
+            if not isinstance(exc, Exception):
+                raise
+            logger.error("the end of run %s could not be stored: %s", execution.run.id, failure)  # `exc` goes on
         finally:
             self._on_ended(execution)
-        if isinstance(execution.stopped_by, RunCanceled) and (exc is None or interrupt.interrupted):
+        if execution.stopped_by is not None and (exc is None or interrupt.interrupted):
             raise execution.stopped_by from None
 
     async def _end(self, execution: Execution, exc: BaseException | None, *, interrupted: bool) -> RunRecord:

@@ -29,7 +29,7 @@ from asgi_realtime.core.metadata import (
     normalize_value,
 )
 from asgi_realtime.core.runs import MetadataChanged, RunChange, RunRecord, TagsAdded
-from asgi_realtime.errors import LimitExceeded, NoCurrentRun, RunNotFound
+from asgi_realtime.errors import BrokerUnavailable, LimitExceeded, NoCurrentRun, RunEnded, RunNotFound
 from asgi_realtime.names import check_tags, input_stream
 from asgi_realtime.reading import StreamReader, ended_otherwise
 from asgi_realtime.runstore import RunStore
@@ -50,12 +50,13 @@ class ChangeBuffer:
     def __init__(self, run_id: str, *, runs: RunStore, supervisor: Supervisor) -> None:
         self.run_id = run_id
         self.lock = threading.RLock()
+        self.storing = anyio.Lock(fast_acquire=True)
+        """Changes are stored one after another, so that they keep their order and none comes after the run's end."""
         self.on_stored: Callable[[RunRecord], None] | None = None
         self._runs = runs
         self._supervisor = supervisor
         self._pending: list[RunChange] = []
         self._scheduled = False
-        self._storing = False
 
     def add(self, change: RunChange) -> None:
         """Take a change; it is stored within `COALESCE_S`."""
@@ -78,25 +79,38 @@ class ChangeBuffer:
 
     async def _store_soon(self) -> None:
         await anyio.sleep(COALESCE_S)
-        self._scheduled = False
-        try:
-            await self.flush()
-        except RunNotFound as exc:
-            logger.warning("metadata of run %s is lost: %s", self.run_id, exc)
+        while True:
+            with self.lock:
+                self._scheduled = False
+            try:
+                await self._store()
+                return
+            except RunNotFound as exc:
+                logger.warning("metadata of run %s is lost: %s", self.run_id, exc)
+                return
+            except BrokerUnavailable as exc:
+                logger.warning("metadata of run %s waits: %s", self.run_id, exc)
 
     async def flush(self) -> None:
-        """Store everything now. If that fails the changes stay, to be stored later, and the error is raised."""
-        changes = self.take()
-        if not changes:
-            return
-        try:
-            record = await self._runs.update(self.run_id, *changes)
-        except BaseException:
-            with self.lock:
-                self._pending[:0] = changes
-            raise
-        if self.on_stored is not None:
-            self.on_stored(record)
+        """Store everything now. If that fails the changes stay, to be stored later, and the error is raised.
+
+        Cancelling the caller does not cancel the storing: half-way it could not be said whether it has happened.
+        """
+        await self._supervisor.shielded(self._store)
+
+    async def _store(self) -> None:
+        async with self.storing:
+            changes = self.take()
+            if not changes:
+                return
+            try:
+                record = await self._runs.update(self.run_id, *changes)
+            except BaseException:
+                with self.lock:
+                    self._pending[:0] = changes
+                raise
+            if self.on_stored is not None:
+                self.on_stored(record)
 
 
 class Metadata:
@@ -274,23 +288,25 @@ class Input:
 
     def __init__(self, entries: StreamReader) -> None:
         self._entries = entries
+        self._turn = anyio.Lock(fast_acquire=True)
 
     async def get(self, *, timeout: Span | None = None) -> Any:
-        """The next data; waits for it. Raises `TimeoutError`, and `RunCanceled` or `RunFailed` once the run is over."""
-        self._entries.timeout_s = None if timeout is None else parse_span(timeout, name="timeout")
+        """The next data; waits for it. Raises `TimeoutError`, and `RunEnded` (how it ended) once the run is over."""
+        seconds = None if timeout is None else parse_span(timeout, name="timeout")
         try:
-            entry = await self._entries.__anext__()
+            with anyio.fail_after(seconds):
+                return await self.__anext__()
         except StopAsyncIteration:
-            assert self._entries.end is not None
-            raise ended_otherwise(self._entries.end) from None
-        return decode(entry.data)
+            end = self._entries.end
+            assert end is not None
+            raise RunEnded("the run is over") if end.reason == "complete" else ended_otherwise(end) from None
 
     def __aiter__(self) -> Input:
         return self
 
     async def __anext__(self) -> Any:
-        self._entries.timeout_s = None
-        return decode((await self._entries.__anext__()).data)
+        async with self._turn:
+            return decode((await self._entries.__anext__()).data)
 
 
 def encode_output(output: Any, limit_bytes: int) -> bytes:

@@ -27,15 +27,18 @@ class ShutdownSignals:
             return
         for number in WATCHED:
             previous = signal.getsignal(number)
-            if callable(previous):
+            _, ours = self._installed.get(number, (None, None))  # still there if its loop was closed without a stop
+            if callable(previous) and previous is not ours:
                 handler = self._chained(previous)
                 signal.signal(number, handler)
                 self._installed[number] = (previous, handler)
 
     def _chained(self, previous: Callable[[int, FrameType | None], Any]) -> Callable[[int, FrameType | None], None]:
         def handle(number: int, frame: FrameType | None) -> None:
-            self._on_signal()
-            previous(number, frame)
+            try:
+                self._on_signal()
+            finally:
+                previous(number, frame)
 
         return handle
 

@@ -19,12 +19,22 @@ import anyio.abc
 import anyio.from_thread
 import anyio.lowlevel
 
+from asgi_realtime.errors import ServerShutdown
 from asgi_realtime.waiting import Parking, on_asyncio
 
 logger = logging.getLogger("asgi_realtime")
 
 Job = Callable[[], Awaitable[None]]
 _R = TypeVar("_R")
+
+
+def cancelled_by_nobody() -> bool:
+    """Whether the cancellation that is being handled is of the code's own making.
+
+    On asyncio whoever awaits a cancelled task or future gets a `CancelledError` that nobody has asked for.
+    """
+    task = asyncio.current_task() if on_asyncio() else None
+    return task is not None and not task.cancelling()
 
 
 class Supervisor:
@@ -60,7 +70,10 @@ class Supervisor:
             return False
         if self._loop is not None:
             return on_asyncio() and asyncio.get_running_loop() is self._loop
-        return not on_asyncio() and anyio.lowlevel.current_token() == self._token
+        try:
+            return not on_asyncio() and anyio.lowlevel.current_token() == self._token
+        except anyio.NoEventLoopError:
+            return False
 
     @property
     def dead(self) -> bool:
@@ -92,8 +105,12 @@ class Supervisor:
     async def _guarded(self, job: Job) -> None:
         try:
             await job()
-        except Exception:
+        except (Exception, SystemExit):
             logger.exception("a background job failed: %r", job)
+        except anyio.get_cancelled_exc_class():
+            if not cancelled_by_nobody():
+                raise
+            logger.exception("a background job cancelled itself: %r", job)  # raised, it would cancel all others too
 
     def spawn(self, job: Job) -> None:
         """Run a job beside everything else, in a copy of the caller's context. Its errors are logged."""
@@ -131,6 +148,31 @@ class Supervisor:
             return await function()
 
         return anyio.from_thread.run(call, token=self._token)
+
+    async def shielded(self, function: Callable[[], Awaitable[None]]) -> None:
+        """Run a coroutine function here and wait for it. Cancelling the caller does not cancel it."""
+        if self.ended or (self._group is not None and self._group.cancel_scope.cancel_called):
+            await function()
+            return
+        done = Parking()
+        outcome: list[Exception | None] = []
+
+        async def job() -> None:
+            try:
+                await function()
+            except Exception as exc:
+                outcome.append(exc)
+            else:
+                outcome.append(None)
+            finally:
+                outcome.append(ServerShutdown("the server was shut down"))  # counts if there is nothing before it
+                done.wake()
+
+        self.spawn_detached(job)
+        while not outcome:
+            await done.wait()
+        if outcome[0] is not None:
+            raise outcome[0]
 
     async def wait_ended(self) -> None:
         while not self.ended:

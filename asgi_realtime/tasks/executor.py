@@ -5,6 +5,7 @@ The one here runs them in this process, in the order of arrival, up to the concu
 
 from __future__ import annotations
 
+import functools
 from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import Protocol
@@ -21,20 +22,31 @@ class Executor(Protocol):
 
 
 class InProcessExecutor:
-    """Runs tasks beside the host's own code, on its loop."""
+    """Runs tasks beside the host's own code, on its loop. `concurrency_limit` gives None for a task unknown here."""
 
     def __init__(
         self,
         execute: Callable[[str], Awaitable[None]],
         *,
         spawn: Callable[[Job], None],
-        concurrency_limit: Callable[[str], int],
+        concurrency_limit: Callable[[str], int | None],
+        on_end: Callable[[], None],
     ) -> None:
         self._execute = execute
         self._spawn = spawn
         self._concurrency_limit = concurrency_limit
+        self._on_end = on_end
         self._waiting: dict[str, deque[str]] = {}
-        self._running: dict[str, int] = {}
+        self._running: dict[str, list[str]] = {}
+
+    def knows(self, task_id: str) -> bool:
+        """Whether runs of this task can be executed here."""
+        return self._concurrency_limit(task_id) is not None
+
+    @property
+    def running(self) -> list[str]:
+        """The runs that were given a place; some may not be claimed yet."""
+        return [run_id for run_ids in self._running.values() for run_id in run_ids]
 
     async def enqueue(self, run_id: str, task_id: str) -> None:
         self._waiting.setdefault(task_id, deque()).append(run_id)
@@ -46,20 +58,29 @@ class InProcessExecutor:
         self._waiting.clear()
         return waiting
 
+    def restart(self) -> None:
+        """Begin anew, on another loop perhaps: what ran on the old one is gone, what waited there has its turn."""
+        self._running = {}
+        for task_id in tuple(self._waiting):
+            self._fill(task_id)
+
     def _fill(self, task_id: str) -> None:
         waiting = self._waiting.get(task_id)
-        while waiting and self._running.get(task_id, 0) < self._concurrency_limit(task_id):
+        limit = self._concurrency_limit(task_id) or 0
+        while waiting and len(self._running.get(task_id, ())) < limit:
             run_id = waiting.popleft()
-            self._running[task_id] = self._running.get(task_id, 0) + 1
-            self._spawn(lambda run_id=run_id: self._run(run_id, task_id))  # type: ignore[misc]
+            self._running.setdefault(task_id, []).append(run_id)
+            self._spawn(functools.partial(self._run, run_id, task_id, self._running))
         if waiting is not None and not waiting:
             self._waiting.pop(task_id, None)
 
-    async def _run(self, run_id: str, task_id: str) -> None:
+    async def _run(self, run_id: str, task_id: str, running: dict[str, list[str]]) -> None:
         try:
             await self._execute(run_id)
         finally:
-            self._running[task_id] -= 1
-            if not self._running[task_id]:
-                del self._running[task_id]
-            self._fill(task_id)
+            running[task_id].remove(run_id)
+            if not running[task_id]:
+                del running[task_id]
+            if running is self._running:
+                self._fill(task_id)
+                self._on_end()

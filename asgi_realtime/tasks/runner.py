@@ -6,15 +6,16 @@ import functools
 from typing import Any
 
 import anyio
-import anyio.to_thread
 
 from asgi_realtime.core.runs import RunRecord
 from asgi_realtime.execution import Execution
 from asgi_realtime.run import current
+from asgi_realtime.supervisor import cancelled_by_nobody
 from asgi_realtime.tasks.task import Task
+from asgi_realtime.tasks.threads import TaskThreads
 
 
-async def run_task(task: Task[Any, Any], execution: Execution, *, threads: anyio.CapacityLimiter) -> RunRecord:
+async def run_task(task: Task[Any, Any], execution: Execution, *, threads: TaskThreads) -> RunRecord:
     """Call the task and end its run by what comes of it. Returns the last record.
 
     Cancelling the caller cancels the run, and goes on when that is stored.
@@ -32,12 +33,14 @@ async def run_task(task: Task[Any, Any], execution: Execution, *, threads: anyio
                 if output is not None or execution.run.output_json is None:
                     execution.run.set_output(output)
                 return await execution.returned()
-            except Exception as exc:
+            except (Exception, SystemExit) as exc:  # a task that exits does not end the server
                 return await execution.raised(exc)
         if execution.stopped_by is None and task.max_duration_s is not None:
             return await execution.timed_out(task.max_duration_s)
         return await execution.stopped()
-    except anyio.get_cancelled_exc_class():
+    except anyio.get_cancelled_exc_class() as exc:
+        if cancelled_by_nobody():
+            return await execution.raised(exc)
         await execution.stopped()
         raise
     finally:
@@ -45,10 +48,10 @@ async def run_task(task: Task[Any, Any], execution: Execution, *, threads: anyio
         current.reset(token)
 
 
-async def _call(task: Task[Any, Any], execution: Execution, threads: anyio.CapacityLimiter) -> Any:
+async def _call(task: Task[Any, Any], execution: Execution, threads: TaskThreads) -> Any:
     run = execution.run
     payload = task.decode_payload(run.record.payload_json or b"null") if task.takes_payload else None
     call = functools.partial(task.function, *task.arguments(payload, run))
     if task.is_async:
         return await call()
-    return await anyio.to_thread.run_sync(call, abandon_on_cancel=True, limiter=threads)
+    return await threads.run(call)

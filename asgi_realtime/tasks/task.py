@@ -5,12 +5,15 @@ Payloads and outputs always travel as JSON, also inside one process, so that a t
 
 from __future__ import annotations
 
+import functools
 import inspect
+import types
 import typing
 from collections.abc import Callable
 from typing import Any, Generic, ParamSpec, TypeVar
 
 import msgspec
+import msgspec.inspect
 
 from asgi_realtime.core.chunks import decode, encode_value
 from asgi_realtime.errors import EncodingError, InvalidConfiguration, InvalidPayload, LimitExceeded, UsageError
@@ -36,10 +39,12 @@ class Task(Generic[P, R]):
         self.function = function
         self.max_duration_s = max_duration_s
         self.concurrency_limit = concurrency_limit
-        self.is_async = inspect.iscoroutinefunction(function)
-        self._parameters = _parameters(function)
-        hints = _hints(function)
+        plain = _plain_function(function)
+        self.is_async = inspect.iscoroutinefunction(plain)
+        hints = _hints(plain)
+        self._parameters = _parameters(function, hints)
         self.payload_type = next((hints.get(name, _ANY) for name, run in self._parameters if not run), _ANY)
+        self._decode_payload = decoder_of(self.payload_type)
         self.output_type = hints.get("return", _ANY)
         self.__doc__ = function.__doc__
         self.__wrapped__ = function
@@ -70,7 +75,7 @@ class Task(Generic[P, R]):
     def decode_payload(self, data: bytes) -> Any:
         """The payload as its annotation says. Raises `InvalidPayload`."""
         try:
-            return decode_as(data, self.payload_type)
+            return self._decode_payload(data)
         except UsageError as exc:
             raise InvalidPayload(
                 f"the payload of task {self.id!r} does not fit {_name(self.payload_type)}: {exc}"
@@ -90,34 +95,93 @@ class Task(Generic[P, R]):
 
 def decode_as(data: bytes, annotation: Any) -> Any:
     """Decode JSON into a type: dataclass, msgspec, pydantic, TypedDict, or plain. Raises `UsageError`."""
+    return decoder_of(annotation)(data)
+
+
+def decoder_of(annotation: Any) -> Callable[[bytes], Any]:
+    """What decodes JSON into a type. Raises `InvalidConfiguration` for a type that has no JSON form."""
     if annotation is _ANY or annotation is inspect.Parameter.empty or annotation is object:
-        return decode(data)
+        return decode
+    read = _reader(annotation)
+
+    def decode_typed(data: bytes) -> Any:
+        try:
+            return read(data)
+        except RecursionError as exc:
+            raise UsageError("JSON is nested too deeply") from exc
+        except (msgspec.MsgspecError, ValueError, TypeError) as exc:
+            raise UsageError(str(exc)) from exc
+
+    return decode_typed
+
+
+def _reader(annotation: Any) -> Callable[[bytes], Any]:
     try:
-        return msgspec.json.decode(data, type=annotation, dec_hook=_decode_foreign)
-    except (msgspec.MsgspecError, ValueError, TypeError) as exc:
-        raise UsageError(str(exc)) from exc
+        if _is_foreign(annotation):
+            raise TypeError(f"{_name(annotation)} cannot be made from JSON")
+        return msgspec.json.Decoder(annotation, dec_hook=_decode_foreign).decode
+    except TypeError as exc:
+        adapter = _pydantic_adapter(annotation)
+        if adapter is None:
+            raise InvalidConfiguration(f"{_name(annotation)} is not a type for payloads or chunks: {exc}") from exc
+        return adapter
 
 
-def _decode_foreign(annotation: type, value: Any) -> Any:
-    """Types that msgspec does not know: pydantic models, told by their method."""
-    validate = getattr(annotation, "model_validate", None)
+def _is_foreign(annotation: Any) -> bool:
+    """Whether msgspec would leave it to the hook, which knows pydantic models only."""
+    known = msgspec.inspect.type_info(annotation)
+    return isinstance(known, msgspec.inspect.CustomType) and not hasattr(annotation, "model_validate_json")
+
+
+def _pydantic_adapter(annotation: Any) -> Callable[[bytes], Any] | None:
+    """What pydantic knows and msgspec does not, such as a union of models."""
+    try:
+        import pydantic
+    except ImportError:
+        return None
+    try:
+        return pydantic.TypeAdapter(annotation).validate_json
+    except pydantic.errors.PydanticUserError:
+        return None
+
+
+def _decode_foreign(annotation: Any, value: Any) -> Any:
+    """Types that msgspec does not know: pydantic models, told by their method. From JSON, as strict models want it."""
+    validate = getattr(annotation, "model_validate_json", None)
     if validate is None:
         raise TypeError(f"{_name(annotation)} cannot be made from JSON")
-    return validate(value)
+    return validate(encode_value(value))
 
 
 def _name(annotation: Any) -> str:
     return getattr(annotation, "__name__", None) or str(annotation)
 
 
-def _parameters(function: Callable[..., Any]) -> list[tuple[str, bool]]:
+def _plain_function(function: Callable[..., Any]) -> Callable[..., Any]:
+    """What is behind decorators, `functools.partial` and objects with `__call__`. Raises `InvalidConfiguration`."""
+    plain = inspect.unwrap(function)
+    while isinstance(plain, functools.partial):
+        plain = inspect.unwrap(plain.func)
+    if not inspect.isroutine(plain):
+        plain = inspect.unwrap(getattr(plain, "__call__", plain))  # noqa: B004 - a class's own, where it has one
+    if not inspect.isroutine(plain) or isinstance(function, type):
+        raise InvalidConfiguration(f"a task is a function; this is a {type(function).__name__}: {function!r}")
+    if inspect.isgeneratorfunction(plain) or inspect.isasyncgenfunction(plain):
+        raise InvalidConfiguration(
+            f"{plain.__qualname__!r} is a generator function, which cannot be a task: pipe what it gives inside of one"
+        )
+    return plain
+
+
+def _parameters(function: Callable[..., Any], hints: dict[str, Any]) -> list[tuple[str, bool]]:
     """The function's parameters: name, and whether it takes the run."""
-    hints = _hints(function)
     parameters: list[tuple[str, bool]] = []
     for parameter in inspect.signature(function).parameters.values():
         if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
             if parameter.default is parameter.empty or not parameters:
                 parameters.append((parameter.name, hints.get(parameter.name) is Run))
+        elif parameter.kind is parameter.VAR_POSITIONAL:  # of a decorator without `functools.wraps`, as a rule
+            parameters.append((f"*{parameter.name}", False))
         elif parameter.kind is parameter.KEYWORD_ONLY and parameter.default is parameter.empty:
             parameters.append((f"*, {parameter.name}", False))
     if len(parameters) == 2 and not any(run for _, run in parameters) and not parameters[1][0].startswith("*"):
@@ -132,13 +196,21 @@ def _parameters(function: Callable[..., Any]) -> list[tuple[str, bool]]:
 
 
 def _hints(function: Callable[..., Any]) -> dict[str, Any]:
-    """The annotations, evaluated; also those that name what is local to an enclosing function."""
-    target = inspect.unwrap(function)
-    closure = inspect.getclosurevars(target).nonlocals if inspect.isfunction(target) else {}
+    """The annotations, evaluated; also those that name what is local to an enclosing function and used inside."""
     try:
-        return typing.get_type_hints(target, localns=dict(closure))
+        return typing.get_type_hints(function, localns=_closure(function))
     except NameError as exc:
         raise InvalidConfiguration(
-            f"an annotation of {getattr(target, '__qualname__', target)!r} cannot be evaluated: {exc};"
+            f"an annotation of {getattr(function, '__qualname__', function)!r} cannot be evaluated: {exc};"
             " define the type at module level"
         ) from exc
+
+
+def _closure(function: Callable[..., Any]) -> dict[str, Any]:
+    """What a function uses of the functions around it, as far as it is there already."""
+    plain = getattr(function, "__func__", function)
+    if not inspect.isfunction(plain):
+        return {}
+    cells = zip(plain.__code__.co_freevars, plain.__closure__ or (), strict=False)
+    empty = types.CellType()  # such as that of the function itself while it is being decorated
+    return {name: cell.cell_contents for name, cell in cells if cell != empty}

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import anyio
 import msgspec
 
 from asgi_realtime.config import Retention, Span, parse_span
@@ -33,6 +32,7 @@ from asgi_realtime.run import current
 from asgi_realtime.tasks.executor import Executor, InProcessExecutor
 from asgi_realtime.tasks.runner import run_task
 from asgi_realtime.tasks.task import Task
+from asgi_realtime.tasks.threads import TaskThreads
 
 TaskLike = Task[Any, Any] | str
 BatchItem = tuple[TaskLike, Any] | tuple[TaskLike, Any, Mapping[str, Any]]
@@ -65,11 +65,12 @@ class Tasks:
         self._retention = retention
         self._handle = handle
         self._tasks: dict[str, Task[Any, Any]] = {}
-        self._threads: anyio.CapacityLimiter | None = None
+        self._threads: TaskThreads | None = None
         engine.executor = executor or InProcessExecutor(
             self.execute,
             spawn=engine.spawn_detached,
-            concurrency_limit=lambda task_id: self.get(task_id).concurrency_limit,
+            concurrency_limit=self._concurrency_limit,
+            on_end=engine.wake,
         )
 
     def register(
@@ -79,7 +80,7 @@ class Tasks:
         check_key(task_id, self._limits, what="task id")
         if task_id in self._tasks:
             raise InvalidConfiguration(f"a task {task_id!r} is registered already; ids must differ")
-        if concurrency_limit is not None and (isinstance(concurrency_limit, bool) or concurrency_limit < 1):
+        if concurrency_limit is not None and (type(concurrency_limit) is not int or concurrency_limit < 1):
             raise InvalidConfiguration(f"concurrency_limit is {concurrency_limit!r}; it must be 1 or more")
         task = self._tasks[task_id] = Task(
             task_id,
@@ -88,6 +89,10 @@ class Tasks:
             concurrency_limit=concurrency_limit or self._limits.task_concurrency,
         )
         return task
+
+    def _concurrency_limit(self, task_id: str) -> int | None:
+        task = self._tasks.get(task_id)
+        return None if task is None else task.concurrency_limit
 
     def get(self, task: TaskLike) -> Task[Any, Any]:
         """The registered task. Raises `UnknownTask`."""
@@ -235,8 +240,7 @@ class Tasks:
                 raise
             return conflict.current, True
         if record.status is Status.QUEUED:
-            assert self._engine.executor is not None
-            await self._engine.executor.enqueue(record.id, record.task)
+            await self._engine.enqueue(record)
         return record, False
 
     # Execute
@@ -251,13 +255,17 @@ class Tasks:
             return
         if record.is_completed:
             return
-        if self._threads is None:
-            self._threads = anyio.CapacityLimiter(self._limits.task_threads)
         execution = await self._engine.execution(record)
         try:
-            await run_task(task, execution, threads=self._threads)
+            await run_task(task, execution, threads=self._task_threads())
         finally:
             self._engine.ended(execution)
+
+    def _task_threads(self) -> TaskThreads:
+        supervisor = self._engine.begin()
+        if self._threads is None or self._threads.supervisor is not supervisor:
+            self._threads = TaskThreads(self._limits.task_threads, supervisor)
+        return self._threads
 
     def decode_output(self, record: RunRecord) -> Any:
         """The output of a run, in the type that its task is annotated with, if the task is known here."""

@@ -1,0 +1,44 @@
+"""What tests of the in-process API share: a quick `Realtime`, a clock moved by hand, waiting for a fact."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import anyio
+
+from asgi_realtime import Realtime, RunRecord, Timeouts
+from asgi_realtime.realtime import RunLike
+
+SECRET = "a secret of the tests, 32 bytes or more"
+QUICK = Timeouts(tick=0.01, drain=0.02, cancel=1.0)
+GUARD_S = 5.0
+
+
+class FakeClock:
+    """Unix seconds, moved by hand."""
+
+    def __init__(self) -> None:
+        self.seconds = 1_700_000_000.0
+
+    def __call__(self) -> float:
+        return self.seconds
+
+
+def make_realtime(**options: Any) -> Realtime:
+    merged: dict[str, Any] = {"secret_key": SECRET, "signals": False, "timeouts": QUICK} | options
+    return Realtime(**merged)
+
+
+async def until(fact: Callable[[], object]) -> None:
+    """Wait until something is so."""
+    with anyio.fail_after(GUARD_S):
+        while not fact():  # noqa: ASYNC110 - of threads too, and of what has no event
+            await anyio.sleep(0.001)
+
+
+async def ended(realtime: Realtime, run: RunLike) -> RunRecord:
+    """The last record of a run."""
+    run_id = run if isinstance(run, str) else run.id
+    with anyio.fail_after(GUARD_S):
+        return await realtime.runs.ended(run_id)

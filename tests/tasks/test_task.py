@@ -1,0 +1,453 @@
+from __future__ import annotations
+
+import functools
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, TypedDict
+
+import msgspec
+import pydantic
+import pytest
+
+from asgi_realtime import (
+    InvalidConfiguration,
+    InvalidPayload,
+    LimitExceeded,
+    Limits,
+    Realtime,
+    Run,
+    UsageError,
+)
+from asgi_realtime.core.chunks import decode
+from asgi_realtime.tasks.task import decode_as
+from tests.inprocess import make_realtime
+
+
+@dataclass
+class Line:
+    sku: str
+    count: int = 1
+
+
+@dataclass
+class Order:
+    number: int
+    lines: list[Line]
+
+
+class Point(msgspec.Struct):
+    x: float
+    y: float = 0.0
+
+
+class Person(pydantic.BaseModel):
+    name: str
+    born: datetime | None = None
+
+
+class StrictPerson(pydantic.BaseModel, strict=True):
+    name: str
+    born: datetime
+
+
+class Cat(pydantic.BaseModel):
+    lives: int
+
+
+class Dog(pydantic.BaseModel):
+    tricks: list[str]
+
+
+class Prompt(TypedDict):
+    text: str
+
+
+async def takes_order(payload: Order, run: Run) -> Any:
+    return payload
+
+
+async def takes_point(payload: Point) -> Any:
+    return payload
+
+
+async def takes_person(payload: Person) -> Any:
+    return payload
+
+
+async def takes_strict_person(payload: StrictPerson) -> Any:
+    return payload
+
+
+async def takes_people(payload: list[Person]) -> Any:
+    return payload
+
+
+async def takes_pet(payload: Cat | Dog) -> Any:
+    return payload
+
+
+async def takes_prompt(payload: Prompt) -> Any:
+    return payload
+
+
+async def takes_dict(payload: dict[str, Any]) -> Any:
+    return payload
+
+
+async def takes_anything(payload: Any) -> Any:
+    return payload
+
+
+async def takes_object(payload: object) -> Any:
+    return payload
+
+
+async def takes_unannotated(payload) -> Any:  # type: ignore[no-untyped-def]
+    return payload
+
+
+BORN = datetime(2000, 1, 2, tzinfo=UTC)
+
+
+@pytest.mark.parametrize(
+    ("function", "payload", "decoded"),
+    [
+        (takes_order, {"number": 1, "lines": [{"sku": "a"}]}, Order(1, [Line("a")])),
+        (takes_order, Order(1, [Line("a", 2)]), Order(1, [Line("a", 2)])),
+        (takes_point, {"x": 1}, Point(1.0)),
+        (takes_point, Point(1.5, 2.5), Point(1.5, 2.5)),
+        (takes_person, {"name": "Ada", "born": "2000-01-02T00:00:00Z"}, Person(name="Ada", born=BORN)),
+        (takes_person, Person(name="Ada", born=BORN), Person(name="Ada", born=BORN)),
+        (takes_strict_person, StrictPerson(name="Ada", born=BORN), StrictPerson(name="Ada", born=BORN)),
+        (takes_people, [{"name": "Ada"}], [Person(name="Ada")]),
+        (takes_pet, {"tricks": ["sit"]}, Dog(tricks=["sit"])),
+        (takes_pet, Cat(lives=9), Cat(lives=9)),
+        (takes_prompt, {"text": "hi"}, {"text": "hi"}),
+        (takes_dict, {"any": [1, None]}, {"any": [1, None]}),
+        (takes_dict, Order(1, []), {"number": 1, "lines": []}),
+        (takes_anything, [1, "a", None], [1, "a", None]),
+        (takes_object, {"a": 1}, {"a": 1}),
+        (takes_unannotated, (1, 2), [1, 2]),
+        (takes_anything, None, None),
+    ],
+)
+@pytest.mark.anyio
+async def test_the_annotation_decodes_the_payload_always_through_json(
+    function: Callable[..., Awaitable[Any]], payload: Any, decoded: Any
+) -> None:
+    realtime = make_realtime()
+    seen: list[Any] = []
+
+    @functools.wraps(function)
+    async def spy(*args: Any) -> None:
+        seen.append(args[0])
+
+    task = realtime.task("t")(spy)
+    async with realtime:
+        await (await realtime.trigger(task, payload)).result(timeout=5)
+    assert seen == [decoded]
+    assert type(seen[0]) is type(decoded)
+    assert seen[0] is not payload or payload is None
+
+
+@pytest.mark.parametrize(
+    ("function", "payload", "message"),
+    [
+        (takes_order, {"number": "one", "lines": []}, "Expected `int`, got `str` - at `$.number`"),
+        (takes_order, {"number": 1}, "missing required field `lines`"),
+        (takes_order, None, "Expected `object`, got `null`"),
+        (takes_point, {"x": None}, "$.x"),
+        (takes_person, {"name": 1}, "name"),
+        (takes_pet, {"wings": 2}, "does not fit"),
+        (takes_prompt, {}, "text"),
+        (takes_dict, [1], "Expected `object`, got `array`"),
+        (takes_anything, b"raw", "has no JSON form"),
+        (takes_anything, {"a": object()}, "at ['a']: object has no JSON form"),
+    ],
+)
+@pytest.mark.anyio
+async def test_a_payload_that_does_not_fit_is_refused_and_no_run_begins(
+    function: Callable[..., Awaitable[Any]], payload: Any, message: str
+) -> None:
+    realtime = make_realtime()
+    task = realtime.task("t")(function)
+    async with realtime:
+        with pytest.raises(InvalidPayload) as caught:
+            await realtime.trigger(task, payload, tags="x")
+        assert message in str(caught.value)
+        assert "'t'" in str(caught.value)
+        assert caught.value.status == 422
+        assert (await realtime.broker.changes("tag:x")).items == []
+
+
+@pytest.mark.anyio
+async def test_a_payload_over_the_limit_is_413_and_names_the_limit() -> None:
+    realtime = make_realtime(limits=Limits(payload_bytes=10))
+    realtime.task("t")(takes_anything)
+    async with realtime:
+        await realtime.trigger("t", "x" * 8)
+        with pytest.raises(LimitExceeded, match="is 11 bytes, limit 10") as caught:
+            await realtime.trigger("t", "x" * 9)
+    assert caught.value.status == 413
+
+
+async def nothing() -> str:
+    return "nothing"
+
+
+async def only_run(run: Run) -> str:
+    return run.id
+
+
+async def both(payload: int, run: Run) -> list[Any]:
+    return [payload, run.id]
+
+
+async def second_is_the_run(payload, run):  # type: ignore[no-untyped-def]
+    return [payload, run.id]
+
+
+async def with_more_defaults(payload: int, run: Run, factor: int = 2, *, extra: int = 0) -> list[Any]:
+    return [payload * factor, run.id]
+
+
+async def default_payload(payload: int = 5) -> int:
+    return payload
+
+
+class Callables:
+    async def method(self, payload: int, run: Run) -> list[Any]:
+        return [payload, run.id]
+
+    async def __call__(self, payload: int) -> int:
+        return payload
+
+
+def fed(x: int, payload: int) -> int:
+    return x * payload
+
+
+@pytest.mark.parametrize(
+    ("function", "payload", "output"),
+    [
+        (nothing, None, "nothing"),
+        (only_run, None, "RUN"),
+        (both, 1, [1, "RUN"]),
+        (second_is_the_run, 1, [1, "RUN"]),
+        (with_more_defaults, 2, [4, "RUN"]),
+        (default_payload, 7, 7),
+        (Callables().method, 3, [3, "RUN"]),
+        (Callables(), 3, 3),
+        (functools.partial(fed, 3), 4, 12),
+    ],
+)
+@pytest.mark.anyio
+async def test_a_task_may_take_nothing_a_payload_a_run_or_both(
+    function: Callable[..., Any], payload: Any, output: Any
+) -> None:
+    realtime = make_realtime()
+    task: Any = realtime.task("t")(function)
+    async with realtime:
+        handle = await realtime.trigger(task, payload)
+        expected = [handle.id if part == "RUN" else part for part in output] if isinstance(output, list) else output
+        assert await handle.result(timeout=5) == (handle.id if output == "RUN" else expected)
+
+
+async def run_first(run: Run, payload: int) -> None: ...
+
+
+async def three(payload: int, run: Run, third: int) -> None: ...
+
+
+async def keyword_only(payload: int, *, needed: int) -> None: ...
+
+
+async def anything_goes(*args: Any, **kwargs: Any) -> None: ...
+
+
+async def two_runs(one: Run, two: Run) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("function", "given"),
+    [
+        (run_first, "(run, payload)"),
+        (three, "(payload, run, third)"),
+        (keyword_only, "(payload, *, needed)"),
+        (anything_goes, "(*args)"),
+        (two_runs, "(one, two)"),
+    ],
+)
+def test_other_signatures_are_refused_with_the_allowed_ones(function: Callable[..., Any], given: str) -> None:
+    register = make_realtime().task("t")
+    with pytest.raises(InvalidConfiguration) as caught:
+        register(function)
+    assert str(caught.value).startswith("a task takes (), (payload), (payload, run) or (run: Run)")
+    assert given in str(caught.value)
+
+
+def test_an_async_generator_function_is_refused() -> None:
+    async def chunks(payload: int) -> Any:
+        yield payload
+
+    with pytest.raises(InvalidConfiguration, match="generator"):
+        make_realtime().task("t")(chunks)
+
+
+def test_a_generator_function_is_refused() -> None:
+    def chunks(payload: int) -> Any:
+        yield payload
+
+    with pytest.raises(InvalidConfiguration, match="generator"):
+        make_realtime().task("t")(chunks)
+
+
+def test_what_is_no_function_is_refused() -> None:
+    with pytest.raises(InvalidConfiguration, match="int"):
+        make_realtime().task("t")(3)  # type: ignore[call-overload]
+
+
+def test_a_type_that_cannot_be_made_from_json_is_refused_when_the_task_is_registered() -> None:
+    async def impossible(payload: Realtime) -> None: ...
+
+    with pytest.raises(InvalidConfiguration, match="Realtime"):
+        make_realtime().task("t")(impossible)
+
+
+@pytest.mark.anyio
+async def test_a_type_that_is_local_to_an_enclosing_function_decodes_if_the_function_uses_it() -> None:
+    @dataclass
+    class Local:
+        n: int
+
+    realtime = make_realtime()
+
+    @realtime.task("t")
+    async def local(payload: Local) -> int:
+        assert isinstance(payload, Local)
+        return payload.n
+
+    async with realtime:
+        assert await (await realtime.trigger(local, {"n": 3})).result(timeout=5) == 3
+
+
+def test_an_annotation_that_cannot_be_evaluated_is_refused_with_the_cure() -> None:
+    @dataclass
+    class Hidden:
+        n: int
+
+    async def hidden(payload: Hidden) -> None: ...
+
+    with pytest.raises(InvalidConfiguration, match="'Hidden' is not defined; define the type at module level"):
+        make_realtime().task("t")(hidden)
+
+
+@pytest.mark.anyio
+async def test_a_local_task_may_mention_itself_and_tasks_that_come_later() -> None:
+    """Their cells are empty while the decorator runs: registering raised `ValueError: Cell is empty`."""
+    realtime = make_realtime()
+
+    @realtime.task("first")
+    async def first(payload: int) -> int:
+        if payload:
+            return await (await realtime.trigger(first, payload - 1)).result()
+        return await (await realtime.trigger(second)).result()
+
+    @realtime.task("second")
+    async def second() -> int:
+        return 42
+
+    async with realtime:
+        assert await (await realtime.trigger(first, 2)).result(timeout=5) == 42
+
+
+@pytest.mark.anyio
+async def test_a_task_is_still_callable_as_the_plain_function() -> None:
+    realtime = make_realtime()
+
+    @realtime.task("async")
+    async def double(payload: int) -> int:
+        """Twice."""
+        return payload * 2
+
+    @realtime.task("sync")
+    def triple(payload: int) -> int:
+        return payload * 3
+
+    assert await double(4) == 8
+    assert triple(payload=4) == 12
+    assert double.id == "async"
+    assert repr(double) == "<Task 'async'>"
+    assert double.__doc__ == "Twice."
+    assert realtime.engine.supervisor is None
+
+
+async def gives_order(payload: int) -> Order:
+    return Order(payload, [Line("a")])
+
+
+async def gives_optional_person(payload: str | None) -> Person | None:
+    return None if payload is None else Person(name=payload)
+
+
+async def gives_something_else(payload: int) -> Order:
+    return payload  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize(
+    ("function", "payload", "output"),
+    [
+        (gives_order, 3, Order(3, [Line("a")])),
+        (gives_optional_person, None, None),
+        (gives_optional_person, "Ada", Person(name="Ada")),
+        (gives_something_else, 4, 4),
+    ],
+)
+@pytest.mark.anyio
+async def test_a_result_has_the_type_of_the_return_annotation_as_far_as_it_fits(
+    function: Callable[..., Awaitable[Any]], payload: Any, output: Any
+) -> None:
+    realtime = make_realtime()
+    task = realtime.task("t")(function)
+    async with realtime:
+        handle = await realtime.trigger(task, payload)
+        assert await handle.result(timeout=5) == output
+        record = await realtime.get_run(handle)
+        assert record.output == decode(record.output_json or b"")
+
+
+def test_ids_must_differ() -> None:
+    realtime = make_realtime()
+    realtime.task("t")(nothing)
+    with pytest.raises(InvalidConfiguration, match="a task 't' is registered already; ids must differ"):
+        realtime.task("t")(both)
+
+
+@pytest.mark.parametrize(
+    ("task_id", "error"),
+    [("", UsageError), ("a/b", UsageError), ("x" * 129, LimitExceeded), (3, UsageError), ("..", UsageError)],
+)
+def test_a_task_id_must_fit_into_a_path(task_id: Any, error: type[Exception]) -> None:
+    with pytest.raises(error, match="task id"):
+        make_realtime().task(task_id)(nothing)
+
+
+@pytest.mark.parametrize("limit", [0, -1, True, 1.5, "2"])
+def test_a_concurrency_limit_is_a_number_from_1(limit: Any) -> None:
+    with pytest.raises(InvalidConfiguration, match="concurrency_limit is .*; it must be 1 or more"):
+        make_realtime().task("t", concurrency_limit=limit)(nothing)
+
+
+def test_max_duration_is_a_span() -> None:
+    realtime = make_realtime()
+    assert realtime.task("a", max_duration="15m")(nothing).max_duration_s == 900
+    with pytest.raises(UsageError, match="max_duration is 'soon'"):
+        realtime.task("b", max_duration="soon")(nothing)
+
+
+def test_decode_as_refuses_what_is_no_json() -> None:
+    with pytest.raises(UsageError):
+        decode_as(b"{", Order)
+    with pytest.raises(UsageError):
+        decode_as(b"{", Any)
