@@ -78,8 +78,8 @@ class ChangeBuffer:
             return taken
 
     async def _store_soon(self) -> None:
-        await anyio.sleep(COALESCE_S)
         while True:
+            await anyio.sleep(COALESCE_S)
             with self.lock:
                 self._scheduled = False
             try:
