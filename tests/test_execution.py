@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+import anyio
+import pytest
+
+from asgi_realtime import Realtime, Run, RunCanceled, RunError, Status
+from asgi_realtime.brokers.memory import MemoryBroker
+from asgi_realtime.core.runs import Finished
+from tests.inprocess import FakeClock, ended, make_realtime, until
+
+pytestmark = pytest.mark.anyio
+
+
+def two_processes() -> tuple[Realtime, Realtime, FakeClock]:
+    clock = FakeClock()
+    broker = MemoryBroker(clock=clock)
+    return make_realtime(broker=broker, clock=clock), make_realtime(broker=broker, clock=clock), clock
+
+
+async def test_a_cancellation_by_another_process_stops_the_task() -> None:
+    """Its code went on to its end, five seconds after which the run was called CANCELED."""
+    owner, other, _ = two_processes()
+    begun = anyio.Event()
+    stopped: list[bool] = []
+
+    @owner.task("t")
+    async def task(run: Run) -> None:
+        try:
+            begun.set()
+            await anyio.sleep(60)
+        finally:
+            stopped.append(run.canceled)
+
+    async with owner, other:
+        handle = await owner.trigger(task)
+        await begun.wait()
+        record = await other.cancel(handle.id)
+        assert record.status is Status.EXECUTING
+        assert (await ended(other, handle.id)).status is Status.CANCELED
+        await until(lambda: stopped)
+    assert stopped == [True]
+
+
+async def test_a_cancellation_by_another_process_interrupts_an_open_run() -> None:
+    owner, other, _ = two_processes()
+    async with owner, other:
+        with pytest.raises(RunCanceled):
+            async with owner.open_run("r") as run:
+                await other.cancel(run.id)
+                await anyio.sleep(60)
+        assert (await ended(other, run.id)).status is Status.CANCELED
+
+
+async def test_a_run_whose_owner_does_not_cancel_it_is_canceled_by_anyone_after_5_s() -> None:
+    owner, other, clock = two_processes()
+    refuses = anyio.Event()
+    go = anyio.Event()
+
+    @owner.task("t")
+    async def task() -> str:
+        with anyio.CancelScope(shield=True):
+            refuses.set()
+            await go.wait()
+        return "too late"
+
+    async with owner, other:
+        handle = await owner.trigger(task)
+        await refuses.wait()
+        await owner.cancel(handle)
+        clock.seconds += 4.9
+        assert await other.broker.due("cancel") == []
+        clock.seconds += 0.2
+        record = await ended(other, handle.id)
+        assert record.status is Status.CANCELED
+        go.set()
+        await until(lambda: not owner.engine.executions)
+        assert await owner.get_run(handle) == record
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_a_run_whose_owner_is_silent_is_crashed() -> None:
+    owner, other, clock = two_processes()
+    await owner.start()
+    opened = owner.open_run("r")
+    run = await opened.__aenter__()
+    owner.engine.executions.clear()  # it does not know of the run any more, so it renews nothing
+    async with other:
+        clock.seconds += 29
+        assert await other.broker.due("lease") == []
+        assert (await other.get_run(run.id)).status is Status.EXECUTING
+        clock.seconds += 2
+        record = await ended(other, run.id)
+    assert record.status is Status.CRASHED
+    assert record.error == RunError("Crashed", "the process that executed the run is gone")
+    await opened.__aexit__(None, None, None)
+    assert await owner.get_run(run) == record
+    await owner.stop()
+
+
+async def test_an_owner_that_lives_renews_its_lease() -> None:
+    owner, other, clock = two_processes()
+    async with owner, other:
+        async with owner.open_run("r") as run:
+            for _ in range(5):
+                clock.seconds += 20
+                ticks = anyio.current_time() + 0.05
+                await until(lambda: anyio.current_time() > ticks)  # noqa: B023
+            assert (await other.get_run(run.id)).status is Status.EXECUTING
+        assert (await ended(owner, run.id)).status is Status.COMPLETED
+
+
+async def test_code_whose_run_was_ended_by_another_process_is_stopped() -> None:
+    owner, other, _ = two_processes()
+    begun = anyio.Event()
+    stopped = anyio.Event()
+
+    @owner.task("t")
+    async def task() -> None:
+        try:
+            begun.set()
+            await anyio.sleep(60)
+        finally:
+            stopped.set()
+
+    async with owner, other:
+        handle = await owner.trigger(task)
+        await begun.wait()
+        await other.runs.update(handle.id, Finished(Status.CRASHED))
+        with anyio.fail_after(5):
+            await stopped.wait()
+        await until(lambda: not owner.engine.executions)
+        assert (await owner.get_run(handle)).status is Status.CRASHED
+
+
+async def test_cancelling_what_is_over_changes_nothing() -> None:
+    async with make_realtime() as realtime:
+        async with realtime.open_run("r") as run:
+            pass
+        before = await realtime.get_run(run)
+        assert await realtime.cancel(run) == before
+        assert await realtime.cancel(before) == before
