@@ -221,7 +221,6 @@ async def test_the_first_use_starts_the_broker_before_it_is_asked(call: str) -> 
 
 @where
 async def test_a_cancelled_read_loses_nothing_at_any_step(where: str) -> None:
-    """What was fetched used to be lost if the reader was cancelled while it left the stream again."""
     for turns in range(100):
         async with make(**broker_for(where)) as realtime, realtime.open_run("report") as run:
             await realtime.pipe(numbers(3)).wait_until_complete()
