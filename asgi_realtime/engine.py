@@ -113,7 +113,10 @@ class Engine:
 
     async def ensure_started(self, *, lazy: bool = True) -> None:
         """Start if needed and wait until the broker is there. Raises what kept it from starting."""
-        self.begin(lazy=lazy)
+        supervisor = self.begin(lazy=lazy)
+        if supervisor.stopping and not lazy:
+            await supervisor.wait_ended()
+            self.begin(lazy=False)
         while not self._ready:
             if self._failure is not None:
                 raise self._failure
