@@ -18,6 +18,7 @@ from asgi_realtime.config import Limits, Timeouts
 from asgi_realtime.errors import BrokerUnavailable, RealtimeError, RunCanceled
 from asgi_realtime.localcopy import LocalCopy, Reader
 from asgi_realtime.sources import ThreadBudget, discard, opened
+from asgi_realtime.supervisor import cancelled_by_nobody
 from asgi_realtime.waiting import Parking
 from asgi_realtime.writer import StreamWriter, encode_numbered
 
@@ -155,7 +156,7 @@ class Pipe(Generic[T]):
                 await self._forward_all()
         except BaseException as exc:
             self._note(exc)
-            if not isinstance(exc, Exception):
+            if self.error is None:
                 raise
         finally:
             with anyio.CancelScope(shield=True):
@@ -170,6 +171,9 @@ class Pipe(Generic[T]):
     def _note(self, cause: BaseException) -> None:
         if isinstance(cause, Exception):
             self.error = cause
+        elif isinstance(cause, SystemExit) or _is_foreign(cause):
+            self.error = RuntimeError(f"the source raised {type(cause).__name__}")
+            self.error.__cause__ = cause
         else:
             self._stop_reason = RunCanceled("the pipe was stopped by the shutdown of its Realtime")
 
@@ -213,3 +217,8 @@ class Pipe(Generic[T]):
             await self._writer.drain()
         except RealtimeError as exc:
             self.error = self.error or exc
+
+
+def _is_foreign(exc: BaseException) -> bool:
+    """A cancellation that the source met inside itself and nobody meant for its pipe."""
+    return isinstance(exc, anyio.get_cancelled_exc_class()) and cancelled_by_nobody()

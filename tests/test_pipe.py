@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextvars
 import enum
 import gc
@@ -614,6 +615,40 @@ async def test_an_error_of_a_pipe_fails_its_task() -> None:
 
         with pytest.raises(RunFailed):
             await (await realtime.trigger(chat)).result(timeout=5)
+
+
+async def test_an_exit_in_the_source_is_an_error_of_the_source() -> None:
+    async def source() -> AsyncIterator[int]:
+        yield 0
+        raise SystemExit(3)
+
+    async with make() as realtime:
+        pipe = realtime.pipe(source())
+        with pytest.raises(RuntimeError, match="the source raised SystemExit"):
+            await pipe.wait_until_complete()
+        assert await over(realtime, pipe.run_id) is Status.FAILED
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_a_source_that_awaits_something_cancelled_fails_alone(anyio_backend: str) -> None:
+    """Its `CancelledError` used to be taken for the shutdown, and ended all other pipes as well."""
+
+    async def source() -> AsyncIterator[int]:
+        yield 0
+        cancelled = asyncio.get_running_loop().create_future()
+        cancelled.cancel()
+        await cancelled
+
+    other = Source(3, gated=True)
+    async with make() as realtime:
+        waiting = realtime.pipe(other)
+        pipe = realtime.pipe(source())
+        with pytest.raises(RuntimeError, match="the source raised CancelledError") as caught:
+            await pipe.wait_until_complete()
+        assert isinstance(caught.value.__cause__, asyncio.CancelledError)
+        assert await over(realtime, pipe.run_id) is Status.FAILED
+        other.let(4)
+        assert (await waiting.wait_until_complete()).chunks == 3
 
 
 # Chunks
