@@ -19,7 +19,7 @@ from asgi_realtime.asgi.answers import refusal
 from asgi_realtime.asgi.auth import authorise, batch_resources, run_resources, tag_resources
 from asgi_realtime.asgi.lookup import find_batch, find_run
 from asgi_realtime.asgi.request import EVENT_STREAM, Request
-from asgi_realtime.asgi.subscription import Finished, Subscription
+from asgi_realtime.asgi.subscription import WAITING, Finished, Subscription
 from asgi_realtime.brokers.base import LiveTopic
 from asgi_realtime.config import Limits, parse_span
 from asgi_realtime.core.log import End
@@ -215,9 +215,8 @@ class FeedSubscription(Subscription[LiveTopic]):
                 elif self._feed.end is not None:
                     return self._framing.end(self._feed.end, str(cursor))
                 else:
-                    self._idle = True
+                    self._phase = WAITING
                     await changed
-                    self._idle = False
         finally:
             source.waiting.discard(self._parker)
 

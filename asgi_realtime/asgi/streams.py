@@ -13,7 +13,7 @@ from asgi_realtime.asgi.host import Host
 from asgi_realtime.asgi.lookup import find_run
 from asgi_realtime.asgi.request import Request
 from asgi_realtime.asgi.seats import Seats
-from asgi_realtime.asgi.subscription import Finished, Subscription
+from asgi_realtime.asgi.subscription import WAITING, Finished, Subscription
 from asgi_realtime.core.chunks import encode_value
 from asgi_realtime.core.log import StreamKey
 from asgi_realtime.core.runs import RunRecord
@@ -76,33 +76,31 @@ class StreamSubscription(Subscription[LiveLog]):
         return comment if not source.log.next else "connected"
 
     async def _follow(self, source: LiveLog) -> bytes:
-        framing, parker, cursor = self._framing, self._parker, self._after
+        framing, parker, cursor, log = self._framing, self._parker, self._after, source.log
         try:
             while True:
                 if self._alert:
                     self._alert = False
                     last = self._last_words()
                     if last is not None:
-                        return last if source.end is None or source.log.next > cursor + 1 else self._end(source)
+                        return last if log.end is None or log.next > cursor + 1 else self._end(source)
                     await self._write(framing.heartbeat)
-                first = source.gap(cursor)
-                if first is not None:
-                    await self._write(framing.gap(cursor + 1, first))
-                    cursor = first - 1
-                    continue
-                piece = framing.take(source, cursor)
-                if piece is not None:
-                    await self._write(piece.body)
+                if cursor + 1 < log.first:
+                    requested, cursor = cursor + 1, log.first - 1
+                    await self._write(framing.gap(requested, cursor + 1))
+                elif cursor + 1 < log.next:
+                    piece = framing.take(source, cursor)
+                    assert piece is not None
                     cursor = piece.last
+                    await self._write(piece.body)
                 elif source.failure is not None:
                     return b""  # without an `end`: the client comes back and hears what is wrong
-                elif source.end is not None:
+                elif log.end is not None:
                     return self._end(source)
                 else:
                     source.waiting.add(parker)
-                    self._idle = True
+                    self._phase = WAITING
                     await parker.arm()
-                    self._idle = False
         finally:
             source.waiting.discard(parker)
 

@@ -36,6 +36,10 @@ MIN_RECONNECT_MS = 250
 CLOSING_SEND_S = 1.0
 """How long a send may take once the shutdown began: a reader that stands still must not hold it up."""
 
+SENDING, WAITING, STILL_SENDING, STILL_WAITING = "sending", "waiting", "still sending", "still waiting"
+"""What the loop does. It sets the first two when it begins with them; the ticker turns those into the others, so the
+loop needs no clock."""
+
 _HEAD = (
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache, no-transform"),
@@ -75,9 +79,8 @@ class Subscription(ABC, Generic[S]):
         "_framing",
         "_guard",
         "_host",
-        "_idle",
-        "_moved",
         "_parker",
+        "_phase",
         "_run_id",
         "_seats",
         "_send",
@@ -100,9 +103,8 @@ class Subscription(ABC, Generic[S]):
         self._guard: Guard | None = None
         self._alert = False  # something of the following is to be looked at
         self._expired = False
-        self._idle = False  # waiting for something to send
-        self._moved = True  # there was a send since the last tick
-        self._since = host.clock()  # the tick before which it last moved
+        self._phase = SENDING
+        self._since = 0.0  # when the ticker first saw this phase
         self.raw_headers: Headers = []
         """More headers for the head, such as those of CORS."""
 
@@ -164,11 +166,11 @@ class Subscription(ABC, Generic[S]):
 
     def _write(self, body: bytes) -> Awaitable[None]:
         """Send part of the body. The message is a fresh one: a host's compression writes into it."""
-        self._moved = True
+        self._phase = SENDING
         return self._send({"type": "http.response.body", "body": body, "more_body": True})
 
     async def _finish(self, last: bytes) -> None:
-        self._moved = True
+        self._phase = SENDING
         await self._send({"type": "http.response.body", "body": last, "more_body": False})
 
     def _last_words(self) -> bytes | None:
@@ -190,10 +192,11 @@ class Subscription(ABC, Generic[S]):
     # What others call
 
     def tick(self, now: float) -> None:
-        if self._moved:
-            self._moved = False
+        phase = self._phase
+        if phase is SENDING or phase is WAITING:
+            self._phase = STILL_SENDING if phase is SENDING else STILL_WAITING
             self._since = now
-        elif not self._idle:
+        elif phase is STILL_SENDING:
             self._check_send(now)
         elif now - self._since >= self._host.timeouts.heartbeat:
             self._rouse()

@@ -7,6 +7,7 @@ import anyio
 import anyio.lowlevel
 import pytest
 
+from asgi_realtime.asgi.framing import NativeFraming
 from asgi_realtime.brokers.base import StreamKey
 from asgi_realtime.config import Cors, Limits, Retention, Timeouts
 from asgi_realtime.core.log import End
@@ -295,7 +296,8 @@ async def test_an_error_of_the_broker_in_mid_stream_ends_the_body(
     host: StandIn, monkeypatch: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     await host.create()
-    monkeypatch.setattr(LiveLog, "take", lambda live, after: 1 / 0)
+    await host.append("a")
+    monkeypatch.setattr(NativeFraming, "take", lambda framing, live, after: 1 / 0)
     async with driver.stream(host, "GET", PATH, headers=host.headers()) as response:
         assert await response.read_all_events() == []
         assert response.ended
