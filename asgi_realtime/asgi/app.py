@@ -15,7 +15,7 @@ from starlette.responses import Response
 from asgi_realtime.asgi import api, feeds, streams
 from asgi_realtime.asgi.answers import error_answer, refusal
 from asgi_realtime.asgi.cors import cors_headers, preflight_headers
-from asgi_realtime.asgi.host import Headers, Host, Receive, Scope, Send
+from asgi_realtime.asgi.host import Host, Receive, Scope, Send
 from asgi_realtime.asgi.paths import API, Endpoint, resolve
 from asgi_realtime.asgi.request import Request
 from asgi_realtime.asgi.rows import RowCache
@@ -52,14 +52,17 @@ class RealtimeApp:
         if scope["type"] == "http":
             answer: Answer | None = None
             request = Request(self._host, self._seats, self._rows, scope, receive)
-            cors = cors_headers(self._host.cors, request.header(b"origin"))
+            origin = request.header(b"origin")
             try:
                 answer = await self._decide(request, scope)
                 del request  # an open stream keeps none of it
-                answer.raw_headers.extend(cors)
+                answer.raw_headers.extend(cors_headers(self._host.cors, origin))
                 await answer(scope, receive, send)
             except Exception as exc:
-                await self._answer_error(exc, answer, cors, scope, receive, send)
+                response = self._error(exc, answer)
+                if response is not None:
+                    response.raw_headers.extend(cors_headers(self._host.cors, origin))
+                    await _send_quietly(response, scope, receive, send)
         elif scope["type"] == "lifespan":
             await self._lifespan(receive, send)
         elif scope["type"] == "websocket":
@@ -84,21 +87,14 @@ class RealtimeApp:
         await self._host.ensure_started()
         return await endpoint(request, *route.params)
 
-    async def _answer_error(
-        self, error: Exception, answer: Answer | None, cors: Headers, scope: Scope, receive: Receive, send: Send
-    ) -> None:
-        expected = isinstance(error, RealtimeError) and (error.status < 500 or isinstance(error, BrokerUnavailable))
+    def _error(self, error: Exception, answer: Answer | None) -> Response | None:
+        """The answer to an exception, or None if it is too late for one."""
         if isinstance(answer, Response):  # its head may be out; and it fails only with the server's `send`
             logger.debug("an answer could not be sent", exc_info=error)
-            return
-        if not expected:
+            return None
+        if not isinstance(error, RealtimeError) or (error.status >= 500 and not isinstance(error, BrokerUnavailable)):
             logger.error("a request failed", exc_info=error)
-        response = error_answer(error, debug=self._host.debug)
-        response.raw_headers.extend(cors)
-        try:
-            await response(scope, receive, send)
-        except Exception as exc:
-            logger.debug("an answer could not be sent", exc_info=exc)
+        return error_answer(error, debug=self._host.debug)
 
     async def _lifespan(self, receive: Receive, send: Send) -> None:
         """Only the root app of a server gets here; a mount gets no lifespan."""
@@ -118,3 +114,10 @@ class RealtimeApp:
             await send({"type": "lifespan.shutdown.failed", "message": f"{type(exc).__name__}: {exc}"})
             return
         await send({"type": "lifespan.shutdown.complete"})
+
+
+async def _send_quietly(response: Response, scope: Scope, receive: Receive, send: Send) -> None:
+    try:
+        await response(scope, receive, send)
+    except Exception as exc:
+        logger.debug("an answer could not be sent", exc_info=exc)

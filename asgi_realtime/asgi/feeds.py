@@ -199,6 +199,8 @@ class FeedSubscription(Subscription[LiveTopic]):
     async def _follow(self, source: LiveTopic) -> bytes:
         changes, self._first = self._first, None
         assert changes is not None
+        if self._alert:
+            self._heed()
         await self._tell(changes)
         cursor = changes.cursor
         try:

@@ -42,6 +42,8 @@ class Request:
 
     def query(self, name: str) -> str | None:
         """The last value of a query parameter."""
+        if not self._query:
+            return None
         pairs = parse_qsl(self._query.decode("latin-1"), keep_blank_values=True)
         return next((value for key, value in reversed(pairs) if key == name), None)
 

@@ -531,6 +531,13 @@ async def test_a_feed_ends_with_reconnect_at_shutdown(host: StandIn) -> None:
     assert event.event == "reconnect"
 
 
+async def test_who_comes_during_the_shutdown_is_told_at_once(host: StandIn) -> None:
+    await host.create()
+    host.begin_shutdown()
+    async with driver.stream(host, "GET", RUN, headers=host.feed_headers()) as response:
+        assert kinds(await response.read_all_events()) == ["reconnect"]
+
+
 async def test_a_large_snapshot_does_not_hold_up_the_shutdown(host: StandIn) -> None:
     for number in range(20):
         await host.create(f"run_{number}", tags=["a"], executing=False, payload="x" * 40_000)
