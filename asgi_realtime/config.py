@@ -15,6 +15,7 @@ from asgi_realtime.errors import InvalidConfiguration, UsageError
 Span = float | int | str | timedelta
 """A span of time: seconds, a `timedelta`, or text such as `"90s"`, `"15m"`, `"1h30m"`, `"2d"`."""
 
+_NEVER = 10 * 366 * 86400
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "hr": 3600.0, "d": 86400.0, "w": 604800.0}
 _SPAN = re.compile(r"(?:\d+(?:\.\d+)?(?:ms|s|m|hr|h|d|w))+")
 _PART = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|hr|h|d|w)")
@@ -32,10 +33,10 @@ def parse_span(value: Span, *, name: str = "span") -> float:
             )
         seconds = sum(float(number) * _UNITS[unit] for number, unit in _PART.findall(text))
     elif isinstance(value, int | float) and not isinstance(value, bool):
-        seconds = float(value)
+        seconds = float(max(-1, min(value, _NEVER)))  # an int may be too large for a float
     else:
         raise UsageError(f"{name} is a {type(value).__name__}; allowed are seconds, a timedelta, or text like '15m'")
-    if not 0 < seconds < 10 * 366 * 86400:
+    if not 0 < seconds < _NEVER:
         raise UsageError(f"{name} is {value!r}; it must be more than zero and less than ten years")
     return seconds
 
@@ -119,8 +120,9 @@ class Timeouts(_Positive):
     """One send to a subscriber that does not read; then it is dropped and may resume."""
     append: float = 30.0
     """How long a writer keeps trying while the broker is away."""
-    drain: float = 5.0
-    """How long tasks may go on at shutdown."""
+    drain: float = 0.5
+    """How long tasks may go on at shutdown: short, so that the server exits within a second. Raise it to let answers
+    end."""
     cancel: float = 5.0
     """How long the owner of a run may take to cancel it; then any process does."""
     close: float = 5.0

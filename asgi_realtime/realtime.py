@@ -183,6 +183,36 @@ class Realtime:
 
         return cast(TaskDecorator, register)
 
+    @overload
+    async def trigger(
+        self,
+        task: Task[P, R],
+        payload: Any = None,
+        *,
+        tags: str | Iterable[str] | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        idempotency_key: str | None = None,
+        ttl: Span | None = None,
+        delay: Span | None = None,
+        parent: RunLike | None = None,
+        token_expires_in: Span = "1h",
+    ) -> RunHandle[R]: ...
+
+    @overload
+    async def trigger(
+        self,
+        task: str,
+        payload: Any = None,
+        *,
+        tags: str | Iterable[str] | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        idempotency_key: str | None = None,
+        ttl: Span | None = None,
+        delay: Span | None = None,
+        parent: RunLike | None = None,
+        token_expires_in: Span = "1h",
+    ) -> RunHandle[Any]: ...
+
     async def trigger(
         self,
         task: Task[P, R] | str,
@@ -195,7 +225,7 @@ class Realtime:
         delay: Span | None = None,
         parent: RunLike | None = None,
         token_expires_in: Span = "1h",
-    ) -> RunHandle[R]:
+    ) -> RunHandle[R] | RunHandle[Any]:
         """Start a run of a task and return its handle, ready to be sent to a browser as JSON.
 
         `idempotency_key`: the same key gives the same run for a day. `ttl`: EXPIRED if it has not begun by then.

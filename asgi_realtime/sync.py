@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import anyio
 import anyio.from_thread
@@ -43,7 +43,13 @@ class SyncRealtime:
         self._portal: anyio.from_thread.BlockingPortal | None = None
         self._stack = ExitStack()
 
-    def trigger(self, task: Task[Any, R] | str, payload: Any = None, **options: Any) -> RunHandle[R]:
+    @overload
+    def trigger(self, task: Task[Any, R], payload: Any = None, **options: Any) -> RunHandle[R]: ...
+
+    @overload
+    def trigger(self, task: str, payload: Any = None, **options: Any) -> RunHandle[Any]: ...
+
+    def trigger(self, task: Task[Any, Any] | str, payload: Any = None, **options: Any) -> RunHandle[Any]:
         """As `Realtime.trigger`."""
         return self._call(lambda: self._realtime.trigger(task, payload, **options))
 
@@ -99,16 +105,23 @@ class SyncRealtime:
                 return
             yield chunk
 
+    def close(self) -> None:
+        """Stop, if the `Realtime` runs on a loop that these calls made for themselves; that of the host is left alone.
+
+        Idempotent; a later call begins again.
+        """
+        with self._lock:
+            portal, self._portal = self._portal, None
+            if portal is not None:
+                portal.call(self._realtime.stop)
+                self._stack.close()
+
     def _call(self, function: Callable[[], Awaitable[T]]) -> T:
-        supervisor = self._realtime.engine.supervisor
-        if supervisor is not None:
-            if supervisor.on_own_thread and supervisor.usable:
-                raise RuntimeError(
-                    "realtime.sync was called on the event loop's own thread: await the async call there"
-                )
-            return supervisor.run_from_thread(function)
         if _loop_runs_here():
             raise RuntimeError("realtime.sync was called on an event loop's thread: await the async call there")
+        supervisor = self._realtime.engine.supervisor
+        if supervisor is not None:
+            return supervisor.run_from_thread(function)
         return self._own_portal().call(function)
 
     def _own_portal(self) -> anyio.from_thread.BlockingPortal:

@@ -19,7 +19,6 @@ from asgi_realtime import (
     RunCanceled,
     RunError,
     RunFailed,
-    RunHandle,
     Status,
     TaskError,
     Timeouts,
@@ -398,7 +397,7 @@ async def test_a_task_that_takes_too_long_is_timed_out() -> None:
     go = threading.Event()
     async with realtime:
         for task_id in ("t", "def"):
-            handle: RunHandle[None] = await realtime.trigger(task_id)
+            handle = await realtime.trigger(task_id)
             with pytest.raises(RunFailed, match="the task took longer than its max_duration of 0.02 s"):
                 await handle.result(timeout=5)
             record = await realtime.get_run(handle)

@@ -1,0 +1,100 @@
+"""The public names: sorted, there, documented, and private modules kept out of `__all__`."""
+
+from __future__ import annotations
+
+import inspect
+import types
+from typing import Any
+
+import pytest
+
+import asgi_realtime
+import asgi_realtime.brokers
+import asgi_realtime.tasks
+
+PACKAGES = [asgi_realtime, asgi_realtime.brokers, asgi_realtime.tasks]
+PUBLIC = [(package, name) for package in PACKAGES for name in package.__all__]
+CLASSES = [
+    (name, getattr(asgi_realtime, name))
+    for name in asgi_realtime.__all__
+    if inspect.isclass(getattr(asgi_realtime, name))
+]
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_names_are_sorted_and_there(package: types.ModuleType) -> None:
+    assert list(package.__all__) == sorted(package.__all__)
+    assert len(set(package.__all__)) == len(package.__all__)
+    for name in package.__all__:
+        assert not name.startswith("_")
+        assert hasattr(package, name)
+
+
+def test_every_public_object_of_the_package_is_exported() -> None:
+    found = {
+        name
+        for name, value in vars(asgi_realtime).items()
+        if not name.startswith("_") and not isinstance(value, types.ModuleType) and name != "annotations"
+    }
+    assert found == set(asgi_realtime.__all__)
+
+
+def test_every_error_that_a_user_may_catch_is_exported() -> None:
+    own = {
+        "InvalidRequest",  # errors between the parts, or of a request
+        "InvalidTransition",
+        "ProducerGap",
+        "ServerShutdown",
+        "StateError",
+        "TokenError",
+        "VersionConflict",
+    }
+    from asgi_realtime import errors
+
+    defined = {
+        name for name, value in vars(errors).items() if inspect.isclass(value) and value.__module__ == errors.__name__
+    }
+    assert defined - own <= set(asgi_realtime.__all__)
+
+
+@pytest.mark.parametrize(("package", "name"), PUBLIC)
+def test_everything_is_documented(package: types.ModuleType, name: str) -> None:
+    value = getattr(package, name)
+    if inspect.isclass(value) or inspect.isroutine(value):
+        assert value.__doc__ and not value.__doc__.startswith(f"{name}("), name
+
+
+NAMED_WELL_ENOUGH = {"aclose", "is_completed", "is_success"}
+
+
+def members(cls: Any) -> list[tuple[str, Any]]:
+    return [
+        (name, member.fget if isinstance(member, property) else getattr(member, "__func__", member))
+        for name, member in vars(cls).items()
+        if not name.startswith("_") and (inspect.isfunction(member) or isinstance(member, property))
+    ]
+
+
+@pytest.mark.parametrize(
+    "cls",
+    [asgi_realtime.Realtime, asgi_realtime.Run, asgi_realtime.Pipe, asgi_realtime.RunHandle, asgi_realtime.BatchHandle],
+)
+def test_every_method_of_the_main_classes_is_documented(cls: type) -> None:
+    assert [name for name, member in members(cls) if not inspect.getdoc(member)] in ([], ["belongs_to"])
+
+
+def test_after_two_arguments_all_are_keyword_only() -> None:
+    for name, member in members(asgi_realtime.Realtime):
+        positional = [
+            parameter
+            for parameter in inspect.signature(member).parameters.values()
+            if parameter.kind is parameter.POSITIONAL_OR_KEYWORD and parameter.name != "self"
+        ]
+        assert len(positional) <= 3, name
+        assert all(parameter.default is parameter.empty for parameter in positional[:0]), name
+
+
+def test_the_package_is_typed() -> None:
+    from pathlib import Path
+
+    assert (Path(asgi_realtime.__file__).parent / "py.typed").exists()

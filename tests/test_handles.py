@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import io
+import json
+import logging
+import pprint
+from typing import Any
+
+import fastapi
+import httpx
+import litestar
+import msgspec
+import pytest
+
+from asgi_realtime import BatchHandle, Realtime, RunHandle
+from tests.inprocess import make_realtime
+
+pytestmark = pytest.mark.anyio
+
+
+def with_echo() -> Realtime:
+    realtime = make_realtime()
+
+    @realtime.task("echo")
+    async def echo(payload: Any) -> Any:
+        return payload
+
+    return realtime
+
+
+async def handles() -> tuple[RunHandle[Any], BatchHandle]:
+    async with with_echo() as realtime:
+        return await realtime.trigger("echo", 1), await realtime.batch_trigger([("echo", 1), ("echo", 2)])
+
+
+async def test_a_handle_is_a_dict_with_the_keys_of_the_wire_and_attributes_of_python() -> None:
+    run, batch = await handles()
+    assert isinstance(run, dict)
+    assert dict(run) == {"id": run.id, "publicAccessToken": run.public_access_token, "isCached": False}
+    assert run.is_cached is False
+    assert set(batch) == {"id", "publicAccessToken", "isCached", "runs", "runCount"}
+    assert batch["runCount"] == len(batch.runs) == 2
+
+
+async def test_a_handle_is_ready_json() -> None:
+    for handle in await handles():
+        assert json.loads(json.dumps(handle)) == dict(handle)
+        assert msgspec.json.decode(msgspec.json.encode(handle)) == dict(handle)
+        assert msgspec.to_builtins(handle) == dict(handle)
+
+
+async def test_its_token_stays_out_of_logs() -> None:
+    for handle in await handles():
+        token = handle.public_access_token
+        stream = io.StringIO()
+        logger = logging.getLogger("tests.handles")
+        shown = logging.StreamHandler(stream)
+        logger.addHandler(shown)
+        logger.warning("handle %s %r", handle, handle)
+        logger.warning("handle", extra={"handle": handle})
+        logger.removeHandler(shown)
+        texts = [repr(handle), str(handle), f"{handle}", f"{handle!r}", pprint.pformat(handle), repr([handle])]
+        for text in (*texts, stream.getvalue()):
+            assert token not in text
+        assert repr(handle) == f"<{type(handle).__name__} {handle.id}>"
+
+
+async def test_a_handle_is_a_response_of_fastapi() -> None:
+    realtime = with_echo()
+    app = fastapi.FastAPI(lifespan=realtime.lifespan)
+
+    @app.post("/run")
+    async def run() -> Any:
+        return await realtime.trigger("echo", 1)
+
+    @app.post("/batch")
+    async def batch() -> dict[str, Any]:
+        return await realtime.batch_trigger([("echo", 1)])
+
+    async with realtime, httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://host") as client:
+        body = (await client.post("/run")).json()
+        assert set(body) == {"id", "publicAccessToken", "isCached"}
+        assert realtime.verify_token(body["publicAccessToken"]).scopes[0] == f"read:runs:{body['id']}"
+        body = (await client.post("/batch")).json()
+        assert body["runCount"] == 1
+
+
+async def test_a_handle_is_a_response_of_litestar() -> None:
+    realtime = with_echo()
+
+    async def run() -> dict[str, Any]:
+        return await realtime.trigger("echo", 1)
+
+    app: Any = litestar.Litestar([litestar.post("/run")(run)], logging_config=None)
+    async with realtime, httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://host") as client:
+        body = (await client.post("/run")).json()
+    assert set(body) == {"id", "publicAccessToken", "isCached"}
+
+
+async def test_a_handle_reads_its_run_and_writes_its_inputs_and_nothing_else() -> None:
+    realtime = with_echo()
+    async with realtime:
+        handle = await realtime.trigger("echo", 1, token_expires_in="2m")
+        claims = realtime.verify_token(handle.public_access_token)
+    assert claims.scopes == (f"read:runs:{handle.id}", f"write:inputStreams:{handle.id}")
+    assert 0 < claims.expires_at - realtime.clock() <= 121
+
+
+async def test_the_token_of_a_handle_lives_an_hour_by_default() -> None:
+    realtime = with_echo()
+    async with realtime:
+        handle = await realtime.trigger("echo", 1)
+        claims = realtime.verify_token(handle.public_access_token)
+    assert 3590 < claims.expires_at - realtime.clock() <= 3601

@@ -1,0 +1,298 @@
+from __future__ import annotations
+
+from typing import Any
+
+import anyio
+import pytest
+
+from asgi_realtime import (
+    Cors,
+    ExpiredToken,
+    InvalidConfiguration,
+    InvalidToken,
+    LimitExceeded,
+    Limits,
+    NoCurrentRun,
+    Realtime,
+    Retention,
+    RunNotFound,
+    StreamClosed,
+    Timeouts,
+    UsageError,
+    current_run,
+)
+from asgi_realtime.brokers.memory import MemoryBroker
+from tests.inprocess import SECRET, FakeClock, ended, make_realtime
+
+ONE_LINER = 'python -c "import secrets; print(secrets.token_urlsafe(32))"'
+OTHER = "another secret of the tests, also of 32 bytes or more"
+
+
+# What it is made of
+
+
+@pytest.mark.parametrize("secret", [None, "", [], [""], [SECRET, ""]])
+def test_a_missing_secret_is_refused_with_the_one_liner_that_makes_one(secret: Any) -> None:
+    with pytest.raises(InvalidConfiguration) as caught:
+        Realtime(secret_key=secret)
+    assert str(caught.value) == f"secret_key is missing; make one with: {ONE_LINER}"
+
+
+def test_a_secret_is_needed_also_if_nothing_is_said() -> None:
+    with pytest.raises(InvalidConfiguration, match="secret_key is missing"):
+        Realtime()
+
+
+@pytest.mark.parametrize("secret", ["x" * 31, [SECRET, "x" * 31]])
+def test_a_short_secret_is_refused_with_the_one_liner_and_not_shown(secret: Any) -> None:
+    with pytest.raises(InvalidConfiguration) as caught:
+        Realtime(secret_key=secret)
+    assert str(caught.value) == f"secret_key is 31 bytes, at least 32; make one with: {ONE_LINER}"
+
+
+@pytest.mark.parametrize("secret", ["x" * 32, "ä" * 16, [SECRET, OTHER], (SECRET,)])
+def test_one_secret_or_several_of_32_bytes_are_enough(secret: Any) -> None:
+    Realtime(secret_key=secret)
+
+
+def test_the_first_secret_signs_and_all_verify() -> None:
+    old, both, new = (Realtime(secret_key=secret) for secret in (SECRET, [OTHER, SECRET], OTHER))
+    scopes = ["read:runs:run_1"]
+    assert both.verify_token(old.create_public_token(scopes=scopes)).scopes == tuple(scopes)
+    assert new.verify_token(both.create_public_token(scopes=scopes)).scopes == tuple(scopes)
+    with pytest.raises(InvalidToken, match="wrong signature"):
+        old.verify_token(both.create_public_token(scopes=scopes))
+
+
+def test_its_repr_says_nothing_secret() -> None:
+    assert repr(make_realtime()) == "<Realtime broker=MemoryBroker>"
+
+
+def test_a_broker_is_a_url_or_an_object() -> None:
+    broker = MemoryBroker()
+    assert make_realtime(broker=broker).broker is broker
+    with pytest.raises(InvalidConfiguration, match="broker 'kafka://' is not known; allowed are 'memory://'"):
+        make_realtime(broker="kafka://")
+
+
+def test_settings_reach_what_they_are_for() -> None:
+    limits, retention, timeouts = Limits(tags=1), Retention(after_end=1), Timeouts(tick=1)
+    realtime = make_realtime(limits=limits, retention=retention, timeouts=timeouts)
+    assert (realtime.limits, realtime.retention, realtime.timeouts) == (limits, retention, timeouts)
+    assert (realtime.api, realtime.debug) == (True, False)
+    plain = Realtime(secret_key=SECRET)
+    assert (plain.limits, plain.retention, plain.timeouts) == (Limits(), Retention(), Timeouts())
+
+
+@pytest.mark.parametrize(
+    ("cors", "kept"),
+    [
+        ("*", Cors("*")),
+        (["https://a.example"], Cors(["https://a.example"])),
+        (Cors("https://a.example", max_age=1), Cors("https://a.example", max_age=1)),
+        (None, None),
+    ],
+)
+def test_cors_is_a_star_a_list_a_value_or_none(cors: Any, kept: Any) -> None:
+    assert make_realtime(cors=cors).cors == kept
+
+
+def test_making_one_touches_nothing() -> None:
+    realtime = make_realtime()
+    assert realtime.engine.supervisor is None
+    assert not realtime.closing
+    assert realtime.subscribers == set()
+
+
+# Tokens
+
+
+def test_a_public_token_has_the_scopes_that_were_asked_for() -> None:
+    clock = FakeClock()
+    realtime = make_realtime(clock=clock)
+    token = realtime.create_public_token(scopes={"read": {"runs": ["run_1", "run_2"], "tags": "user:1"}})
+    claims = realtime.verify_token(token)
+    assert set(claims.scopes) == {"read:runs:run_1", "read:runs:run_2", "read:tags:user:1"}
+    assert claims.expires_at == clock.seconds + 15 * 60
+    assert not claims.one_time and not claims.secret
+    clock.seconds += 15 * 60
+    with pytest.raises(ExpiredToken):
+        realtime.verify_token(token)
+
+
+@pytest.mark.parametrize(
+    "scopes",
+    [
+        {"read": {"runs": []}},
+        {"read": {"runz": ["run_1"]}},
+        {"reed": {"runs": ["run_1"]}},
+        {"read": True},
+        {},
+        [],
+        ["reed:runs:run_1"],
+        "read:runs:run_1",
+    ],
+)
+def test_scopes_that_admit_nothing_or_are_not_known_are_refused(scopes: Any) -> None:
+    with pytest.raises(UsageError):
+        make_realtime().create_public_token(scopes=scopes)
+
+
+@pytest.mark.parametrize("span", ["soon", 0, -1, None])
+def test_a_token_expires_after_a_span(span: Any) -> None:
+    with pytest.raises(UsageError, match="expires_in is"):
+        make_realtime().create_public_token(scopes=["read:runs:run_1"], expires_in=span)
+
+
+def test_a_trigger_token_is_for_its_tasks_and_for_once() -> None:
+    realtime = make_realtime()
+
+    @realtime.task("chat")
+    async def chat() -> None: ...
+
+    claims = realtime.verify_token(realtime.create_trigger_public_token(chat))
+    assert claims.scopes == ("trigger:tasks:chat",)
+    assert claims.one_time
+    claims = realtime.verify_token(
+        realtime.create_trigger_public_token(["chat", "other"], multiple_use=True, expires_in="1h")
+    )
+    assert claims.scopes == ("trigger:tasks:chat", "trigger:tasks:other")
+    assert not claims.one_time
+    assert realtime.create_trigger_public_token("chat") != realtime.create_trigger_public_token("chat")
+    wrong: list[list[str] | str] = [[], ["a/b"], ""]
+    for tasks in wrong:
+        with pytest.raises(UsageError):
+            realtime.create_trigger_public_token(tasks)
+
+
+def test_a_token_that_is_none_is_refused() -> None:
+    for bad in ("", "x", "a.b.c"):
+        with pytest.raises(InvalidToken):
+            make_realtime().verify_token(bad)
+
+
+# Runs, wherever one is asked for
+
+
+@pytest.mark.anyio
+async def test_a_run_is_an_id_a_handle_a_run_or_a_record() -> None:
+    realtime = make_realtime()
+
+    @realtime.task("echo")
+    async def echo(payload: str) -> str:
+        return payload
+
+    async with realtime:
+        handle = await realtime.trigger(echo, "x")
+        record = await ended(realtime, handle)
+        for run in (handle, handle.id, record):
+            assert await realtime.get_run(run) == record
+            assert await realtime.result(run) == "x"
+            assert await realtime.cancel(run) == record
+            assert [one async for one in realtime.subscribe_to_run(run)] == [record]
+            assert [chunk async for chunk in realtime.read(run)] == []
+            with pytest.raises(StreamClosed):
+                await realtime.append("late", run=run)
+        async with realtime.open_run("r") as opened:
+            assert (await realtime.get_run(opened)).id == opened.id
+            await realtime.append("a", run=opened)
+            await realtime.send_input(opened, "in", 1)
+
+
+@pytest.mark.parametrize("run", [None, "", 3, {"id": "run_1"}, object()])
+@pytest.mark.anyio
+async def test_anything_else_is_no_run(run: Any) -> None:
+    async with make_realtime() as realtime:
+        for call in (realtime.get_run, realtime.cancel, realtime.result):
+            with pytest.raises(UsageError, match="a run is an id, a RunHandle, a Run or a RunRecord, not a"):
+                await call(run)
+        with pytest.raises(UsageError):
+            realtime.read(run)
+
+
+@pytest.mark.anyio
+async def test_a_run_that_never_was_is_not_found() -> None:
+    async with make_realtime() as realtime:
+        for call in (realtime.get_run, realtime.cancel, realtime.result):
+            with pytest.raises(RunNotFound):
+                await call("run_that_never_was")
+        with pytest.raises(RunNotFound):
+            await realtime.append(1, run="run_that_never_was")
+
+
+@pytest.mark.anyio
+async def test_without_a_current_run_one_must_be_named() -> None:
+    async with make_realtime() as realtime, make_realtime() as other:
+        with pytest.raises(NoCurrentRun, match="pass run="):
+            await realtime.append(1)
+        with pytest.raises(NoCurrentRun):
+            realtime.writer()
+        async with other.open_run("elsewhere") as run:
+            assert current_run() is run
+            with pytest.raises(NoCurrentRun):
+                await realtime.append(1)  # the current run is not one of its own
+
+
+@pytest.mark.anyio
+async def test_inside_a_run_a_pipe_takes_no_tags_of_its_own() -> None:
+    async with make_realtime() as realtime, realtime.open_run("r"):
+        with pytest.raises(UsageError, match="use run.tags.add"):
+            realtime.pipe([1], tags="x")
+
+
+@pytest.mark.anyio
+async def test_the_run_of_a_lone_pipe_is_checked_before_anything_happens() -> None:
+    async with make_realtime() as realtime:
+        with pytest.raises(LimitExceeded):
+            realtime.pipe([1], tags=list("abcdefghijk"))
+        with pytest.raises(UsageError):
+            realtime.pipe([1], "$hidden")
+        with pytest.raises(UsageError):
+            realtime.pipe([1], task="a/b")
+        with pytest.raises(UsageError):
+            realtime.pipe([1], metadata={"": 1})
+        assert realtime.runs._opening == {}
+
+
+@pytest.mark.anyio
+async def test_writers_of_append_are_remembered_up_to_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("asgi_realtime.realtime._WRITERS", 2)
+    async with make_realtime() as realtime, realtime.open_run("r") as run:
+        for name in ("a", "b", "c", "a"):
+            await realtime.append(name, name)
+        assert len(realtime._writers) == 2
+    assert run.id
+
+
+@pytest.mark.anyio
+async def test_append_is_in_order_with_many_at_once() -> None:
+    async with make_realtime() as realtime:
+        async with realtime.open_run("r") as run, anyio.create_task_group() as group:
+            for number in range(50):
+                group.start_soon(realtime.append, number)
+        assert sorted([chunk async for chunk in realtime.read(run)]) == list(range(50))
+
+
+@pytest.mark.anyio
+async def test_an_app_that_is_called_answers() -> None:
+    realtime = make_realtime()
+    sent: list[Any] = []
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {
+        "type": "http",
+        "method": "GET",
+        "path": "/v1/health",
+        "raw_path": b"/v1/health",
+        "root_path": "",
+        "query_string": b"",
+        "headers": [],
+    }
+    async with realtime:
+        await realtime(scope, receive, send)
+    assert sent[0]["status"] == 200

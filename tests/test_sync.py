@@ -1,0 +1,216 @@
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import anyio
+import anyio.to_thread
+import pytest
+
+from asgi_realtime import (
+    InvalidPayload,
+    Realtime,
+    Run,
+    RunFailed,
+    RunNotFound,
+    Status,
+    TaskError,
+)
+from asgi_realtime.brokers.memory import MemoryBroker
+from tests.inprocess import make_realtime, until
+
+pytestmark = pytest.mark.anyio
+
+
+def with_tasks(**options: Any) -> Realtime:
+    realtime = make_realtime(**options)
+
+    @realtime.task("double")
+    async def double(payload: int) -> int:
+        return payload * 2
+
+    @realtime.task("fails")
+    async def fails() -> None:
+        raise TaskError("no")
+
+    return realtime
+
+
+async def in_thread(function: Callable[[], Any]) -> Any:
+    with anyio.fail_after(10):
+        return await anyio.to_thread.run_sync(function)
+
+
+async def test_all_calls_work_from_a_thread() -> None:
+    realtime = with_tasks()
+    sync = realtime.sync
+    assert realtime.sync is sync
+
+    def work() -> None:
+        handle = sync.trigger("double", 4, tags="user:1")
+        assert sync.result(handle, timeout=5) == 8
+        record = sync.get_run(handle)
+        assert (record.status, record.tags) == (Status.COMPLETED, ("user:1",))
+        assert sync.cancel(handle) == record
+        batch = sync.batch_trigger([("double", 1), ("double", 2)])
+        assert [sync.result(run_id, timeout=5) for run_id in batch.runs] == [2, 4]
+        result = sync.pipe([1, 2, 3], tags=["piped"])
+        assert result.chunks == 3
+        later = sync.trigger("double", 5, delay="1h")
+        sync.execute(later.id)  # it is not QUEUED
+        assert sync.cancel(later.id).status is Status.CANCELED
+
+    async with realtime:
+        await in_thread(work)
+
+
+async def test_a_stream_is_written_and_read_from_a_thread() -> None:
+    async with make_realtime() as realtime:
+        async with realtime.open_run("r") as run:
+
+            def write() -> None:
+                realtime.sync.append("a")  # of the current run: a thread has its caller's context
+                realtime.sync.append("b", run=run)
+                realtime.sync.pipe(iter(["c", "d"]), run=run.id)
+                realtime.sync.send_input(run, "in", {"ok": True})
+                reader = realtime.sync.read(run, start_index=1)
+                assert [next(reader), next(reader)] == ["b", "c"]
+                with pytest.raises(TimeoutError):
+                    next(realtime.sync.read(run, "empty", timeout=0.01))
+
+            await in_thread(write)
+            assert await run.input("in").get(timeout=5) == {"ok": True}
+        assert await in_thread(lambda: list(realtime.sync.read(run))) == ["a", "b", "c", "d"]
+
+
+async def test_each_raises_what_the_async_call_raises() -> None:
+    realtime = with_tasks()
+
+    def work() -> None:
+        with pytest.raises(InvalidPayload):
+            realtime.sync.trigger("double", "x")
+        with pytest.raises(RunNotFound):
+            realtime.sync.get_run("run_that_never_was")
+        with pytest.raises(RunFailed, match="no"):
+            realtime.sync.result(realtime.sync.trigger("fails"), timeout=5)
+
+        def broken() -> Any:
+            yield 1
+            raise ValueError("source")
+
+        with pytest.raises(ValueError, match="source"):
+            realtime.sync.pipe(broken())
+
+    async with realtime:
+        await in_thread(work)
+
+
+async def test_a_def_task_uses_it_for_its_own_run() -> None:
+    realtime = make_realtime()
+
+    @realtime.task("t")
+    def task(run: Run) -> Any:
+        realtime.sync.append("chunk")
+        run.metadata.set("n", 1)
+        return realtime.sync.get_run(run).status
+
+    async with realtime:
+        handle = await realtime.trigger(task)
+        assert await handle.result(timeout=5) == "EXECUTING"
+        assert [chunk async for chunk in realtime.read(handle)] == ["chunk"]
+
+
+CALLS: list[Callable[[Realtime], Any]] = [
+    lambda realtime: realtime.sync.trigger("double", 1),
+    lambda realtime: realtime.sync.get_run("run_x"),
+    lambda realtime: realtime.sync.append(1, run="run_x"),
+    lambda realtime: next(realtime.sync.read("run_x")),
+]
+
+
+@pytest.mark.parametrize("call", CALLS)
+async def test_on_the_threads_of_loops_it_is_refused(call: Callable[[Realtime], Any]) -> None:
+    realtime = with_tasks()
+    with pytest.raises(RuntimeError, match="await the async call there"):
+        call(realtime)  # not started, but on a loop
+    assert realtime.engine.supervisor is None
+    async with realtime:
+        with pytest.raises(RuntimeError, match="await the async call there"):
+            call(realtime)
+
+        errors: list[BaseException] = []
+
+        async def on_another_loop() -> None:
+            try:
+                call(realtime)
+            except RuntimeError as exc:
+                errors.append(exc)
+
+        thread = threading.Thread(target=lambda: anyio.run(on_another_loop))
+        thread.start()
+        await until(lambda: not thread.is_alive())
+        assert ["await the async call there" in str(error) for error in errors] == [True]
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_without_a_loop_and_with_a_memory_broker_it_is_refused(call: Callable[[Realtime], Any]) -> None:
+    realtime = with_tasks()
+    with pytest.raises(RuntimeError, match="its broker is in memory, so nobody would see this"):
+        call(realtime)
+
+
+class Shared(MemoryBroker):
+    """Says that other processes see what it holds."""
+
+    shared = True
+
+
+def test_a_worker_process_has_a_loop_of_its_own() -> None:
+    class Nobody:
+        async def enqueue(self, run_id: str, task_id: str) -> None: ...
+
+    realtime = with_tasks(broker=Shared(), executor=Nobody())
+    handle = realtime.sync.trigger("double", 21)
+    assert realtime.sync.get_run(handle).status is Status.QUEUED
+    realtime.sync.execute(handle.id)
+    assert realtime.sync.result(handle, timeout=5) == 42
+
+    results: list[Any] = []
+
+    def also() -> None:
+        results.append(realtime.sync.get_run(handle).output)
+
+    thread = threading.Thread(target=also)
+    thread.start()
+    thread.join()
+    assert results == [42]
+    realtime.sync.close()
+    realtime.sync.close()
+    assert realtime.engine.supervisor is None
+    assert realtime.sync.get_run(handle).output == 42  # begins again
+    realtime.sync.close()
+
+
+def test_two_threads_may_begin_at_once() -> None:
+    realtime = with_tasks(broker=Shared())
+    results: list[Any] = []
+    gate = threading.Barrier(4)
+
+    def work() -> None:
+        gate.wait(5)
+        results.append(realtime.sync.result(realtime.sync.trigger("double", 1), timeout=5))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == [2, 2, 2, 2]
+    realtime.sync.close()
+
+
+async def test_close_leaves_the_loop_of_the_host_alone() -> None:
+    async with make_realtime() as realtime:
+        await in_thread(realtime.sync.close)
+        assert realtime.engine.supervisor is not None
