@@ -52,6 +52,33 @@ async def test_a_delayed_run_is_begun_by_a_process_that_has_its_task() -> None:
         assert knows_not.engine.supervisor is not None
 
 
+async def test_of_several_processes_that_begin_a_delayed_run_one_does() -> None:
+    clock = FakeClock()
+    broker = DistantBroker(clock=clock)
+    executions = 0
+
+    def process() -> Realtime:
+        realtime = make_realtime(broker=broker, clock=clock)
+
+        @realtime.task("t")
+        async def task() -> str:
+            nonlocal executions
+            executions += 1
+            return "done"
+
+        return realtime
+
+    async with process() as one, process() as two, process() as three:
+        for _ in range(5):
+            handle = await one.trigger("t", delay=5)
+            clock.seconds += 6
+            async with anyio.create_task_group() as group:
+                for realtime in (one, two, three):
+                    group.start_soon(Housekeeping(realtime.engine).once)
+            assert await handle.result(timeout=5) == "done"
+    assert executions == 5
+
+
 async def test_topics_that_were_not_told_are_told_again() -> None:
     class Forgetful(DistantBroker):
         forget = True

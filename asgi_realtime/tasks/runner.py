@@ -24,8 +24,6 @@ async def run_task(task: Task[Any, Any], execution: Execution, *, threads: TaskT
     try:
         with anyio.CancelScope() as scope:
             execution.interrupt = scope.cancel
-            if execution.stopped_by is not None:
-                scope.cancel()
             if task.max_duration_s is not None:
                 scope.deadline = anyio.current_time() + task.max_duration_s
             try:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import functools
+import operator
+import sys
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -451,3 +453,40 @@ def test_decode_as_refuses_what_is_no_json() -> None:
         decode_as(b"{", Order)
     with pytest.raises(UsageError):
         decode_as(b"{", Any)
+
+
+class Unknown:
+    """A class that has no form in JSON."""
+
+
+async def takes_unknowns(payload: list[Unknown]) -> None: ...
+
+
+def test_a_part_that_cannot_be_made_from_json_is_refused_with_the_payload() -> None:
+    task = make_realtime().task("t")(takes_unknowns)
+    assert task.encode_payload([], limit_bytes=100) == b"[]"
+    with pytest.raises(InvalidPayload, match="Unknown cannot be made from JSON"):
+        task.encode_payload([1], limit_bytes=100)
+
+
+class Tree(msgspec.Struct):
+    child: Tree | None = None
+
+
+async def takes_tree(payload: Tree) -> None: ...
+
+
+def test_a_payload_that_is_nested_too_deeply_is_refused() -> None:
+    task = make_realtime().task("t")(takes_tree)
+    with pytest.raises(InvalidPayload, match="nested too deeply"):
+        task.decode_payload(b'{"child":' * 100_000 + b"null" + b"}" * 100_000)
+
+
+def test_without_pydantic_its_types_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pydantic", None)
+    with pytest.raises(InvalidConfiguration, match="is not a type for payloads or chunks"):
+        make_realtime().task("t")(takes_pet)
+
+
+def test_a_builtin_has_no_closure_to_look_into() -> None:
+    assert make_realtime().task("t")(operator.neg).payload_type is Any
