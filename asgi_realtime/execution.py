@@ -61,8 +61,7 @@ class Execution:
 
     async def returned(self) -> RunRecord:
         """The code of the run is through: wait for its pipes, then end the run."""
-        for pipe in tuple(self.run.pipes):
-            await pipe.settled()
+        await self._pipes_settled()
         if self.stopped_by is not None:
             return await self.stopped()
         for pipe in self.run.pipes:
@@ -106,13 +105,17 @@ class Execution:
             if result.status is not Status.COMPLETED:
                 self._stop_pipes()
             try:
-                for pipe in tuple(self.run.pipes):
-                    await pipe.settled()
+                await self._pipes_settled()
                 await self._flush_relatives()
             finally:  # asyncio's own cancellation, of a host that goes away, knows no shield
                 async with self.run.buffer.storing:
                     record = await self._runs.update(self.run.id, *self.run.buffer.take(), result)
         return record
+
+    async def _pipes_settled(self) -> None:
+        while open_pipes := [pipe for pipe in self.run.pipes if not pipe.done]:  # a source may open another
+            for pipe in open_pipes:
+                await pipe.settled()
 
     async def _flush_relatives(self) -> None:
         relatives = {relative.id: relative for relative in (self.run.parent, self.run.root) if relative is not None}

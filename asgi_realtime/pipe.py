@@ -20,7 +20,7 @@ from asgi_realtime.localcopy import LocalCopy, Reader
 from asgi_realtime.sources import ThreadBudget, discard, opened
 from asgi_realtime.supervisor import cancelled_by_nobody
 from asgi_realtime.waiting import Parking
-from asgi_realtime.writer import StreamWriter, encode_numbered
+from asgi_realtime.writer import YIELD_EVERY, StreamWriter, encode_numbered
 
 if TYPE_CHECKING:
     from asgi_realtime.handles import RunHandle
@@ -28,9 +28,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 Source = AsyncIterable[T] | Iterable[T] | AbstractAsyncContextManager[AsyncIterable[T]]
-
-YIELD_EVERY = 64
-"""Items of a source that never suspends before the loop gets a turn."""
 
 
 class PipeResult(NamedTuple):
@@ -76,11 +73,11 @@ class Pipe(Generic[T]):
         self.error: Exception | None = None
         """What went wrong, with the source or with a chunk of it."""
         self._error_seen = False
-        self._done = False
+        self.done = False
         self._ended = Parking()
 
     def __repr__(self) -> str:
-        state = "ended" if self._done else "open"
+        state = "ended" if self.done else "open"
         return f"<Pipe run={self.run_id} stream={self.stream!r} chunks={self._writer.chunks} {state}>"
 
     @cached_property
@@ -134,14 +131,14 @@ class Pipe(Generic[T]):
         """Wait until the pipe has ended, however it did."""
         self._copy.drain_began()
         try:
-            while not self._done:
+            while not self.done:
                 await self._ended.wait()
         finally:
             self._copy.drain_ended()
 
     def stop(self, reason: RunCanceled | None) -> None:
         """Make the job end. A consumer then gets `reason`, or a clean end."""
-        if not self._stopped and not self._done:
+        if not self._stopped and not self.done:
             self._stopped = True
             self._stop_reason = reason
             if self._scope is not None:
@@ -183,7 +180,7 @@ class Pipe(Generic[T]):
         try:
             await last()
         finally:
-            self._done = True
+            self.done = True
             self._ended.wake()
 
     async def _forward_all(self) -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+
 import anyio
 import pytest
 
@@ -139,3 +141,27 @@ async def test_cancelling_what_is_over_changes_nothing() -> None:
         before = await realtime.get_run(run)
         assert await realtime.cancel(run) == before
         assert await realtime.cancel(before) == before
+
+
+async def test_a_pipe_that_a_source_opens_while_the_run_ends_is_waited_for() -> None:
+    """Its error was raised to nobody, and the run was COMPLETED."""
+    realtime = make_realtime()
+
+    async def failing() -> AsyncIterator[int]:
+        yield 1
+        await anyio.sleep(0)
+        raise ValueError("inner")
+
+    async def outer() -> AsyncIterator[int]:
+        await anyio.sleep(0)
+        yield 1
+        realtime.pipe(failing(), "inner")
+
+    @realtime.task("t")
+    async def task() -> None:
+        realtime.pipe(outer(), "outer")
+
+    async with realtime:
+        handle = await realtime.trigger(task)
+        record = await ended(realtime, handle.id)
+    assert (record.status, record.error) == (Status.FAILED, RunError("ValueError", "task failed"))
