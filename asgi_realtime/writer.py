@@ -12,6 +12,8 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import anyio.lowlevel
+
 from asgi_realtime.brokers.base import Broker, ImmediateBroker, Producer, StreamKey
 from asgi_realtime.config import Limits
 from asgi_realtime.core.chunks import encode_chunk
@@ -21,6 +23,9 @@ from asgi_realtime.waiting import Parking
 
 CALL_BYTES = 256 * 1024
 CALL_ITEMS = 500
+
+YIELD_EVERY = 64
+"""Chunks of a producer that never suspends before the loop gets a turn."""
 
 Spawn = Callable[[Callable[[], Awaitable[None]]], None]
 
@@ -100,6 +105,11 @@ class StreamWriter:
             await self._progress.wait()
         if self.failure is not None:
             raise self.failure
+
+    async def give_way(self) -> None:
+        """Give the loop a turn now and then: who writes without ever waiting must not starve the subscribers."""
+        if self.chunks % YIELD_EVERY == 0:
+            await anyio.lowlevel.checkpoint()
 
     def _acknowledge(self, chunks: int, size: int, last: int) -> None:
         self.chunks += chunks
