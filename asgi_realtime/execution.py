@@ -37,6 +37,7 @@ class Execution:
         """Who stopped the run before its end."""
         self._runs = runs
         self._debug = debug
+        self._ending = False  # what comes of the run is settled, though not stored yet
 
     def cancel(self) -> None:
         """Somebody asked to cancel the run. Idempotent."""
@@ -47,7 +48,7 @@ class Execution:
         self._stop(ServerShutdown("the server was shut down"))
 
     def _stop(self, reason: RunCanceled | ServerShutdown) -> None:
-        if self.stopped_by is not None:
+        if self.stopped_by is not None or self._ending:
             return
         self.stopped_by = reason
         self.run.canceled = True
@@ -100,7 +101,7 @@ class Execution:
 
     async def _end(self, result: Finished) -> RunRecord:
         """The last commit. Shielded: a run whose code has ended does not stay open."""
-        record = self.run.record
+        self._ending = True
         with anyio.CancelScope(shield=True):
             if result.status is not Status.COMPLETED:
                 self._stop_pipes()

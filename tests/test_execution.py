@@ -8,6 +8,8 @@ import pytest
 from asgi_realtime import Realtime, Run, RunCanceled, RunError, Status
 from asgi_realtime.brokers.memory import MemoryBroker
 from asgi_realtime.core.runs import Finished
+from asgi_realtime.housekeeping import Housekeeping
+from tests.brokers.backends import DistantBroker
 from tests.inprocess import FakeClock, ended, make_realtime, until
 
 pytestmark = pytest.mark.anyio
@@ -134,6 +136,22 @@ async def test_code_whose_run_was_ended_by_another_process_is_stopped() -> None:
         assert (await owner.get_run(handle)).status is Status.CRASHED
 
 
+async def test_a_run_that_is_ending_is_not_taken_for_one_that_another_process_has_ended() -> None:
+    """The ticker that looked at it just then made a completed run raise `RunCanceled`."""
+    async with make_realtime(broker=DistantBroker()) as realtime:
+        housekeeping = Housekeeping(realtime.engine)
+
+        async def look(times: int) -> None:
+            for _ in range(times):
+                await housekeeping._heed_cancellations()
+
+        for _ in range(20):
+            async with anyio.create_task_group() as group:
+                async with realtime.open_run("r"):
+                    group.start_soon(look, 10)
+                    await anyio.lowlevel.checkpoint()
+
+
 async def test_cancelling_what_is_over_changes_nothing() -> None:
     async with make_realtime() as realtime:
         async with realtime.open_run("r") as run:
@@ -149,11 +167,11 @@ async def test_a_pipe_that_a_source_opens_while_the_run_ends_is_waited_for() -> 
 
     async def failing() -> AsyncIterator[int]:
         yield 1
-        await anyio.sleep(0)
+        await anyio.lowlevel.checkpoint()
         raise ValueError("inner")
 
     async def outer() -> AsyncIterator[int]:
-        await anyio.sleep(0)
+        await anyio.lowlevel.checkpoint()
         yield 1
         realtime.pipe(failing(), "inner")
 
