@@ -389,7 +389,7 @@ async def test_stop_cancels_what_goes_on_and_fails_it_with_server_shutdown() -> 
 @pytest.mark.anyio
 async def test_a_run_that_was_triggered_right_before_the_stop_is_ended() -> None:
     """It stayed QUEUED: it had its place and had not begun."""
-    for _ in range(20):
+    for _ in range(8):
         realtime = make_realtime()
 
         @realtime.task("t")

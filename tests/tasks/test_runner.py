@@ -355,6 +355,7 @@ async def test_cancelling_a_def_task_ends_its_run_at_once_and_tells_its_thread()
     assert left == [True]
 
 
+@pytest.mark.slow
 def test_a_def_task_that_blocks_does_not_hold_up_the_exit() -> None:
     """It ran in a thread that Python waits for."""
     program = """
