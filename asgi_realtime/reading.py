@@ -141,7 +141,8 @@ def ended_otherwise(end: End, record: RunRecord | None = None) -> RunEnded:
 class TopicFollower(BatchIterator[RunRecord]):
     """The runs of a topic: their present state, then each change, in its newest state.
 
-    `stop` is asked after each batch and ends the iteration.
+    The present state is the newest `first` of the runs that `keep` wants, among the `limit` that the topic remembers.
+    A record that `stop` says so of is the last.
     """
 
     def __init__(
@@ -151,6 +152,7 @@ class TopicFollower(BatchIterator[RunRecord]):
         topic: str,
         *,
         limit: int,
+        first: int,
         keep: Callable[[RunRecord], bool] = lambda record: True,
         stop: Callable[[RunRecord], bool] = lambda record: False,
         run_id: str | None = None,
@@ -161,6 +163,7 @@ class TopicFollower(BatchIterator[RunRecord]):
         self._runs = runs
         self._topic = topic
         self._limit = limit
+        self._first = first
         self._keep = keep
         self._stop = stop
         self._run_id = run_id
@@ -189,13 +192,14 @@ class TopicFollower(BatchIterator[RunRecord]):
     async def _take(self, changes: Changes) -> None:
         records = await self._runs.load([change.run_id for change in changes.items])
         self._cursor = changes.cursor
-        for record in records:
-            if record is None or self._versions.get(record.id, 0) >= record.version:
-                continue
-            self._versions[record.id] = record.version
-            if self._keep(record):
+        kept = [record for record in records if record is not None and self._keep(record)]
+        for record in kept[-self._first :] if changes.snapshot else kept:
+            if self._versions.pop(record.id, 0) < record.version:
                 self._ready.append(record)
                 self._stopped = self._stop(record) or self._stopped
+            self._versions[record.id] = record.version
+        while len(self._versions) > self._limit:
+            del self._versions[next(iter(self._versions))]
 
 
 class RunWithStreams(BatchIterator[RunRecord | StreamChunk]):

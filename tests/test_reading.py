@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from asgi_realtime import Realtime
 from asgi_realtime.brokers import MemoryBroker
 from asgi_realtime.brokers.base import StreamKey
-from asgi_realtime.config import Retention, Timeouts
+from asgi_realtime.config import Limits, Retention, Timeouts
 from asgi_realtime.core.runs import RunRecord, Status, run_topic
 from asgi_realtime.errors import RunCanceled, RunFailed, RunNotFound, StreamGap, UsageError
 from asgi_realtime.reading import StreamChunk
@@ -521,3 +521,25 @@ def test_reading_needs_a_loop() -> None:
     realtime: Realtime = make()
     with pytest.raises(RuntimeError, match=r"realtime\.sync"):
         realtime.read("run_1")
+
+
+async def test_a_list_by_two_tags_has_runs_that_are_old_in_the_first() -> None:
+    """The newest runs of the first tag were taken and filtered after that, so older runs with both were missed."""
+    async with make(limits=Limits(feed_runs=2)) as realtime:
+        both = realtime.pipe([1], tags=["a", "b"]).run_id
+        await realtime.result(both)
+        for _ in range(3):
+            await realtime.result(realtime.pipe([1], tags=["a"]).run_id)
+        with anyio.fail_after(5):
+            assert (await anext(realtime.subscribe_to_runs_with_tag(["a", "b"]))).id == both
+
+
+async def test_a_list_begins_with_its_newest_runs() -> None:
+    async with make(limits=Limits(feed_runs=2)) as realtime:
+        runs = []
+        for _ in range(4):
+            runs.append(realtime.pipe([1], tags=["a"]).run_id)
+            await realtime.result(runs[-1])
+        feed = realtime.subscribe_to_runs_with_tag("a")
+        with anyio.fail_after(5):
+            assert {(await anext(feed)).id, (await anext(feed)).id} == set(runs[2:])
