@@ -180,7 +180,11 @@ class Engine:
             while self._busy:
                 for execution in tuple(self.executions.values()):
                     execution.shut_down()
-                await self._changed.wait()
+                    if not execution.reachable():
+                        await execution.stopped()
+                        self.ended(execution)
+                if self._busy:
+                    await self._changed.wait()
             await self._fail_waiting()
 
     @property

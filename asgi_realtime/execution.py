@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING, Any
 import anyio
 
 from asgi_realtime.core.runs import Finished, RunError, RunRecord, Status
-from asgi_realtime.errors import EncodingError, LimitExceeded, RealtimeError, RunCanceled, ServerShutdown, TaskError
+from asgi_realtime.errors import (
+    EncodingError,
+    LimitExceeded,
+    RealtimeError,
+    RunCanceled,
+    RunFailed,
+    ServerShutdown,
+    TaskError,
+)
 from asgi_realtime.run import Run
 from asgi_realtime.runstore import RunStore
 from asgi_realtime.supervisor import logger
@@ -33,6 +41,8 @@ class Execution:
         self.run = run
         self.interrupt: Callable[[], None] | None = None
         """Cancels the code of the run."""
+        self.reachable: Callable[[], bool] = lambda: True
+        """Whether there is code to cancel; a run may have been left open by a task that is gone."""
         self.stopped_by: RunCanceled | ServerShutdown | None = None
         """Who stopped the run before its end."""
         self._runs = runs
@@ -52,13 +62,13 @@ class Execution:
             return
         self.stopped_by = reason
         self.run.canceled = True
-        self._stop_pipes()
+        self._stop_pipes(reason)
         if self.interrupt is not None:
             self.interrupt()
 
-    def _stop_pipes(self) -> None:
+    def _stop_pipes(self, reason: RealtimeError) -> None:
         for pipe in tuple(self.run.pipes):
-            pipe.stop(RunCanceled("the run was canceled"))
+            pipe.stop(reason)
 
     async def returned(self) -> RunRecord:
         """The code of the run is through: wait for its pipes, then end the run."""
@@ -104,7 +114,7 @@ class Execution:
         self._ending = True
         with anyio.CancelScope(shield=True):
             if result.status is not Status.COMPLETED:
-                self._stop_pipes()
+                self._stop_pipes(self.stopped_by or _ended_as(result))
             try:
                 await self._pipes_settled()
                 await self._flush_relatives()
@@ -126,3 +136,10 @@ class Execution:
                     await relative.buffer.flush()
                 except RealtimeError as exc:
                     logger.warning("metadata of run %s is lost: %s", relative.id, exc)
+
+
+def _ended_as(result: Finished) -> RealtimeError:
+    """What the consumers of a run's pipes are told when the run ends before its sources."""
+    if result.status is Status.CANCELED:
+        return RunCanceled("the run was canceled")
+    return RunFailed(f"the run ended {result.status.lower()}")

@@ -39,6 +39,7 @@ class OpenRun:
         interrupt = self._interrupt = make_interrupt()
         interrupt.__enter__()
         execution.interrupt = interrupt.interrupt
+        execution.reachable = lambda: interrupt.reachable
         return execution.run
 
     async def __aexit__(

@@ -15,7 +15,7 @@ import anyio
 import anyio.lowlevel
 
 from asgi_realtime.config import Limits, Timeouts
-from asgi_realtime.errors import BrokerUnavailable, RealtimeError, RunCanceled
+from asgi_realtime.errors import BrokerUnavailable, RealtimeError, ServerShutdown
 from asgi_realtime.localcopy import LocalCopy, Reader
 from asgi_realtime.sources import ThreadBudget, discard, opened
 from asgi_realtime.supervisor import cancelled_by_nobody
@@ -68,7 +68,7 @@ class Pipe(Generic[T]):
         self._index = 0
         self._unwritable = False
         self._scope: anyio.CancelScope | None = None
-        self._stop_reason: RunCanceled | None = None
+        self._stop_reason: RealtimeError | None = None
         self._stopped = False
         self.error: Exception | None = None
         """What went wrong, with the source or with a chunk of it."""
@@ -99,8 +99,8 @@ class Pipe(Generic[T]):
         """Wait until the source has ended and the broker has acknowledged every chunk.
 
         Raises the source's own error, `EncodingError` or `LimitExceeded` for a chunk that could not be forwarded,
-        `BrokerUnavailable` if the broker was away for longer than `timeouts.append`, `RunCanceled` if the run was
-        canceled. Cancelling the caller does not stop the pipe.
+        `BrokerUnavailable` if the broker was away for longer than `timeouts.append`, and `RunCanceled`, `RunFailed` or
+        `ServerShutdown` if the run ended before the source. Cancelling the caller does not stop the pipe.
         """
         await self.settled()
         if self.error is not None:
@@ -136,7 +136,7 @@ class Pipe(Generic[T]):
         finally:
             self._copy.drain_ended()
 
-    def stop(self, reason: RunCanceled | None) -> None:
+    def stop(self, reason: RealtimeError | None) -> None:
         """Make the job end. A consumer then gets `reason`, or a clean end."""
         if not self._stopped and not self.done:
             self._stopped = True
@@ -172,7 +172,7 @@ class Pipe(Generic[T]):
             self.error = RuntimeError(f"the source raised {type(cause).__name__}")
             self.error.__cause__ = cause
         else:
-            self._stop_reason = RunCanceled("the pipe was stopped by the shutdown of its Realtime")
+            self._stop_reason = ServerShutdown("the server was shut down")
 
     async def _end(self, last: Callable[[], Awaitable[None]]) -> None:
         """The local iteration ends now, the pipe after its last act."""

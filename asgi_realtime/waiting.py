@@ -127,6 +127,11 @@ class Interrupt(Protocol):
     interrupted: bool
     """The body was ended by `interrupt` and by nothing else."""
 
+    @property
+    def reachable(self) -> bool:
+        """Whether the task that entered is still there to be interrupted."""
+        ...
+
     def interrupt(self) -> None: ...
 
     def __enter__(self) -> Interrupt: ...
@@ -151,6 +156,10 @@ class _AsyncioInterrupt:
 
     def __enter__(self) -> Interrupt:
         return self
+
+    @property
+    def reachable(self) -> bool:
+        return not self._owner.done()
 
     def interrupt(self) -> None:
         if self._called:
@@ -188,6 +197,10 @@ class _AnyioInterrupt:
     def __enter__(self) -> Interrupt:
         self._scope.__enter__()
         return self
+
+    @property
+    def reachable(self) -> bool:
+        return True  # a scope does not outlive its task
 
     def interrupt(self) -> None:
         self._scope.cancel()

@@ -283,6 +283,25 @@ async def test_the_stop_interrupts_the_body_with_server_shutdown() -> None:
     assert record.error == RunError("ServerShutdown", "the server was shut down")
 
 
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_a_run_that_was_left_open_by_a_task_that_is_gone_does_not_hold_up_the_stop() -> None:
+    """The stop waited five seconds for code that had ended long before."""
+    realtime = make_realtime(timeouts=Timeouts(drain=0.01, cancel=60))
+    runs: list[Run] = []
+
+    async def leave_open() -> None:
+        runs.append(await realtime.open_run("r").__aenter__())
+
+    async with realtime:
+        async with anyio.create_task_group() as group:
+            group.start_soon(leave_open)
+        with anyio.fail_after(10):
+            await realtime.stop()
+    record = await realtime.get_run(runs[0])
+    await realtime.stop()
+    assert (record.status, record.error) == (Status.FAILED, RunError("ServerShutdown", "the server was shut down"))
+
+
 class NoEnd(MemoryBroker):
     async def commit(self, record: RunRecord, *, expect: int, change: ChangeMark) -> int:
         if record.is_completed:

@@ -20,7 +20,7 @@ import pytest
 
 from asgi_realtime.config import Limits, Timeouts
 from asgi_realtime.core.runs import Status
-from asgi_realtime.errors import EncodingError, InvalidSource, LimitExceeded, RunCanceled
+from asgi_realtime.errors import EncodingError, InvalidSource, LimitExceeded, RunCanceled, ServerShutdown
 from asgi_realtime.sources import THREAD_AHEAD
 from tests.faults import make, others, steps, stored, until
 
@@ -542,7 +542,7 @@ async def test_a_blocked_sync_source_holds_nothing_up() -> None:
         assert await anext(pipe) == 0
         with anyio.fail_after(1):
             await realtime.stop()
-        with pytest.raises(RunCanceled):
+        with pytest.raises(ServerShutdown):
             await pipe.wait_until_complete()
         assert closed == []
         go.set()
