@@ -36,7 +36,7 @@ def error_answer(error: Exception, *, debug: bool = False) -> Response:
         return refusal(500, RealtimeError.code, message)
     body = {"error": str(error), "code": error.code}
     if isinstance(error, ScopeDenied):
-        body |= {"param": "access_token", "type": "authorization"}  # as in reference/wire.md, section 3.3
+        body |= {"param": "access_token", "type": "authorization"}  # what the official clients know
     elif isinstance(error, TokenError):
         return json_answer(body, error.status, {"www-authenticate": "Bearer"})  # a must with 401: RFC 9110, 11.6.1
     return json_answer(body, error.status)

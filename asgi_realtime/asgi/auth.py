@@ -2,7 +2,7 @@
 
 A token comes as `Authorization: Bearer`, or on GET as `?access_token=` because an EventSource cannot set headers
 (RFC 6750, section 2.3). The latter is taken out of the scope before anything else, so that a server's access log does
-not print it. Scope grammar and resource names: reference/wire.md, section 3.2.
+not print it. Scopes and resource names: docs/protocol.md.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """CORS headers of our own: on every answer, errors too, and the answer to a preflight.
 
 A preflight is answered before authentication, as it carries no credential. Requested headers are reflected, since `*`
-does not cover `authorization`. Credentials are never allowed, so `*` is safe. Spec: WHATWG Fetch, section 3.2;
-reference/wire.md, section 5.
+does not cover `authorization`. Credentials are never allowed, so `*` is safe. Spec: WHATWG Fetch, section 3.2.
 """
 
 from __future__ import annotations

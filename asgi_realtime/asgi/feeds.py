@@ -27,7 +27,7 @@ from asgi_realtime.core.run_json import run_json
 from asgi_realtime.core.runs import RunRecord, batch_topic, run_topic, tag_topic
 from asgi_realtime.core.sse import control_frame
 from asgi_realtime.core.topics import Change, Changes, Cursor
-from asgi_realtime.errors import InvalidRequest, UsageError
+from asgi_realtime.errors import InvalidRequest, LimitExceeded, UsageError
 from asgi_realtime.livelog import MAX_BODY
 from asgi_realtime.names import check_tags
 from asgi_realtime.tokens import Claims
@@ -149,7 +149,15 @@ def asked_tags(text: str | None, limits: Limits) -> tuple[str, ...]:
     """The tags of a query. Raises `InvalidRequest`, `UsageError`, `LimitExceeded`."""
     if not text:
         raise InvalidRequest("tags is missing; pass ?tags=a or ?tags=a,b (runs that have all of them)")
-    return check_tags(text.split(","), limits)
+    tags = text.split(",")
+    if len(tags) > limits.tags:
+        raise LimitExceeded(f"{len(tags)} tags are asked for, limit {limits.tags}")
+    try:
+        return check_tags(tags, limits)
+    except LimitExceeded:
+        raise
+    except UsageError as exc:
+        raise InvalidRequest(str(exc)) from exc
 
 
 def asked_window(text: str | None) -> float:
@@ -157,7 +165,9 @@ def asked_window(text: str | None) -> float:
     try:
         return min(parse_span(text, name="createdAt"), MAX_WINDOW_S) if text else MAX_WINDOW_S
     except UsageError as exc:
-        raise InvalidRequest(str(exc)) from exc
+        raise InvalidRequest(
+            f"createdAt is {text!r}; it must be a span such as '90s', '15m', '1h30m' or '24h'"
+        ) from exc
 
 
 def _subscribe(request: Request, claims: Claims, feed: Feed) -> Answer:

@@ -3,7 +3,7 @@
 Hosts differ: `path` comes with the mount's prefix (Starlette), without (Litestar, which adds a slash at the end), and
 with or without the `root_path` of a proxy in front. So each candidate is tried, and the first that is one of our routes
 wins. All routes begin with `v1` or `api`, after `realtime` or not, so that both `baseURL`s of the official clients
-work. Nothing is redirected: that is trouble for a cross-origin EventSource (reference/hosts.md, section 2).
+work. Nothing is redirected: that is trouble for a cross-origin EventSource.
 """
 
 from __future__ import annotations

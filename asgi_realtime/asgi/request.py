@@ -10,7 +10,7 @@ from urllib.parse import parse_qsl
 
 from asgi_realtime.asgi.auth import bearer, redact_query
 from asgi_realtime.asgi.host import Host, Receive, Scope
-from asgi_realtime.errors import InvalidRequest, LimitExceeded
+from asgi_realtime.errors import InvalidRequest, InvalidToken, LimitExceeded
 from asgi_realtime.tokens import Claims
 
 if TYPE_CHECKING:
@@ -50,9 +50,11 @@ class Request:
     def authenticate(self) -> Claims:
         """Raises `InvalidToken`, also if there is no credential at all."""
         credential = bearer(self.header(b"authorization"))
-        if not credential and self.method == "GET":
-            credential = self._query_token
-        return self.host.tokens.authenticate(credential)
+        if credential or self.method != "GET":
+            return self.host.tokens.authenticate(credential)
+        if self.host.tokens.is_secret(self._query_token):
+            raise InvalidToken("the secret key must not stand in a URL; send it as `Authorization: Bearer …`")
+        return self.host.tokens.authenticate(self._query_token)
 
     @property
     def last_event_id(self) -> str | None:

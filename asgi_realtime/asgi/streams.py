@@ -19,7 +19,7 @@ from asgi_realtime.core.log import StreamKey
 from asgi_realtime.core.runs import RunRecord
 from asgi_realtime.errors import InvalidRequest
 from asgi_realtime.livelog import LiveLog
-from asgi_realtime.names import check_key, input_stream
+from asgi_realtime.names import input_stream, stream_name
 from asgi_realtime.tokens import Claims
 
 _MAX_DIGITS = 18
@@ -28,7 +28,7 @@ _MAX_DIGITS = 18
 async def stream(request: Request, run_id: str, key: str) -> StreamSubscription:
     """Follow a stream of a run."""
     claims = request.authenticate()
-    return await _subscribe(request, claims, run_id, check_key(key, request.host.limits, what="stream key"))
+    return await _subscribe(request, claims, run_id, stream_name(key, request.host.limits))
 
 
 async def tail_input(request: Request, run_id: str, input_id: str) -> StreamSubscription:

@@ -262,3 +262,11 @@ async def test_a_start_that_fails_is_told_to_the_server(host: StandIn, caplog: p
 async def test_a_stop_that_fails_is_told_to_the_server(host: StandIn, caplog: pytest.LogCaptureFixture) -> None:
     host.stop_error = ValueError("no")
     assert (await lifespan(host))[-1] == {"type": "lifespan.shutdown.failed", "message": "ValueError: no"}
+
+
+async def test_a_secret_key_in_a_url_is_refused(host: StandIn) -> None:
+    await host.create()
+    response = await driver.request(host, "GET", "/api/v3/runs/run_1", query={"access_token": SECRET})
+    assert response.status == 401
+    assert "must not stand in a URL" in json.loads(response.body)["error"]
+    assert SECRET not in response.body.decode()

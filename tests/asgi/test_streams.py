@@ -753,3 +753,10 @@ async def test_streams_with_an_end_of_their_own_end_before_the_run(host: StandIn
         await host.broker.append(StreamKey("run_1", "default"), [b"1"], end=End("lost"))
         message, end = await response.read_all_events()
     assert (message.data, json.loads(end.data)) == ("1", {"reason": "lost"})
+
+
+async def test_the_library_s_own_streams_are_not_read_by_name(host: StandIn) -> None:
+    await host.create()
+    response = await driver.request(host, "GET", "/v1/streams/run_1/$trigger.input:x", headers=host.headers())
+    assert response.status == 422
+    assert "begins with $" in json.loads(response.body)["error"]
