@@ -1,0 +1,171 @@
+"""Under a real uvicorn, over real sockets: streams end when told to, resume, and do not wait for each other."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import resource
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import pytest
+import pytest_asyncio
+
+ROOT = Path(__file__).parent.parent.parent
+GUARD_S = 60.0
+pytestmark = [pytest.mark.slow, pytest.mark.asyncio, pytest.mark.timeout(120)]
+
+LAST_CHUNK = b"0\r\n\r\n"
+"""What a body ends with whose sender meant to end it (RFC 9112, section 7.1)."""
+
+
+@dataclass
+class Served:
+    process: subprocess.Popen[bytes]
+    port: int
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+
+@contextmanager
+def served(start: str = "lifespan", *options: str) -> Iterator[Served]:
+    """uvicorn in a process of its own, on a socket that listens before it starts."""
+    listener = socket.create_server(("127.0.0.1", 0), backlog=2048)
+    command = [sys.executable, "-m", "uvicorn", "tests.e2e.served:app", "--fd", str(listener.fileno()), *options]
+    environment = {**os.environ, "START": start}
+    with listener:
+        listener.set_inheritable(True)
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, pass_fds=[listener.fileno()], stderr=-3)
+        try:
+            yield Served(process, listener.getsockname()[1])
+        finally:
+            process.kill()
+            process.wait()
+
+
+@contextmanager
+def many_files() -> Iterator[None]:
+    """Allow as many open files as the machine lets us, for this process and its children."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest_asyncio.fixture
+async def http() -> AsyncIterator[httpx.AsyncClient]:
+    async with httpx.AsyncClient(timeout=GUARD_S) as client:
+        yield client
+
+
+async def subscribe(
+    server: Served, run: dict[str, str], last_event_id: int | None = None, *, receive_buffer: int | None = None
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """Open a stream and read its head."""
+    connection = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    if receive_buffer is not None:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+    connection.setblocking(False)
+    await asyncio.get_running_loop().sock_connect(connection, ("127.0.0.1", server.port))
+    reader, writer = await asyncio.open_connection(sock=connection, limit=1024 * 1024)
+    resume = "" if last_event_id is None else f"Last-Event-ID: {last_event_id}\r\n"
+    writer.write(
+        f"GET /realtime/v1/streams/{run['id']}/default HTTP/1.1\r\nHost: localhost\r\n"
+        f"Authorization: Bearer {run['token']}\r\n{resume}\r\n".encode()
+    )
+    head = await reader.readuntil(b"\r\n\r\n")
+    assert b" 200 " in head.splitlines()[0]
+    return reader, writer
+
+
+def ids(body: bytes) -> list[int]:
+    return [int(number) for number in re.findall(rb"^id: (\d+)$", body, re.MULTILINE)]
+
+
+@pytest.mark.parametrize(("start", "streams"), [("lifespan", 50), ("middleware", 1000), ("lazy", 50)])
+async def test_sigterm_ends_every_stream_cleanly_and_the_server(
+    http: httpx.AsyncClient, start: str, streams: int
+) -> None:
+    with many_files(), served(start) as server:
+        run = (await http.post(f"{server.url}/open")).json()
+        await http.post(f"{server.url}/publish", json={"run": run["id"], "count": 3, "size": 10})
+        connections = [await subscribe(server, run) for _ in range(streams)]
+        for reader, _ in connections:
+            await reader.readuntil(b"id: 2\n")
+        await http.aclose()
+        server.process.send_signal(signal.SIGTERM)
+        async with asyncio.timeout(GUARD_S):
+            rests = await asyncio.gather(*(reader.read() for reader, _ in connections))
+            await asyncio.to_thread(server.process.wait)
+        for (_, writer), rest in zip(connections, rests, strict=True):
+            writer.close()
+            assert b"event: reconnect\n" in rest
+            assert rest.endswith(LAST_CHUNK)
+        assert server.process.returncode in (0, -signal.SIGTERM)
+
+
+@pytest.mark.parametrize("protocol", ["httptools", "h11"])
+async def test_a_dropped_reader_resumes_without_a_gap_or_a_double(http: httpx.AsyncClient, protocol: str) -> None:
+    with served("lifespan", "--http", protocol) as server:
+        run = (await http.post(f"{server.url}/open")).json()
+        received: list[int] = []
+        for round_ in range(5):
+            reader, writer = await subscribe(server, run, received[-1] if received else None)
+            await http.post(f"{server.url}/publish", json={"run": run["id"], "count": 200, "size": 100})
+            async with asyncio.timeout(GUARD_S):
+                body = await reader.readuntil(f"id: {round_ * 200 + 150}\n".encode())
+            writer.transport.abort()
+            received += ids(body)
+        assert received == list(range(4 * 200 + 151))
+
+
+async def test_a_reader_that_never_reads_costs_nobody_else_anything(http: httpx.AsyncClient) -> None:
+    with served() as server:
+        run = (await http.post(f"{server.url}/open")).json()
+        _, stalled = await subscribe(server, run, receive_buffer=4096)
+        stalled.transport.pause_reading()  # type: ignore[attr-defined]
+        reader, writer = await subscribe(server, run)
+        memory = _resident_kib(server.process.pid)
+        publishing = asyncio.create_task(
+            http.post(f"{server.url}/publish", json={"run": run["id"], "count": 30_000, "size": 1000})
+        )
+        received: list[int] = []
+        async with asyncio.timeout(GUARD_S):
+            while not received or received[-1] < 29_999:
+                received += ids(await reader.readuntil(b"\n\n"))
+            await publishing
+        assert received == list(range(30_000))
+        # 30 MB went by; the stream keeps 8 MiB of it, and the stalled reader one body.
+        assert _resident_kib(server.process.pid) - memory < 24 * 1024
+        writer.close()
+        stalled.close()
+
+
+async def test_a_reader_that_leaves_is_forgotten(http: httpx.AsyncClient) -> None:
+    with served() as server:
+        run = (await http.post(f"{server.url}/open")).json()
+        for _ in range(200):
+            _, writer = await subscribe(server, run)
+            writer.transport.abort()
+        async with asyncio.timeout(GUARD_S):
+            while (await http.get(f"{server.url}/subscribers")).json() != {"subscribers": 0}:
+                pass
+
+
+def _resident_kib(pid: int) -> int:
+    status = Path(f"/proc/{pid}/status").read_text()
+    found = re.search(r"VmRSS:\s+(\d+) kB", status)
+    assert found is not None
+    return int(found[1])
