@@ -65,8 +65,6 @@ class Limits(_Positive):
     output_bytes: int = 10 * 1024 * 1024
     metadata_bytes: int = 256 * 1024
     """All metadata of one run, encoded."""
-    body_bytes: int = 4 * 1024 * 1024
-    """The body of one HTTP request."""
     input_bytes: int = 1024 * 1024
     tags: int = 10
     tag_length: int = 128

@@ -237,7 +237,8 @@ class Realtime:
         return await self._tasks.trigger(task, payload, options, parent_id=parent_id, token_expires_in=token_expires_in)
 
     async def batch_trigger(self, items: Iterable[BatchItem], *, token_expires_in: Span = "1h") -> BatchHandle:
-        """Start several runs: `(task, payload)` or `(task, payload, options)` each, options as `trigger`'s keywords.
+        """Start several runs: `(task, payload)` or `(task, payload, options)` each. Options are a dict of
+        `tags`, `metadata`, `ttl`, `delay`, as in `trigger`.
 
         All are checked before the first is started. Raises as `trigger`, and `LimitExceeded` for too many.
         """
@@ -410,6 +411,7 @@ class Realtime:
         await writer.open()
         writer.write(data)
         await writer.drain()
+        await writer.give_way()
 
     def _new_writer(self, key: StreamKey) -> StreamWriter:
         return StreamWriter(
@@ -484,7 +486,8 @@ class Realtime:
             self.broker,
             self.runs,
             run_topic(run_id),
-            limit=self.limits.feed_runs,
+            limit=self.limits.topic_runs,
+            first=self.limits.feed_runs,
             stop=lambda record: stop_on_completion and record.is_completed,
             run_id=run_id,
             begin=self.ensure_started,
@@ -503,7 +506,8 @@ class Realtime:
             self.broker,
             self.runs,
             tag_topic(min(wanted)),
-            limit=self.limits.feed_runs,
+            limit=self.limits.topic_runs,
+            first=self.limits.feed_runs,
             keep=lambda record: record.created_at_ms >= oldest_ms and set(wanted) <= set(record.tags),
             begin=self.ensure_started,
         )
@@ -524,6 +528,7 @@ class Realtime:
             self.runs,
             batch_topic(batch_id),
             limit=self.limits.topic_runs,
+            first=self.limits.batch_runs,
             stop=all_over,
             begin=self.ensure_started,
         )

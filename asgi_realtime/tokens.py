@@ -1,7 +1,7 @@
 """Public access tokens: minting, verifying, and the secret key itself as a credential.
 
 HS256 and nothing else, `exp` required, issuer and audience those of the official clients, which mint such tokens with
-our secret themselves (wire.md sections 3.1 and 3.3). A verified token is remembered, its expiry is checked each time.
+our secret themselves (docs/protocol.md). A verified token is remembered, its expiry is checked each time.
 No message, repr or log of this module carries a token or a secret.
 """
 

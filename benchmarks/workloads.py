@@ -59,7 +59,7 @@ class Workload:
     title: str
     metric: str
     goal: str
-    """As DESIGN.md section 9 has it; printed, not enforced."""
+    """What this library is to reach; printed, not enforced."""
     run: Callable[[Server, bool], Awaitable[Result]]
 
 

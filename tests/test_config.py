@@ -38,6 +38,7 @@ def test_spans_are_seconds_timedeltas_or_text(span: Any, seconds: float) -> None
     [
         ("", "ttl is ''; allowed are seconds, a timedelta, or text like '90s', '15m', '1h30m'"),
         ("15 m", "ttl is '15 m'"),
+        ("15", "ttl is '15'"),
         ("m", "ttl is 'm'"),
         ("-1s", "ttl is '-1s'"),
         ("1y", "ttl is '1y'"),

@@ -183,4 +183,4 @@ def check_size(metadata: Mapping[str, Any], limit_bytes: int) -> None:
     """Raise `LimitExceeded` if the encoded metadata is over the limit."""
     size = len(encode_value(metadata))
     if size > limit_bytes:
-        raise LimitExceeded(f"metadata is {size} bytes, limit {limit_bytes}", status=413)
+        raise LimitExceeded(f"metadata is {size} bytes, limit {limit_bytes}")

@@ -1,7 +1,7 @@
 """A run as JSON, in the form of `GET /api/v3/runs/{id}` of the official clients, with the names of its streams.
 
 What is required there is always present, what is optional is absent and never null. Payload and output stand in it as
-they are stored. Spec: reference/wire.md, section 1.5.
+they are stored. Spec: docs/protocol.md, `retrieveRun` in the API of Trigger.dev.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 A scope is `action[:type[:id]]`; only the first two colons separate, so ids may contain colons. Matching never fails:
 what it does not understand admits nothing. Writing is strict: a scope that could admit nothing is refused when it is
-made, because its user would find out only when a browser gets a 403. Grammar: wire.md section 3.2.
+made, because its user would find out only when a browser gets a 403. Grammar: docs/protocol.md.
 """
 
 from __future__ import annotations

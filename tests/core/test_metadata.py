@@ -160,4 +160,4 @@ def test_the_size_limit_is_exact() -> None:
     check_size({"a": "é"}, 10)
     with pytest.raises(LimitExceeded, match="metadata is 10 bytes, limit 9") as caught:
         check_size({"a": "é"}, 9)
-    assert caught.value.status == 413
+    assert caught.value.status == 422
