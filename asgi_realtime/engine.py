@@ -72,6 +72,11 @@ class Engine:
         supervisor = self._supervisor
         return None if supervisor is None or supervisor.ended or supervisor.dead else supervisor
 
+    @property
+    def running(self) -> bool:
+        """Whether this runs on the calling loop and the broker is there: nothing is to be waited for."""
+        return self._ready and self._supervisor is not None and self._supervisor.usable
+
     def spawn_detached(self, job: Job) -> None:
         """Run a job beside everything else, outside of the caller's context."""
         self.begin().spawn_detached(job)

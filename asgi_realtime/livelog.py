@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from asgi_realtime.core.log import End, Entry, Log
-from asgi_realtime.waiting import Parking
+from asgi_realtime.waiting import Parking, WakeSoon
 
 MAX_BODY = 64 * 1024
 """Bytes of one joined body: a server's write buffer, so that a stalled reader holds about one of them."""
@@ -27,13 +27,14 @@ class Slice(NamedTuple):
 
 
 class LiveLog:
-    """A log with its waiters. The owner appends to `log` and calls `wake`."""
+    """A log with its waiters. The owner appends to `log` and calls `wake`; its logs may share their `wakes`."""
 
-    __slots__ = ("_slices", "_slices_at", "failure", "log", "readers", "waiting")
+    __slots__ = ("_slices", "_slices_at", "_wakes", "failure", "log", "readers", "waiting")
 
-    def __init__(self, log: Log) -> None:
+    def __init__(self, log: Log, wakes: WakeSoon | None = None) -> None:
         self.log = log
         self.waiting = Parking()
+        self._wakes = wakes or WakeSoon()
         self.readers = 0
         self.failure: Exception | None = None
         self._slices: dict[int, Slice] = {}
@@ -45,8 +46,11 @@ class LiveLog:
         return self.log.end
 
     def wake(self) -> None:
-        """Wake everyone who waits: there are new entries, the log ended, or it cannot be followed any more."""
-        self.waiting.wake()
+        """Wake everyone who waits, at the next turn of the loop.
+
+        There are new entries, the log ended, or it cannot be followed any more.
+        """
+        self._wakes.wake(self.waiting)
 
     def fail(self, failure: Exception) -> None:
         """End all readers with an error: the source of this log cannot be followed. They resume by their cursor."""

@@ -30,6 +30,7 @@ from asgi_realtime.openrun import OpenRun
 from asgi_realtime.pipe import Pipe, Source
 from asgi_realtime.reading import ChunkReader, RunWithStreams, StreamChunk, StreamReader, TopicFollower, ended_otherwise
 from asgi_realtime.run import Run, current
+from asgi_realtime.runstore import HIDDEN_STREAM
 from asgi_realtime.sources import check_source
 from asgi_realtime.streams import StreamScope, TypedStream
 from asgi_realtime.supervisor import logger
@@ -107,7 +108,7 @@ class Realtime:
         )
         self.runs = self.engine.runs
         self._tasks = Tasks(self.engine, executor, retention=self.retention, handle=self._handle)
-        self._writers: dict[StreamKey, StreamWriter] = {}
+        self._writers: dict[tuple[str, str], StreamWriter] = {}  # by StreamKey
 
     def __repr__(self) -> str:
         return f"<Realtime broker={type(self.broker).__name__}>"
@@ -389,10 +390,14 @@ class Realtime:
 
         Raises `EncodingError`, `LimitExceeded`, `RunNotFound`, `StreamClosed`, `BrokerUnavailable`, `NoCurrentRun`.
         """
-        key = StreamKey(self._run_id(run), stream_name(stream, self.limits))
+        run_id = self._run_id(run)
         data = encode_within(chunk, self.limits.chunk_bytes)
-        await self.ensure_started()
-        await self._write(key, data)
+        known = isinstance(stream, str) and not stream.startswith(HIDDEN_STREAM) and self.engine.running
+        writer = self._writers.get((run_id, stream)) if known else None
+        if writer is None or writer.failure is not None:
+            writer = await self._open_writer(StreamKey(run_id, stream_name(stream, self.limits)))
+        writer.write(data)
+        await writer.settled()
 
     async def send_input(self, run: RunLike, input_id: str, data: Any) -> None:
         """Send data into a run; `run.input(input_id)` gets it there. Raises as `append`."""
@@ -400,18 +405,22 @@ class Realtime:
         encoded = encode_within(data, self.limits.input_bytes)
         await self.ensure_started()
         await self.runs.get(key.run)
-        await self._write(key, encoded)
+        writer = await self._open_writer(key)
+        writer.write(encoded)
+        await writer.settled()
 
-    async def _write(self, key: StreamKey, data: bytes) -> None:
-        writer = self._writers.get(key)
-        if writer is None or writer.failure is not None:
-            if len(self._writers) >= _WRITERS:
-                del self._writers[next(iter(self._writers))]
-            writer = self._writers[key] = self._new_writer(key)
+    async def _open_writer(self, key: StreamKey) -> StreamWriter:
+        """A writer that all appends to the stream share, so that they keep their order."""
+        await self.ensure_started()
+        writer = self._new_writer(key)
         await writer.open()
-        writer.write(data)
-        await writer.drain()
-        await writer.give_way()
+        found = self._writers.get(key)
+        if found is not None and found.failure is None:
+            return found  # another append was faster
+        if len(self._writers) >= _WRITERS:
+            del self._writers[next(iter(self._writers))]
+        self._writers[key] = writer
+        return writer
 
     def _new_writer(self, key: StreamKey) -> StreamWriter:
         return StreamWriter(

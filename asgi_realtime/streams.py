@@ -46,7 +46,6 @@ class StreamScope(Generic[T]):
         self._writer.write(data)
         self._index += 1
         await self._writer.room()
-        await self._writer.give_way()
 
     def merge(self, source: Source[T]) -> Pipe[T]:
         """Forward a source into the same stream, beside what is written. Chunks interleave as they come."""

@@ -94,9 +94,21 @@ class StreamWriter:
         return self._pending_bytes > self._limits.pending_bytes
 
     async def room(self) -> None:
-        """Wait until the writer is no longer full, or has failed."""
+        """Wait until the writer is no longer full, or has failed. Gives the loop a turn now and then, too."""
         while self.full and self.failure is None:
             await self._progress.wait()
+        await self._give_way()
+
+    async def settled(self) -> None:
+        """Wait until what was written is acknowledged; on a broker in memory it is. Raises as `drain`."""
+        if self._immediate is None:
+            await self.drain()
+        await self._give_way()
+
+    async def _give_way(self) -> None:
+        """Who writes without ever waiting must not starve the subscribers."""
+        if self.chunks % YIELD_EVERY == 0:
+            await anyio.lowlevel.checkpoint()
 
     async def drain(self) -> None:
         """Wait until the broker has acknowledged what was written before. Raises the failure if it did not."""
@@ -105,11 +117,6 @@ class StreamWriter:
             await self._progress.wait()
         if self.failure is not None:
             raise self.failure
-
-    async def give_way(self) -> None:
-        """Give the loop a turn now and then: who writes without ever waiting must not starve the subscribers."""
-        if self.chunks % YIELD_EVERY == 0:
-            await anyio.lowlevel.checkpoint()
 
     def _acknowledge(self, chunks: int, size: int, last: int) -> None:
         self.chunks += chunks

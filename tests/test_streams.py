@@ -305,3 +305,10 @@ async def test_write_waits_when_too_much_waits_for_the_broker() -> None:
             assert scope.cancelled_caught
             broker.hold.set()
         assert await stored(realtime, run.id) == [0, 1, 2, 3], "the cancelled one was taken, and is there once"
+
+
+async def test_an_input_is_not_written_as_a_stream() -> None:
+    async with make() as realtime, realtime.open_run("report") as run:
+        await realtime.send_input(run, "a", 1)
+        with pytest.raises(UsageError, match="begins with \\$"):
+            await realtime.append(2, "$trigger.input:a")

@@ -19,7 +19,7 @@ from asgi_realtime.core.runs import DUE_KINDS, RunRecord, Status, due_times, run
 from asgi_realtime.core.topics import Changes, Cursor, TopicIndex
 from asgi_realtime.errors import RunNotFound, VersionConflict
 from asgi_realtime.livelog import LiveLog
-from asgi_realtime.waiting import Parking
+from asgi_realtime.waiting import Parking, WakeSoon
 
 _RECORD_BYTES = 2048
 """What a stored run costs besides its payload, output and streams, roughly."""
@@ -115,6 +115,7 @@ class MemoryBroker:
         self._claims_expire = _Schedule()
         self._due = {kind: _Schedule() for kind in DUE_KINDS}
         self._size = 0
+        self._wakes = WakeSoon()
 
     async def __aenter__(self) -> MemoryBroker:
         return self
@@ -176,9 +177,8 @@ class MemoryBroker:
             if not live.readers and not live.log.next and live.end in (None, run.record.end):
                 run.streams.pop(key.name, None)  # only readers ever knew it
 
-    @staticmethod
-    def _make_stream(run: _StoredRun) -> LiveLog:
-        live = LiveLog(Log())
+    def _make_stream(self, run: _StoredRun) -> LiveLog:
+        live = LiveLog(Log(), self._wakes)
         if run.record.end is not None:
             live.log.close(run.record.end)
         return live

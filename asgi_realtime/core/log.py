@@ -72,11 +72,13 @@ class Page(NamedTuple):
 class Log:
     """One stream's entries. Not safe for several threads; every method is atomic on its loop."""
 
-    __slots__ = ("_base", "_frames", "_producers", "_sums", "_times", "_trimmed", "end", "first", "next")
+    __slots__ = ("_base", "_frames", "_producers", "_sums", "_times", "_trimmed", "end", "first", "next", "size")
 
     def __init__(self) -> None:
         self.first = 0
         self.next = 0
+        self.size = 0
+        """Bytes of the retained frames."""
         self.end: End | None = None
         self._base = 0  # the seq of _frames[0]; between _base and first the slots are empty
         self._frames: list[bytes] = []
@@ -84,11 +86,6 @@ class Log:
         self._sums = array("q")  # bytes of all entries up to and with this one, since the log began
         self._trimmed = 0  # bytes of all entries before `first`
         self._producers: dict[str, tuple[int, int]] = {}
-
-    @property
-    def size(self) -> int:
-        """Bytes of the retained frames."""
-        return self._sums[-1] - self._trimmed if self._sums else 0
 
     def append(self, items: Sequence[bytes], now_ms: int, *, producer: Producer | None = None) -> Position:
         """Add JSON items. What the producer has stored before is skipped, so a retried call is harmless.
@@ -109,10 +106,13 @@ class Log:
         if self.end is not None:
             raise StreamClosed(f"the stream has ended ({self.end.reason}); nothing can be appended")
         frames = [chunk_frame(number, item) for number, item in enumerate(items, seq)]  # before anything is changed
+        total = self._sums[-1] if self._sums else self._trimmed
         for frame in frames:
-            self._frames.append(frame)
+            total += len(frame)
+            self._sums.append(total)
             self._times.append(now_ms)
-            self._sums.append((self._sums[-1] if self._sums else self._trimmed) + len(frame))
+        self._frames += frames
+        self.size = total - self._trimmed
         self.next = seq = seq + len(frames)
         if producer is not None:
             self._producers[producer.id] = (expected + len(frames), seq - 1)
@@ -159,6 +159,7 @@ class Log:
             return 0
         freed = self._sums[stop - 1] - self._trimmed
         self._trimmed += freed
+        self.size -= freed
         self.first = self._base + stop
         for slot in range(start, stop):
             self._frames[slot] = b""
