@@ -1,14 +1,14 @@
 """`Realtime`: the one object of the library, and all that the host calls.
 
 It holds the parts together and does little itself: the engine runs things, runs are changed in `runstore`, triggered in
-`tasks.trigger`, streams written by `writer` and `pipe` and read in `reading`. What touches only memory is sync, what
+`tasks.trigger`, streams written by `producers` and read in `reading`. What touches only memory is sync, what
 may wait for the broker is async. After the first two arguments all are keyword-only.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import cached_property
 from typing import Any, Literal, ParamSpec, Protocol, TypeVar, cast, overload
@@ -28,17 +28,16 @@ from asgi_realtime.handles import BatchHandle, RunHandle
 from asgi_realtime.names import check_key, check_tags, input_stream, stream_name
 from asgi_realtime.openrun import OpenRun
 from asgi_realtime.pipe import Pipe, Source
+from asgi_realtime.producers import Producers
 from asgi_realtime.reading import ChunkReader, RunWithStreams, StreamChunk, StreamReader, TopicFollower, ended_otherwise
 from asgi_realtime.run import Run, current
-from asgi_realtime.runstore import HIDDEN_STREAM
 from asgi_realtime.sources import check_source
 from asgi_realtime.streams import StreamScope, TypedStream
-from asgi_realtime.supervisor import logger
 from asgi_realtime.sync import SyncRealtime
 from asgi_realtime.tasks import Executor, Task
 from asgi_realtime.tasks.trigger import BatchItem, RunOptions, TaskLike, Tasks
 from asgi_realtime.tokens import Claims, TokenAuthority
-from asgi_realtime.writer import StreamWriter, encode_within
+from asgi_realtime.writer import encode_within
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -48,9 +47,7 @@ T1 = TypeVar("T1")
 RunLike = str | RunHandle[Any] | Run | RunRecord
 """A run, wherever one is asked for: its id, its handle, the run itself, or a record of it."""
 
-Asgi = Callable[[MutableMapping[str, Any], Any, Any], Awaitable[None]]
-
-_WRITERS = 10_000
+Asgi = Callable[[Any, Any, Any], Awaitable[None]]
 
 
 class TaskDecorator(Protocol):
@@ -108,7 +105,9 @@ class Realtime:
         )
         self.runs = self.engine.runs
         self._tasks = Tasks(self.engine, executor, retention=self.retention, handle=self._handle)
-        self._writers: dict[tuple[str, str], StreamWriter] = {}  # by StreamKey
+        self._producers = Producers(
+            self.engine, handle=lambda run_id: self._handle(run_id, is_cached=False, expires_in="1h")
+        )
 
     def __repr__(self) -> str:
         return f"<Realtime broker={type(self.broker).__name__}>"
@@ -161,7 +160,7 @@ class Realtime:
         app: Asgi = RealtimeApp(self)
         return app
 
-    async def __call__(self, scope: MutableMapping[str, Any], receive: Any, send: Any) -> None:
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         await self._app(scope, receive, send)
 
     @cached_property
@@ -318,72 +317,12 @@ class Realtime:
         """
         check_source(source)
         name = stream_name(stream, self.limits)
-        supervisor = self.engine.begin()
         if run is None and self._current() is None:
             record = self._tasks.open_record(task, tags=tags, metadata=metadata)
-            pipe = self._new_pipe(source, StreamKey(record.id, name))
-            self.runs.announce(record.id)
-            supervisor.spawn(lambda: self._run_around(record, pipe))
-            return pipe
+            return self._producers.pipe_alone(source, record, name)
         if tags is not None or metadata is not None:
             raise UsageError("tags= and metadata= are for a run that pipe() opens; this one is there: use run.tags.add")
-        run_id = self._run_id(run)
-        pipe = self._new_pipe(source, StreamKey(run_id, name))
-        execution = self.engine.executions.get(run_id)
-        if execution is not None:
-            execution.run.pipes.add(pipe)
-        supervisor.spawn(lambda: self._run_beside(pipe))
-        return pipe
-
-    def _new_pipe(self, source: Source[T], key: StreamKey) -> Pipe[T]:
-        return Pipe(
-            source,
-            self._new_writer(key),
-            handle=lambda: self._handle(key.run, is_cached=False, expires_in="1h"),
-            limits=self.limits,
-            timeouts=self.timeouts,
-            threads=self.engine.threads,
-            post=self.engine.begin().post,
-        )
-
-    async def _run_around(self, record: RunRecord, pipe: Pipe[Any]) -> None:
-        """The job of a pipe with a run of its own."""
-        try:
-            await self.ensure_started()
-            await self.runs.create(record)
-            execution = await self.engine.execution(record)
-        except BaseException as exc:
-            await pipe.fail(exc)
-            raise
-        finally:
-            self.runs.opened(record.id)
-        execution.run.pipes.add(pipe)
-        current.set(execution.run)
-        try:
-            await pipe.run()
-            await execution.outcome_of(pipe)
-        except anyio.get_cancelled_exc_class():
-            await execution.stopped()
-            raise
-        finally:
-            self.engine.ended(execution)
-
-    async def _run_beside(self, pipe: Pipe[Any]) -> None:
-        """The job of a pipe in a run that is there, or is being opened."""
-        try:
-            await self.ensure_started()
-            await self.runs.present(pipe.run_id)
-        except BaseException as exc:
-            await pipe.fail(exc)
-            raise
-        execution = self.engine.executions.get(pipe.run_id)
-        if execution is not None:
-            execution.run.pipes.add(pipe)
-        await pipe.run()
-        if pipe.unseen_error is None and execution is not None:
-            execution.run.pipes.discard(pipe)
-        elif pipe.unseen_error is not None and execution is None:
-            logger.warning("a pipe into run %s failed: %s", pipe.run_id, pipe.unseen_error)
+        return self._producers.pipe_into(source, StreamKey(self._run_id(run), name))
 
     async def append(self, chunk: Any, stream: str = "default", *, run: RunLike | None = None) -> None:
         """Append one chunk; it is in the log when this returns.
@@ -392,10 +331,9 @@ class Realtime:
         """
         run_id = self._run_id(run)
         data = encode_within(chunk, self.limits.chunk_bytes)
-        known = isinstance(stream, str) and not stream.startswith(HIDDEN_STREAM) and self.engine.running
-        writer = self._writers.get((run_id, stream)) if known else None
-        if writer is None or writer.failure is not None:
-            writer = await self._open_writer(StreamKey(run_id, stream_name(stream, self.limits)))
+        writer = self._producers.known(run_id, stream)
+        if writer is None:
+            writer = await self._producers.shared(StreamKey(run_id, stream_name(stream, self.limits)))
         writer.write(data)
         await writer.settled()
 
@@ -405,32 +343,14 @@ class Realtime:
         encoded = encode_within(data, self.limits.input_bytes)
         await self.ensure_started()
         await self.runs.get(key.run)
-        writer = await self._open_writer(key)
+        writer = await self._producers.shared(key)
         writer.write(encoded)
         await writer.settled()
-
-    async def _open_writer(self, key: StreamKey) -> StreamWriter:
-        """A writer that all appends to the stream share, so that they keep their order."""
-        await self.ensure_started()
-        writer = self._new_writer(key)
-        await writer.open()
-        found = self._writers.get(key)
-        if found is not None and found.failure is None:
-            return found  # another append was faster
-        if len(self._writers) >= _WRITERS:
-            del self._writers[next(iter(self._writers))]
-        self._writers[key] = writer
-        return writer
-
-    def _new_writer(self, key: StreamKey) -> StreamWriter:
-        return StreamWriter(
-            key, broker=self.broker, runs=self.runs, spawn=self.engine.spawn_detached, limits=self.limits
-        )
 
     def writer(self, stream: str = "default", *, run: RunLike | None = None) -> StreamScope[Any]:
         """An async context manager to write many chunks: `await writer.write(chunk)`, `writer.merge(source)`."""
         key = StreamKey(self._run_id(run), stream_name(stream, self.limits))
-        return StreamScope(self, self._new_writer(key), chunk_bytes=self.limits.chunk_bytes)
+        return StreamScope(self, self._producers.writer(key), chunk_bytes=self.limits.chunk_bytes)
 
     def define_stream(self, key: str, chunk_type: type[T1]) -> TypedStream[T1]:
         """A stream under a fixed key whose chunks have a type, with `pipe`, `append`, `writer` and `read`."""
