@@ -218,6 +218,7 @@ class FeedSubscription(Subscription[LiveTopic]):
                 if self._alert:
                     self._heed()
                     await self._write(self._framing.heartbeat)
+                    continue  # while that was sent there may have been another alert
                 changed = self._parker.arm()
                 source.waiting.add(self._parker)
                 changes = await self._changes(source, cursor)

@@ -85,6 +85,7 @@ class StreamSubscription(Subscription[LiveLog]):
                     if last is not None:
                         return last if log.end is None or log.next > cursor + 1 else self._end(source)
                     await self._write(framing.heartbeat)
+                    continue  # while that was sent there may have been another alert
                 if cursor + 1 < log.first:
                     requested, cursor = cursor + 1, log.first - 1
                     await self._write(framing.gap(requested, cursor + 1))

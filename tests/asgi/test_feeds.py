@@ -520,6 +520,23 @@ async def test_a_feed_has_heartbeats_and_ends_with_its_token() -> None:
     assert (end.event, json.loads(end.data)) == ("end", {"reason": "token_expired"})
 
 
+async def test_a_shutdown_while_a_heartbeat_is_sent_is_heard() -> None:
+    """The reader was left waiting for the next heartbeat, and the server could not exit."""
+    host = StandIn(timeouts=Timeouts(heartbeat=15))
+    await host.create()
+    async with driver.stream(host, "GET", RUN, headers=host.feed_headers()) as response:
+        await response.read_until("ready")
+        await anyio.wait_all_tasks_blocked()
+        host.tick()
+        host.tick(15)
+        await anyio.wait_all_tasks_blocked()  # the heartbeat is in `send`, as nobody reads
+        host.begin_shutdown()
+        assert await response.chunk() == b": heartbeat\n\n"
+        with anyio.fail_after(5):
+            (event,) = await response.read_all_events()
+    assert event.event == "reconnect"
+
+
 async def test_a_feed_ends_with_reconnect_at_shutdown(host: StandIn) -> None:
     await host.create()
     async with driver.stream(host, "GET", RUN, headers=host.feed_headers()) as response:

@@ -459,6 +459,23 @@ async def test_silence_is_broken_by_a_heartbeat() -> None:
         assert data(await response.read_events()) == ["a"]  # no heartbeat before it
 
 
+async def test_a_shutdown_while_a_heartbeat_is_sent_is_heard() -> None:
+    """The reader was left waiting for the next heartbeat, and the server could not exit."""
+    host = StandIn(timeouts=Timeouts(heartbeat=15))
+    await host.create()
+    async with driver.stream(host, "GET", PATH, headers=host.headers()) as response:
+        await response.chunk()
+        await anyio.wait_all_tasks_blocked()
+        host.tick()
+        host.tick(15)
+        await anyio.wait_all_tasks_blocked()  # the heartbeat is in `send`, as nobody reads
+        host.begin_shutdown()
+        assert await response.chunk() == b": heartbeat\n\n"
+        with anyio.fail_after(5):
+            (event,) = await response.read_all_events()
+    assert event.event == "reconnect"
+
+
 async def test_a_reader_that_does_not_read_is_dropped_and_costs_nothing() -> None:
     host = StandIn(timeouts=Timeouts(send=30))
     await host.create()
