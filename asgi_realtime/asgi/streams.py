@@ -94,10 +94,10 @@ class StreamSubscription(Subscription[LiveLog]):
                     assert piece is not None
                     cursor = piece.last
                     await self._write(piece.body)
-                elif source.failure is not None:
-                    return b""  # without an `end`: the client comes back and hears what is wrong
                 elif log.end is not None:
                     return self._end(source)
+                elif source.failure is not None:
+                    return b""  # without an `end`: the client comes back and hears what is wrong
                 else:
                     source.waiting.add(parker)
                     self._phase = WAITING

@@ -280,6 +280,20 @@ async def test_a_run_that_is_removed_ends_its_readers(host: StandIn) -> None:
     assert again.status == 404
 
 
+async def test_a_run_that_is_removed_when_it_is_over_ends_its_readers_for_good(host: StandIn) -> None:
+    """A run that was evicted as it ended looked like a lost connection, and coming back gave 404."""
+    await host.create()
+    await host.append("a")
+    async with driver.stream(host, "GET", PATH, headers=host.headers()) as response:
+        await response.chunk()
+        await host.finish()
+        await host.broker.remove("run_1")
+        with anyio.fail_after(5):
+            events = await response.read_all_events()
+    assert data(events) == ["a"]
+    assert events[-1].event == "end"
+
+
 async def test_a_run_that_is_gone_between_finding_and_following_is_404(host: StandIn, monkeypatch: Any) -> None:
     record = await host.create()
     await host.broker.remove("run_1")
