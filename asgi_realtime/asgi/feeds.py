@@ -227,11 +227,17 @@ class FeedSubscription(Subscription[LiveTopic]):
                     await self._tell(changes)
                 elif self._feed.end is not None:
                     return self._framing.end(self._feed.end, str(cursor))
+                elif await self._is_gone():
+                    return b""  # without an `end`, which nobody knows: the client comes back and hears of it
                 else:
                     self._phase = WAITING
                     await changed
         finally:
             source.waiting.discard(self._parker)
+
+    async def _is_gone(self) -> bool:
+        """Whether the run of the feed is past its retention, of which a topic does not tell."""
+        return bool(self._run_id) and await self._host.runs.load([self._run_id]) == [None]
 
     async def _changes(self, source: LiveTopic, cursor: Cursor | None) -> Changes:
         return await source.changes(cursor, limit=self._limits.topic_runs)

@@ -168,6 +168,21 @@ async def test_a_run_feed_waits_for_the_run_that_its_token_names(host: StandIn) 
             assert kinds(await response.read_until("ready")) == ["run", "ready"]
 
 
+async def test_the_feed_of_a_run_that_is_removed_ends(host: StandIn) -> None:
+    """A run that was evicted while somebody watched it left a page that waited for ever."""
+    await host.create()
+    async with driver.stream(host, "GET", RUN, headers=host.feed_headers()) as response:
+        await response.read_until("ready")
+        await host.finish()
+        await host.broker.remove("run_1")
+        await anyio.wait_all_tasks_blocked()
+        host.tick()
+        host.tick(15)  # at the latest; a broker wakes those who follow
+        with anyio.fail_after(5):
+            assert await response.read_all_events() == []
+        assert response.ended
+
+
 async def test_refusals_of_a_run_feed(host: StandIn) -> None:
     assert (await driver.request(host, "GET", RUN)).status == 401
     assert (await driver.request(host, "GET", RUN, headers=host.feed_headers("read:runs"))).status == 404
