@@ -20,7 +20,7 @@ from asgi_realtime.asgi.paths import API, Endpoint, resolve
 from asgi_realtime.asgi.request import Request
 from asgi_realtime.asgi.rows import RowCache
 from asgi_realtime.asgi.seats import Seats
-from asgi_realtime.asgi.subscription import Subscription
+from asgi_realtime.asgi.subscription import Leaving, Subscription, farewell
 from asgi_realtime.errors import BrokerUnavailable, RealtimeError
 
 logger = logging.getLogger("asgi_realtime")
@@ -85,7 +85,10 @@ class RealtimeApp:
             message = f"{request.method} is not allowed here; allowed: {allowed}"
             return refusal(405, "method_not_allowed", message, {"allow": allowed})
         await self._host.ensure_started()
-        return await endpoint(request, *route.params)
+        try:
+            return await endpoint(request, *route.params)
+        except Leaving:
+            return farewell(self._host)
 
     def _error(self, error: Exception, answer: Answer | None) -> Response | None:
         """The answer to an exception, or None if it is too late for one."""

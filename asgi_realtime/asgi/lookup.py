@@ -10,7 +10,7 @@ from functools import partial
 
 from asgi_realtime.asgi.host import Host, Receive
 from asgi_realtime.asgi.request import Request
-from asgi_realtime.asgi.subscription import until_disconnect
+from asgi_realtime.asgi.subscription import Leaving, until_disconnect
 from asgi_realtime.core.runs import RunRecord, batch_topic, run_topic
 from asgi_realtime.core.scopes import names
 from asgi_realtime.errors import RunNotFound
@@ -38,7 +38,7 @@ class _Wait:
 
 
 async def find_run(request: Request, claims: Claims, run_id: str) -> RunRecord:
-    """The record, waited for up to `timeouts.find` if the token names the run. Raises `RunNotFound`."""
+    """The record, waited for up to `timeouts.find` if the token names the run. Raises `RunNotFound`, `Leaving`."""
     runs = request.host.runs
     try:
         return await runs.get(run_id)
@@ -50,22 +50,29 @@ async def find_run(request: Request, claims: Claims, run_id: str) -> RunRecord:
 
 
 async def find_batch(request: Request, claims: Claims, batch_id: str) -> None:
-    """Return if the batch has a run, or has one soon. Raises `RunNotFound`."""
+    """Return if the batch has a run, or has one soon. Raises `RunNotFound`, `Leaving`."""
     if not await _appeared(request, claims, batch_topic(batch_id)):
         raise RunNotFound(f"no batch {batch_id!r}: it never was, or it is past its retention")
 
 
 async def _appeared(request: Request, claims: Claims, topic: str) -> bool:
-    """Wait until the topic has a run. False if there is none in time, the host shuts down or the client is gone."""
+    """Wait until the topic has a run. False if there is none in time or the client is gone.
+
+    Raises `Leaving` if the host shuts down: it may be there soon, so 404, after which no EventSource comes back, would
+    be wrong.
+    """
     host, token_id = request.host, "" if claims.secret else claims.token_id
     wait = _Wait(host.clock() + host.timeouts.find)
     request.seats.take("", token_id)
     host.subscribers.add(wait)
     try:
-        return await _wait_for(host, topic, wait, request.receive)
+        found = await _wait_for(host, topic, wait, request.receive)
     finally:
         host.subscribers.discard(wait)
         request.seats.leave("", token_id)
+    if not found and host.closing:
+        raise Leaving
+    return found
 
 
 async def _wait_for(host: Host, topic: str, wait: _Wait, receive: Receive) -> bool:

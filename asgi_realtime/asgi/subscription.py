@@ -17,6 +17,8 @@ from contextlib import AbstractAsyncContextManager
 from functools import partial
 from typing import TYPE_CHECKING, Generic, TypeVar
 
+from starlette.responses import Response
+
 from asgi_realtime.asgi.framing import NATIVE, Framing
 from asgi_realtime.asgi.host import Headers, Host, Receive, Scope, Send
 from asgi_realtime.core.log import End
@@ -57,12 +59,27 @@ class Finished(Exception):
     """Raised before the head is sent: what the client asks for is over and it has it all. Answered with 204."""
 
 
+class Leaving(Exception):
+    """Raised before the head is sent: the host shuts down. Answered as an open subscription is ended then."""
+
+
 class _Over(Exception):
     """Raised by `_heed`: the subscription ends with this frame."""
 
     def __init__(self, last: bytes) -> None:
         super().__init__()
         self.last = last
+
+
+def _reconnect(host: Host, framing: Framing) -> bytes:
+    spread_ms = random.random() * host.timeouts.reconnect * 1000
+    return framing.reconnect(max(MIN_RECONNECT_MS, round(spread_ms)))
+
+
+def farewell(host: Host) -> Response:
+    """The answer to `Leaving`."""
+    headers = {name.decode(): value.decode() for name, value in _HEAD}
+    return Response(NATIVE.preamble("connected") + _reconnect(host, NATIVE), headers=headers)
 
 
 class Subscription(ABC, Generic[S]):
@@ -178,8 +195,7 @@ class Subscription(ABC, Generic[S]):
         if self._expired:
             return self._framing.end(End("token_expired"), None)
         if self._host.closing:
-            spread_ms = random.random() * self._host.timeouts.reconnect * 1000
-            return self._framing.reconnect(max(MIN_RECONNECT_MS, round(spread_ms)))
+            return _reconnect(self._host, self._framing)
         return None
 
     def _heed(self) -> None:

@@ -515,6 +515,15 @@ async def test_an_unknown_batch_is_waited_for_and_then_404(host: StandIn) -> Non
     assert not host.subscribers
 
 
+async def test_who_asks_for_a_batch_during_the_shutdown_is_told_to_come_back(host: StandIn) -> None:
+    """A batch that is there was answered with 404 while the server went down."""
+    await create_batch(host)
+    host.begin_shutdown()
+    response = await driver.request(host, "GET", BATCH, headers=host.feed_headers(BATCH_SCOPE))
+    assert response.status == 200
+    assert b"event: reconnect\n" in response.body
+
+
 # What feeds share with streams
 
 

@@ -427,6 +427,7 @@ async def test_a_run_that_never_comes_is_404_after_a_while(host: StandIn) -> Non
 
 
 async def test_waiting_for_a_run_ends_with_the_shutdown(host: StandIn) -> None:
+    """The page was told 404, after which an EventSource never comes back, though the run came a moment later."""
     async with anyio.create_task_group() as tasks:
 
         async def shut_down() -> None:
@@ -435,7 +436,18 @@ async def test_waiting_for_a_run_ends_with_the_shutdown(host: StandIn) -> None:
             host.begin_shutdown()
 
         tasks.start_soon(shut_down)
-        assert (await driver.request(host, "GET", PATH, headers=host.headers())).status == 404
+        async with driver.stream(host, "GET", PATH, headers=host.headers()) as response:
+            assert (response.status, response.headers["content-type"]) == (200, "text/event-stream; charset=utf-8")
+            assert [event.event for event in await response.read_all_events()] == ["reconnect"]
+    assert not host.subscribers
+
+
+async def test_who_asks_for_an_unknown_run_during_the_shutdown_is_told_to_come_back(host: StandIn) -> None:
+    host.begin_shutdown()
+    response = await driver.request(host, "GET", PATH, headers=host.headers())
+    assert (response.status, response.headers["access-control-allow-origin"]) == (200, "*")
+    assert response.body.startswith(b"retry: 1000\n\n: connected\n\nevent: reconnect\n")
+    assert (await driver.request(host, "GET", PATH, headers=host.headers("read:runs"))).status == 404
 
 
 async def test_waiting_for_a_run_ends_when_the_client_leaves(host: StandIn) -> None:
