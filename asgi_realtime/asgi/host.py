@@ -17,7 +17,8 @@ Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
+App = Callable[[Any, Any, Any], Awaitable[None]]
+"""Any host's app: each framework has types of its own for these three."""
 Headers = list[tuple[bytes, bytes]]
 
 
@@ -101,4 +102,4 @@ class HostApp(Protocol):
 
     async def stop(self) -> None: ...
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None: ...
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None: ...

@@ -10,7 +10,7 @@ from fastapi.staticfiles import StaticFiles
 from openai import AsyncOpenAI
 from pydantic import BaseModel
 
-from asgi_realtime import Realtime, Run
+from asgi_realtime import Realtime, Run, RunNotFound
 
 realtime = Realtime(secret_key=os.environ.get("REALTIME_SECRET_KEY") or secrets.token_urlsafe(32))
 openai = AsyncOpenAI()  # OPENAI_API_KEY, OPENAI_BASE_URL
@@ -65,6 +65,11 @@ async def stop(run_id: str, user: User) -> None:
     if f"user:{user}" not in run.tags:
         raise HTTPException(404)
     await realtime.cancel(run)
+
+
+@app.exception_handler(RunNotFound)
+async def not_found(request: Request, exc: RunNotFound) -> Response:
+    return Response(status_code=404)
 
 
 app.mount("/", StaticFiles(directory=PAGE, html=True))

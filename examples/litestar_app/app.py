@@ -5,16 +5,15 @@ import secrets
 from pathlib import Path
 from typing import Any
 
-from litestar import Litestar, Request, asgi, post
+from litestar import Litestar, Request, post
 from litestar.datastructures import Cookie
 from litestar.exceptions import NotFoundException
 from litestar.response import Response
 from litestar.static_files import create_static_files_router
-from litestar.types import Receive, Scope, Send
 from msgspec import Struct
 from openai import AsyncOpenAI
 
-from asgi_realtime import Realtime, Run
+from asgi_realtime import Realtime, RealtimeMiddleware, Run, RunNotFound
 
 realtime = Realtime(secret_key=os.environ.get("REALTIME_SECRET_KEY") or secrets.token_urlsafe(32))
 openai = AsyncOpenAI()  # OPENAI_API_KEY, OPENAI_BASE_URL
@@ -41,11 +40,6 @@ async def chat(question: Question, run: Run) -> dict[str, str]:
     return {"text": text}
 
 
-@asgi("/realtime", is_mount=True, copy_scope=True)
-async def mount(scope: Scope, receive: Receive, send: Send) -> None:
-    await realtime(scope, receive, send)  # type: ignore[arg-type]  # its scope is a TypedDict
-
-
 @post("/session", status_code=200)
 async def session(request: Request[Any, Any, Any]) -> Response[dict[str, str]]:
     user = request.cookies.get("user") or secrets.token_urlsafe()  # in place of your own sign-in
@@ -68,5 +62,11 @@ async def stop(run_id: str, request: Request[Any, Any, Any]) -> None:
     await realtime.cancel(run)
 
 
+def not_found(request: Request[Any, Any, Any], exc: RunNotFound) -> Response[None]:
+    return Response(None, status_code=404)
+
+
 page = create_static_files_router("/", directories=[PAGE], html_mode=True)
-app = Litestar([mount, session, ask, stop, page], lifespan=[realtime.lifespan], logging_config=None)
+host = Litestar([session, ask, stop, page], exception_handlers={RunNotFound: not_found}, logging_config=None)
+# Not as a mount: Litestar gives those a copy of the scope, and the server would log the tokens in URLs.
+app = RealtimeMiddleware(host, realtime)

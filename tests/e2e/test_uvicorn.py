@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import httpx
 import pytest
@@ -38,14 +39,18 @@ class Served:
 
 
 @contextmanager
-def served(start: str = "lifespan", *options: str) -> Iterator[Served]:
-    """uvicorn in a process of its own, on a socket that listens before it starts."""
+def served(
+    start: str = "lifespan", *options: str, app: str = "tests.e2e.served:app", log: IO[bytes] | None = None
+) -> Iterator[Served]:
+    """uvicorn in a process of its own, on a socket that listens before it starts. `log` gets its access log."""
     listener = socket.create_server(("127.0.0.1", 0), backlog=2048)
-    command = [sys.executable, "-m", "uvicorn", "tests.e2e.served:app", "--fd", str(listener.fileno()), *options]
-    environment = {**os.environ, "START": start}
+    command = [sys.executable, "-m", "uvicorn", app, "--fd", str(listener.fileno()), *options]
+    environment = {**os.environ, "START": start, "OPENAI_API_KEY": "none"}
     with listener:
         listener.set_inheritable(True)
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, pass_fds=[listener.fileno()], stderr=-3)
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, pass_fds=[listener.fileno()], stdout=log, stderr=subprocess.DEVNULL
+        )
         try:
             yield Served(process, listener.getsockname()[1])
         finally:
@@ -162,6 +167,32 @@ async def test_a_reader_that_leaves_is_forgotten(http: httpx.AsyncClient) -> Non
         async with asyncio.timeout(GUARD_S):
             while (await http.get(f"{server.url}/subscribers")).json() != {"subscribers": 0}:
                 pass
+
+
+@pytest.mark.parametrize("name", ["fastapi_app", "litestar_app"])
+async def test_the_access_log_of_an_example_shows_no_token(http: httpx.AsyncClient, tmp_path: Path, name: str) -> None:
+    """Litestar gives a mount a copy of the scope, so that the token stood in uvicorn's access log."""
+    path = tmp_path / "access.log"
+    with path.open("wb") as log, served(app=f"examples.{name}.app:app", log=log) as server:
+        session = (await http.post(f"{server.url}/session")).json()
+        query = {"tags": session["tag"], "access_token": session["token"]}
+        headers = {"accept": "text/event-stream"}
+        async with http.stream("GET", f"{server.url}/realtime/v1/runs", params=query, headers=headers) as response:
+            assert response.status_code == 200
+            await anext(response.aiter_bytes())
+        await http.aclose()
+        server.process.send_signal(signal.SIGTERM)
+        await asyncio.to_thread(server.process.wait)
+    logged = path.read_text()
+    assert "access_token=REDACTED" in logged
+    assert session["token"] not in logged
+
+
+@pytest.mark.parametrize("name", ["fastapi_app", "litestar_app"])
+async def test_stopping_a_run_that_is_gone_is_404_in_the_examples(http: httpx.AsyncClient, name: str) -> None:
+    """The Stop button of a page that was left open for a day got a 500."""
+    with served(app=f"examples.{name}.app:app") as server:
+        assert (await http.post(f"{server.url}/chat/run_gone/stop")).status_code == 404
 
 
 def _resident_kib(pid: int) -> int:
