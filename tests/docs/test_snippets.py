@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import json
+import logging
 import os
 import re
 import shutil
@@ -162,6 +163,7 @@ async def check_stop(names: Names, printed: str) -> None:
 
     handle = await realtime.trigger(forever, tags="user:1")
     path = f"/runs/{handle.id}/stop"
+    assert (await driver.request(names["app"], "POST", "/runs/run_gone/stop", query={"user": "1"})).status == 404
     assert (await driver.request(names["app"], "POST", path, query={"user": "2"})).status == 404
     assert (await driver.request(names["app"], "POST", path, query={"user": "1"})).status == 204
     async for record in realtime.subscribe_to_run(handle):
@@ -188,6 +190,16 @@ async def check_sync(names: Names, printed: str) -> None:
     assert names["output"] == 3
     chunks = [chunk async for chunk in names["realtime"].read(names["handle"], "rows")]
     assert chunks == [{"row": 0}, {"row": 1}, {"row": 2}]
+
+
+async def check_redact(names: Names, printed: str) -> None:
+    logger = logging.getLogger("uvicorn.access")
+    args = ("127.0.0.1:1", "GET", "/realtime/v1/runs?access_token=a.b.c&tags=a", "1.1", 200)
+    record = logger.makeRecord(logger.name, logging.INFO, "", 0, '%s - "%s %s HTTP/%s" %d', args, None)
+    (added,) = logger.filters
+    logger.filter(record)
+    logger.removeFilter(added)
+    assert record.getMessage() == '127.0.0.1:1 - "GET /realtime/v1/runs?access_token=REDACTED&tags=a HTTP/1.1" 200'
 
 
 CHECKS: dict[str, Callable[[Names, str], Awaitable[None]]] = {
