@@ -82,6 +82,8 @@ class StreamReader(BatchIterator[Entry]):
         self._runs = runs
 
     async def _fill(self) -> None:
+        if self.end is not None:
+            raise StopAsyncIteration
         await self._runs.present(self.key.run)
         parker = make_parker()
         async with self._broker.live(self.key) as live:
@@ -97,11 +99,13 @@ class StreamReader(BatchIterator[Entry]):
                 live.waiting.discard(parker)
             self.after = entries[-1].seq
             self._ready.extend(entries)
+            if self.after + 1 >= live.log.next:
+                self.end = live.end  # now, since the run may be gone when the next is asked for
 
 
 def _next_entries(live: LiveLog, after: int, name: str) -> list[Entry]:
-    """What follows the cursor. Raises `StreamGap`, or why the log cannot be followed."""
-    if live.failure is not None:
+    """What follows the cursor. Raises `StreamGap`, or why the log cannot be followed: one that ended is all there."""
+    if live.failure is not None and live.end is None:
         raise live.failure
     if (first := live.gap(after)) is not None:
         raise StreamGap(
@@ -174,14 +178,14 @@ class TopicFollower(BatchIterator[RunRecord]):
     async def _fill(self) -> None:
         if self._stopped:
             raise StopAsyncIteration
-        if self._run_id is not None:
-            await self._runs.get(self._run_id)
         parker = make_parker()
         async with self._broker.follow(self._topic) as topic:
             try:
                 while True:
                     changed = parker.arm()
                     topic.waiting.add(parker)
+                    if self._run_id is not None:
+                        await self._runs.get(self._run_id)
                     await self._take(await topic.changes(self._cursor, limit=self._limit))
                     if self._ready:
                         return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import anyio
@@ -68,6 +68,48 @@ async def test_the_start_index_counts_from_zero() -> None:
             await realtime.pipe(numbers(5)).wait_until_complete()
         for start in range(7):
             assert [chunk async for chunk in realtime.read(run, start_index=start)] == list(range(5))[start:]
+
+
+async def test_who_waits_when_a_run_is_removed_is_told() -> None:
+    """A run that had to make room was forgotten in silence: its followers and `result()` waited for ever."""
+    async with make() as realtime:
+        failures: list[str] = []
+
+        async def expect_no_run(name: str, wait: Callable[[], Awaitable[object]]) -> None:
+            with pytest.raises(RunNotFound):
+                await wait()
+            failures.append(name)
+
+        with anyio.fail_after(10):
+            async with anyio.create_task_group() as group:
+                handle = realtime.pipe(numbers(3)).handle
+                await realtime.result(handle)
+                follower = realtime.subscribe_to_run(handle, stop_on_completion=False)
+                with_streams = realtime.subscribe_to_run(handle, stop_on_completion=False, with_streams=True)
+                assert (await anext(follower)).is_completed
+                while not (isinstance(seen := await anext(with_streams), RunRecord) and seen.is_completed):
+                    pass
+                group.start_soon(expect_no_run, "follower", follower.__anext__)
+                group.start_soon(expect_no_run, "with streams", with_streams.__anext__)
+                await steps(20)
+                await realtime.broker.remove(handle.id)
+                await expect_no_run("result", handle.result)
+        assert sorted(failures) == ["follower", "result", "with streams"]
+
+
+async def test_a_reader_of_a_run_that_ended_and_was_removed_gets_its_end() -> None:
+    """The run was removed before its reader had its turn, and all that it wrote seemed to have failed."""
+    async with make() as realtime:
+        got: list[int] = []
+        with anyio.fail_after(10):
+            async with anyio.create_task_group() as group:
+                async with realtime.open_run("report") as run:
+                    await realtime.append(0)
+                    group.start_soon(take, realtime.read(run), got)
+                    await until(lambda: got == [0])
+                    await realtime.append(1)
+                await realtime.broker.remove(run.id)
+        assert got == [0, 1]
 
 
 @pytest.mark.parametrize("index", [-1, 1.5, "3", True, None])

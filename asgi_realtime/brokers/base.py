@@ -102,7 +102,7 @@ class Broker(Protocol):
         ...
 
     def follow(self, topic: str) -> AbstractAsyncContextManager[LiveTopic]:
-        """Follow a topic. A change that is committed after entering wakes those who wait."""
+        """Follow a topic. A change that is committed after entering wakes those who wait, and so does a removal."""
         ...
 
     async def claim(self, key: str, value: str, *, ttl_s: float) -> str:
@@ -125,7 +125,11 @@ class Broker(Protocol):
         ...
 
     async def remove(self, run_id: str) -> None:
-        """Remove a run that is over: its record, its streams and its places in all topics."""
+        """Remove a run that is over: its record, its streams and its places in all topics.
+
+        Those who follow its streams still get what is there and the end. Those who follow its topics are woken: that
+        it is gone stands in no change, but loading it tells.
+        """
         ...
 
     async def ping(self) -> None:

@@ -85,11 +85,20 @@ class _Schedule:
             heapq.heappush(self._heap, (at_ms, run_id))
         return list(found)
 
-    def first(self) -> str | None:
-        """The run that is due next, if any."""
-        while self._heap and self._at.get(self._heap[0][1]) != self._heap[0][0]:
+    def first(self, *, besides: str) -> str | None:
+        """The run that is due next, if any, leaving one out."""
+        left_out: tuple[int, str] | None = None
+        while self._heap:
+            at_ms, run_id = self._heap[0]
+            current = self._at.get(run_id) == at_ms
+            if current and run_id != besides:
+                break
             heapq.heappop(self._heap)
-        return self._heap[0][1] if self._heap else None
+            left_out = (at_ms, run_id) if current else left_out
+        found = self._heap[0][1] if self._heap else None
+        if left_out is not None:
+            heapq.heappush(self._heap, left_out)
+        return found
 
 
 class MemoryBroker:
@@ -151,7 +160,7 @@ class MemoryBroker:
         self._size += grown
         live.wake()
         if self._size > self._retention.total_bytes:
-            self._make_room()
+            self._make_room(key.run)
         return position
 
     async def append(
@@ -217,7 +226,7 @@ class MemoryBroker:
                 live.wake()
         self._tell_topics(run)
         if self._size > self._retention.total_bytes:
-            self._make_room()
+            self._make_room(record.id)
         return record.version
 
     def _schedule(self, record: RunRecord) -> None:
@@ -287,6 +296,7 @@ class MemoryBroker:
             entry = self._topics.get(topic)
             if entry is not None:
                 entry.index.forget(run_id)
+                entry.waiting.wake()
                 self._drop_unused(topic, entry)
         for live in run.streams.values():
             live.fail(RunNotFound(f"run {run_id!r} is past its retention"))
@@ -329,11 +339,14 @@ class MemoryBroker:
         self._size += size - run.size
         run.size = size
 
-    def _make_room(self) -> None:
-        """Get a tenth below the total: runs that ended first go, then the older halves of the largest streams."""
+    def _make_room(self, run_id: str) -> None:
+        """Get a tenth below the total: runs that ended first go, then the older halves of the largest streams.
+
+        The run that has just been written to stays: its writer was told that this is stored.
+        """
         target = self._retention.total_bytes * 9 // 10
         while self._size > target:
-            ended = self._due["expiry"].first()
+            ended = self._due["expiry"].first(besides=run_id)
             if ended is not None:
                 self._remove(ended)
             elif not self._halve_largest():

@@ -21,6 +21,7 @@ from asgi_realtime.errors import RealtimeError, StreamClosed, VersionConflict
 from asgi_realtime.livelog import LiveLog
 from asgi_realtime.testing import conformance
 from asgi_realtime.testing.conformance.kit import pause
+from asgi_realtime.waiting import Parking
 from tests.brokers.backends import Memory
 
 # Streams
@@ -444,6 +445,20 @@ class AsksInAnyOrder(MemoryBroker):
         return sorted(heapq.nlargest(limit, await super().due(kind, limit=10_000)))
 
 
+class RemovesInSilence(MemoryBroker):
+    def _remove(self, run_id: str) -> None:
+        for topic in self._topics.values():
+            topic.waiting = Parking()
+        super()._remove(run_id)
+
+
+class TakesEndsBack(MemoryBroker):
+    def _remove(self, run_id: str) -> None:
+        for live in self._runs[run_id].streams.values():
+            live.log.end = None
+        super()._remove(run_id)
+
+
 class LeavesTopicsBehind(MemoryBroker):
     def _remove(self, run_id: str) -> None:
         if run_id in self._runs:
@@ -507,6 +522,8 @@ CATCHES: dict[type[MemoryBroker], tuple[str, ...]] = {
     RenewsWithEveryCommit: ("test_a_change_of_the_run_is_no_renewal",),
     AsksInAnyOrder: ("test_what_is_due_longest_comes_first_up_to_a_limit",),
     LeavesTopicsBehind: ("test_a_removed_run_is_gone_from_everywhere",),
+    RemovesInSilence: ("test_a_removal_wakes_those_who_follow_the_topics_of_the_run",),
+    TakesEndsBack: ("test_who_follows_a_stream_of_a_removed_run_still_gets_its_end",),
 }
 
 

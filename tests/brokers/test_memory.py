@@ -152,6 +152,17 @@ async def test_a_large_output_makes_room_too() -> None:
     assert await lengths(broker, "old", "new") == [None, 0]
 
 
+async def test_the_run_that_is_written_to_does_not_have_to_go() -> None:
+    """A run whose output was over the total vanished as it ended: its result never came to anybody."""
+    broker = MemoryBroker(retention=Retention(total_bytes=10_000))
+    await finish(broker, await create(broker, "old"))
+    await finish(broker, await create(broker, "huge"), output_json=b"x" * 20_000)
+    assert await lengths(broker, "old", "huge") == [None, 0]
+    await create(broker, "next")
+    assert await lengths(broker, "huge", "next") == [None, 0]
+    assert len(broker._due["expiry"]._heap) <= 2
+
+
 async def test_a_reader_of_a_run_that_had_to_go_is_told() -> None:
     broker = MemoryBroker(retention=Retention(total_bytes=10_000))
     await finish(broker, await create(broker, "old"))

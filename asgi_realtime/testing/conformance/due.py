@@ -5,7 +5,7 @@ from __future__ import annotations
 import anyio
 import pytest
 
-from asgi_realtime.brokers.base import Broker, StreamKey
+from asgi_realtime.brokers.base import Broker, LiveTopic, StreamKey
 from asgi_realtime.core.runs import BatchMember, RunRecord, Status, run_topic
 from asgi_realtime.errors import RunNotFound, VersionConflict
 from asgi_realtime.testing.conformance.kit import (
@@ -19,9 +19,11 @@ from asgi_realtime.testing.conformance.kit import (
     new_mark,
     new_tag,
     opened,
+    pause,
     store,
     versions_in,
 )
+from asgi_realtime.waiting import make_parker
 
 
 @pytest.mark.anyio
@@ -211,6 +213,34 @@ async def test_a_removed_run_is_gone_from_everywhere(make_broker: MakeBroker) ->
         assert conflict.value.current is None
         await backend.broker.tell(run.id)
         assert await versions_in(backend.broker, f"tag:{early}") == {}
+
+
+@pytest.mark.anyio
+async def test_a_removal_wakes_those_who_follow_the_topics_of_the_run(make_broker: MakeBroker) -> None:
+    async with opened(make_broker) as backend:
+        tag = new_tag()
+        run = await store(backend.broker, finished(backend, await create(backend, tags=(tag,))))
+        waiting: list[LiveTopic] = []
+
+        async def wait_for_removal(topic: str) -> None:
+            parker = make_parker()
+            async with backend.peer.follow(topic) as followed:
+                waiting.append(followed)
+                while True:
+                    woken = parker.arm()
+                    followed.waiting.add(parker)
+                    if await backend.peer.load([run.id]) == [None]:
+                        followed.waiting.discard(parker)
+                        return
+                    await woken
+
+        async with anyio.create_task_group() as group:
+            for topic in (run_topic(run.id), f"tag:{tag}"):
+                group.start_soon(wait_for_removal, topic)
+            while len(waiting) < 2:
+                await pause(1)
+            await pause(10)
+            await backend.broker.remove(run.id)
 
 
 @pytest.mark.anyio

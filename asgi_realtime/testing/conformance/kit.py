@@ -177,11 +177,11 @@ class Reader:
         while not enough(self):
             if await self._take(live):
                 continue
-            if live.failure is not None:
-                raise live.failure
             if live.end is not None:
                 self.end = live.end
                 break
+            if live.failure is not None:
+                raise live.failure
             await live.waiting.wait()
 
     async def _take(self, live: LiveLog) -> bool:

@@ -306,18 +306,23 @@ async def test_a_stream_of_a_run_that_is_over_ends_at_once(make_broker: MakeBrok
 
 
 @pytest.mark.anyio
-async def test_a_removed_run_ends_its_readers_with_an_error(make_broker: MakeBroker) -> None:
-    """A slow reader of a run that was over must not take what it has for everything."""
+async def test_who_follows_a_stream_of_a_removed_run_still_gets_its_end(make_broker: MakeBroker) -> None:
+    """An `end` is told with all that lies before it, so who has it needs nothing of the broker any more."""
     async with opened(make_broker) as backend:
         run = await create(backend)
         key = StreamKey(run.id, "default")
-        await store(backend.broker, finished(backend, run))
-        async with backend.broker.live(key) as live:
-            await backend.peer.remove(run.id)
-            while live.failure is None:
+        await backend.broker.append(key, items(3))
+        reader = Reader(backend.peer, key)
+        async with backend.peer.live(key) as live:
+            await store(backend.broker, finished(backend, run))
+            while live.end is None:
                 await live.waiting.wait()
-            with pytest.raises(RunNotFound):
-                await Reader(backend.broker, key).follow(live)
+            await backend.broker.remove(run.id)
+            await reader.follow(live)
+        assert data(reader.seen) == items(3)
+        assert reader.end == COMPLETE
+        with pytest.raises(RunNotFound):
+            await reader.run()
 
 
 # Leaving
