@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from starlette.responses import Response
@@ -13,6 +14,8 @@ from asgi_realtime.core.chunks import decode
 from asgi_realtime.core.run_json import run_json
 from asgi_realtime.errors import BrokerUnavailable, InvalidRequest, StreamClosed, UsageError
 from asgi_realtime.names import input_stream
+
+logger = logging.getLogger("asgi_realtime")
 
 
 async def retrieve_run(request: Request, run_id: str) -> Response:
@@ -57,10 +60,14 @@ def _input_data(body: bytes) -> Any:
 
 async def health(request: Request) -> Response:
     """Whether this process takes requests, for load balancers. Needs no token and tells no data."""
+    broker = "unavailable"
     try:
+        await request.host.ensure_started()
         await request.host.broker.ping()
         broker = "ok"
     except BrokerUnavailable:
-        broker = "unavailable"
+        pass  # expected of a broker that is away
+    except Exception:
+        logger.warning("the broker cannot be used", exc_info=True)
     status = "closing" if request.host.closing else broker
     return json_answer({"status": status, "broker": broker}, 200 if status == "ok" else 503)

@@ -84,11 +84,21 @@ class RealtimeApp:
             allowed = ", ".join(methods)
             message = f"{request.method} is not allowed here; allowed: {allowed}"
             return refusal(405, "method_not_allowed", message, {"allow": allowed})
-        await self._host.ensure_started()
+        if route.endpoint is not Endpoint.HEALTH:  # which tells how the start went
+            await self._ensure_started()
         try:
             return await endpoint(request, *route.params)
         except Leaving:
             return farewell(self._host)
+
+    async def _ensure_started(self) -> None:
+        try:
+            await self._host.ensure_started()
+        except RealtimeError:
+            raise
+        except Exception as exc:
+            logger.exception("the start failed")
+            raise BrokerUnavailable("the server could not start; try later") from exc
 
     def _error(self, error: Exception, answer: Answer | None) -> Response | None:
         """The answer to an exception, or None if it is too late for one."""

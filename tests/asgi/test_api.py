@@ -194,6 +194,25 @@ async def test_health_needs_no_token(host: StandIn, monkeypatch: pytest.MonkeyPa
     assert (response.status, json.loads(response.body)) == (503, {"status": "unavailable", "broker": "unavailable"})
 
 
+async def test_health_tells_of_foreign_errors_without_their_words(
+    host: StandIn, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A broker that raised an exception of its driver's gave 500, which tells a load balancer nothing."""
+    down = (503, {"status": "unavailable", "broker": "unavailable"})
+    host.start_error = OSError("no route to 10.0.0.1")
+    response = await driver.request(host, "GET", "/v1/health")
+    assert (response.status, json.loads(response.body)) == down
+    host.start_error = None
+
+    async def away() -> None:
+        raise OSError("10.0.0.1 went away")
+
+    monkeypatch.setattr(host.broker, "ping", away)
+    response = await driver.request(host, "GET", "/v1/health")
+    assert (response.status, json.loads(response.body)) == down
+    assert "10.0.0.1 went away" in caplog.text
+
+
 async def test_health_says_when_the_shutdown_began(host: StandIn) -> None:
     host.begin_shutdown()
     response = await driver.request(host, "GET", "/v1/health")

@@ -106,6 +106,15 @@ async def test_a_broker_that_is_away_is_503_and_no_noise(host: StandIn, caplog: 
     assert not caplog.records
 
 
+async def test_a_start_that_fails_is_503_without_its_words(host: StandIn, caplog: pytest.LogCaptureFixture) -> None:
+    """A broker that could not be entered gave 500, so that clients took it for a bug and did not try again."""
+    host.start_error = OSError("no route to 10.0.0.1")
+    response = await driver.request(host, "GET", STREAM, headers=host.headers())
+    assert response.status == 503
+    assert json.loads(response.body) == {"error": "the server could not start; try later", "code": "broker_unavailable"}
+    assert "10.0.0.1" in caplog.text
+
+
 async def test_a_send_that_fails_does_not_escape(host: StandIn) -> None:
     async def never() -> Any:
         await anyio.sleep_forever()
