@@ -33,7 +33,7 @@ ENDPOINTS: dict[Endpoint, dict[str, Callable[..., Awaitable[Answer]]]] = {
     Endpoint.RUN_FEED: {"GET": feeds.run_feed},
     Endpoint.TAG_FEED: {"GET": feeds.tag_feed},
     Endpoint.BATCH_FEED: {"GET": feeds.batch_feed},
-    Endpoint.HEALTH: {"GET": api.health},
+    Endpoint.HEALTH: {"GET": api.health, "HEAD": api.health},
     Endpoint.RETRIEVE_RUN: {"GET": api.retrieve_run},
     Endpoint.CANCEL_RUN: {"POST": api.cancel_run},
 }

@@ -213,6 +213,15 @@ async def test_health_tells_of_foreign_errors_without_their_words(
     assert "10.0.0.1 went away" in caplog.text
 
 
+async def test_health_answers_head_without_a_body(host: StandIn) -> None:
+    """Load balancers that probe with HEAD took the 405 for a dead process."""
+    response = await driver.request(host, "HEAD", "/v1/health")
+    assert (response.status, response.body) == (200, b"")
+    assert response.headers["content-length"] == str(len((await driver.request(host, "GET", "/v1/health")).body))
+    host.begin_shutdown()
+    assert (await driver.request(host, "HEAD", "/v1/health")).status == 503
+
+
 async def test_health_says_when_the_shutdown_began(host: StandIn) -> None:
     host.begin_shutdown()
     response = await driver.request(host, "GET", "/v1/health")

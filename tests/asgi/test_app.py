@@ -59,7 +59,7 @@ async def test_an_unknown_path_is_404(host: StandIn, path: str) -> None:
         ("HEAD", STREAM, "GET"),
         ("DELETE", "/v1/streams/run_1/input/approval", "GET, POST"),
         ("GET", "/api/v2/runs/run_1/cancel", "POST"),
-        ("OPTIONS", "/v1/health", "GET"),
+        ("OPTIONS", "/v1/health", "GET, HEAD"),
     ],
 )
 async def test_a_wrong_method_is_405_with_those_that_are_allowed(
