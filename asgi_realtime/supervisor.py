@@ -37,6 +37,14 @@ def cancelled_by_nobody() -> bool:
     return task is not None and not task.cancelling()
 
 
+def _in_task() -> bool:
+    """Whether the calling code may start a task: on asyncio a callback of the loop is in no task, and anyio needs one.
+
+    On trio callbacks run in a task of the loop's own.
+    """
+    return not on_asyncio() or asyncio.current_task() is not None
+
+
 class Supervisor:
     """Runs jobs in one task group until it is stopped. Belongs to the loop it was made on."""
 
@@ -45,8 +53,9 @@ class Supervisor:
         self._drain = drain
         self.stopping = False
         self._group: anyio.abc.TaskGroup | None = None
-        self._waiting_jobs: list[tuple[contextvars.Context, Job]] = []
-        self._stop = Parking()
+        self._queue: list[tuple[contextvars.Context, Job]] = []
+        self._work = Parking()
+        self._drained = False
         self._ended = Parking()
         self.ended = False
         self._thread = threading.get_ident()
@@ -88,12 +97,10 @@ class Supervisor:
         try:
             async with anyio.create_task_group() as group:
                 self._group = group
-                for context, job in self._waiting_jobs:
-                    context.run(group.start_soon, self._guarded, job)
-                self._waiting_jobs.clear()
-                while not self.stopping:
-                    await self._stop.wait()
-                await self._guarded(self._drain)
+                self._start_queued(group)
+                while not self._drained:
+                    await self._work.wait()
+                    self._start_queued(group)
                 group.cancel_scope.cancel()
         except Exception:  # nothing may leave: on trio it would end the whole program
             logger.exception("the supervisor failed")
@@ -101,6 +108,18 @@ class Supervisor:
             self._group = None
             self.ended = True
             self._ended.wake()
+
+    def _start_queued(self, group: anyio.abc.TaskGroup) -> None:
+        queue, self._queue = self._queue, []
+        for context, job in queue:
+            context.run(group.start_soon, self._guarded, job)
+
+    async def _drain_and_end(self) -> None:
+        try:
+            await self._drain()
+        finally:
+            self._drained = True
+            self._work.wake()
 
     async def _guarded(self, job: Job) -> None:
         try:
@@ -121,8 +140,9 @@ class Supervisor:
         self._spawn(self.context.copy(), job)
 
     def _spawn(self, context: contextvars.Context, job: Job) -> None:
-        if self._group is None:
-            self._waiting_jobs.append((context, job))
+        if self._group is None or not _in_task():
+            self._queue.append((context, job))
+            self._work.wake()
         else:
             context.run(self._group.start_soon, self._guarded, job)
 
@@ -180,5 +200,6 @@ class Supervisor:
 
     def request_stop(self) -> None:
         """Begin to stop: drain, then cancel what still runs. On the loop's thread; idempotent."""
-        self.stopping = True
-        self._stop.wake()
+        if not self.stopping:
+            self.stopping = True
+            self.spawn_detached(self._drain_and_end)

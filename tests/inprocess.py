@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import asyncio
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import anyio
@@ -42,3 +43,13 @@ async def ended(realtime: Realtime, run: RunLike) -> RunRecord:
     run_id = run if isinstance(run, str) else run.id
     with anyio.fail_after(GUARD_S):
         return await realtime.runs.ended(run_id)
+
+
+def run_without_anyio(main: Callable[[], Coroutine[Any, Any, None]], backend: str) -> None:
+    """Run a program on a loop of its own as servers do: anyio's runner sets a variable that its functions look at."""
+    if backend == "asyncio":
+        asyncio.run(asyncio.wait_for(main(), GUARD_S))
+    else:
+        import trio
+
+        trio.run(main)

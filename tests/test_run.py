@@ -26,7 +26,7 @@ from asgi_realtime.brokers.base import ChangeMark
 from asgi_realtime.brokers.memory import MemoryBroker
 from asgi_realtime.run import COALESCE_S
 from tests.brokers.backends import DistantBroker
-from tests.inprocess import ended, make_realtime, until
+from tests.inprocess import ended, make_realtime, run_without_anyio, until
 
 pytestmark = pytest.mark.anyio
 
@@ -185,6 +185,32 @@ async def test_metadata_may_be_changed_by_threads() -> None:
         record = await ended(realtime, await realtime.trigger(task))
     assert record.metadata == {"n": 400, "list": [1] * 400}
     assert record.tags == ("from-thread",)
+
+
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+def test_what_a_def_task_changes_is_stored_while_it_runs(backend: str) -> None:
+    """Under a server (not in tests, where anyio's runner helps) subscribers saw nothing of it before the run's end."""
+    realtime = make_realtime()
+    go = threading.Event()
+
+    @realtime.task("t")
+    def task(run: Run) -> None:
+        run.metadata.set("progress", 0.5)
+        run.tags.add("half")
+        go.wait(5)
+
+    async def main() -> None:
+        async with realtime:
+            handle = await realtime.trigger(task)
+            try:
+                async for record in realtime.subscribe_to_run(handle):
+                    assert not record.is_completed
+                    if (record.metadata, record.tags) == ({"progress": 0.5}, ("half",)):
+                        break
+            finally:
+                go.set()
+
+    run_without_anyio(main, backend)
 
 
 @pytest.mark.parametrize("make_broker", [MemoryBroker, DistantBroker])

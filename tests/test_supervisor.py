@@ -11,7 +11,7 @@ import pytest
 
 from asgi_realtime.errors import ServerShutdown
 from asgi_realtime.supervisor import Supervisor, cancelled_by_nobody
-from tests.inprocess import until
+from tests.inprocess import run_without_anyio, until
 
 pytestmark = pytest.mark.anyio
 
@@ -158,6 +158,76 @@ async def test_calls_are_made_on_the_thread_of_the_loop() -> None:
         supervisor.post(lambda: made.append(0))
         await until(lambda: len(made) == 4)
     assert made == [threading.get_ident()] * 3 + [0]
+
+
+async def test_jobs_may_be_spawned_from_callbacks_of_the_loop_and_keep_their_context() -> None:
+    name: contextvars.ContextVar[str] = contextvars.ContextVar("name")
+    seen: list[str] = []
+
+    async def job() -> None:
+        seen.append(name.get())
+
+    name.set("start")
+    async with supervising() as supervisor:
+        context = contextvars.copy_context()
+        context.run(name.set, "callback")
+        supervisor.post(lambda: context.run(supervisor.spawn, job))
+        await until(lambda: len(seen) == 1)
+        supervisor.post(lambda: context.run(supervisor.spawn_detached, job))
+        await until(lambda: len(seen) == 2)
+    assert seen == ["callback", "start"]
+
+
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+def test_jobs_may_be_spawned_from_threads_and_signal_handlers_at_any_time(backend: str) -> None:
+    """In a callback of the loop anyio starts no task (unless a variable of anyio's own runner is about): it was lost.
+
+    So this runs as a server does, without that variable.
+    """
+    told: list[str] = []
+
+    async def note() -> None:
+        told.append("spawned")
+
+    async def drain() -> None:
+        supervisor = made[0]
+        supervisor.post(lambda: supervisor.spawn(note))
+        await until(lambda: len(told) == 2)
+
+    async def main() -> None:
+        supervisor = Supervisor(context=contextvars.copy_context(), drain=drain)
+        made.append(supervisor)
+        supervisor.post(lambda: supervisor.spawn(note))
+        supervisor.start()
+        await until(lambda: told)
+        supervisor.post(supervisor.request_stop)
+        await supervisor.wait_ended()
+
+    made: list[Supervisor] = []
+    run_without_anyio(main, backend)
+    assert told == ["spawned"] * 2
+
+
+async def test_a_job_that_is_spawned_right_before_the_end_sees_its_cancellation() -> None:
+    """Whoever waits for a job must hear of its end, so it may not be dropped from the queue."""
+    told: list[str] = []
+
+    async def job() -> None:
+        told.append("began")
+        try:
+            await anyio.sleep(60)
+        finally:
+            told.append("cancelled")
+
+    async def drain() -> None:
+        supervisor.post(lambda: supervisor.spawn(job))
+        await until(lambda: told)
+
+    supervisor = Supervisor(context=contextvars.copy_context(), drain=drain)
+    supervisor.start()
+    supervisor.request_stop()
+    await supervisor.wait_ended()
+    assert told == ["began", "cancelled"]
 
 
 async def test_a_thread_may_run_a_function_on_the_loop_and_gets_its_result() -> None:
