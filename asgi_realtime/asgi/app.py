@@ -20,7 +20,7 @@ from asgi_realtime.asgi.paths import API, Endpoint, resolve
 from asgi_realtime.asgi.request import Request
 from asgi_realtime.asgi.rows import RowCache
 from asgi_realtime.asgi.seats import Seats
-from asgi_realtime.asgi.subscription import Leaving, Subscription, farewell
+from asgi_realtime.asgi.subscription import Finished, Leaving, Subscription, farewell
 from asgi_realtime.errors import BrokerUnavailable, RealtimeError
 
 logger = logging.getLogger("asgi_realtime")
@@ -86,10 +86,7 @@ class RealtimeApp:
             return refusal(405, "method_not_allowed", message, {"allow": allowed})
         if route.endpoint is not Endpoint.HEALTH:  # which tells how the start went
             await self._ensure_started()
-        try:
-            return await endpoint(request, *route.params)
-        except Leaving:
-            return farewell(self._host)
+        return await endpoint(request, *route.params)
 
     async def _ensure_started(self) -> None:
         try:
@@ -105,6 +102,10 @@ class RealtimeApp:
         if isinstance(answer, Response):  # its head may be out; and it fails only with the server's `send`
             logger.debug("an answer could not be sent", exc_info=error)
             return None
+        if isinstance(error, Finished):
+            return Response(status_code=204)
+        if isinstance(error, Leaving):
+            return farewell(self._host)
         if not isinstance(error, RealtimeError) or (error.status >= 500 and not isinstance(error, BrokerUnavailable)):
             logger.error("a request failed", exc_info=error)
         return error_answer(error, debug=self._host.debug)

@@ -149,9 +149,6 @@ class Subscription(ABC, Generic[S]):
                         logger.exception("a subscription failed; its client will resume")
                         last = b""
                     await self._finish(last)
-        except Finished:
-            await send({"type": "http.response.start", "status": 204, "headers": list(self.raw_headers)})
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
         except Exception:
             if not started:
                 raise

@@ -126,6 +126,23 @@ async def test_a_send_that_fails_does_not_escape(host: StandIn) -> None:
     await host(driver.make_scope("GET", STREAM), never, send)
 
 
+async def test_a_204_that_cannot_be_sent_is_not_answered_again(host: StandIn) -> None:
+    """After a failed `send` of a 204 the server got a second head, which it logs as a bug of the app."""
+    await host.create()
+    await host.finish()
+    sent: list[Any] = []
+
+    async def never() -> Any:
+        await anyio.sleep_forever()
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+        raise RuntimeError("the server refuses")
+
+    await host(driver.make_scope("GET", STREAM, headers=host.headers(last_event_id="7")), never, send)
+    assert [message.get("status") for message in sent] == [204]
+
+
 # The credential
 
 
