@@ -106,7 +106,10 @@ class Broker(Protocol):
         ...
 
     async def claim(self, key: str, value: str, *, ttl_s: float) -> str:
-        """Store a value under a key unless there is one; return the one that is stored. The first wins."""
+        """Store a value under a key unless there is one; return the one that is stored. The first wins.
+
+        It stays until `ttl_s` is over, or until the run that it was claimed for is removed.
+        """
         ...
 
     async def due(self, kind: str, *, limit: int = 100) -> list[str]:
@@ -125,7 +128,8 @@ class Broker(Protocol):
         ...
 
     async def remove(self, run_id: str) -> None:
-        """Remove a run that is over: its record, its streams and its places in all topics.
+        """Remove a run that is over: its record, its streams, its places in all topics, and in the same step
+        `record.claim` if that still stands for this run: an id is never used for another run.
 
         Those who follow its streams still get what is there and the end. Those who follow its topics are woken: that
         it is gone stands in no change, but loading it tells.

@@ -292,6 +292,9 @@ class MemoryBroker:
         self._size -= run.size
         for schedule in self._due.values():
             schedule.set(run_id, None)
+        claim = run.record.claim
+        if claim is not None and self._claims.get(claim, ("", 0))[0] == run_id:
+            self._drop_claim(claim)
         for topic in (run_topic(run_id), *run.told):
             entry = self._topics.get(topic)
             if entry is not None:
@@ -306,8 +309,7 @@ class MemoryBroker:
     async def claim(self, key: str, value: str, *, ttl_s: float) -> str:
         now_ms = self._now_ms()
         for expired in self._claims_expire.due(now_ms, limit=100):
-            del self._claims[expired]
-            self._claims_expire.set(expired, None)
+            self._drop_claim(expired)
         stored = self._claims.get(key)
         if stored is not None and stored[1] > now_ms:
             return stored[0]
@@ -315,6 +317,10 @@ class MemoryBroker:
         self._claims[key] = (value, expires_ms)
         self._claims_expire.set(key, expires_ms)
         return value
+
+    def _drop_claim(self, key: str) -> None:
+        del self._claims[key]
+        self._claims_expire.set(key, None)
 
     async def due(self, kind: str, *, limit: int = 100) -> list[str]:
         return self._due[kind].due(self._now_ms(), limit)

@@ -157,6 +157,11 @@ class RunRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         return (*map(tag_topic, self.tags), *batch)
 
     @property
+    def claim(self) -> str | None:
+        """What is claimed before the run is created, so that its idempotency key stands for one run."""
+        return None if self.idempotency_key is None else f"idempotency:{self.task}:{self.idempotency_key}"
+
+    @property
     def end(self) -> End | None:
         """How the run's streams end, if it is over."""
         if self.status not in TERMINAL:

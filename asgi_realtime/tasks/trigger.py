@@ -225,14 +225,11 @@ class Tasks:
 
     async def _launch(self, record: RunRecord) -> tuple[RunRecord, bool]:
         """Store a run and hand it to the executor; or find the one that its idempotency key stands for."""
-        if record.idempotency_key is not None:
-            claim = f"idempotency:{record.task}:{record.idempotency_key}"
-            run_id = await self._runs.claim(claim, record.id, ttl_s=self._retention.idempotency_key)
-            if run_id != record.id:
-                (found,) = await self._runs.load([run_id])
-                if found is not None:
-                    return found, True
-                record = msgspec.structs.replace(record, id=run_id, root_id=record.root_id and _root(record, run_id))
+        if record.claim is not None:
+            run_id, found = await self._claimed(record.claim, record.id)
+            if found is not None:
+                return found, True
+            record = msgspec.structs.replace(record, id=run_id, root_id=record.root_id and _root(record, run_id))
         try:
             await self._runs.create(record)
         except VersionConflict as conflict:
@@ -242,6 +239,22 @@ class Tasks:
         if record.status is Status.QUEUED:
             await self._engine.enqueue(record)
         return record, False
+
+    async def _claimed(self, claim: str, run_id: str) -> tuple[str, RunRecord | None]:
+        """The id that a claim stands for, and its run; no run if it is still to be created.
+
+        A claim goes with its run. So one that stands before and after a look that found no run is of somebody who has
+        not created it yet, and may never do.
+        """
+        before = None
+        while True:
+            stands_for = await self._runs.claim(claim, run_id, ttl_s=self._retention.idempotency_key)
+            if stands_for in (run_id, before):
+                return stands_for, None
+            (found,) = await self._runs.load([stands_for])
+            if found is not None:
+                return stands_for, found
+            before = stands_for
 
     # Execute
 

@@ -459,6 +459,21 @@ class TakesEndsBack(MemoryBroker):
         super()._remove(run_id)
 
 
+class KeepsClaimsOfTheRemoved(MemoryBroker):
+    def _remove(self, run_id: str) -> None:
+        before = dict(self._claims)
+        super()._remove(run_id)
+        self._claims = before
+
+
+class DropsClaimsOfOthers(MemoryBroker):
+    def _remove(self, run_id: str) -> None:
+        claim = self._runs[run_id].record.claim
+        super()._remove(run_id)
+        if claim in self._claims:
+            del self._claims[claim]
+
+
 class LeavesTopicsBehind(MemoryBroker):
     def _remove(self, run_id: str) -> None:
         if run_id in self._runs:
@@ -523,6 +538,8 @@ CATCHES: dict[type[MemoryBroker], tuple[str, ...]] = {
     AsksInAnyOrder: ("test_what_is_due_longest_comes_first_up_to_a_limit",),
     LeavesTopicsBehind: ("test_a_removed_run_is_gone_from_everywhere",),
     RemovesInSilence: ("test_a_removal_wakes_those_who_follow_the_topics_of_the_run",),
+    KeepsClaimsOfTheRemoved: ("test_a_claim_goes_with_the_run_that_it_stands_for",),
+    DropsClaimsOfOthers: ("test_a_claim_that_stands_for_another_run_stays",),
     TakesEndsBack: ("test_who_follows_a_stream_of_a_removed_run_still_gets_its_end",),
 }
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import anyio
@@ -14,6 +15,7 @@ from asgi_realtime import (
     RunError,
     RunHandle,
     RunNotFound,
+    RunRecord,
     Status,
     UnknownTask,
     UsageError,
@@ -179,6 +181,35 @@ async def test_the_same_idempotency_key_gives_the_same_run() -> None:
         assert again.id == first.id != other.id
         assert await again.result(timeout=5) == 1
         assert (await realtime.get_run(first)).idempotency_key == "key"
+
+
+async def test_a_key_whose_run_is_gone_makes_a_new_run() -> None:
+    """The order was executed a second time under the id of the first: old tokens and cursors met a foreign run."""
+    async with with_echo() as realtime:
+        first = await realtime.trigger("echo", 1, idempotency_key="key")
+        await first.result(timeout=5)
+        await realtime.broker.remove(first.id)
+        second = await realtime.trigger("echo", 2, idempotency_key="key")
+        assert second.id != first.id and not second.is_cached
+        assert await second.result(timeout=5) == 2
+        assert (await realtime.trigger("echo", 3, idempotency_key="key")).id == second.id
+
+
+async def test_a_run_that_is_removed_while_its_key_is_looked_up_is_not_made_again() -> None:
+    class RemovesBeforeALook(MemoryBroker):
+        gone = ""
+
+        async def load(self, run_ids: Sequence[str]) -> list[RunRecord | None]:
+            await self.remove(self.gone)
+            return await super().load(run_ids)
+
+    broker = RemovesBeforeALook()
+    async with with_echo(broker=broker) as realtime:
+        first = await realtime.trigger("echo", 1, idempotency_key="key")
+        await first.result(timeout=5)
+        broker.gone = first.id
+        second = await realtime.trigger("echo", 2, idempotency_key="key")
+        assert second.id != first.id and not second.is_cached
 
 
 async def test_idempotency_keys_belong_to_a_task_and_last_a_day() -> None:

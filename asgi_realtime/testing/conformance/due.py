@@ -17,6 +17,7 @@ from asgi_realtime.testing.conformance.kit import (
     following,
     items,
     new_mark,
+    new_record,
     new_tag,
     opened,
     pause,
@@ -213,6 +214,32 @@ async def test_a_removed_run_is_gone_from_everywhere(make_broker: MakeBroker) ->
         assert conflict.value.current is None
         await backend.broker.tell(run.id)
         assert await versions_in(backend.broker, f"tag:{early}") == {}
+
+
+@pytest.mark.anyio
+async def test_a_claim_goes_with_the_run_that_it_stands_for(make_broker: MakeBroker) -> None:
+    async with opened(make_broker) as backend:
+        run = new_record(backend, idempotency_key=new_tag())
+        claim = run.claim
+        assert claim is not None
+        assert await backend.broker.claim(claim, run.id, ttl_s=60) == run.id
+        assert await backend.peer.claim(claim, "another", ttl_s=60) == run.id, "also before the run is there"
+        await backend.broker.commit(run, expect=0, change=new_mark())
+        await store(backend.broker, finished(backend, run))
+        assert await backend.peer.claim(claim, "another", ttl_s=60) == run.id
+        await backend.peer.remove(run.id)
+        assert await backend.broker.claim(claim, "another", ttl_s=60) == "another"
+
+
+@pytest.mark.anyio
+async def test_a_claim_that_stands_for_another_run_stays(make_broker: MakeBroker) -> None:
+    async with opened(make_broker) as backend:
+        run = await create(backend, idempotency_key=new_tag())
+        assert run.claim is not None
+        await backend.broker.claim(run.claim, "a later run", ttl_s=60)
+        await store(backend.broker, finished(backend, run))
+        await backend.broker.remove(run.id)
+        assert await backend.peer.claim(run.claim, "another", ttl_s=60) == "a later run"
 
 
 @pytest.mark.anyio
