@@ -41,6 +41,14 @@ if TYPE_CHECKING:
     from asgi_realtime.core.runs import RunRecord
 
 
+_SHOWN = 80
+
+
+def shown(text: str) -> str:
+    """How a text from outside stands in a message: quoted, and cut if it is long."""
+    return repr(text) if len(text) <= _SHOWN else f"{text[:_SHOWN]!r}…"
+
+
 class RealtimeError(Exception):
     """The base of all errors of this library."""
 

@@ -16,7 +16,7 @@ import anyio
 from asgi_realtime.brokers.base import Broker, ChangeMark
 from asgi_realtime.core.log import StreamKey
 from asgi_realtime.core.runs import RunChange, RunRecord, StreamAdded, apply, run_topic
-from asgi_realtime.errors import BrokerUnavailable, LimitExceeded, RunNotFound, VersionConflict
+from asgi_realtime.errors import BrokerUnavailable, LimitExceeded, RunNotFound, VersionConflict, shown
 from asgi_realtime.waiting import Parking, make_parker
 
 _R = TypeVar("_R")
@@ -53,7 +53,7 @@ class RunStore:
         await self.present(run_id)
         (record,) = await self._broker.load([run_id])
         if record is None:
-            raise RunNotFound(f"no run {run_id!r}: it never was, or it is past its retention")
+            raise RunNotFound(f"no run {shown(run_id)}: it never was, or it is past its retention")
         return record
 
     def announce(self, run_id: str) -> None:

@@ -12,7 +12,7 @@ from asgi_realtime.asgi.auth import authorise, run_resources
 from asgi_realtime.asgi.request import Request
 from asgi_realtime.core.chunks import decode
 from asgi_realtime.core.run_json import run_json
-from asgi_realtime.errors import BrokerUnavailable, InvalidRequest, StreamClosed, UsageError
+from asgi_realtime.errors import BrokerUnavailable, InvalidRequest, StreamClosed, UsageError, shown
 from asgi_realtime.names import input_stream
 
 logger = logging.getLogger("asgi_realtime")
@@ -40,11 +40,11 @@ async def send_input(request: Request, run_id: str, input_id: str) -> Response:
     input_stream(input_id, request.host.limits)
     data = _input_data(await request.body(request.host.limits.input_bytes))
     if record.is_completed:
-        raise InvalidRequest(f"run {run_id!r} is over ({record.status}); it takes no input")
+        raise InvalidRequest(f"run {shown(run_id)} is over ({record.status}); it takes no input")
     try:
         await request.host.send_input(run_id, input_id, data)
     except StreamClosed as exc:
-        raise InvalidRequest(f"run {run_id!r} is over; it takes no input") from exc
+        raise InvalidRequest(f"run {shown(run_id)} is over; it takes no input") from exc
     return json_answer({"ok": True})
 
 

@@ -21,7 +21,7 @@ from asgi_realtime.asgi.request import Request
 from asgi_realtime.asgi.rows import RowCache
 from asgi_realtime.asgi.seats import Seats
 from asgi_realtime.asgi.subscription import Finished, Leaving, Subscription, farewell
-from asgi_realtime.errors import BrokerUnavailable, RealtimeError
+from asgi_realtime.errors import BrokerUnavailable, RealtimeError, shown
 
 logger = logging.getLogger("asgi_realtime")
 
@@ -77,12 +77,12 @@ class RealtimeApp:
             return answer
         route = resolve(scope["path"], scope.get("root_path", ""))
         if route is None or (route.endpoint in API and not self._host.api):
-            return refusal(404, "not_found", f"nothing is served at {scope['path']!r}")
+            return refusal(404, "not_found", f"nothing is served at {shown(scope['path'])}")
         methods = ENDPOINTS[route.endpoint]
         endpoint = methods.get(request.method)
         if endpoint is None:
             allowed = ", ".join(methods)
-            message = f"{request.method} is not allowed here; allowed: {allowed}"
+            message = f"{request.method[:80]} is not allowed here; allowed: {allowed}"
             return refusal(405, "method_not_allowed", message, {"allow": allowed})
         if route.endpoint is not Endpoint.HEALTH:  # which tells how the start went
             await self._ensure_started()

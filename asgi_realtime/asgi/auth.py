@@ -15,7 +15,7 @@ from urllib.parse import unquote_plus
 from asgi_realtime.asgi.host import Scope
 from asgi_realtime.core.runs import RunRecord
 from asgi_realtime.core.scopes import Resource, admits
-from asgi_realtime.errors import ScopeDenied
+from asgi_realtime.errors import ScopeDenied, shown
 from asgi_realtime.tokens import Claims
 
 PARAMETER = "access_token"
@@ -91,4 +91,4 @@ def authorise(claims: Claims, action: str, resources: Iterable[Resource]) -> Non
         return
     type, id = names[0]
     needed = ":".join(filter(None, (action, type, id)))
-    raise ScopeDenied(f"the token's scopes do not admit this; a token with the scope {needed!r} does")
+    raise ScopeDenied(f"the token's scopes do not admit this; a token with the scope {shown(needed)} does")

@@ -27,7 +27,7 @@ from asgi_realtime.core.run_json import run_json
 from asgi_realtime.core.runs import RunRecord, batch_topic, run_topic, tag_topic
 from asgi_realtime.core.sse import control_frame
 from asgi_realtime.core.topics import Change, Changes, Cursor
-from asgi_realtime.errors import InvalidRequest, LimitExceeded, UsageError
+from asgi_realtime.errors import InvalidRequest, LimitExceeded, UsageError, shown
 from asgi_realtime.livelog import MAX_BODY
 from asgi_realtime.names import check_tags
 from asgi_realtime.tokens import Claims
@@ -166,7 +166,7 @@ def asked_window(text: str | None) -> float:
         return min(parse_span(text, name="createdAt"), MAX_WINDOW_S) if text else MAX_WINDOW_S
     except UsageError as exc:
         raise InvalidRequest(
-            f"createdAt is {text!r}; it must be a span such as '90s', '15m', '1h30m' or '24h'"
+            f"createdAt is {shown(text)}; it must be a span such as '90s', '15m', '1h30m' or '24h'"
         ) from exc
 
 

@@ -13,7 +13,7 @@ from asgi_realtime.asgi.request import Request
 from asgi_realtime.asgi.subscription import Leaving, until_disconnect
 from asgi_realtime.core.runs import RunRecord, batch_topic, run_topic
 from asgi_realtime.core.scopes import names
-from asgi_realtime.errors import RunNotFound
+from asgi_realtime.errors import RunNotFound, shown
 from asgi_realtime.tokens import Claims
 from asgi_realtime.waiting import make_guard, make_parker
 
@@ -52,7 +52,7 @@ async def find_run(request: Request, claims: Claims, run_id: str) -> RunRecord:
 async def find_batch(request: Request, claims: Claims, batch_id: str) -> None:
     """Return if the batch has a run, or has one soon. Raises `RunNotFound`, `Leaving`."""
     if not await _appeared(request, claims, batch_topic(batch_id)):
-        raise RunNotFound(f"no batch {batch_id!r}: it never was, or it is past its retention")
+        raise RunNotFound(f"no batch {shown(batch_id)}: it never was, or it is past its retention")
 
 
 async def _appeared(request: Request, claims: Claims, topic: str) -> bool:

@@ -17,7 +17,7 @@ from asgi_realtime.asgi.subscription import WAITING, Finished, Subscription
 from asgi_realtime.core.chunks import encode_value
 from asgi_realtime.core.log import StreamKey
 from asgi_realtime.core.runs import RunRecord
-from asgi_realtime.errors import InvalidRequest
+from asgi_realtime.errors import InvalidRequest, shown
 from asgi_realtime.livelog import LiveLog
 from asgi_realtime.names import input_stream, stream_name
 from asgi_realtime.tokens import Claims
@@ -50,7 +50,7 @@ def parse_position(last_event_id: str | None) -> int:
         return -1
     text = last_event_id
     if not (text.isascii() and text.isdigit() and len(text) <= _MAX_DIGITS):
-        raise InvalidRequest(f"Last-Event-ID is {text[:40]!r}; on a stream it must be an integer from 0")
+        raise InvalidRequest(f"Last-Event-ID is {shown(text)}; on a stream it must be an integer from 0")
     return int(text)
 
 

@@ -143,6 +143,36 @@ async def test_a_204_that_cannot_be_sent_is_not_answered_again(host: StandIn) ->
     assert [message.get("status") for message in sent] == [204]
 
 
+LONG = "x" * 60_000
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "query"),
+    [
+        ("GET", f"/{LONG}", {}),
+        (LONG, "/v1/health", {}),
+        ("GET", f"/v1/streams/{LONG}/default", {}),
+        ("GET", f"/v1/streams/run_1/{LONG}", {}),
+        ("GET", "/v1/streams/run_1/default", {"last_event_id": LONG}),
+        ("GET", f"/v1/runs/{LONG}", {}),
+        ("GET", "/v1/runs", {"tags": LONG}),
+        ("GET", "/v1/runs", {"tags": "a", "createdAt": LONG}),
+        ("GET", "/v1/runs", {"tags": "a", "createdAt": f"{'9' * 60_000}d"}),
+        ("GET", f"/v1/batches/{LONG}", {}),
+        ("GET", f"/api/v3/runs/{LONG}", {}),
+        ("POST", f"/v1/streams/{LONG}/input/approval", {}),
+    ],
+)
+async def test_an_error_does_not_repeat_a_request_of_any_length(
+    host: StandIn, method: str, path: str, query: dict[str, str]
+) -> None:
+    """A run id of 60 KB came back whole in the error, and so into the logs and pages that show it."""
+    host.runs.get = Realtime(secret_key=SECRET).runs.get  # type: ignore[method-assign]  # with its own words
+    response = await driver.request(host, method, path, query=query, headers=host.feed_headers("read:runs:run_1"))
+    assert response.status >= 400
+    assert len(response.body) < 300
+
+
 # The credential
 
 
