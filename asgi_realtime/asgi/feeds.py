@@ -162,8 +162,10 @@ def asked_tags(text: str | None, limits: Limits) -> tuple[str, ...]:
 
 def asked_window(text: str | None) -> float:
     """The span of `createdAt` in seconds. Raises `InvalidRequest`."""
+    if not text:
+        return MAX_WINDOW_S
     try:
-        return min(parse_span(text, name="createdAt"), MAX_WINDOW_S) if text else MAX_WINDOW_S
+        return min(parse_span(text, name="createdAt"), MAX_WINDOW_S)
     except UsageError as exc:
         raise InvalidRequest(
             f"createdAt is {shown(text)}; it must be a span such as '90s', '15m', '1h30m' or '24h'"
