@@ -112,5 +112,4 @@ class StreamSubscription(Subscription[LiveLog]):
 
 def _unwritten(name: str, streams: tuple[str, ...]) -> str:
     """Tells who reads a wrong key, in `curl -N`, which keys there are."""
-    listed = encode_value([stream for stream in streams if not stream.startswith("$")])
-    return f"stream {encode_value(name).decode()} is not written yet; this run has {listed.decode()}"
+    return f"stream {encode_value(name).decode()} is not written yet; this run has {encode_value(streams).decode()}"

@@ -67,7 +67,7 @@ def _fields(record: RunRecord) -> dict[str, Any]:
         "triggerFunction": "trigger" if record.batch is None else "batchTrigger",
         "relatedRuns": {},
         "metadata": record.metadata,
-        "realtimeStreams": [name for name in record.streams if not name.startswith("$")],
+        "realtimeStreams": record.streams,
         **_optional(record),
     }
 

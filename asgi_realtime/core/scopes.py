@@ -68,11 +68,6 @@ def names(scopes: Iterable[str], action: str, type: str) -> frozenset[str]:
     )
 
 
-def run_scoped_ids(scopes: Iterable[str]) -> frozenset[str]:
-    """The run ids that may be read because a scope names them, such as `read:runs:run_1`."""
-    return names(scopes, "read", "runs")
-
-
 def flatten_scopes(scopes: Scopes) -> tuple[str, ...]:
     """Turn the dict form into scope strings, or check a ready list of them. Keeps the order, drops repetitions.
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from asgi_realtime.core.scopes import Resource, Scopes, admits, flatten_scopes, names, parse, run_scoped_ids
+from asgi_realtime.core.scopes import Resource, Scopes, admits, flatten_scopes, names, parse
 from asgi_realtime.errors import UsageError
 
 RUN: tuple[Resource, ...] = (("runs", "run_1"), ("tasks", "chat"), ("tags", "user:1"), ("batch", "batch_1"))
@@ -72,7 +72,7 @@ def test_a_name_without_id_needs_a_scope_without_id() -> None:
 
 def test_the_ids_that_scopes_name_are_listed() -> None:
     scopes = ["read:runs:run_1", "*:runs:run_2", "write:runs:run_3", "read:runs", "read:batch:b", "admin", "read:all"]
-    assert run_scoped_ids(scopes) == {"run_1", "run_2"}
+    assert names(scopes, "read", "runs") == {"run_1", "run_2"}
     assert names(scopes, "read", "batch") == {"b"}
     assert names(scopes, "write", "runs") == {"run_2", "run_3"}
 
