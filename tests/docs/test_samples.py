@@ -210,7 +210,7 @@ async def test_refusals_that_are_no_exceptions() -> None:
     async with chatted() as (realtime, handle):
         for method, path, status, code in (
             ("GET", "/v2/runs", 404, "not_found"),
-            ("HEAD", "/v1/health", 405, "method_not_allowed"),
+            ("HEAD", "/v1/runs", 405, "method_not_allowed"),
             ("GET", f"/v1/runs/{handle.id}", 406, "not_acceptable"),
         ):
             answer = await driver.request(realtime, method, path, headers=ALL_POWERS)
