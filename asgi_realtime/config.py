@@ -73,6 +73,10 @@ class Limits(_Positive):
     idempotency_key_length: int = 512
     batch_runs: int = 1000
     streams_per_run: int = 100
+    inputs_per_run: int = 100
+    """Ids under which data was sent into one run."""
+    inputs_bytes: int = 8 * 1024 * 1024
+    """All that was sent into one run. None of it is trimmed: what would be too much is refused."""
     feed_runs: int = 1000
     """Runs in the snapshot of one feed; the newest are kept."""
     topic_runs: int = 10_000

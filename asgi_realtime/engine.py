@@ -56,7 +56,7 @@ class Engine:
         self.subscribers: set[Ticking] = set()
         self.executions: dict[str, Execution] = {}
         self.threads = ThreadBudget(limits.source_threads)
-        self.runs = RunStore(broker, clock=clock, patience_s=timeouts.append, streams_per_run=limits.streams_per_run)
+        self.runs = RunStore(broker, clock=clock, patience_s=timeouts.append, limits=limits)
         self.executor: Executor | None = None
         self._debug = debug
         self._signals = ShutdownSignals(self._on_signal) if signals else None

@@ -11,12 +11,12 @@ from typing import Any, TypeVar
 import anyio
 
 from asgi_realtime.brokers.base import StreamKey
+from asgi_realtime.core.log import HIDDEN_STREAM
 from asgi_realtime.core.runs import RunRecord
 from asgi_realtime.engine import Engine
 from asgi_realtime.handles import RunHandle
 from asgi_realtime.pipe import Pipe, Source
 from asgi_realtime.run import current
-from asgi_realtime.runstore import HIDDEN_STREAM
 from asgi_realtime.supervisor import logger
 from asgi_realtime.writer import StreamWriter
 

@@ -88,6 +88,9 @@ class ChangeBuffer:
             except RunNotFound as exc:
                 logger.warning("metadata of run %s is lost: %s", self.run_id, exc)
                 return
+            except LimitExceeded as exc:
+                logger.warning("a change of run %s was refused: %s", self.run_id, exc)
+                return
             except BrokerUnavailable as exc:
                 logger.warning("metadata of run %s waits: %s", self.run_id, exc)
 
@@ -104,13 +107,15 @@ class ChangeBuffer:
             if not changes:
                 return
             try:
-                record = await self._runs.update(self.run_id, *changes)
+                record, refusal = await self._runs.change(self.run_id, *changes)
             except BaseException:
                 with self.lock:
                     self._pending[:0] = changes
                 raise
             if self.on_stored is not None:
                 self.on_stored(record)
+            if refusal is not None:
+                raise refusal
 
 
 class Metadata:

@@ -14,15 +14,16 @@ from typing import TypeVar
 import anyio
 
 from asgi_realtime.brokers.base import Broker, ChangeMark
+from asgi_realtime.config import Limits
+from asgi_realtime.core.chunks import encode_value
 from asgi_realtime.core.log import StreamKey
-from asgi_realtime.core.runs import RunChange, RunRecord, StreamAdded, apply, run_topic
+from asgi_realtime.core.metadata import check_size
+from asgi_realtime.core.runs import InputAdded, RunChange, RunRecord, StreamAdded, apply, run_topic
 from asgi_realtime.errors import BrokerUnavailable, LimitExceeded, RunNotFound, VersionConflict, shown
+from asgi_realtime.supervisor import logger
 from asgi_realtime.waiting import Parking, make_parker
 
 _R = TypeVar("_R")
-
-HIDDEN_STREAM = "$"
-"""Streams whose name begins so are the library's own and are not listed in the run."""
 
 _KNOWN_STREAMS = 10_000
 
@@ -30,11 +31,11 @@ _KNOWN_STREAMS = 10_000
 class RunStore:
     """All access to run records. `clock` gives unix seconds; an absent broker is waited for `patience_s`."""
 
-    def __init__(self, broker: Broker, *, clock: Callable[[], float], patience_s: float, streams_per_run: int) -> None:
+    def __init__(self, broker: Broker, *, clock: Callable[[], float], patience_s: float, limits: Limits) -> None:
         self._broker = broker
         self._clock = clock
         self._patience_s = patience_s
-        self._streams_per_run = streams_per_run
+        self._limits = limits
         self.owner = secrets.token_hex(8)
         """This process, as the owner of the runs that it executes and the writer of its commits."""
         self._numbers = count()
@@ -79,13 +80,24 @@ class RunStore:
     async def update(self, run_id: str, *changes: RunChange) -> RunRecord:
         """Apply the changes to the newest record and store it, as one version; return the record.
 
-        What is later than the end of the run is absorbed. Raises `RunNotFound`, `InvalidTransition`.
+        What is later than the end of the run is absorbed. Raises `RunNotFound`, `InvalidTransition`, and for changes
+        that would take the run over a limit `LimitExceeded`, once the others are stored; if those have ended the run
+        it is logged instead.
         """
+        record, refusal = await self.change(run_id, *changes)
+        if refusal is not None:
+            if not record.is_completed:
+                raise refusal
+            logger.warning("a change of run %s was refused: %s", run_id, refusal)
+        return record
+
+    async def change(self, run_id: str, *changes: RunChange) -> tuple[RunRecord, LimitExceeded | None]:
+        """As `update`, but returns why a change was left out, if one was."""
         record = await self.patiently(lambda: self.get(run_id))
         while True:
-            following = apply(record, changes, self.now_ms())
+            following, refusal = self._apply(record, changes)
             if following is record:
-                return record
+                return record, refusal
             try:
                 await self._commit(following, expect=record.version)
             except VersionConflict as conflict:
@@ -93,7 +105,28 @@ class RunStore:
                     raise RunNotFound(f"run {run_id!r} is past its retention") from conflict
                 record = conflict.current
             else:
-                return following
+                return following, refusal
+
+    def _apply(self, record: RunRecord, changes: Sequence[RunChange]) -> tuple[RunRecord, LimitExceeded | None]:
+        """The record after the changes that are within the limits, and why the others are not.
+
+        Each was within them where it was made. But several may change one run, each on what it knew.
+        """
+        now_ms = self.now_ms()
+        following = apply(record, changes, now_ms)
+        if _excess(record, following, self._limits) is None:
+            return following, None
+        present, accepted = record, list[RunChange]()
+        refusal = None
+        for change in changes:
+            following = apply(present, [change], now_ms)
+            excess = _excess(present, following, self._limits)
+            if excess is None:
+                present = following
+                accepted.append(change)
+            else:
+                refusal = excess
+        return apply(record, accepted, now_ms), refusal
 
     async def claim(self, key: str, value: str, *, ttl_s: float) -> str:
         """As `Broker.claim`."""
@@ -120,16 +153,10 @@ class RunStore:
             pause_s = min(pause_s * 2, 2.0)
 
     async def add_stream(self, key: StreamKey) -> None:
-        """Make sure that the run lists the stream. Raises `RunNotFound`, `LimitExceeded`."""
-        if key in self._known_streams or key.name.startswith(HIDDEN_STREAM):
+        """Make sure that the run lists the stream or input. Raises `RunNotFound`, `LimitExceeded`."""
+        if key in self._known_streams:
             return
-        record = await self.patiently(lambda: self.get(key.run))
-        if key.name not in record.streams:
-            if len(record.streams) >= self._streams_per_run:
-                raise LimitExceeded(
-                    f"run {key.run!r} has {len(record.streams)} streams, limit {self._streams_per_run}", status=422
-                )
-            await self.update(key.run, StreamAdded(key.name))
+        await self.update(key.run, InputAdded(key.name) if key.hidden else StreamAdded(key.name))
         if len(self._known_streams) >= _KNOWN_STREAMS:
             del self._known_streams[next(iter(self._known_streams))]
         self._known_streams[key] = None
@@ -149,3 +176,21 @@ class RunStore:
                     await changed
             finally:
                 topic.waiting.discard(parker)
+
+
+def _excess(before: RunRecord, after: RunRecord, limits: Limits) -> LimitExceeded | None:
+    """The limit that a record has gone over. One that was over it before, under other limits, may still shrink."""
+    for what, had, has, limit in (
+        ("streams", before.streams, after.streams, limits.streams_per_run),
+        ("inputs", before.inputs, after.inputs, limits.inputs_per_run),
+        ("tags", before.tags, after.tags, limits.tags),
+    ):
+        if len(has) > limit and len(has) > len(had):
+            return LimitExceeded(f"run {after.id!r} would have {len(has)} {what}, limit {limit}")
+    if after.metadata is not before.metadata:
+        try:
+            check_size(after.metadata, limits.metadata_bytes)
+        except LimitExceeded as excess:
+            if len(encode_value(after.metadata)) > len(encode_value(before.metadata)):
+                return excess
+    return None

@@ -471,7 +471,7 @@ async def test_a_failure_in_a_foreign_run_is_logged(caplog: pytest.LogCaptureFix
 async def test_too_many_streams_in_a_run_are_refused() -> None:
     async with make(limits=Limits(streams_per_run=1)) as realtime, realtime.open_run("report"):
         await realtime.append(1, "a")
-        with pytest.raises(LimitExceeded, match="1 streams, limit 1"):
+        with pytest.raises(LimitExceeded, match="2 streams, limit 1"):
             await realtime.pipe(numbers(1), "b").wait_until_complete()
 
 

@@ -24,6 +24,8 @@ from asgi_realtime import (
 )
 from asgi_realtime.brokers.base import ChangeMark
 from asgi_realtime.brokers.memory import MemoryBroker
+from asgi_realtime.core.metadata import Set
+from asgi_realtime.core.runs import MetadataChanged
 from asgi_realtime.run import COALESCE_S
 from tests.brokers.backends import DistantBroker
 from tests.inprocess import ended, make_realtime, run_without_anyio, until
@@ -589,3 +591,17 @@ def test_increments_and_appends_of_several_processes_add_up(scripts: list[list[s
     log = metadata.get("log", [])
     for number in range(len(scripts)):  # each process's own in its order
         assert [step for one, step in log if one == number] == [step for one, step, _ in done if one == number]
+
+
+async def test_a_change_that_others_left_no_room_for_is_refused_once() -> None:
+    """What others had filled meanwhile was exceeded in silence; and a refused change must not hold up those after it."""
+    realtime = make_realtime(limits=Limits(metadata_bytes=100))
+    async with realtime, realtime.open_run("r") as run:
+        await realtime.runs.update(run.id, MetadataChanged((Set("theirs", "x" * 60),)))
+        run.metadata.set("ours", "y" * 60)
+        with pytest.raises(LimitExceeded, match="limit 100"):
+            await run.metadata.flush()
+        assert run.metadata.current() == {"theirs": "x" * 60}
+        run.metadata.set("n", 1)
+        await run.metadata.flush()
+        assert (await realtime.get_run(run)).metadata == {"theirs": "x" * 60, "n": 1}

@@ -4,13 +4,15 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 import anyio
+import msgspec
 import pytest
 
 from asgi_realtime import BrokerUnavailable, LimitExceeded, RunNotFound, RunRecord, Status
 from asgi_realtime.brokers.base import ChangeMark, StreamKey
 from asgi_realtime.brokers.memory import MemoryBroker
-from asgi_realtime.core.metadata import Increment
-from asgi_realtime.core.runs import Finished, MetadataChanged, Started
+from asgi_realtime.config import Limits
+from asgi_realtime.core.metadata import Append, Delete, Increment, Set
+from asgi_realtime.core.runs import Finished, MetadataChanged, Started, TagsAdded
 from asgi_realtime.errors import InvalidTransition, VersionConflict
 from asgi_realtime.runstore import RunStore
 from tests.brokers.backends import DistantBroker
@@ -19,8 +21,8 @@ from tests.inprocess import FakeClock, until
 pytestmark = pytest.mark.anyio
 
 
-def store(broker: MemoryBroker, *, patience_s: float = 5.0, streams_per_run: int = 3) -> RunStore:
-    return RunStore(broker, clock=FakeClock(), patience_s=patience_s, streams_per_run=streams_per_run)
+def store(broker: MemoryBroker, *, patience_s: float = 5.0, **limits: int) -> RunStore:
+    return RunStore(broker, clock=FakeClock(), patience_s=patience_s, limits=Limits(**{"streams_per_run": 3} | limits))
 
 
 def record(run_id: str = "run_1", status: Status = Status.EXECUTING) -> RunRecord:
@@ -66,6 +68,63 @@ async def test_a_change_that_may_not_be_is_refused() -> None:
     with pytest.raises(InvalidTransition):
         await runs.update("run_1", Started("me"))
     assert (await runs.get("run_1")).version == 1
+
+
+async def test_what_several_processes_do_together_is_limited_too() -> None:
+    """Each process looked at what it knew of the run: ten children made a parent's metadata seven times its limit."""
+    broker = DistantBroker()
+    stores = [store(broker, metadata_bytes=100, tags=3) for _ in range(4)]
+    await stores[0].create(record())
+    refused: list[str] = []
+    logged = Append("log", "x" * 30)
+
+    async def change(runs: RunStore, number: int) -> None:
+        try:
+            await runs.update(
+                "run_1",
+                increment(),
+                MetadataChanged((logged,)),
+                TagsAdded((f"a{number}", f"b{number}")),
+            )
+        except LimitExceeded as exc:
+            refused.append(str(exc))
+
+    async with anyio.create_task_group() as group:
+        for number, runs in enumerate(stores):
+            group.start_soon(change, runs, number)
+    after = await stores[0].get("run_1")
+    assert after.metadata == {"n": 4, "log": ["x" * 30] * 2}, "what was within the limits is stored"
+    assert len(after.tags) == 2
+    assert set(refused) == {"run 'run_1' would have 4 tags, limit 3"}
+
+
+async def test_a_run_ends_whatever_is_refused_beside_it(caplog: pytest.LogCaptureFixture) -> None:
+    runs = store(MemoryBroker(), tags=1)
+    await runs.create(record())
+    after = await runs.update("run_1", TagsAdded(("a", "b")), increment(), Finished(Status.COMPLETED))
+    assert (after.status, after.tags, after.metadata) == (Status.COMPLETED, (), {"n": 1})
+    assert "a change of run run_1 was refused: run 'run_1' would have 2 tags, limit 1" in caplog.text
+
+
+async def test_what_was_over_a_limit_before_may_shrink() -> None:
+    runs = store(MemoryBroker(), metadata_bytes=20, tags=1)
+    await runs.create(msgspec.structs.replace(record(), metadata={"a": "x" * 50, "b": 1}, tags=("a", "b")))
+    assert (await runs.update("run_1", MetadataChanged((Delete("b"),)))).metadata == {"a": "x" * 50}
+    assert (await runs.update("run_1", MetadataChanged((Set("a", "x" * 30),)))).metadata == {"a": "x" * 30}
+    with pytest.raises(LimitExceeded, match="metadata is [0-9]+ bytes, limit 20"):
+        await runs.update("run_1", MetadataChanged((Set("b", 1),)))
+
+
+async def test_inputs_are_counted_apart_from_streams() -> None:
+    """Whoever had a handle's public token could open streams in a run without end."""
+    runs = store(MemoryBroker(), inputs_per_run=2)
+    await runs.create(record())
+    for name in ("$trigger.input:a", "$trigger.input:b", "$trigger.input:a", "a", "b", "c"):
+        await runs.add_stream(StreamKey("run_1", name))
+    with pytest.raises(LimitExceeded, match="run 'run_1' would have 3 inputs, limit 2"):
+        await runs.add_stream(StreamKey("run_1", "$trigger.input:c"))
+    after = await runs.get("run_1")
+    assert (len(after.inputs), after.streams) == (2, ("a", "b", "c"))
 
 
 async def test_no_change_is_lost_when_many_change_one_run_at_once() -> None:
@@ -179,11 +238,11 @@ async def test_streams_are_listed_up_to_the_limit() -> None:
     await runs.create(record())
     for name in ("a", "b", "a", "$hidden"):
         await runs.add_stream(StreamKey("run_1", name))
-    with pytest.raises(LimitExceeded, match="run 'run_1' has 2 streams, limit 2") as caught:
+    with pytest.raises(LimitExceeded, match="run 'run_1' would have 3 streams, limit 2") as caught:
         await runs.add_stream(StreamKey("run_1", "c"))
     assert caught.value.status == 422
     assert (await runs.get("run_1")).streams == ("a", "b")
-    assert (await runs.get("run_1")).version == 3
+    assert (await runs.get("run_1")).version == 4
     with pytest.raises(RunNotFound):
         await runs.add_stream(StreamKey("run_2", "a"))
 

@@ -61,7 +61,8 @@ class Broker(Protocol):
 
         Appends to one key are serialised and no reader sees part of a call. An end is durable, final and idempotent.
         With a producer a retried call is harmless: what was stored is skipped, also if the stream has ended since.
-        Raises `RunNotFound`, `StreamClosed` (the stream or its run is over), `ProducerGap`.
+        An input (`key.hidden`) is never trimmed; what would take all inputs of the run over `Limits.inputs_bytes` is
+        refused. Raises `RunNotFound`, `StreamClosed` (the stream or its run is over), `ProducerGap`, `LimitExceeded`.
         """
         ...
 

@@ -14,10 +14,10 @@ from contextlib import asynccontextmanager
 
 from asgi_realtime.brokers.base import MARKS_KEPT, ChangeMark, LiveTopic
 from asgi_realtime.config import Limits, Retention, Timeouts
-from asgi_realtime.core.log import End, Log, Page, Position, Producer, StreamKey
+from asgi_realtime.core.log import HIDDEN_STREAM, End, Log, Page, Position, Producer, StreamKey
 from asgi_realtime.core.runs import DUE_KINDS, RunRecord, Status, due_times, run_topic
 from asgi_realtime.core.topics import Changes, Cursor, TopicIndex
-from asgi_realtime.errors import RunNotFound, VersionConflict
+from asgi_realtime.errors import LimitExceeded, RunNotFound, VersionConflict
 from asgi_realtime.livelog import LiveLog
 from asgi_realtime.waiting import Parking, WakeSoon
 
@@ -149,11 +149,13 @@ class MemoryBroker:
         live = run.streams.get(key.name) or self._make_stream(run)
         log = live.log
         before = log.size
+        if key.hidden:
+            self._check_inputs(run, items if producer is None else log.unseen(items, producer))
         position = log.append(items, self._now_ms(), producer=producer)
         if end is not None:
             log.close(end)
         run.streams[key.name] = live  # not before: a refused append leaves nothing behind
-        if log.size > self._retention.stream_bytes:
+        if log.size > self._retention.stream_bytes and not key.hidden:
             log.trim(self._retention.stream_bytes)
         grown = log.size - before
         run.size += grown
@@ -185,6 +187,12 @@ class MemoryBroker:
             live.leave()
             if not live.readers and not live.log.next and live.end in (None, run.record.end):
                 run.streams.pop(key.name, None)  # only readers ever knew it
+
+    def _check_inputs(self, run: _StoredRun, items: Sequence[bytes]) -> None:
+        held = sum(live.log.size for name, live in run.streams.items() if name.startswith(HIDDEN_STREAM))
+        limit = self._limits.inputs_bytes
+        if items and held + sum(map(len, items)) > limit:
+            raise LimitExceeded(f"the inputs of run {run.record.id!r} hold {held} bytes, limit {limit}", status=429)
 
     def _make_stream(self, run: _StoredRun) -> LiveLog:
         live = LiveLog(Log(), self._wakes)
@@ -360,7 +368,12 @@ class MemoryBroker:
 
     def _halve_largest(self) -> bool:
         """Trim the largest stream of those that can be trimmed; False if there is none: the last entry stays."""
-        logs = ((run, live.log) for run in self._runs.values() for live in run.streams.values())
+        logs = (
+            (run, live.log)
+            for run in self._runs.values()
+            for name, live in run.streams.items()
+            if not name.startswith(HIDDEN_STREAM)
+        )
         trimmable = ((run, log) for run, log in logs if log.next - log.first > 1)
         run, log = max(trimmable, key=lambda pair: pair[1].size, default=(None, None))
         if run is None or log is None:

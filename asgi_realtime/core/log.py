@@ -20,11 +20,20 @@ COMPACT_AFTER = 1024
 """Trimmed slots that may stay at the front of the lists before they are cut off."""
 
 
+HIDDEN_STREAM = "$"
+"""Streams whose name begins so are inputs: the library's own, not listed among the run's streams."""
+
+
 class StreamKey(NamedTuple):
     """Which stream: the run that it belongs to, and its name there."""
 
     run: str
     name: str
+
+    @property
+    def hidden(self) -> bool:
+        """Whether this is an input."""
+        return self.name.startswith(HIDDEN_STREAM)
 
 
 class Producer(NamedTuple):
@@ -95,10 +104,8 @@ class Log:
         """
         seq = self.next
         if producer is not None:
+            items = self.unseen(items, producer)
             expected, last = self._producers.get(producer.id, (0, -1))
-            if producer.start > expected:
-                raise ProducerGap(f"append starts at item {producer.start}, expected {expected}", expected=expected)
-            items = items[expected - producer.start :]
             if not items:
                 return Position(last, seq)
         if not items:
@@ -118,14 +125,17 @@ class Log:
             self._producers[producer.id] = (expected + len(frames), seq - 1)
         return Position(seq - 1, seq)
 
+    def unseen(self, items: Sequence[bytes], producer: Producer) -> Sequence[bytes]:
+        """Those of the items that this producer has not stored before. Raises `ProducerGap`."""
+        expected, _ = self._producers.get(producer.id, (0, -1))
+        if producer.start > expected:
+            raise ProducerGap(f"append starts at item {producer.start}, expected {expected}", expected=expected)
+        return items[expected - producer.start :]
+
     def close(self, end: End) -> None:
         """End the log. Final and idempotent: the first end stays."""
         if self.end is None:
             self.end = end
-
-    def producer_index(self, producer_id: str) -> int:
-        """How many items of this producer are stored."""
-        return self._producers.get(producer_id, (0, -1))[0]
 
     def frames(self, after: int, max_bytes: int) -> list[bytes]:
         """The frames after the cursor, at most `max_bytes` but at least one; empty if there is none.

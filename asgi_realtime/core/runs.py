@@ -96,6 +96,7 @@ class RunRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     output_json: bytes | None = None
     error: RunError | None = None
     streams: tuple[str, ...] = ()
+    inputs: tuple[str, ...] = ()
     idempotency_key: str | None = None
     batch: BatchMember | None = None
     parent_id: str | None = None
@@ -211,11 +212,17 @@ class StreamAdded(msgspec.Struct, frozen=True, tag=True):
     name: str
 
 
+class InputAdded(msgspec.Struct, frozen=True, tag=True):
+    """Somebody sends data into the run under another name. Who sends is not the run, so these are counted apart."""
+
+    name: str
+
+
 class MetadataChanged(msgspec.Struct, frozen=True, tag=True):
     operations: tuple[Operation, ...]
 
 
-RunChange = Queued | Started | Finished | CancelRequested | TagsAdded | StreamAdded | MetadataChanged
+RunChange = Queued | Started | Finished | CancelRequested | TagsAdded | StreamAdded | InputAdded | MetadataChanged
 
 
 def apply(record: RunRecord, changes: Sequence[RunChange], now_ms: int) -> RunRecord:
@@ -258,6 +265,8 @@ def _effect(record: RunRecord, fields: dict[str, Any], change: RunChange, now_ms
             return {} if merged == now("tags") else {"tags": merged}
         case StreamAdded(name):
             return {} if name in now("streams") else {"streams": (*now("streams"), name)}
+        case InputAdded(name):
+            return {} if name in now("inputs") else {"inputs": (*now("inputs"), name)}
         case _:
             metadata = apply_operations(now("metadata"), change.operations, strict=False)
             # As JSON: for Python `True` equals 1, and a change from one to the other would be dropped.

@@ -105,6 +105,21 @@ class ReusesSeqs(MemoryBroker):
         return LiveLog(ForgetfulLog())
 
 
+class TrimsInputs(MemoryBroker):
+    def _check_inputs(self, run: _StoredRun, items: Sequence[bytes]) -> None:
+        for live in run.streams.values():
+            live.log.trim(2000)
+
+
+class CountsRetriedInputs(MemoryBroker):
+    def append_nowait(
+        self, key: StreamKey, items: Sequence[bytes], *, producer: Producer | None = None, end: End | None = None
+    ) -> Position:
+        if key.hidden:
+            self._check_inputs(self._run(key.run), items)
+        return super().append_nowait(key, items, producer=producer, end=end)
+
+
 class ForgetsProducersWithTheirEntries(MemoryBroker):
     def append_nowait(
         self, key: StreamKey, items: Sequence[bytes], *, producer: Producer | None = None, end: End | None = None
@@ -136,7 +151,7 @@ class AcceptsHoles(MemoryBroker):
         run = self._runs.get(key.run)
         live = None if run is None else run.streams.get(key.name)
         if producer is not None and live is not None:
-            known = live.log.producer_index(producer.id)
+            known, _ = live.log._producers.get(producer.id, (0, -1))
             producer = producer._replace(start=min(producer.start, known))
         return super().append_nowait(key, items, producer=producer, end=end)
 
@@ -538,6 +553,8 @@ CATCHES: dict[type[MemoryBroker], tuple[str, ...]] = {
     AsksInAnyOrder: ("test_what_is_due_longest_comes_first_up_to_a_limit",),
     LeavesTopicsBehind: ("test_a_removed_run_is_gone_from_everywhere",),
     RemovesInSilence: ("test_a_removal_wakes_those_who_follow_the_topics_of_the_run",),
+    TrimsInputs: ("test_an_input_is_refused_and_never_trimmed",),
+    CountsRetriedInputs: ("test_an_input_is_refused_and_never_trimmed",),
     KeepsClaimsOfTheRemoved: ("test_a_claim_goes_with_the_run_that_it_stands_for",),
     DropsClaimsOfOthers: ("test_a_claim_that_stands_for_another_run_stays",),
     TakesEndsBack: ("test_who_follows_a_stream_of_a_removed_run_still_gets_its_end",),

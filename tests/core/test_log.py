@@ -64,7 +64,8 @@ def test_what_a_producer_has_stored_is_skipped() -> None:
     assert log.append([b"b", b"c"], 2, producer=Producer("p", 1)) == Position(3, 4)
     assert log.append([], 2, producer=Producer("new", 0)) == Position(-1, 4)
     assert [entry.data for entry in log.entries(-1, 10)] == [b"a", b"b", b"x", b"c"]
-    assert (log.producer_index("p"), log.producer_index("new")) == (3, 0)
+    assert log.unseen([b"c", b"d"], Producer("p", 2)) == [b"d"]
+    assert log.unseen([b"e"], Producer("new", 0)) == [b"e"]
 
 
 def test_a_hole_in_a_producers_count_is_refused() -> None:
@@ -83,7 +84,7 @@ def test_a_retry_on_an_ended_log_succeeds_and_a_new_item_does_not() -> None:
     assert log.append([b"a"], 2, producer=Producer("p", 0)) == Position(0, 1)
     with pytest.raises(StreamClosed):
         log.append([b"a", b"b"], 2, producer=Producer("p", 0))
-    assert log.producer_index("p") == 1
+    assert log.unseen([b"b"], Producer("p", 1)) == [b"b"]
 
 
 def test_frames_come_up_to_a_size_but_at_least_one() -> None:

@@ -72,12 +72,17 @@ GUARD_S = 10.0
 
 @asynccontextmanager
 async def opened(
-    make_broker: MakeBroker, *, stream_bytes: int = 1024 * 1024, topic_runs: int = 1000, after_end: float = 3.0
+    make_broker: MakeBroker,
+    *,
+    stream_bytes: int = 1024 * 1024,
+    inputs_bytes: int = 1024 * 1024,
+    topic_runs: int = 1000,
+    after_end: float = 3.0,
 ) -> AsyncIterator[Backend]:
     """A backend for one test, under the guard."""
     with anyio.fail_after(getattr(make_broker, "guard_s", GUARD_S)):
         async with make_broker(
-            limits=Limits(topic_runs=topic_runs),
+            limits=Limits(topic_runs=topic_runs, inputs_bytes=inputs_bytes),
             retention=Retention(stream_bytes=stream_bytes, after_end=after_end),
             timeouts=TIMEOUTS,
         ) as backend:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asgi_realtime.brokers.base import Broker, End, Position, Producer, StreamKey
-from asgi_realtime.errors import ProducerGap, RunNotFound, StreamClosed
+from asgi_realtime.errors import LimitExceeded, ProducerGap, RunNotFound, StreamClosed
 from asgi_realtime.testing.conformance.kit import (
     COMPLETE,
     PROPERTY,
@@ -31,6 +31,23 @@ from asgi_realtime.testing.conformance.kit import (
 )
 
 UNKNOWN = StreamKey("run_that_never_was", "default")
+
+
+@pytest.mark.anyio
+async def test_an_input_is_refused_and_never_trimmed(make_broker: MakeBroker) -> None:
+    """What was sent into a run was trimmed before the run had read it."""
+    async with opened(make_broker, stream_bytes=2000, inputs_bytes=10_000) as backend:
+        run = await create(backend)
+        one, other = (StreamKey(run.id, f"$input {name}") for name in ("one", "other"))
+        for number in range(8):
+            await backend.broker.append(one, [b'"%s"' % (b"x" * 1000)], producer=Producer("p", number))
+        with pytest.raises(LimitExceeded, match="limit 10000") as caught:
+            await backend.peer.append(other, [b'"%s"' % (b"x" * 2500)])
+        assert caught.value.status == 429
+        await backend.peer.append(other, [b"1"])
+        await backend.broker.append(one, [b'"%s"' % (b"x" * 1000)] * 3, producer=Producer("p", 5))
+        assert seqs(await read_all(backend.peer, one)) == list(range(8))
+        await backend.broker.append(StreamKey(run.id, "default"), items(10_000)[-500:])
 
 
 @pytest.mark.anyio
