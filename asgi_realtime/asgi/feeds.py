@@ -98,28 +98,33 @@ class TagFeed:
 
 
 class BatchFeed:
-    """The runs of a batch, until all are over."""
+    """The runs of a batch, until all are over.
+
+    They are created in their order, so once the last is there, one that is missing was over and is past its retention.
+    """
 
     run_id = ""
     whole = True
 
     def __init__(self, batch_id: str) -> None:
         self.topic = batch_topic(batch_id)
-        self._count: int | None = None
-        self._over: set[str] = set()
+        self._complete = False  # the last was met
+        self._open: set[str] = set()
 
     def has(self, record: RunRecord) -> bool:
         return True
 
     def saw(self, record: RunRecord) -> None:
-        if record.batch is not None:
-            self._count = record.batch.count
+        if record.batch is not None and record.batch.index == record.batch.count - 1:
+            self._complete = True
         if record.is_completed:
-            self._over.add(record.id)
+            self._open.discard(record.id)
+        else:
+            self._open.add(record.id)
 
     @property
     def end(self) -> End | None:
-        return End("complete") if self._count is not None and len(self._over) >= self._count else None
+        return End("complete") if self._complete and not self._open else None
 
 
 async def run_feed(request: Request, run_id: str) -> Answer:

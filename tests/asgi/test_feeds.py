@@ -492,6 +492,18 @@ async def test_the_end_of_a_batch_is_seen_beyond_the_snapshots_limit() -> None:
     assert kinds(events) == ["run", "run", "ready", "end"]
 
 
+async def test_a_batch_feed_ends_without_the_runs_that_are_past_their_retention(host: StandIn) -> None:
+    """When the first runs of a long batch were gone, its feed waited for them for ever."""
+    await create_batch(host, 2)
+    await host.finish("run_0")
+    await host.broker.remove("run_0")
+    async with driver.stream(host, "GET", BATCH, headers=host.feed_headers(BATCH_SCOPE)) as response:
+        await response.read_until("ready")
+        await host.finish("run_1")
+        with anyio.fail_after(5):
+            assert kinds(await response.read_all_events()) == ["run", "end"]
+
+
 async def test_refusals_of_a_batch_feed(host: StandIn) -> None:
     assert (await driver.request(host, "GET", BATCH)).status == 401
     await create_batch(host)
