@@ -60,7 +60,8 @@ class BatchIterator(AsyncIterator[T], Generic[T]):
 class StreamReader(BatchIterator[Entry]):
     """The entries of one stream after a cursor. `end` is set once they are all read and the stream has ended.
 
-    Raises `StreamGap` if entries are past their retention, `TimeoutError` after so much silence, `RunNotFound`.
+    Raises `StreamGap` if entries are past their retention and goes on behind them, `TimeoutError` after so much
+    silence, `RunNotFound`.
     """
 
     def __init__(
@@ -88,7 +89,7 @@ class StreamReader(BatchIterator[Entry]):
         parker = make_parker()
         async with self._broker.live(self.key) as live:
             try:
-                while not (entries := _next_entries(live, self.after, self.key.name)):
+                while not (entries := self._next_entries(live)):
                     if live.end is not None:
                         self.end = live.end
                         raise StopAsyncIteration
@@ -101,6 +102,13 @@ class StreamReader(BatchIterator[Entry]):
             self._ready.extend(entries)
             if self.after + 1 >= live.log.next:
                 self.end = live.end  # now, since the run may be gone when the next is asked for
+
+    def _next_entries(self, live: LiveLog) -> list[Entry]:
+        try:
+            return _next_entries(live, self.after, self.key.name)
+        except StreamGap as gap:
+            self.after = gap.first - 1  # told once; who goes on gets what is there
+            raise
 
 
 def _next_entries(live: LiveLog, after: int, name: str) -> list[Entry]:
@@ -262,10 +270,17 @@ class RunWithStreams(BatchIterator[RunRecord | StreamChunk]):
             self._ready.append(record)
         read_to_end = True
         for name, live in lives.items():
-            for entry in _next_entries(live, self._after.get(name, -1), name):
+            for entry in self._next_entries(live, name):
                 self._after[name] = entry.seq
                 self._ready.append(StreamChunk(name, entry.seq, decode(entry.data)))
             read_to_end = read_to_end and live.end is not None and self._after.get(name, -1) + 1 >= live.log.next
         if read_to_end and record.is_completed and record.version > self._shown:
             self._shown = record.version
             self._ready.append(record)
+
+    def _next_entries(self, live: LiveLog, name: str) -> list[Entry]:
+        try:
+            return _next_entries(live, self._after.get(name, -1), name)
+        except StreamGap as gap:
+            self._after[name] = gap.first - 1
+            raise

@@ -137,10 +137,15 @@ async def test_chunks_past_their_retention_are_a_gap() -> None:
             await realtime.pipe(numbers(100)).wait_until_complete()
         kept = await stored(realtime, run.id)
         reader = realtime.read(run)
-        for _ in range(2):
-            with pytest.raises(StreamGap, match="chunk 0 of stream 'default' is past its retention") as caught:
-                await anext(reader)
-            assert (caught.value.requested, caught.value.first) == (0, kept[0])
+        with pytest.raises(StreamGap, match="chunk 0 of stream 'default' is past its retention") as caught:
+            await anext(reader)
+        assert (caught.value.requested, caught.value.first) == (0, kept[0])
+        assert [chunk async for chunk in reader] == kept, "it was told once; the reader could never go on"
+        with_streams = realtime.subscribe_to_run(run, with_streams=True)
+        with pytest.raises(StreamGap):
+            await anext(with_streams)
+        seen = [update async for update in with_streams]
+        assert [update.chunk for update in seen if isinstance(update, StreamChunk)] == kept
         assert [chunk async for chunk in realtime.read(run, start_index=caught.value.first)] == kept
 
 
