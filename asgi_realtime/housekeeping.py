@@ -74,13 +74,24 @@ class Housekeeping:
                 execution.cancel()
 
     async def _each(self, kind: str, act: Callable[[str], Awaitable[object]]) -> None:
-        for run_id in await self._engine.broker.due(kind):
-            try:
-                await act(run_id)
-            except BrokerUnavailable:
-                raise
-            except Exception:  # of an executor, as a rule; the others have their turn all the same
-                logger.exception("run %s is due (%s) and that failed", run_id, kind)
+        """Act on each run that is due, once: what stays due, such as a task that only others know, is passed over."""
+        seen: set[str] = set()
+        skip = 0
+        while run_ids := await self._engine.broker.due(kind, skip=skip):
+            fresh = [run_id for run_id in run_ids if run_id not in seen]
+            for run_id in fresh:
+                await self._try(kind, act, run_id)
+            seen.update(fresh)
+            if not fresh:
+                skip += len(run_ids)
+
+    async def _try(self, kind: str, act: Callable[[str], Awaitable[object]], run_id: str) -> None:
+        try:
+            await act(run_id)
+        except BrokerUnavailable:
+            raise
+        except Exception:  # of an executor, as a rule; the others have their turn all the same
+            logger.exception("run %s is due (%s) and that failed", run_id, kind)
 
     async def _queue(self, run_id: str) -> None:
         engine = self._engine

@@ -125,9 +125,9 @@ class RemoteBroker:
         await self._travel("claim")
         return await self.inner.claim(key, value, ttl_s=ttl_s)
 
-    async def due(self, kind: str, *, limit: int = 100) -> list[str]:
+    async def due(self, kind: str, *, limit: int = 100, skip: int = 0) -> list[str]:
         await self._travel("due")
-        return await self.inner.due(kind, limit=limit)
+        return await self.inner.due(kind, limit=limit, skip=skip)
 
     async def renew(self, run_ids: Sequence[str], *, owner: str) -> None:
         await self._travel("renew")

@@ -52,6 +52,30 @@ async def test_a_delayed_run_is_begun_by_a_process_that_has_its_task() -> None:
         assert knows_not.engine.supervisor is not None
 
 
+async def test_runs_that_nobody_here_can_begin_do_not_keep_others_waiting() -> None:
+    """A hundred delayed runs of a task of another service, which was down, and no delay of this one was ever over."""
+    clock = FakeClock()
+    broker = MemoryBroker(clock=clock)
+    ours, theirs = (make_realtime(broker=broker, clock=clock) for _ in range(2))
+
+    @ours.task("ours")
+    async def our_task() -> str:
+        return "done"
+
+    @theirs.task("theirs")
+    async def their_task() -> None: ...
+
+    async with theirs:
+        waiting = [await theirs.trigger(their_task, delay=5) for _ in range(250)]
+    async with ours:
+        handles = [await ours.trigger(our_task, delay=6) for _ in range(150)]
+        clock.seconds += 7
+        await Housekeeping(ours.engine).once()
+        for handle in handles:
+            assert await handle.result(timeout=5) == "done"
+        assert (await ours.get_run(waiting[0])).status is Status.DELAYED
+
+
 async def test_of_several_processes_that_begin_a_delayed_run_one_does() -> None:
     clock = FakeClock()
     broker = DistantBroker(clock=clock)
@@ -104,11 +128,11 @@ class Away(MemoryBroker):
     error: Exception | None = None
     asked = 0
 
-    async def due(self, kind: str, *, limit: int = 100) -> list[str]:
+    async def due(self, kind: str, *, limit: int = 100, skip: int = 0) -> list[str]:
         self.asked += 1
         if self.error is not None:
             raise self.error
-        return await super().due(kind, limit=limit)
+        return await super().due(kind, limit=limit, skip=skip)
 
 
 async def test_an_absent_broker_is_reported_once_and_asked_again(caplog: pytest.LogCaptureFixture) -> None:

@@ -113,8 +113,10 @@ class Broker(Protocol):
         """
         ...
 
-    async def due(self, kind: str, *, limit: int = 100) -> list[str]:
+    async def due(self, kind: str, *, limit: int = 100, skip: int = 0) -> list[str]:
         """The runs that are due for `kind` (see `core.runs.DUE_KINDS`) by the broker's clock, oldest first.
+
+        `skip` leaves out so many of the oldest: those that the caller has seen and cannot do anything for.
 
         A run stays due until a commit, `renew`, `tell` or `remove` changes that.
         """

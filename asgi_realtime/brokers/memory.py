@@ -330,8 +330,8 @@ class MemoryBroker:
         del self._claims[key]
         self._claims_expire.set(key, None)
 
-    async def due(self, kind: str, *, limit: int = 100) -> list[str]:
-        return self._due[kind].due(self._now_ms(), limit)
+    async def due(self, kind: str, *, limit: int = 100, skip: int = 0) -> list[str]:
+        return self._due[kind].due(self._now_ms(), skip + limit)[skip:]
 
     async def renew(self, run_ids: Sequence[str], *, owner: str) -> None:
         for run_id in run_ids:

@@ -435,8 +435,8 @@ class ProlongsClaims(MemoryBroker):
 class HandsOutOnce(MemoryBroker):
     """Forgets what is due as soon as somebody asked; who asked may have died since."""
 
-    async def due(self, kind: str, *, limit: int = 100) -> list[str]:
-        found = await super().due(kind, limit=limit)
+    async def due(self, kind: str, *, limit: int = 100, skip: int = 0) -> list[str]:
+        found = await super().due(kind, limit=limit, skip=skip)
         for run_id in found:
             self._due[kind].set(run_id, None)
         return found
@@ -456,7 +456,7 @@ class RenewsWithEveryCommit(MemoryBroker):
 
 
 class AsksInAnyOrder(MemoryBroker):
-    async def due(self, kind: str, *, limit: int = 100) -> list[str]:
+    async def due(self, kind: str, *, limit: int = 100, skip: int = 0) -> list[str]:
         return sorted(heapq.nlargest(limit, await super().due(kind, limit=10_000)))
 
 
@@ -487,6 +487,11 @@ class DropsClaimsOfOthers(MemoryBroker):
         super()._remove(run_id)
         if claim in self._claims:
             del self._claims[claim]
+
+
+class SkipsNothing(MemoryBroker):
+    async def due(self, kind: str, *, limit: int = 100, skip: int = 0) -> list[str]:
+        return await super().due(kind, limit=limit)
 
 
 class LeavesTopicsBehind(MemoryBroker):
@@ -551,6 +556,7 @@ CATCHES: dict[type[MemoryBroker], tuple[str, ...]] = {
     RenewsForAnyone: ("test_only_the_owner_renews_a_lease",),
     RenewsWithEveryCommit: ("test_a_change_of_the_run_is_no_renewal",),
     AsksInAnyOrder: ("test_what_is_due_longest_comes_first_up_to_a_limit",),
+    SkipsNothing: ("test_what_is_due_longest_comes_first_up_to_a_limit",),
     LeavesTopicsBehind: ("test_a_removed_run_is_gone_from_everywhere",),
     RemovesInSilence: ("test_a_removal_wakes_those_who_follow_the_topics_of_the_run",),
     TrimsInputs: ("test_an_input_is_refused_and_never_trimmed",),

@@ -139,6 +139,9 @@ async def test_what_is_due_longest_comes_first_up_to_a_limit(make_broker: MakeBr
         await backend.advance(1.0)
         assert await _due(backend, "delay") == [runs[100], runs[300], runs[500]]
         assert await backend.broker.due("delay", limit=2) == [runs[100], runs[300]]
+        assert await backend.broker.due("delay", limit=2, skip=1) == [runs[300], runs[500]]
+        assert await backend.broker.due("delay", skip=2) == [runs[500]]
+        assert await backend.broker.due("delay", skip=3) == []
 
 
 # Leases
