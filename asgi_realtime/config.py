@@ -104,9 +104,10 @@ class Retention(_Positive):
     """What is kept, and for how long."""
 
     stream_bytes: int = 8 * 1024 * 1024
-    """Of one stream; its oldest chunks go first and readers behind them are told."""
+    """Of one stream; its oldest chunks go first, and readers behind them are told."""
     total_bytes: int = 512 * 1024 * 1024
-    """Of the memory broker: runs that ended longest ago go first, then the oldest chunks of the largest streams."""
+    """Of the memory broker: runs that ended longest ago go first, then the oldest chunks of the largest streams. If
+    what cannot go fills it (payloads, metadata, inputs of runs that go on), new runs and chunks are refused."""
     after_end: float = 24 * 3600.0
     """A run and its streams, after the run ended."""
     idempotency_key: float = 24 * 3600.0

@@ -108,7 +108,7 @@ class NoCurrentRun(UsageError, RuntimeError):
 
 
 class LimitExceeded(UsageError):
-    """A limit was exceeded. Says the value and the limit; `status` is the HTTP status that fits (413, 422, 429)."""
+    """A limit was exceeded. Says the value and the limit; `status` is the HTTP status that fits (413, 422, 429, …)."""
 
     code = "limit_exceeded"
 

@@ -87,7 +87,7 @@ class Broker(Protocol):
         that step. Before the call returns, the topics in `record.topics` are told: each change at least once, never an
         older version over a newer one; a mark of the same step makes the run due as `untold` until that is done.
         A commit whose mark is among the newest `MARKS_KEPT` of the run changes nothing and returns the version of then.
-        Raises `VersionConflict` with the stored record.
+        Raises `VersionConflict` with the stored record, `LimitExceeded` for a new run that there is no room for.
         """
         ...
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 import heapq
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 
 from asgi_realtime.brokers.base import MARKS_KEPT, ChangeMark, LiveTopic
 from asgi_realtime.config import Limits, Retention, Timeouts
+from asgi_realtime.core.chunks import encode_value
 from asgi_realtime.core.log import HIDDEN_STREAM, End, Log, Page, Position, Producer, StreamKey
 from asgi_realtime.core.runs import DUE_KINDS, RunRecord, Status, due_times, run_topic
 from asgi_realtime.core.topics import Changes, Cursor, TopicIndex
@@ -21,8 +22,11 @@ from asgi_realtime.errors import LimitExceeded, RunNotFound, VersionConflict
 from asgi_realtime.livelog import LiveLog
 from asgi_realtime.waiting import Parking, WakeSoon
 
-_RECORD_BYTES = 2048
-"""What a stored run costs besides its payload, output and streams, roughly."""
+_RECORD_BYTES = 3072
+"""What a stored run costs besides its payload, output, metadata and streams, roughly."""
+
+ENTRY_BYTES = 64
+"""What an entry costs besides the bytes of its frame, roughly."""
 
 Clock = Callable[[], float]
 
@@ -30,13 +34,14 @@ Clock = Callable[[], float]
 class _StoredRun:
     """A run and all that lives and ends with it."""
 
-    __slots__ = ("marks", "record", "size", "streams", "told")
+    __slots__ = ("marks", "record", "record_size", "size", "streams", "told")
 
     def __init__(self, record: RunRecord) -> None:
         self.record = record
         self.streams: dict[str, LiveLog] = {}
         self.marks: dict[ChangeMark, int] = {}  # the versions that the newest commits made
         self.told: tuple[str, ...] = ()  # topics that the run was ever told to
+        self.record_size = 0
         self.size = 0
 
 
@@ -124,6 +129,8 @@ class MemoryBroker:
         self._claims_expire = _Schedule()
         self._due = {kind: _Schedule() for kind in DUE_KINDS}
         self._size = 0
+        self._room_at = self._retention.total_bytes  # the size at which room is made
+        self._full = False  # there was no room to be made
         self._wakes = WakeSoon()
 
     async def __aenter__(self) -> MemoryBroker:
@@ -137,7 +144,7 @@ class MemoryBroker:
 
     @property
     def size(self) -> int:
-        """Bytes held, roughly: the retained frames, payloads and outputs, and a fixed sum for each run."""
+        """Bytes held, roughly: the retained frames, payloads, outputs, metadata, and a sum for each run and entry."""
         return self._size
 
     # Streams
@@ -148,7 +155,9 @@ class MemoryBroker:
         run = self._run(key.run)
         live = run.streams.get(key.name) or self._make_stream(run)
         log = live.log
-        before = log.size
+        before = _log_bytes(log)
+        if self._full and items:
+            self._refuse()
         if key.hidden:
             self._check_inputs(run, items if producer is None else log.unseen(items, producer))
         position = log.append(items, self._now_ms(), producer=producer)
@@ -157,11 +166,11 @@ class MemoryBroker:
         run.streams[key.name] = live  # not before: a refused append leaves nothing behind
         if log.size > self._retention.stream_bytes and not key.hidden:
             log.trim(self._retention.stream_bytes)
-        grown = log.size - before
+        grown = _log_bytes(log) - before
         run.size += grown
         self._size += grown
         live.wake()
-        if self._size > self._retention.total_bytes:
+        if self._size > self._room_at:
             self._make_room(key.run)
         return position
 
@@ -187,6 +196,10 @@ class MemoryBroker:
             live.leave()
             if not live.readers and not live.log.next and live.end in (None, run.record.end):
                 run.streams.pop(key.name, None)  # only readers ever knew it
+
+    def _refuse(self) -> None:
+        limit = self._retention.total_bytes
+        raise LimitExceeded(f"the broker holds {self._size} bytes of runs that go on, limit {limit}", status=503)
 
     def _check_inputs(self, run: _StoredRun, items: Sequence[bytes]) -> None:
         held = sum(live.log.size for name, live in run.streams.items() if name.startswith(HIDDEN_STREAM))
@@ -219,8 +232,13 @@ class MemoryBroker:
             current = None if run is None else run.record
             raise VersionConflict(f"run {record.id!r} has version {stored}, expected {expect}", current=current)
         if run is None:
+            if self._full:
+                self._refuse()
             run = self._runs[record.id] = _StoredRun(record)
-            self._resize(run, _RECORD_BYTES + len(record.payload_json or b""))
+        if not run.record_size or record.is_completed or record.metadata is not run.record.metadata:
+            record_size = _record_bytes(record)
+            self._resize(run, run.size - run.record_size + record_size)
+            run.record_size = record_size
         run.record = record
         run.marks[change] = record.version
         if len(run.marks) > MARKS_KEPT:
@@ -228,12 +246,13 @@ class MemoryBroker:
         self._schedule(record)
         self._tell(run_topic(record.id), record)
         if record.end is not None:
-            self._resize(run, run.size + len(record.output_json or b""))
+            self._full = False
+            self._room_at = self._retention.total_bytes
             for live in run.streams.values():
                 live.log.close(record.end)
                 live.wake()
         self._tell_topics(run)
-        if self._size > self._retention.total_bytes:
+        if self._size > self._room_at:
             self._make_room(record.id)
         return record.version
 
@@ -298,6 +317,7 @@ class MemoryBroker:
         if run is None:
             return
         self._size -= run.size
+        self._full = self._full and self._size > self._retention.total_bytes
         for schedule in self._due.values():
             schedule.set(run_id, None)
         claim = run.record.claim
@@ -356,27 +376,50 @@ class MemoryBroker:
     def _make_room(self, run_id: str) -> None:
         """Get a tenth below the total: runs that ended first go, then the older halves of the largest streams.
 
-        The run that has just been written to stays: its writer was told that this is stored.
+        The run that has just been written to stays: its writer was told that this is stored. If less can be freed, the
+        next try comes after some growth or once a run has ended, and until then nothing is appended beyond the total.
         """
-        target = self._retention.total_bytes * 9 // 10
-        while self._size > target:
-            ended = self._due["expiry"].first(besides=run_id)
-            if ended is not None:
-                self._remove(ended)
-            elif not self._halve_largest():
-                return
+        total = self._retention.total_bytes
+        target = total * 9 // 10
+        expiry = self._due["expiry"]
+        while self._size > target and (ended := expiry.first(besides=run_id)) is not None:
+            self._remove(ended)
+        if run_id in expiry:
+            return  # it has ended and goes next, as soon as another is written to
+        if self._size > target:
+            self._halve_streams(target)
+        self._room_at = total if self._size <= target else max(total, self._size + total // 50)
+        self._full = self._size > total
 
-    def _halve_largest(self) -> bool:
-        """Trim the largest stream of those that can be trimmed; False if there is none: the last entry stays."""
-        logs = (
-            (run, live.log)
-            for run in self._runs.values()
-            for name, live in run.streams.items()
-            if not name.startswith(HIDDEN_STREAM)
+    def _halve_streams(self, target: int) -> None:
+        """Trim the largest streams, as far as they can be: the last entry stays, and so do inputs."""
+        found = (
+            (-live.log.size, number, run, live.log)
+            for number, (run, name, live) in enumerate(self._streams())
+            if live.log.next - live.log.first > 1 and not name.startswith(HIDDEN_STREAM)
         )
-        trimmable = ((run, log) for run, log in logs if log.next - log.first > 1)
-        run, log = max(trimmable, key=lambda pair: pair[1].size, default=(None, None))
-        if run is None or log is None:
-            return False
-        self._resize(run, run.size - log.trim(log.size // 2))
-        return True
+        largest = list(found)
+        heapq.heapify(largest)
+        while self._size > target and largest:
+            _, number, run, log = largest[0]
+            before = _log_bytes(log)
+            log.trim(log.size // 2)
+            self._resize(run, run.size - before + _log_bytes(log))
+            if log.next - log.first > 1:
+                heapq.heapreplace(largest, (-log.size, number, run, log))
+            else:
+                heapq.heappop(largest)
+
+    def _streams(self) -> Iterator[tuple[_StoredRun, str, LiveLog]]:
+        for run in self._runs.values():
+            for name, live in run.streams.items():
+                yield run, name, live
+
+
+def _log_bytes(log: Log) -> int:
+    return log.size + ENTRY_BYTES * (log.next - log.first)
+
+
+def _record_bytes(record: RunRecord) -> int:
+    metadata = len(encode_value(record.metadata)) if record.metadata else 0
+    return _RECORD_BYTES + len(record.payload_json or b"") + len(record.output_json or b"") + metadata
