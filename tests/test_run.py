@@ -594,7 +594,7 @@ def test_increments_and_appends_of_several_processes_add_up(scripts: list[list[s
 
 
 async def test_a_change_that_others_left_no_room_for_is_refused_once() -> None:
-    """What others had filled meanwhile was exceeded in silence; and a refused change must not hold up those after it."""
+    """What others had filled meanwhile was exceeded in silence; a refused change must not hold up the next."""
     realtime = make_realtime(limits=Limits(metadata_bytes=100))
     async with realtime, realtime.open_run("r") as run:
         await realtime.runs.update(run.id, MetadataChanged((Set("theirs", "x" * 60),)))
