@@ -8,12 +8,15 @@ A `Guard` runs a body beside a watcher of the connection and cancels the body fr
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable, Coroutine, Generator
 from types import TracebackType
 from typing import Any, Protocol
 
 import anyio
 import anyio.abc
+
+logger = logging.getLogger("asgi_realtime")
 
 
 class Parker(Protocol):
@@ -23,7 +26,7 @@ class Parker(Protocol):
         """Return what to await until the next `wake`."""
 
     def wake(self) -> None:
-        """End the present wait, if there is one."""
+        """End the present wait, if there is one. Never raises: one waiter must not keep others from being woken."""
 
 
 class _AsyncioParker:
@@ -40,7 +43,11 @@ class _AsyncioParker:
     def wake(self) -> None:
         future = self._future
         if future is not None and not future.done():
-            future.set_result(None)
+            try:
+                future.set_result(None)
+            except RuntimeError:  # the loop was closed while this one waited, and nobody hears of it
+                if not self._loop.is_closed():
+                    raise
 
 
 class _EventWait:
@@ -256,8 +263,9 @@ def make_interrupt() -> Interrupt:
 class Guard(Protocol):
     """An async context manager that runs a watcher beside its body.
 
-    The body is cancelled when the watcher returns or somebody calls `cancel`; that cancellation ends at the border of
-    the `async with`. Any other passes through. The watcher is ended with the body. It must not raise.
+    The body is cancelled when the watcher ends or somebody calls `cancel`; that cancellation ends at the border of the
+    `async with`. Any other passes through. The watcher is ended with the body. An error ends it as returning does: a
+    connection that cannot be watched is gone.
     """
 
     def cancel(self) -> None: ...
@@ -272,6 +280,15 @@ class Guard(Protocol):
 Watcher = Callable[[], Coroutine[Any, Any, None]]
 
 
+async def _watch(watcher: Watcher, then: Callable[[], None]) -> None:
+    try:
+        await watcher()
+    except Exception:
+        logger.debug("the connection cannot be watched any more", exc_info=True)
+    finally:
+        then()
+
+
 class _AsyncioGuard(_AsyncioInterrupt):
     __slots__ = ("_task", "_watcher")
 
@@ -280,12 +297,8 @@ class _AsyncioGuard(_AsyncioInterrupt):
         self._watcher = watcher
 
     async def __aenter__(self) -> Guard:
-        self._task = asyncio.get_running_loop().create_task(self._watch())
+        self._task = asyncio.get_running_loop().create_task(_watch(self._watcher, self.interrupt))
         return self
-
-    async def _watch(self) -> None:
-        await self._watcher()
-        self.interrupt()
 
     def cancel(self) -> None:
         self.interrupt()
@@ -306,12 +319,8 @@ class _AnyioGuard:
 
     async def __aenter__(self) -> Guard:
         await self._group.__aenter__()
-        self._group.start_soon(self._watch)
+        self._group.start_soon(_watch, self._watcher, self.cancel)
         return self
-
-    async def _watch(self) -> None:
-        await self._watcher()
-        self.cancel()
 
     def cancel(self) -> None:
         self._group.cancel_scope.cancel()
