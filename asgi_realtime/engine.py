@@ -15,7 +15,7 @@ import anyio
 from asgi_realtime.brokers.base import Broker
 from asgi_realtime.config import Limits, Timeouts
 from asgi_realtime.core.runs import Finished, RunError, RunRecord, Status
-from asgi_realtime.errors import BrokerUnavailable, InvalidTransition, RunNotFound
+from asgi_realtime.errors import BrokerUnavailable, InvalidTransition, RunNotFound, ServerShutdown
 from asgi_realtime.execution import Execution
 from asgi_realtime.housekeeping import Housekeeping
 from asgi_realtime.run import RelatedRun, Run
@@ -117,7 +117,10 @@ class Engine:
         return supervisor
 
     async def ensure_started(self, *, lazy: bool = True) -> None:
-        """Start if needed and wait until the broker is there. Raises what kept it from starting."""
+        """Start if needed and wait until the broker is there.
+
+        Raises what kept it from starting; that is `ServerShutdown` if it was stopped meanwhile.
+        """
         supervisor = self.begin(lazy=lazy)
         if supervisor.stopping and not lazy:
             await supervisor.wait_ended()
@@ -152,6 +155,10 @@ class Engine:
             self._changed.wake()
             if self._supervisor is not None:
                 self._supervisor.request_stop()  # so that the next use tries again
+        except BaseException:
+            self._failure = ServerShutdown("this Realtime was stopped before its broker was there")
+            self._changed.wake()
+            raise
         finally:
             if self._signals is not None:
                 self._signals.restore()

@@ -16,6 +16,7 @@ from asgi_realtime import BrokerUnavailable, Limits, Realtime, Run, RunError, St
 from asgi_realtime.brokers.base import ChangeMark
 from asgi_realtime.brokers.memory import MemoryBroker
 from asgi_realtime.core.runs import RunRecord
+from asgi_realtime.errors import ServerShutdown
 from tests.inprocess import ended, make_realtime, until
 
 
@@ -526,6 +527,35 @@ async def test_a_start_without_its_broker_raises_and_may_be_tried_again(caplog: 
         pass
     async with realtime:
         assert (await realtime.get_run(run)).status is Status.COMPLETED
+
+
+class NeverThere(MemoryBroker):
+    """Is being entered for ever."""
+
+    async def __aenter__(self) -> NeverThere:
+        await anyio.sleep_forever()
+        return self
+
+
+@pytest.mark.anyio
+async def test_who_waits_for_a_start_hears_of_a_stop() -> None:
+    """A request that came while the broker was being entered hung for ever if the server was stopped then."""
+    realtime = make_realtime(broker=NeverThere())
+    errors: list[str] = []
+
+    async def use() -> None:
+        try:
+            await realtime.get_run("run_x")
+        except ServerShutdown as exc:
+            errors.append(str(exc))
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(use)
+        group.start_soon(use)
+        await anyio.wait_all_tasks_blocked()
+        await realtime.stop()
+        await until(lambda: len(errors) == 2)
+    assert set(errors) == {"this Realtime was stopped before its broker was there"}
 
 
 class NoCommits(MemoryBroker):
