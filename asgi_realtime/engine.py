@@ -26,6 +26,9 @@ from asgi_realtime.supervisor import Job, Supervisor, logger
 from asgi_realtime.tasks.executor import Executor, InProcessExecutor
 from asgi_realtime.waiting import Parking
 
+SIGNAL_COUNTS_S = 30.0
+"""How long a signal ends subscriptions if nothing stops after it: a host may have a handler that ignores it."""
+
 
 class Ticking(Protocol):
     """A subscription, as the ticker and the shutdown see it."""
@@ -65,6 +68,8 @@ class Engine:
         self._ready = False
         self._failure: Exception | None = None
         self._changed = Parking()
+        self._shut_for_good = False
+        self._signals_heard = 0
 
     @property
     def supervisor(self) -> Supervisor | None:
@@ -103,7 +108,7 @@ class Engine:
         self._lazy = lazy
         self._ready = False
         self._failure = None
-        self.closing = False
+        self.closing = self._shut_for_good = False
         self.subscribers.clear()
         self.executions.clear()
         if self._signals is not None:
@@ -164,17 +169,37 @@ class Engine:
                 self._signals.restore()
 
     def begin_shutdown(self) -> None:
-        """End every subscription cleanly. From any thread or signal handler; idempotent."""
+        """End every subscription cleanly, at the next turn of the loop, and every later one until the next start.
+
+        From any thread or signal handler, also one that interrupts this very code; idempotent. It cannot be taken back.
+        """
         supervisor = self.supervisor
         if supervisor is not None:
-            supervisor.post_or_call(self._close_subscriptions)
+            supervisor.post(self._shut)
+
+    def _shut(self) -> None:
+        self._shut_for_good = True
+        self._close_subscriptions()
 
     def _on_signal(self) -> None:
         supervisor = self.supervisor
         if supervisor is not None:
-            supervisor.post(self._close_subscriptions)
-            if self._lazy:  # nobody else will stop it
-                supervisor.post(supervisor.request_stop)
+            supervisor.post(lambda: self._heed_signal(supervisor))
+
+    def _heed_signal(self, supervisor: Supervisor) -> None:
+        self._close_subscriptions()
+        if self._lazy:  # nobody else will stop it
+            supervisor.request_stop()
+        else:
+            self._signals_heard += 1
+            heard = self._signals_heard
+            supervisor.spawn_detached(lambda: self._reopen_if_ignored(supervisor, heard))
+
+    async def _reopen_if_ignored(self, supervisor: Supervisor, heard: int) -> None:
+        await anyio.sleep(SIGNAL_COUNTS_S)
+        if heard == self._signals_heard and not supervisor.stopping and not self._shut_for_good:
+            logger.warning("nothing stopped within %g s of a signal: subscriptions are served again", SIGNAL_COUNTS_S)
+            self.closing = False
 
     def _close_subscriptions(self) -> None:
         self.closing = True

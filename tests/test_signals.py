@@ -58,6 +58,24 @@ async def test_a_signal_ends_subscriptions_and_then_the_server_hears_of_it(serve
 
 
 @pytest.mark.anyio
+async def test_a_signal_that_the_host_ignores_does_not_end_subscriptions_for_ever(
+    server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The app went on and sent every subscription away, until it was restarted."""
+    monkeypatch.setattr("asgi_realtime.engine.SIGNAL_COUNTS_S", 0.02)
+    async with make_realtime(signals=True) as realtime:
+        signal.raise_signal(signal.SIGTERM)
+        await until(lambda: realtime.closing)
+        await until(lambda: not realtime.closing)
+        assert "subscriptions are served again" in caplog.text
+        realtime.begin_shutdown()
+        signal.raise_signal(signal.SIGTERM)
+        await until(lambda: realtime.closing)
+        await anyio.sleep(0.04)
+        assert realtime.closing, "begin_shutdown is final"
+
+
+@pytest.mark.anyio
 async def test_after_a_lazy_start_a_signal_stops_too(server: Server) -> None:
     realtime = make_realtime(signals=True)
     async with realtime.open_run("r"):
