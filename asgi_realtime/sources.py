@@ -200,6 +200,7 @@ class _ThreadIterator(Generic[T]):
         self._ended = False
         self._error: Exception | None = None
         self._arrived = Parking()
+        self._awaited = False  # the reader found nothing and is to be woken; each item would cost a call of the loop
         threads.take()
         context = contextvars.copy_context()
         thread = threading.Thread(target=context.run, args=(self._read,), name="asgi_realtime source", daemon=True)
@@ -220,7 +221,8 @@ class _ThreadIterator(Generic[T]):
                     return self._items.popleft()
                 if self._ended:
                     break
-            await self._arrived.wait()
+                self._awaited = True
+            await self._arrived.wait()  # parked before the loop makes any call that the thread posts
         if self._error is not None:
             raise self._error
         raise StopAsyncIteration
@@ -248,8 +250,11 @@ class _ThreadIterator(Generic[T]):
             for resource in {id(resource): resource for resource in (iterator, self._source)}.values():
                 _close_sync(resource)
             self._threads.give_back()
-            self._ended = True
-            self._notify()
+            with self._changed:
+                self._ended = True
+                awaited = self._awaited
+            if awaited:
+                self._notify()
 
     def _offer(self, item: T) -> bool:
         with self._changed:
@@ -257,7 +262,9 @@ class _ThreadIterator(Generic[T]):
             if self._stopped:
                 return False
             self._items.append(item)
-        self._notify()
+            awaited, self._awaited = self._awaited, False
+        if awaited:
+            self._notify()
         return True
 
     def _notify(self) -> None:
