@@ -30,12 +30,14 @@ SIGNAL_COUNTS_S = 30.0
 """How long a signal ends subscriptions if nothing stops after it: a host may have a handler that ignores it."""
 
 
-class Ticking(Protocol):
-    """A subscription, as the ticker and the shutdown see it."""
+class Subscriber(Protocol):
+    """An open subscription, as the ticker and the shutdown see it. Neither call suspends or raises."""
 
-    def tick(self, now: float) -> None: ...
+    def tick(self, now: float) -> None:
+        """Look after heartbeat, expiry and stalled sends. `now` is unix seconds of the host's clock."""
 
-    def shut_down(self) -> None: ...
+    def shut_down(self) -> None:
+        """End soon and cleanly, so that the client comes back later."""
 
 
 class Engine:
@@ -56,7 +58,7 @@ class Engine:
         self.timeouts = timeouts
         self.clock = clock
         self.closing = False
-        self.subscribers: set[Ticking] = set()
+        self.subscribers: set[Subscriber] = set()
         self.executions: dict[str, Execution] = {}
         self.threads = ThreadBudget(limits.source_threads)
         self.runs = RunStore(broker, clock=clock, patience_s=timeouts.append, limits=limits)

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from asgi_realtime.brokers.base import Broker
 from asgi_realtime.config import Cors, Limits, Timeouts
 from asgi_realtime.core.runs import RunRecord
+from asgi_realtime.engine import Subscriber as Subscriber
 from asgi_realtime.tokens import TokenAuthority
 
 Scope = MutableMapping[str, Any]
@@ -20,16 +21,6 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Any, Any, Any], Awaitable[None]]
 """Any host's app: each framework has types of its own for these three."""
 Headers = list[tuple[bytes, bytes]]
-
-
-class Subscriber(Protocol):
-    """An open subscription, as the ticker and the shutdown see it. Neither call suspends or raises."""
-
-    def tick(self, now: float) -> None:
-        """Look after heartbeat, expiry and stalled sends. `now` is unix seconds of the host's clock."""
-
-    def shut_down(self) -> None:
-        """End soon and cleanly, so that the client comes back later."""
 
 
 class Runs(Protocol):
