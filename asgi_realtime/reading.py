@@ -17,8 +17,8 @@ import anyio
 from asgi_realtime.brokers.base import Broker, Changes, Cursor, Entry, StreamKey
 from asgi_realtime.core.chunks import decode
 from asgi_realtime.core.log import End
-from asgi_realtime.core.runs import RunRecord, run_topic
-from asgi_realtime.errors import RunCanceled, RunEnded, RunFailed, StreamGap
+from asgi_realtime.core.runs import RunRecord, batch_topic, run_topic
+from asgi_realtime.errors import RunCanceled, RunEnded, RunFailed, RunNotFound, StreamGap
 from asgi_realtime.livelog import LiveLog
 from asgi_realtime.runstore import RunStore
 from asgi_realtime.waiting import Parking, make_parker
@@ -197,6 +197,8 @@ class TopicFollower(BatchIterator[RunRecord]):
                     await self._take(await topic.changes(self._cursor, limit=self._limit))
                     if self._ready:
                         return
+                    if self._stopped:
+                        raise StopAsyncIteration
                     await changed
             finally:
                 topic.waiting.discard(parker)
@@ -212,6 +214,29 @@ class TopicFollower(BatchIterator[RunRecord]):
             self._versions[record.id] = record.version
         while len(self._versions) > self._limit:
             del self._versions[next(iter(self._versions))]
+
+
+class BatchFollower(TopicFollower):
+    """The runs of a batch, until each that is there is over. Raises `RunNotFound` if none is there at the begin."""
+
+    def __init__(
+        self, broker: Broker, runs: RunStore, batch_id: str, *, limit: int, begin: Callable[[], Awaitable[None]]
+    ) -> None:
+        super().__init__(broker, runs, batch_topic(batch_id), limit=limit, first=limit, begin=begin)
+        self._batch_id = batch_id
+        self._open: set[str] | None = None
+
+    async def _take(self, changes: Changes) -> None:
+        await super()._take(changes)
+        known = {change.run_id for change in changes.items} | (self._open or set())
+        if self._open is None and not known:
+            raise RunNotFound(f"no batch {self._batch_id!r}: it never was, or it is past its retention")
+        records = await self._runs.load(list(known))  # a removal stands in no change
+        self._open = {record.id for record in records if record is not None and not self._was_told(record)}
+        self._stopped = not self._open
+
+    def _was_told(self, record: RunRecord) -> bool:
+        return record.is_completed and self._versions.get(record.id) == record.version
 
 
 class RunWithStreams(BatchIterator[RunRecord | StreamChunk]):

@@ -19,7 +19,7 @@ from asgi_realtime.brokers import Broker, open_broker
 from asgi_realtime.brokers.base import StreamKey
 from asgi_realtime.config import Cors, Limits, Retention, Span, Timeouts, parse_span
 from asgi_realtime.core.chunks import decode
-from asgi_realtime.core.runs import CancelRequested, RunRecord, batch_topic, run_topic, tag_topic
+from asgi_realtime.core.runs import CancelRequested, RunRecord, run_topic, tag_topic
 from asgi_realtime.core.scopes import flatten_scopes
 from asgi_realtime.engine import Engine
 from asgi_realtime.errors import NoCurrentRun, UsageError
@@ -29,7 +29,15 @@ from asgi_realtime.names import check_key, check_tags, input_stream, stream_name
 from asgi_realtime.openrun import OpenRun
 from asgi_realtime.pipe import Pipe, Source
 from asgi_realtime.producers import Producers
-from asgi_realtime.reading import ChunkReader, RunWithStreams, StreamChunk, StreamReader, TopicFollower, ended_otherwise
+from asgi_realtime.reading import (
+    BatchFollower,
+    ChunkReader,
+    RunWithStreams,
+    StreamChunk,
+    StreamReader,
+    TopicFollower,
+    ended_otherwise,
+)
 from asgi_realtime.run import Run, current
 from asgi_realtime.sources import check_source
 from asgi_realtime.streams import StreamScope, TypedStream
@@ -104,7 +112,7 @@ class Realtime:
             broker, limits=self.limits, timeouts=self.timeouts, clock=clock, signals=signals, debug=debug
         )
         self.runs = self.engine.runs
-        self._tasks = Tasks(self.engine, executor, retention=self.retention, handle=self._handle)
+        self._tasks = Tasks(self.engine, executor, retention=self.retention, handle=self._handle, result=self.result)
         self._producers = Producers(
             self.engine, handle=lambda run_id: self._handle(run_id, is_cached=False, expires_in="1h")
         )
@@ -442,25 +450,11 @@ class Realtime:
         )
 
     def subscribe_to_batch(self, batch: str | BatchHandle) -> AsyncIterator[RunRecord]:
-        """The runs of a batch, the present state first. Ends when all of them are over."""
+        """The runs of a batch, the present state first. Ends when all that are there are over. Raises
+        `RunNotFound` if there is none."""
         batch_id = batch if isinstance(batch, str) else batch.id
-        over: set[str] = set()
-
-        def all_over(record: RunRecord) -> bool:
-            if record.is_completed:
-                over.add(record.id)
-            return record.batch is not None and len(over) >= record.batch.count
-
         self.engine.begin()
-        return TopicFollower(
-            self.broker,
-            self.runs,
-            batch_topic(batch_id),
-            limit=self.limits.topic_runs,
-            first=self.limits.batch_runs,
-            stop=all_over,
-            begin=self.ensure_started,
-        )
+        return BatchFollower(self.broker, self.runs, batch_id, limit=self.limits.topic_runs, begin=self.ensure_started)
 
     # Tokens
 

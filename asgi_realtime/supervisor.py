@@ -188,7 +188,7 @@ class Supervisor:
                 outcome.append(ServerShutdown("the server was shut down"))  # counts if there is nothing before it
                 done.wake()
 
-        self.spawn_detached(job)
+        self.spawn(job)
         while not outcome:
             await done.wait()
         if outcome[0] is not None:

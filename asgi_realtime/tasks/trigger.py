@@ -16,19 +16,21 @@ from asgi_realtime.config import Retention, Span, parse_span
 from asgi_realtime.core.chunks import decode
 from asgi_realtime.core.metadata import check_key as check_metadata_key
 from asgi_realtime.core.metadata import check_size, normalize_value
-from asgi_realtime.core.runs import BatchMember, RunRecord, Started, Status
+from asgi_realtime.core.runs import BatchMember, CancelRequested, RunRecord, Started, Status
 from asgi_realtime.engine import Engine
 from asgi_realtime.errors import (
     InvalidConfiguration,
     InvalidTransition,
     LimitExceeded,
+    RealtimeError,
     UnknownTask,
     UsageError,
     VersionConflict,
 )
-from asgi_realtime.handles import BatchHandle, RunHandle
+from asgi_realtime.handles import BatchHandle, ResultWaiter, RunHandle
 from asgi_realtime.names import check_key, check_tags, new_batch_id, new_run_id
 from asgi_realtime.run import current
+from asgi_realtime.supervisor import logger
 from asgi_realtime.tasks.executor import Executor, InProcessExecutor
 from asgi_realtime.tasks.runner import run_task
 from asgi_realtime.tasks.task import Task
@@ -58,12 +60,21 @@ class MakeHandle(Protocol):
 class Tasks:
     """Tasks by their id."""
 
-    def __init__(self, engine: Engine, executor: Executor | None, *, retention: Retention, handle: MakeHandle) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        executor: Executor | None,
+        *,
+        retention: Retention,
+        handle: MakeHandle,
+        result: ResultWaiter,
+    ) -> None:
         self._engine = engine
         self._runs = engine.runs
         self._limits = engine.limits
         self._retention = retention
         self._handle = handle
+        self._result = result
         self._tasks: dict[str, Task[Any, Any]] = {}
         self._threads: TaskThreads | None = None
         engine.executor = executor or InProcessExecutor(
@@ -126,16 +137,34 @@ class Tasks:
         if len(records) > self._limits.batch_runs:
             raise LimitExceeded(f"a batch has {len(records)} runs, limit {self._limits.batch_runs}")
         await self._engine.ensure_started()
-        run_ids = []
-        for index, record in enumerate(records):
-            member = BatchMember(batch_id, index, len(records))
-            record = await self._with_parent(msgspec.structs.replace(record, batch=member), None)
-            launched, _ = await self._launch(record)
-            run_ids.append(launched.id)
-        return BatchHandle(batch_id, token, runs=run_ids, result=self._result)
+        members = [
+            await self._with_parent(
+                msgspec.structs.replace(record, batch=BatchMember(batch_id, index, len(records))), None
+            )
+            for index, record in enumerate(records)
+        ]
+        await self._engine.begin().shielded(lambda: self._launch_all(members))
+        return BatchHandle(batch_id, token, runs=[member.id for member in members], result=self._result)
 
-    async def _result(self, run_id: str, *, timeout: Span | None = None) -> Any:
-        return await self._handle(run_id, is_cached=False, expires_in="1h").result(timeout=timeout)
+    async def _launch_all(self, members: Sequence[RunRecord]) -> None:
+        """Launch the runs of a batch. If one fails those before it are canceled, so that the batch is over."""
+        for index, member in enumerate(members):
+            try:
+                await self._create(member)
+            except Exception:
+                for launched in members[:index]:
+                    await self._cancel_launched(launched.id)
+                raise
+
+    async def _cancel_launched(self, run_id: str) -> None:
+        try:
+            await self._runs.update(run_id, CancelRequested())
+        except RealtimeError as exc:
+            logger.warning("run %s of a batch that failed could not be canceled: %s", run_id, exc)
+            return
+        execution = self._engine.executions.get(run_id)
+        if execution is not None:
+            execution.cancel()
 
     def _batch_record(self, item: BatchItem) -> RunRecord:
         if not isinstance(item, tuple | list) or len(item) not in (2, 3):
@@ -230,6 +259,15 @@ class Tasks:
             if found is not None:
                 return found, True
             record = msgspec.structs.replace(record, id=run_id, root_id=record.root_id and _root(record, run_id))
+        launched: list[tuple[RunRecord, bool]] = []
+
+        async def launch() -> None:
+            launched.append(await self._create(record))
+
+        await self._engine.begin().shielded(launch)  # a run that is stored and not queued would wait for ever
+        return launched[0]
+
+    async def _create(self, record: RunRecord) -> tuple[RunRecord, bool]:
         try:
             await self._runs.create(record)
         except VersionConflict as conflict:

@@ -432,3 +432,50 @@ async def test_cancelling_who_waits_for_a_result_does_not_cancel_the_run() -> No
             await handle.result()
         go.set()
         assert await handle.result(timeout=5) == 1
+
+
+class Executor:
+    """Takes its time, and refuses the third run."""
+
+    def __init__(self) -> None:
+        self.taken: list[str] = []
+        self.go = anyio.Event()
+
+    async def enqueue(self, run_id: str, task_id: str) -> None:
+        await self.go.wait()
+        if len(self.taken) == 2:
+            raise RuntimeError("the queue is down")
+        self.taken.append(run_id)
+
+
+async def test_a_trigger_that_is_cancelled_leaves_no_run_that_nobody_runs() -> None:
+    """The run was stored, the client was gone, and it stayed QUEUED for ever; its key gave everyone that run."""
+    broker = DistantBroker()
+    executor = Executor()
+    async with with_echo(executor=executor, broker=broker) as realtime:
+
+        async def trigger() -> None:
+            await realtime.trigger("echo", 1)
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(trigger)
+            await until(lambda: broker._runs)
+            group.cancel_scope.cancel()
+        executor.go.set()
+        await until(lambda: executor.taken)
+        assert executor.taken == list(broker._runs)
+
+
+async def test_a_batch_that_fails_half_way_is_over() -> None:
+    """Its first runs were executed though nobody got a handle for them, and its feed never ended."""
+    executor = Executor()
+    executor.go.set()
+    async with with_echo(executor=executor) as realtime:
+        with pytest.raises(RuntimeError, match="the queue is down"):
+            await realtime.batch_trigger([("echo", number, {"tags": "x"}) for number in range(5)])
+        records = await realtime.runs.load([change.run_id for change in (await realtime.broker.changes("tag:x")).items])
+        batches = [record.batch for record in records if record is not None and record.batch is not None]
+        statuses = {record.batch.index: record.status for record in records if record and record.batch}
+        assert statuses == {0: Status.CANCELED, 1: Status.CANCELED, 2: Status.FAILED}
+        with anyio.fail_after(5):
+            assert len([record async for record in realtime.subscribe_to_batch(batches[0].id)]) == 3
