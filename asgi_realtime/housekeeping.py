@@ -5,6 +5,7 @@ What is due is the broker's knowledge, so any process may do it; the compare-and
 
 from __future__ import annotations
 
+import math
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,7 @@ class Housekeeping:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._broker_away = False
+        self._renewed_at = -math.inf
 
     async def tick_subscribers(self) -> None:
         engine = self._engine
@@ -56,7 +58,7 @@ class Housekeeping:
         """Do all that is due now."""
         engine = self._engine
         if engine.executions:  # before looking for expired leases: a blocked loop must not crash its own runs
-            await engine.broker.renew(list(engine.executions), owner=engine.runs.owner)
+            await self._renew()
             await self._heed_cancellations()
         await self._each("delay", self._queue)
         await self._each("ttl", lambda run_id: self._change(run_id, _EXPIRED))
@@ -64,6 +66,13 @@ class Housekeeping:
         await self._each("cancel", lambda run_id: self._change(run_id, Finished(Status.CANCELED)))
         await self._each("untold", engine.broker.tell)
         await self._each("expiry", engine.broker.remove)
+
+    async def _renew(self) -> None:
+        engine = self._engine
+        now = engine.clock()  # unlike the loop's time it goes on while the machine sleeps, as leases do
+        if not 0 <= now - self._renewed_at < engine.timeouts.lease / 3:
+            await engine.broker.renew(list(engine.executions), owner=engine.runs.owner)
+            self._renewed_at = now
 
     async def _heed_cancellations(self) -> None:
         """Stop what runs here and was canceled, or ended, by another process."""

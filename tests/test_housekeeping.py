@@ -198,3 +198,31 @@ async def test_housekeeping_of_nothing_is_nothing() -> None:
     realtime: Realtime = make_realtime()
     async with realtime:
         await Housekeeping(realtime.engine).once()
+
+
+class CountingRenewals(MemoryBroker):
+    renewals = 0
+
+    async def renew(self, run_ids: Sequence[str], *, owner: str) -> None:
+        self.renewals += 1
+        await super().renew(run_ids, owner=owner)
+
+
+async def test_leases_are_renewed_three_times_in_their_length_and_not_at_every_tick() -> None:
+    clock = FakeClock()
+    broker = CountingRenewals(clock=clock)
+    realtime = make_realtime(broker=broker, clock=clock)
+    async with realtime, realtime.open_run("r"):
+        housekeeping = Housekeeping(realtime.engine)
+        before = broker.renewals
+        for _ in range(5):
+            await housekeeping.once()
+        assert broker.renewals - before <= 2  # this one's, and that of the ticker
+        before = broker.renewals
+        clock.seconds += realtime.timeouts.lease / 3
+        await housekeeping.once()
+        assert broker.renewals > before
+        before = broker.renewals
+        clock.seconds -= 3600  # the clock was set back
+        await housekeeping.once()
+        assert broker.renewals > before
