@@ -200,7 +200,7 @@ def test_the_table_of_errors_has_the_status_of_each_code() -> None:
     raised = [errors.InvalidRequest, errors.InvalidToken, errors.ExpiredToken, errors.ScopeDenied, errors.RunNotFound]
     raised += [errors.UsageError, errors.RealtimeError, errors.BrokerUnavailable]
     expected = {(str(error.status), error.code) for error in raised}
-    expected |= {(status, errors.LimitExceeded.code) for status in ("413", "422", "429")}
+    expected |= {(status, errors.LimitExceeded.code) for status in ("413", "422", "429", "503")}
     expected |= {("404", "not_found"), ("405", "method_not_allowed"), ("406", "not_acceptable")}
     assert rows == expected
 

@@ -351,5 +351,5 @@ def test_settings_that_the_documents_name_exist() -> None:
 def test_links_lead_somewhere() -> None:
     for document in sorted({block.document for block in BLOCKS}):
         for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", document.read_text("utf-8")):
-            if not target.startswith("http") and target != "docs/chat.png":  # the picture is made by a person
+            if not target.startswith("http"):
                 assert (document.parent / target).exists(), f"{document.name}: {target}"
