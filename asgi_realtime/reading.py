@@ -6,6 +6,7 @@ dropped at any point.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
@@ -49,12 +50,12 @@ class BatchIterator(AsyncIterator[T], Generic[T]):
             await self._fill()
         return self._ready.popleft()
 
+    @abstractmethod
     async def _fill(self) -> None:
         """Put what comes next into `_ready`, in the step that moves the cursor: whoever is cancelled loses nothing.
 
         Raises `StopAsyncIteration` at the end, or what the end is.
         """
-        raise NotImplementedError
 
 
 class StreamReader(BatchIterator[Entry]):
