@@ -133,6 +133,10 @@ class RemoteBroker:
         await self._travel("renew")
         await self.inner.renew(run_ids, owner=owner)
 
+    async def enqueued(self, run_id: str) -> None:
+        await self._travel("enqueued")
+        await self.inner.enqueued(run_id)
+
     async def tell(self, run_id: str) -> None:
         await self._travel("tell")
         await self.inner.tell(run_id)

@@ -118,12 +118,28 @@ class Broker(Protocol):
 
         `skip` leaves out so many of the oldest: those that the caller has seen and cannot do anything for.
 
-        A run stays due until a commit, `renew`, `tell` or `remove` changes that.
+        A run stays due until a commit, `renew`, `enqueued`, `tell` or `remove` changes that.
+
+        `enqueue` and `lease` are counted from the commit that makes a run QUEUED, or EXECUTING: it is due
+        `Timeouts.lease` later, by the broker's clock whatever the record says, unless it leaves that status. Other
+        commits in between change nothing about that.
         """
         ...
 
     async def renew(self, run_ids: Sequence[str], *, owner: str) -> None:
-        """Renew the leases of runs that are EXECUTING and owned by `owner`. Others are left alone."""
+        """Put off what is due of runs that this process has in hand, to `Timeouts.lease` from now.
+
+        That is `lease` for those that are EXECUTING and owned by `owner`, and `enqueue` for those that are QUEUED,
+        whoever calls: who holds them in memory sees to them. What is not due at any time, since `enqueued`, does not
+        become so. Other runs are left alone.
+        """
+        ...
+
+    async def enqueued(self, run_id: str) -> None:
+        """A queue that outlives this process has the run: it is not due as `enqueue` any more.
+
+        Changes nothing for a run that is not QUEUED, also not for what follows if it becomes so later.
+        """
         ...
 
     async def tell(self, run_id: str) -> None:
@@ -155,6 +171,15 @@ class ImmediateBroker(Protocol):
         ...
 
 
+@runtime_checkable
+class ThreadRenewal(Protocol):
+    """A broker whose leases can be renewed while the loop is blocked, so that this crashes no runs."""
+
+    def renew_from_thread(self, run_ids: Sequence[str], *, owner: str) -> None:
+        """As `Broker.renew`, blocking, from a thread that is not the loop's. Raises `BrokerUnavailable`."""
+        ...
+
+
 __all__ = [
     "MARKS_KEPT",
     "Broker",
@@ -170,4 +195,5 @@ __all__ = [
     "Position",
     "Producer",
     "StreamKey",
+    "ThreadRenewal",
 ]

@@ -28,6 +28,9 @@ _RECORD_BYTES = 3072
 ENTRY_BYTES = 64
 """What an entry costs besides the bytes of its frame, roughly."""
 
+_LEASES = {"enqueue": Status.QUEUED, "lease": Status.EXECUTING}
+"""What a run is due for a lease after it came to a status, unless somebody has it in hand."""
+
 Clock = Callable[[], float]
 
 
@@ -239,11 +242,12 @@ class MemoryBroker:
             record_size = _record_bytes(record)
             self._resize(run, run.size - run.record_size + record_size)
             run.record_size = record_size
+        was = run.record.status if stored else None
         run.record = record
         run.marks[change] = record.version
         if len(run.marks) > MARKS_KEPT:
             del run.marks[next(iter(run.marks))]
-        self._schedule(record)
+        self._schedule(record, was)
         self._tell(run_topic(record.id), record)
         if record.end is not None:
             self._full = False
@@ -256,14 +260,13 @@ class MemoryBroker:
             self._make_room(record.id)
         return record.version
 
-    def _schedule(self, record: RunRecord) -> None:
+    def _schedule(self, record: RunRecord, was: Status | None) -> None:
         due = due_times(record, cancel_s=self._timeouts.cancel, after_end_s=self._retention.after_end)
         for kind in ("delay", "ttl", "cancel", "expiry"):
             self._due[kind].set(record.id, due.get(kind))
-        if record.status is not Status.EXECUTING:
-            self._due["lease"].set(record.id, None)
-        elif record.id not in self._due["lease"]:
-            self._due["lease"].set(record.id, self._lease_end())
+        if record.status is not was:
+            for kind, status in _LEASES.items():
+                self._due[kind].set(record.id, self._lease_end() if record.status is status else None)
 
     def _lease_end(self) -> int:
         return self._now_ms() + round(self._timeouts.lease * 1000)
@@ -356,8 +359,14 @@ class MemoryBroker:
     async def renew(self, run_ids: Sequence[str], *, owner: str) -> None:
         for run_id in run_ids:
             run = self._runs.get(run_id)
-            if run is not None and run.record.status is Status.EXECUTING and run.record.owner == owner:
-                self._due["lease"].set(run_id, self._lease_end())
+            if run is None or (run.record.status is Status.EXECUTING and run.record.owner != owner):
+                continue
+            for kind in _LEASES:
+                if run_id in self._due[kind]:
+                    self._due[kind].set(run_id, self._lease_end())
+
+    async def enqueued(self, run_id: str) -> None:
+        self._due["enqueue"].set(run_id, None)
 
     async def tell(self, run_id: str) -> None:
         run = self._runs.get(run_id)

@@ -280,8 +280,11 @@ def _to(present: Status, following: Status) -> dict[str, Any]:
     return {"status": following}
 
 
-DUE_KINDS = ("delay", "ttl", "lease", "cancel", "expiry", "untold")
-"""What a run can be due for. `lease` and `untold` are kept by the broker, the others follow from the record."""
+DUE_KINDS = ("delay", "enqueue", "ttl", "lease", "cancel", "expiry", "untold")
+"""What a run can be due for.
+
+`enqueue`, `lease` and `untold` are kept by the broker, the others follow from the record.
+"""
 
 
 def due_times(record: RunRecord, *, cancel_s: float, after_end_s: float) -> dict[str, int]:

@@ -449,10 +449,39 @@ class RenewsForAnyone(MemoryBroker):
 
 
 class RenewsWithEveryCommit(MemoryBroker):
-    def _schedule(self, record: RunRecord) -> None:
-        super()._schedule(record)
+    def _schedule(self, record: RunRecord, was: Status | None) -> None:
+        super()._schedule(record, was)
         if record.status is Status.EXECUTING:
             self._due["lease"].set(record.id, self._lease_end())
+
+
+class HandsOverAfterEveryCommit(MemoryBroker):
+    def _schedule(self, record: RunRecord, was: Status | None) -> None:
+        super()._schedule(record, was)
+        if record.status is Status.QUEUED:
+            self._due["enqueue"].set(record.id, self._lease_end())
+
+
+class HandsOverWhatAQueueHas(MemoryBroker):
+    async def renew(self, run_ids: Sequence[str], *, owner: str) -> None:
+        await super().renew(run_ids, owner=owner)
+        for run_id in run_ids:
+            run = self._runs.get(run_id)
+            if run is not None and run.record.status is Status.QUEUED:
+                self._due["enqueue"].set(run_id, self._lease_end())
+
+
+class HandsOverOnlyNewRuns(MemoryBroker):
+    def _schedule(self, record: RunRecord, was: Status | None) -> None:
+        super()._schedule(record, was)
+        if was is Status.DELAYED:
+            self._due["enqueue"].set(record.id, None)
+
+
+class TakesAQueueForAnOwner(MemoryBroker):
+    async def enqueued(self, run_id: str) -> None:
+        await super().enqueued(run_id)
+        self._due["lease"].set(run_id, None)
 
 
 class AsksInAnyOrder(MemoryBroker):
@@ -555,6 +584,13 @@ CATCHES: dict[type[MemoryBroker], tuple[str, ...]] = {
     HandsOutOnce: ("test_a_delayed_run_is_due_when_its_delay_is_over",),
     RenewsForAnyone: ("test_only_the_owner_renews_a_lease",),
     RenewsWithEveryCommit: ("test_a_change_of_the_run_is_no_renewal",),
+    HandsOverAfterEveryCommit: (
+        "test_a_run_that_a_queue_has_is_not_due",
+        "test_whoever_has_a_queued_run_in_hand_renews_it",
+    ),
+    HandsOverWhatAQueueHas: ("test_a_run_that_a_queue_has_is_not_due",),
+    HandsOverOnlyNewRuns: ("test_a_delayed_run_is_to_be_handed_over_from_the_end_of_its_delay",),
+    TakesAQueueForAnOwner: ("test_a_run_that_executes_keeps_its_lease_when_its_queue_is_told",),
     AsksInAnyOrder: ("test_what_is_due_longest_comes_first_up_to_a_limit",),
     SkipsNothing: ("test_what_is_due_longest_comes_first_up_to_a_limit",),
     LeavesTopicsBehind: ("test_a_removed_run_is_gone_from_everywhere",),

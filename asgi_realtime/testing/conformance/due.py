@@ -189,6 +189,79 @@ async def test_only_the_owner_renews_a_lease(make_broker: MakeBroker) -> None:
         assert await _due(backend, "lease") == [run.id]
 
 
+# Handing over to a queue
+
+
+@pytest.mark.anyio
+async def test_a_queued_run_that_nobody_has_in_hand_is_due(make_broker: MakeBroker) -> None:
+    async with opened(make_broker) as backend:
+        run = await create(backend)
+        await _assert_due_after(backend, "enqueue", run, TIMEOUTS.lease)
+        await store(backend.peer, following(run, status=Status.EXECUTING, owner="us"))
+        assert await _due(backend, "enqueue") == []
+        assert await _due(backend, "lease") == [], "its lease begins when it does"
+        canceled = await create(backend)
+        await store(backend.peer, following(canceled, status=Status.CANCELED, completed_at_ms=backend.now_ms()))
+        await backend.advance(TIMEOUTS.lease + 0.1)
+        assert await _due(backend, "enqueue") == []
+
+
+@pytest.mark.anyio
+async def test_a_delayed_run_is_to_be_handed_over_from_the_end_of_its_delay(make_broker: MakeBroker) -> None:
+    async with opened(make_broker) as backend:
+        run = await create(backend, status=Status.DELAYED, delay_until_ms=backend.now_ms() + 1000)
+        await backend.broker.enqueued(run.id)  # of no meaning yet
+        await backend.advance(TIMEOUTS.lease + 0.1)
+        assert await _due(backend, "enqueue") == []
+        run = await store(backend.broker, following(run, status=Status.QUEUED))
+        await _assert_due_after(backend, "enqueue", run, TIMEOUTS.lease)
+
+
+@pytest.mark.anyio
+async def test_a_run_that_a_queue_has_is_not_due(make_broker: MakeBroker) -> None:
+    async with opened(make_broker) as backend:
+        run, late, neighbour = [await create(backend) for _ in range(3)]
+        await backend.broker.enqueued(run.id)
+        await backend.peer.enqueued(run.id)
+        await backend.broker.enqueued("run_that_never_was")
+        await backend.advance(TIMEOUTS.lease + 0.1)
+        assert set(await _due(backend, "enqueue")) == {late.id, neighbour.id}
+        await backend.peer.enqueued(late.id)
+        assert await _due(backend, "enqueue") == [neighbour.id]
+
+        await store(backend.peer, following(run, tags=(new_tag(),)))
+        await backend.broker.renew([run.id], owner="us")
+        await backend.advance(TIMEOUTS.lease + 0.1)
+        assert await _due(backend, "enqueue") == [neighbour.id], "neither makes it due again"
+
+
+@pytest.mark.anyio
+async def test_a_run_that_executes_keeps_its_lease_when_its_queue_is_told(make_broker: MakeBroker) -> None:
+    """A worker may be faster than the process that put the run into the queue."""
+    async with opened(make_broker) as backend:
+        run = await create(backend)
+        await store(backend.peer, following(run, status=Status.EXECUTING, owner="us"))
+        await backend.broker.enqueued(run.id)
+        await _assert_due_after(backend, "lease", run, TIMEOUTS.lease)
+
+
+@pytest.mark.anyio
+async def test_whoever_has_a_queued_run_in_hand_renews_it(make_broker: MakeBroker) -> None:
+    async with opened(make_broker) as backend:
+        run, neighbour = await create(backend), await create(backend)
+        await backend.advance(TIMEOUTS.lease / 2)
+        await store(backend.peer, following(neighbour, tags=(new_tag(),)))  # says nothing of who has it
+        await backend.peer.renew([run.id], owner="anyone")
+        await backend.advance(TIMEOUTS.lease / 2 + 0.1)
+        assert await _due(backend, "enqueue") == [neighbour.id]
+        await backend.broker.renew([neighbour.id], owner="us")
+        assert await _due(backend, "enqueue") == []
+        await backend.advance(TIMEOUTS.lease / 2)
+        assert await _due(backend, "enqueue") == [run.id]
+        await store(backend.broker, following(run, status=Status.EXECUTING, owner="us"))
+        assert await _due(backend, "enqueue") == []
+
+
 # Removal
 
 
