@@ -1,11 +1,52 @@
-"""Both loop libraries for every test with `@pytest.mark.anyio`."""
+"""Both loop libraries for every test with `@pytest.mark.anyio`, and real Redis servers for those that ask for them."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
+
+from tests.redis_servers import RedisCluster, RedisServer, ReplicaPair
+from tests.requirements import redis_binary, valkey_binary
 
 
 @pytest.fixture(params=["asyncio", "trio"])
 def anyio_backend(request: pytest.FixtureRequest) -> str:
     name: str = request.param
     return name
+
+
+# For tests that do no more than use them: one each for the whole session. Tests keep apart by their prefix.
+
+
+@pytest.fixture(scope="session")
+def redis_url() -> Iterator[str]:
+    with RedisServer(redis_binary(), keeps_data=False) as server:
+        yield server.url
+
+
+@pytest.fixture(scope="session")
+def valkey_url() -> Iterator[str]:
+    with RedisServer(valkey_binary(), keeps_data=False) as server:
+        yield server.url
+
+
+@pytest.fixture(scope="session")
+def redis_cluster() -> Iterator[RedisCluster]:
+    with RedisCluster(redis_binary()) as cluster:
+        yield cluster
+
+
+# For tests that kill, pause or reconfigure: each has its own.
+
+
+@pytest.fixture
+def redis_server() -> Iterator[RedisServer]:
+    with RedisServer(redis_binary()) as server:
+        yield server
+
+
+@pytest.fixture
+def redis_pair() -> Iterator[ReplicaPair]:
+    with ReplicaPair(redis_binary()) as pair:
+        yield pair

@@ -1,7 +1,4 @@
-"""What the tests on the real thing need: Chromium, the language model, and the examples as processes of their own.
-
-A test whose machine lacks Chromium or the model is skipped with the reason. With REQUIRE_ALL set, as in CI, it fails.
-"""
+"""What the tests on the real thing need: Chromium, the language model, and the examples as processes of their own."""
 
 from __future__ import annotations
 
@@ -15,12 +12,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 import pytest
 from playwright.sync_api import Browser, sync_playwright
 
 from examples.local_model import Model, ModelMissing, find_model, serving
+from tests.requirements import missing
 
 ROOT = Path(__file__).parent.parent.parent
 GUARD_S = 60.0
@@ -98,12 +95,6 @@ class Relay:
         self._sockets.discard(source)
         with suppress(OSError):
             target.shutdown(socket.SHUT_RDWR)
-
-
-def missing(what: str) -> NoReturn:
-    if os.environ.get("REQUIRE_ALL"):
-        pytest.fail(what)
-    pytest.skip(what)
 
 
 # Not wider than a module: Playwright's sync API leaves its event loop running, and tests elsewhere start their own.

@@ -1,0 +1,229 @@
+"""The servers do what the tests of the Redis broker take for granted."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import redis
+from redis.exceptions import AskError, MovedError
+
+from tests import requirements
+from tests.redis_servers import BUS, PORTS, RedisCluster, RedisServer, ReplicaPair, free_port, until
+from tests.requirements import redis_binary, valkey_binary
+
+pytestmark = pytest.mark.redis
+
+
+@pytest.fixture(params=["redis", "valkey"])
+def server(request: pytest.FixtureRequest) -> Iterator[RedisServer]:
+    binary = redis_binary() if request.param == "redis" else valkey_binary()
+    with RedisServer(binary) as server:
+        yield server
+
+
+def fetch(url: str) -> bytes | None:
+    with redis.Redis.from_url(url) as client:
+        value = client.get("kept")
+        assert isinstance(value, bytes | None)
+        return value
+
+
+def test_ports_are_below_those_of_outgoing_connections_and_no_bus_meets_a_server() -> None:
+    port = free_port()
+    assert port in PORTS
+    assert port + BUS not in PORTS
+    assert PORTS.stop + BUS < 32768
+    assert free_port() != port
+
+
+def test_what_was_acknowledged_outlives_a_kill(server: RedisServer) -> None:
+    before = server.port, server.pid
+    server.command("SET", "kept", "yes")
+    server.kill()
+    with pytest.raises(redis.ConnectionError):
+        server.command("PING")
+    server.restart(keep_data=True)
+    assert fetch(server.url) == b"yes"
+    assert server.port == before[0]
+    assert server.pid != before[1]
+
+
+def test_a_restart_without_data(server: RedisServer) -> None:
+    server.command("SET", "kept", "yes")
+    server.restart(keep_data=False)
+    assert fetch(server.url) is None
+
+
+def test_a_server_that_keeps_nothing_cannot_be_asked_to(tmp_path: Path) -> None:
+    with RedisServer(redis_binary(), directory=tmp_path, keeps_data=False) as server:
+        server.command("SET", "kept", "yes")
+        with pytest.raises(AssertionError, match="without keeps_data"):
+            server.restart(keep_data=True)
+        server.restart(keep_data=False)
+        assert fetch(server.url) is None
+    assert not list(tmp_path.glob("**/*.aof"))
+
+
+def test_nothing_is_left_of_a_server() -> None:
+    with RedisServer(redis_binary()) as server:
+        directory = server.directory
+        assert server.runs
+    assert not server.runs
+    assert not directory.exists()
+    with pytest.raises(redis.ConnectionError):
+        server.command("PING")
+
+
+def test_a_paused_server_answers_nobody_until_it_goes_on(server: RedisServer) -> None:
+    with server.client(timeout_s=0.05) as client:
+        client.ping()
+        with server.paused(), pytest.raises(redis.TimeoutError):
+            client.execute_command("SET", "kept", "yes")
+    until(lambda: fetch(server.url) == b"yes", "the command that lay in its buffer is carried out")
+
+
+def test_a_paused_server_can_be_killed(server: RedisServer) -> None:
+    server.pause()
+    server.restart(keep_data=True)
+    assert server.command("PING") == b"PONG"
+
+
+@pytest.mark.parametrize(("kind", "cut"), [("normal", 1), ("pubsub", 1), (None, 2)])
+def test_clients_are_cut_off_by_their_kind(server: RedisServer, kind: str | None, cut: int) -> None:
+    with server.client() as client, server.client() as other, other.pubsub() as subscriber:
+        client.ping()
+        subscriber.subscribe("news")
+        assert subscriber.get_message(timeout=5.0) is not None
+        assert len(server.clients("normal")) == len(server.clients("pubsub")) == 1
+        assert server.cut_clients(kind) == cut  # type: ignore[arg-type]
+        if kind != "normal":
+            assert server.clients("pubsub") == []
+        if kind != "pubsub":
+            assert server.clients("normal") == []
+
+
+def test_settings_at_the_start_and_later() -> None:
+    with RedisServer(redis_binary(), settings={"maxmemory": "4mb", "maxmemory-policy": "noeviction"}) as server:
+        assert server.info("memory")["maxmemory_policy"] == "noeviction"
+        server.configure("maxmemory", 1)
+        with pytest.raises(redis.exceptions.OutOfMemoryError):
+            server.command("SET", "kept", "yes")
+
+
+def test_a_wrong_setting_shows_the_log() -> None:
+    with pytest.raises(AssertionError, match="ended with 1"), RedisServer(redis_binary(), settings={"no-such": "one"}):
+        pass
+
+
+def test_a_password_and_a_user(server: RedisServer) -> None:
+    with RedisServer(server.binary, password="p@ss/word") as guarded:
+        guarded.command("SET", "kept", "yes")
+        assert fetch(guarded.url) == fetch(guarded.unix_url) == b"yes"
+        with pytest.raises(redis.AuthenticationError):
+            fetch(f"redis://127.0.0.1:{guarded.port}")
+        reader = guarded.add_user("reader", "an:other", "~kept", "+get", "+client", "+hello")
+        assert fetch(reader) == b"yes"
+        with redis.Redis.from_url(reader) as client, pytest.raises(redis.exceptions.NoPermissionError):
+            client.set("kept", "no")
+
+
+def test_tls() -> None:
+    with RedisServer(redis_binary(), tls=True, password="secret") as server:
+        server.command("SET", "kept", "yes")
+        assert server.url.startswith("rediss://:secret@localhost:")
+        assert fetch(server.url) == b"yes"
+        server.restart(keep_data=True)
+        assert fetch(server.url) == b"yes"
+        with pytest.raises(redis.ConnectionError):
+            fetch(f"redis://:secret@127.0.0.1:{server.port}")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(60)
+def test_a_failover_keeps_what_the_replica_has_and_loses_the_rest(redis_pair: ReplicaPair) -> None:
+    first, second = redis_pair.primary, redis_pair.replica
+    first.command("SET", "kept", "yes")
+    redis_pair.until_in_step()
+    redis_pair.isolate_replica()
+    assert first.command("SET", "lost", "yes") == b"OK"
+    redis_pair.fail_over()
+    assert (redis_pair.primary, redis_pair.replica) == (second, first)
+    found = redis.Sentinel(redis_pair.sentinels).discover_master(redis_pair.service)  # type: ignore[no-untyped-call]
+    assert found == ("127.0.0.1", second.port)
+    assert fetch(second.url) == b"yes"
+    assert second.command("GET", "lost") is None
+
+    redis_pair.bring_back()
+    assert first.info("replication")["role"] == "slave"
+    assert first.command("GET", "lost") is None
+
+    redis_pair.hand_over()
+    assert redis_pair.primary is first
+    assert second.command("SET", "late", "yes") == b"OK", "it has not been told, and acknowledges what will be lost"
+    redis_pair.bring_back()
+    assert second.command("GET", "late") is None
+    assert second.info("replication")["role"] == "slave"
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_a_slot_moves_with_its_keys(redis_cluster: RedisCluster) -> None:
+    slot = redis_cluster.slot_of("{moves}")
+    source = redis_cluster.slot_owner(slot)
+    target = next(node for node in redis_cluster.nodes if node is not source)
+    with redis.RedisCluster.from_url(redis_cluster.url) as client:
+        client.set("{moves}1", "yes")
+        with redis_cluster.moving_slot(slot, target):
+            client.set("{moves}2", "yes")
+            with pytest.raises(AskError, match=f"{slot} 127.0.0.1:{target.port}"):
+                source.command("GET", "{moves}2")
+            assert source.command("GET", "{moves}1") == b"yes"
+        assert redis_cluster.slot_owner(slot) is target
+        assert [client.get("{moves}1"), client.get("{moves}2")] == [b"yes", b"yes"]
+        with pytest.raises(MovedError, match=f"{slot} 127.0.0.1:{target.port}"):
+            source.command("GET", "{moves}1")
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_a_node_of_a_cluster_comes_back() -> None:
+    with RedisCluster(redis_binary(), keeps_data=True) as cluster:
+        node = cluster.slot_owner(cluster.slot_of("kept"))
+        node.command("SET", "kept", "yes")
+        node.restart(keep_data=True)
+        cluster.until_well()
+        assert node.command("GET", "kept") == b"yes"
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_a_cluster_of_valkey() -> None:
+    with RedisCluster(valkey_binary()) as cluster:
+        slot = cluster.slot_of("kept")
+        cluster.slot_owner(slot).command("SET", "kept", "yes")
+        cluster.move_slot(slot, next(node for node in cluster.nodes if node is not cluster.slot_owner(slot)))
+        assert cluster.slot_owner(slot).command("GET", "kept") == b"yes"
+
+
+def test_waiting_has_an_end() -> None:
+    begin = time.monotonic()
+    with pytest.raises(AssertionError, match="still not so: pigs fly"):
+        until(lambda: False, "pigs fly", within_s=0.02)
+    assert time.monotonic() - begin >= 0.02
+
+
+def test_what_is_missing_is_skipped_and_in_ci_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.setattr(requirements, "find_spec", lambda name: None)
+    monkeypatch.delenv("REQUIRE_ALL", raising=False)
+    for binary in (redis_binary, valkey_binary):
+        with pytest.raises(pytest.skip.Exception, match="-server is not installed"):
+            binary()
+    monkeypatch.setenv("REQUIRE_ALL", "1")
+    for binary in (redis_binary, valkey_binary):
+        with pytest.raises(pytest.fail.Exception, match="-server is not installed"):
+            binary()
