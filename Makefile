@@ -28,7 +28,7 @@ endif
 demo: $(DEMO) $(DEMO_MODEL)  ## the chat in your browser, with a real language model (APP=litestar for the other host)
 	@exec $(BIN)/python -m examples.$(APP)_app
 
-test: $(DEV)  ## all tests; what needs Chromium or the model is skipped without them (ARGS="-k pipe")
+test: $(DEV)  ## all tests; what needs Chromium, Redis or the model is skipped without them (ARGS="-k pipe")
 	$(BIN)/python -m pytest $(ARGS)
 
 check: $(DEV)  ## format, lint, types, layers, version: what CI runs before the tests
@@ -40,8 +40,8 @@ check: $(DEV)  ## format, lint, types, layers, version: what CI runs before the 
 lowest: $(DEV)  ## the tests on the lowest versions of our dependencies that pyproject.toml allows
 	$(BIN)/python -m pip install --quiet uv
 	$(BIN)/uv venv --quiet --clear --no-python-downloads --python $(BIN)/python $(LOWEST)
-	$(BIN)/uv pip compile --quiet --python $(LOWEST) --resolution lowest-direct --extra trio pyproject.toml -o $(LOWEST)/pins.txt
-	$(BIN)/uv pip install --quiet --python $(LOWEST) --constraints $(LOWEST)/pins.txt --editable '.[trio]' --group dev
+	$(BIN)/uv pip compile --quiet --python $(LOWEST) --resolution lowest-direct --all-extras pyproject.toml -o $(LOWEST)/pins.txt
+	$(BIN)/uv pip install --quiet --python $(LOWEST) --constraints $(LOWEST)/pins.txt --editable '.[redis,taskiq,trio]' --group dev
 	$(LOWEST)/bin/python -m pytest -p no:cacheprovider --ignore=tests/e2e $(ARGS)
 
 bench: $(BENCH)  ## measure against raw ASGI and sse-starlette, side by side
