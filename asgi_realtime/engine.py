@@ -7,24 +7,29 @@ all subscriptions: set by a signal, by the stop, or by the user.
 from __future__ import annotations
 
 import contextvars
-from collections.abc import Callable
+import os
+import secrets
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from typing import Protocol
 
 import anyio
 
-from asgi_realtime.brokers.base import Broker
+from asgi_realtime.brokers.base import Broker, ThreadRenewal
 from asgi_realtime.config import Limits, Timeouts
 from asgi_realtime.core.runs import Finished, RunError, RunRecord, Status
 from asgi_realtime.errors import BrokerUnavailable, InvalidTransition, RunNotFound, ServerShutdown
 from asgi_realtime.execution import Execution
 from asgi_realtime.housekeeping import Housekeeping
+from asgi_realtime.leases import LeaseThread
 from asgi_realtime.run import RelatedRun, Run
 from asgi_realtime.runstore import RunStore
 from asgi_realtime.signals import ShutdownSignals
 from asgi_realtime.sources import ThreadBudget
 from asgi_realtime.supervisor import Job, Supervisor, logger
-from asgi_realtime.tasks.executor import Executor, InProcessExecutor
+from asgi_realtime.tasks.executor import AttachedExecutor, Executor, InProcessExecutor
 from asgi_realtime.waiting import Parking
+from asgi_realtime.watch import RunWatch
 
 SIGNAL_COUNTS_S = 30.0
 """How long a signal ends subscriptions if nothing stops after it: a host may have a handler that ignores it."""
@@ -63,6 +68,9 @@ class Engine:
         self.threads = ThreadBudget(limits.source_threads)
         self.runs = RunStore(broker, clock=clock, patience_s=timeouts.append, limits=limits)
         self.executor: Executor | None = None
+        self._watches: dict[Execution, RunWatch] = {}
+        self._leases: LeaseThread | None = None
+        self._pid = os.getpid()
         self._debug = debug
         self._signals = ShutdownSignals(self._on_signal) if signals else None
         self._supervisor: Supervisor | None = None
@@ -76,8 +84,32 @@ class Engine:
     @property
     def supervisor(self) -> Supervisor | None:
         """The supervisor, if this runs."""
+        self._heed_fork()
         supervisor = self._supervisor
         return None if supervisor is None or supervisor.ended or supervisor.dead else supervisor
+
+    @property
+    def owner(self) -> str:
+        """This process, as the owner of the runs that it executes."""
+        self._heed_fork()
+        return self.runs.owner
+
+    def _heed_fork(self) -> None:
+        """A child of the process that this was made in is another owner, and has nothing of what runs there."""
+        pid = os.getpid()
+        if pid == self._pid:
+            return
+        self._pid = pid
+        self._supervisor = None
+        self._ready = False
+        self._changed = Parking()
+        self.runs.owner = secrets.token_hex(8)
+        if self._in_process is not None:
+            self._in_process.forget()
+
+    @property
+    def _in_process(self) -> InProcessExecutor | None:
+        return self.executor if isinstance(self.executor, InProcessExecutor) else None
 
     @property
     def running(self) -> bool:
@@ -92,6 +124,7 @@ class Engine:
 
     def begin(self, *, lazy: bool = True) -> Supervisor:
         """Start if this does not run yet, without waiting for it. Raises `RuntimeError` off its loop."""
+        self._heed_fork()
         supervisor = self._supervisor
         if supervisor is not None and not supervisor.ended:
             if supervisor.usable:
@@ -113,12 +146,14 @@ class Engine:
         self.closing = self._shut_for_good = False
         self.subscribers.clear()
         self.executions.clear()
+        self._watches.clear()
+        self._end_leases()
         if self._signals is not None:
             self._signals.install()
         supervisor.start()
         supervisor.spawn_detached(self._serve)
-        if isinstance(self.executor, InProcessExecutor):
-            self.executor.restart()
+        if self._in_process is not None:
+            self._in_process.restart()
         if lazy:
             logger.info("started on first use: put realtime.lifespan or RealtimeMiddleware into the app to stop it too")
         return supervisor
@@ -149,15 +184,16 @@ class Engine:
 
     async def _serve(self) -> None:
         try:
-            async with self.broker:
+            async with self.broker, self._executor_open():
                 self._ready = True
                 self._changed.wake()
+                self.keep_leases()
                 housekeeping = Housekeeping(self)
                 async with anyio.create_task_group() as group:
                     group.start_soon(housekeeping.tick_subscribers)
                     group.start_soon(housekeeping.run_what_is_due)
         except Exception as exc:
-            logger.exception("the broker cannot be used")
+            logger.exception("the broker or the executor cannot be used")
             self._failure = exc
             self._changed.wake()
             if self._supervisor is not None:
@@ -167,8 +203,25 @@ class Engine:
             self._changed.wake()
             raise
         finally:
+            self._end_leases()
             if self._signals is not None:
                 self._signals.restore()
+
+    @asynccontextmanager
+    async def _executor_open(self) -> AsyncIterator[None]:
+        executor = self.executor
+        if not isinstance(executor, AttachedExecutor):
+            yield
+            return
+        await executor.start()
+        try:
+            yield
+        finally:
+            with anyio.move_on_after(self.timeouts.close, shield=True):
+                try:
+                    await executor.stop()
+                except Exception:
+                    logger.exception("the executor could not be stopped")
 
     def begin_shutdown(self) -> None:
         """End every subscription cleanly, at the next turn of the loop, and every later one until the next start.
@@ -228,16 +281,17 @@ class Engine:
 
     @property
     def _busy(self) -> bool:
-        return bool(self.executions) or (isinstance(self.executor, InProcessExecutor) and bool(self.executor.running))
+        return bool(self.executions) or (self._in_process is not None and bool(self._in_process.running))
 
     async def _fail_waiting(self) -> None:
         """Fail the runs that would begin in this process."""
-        if not isinstance(self.executor, InProcessExecutor):
+        if self._in_process is None:
             return
-        for run_id in self.executor.take_waiting():
-            await self._end_waiting(run_id, RunError("ServerShutdown", "the server was shut down"))
+        for run_id in self._in_process.take_waiting():
+            await self.end_waiting(run_id, RunError("ServerShutdown", "the server was shut down"))
 
-    async def _end_waiting(self, run_id: str, error: RunError) -> None:
+    async def end_waiting(self, run_id: str, error: RunError) -> None:
+        """Fail a run that has not begun, if it still has not."""
         try:
             await self.runs.update(run_id, Finished(Status.FAILED, error=error))
         except (InvalidTransition, RunNotFound, BrokerUnavailable) as exc:
@@ -265,6 +319,9 @@ class Engine:
         )
         execution = Execution(run, runs=self.runs, debug=self._debug)
         self.executions[record.id] = execution
+        self.keep_leases()
+        watch = self._watches[execution] = RunWatch(execution, broker=self.broker, runs=self.runs)
+        supervisor.spawn_detached(watch.run)
         self.wake()
         return execution
 
@@ -272,6 +329,9 @@ class Engine:
         """Forget an execution whose run is over."""
         if self.executions.get(execution.run.id) is execution:
             del self.executions[execution.run.id]
+        watch = self._watches.pop(execution, None)
+        if watch is not None:
+            watch.end()
         self.wake()
 
     def wake(self) -> None:
@@ -280,13 +340,41 @@ class Engine:
 
     def takes(self, task_id: str) -> bool:
         """Whether the executor can have runs of this task executed."""
-        return not isinstance(self.executor, InProcessExecutor) or self.executor.knows(task_id)
+        return self._in_process is None or self._in_process.knows(task_id)
 
     async def enqueue(self, record: RunRecord) -> None:
-        """Hand a run that is QUEUED to the executor. If that refuses it, the run fails and the error is raised."""
+        """Hand a run that is QUEUED to the executor. Raises what the executor does: it does not have the run then."""
         assert self.executor is not None
+        await self.executor.enqueue(record.id, record.task)
+        if self._in_process is not None:
+            self.keep_leases()
+            return
         try:
-            await self.executor.enqueue(record.id, record.task)
-        except Exception:
-            await self._end_waiting(record.id, RunError("NotQueued", "the executor did not take the run"))
-            raise
+            await self.broker.enqueued(record.id)
+        except BrokerUnavailable as exc:
+            logger.info("run %s is in the queue and will be put there again: %s", record.id, exc)
+
+    # Leases
+
+    @property
+    def held(self) -> list[str]:
+        """The runs that this process has in hand: those that it executes and those that wait in it. From any thread."""
+        waiting = [] if self._in_process is None else self._in_process.held
+        return list(dict.fromkeys((*waiting, *list(self.executions))))
+
+    @property
+    def renews_from_thread(self) -> bool:
+        return isinstance(self.broker, ThreadRenewal)
+
+    def keep_leases(self) -> None:
+        """Renew what is held, if the broker lets a thread do that; if not, the ticker does."""
+        if not isinstance(self.broker, ThreadRenewal) or not self.held:
+            return
+        if self._leases is None:
+            self._leases = LeaseThread(self.broker, lambda: self.held, owner=self.owner, lease_s=self.timeouts.lease)
+        self._leases.keep()
+
+    def _end_leases(self) -> None:
+        if self._leases is not None:
+            self._leases.stop()
+            self._leases = None

@@ -47,7 +47,8 @@ class Execution:
         """Who stopped the run before its end."""
         self._runs = runs
         self._debug = debug
-        self._ending = False  # what comes of the run is settled, though not stored yet
+        self.ending = False
+        """What comes of the run is settled, though not stored yet."""
 
     def cancel(self) -> None:
         """Somebody asked to cancel the run. Idempotent."""
@@ -58,7 +59,7 @@ class Execution:
         self._stop(ServerShutdown("the server was shut down"))
 
     def _stop(self, reason: RunCanceled | ServerShutdown) -> None:
-        if self.stopped_by is not None or self._ending:
+        if self.stopped_by is not None or self.ending:
             return
         self.stopped_by = reason
         self.run.canceled = True
@@ -111,7 +112,7 @@ class Execution:
 
     async def _end(self, result: Finished) -> RunRecord:
         """The last commit. Shielded: a run whose code has ended does not stay open."""
-        self._ending = True
+        self.ending = True
         with anyio.CancelScope(shield=True):
             if result.status is not Status.COMPLETED:
                 self._stop_pipes(self.stopped_by or _ended_as(result))

@@ -29,6 +29,9 @@ class Housekeeping:
         self._engine = engine
         self._broker_away = False
         self._renewed_at = -math.inf
+        self._refused = False
+        """The executor refused a run in this pass: others wait for the next."""
+        self._executor_away = False
 
     async def tick_subscribers(self) -> None:
         engine = self._engine
@@ -57,10 +60,11 @@ class Housekeeping:
     async def once(self) -> None:
         """Do all that is due now."""
         engine = self._engine
-        if engine.executions:  # before looking for expired leases: a blocked loop must not crash its own runs
-            await self._renew()
-            await self._heed_cancellations()
+        self._refused = False
+        if engine.held and not engine.renews_from_thread:
+            await self._renew()  # before looking for expired leases: a blocked loop must not crash its own runs
         await self._each("delay", self._queue)
+        await self._each("enqueue", self._hand_over)
         await self._each("ttl", lambda run_id: self._change(run_id, _EXPIRED))
         await self._each("lease", lambda run_id: self._change(run_id, _CRASHED))
         await self._each("cancel", lambda run_id: self._change(run_id, Finished(Status.CANCELED)))
@@ -71,16 +75,8 @@ class Housekeeping:
         engine = self._engine
         now = engine.clock()  # unlike the loop's time it goes on while the machine sleeps, as leases do
         if not 0 <= now - self._renewed_at < engine.timeouts.lease / 3:
-            await engine.broker.renew(list(engine.executions), owner=engine.runs.owner)
+            await engine.broker.renew(engine.held, owner=engine.owner)
             self._renewed_at = now
-
-    async def _heed_cancellations(self) -> None:
-        """Stop what runs here and was canceled, or ended, by another process."""
-        executions = dict(self._engine.executions)
-        records = await self._engine.runs.load(list(executions))
-        for execution, record in zip(executions.values(), records, strict=True):
-            if record is None or record.is_completed or record.cancel_requested_at_ms is not None:
-                execution.cancel()
 
     async def _each(self, kind: str, act: Callable[[str], Awaitable[object]]) -> None:
         """Act on each run that is due, once: what stays due, such as a task that only others know, is passed over."""
@@ -109,7 +105,29 @@ class Housekeeping:
             return  # a process that has the task does it
         record = await self._change(run_id, Queued())
         if record is not None and record.status is Status.QUEUED:
-            await engine.enqueue(record)
+            await self._enqueue(record)
+
+    async def _hand_over(self, run_id: str) -> None:
+        """Hand over a run whose process was gone before it did, or whose queue refused it."""
+        engine = self._engine
+        (record,) = await engine.runs.load([run_id])
+        if record is None or record.status is not Status.QUEUED or not engine.takes(record.task):
+            return
+        if not self._refused:
+            await self._enqueue(record)
+            await engine.broker.renew([run_id], owner=engine.owner)  # it waits here, or was refused: a lease later
+
+    async def _enqueue(self, record: RunRecord) -> None:
+        """Hand a run over. If the executor refuses it, it stays QUEUED and is handed over later: nobody else would."""
+        try:
+            await self._engine.enqueue(record)
+        except Exception:
+            self._refused = True
+            if not self._executor_away:
+                logger.exception("the executor does not take runs; it is asked again")
+            self._executor_away = True
+        else:
+            self._executor_away = False
 
     async def _change(self, run_id: str, change: RunChange) -> RunRecord | None:
         try:

@@ -1,14 +1,13 @@
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 
 import anyio
 import pytest
 
-from asgi_realtime import Realtime, Run, RunCanceled, RunError, Status
+from asgi_realtime import Realtime, Run, RunCanceled, RunError, RunFailed, Status
 from asgi_realtime.brokers.memory import MemoryBroker
-from asgi_realtime.core.runs import Finished
-from asgi_realtime.housekeeping import Housekeeping
+from asgi_realtime.core.runs import Finished, TagsAdded
 from tests.brokers.backends import DistantBroker
 from tests.inprocess import FakeClock, ended, make_realtime, until
 
@@ -81,24 +80,27 @@ async def test_a_run_whose_owner_does_not_cancel_it_is_canceled_by_anyone_after_
         assert await owner.get_run(handle) == record
 
 
-@pytest.mark.parametrize("anyio_backend", ["asyncio"])
-async def test_a_run_whose_owner_is_silent_is_crashed() -> None:
-    owner, other, clock = two_processes()
-    await owner.start()
-    opened = owner.open_run("r")
-    run = await opened.__aenter__()
-    owner.engine.executions.clear()  # it does not know of the run any more, so it renews nothing
-    async with other:
-        clock.seconds += 29
-        assert await other.broker.due("lease") == []
-        assert (await other.get_run(run.id)).status is Status.EXECUTING
-        clock.seconds += 2
+async def test_a_run_whose_owner_is_silent_is_crashed_and_its_code_is_stopped() -> None:
+    class Silent(MemoryBroker):
+        async def renew(self, run_ids: Sequence[str], *, owner: str) -> None: ...
+
+    clock = FakeClock()
+    broker = Silent(clock=clock)
+    owner, other = (make_realtime(broker=broker, clock=clock) for _ in range(2))
+    async with owner, other:
+        with pytest.raises(RunCanceled):
+            async with owner.open_run("r") as run:
+                await owner.append("kept")
+                clock.seconds += 29
+                assert await broker.due("lease") == []
+                assert (await other.get_run(run.id)).status is Status.EXECUTING
+                clock.seconds += 2
+                await anyio.sleep(60)
         record = await ended(other, run.id)
-    assert record.status is Status.CRASHED
-    assert record.error == RunError("Crashed", "the process that executed the run is gone")
-    await opened.__aexit__(None, None, None)
-    assert await owner.get_run(run) == record
-    await owner.stop()
+        assert record.status is Status.CRASHED
+        assert record.error == RunError("Crashed", "the process that executed the run is gone")
+        with pytest.raises(RunFailed, match="the process that executed the run is gone"):
+            [chunk async for chunk in other.read(run)]
 
 
 async def test_an_owner_that_lives_renews_its_lease() -> None:
@@ -137,19 +139,16 @@ async def test_code_whose_run_was_ended_by_another_process_is_stopped() -> None:
 
 
 async def test_a_run_that_is_ending_is_not_taken_for_one_that_another_process_has_ended() -> None:
-    """The ticker that looked at it just then made a completed run raise `RunCanceled`."""
-    async with make_realtime(broker=DistantBroker()) as realtime:
-        housekeeping = Housekeeping(realtime.engine)
-
-        async def look(times: int) -> None:
-            for _ in range(times):
-                await housekeeping._heed_cancellations()
-
-        for _ in range(20):
+    """Who looked at it just then made a completed run raise `RunCanceled`."""
+    broker = DistantBroker()
+    async with make_realtime(broker=broker) as realtime, make_realtime(broker=broker) as other:
+        for number in range(40):
             async with anyio.create_task_group() as group:
-                async with realtime.open_run("r"):
-                    group.start_soon(look, 10)
-                    await anyio.lowlevel.checkpoint()
+                async with realtime.open_run("r") as run:
+                    group.start_soon(other.runs.update, run.id, TagsAdded(("seen",)))  # news at any moment of the end
+                    for _ in range(number):
+                        await anyio.lowlevel.checkpoint()
+            assert (await realtime.get_run(run)).status is Status.COMPLETED
 
 
 async def test_cancelling_what_is_over_changes_nothing() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 from collections import deque
 from collections.abc import Awaitable, Callable
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from asgi_realtime.supervisor import Job
 
@@ -18,6 +18,43 @@ class Executor(Protocol):
 
     async def enqueue(self, run_id: str, task_id: str) -> None:
         """See to it that some process calls `Realtime.execute(run_id)`. Calling it twice for a run is harmless."""
+        ...
+
+
+class ExecutorHost(Protocol):
+    """A `Realtime`, as its executor sees it."""
+
+    async def execute(self, run_id: str) -> None:
+        """As `Realtime.execute`."""
+        ...
+
+    async def start(self) -> None:
+        """Start the `Realtime`, in a process that has no other host: a worker."""
+        ...
+
+    async def stop(self) -> None:
+        """Stop it. What it executes may go on for `timeouts.drain`; then it is cancelled and FAILED."""
+        ...
+
+
+@runtime_checkable
+class AttachedExecutor(Protocol):
+    """An executor that belongs to one `Realtime` and lives with it."""
+
+    async def enqueue(self, run_id: str, task_id: str) -> None:
+        """As `Executor.enqueue`."""
+        ...
+
+    def attach(self, host: ExecutorHost) -> None:
+        """The `Realtime` that this was given to, when that is made."""
+        ...
+
+    async def start(self) -> None:
+        """The `Realtime` starts: `enqueue` may be called from now on. An error keeps it from starting."""
+        ...
+
+    async def stop(self) -> None:
+        """The `Realtime` is stopped, and what ran in it has ended."""
         ...
 
 
@@ -38,6 +75,7 @@ class InProcessExecutor:
         self._on_end = on_end
         self._waiting: dict[str, deque[str]] = {}
         self._running: dict[str, list[str]] = {}
+        self._held: dict[str, None] = {}
 
     def knows(self, task_id: str) -> bool:
         """Whether runs of this task can be executed here."""
@@ -48,18 +86,33 @@ class InProcessExecutor:
         """The runs that were given a place; some may not be claimed yet."""
         return [run_id for run_ids in self._running.values() for run_id in run_ids]
 
+    @property
+    def held(self) -> list[str]:
+        """The runs that wait or run here. From any thread."""
+        return list(self._held)
+
     async def enqueue(self, run_id: str, task_id: str) -> None:
-        self._waiting.setdefault(task_id, deque()).append(run_id)
-        self._fill(task_id)
+        if run_id not in self._held:
+            self._held[run_id] = None
+            self._waiting.setdefault(task_id, deque()).append(run_id)
+            self._fill(task_id)
 
     def take_waiting(self) -> list[str]:
         """Give up the runs that have not begun, at shutdown."""
         waiting = [run_id for queue in self._waiting.values() for run_id in queue]
         self._waiting.clear()
+        for run_id in waiting:
+            del self._held[run_id]
         return waiting
+
+    def forget(self) -> None:
+        """Leave everything to another process: that of which this one is a fork."""
+        self._waiting, self._running, self._held = {}, {}, {}
 
     def restart(self) -> None:
         """Begin anew, on another loop perhaps: what ran on the old one is gone, what waited there has its turn."""
+        for run_id in self.running:
+            del self._held[run_id]
         self._running = {}
         for task_id in tuple(self._waiting):
             self._fill(task_id)
@@ -82,5 +135,6 @@ class InProcessExecutor:
             if not running[task_id]:
                 del running[task_id]
             if running is self._running:
+                del self._held[run_id]
                 self._fill(task_id)
                 self._on_end()

@@ -16,7 +16,7 @@ from asgi_realtime.config import Retention, Span, parse_span
 from asgi_realtime.core.chunks import decode
 from asgi_realtime.core.metadata import check_key as check_metadata_key
 from asgi_realtime.core.metadata import check_size, normalize_value
-from asgi_realtime.core.runs import BatchMember, CancelRequested, RunRecord, Started, Status
+from asgi_realtime.core.runs import BatchMember, CancelRequested, RunError, RunRecord, Started, Status
 from asgi_realtime.engine import Engine
 from asgi_realtime.errors import (
     InvalidConfiguration,
@@ -31,7 +31,7 @@ from asgi_realtime.handles import BatchHandle, ResultWaiter, RunHandle
 from asgi_realtime.names import check_key, check_tags, new_batch_id, new_run_id
 from asgi_realtime.run import current
 from asgi_realtime.supervisor import logger
-from asgi_realtime.tasks.executor import Executor, InProcessExecutor
+from asgi_realtime.tasks.executor import AttachedExecutor, Executor, InProcessExecutor
 from asgi_realtime.tasks.runner import run_task
 from asgi_realtime.tasks.task import Task
 from asgi_realtime.tasks.threads import TaskThreads
@@ -83,6 +83,16 @@ class Tasks:
             concurrency_limit=self._concurrency_limit,
             on_end=engine.wake,
         )
+        if isinstance(executor, AttachedExecutor):
+            executor.attach(self)
+
+    async def start(self) -> None:
+        """Start the `Realtime`, for an executor whose process is not the host's but its worker's."""
+        await self._engine.ensure_started(lazy=False)
+
+    async def stop(self) -> None:
+        """Stop it: what runs here may go on for `timeouts.drain`, and is cancelled then."""
+        await self._engine.stop()
 
     def register(
         self, task_id: str, function: Callable[..., Any], *, max_duration: Span | None, concurrency_limit: int | None
@@ -215,7 +225,7 @@ class Tasks:
             tags=check_tags(tags, self._limits),
             metadata=self._checked_metadata(metadata),
             root_id=run_id,
-            owner=self._runs.owner,
+            owner=self._engine.owner,
         )
 
     def _checked_metadata(self, metadata: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -275,7 +285,11 @@ class Tasks:
                 raise
             return conflict.current, True
         if record.status is Status.QUEUED:
-            await self._engine.enqueue(record)
+            try:
+                await self._engine.enqueue(record)
+            except Exception:
+                await self._engine.end_waiting(record.id, RunError("NotQueued", "the executor did not take the run"))
+                raise
         return record, False
 
     async def _claimed(self, claim: str, run_id: str) -> tuple[str, RunRecord | None]:
@@ -299,9 +313,14 @@ class Tasks:
     async def execute(self, run_id: str) -> None:
         """Claim a run and run its task. Returns at once if the run is not QUEUED."""
         await self._engine.ensure_started()
-        task = self.get((await self._runs.get(run_id)).task)
         try:
-            record = await self._runs.update(run_id, Started(self._runs.owner))
+            task = self.get((await self._runs.get(run_id)).task)
+        except UnknownTask as exc:
+            if not isinstance(self._engine.executor, InProcessExecutor):  # the queue does not have it any more
+                await self._engine.end_waiting(run_id, RunError("UnknownTask", "the worker does not know the task"))
+            raise exc
+        try:
+            record = await self._runs.update(run_id, Started(self._engine.owner))
         except InvalidTransition:
             return
         if record.is_completed:

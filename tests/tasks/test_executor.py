@@ -3,13 +3,42 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 
 import anyio
+import msgspec
 import pytest
 
-from asgi_realtime import Run, RunError, Status
+from asgi_realtime import Realtime, Run, RunError, RunRecord, Status, UnknownTask
+from asgi_realtime.brokers.memory import MemoryBroker
+from asgi_realtime.housekeeping import Housekeeping
 from asgi_realtime.tasks import InProcessExecutor
+from asgi_realtime.tasks.executor import ExecutorHost
+from tests.brokers.backends import DistantBroker
 from tests.inprocess import FakeClock, ended, make_realtime, until
 
 pytestmark = pytest.mark.anyio
+
+
+class Queue:
+    """Takes ids, and nobody executes them."""
+
+    def __init__(self) -> None:
+        self.sent: list[tuple[str, str]] = []
+        self.away = False
+
+    async def enqueue(self, run_id: str, task_id: str) -> None:
+        if self.away:
+            raise ConnectionError("the queue is away")
+        self.sent.append((run_id, task_id))
+
+
+def make_record(realtime: Realtime) -> RunRecord:
+    """A run of the task "t" as `trigger` stores it, before anybody is told."""
+    return msgspec.structs.replace(
+        realtime._tasks.open_record("t", tags=None, metadata=None),
+        status=Status.QUEUED,
+        owner=None,
+        started_at_ms=None,
+        payload_json=b"null",
+    )
 
 
 async def test_no_more_runs_of_a_task_than_its_limit_run_at_once_and_they_begin_in_order() -> None:
@@ -85,13 +114,6 @@ async def test_a_waiting_run_that_is_canceled_never_begins_and_gives_up_its_plac
 
 
 async def test_a_queue_adapter_gets_ids_and_calls_execute() -> None:
-    class Queue:
-        def __init__(self) -> None:
-            self.sent: list[tuple[str, str]] = []
-
-        async def enqueue(self, run_id: str, task_id: str) -> None:
-            self.sent.append((run_id, task_id))
-
     queue = Queue()
     realtime = make_realtime(executor=queue)
 
@@ -133,7 +155,7 @@ async def test_a_run_that_the_executor_refuses_is_failed_and_the_error_is_raised
     assert record.error == RunError("NotQueued", "the executor did not take the run")
 
 
-async def test_an_executor_that_fails_does_not_end_the_ticker() -> None:
+async def test_an_executor_that_fails_does_not_end_the_ticker(caplog: pytest.LogCaptureFixture) -> None:
     """Whatever was due after that never happened: no leases, no expiry, no heartbeats."""
     clock = FakeClock()
     refusing = Refusing()
@@ -145,11 +167,209 @@ async def test_an_executor_that_fails_does_not_end_the_ticker() -> None:
     async with realtime:
         delayed = await realtime.trigger(task, delay=5)
         clock.seconds += 6
-        assert (await ended(realtime, delayed)).status is Status.FAILED
+        await until(lambda: refusing.calls)
         expiring = await realtime.trigger(task, delay=5, ttl=1)
         clock.seconds += 20
         await ended(realtime, expiring)
-    assert refusing.calls >= 1
+        assert (await realtime.get_run(delayed)).status is Status.QUEUED
+    assert [record.message for record in caplog.records if record.exc_info] == [
+        "the executor does not take runs; it is asked again"
+    ]
+
+
+async def test_a_run_that_the_executor_refused_is_handed_over_when_it_takes_runs_again() -> None:
+    """Nobody was there to be told, and one refusal of a queue that restarted failed every delayed run."""
+    clock = FakeClock()
+    queue = Queue()
+    queue.away = True
+    realtime = make_realtime(executor=queue, clock=clock)
+
+    @realtime.task("t")
+    async def task() -> None: ...
+
+    async with realtime:
+        handles = [await realtime.trigger(task, delay=5) for _ in range(3)]
+        clock.seconds += 6
+        housekeeping = Housekeeping(realtime.engine)
+        for _ in range(3):
+            await housekeeping.once()
+        assert queue.sent == []
+        queue.away = False
+        clock.seconds += realtime.timeouts.lease
+        for _ in range(3):
+            await housekeeping.once()
+        assert sorted(queue.sent) == sorted((handle.id, "t") for handle in handles)
+        clock.seconds += 3 * realtime.timeouts.lease
+        await housekeeping.once()
+        assert len(queue.sent) == 3  # the queue has them now
+
+
+async def test_a_run_whose_process_died_before_it_was_handed_over_is_handed_over_by_another() -> None:
+    """It stayed QUEUED for ever."""
+    clock = FakeClock()
+    broker, queue = MemoryBroker(clock=clock), Queue()
+    dead, alive = (make_realtime(broker=broker, executor=queue, clock=clock) for _ in range(2))
+    async with alive:
+        record = make_record(dead)
+        await dead.runs.create(record)  # and that was its last act
+        await Housekeeping(alive.engine).once()
+        assert queue.sent == []
+        clock.seconds += alive.timeouts.lease + 0.1
+        await Housekeeping(alive.engine).once()
+        assert queue.sent == [(record.id, "t")]
+
+
+async def test_a_run_that_waits_in_a_process_is_not_taken_by_another_while_it_lives() -> None:
+    clock = FakeClock()
+    broker = MemoryBroker(clock=clock)
+    go = anyio.Event()
+    begun: list[str] = []
+
+    def process(name: str) -> Realtime:
+        realtime = make_realtime(broker=broker, clock=clock)
+
+        @realtime.task("t", concurrency_limit=1)
+        async def task(run: Run) -> str:
+            begun.append(run.id)
+            await go.wait()
+            return name
+
+        return realtime
+
+    one, two = process("one"), process("two")
+    async with one, two:
+        handles = [await one.trigger("t") for _ in range(3)]
+        assert one.engine.held == [handle.id for handle in handles]
+        for _ in range(6):
+            clock.seconds += one.timeouts.lease / 2
+            await Housekeeping(one.engine).once()
+            await Housekeeping(two.engine).once()
+        assert two.engine.held == []
+        assert begun == [handles[0].id]
+        go.set()
+        assert [await handle.result(timeout=5) for handle in handles] == ["one"] * 3
+        assert one.engine.held == []
+
+
+async def test_a_run_that_was_handed_over_twice_runs_once() -> None:
+    clock = FakeClock()
+    broker = DistantBroker(clock=clock)
+    executions: list[str] = []
+
+    def process() -> Realtime:
+        realtime = make_realtime(broker=broker, clock=clock)
+
+        @realtime.task("t")
+        async def task(run: Run) -> str:
+            executions.append(run.id)
+            return "done"
+
+        return realtime
+
+    async with process() as one, process() as two:
+        records = [make_record(one) for _ in range(5)]
+        for record in records:
+            await one.runs.create(record)
+        clock.seconds += one.timeouts.lease + 0.1
+        async with anyio.create_task_group() as group:
+            for realtime in (one, two, one):
+                group.start_soon(Housekeeping(realtime.engine).once)
+        for record in records:
+            assert await one.result(record, timeout=5) == "done"
+    assert sorted(executions) == sorted(record.id for record in records)
+
+
+async def test_a_run_of_a_task_that_is_not_known_here_is_left_to_those_who_know_it() -> None:
+    clock = FakeClock()
+    broker = MemoryBroker(clock=clock)
+    knows, knows_not = (make_realtime(broker=broker, clock=clock) for _ in range(2))
+
+    @knows.task("t")
+    async def task() -> str:
+        return "done"
+
+    record = make_record(knows)
+    async with knows_not:
+        await knows_not.runs.create(record)
+        clock.seconds += knows.timeouts.lease + 0.1
+        await Housekeeping(knows_not.engine).once()
+        assert knows_not.engine.held == []
+        async with knows:
+            assert await knows.result(record, timeout=5) == "done"
+
+
+async def test_a_worker_that_does_not_know_the_task_fails_the_run() -> None:
+    """The queue has given it away, and nobody else would ever begin it."""
+    broker = MemoryBroker()
+    web, worker = (make_realtime(broker=broker, executor=Queue()) for _ in range(2))
+
+    @web.task("t")
+    async def task() -> None: ...
+
+    async with web, worker:
+        handle = await web.trigger(task)
+        with pytest.raises(UnknownTask):
+            await worker.execute(handle.id)
+        record = await web.get_run(handle)
+    assert record.status is Status.FAILED
+    assert record.error == RunError("UnknownTask", "the worker does not know the task")
+
+
+class Attached(Queue):
+    """An executor with a life of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.host: ExecutorHost | None = None
+        self.told: list[str] = []
+        self.failure: Exception | None = None
+
+    def attach(self, host: ExecutorHost) -> None:
+        self.host = host
+
+    async def start(self) -> None:
+        self.told.append("start")
+        if self.failure is not None:
+            raise self.failure
+
+    async def stop(self) -> None:
+        await anyio.lowlevel.checkpoint()
+        self.told.append("stop")
+        if self.failure is not None:
+            raise self.failure
+
+
+async def test_an_executor_may_live_with_its_realtime() -> None:
+    executor = Attached()
+    realtime = make_realtime(executor=executor)
+
+    @realtime.task("t")
+    async def task() -> str:
+        return "done"
+
+    host = executor.host
+    assert host is not None
+    for times in (1, 2):
+        await host.start()
+        handle = await realtime.trigger(task)
+        await host.execute(handle.id)
+        assert await handle.result(timeout=5) == "done"
+        assert executor.told == ["start", "stop"] * (times - 1) + ["start"]
+        await host.stop()
+        assert executor.told == ["start", "stop"] * times
+    assert realtime.engine.supervisor is None
+
+
+async def test_an_executor_that_cannot_start_keeps_the_realtime_from_starting() -> None:
+    executor = Attached()
+    executor.failure = ConnectionError("no queue there")
+    realtime = make_realtime(executor=executor)
+    with pytest.raises(ConnectionError):
+        await realtime.start()
+    executor.failure = None
+    async with realtime:
+        executor.failure = ConnectionError("gone")
+    assert executor.told == ["start", "start", "stop"]
 
 
 async def test_a_run_whose_process_restarts_on_a_dead_loop_leaves_its_place() -> None:
