@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 import anyio
 import pytest
 
-from asgi_realtime import BrokerUnavailable, Realtime, Run, RunCanceled, RunNotFound, Status, StreamClosed
+from asgi_realtime import BrokerUnavailable, Realtime, Run, RunCanceled, RunNotFound, Status, StreamClosed, watch
 from asgi_realtime.brokers.base import LiveTopic
 from asgi_realtime.brokers.memory import MemoryBroker
 from asgi_realtime.core.runs import Finished, RunRecord, run_topic
@@ -47,6 +47,11 @@ async def numbers() -> AsyncIterator[int]:
     for number in range(1_000_000):
         yield number
         await anyio.lowlevel.checkpoint()
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "_PAUSE_S", 0.001)
 
 
 async def test_a_pipe_of_its_own_is_canceled_by_another_process() -> None:
@@ -104,8 +109,8 @@ async def test_what_a_process_does_itself_is_not_looked_at() -> None:
     broker = Counting()
     async with make_realtime(broker=broker) as realtime, realtime.open_run("r") as run:
         await realtime.append(0)
-        watch = next(iter(realtime.engine._watches.values()))
-        await until(lambda: watch._seen == 2 and broker._topics[run_topic(run.id)].waiting)  # of the new stream it asks
+        own = next(iter(realtime.engine._watches.values()))
+        await until(lambda: own._seen == 2 and broker._topics[run_topic(run.id)].waiting)  # of the new stream it asks
         for number in range(20):
             run.metadata.set("n", number)
             run.tags.add(f"tag-{number % 10}")

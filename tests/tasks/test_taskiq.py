@@ -1,0 +1,228 @@
+"""The adapter on taskiq's in-memory broker, which is client and worker in one; `tests/e2e` has real workers."""
+
+from __future__ import annotations
+
+import builtins
+import sys
+from typing import Any
+
+import anyio
+import pytest
+from taskiq import InMemoryBroker, TaskiqEvents, TaskiqState
+from taskiq.message import BrokerMessage
+
+import asgi_realtime.tasks.taskiq as adapter
+from asgi_realtime import BrokerUnavailable, Realtime, Run, RunNotFound, Status, UnknownTask, current_run
+from asgi_realtime.brokers.memory import MemoryBroker
+from asgi_realtime.tasks.taskiq import TaskiqExecutor
+from tests.inprocess import ended, make_realtime, until
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"  # as taskiq
+
+
+class Queue(InMemoryBroker):
+    """Notes what is sent and how often it was started."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sent: list[BrokerMessage] = []
+        self.ups: list[str] = []
+        self.deliver = True
+        self.add_event_handler(TaskiqEvents.CLIENT_STARTUP, lambda state: self.ups.append("up"))
+        self.add_event_handler(TaskiqEvents.CLIENT_SHUTDOWN, lambda state: self.ups.append("down"))
+
+    async def kick(self, message: BrokerMessage) -> None:
+        self.sent.append(message)
+        if self.deliver:
+            await super().kick(message)
+
+    async def deliver_again(self) -> None:
+        for message in list(self.sent):
+            await super().kick(message)
+        await self.wait_all()
+
+
+def make(queue: Queue, **options: Any) -> Realtime:
+    return make_realtime(executor=TaskiqExecutor(queue), **options)
+
+
+async def test_a_run_is_executed_by_a_worker_and_the_queue_carries_its_id() -> None:
+    queue = Queue()
+    realtime = make(queue)
+
+    @realtime.task("t")
+    async def task(payload: int, run: Run) -> int:
+        assert current_run() is run
+        await realtime.append(payload)
+        return payload + 1
+
+    async with realtime:
+        handle = await realtime.trigger(task, 1)
+        assert await handle.result(timeout=5) == 2
+        assert [chunk async for chunk in realtime.read(handle)] == [1]
+    (message,) = queue.sent
+    taskiq_message = queue.formatter.loads(message.message)
+    assert taskiq_message.args == [handle.id] and taskiq_message.kwargs == {} and taskiq_message.labels == {}
+    assert queue.ups == ["up", "down"]
+
+
+async def test_a_run_that_is_delivered_again_is_executed_once() -> None:
+    queue = Queue()
+    realtime = make(queue)
+    executions: list[str] = []
+
+    @realtime.task("t")
+    async def task(run: Run) -> None:
+        executions.append(run.id)
+
+    async with realtime:
+        handle = await realtime.trigger(task)
+        await queue.deliver_again()
+        await ended(realtime, handle)
+        await queue.deliver_again()
+    assert executions == [handle.id]
+
+
+async def test_a_taskiq_broker_that_the_host_has_started_is_left_alone() -> None:
+    queue = Queue()
+    realtime = make(queue)
+    for handler in list(queue.event_handlers[TaskiqEvents.WORKER_STARTUP]):
+        queue.event_handlers[TaskiqEvents.WORKER_STARTUP].remove(handler)  # a client is all that this one is
+    await queue.startup()
+    async with realtime:
+        pass
+    assert queue.ups == ["up"]
+    await queue.shutdown()
+    async with realtime:
+        assert queue.ups == ["up", "down", "up"]
+    assert queue.ups == ["up", "down", "up", "down"]
+
+
+async def test_in_a_worker_the_realtime_lives_with_the_worker() -> None:
+    queue = Queue()
+    queue.is_worker_process = True
+    realtime = make(queue)
+    begun = anyio.Event()
+
+    @realtime.task("t")
+    async def task() -> None:
+        begun.set()
+        await anyio.sleep(60)
+
+    for handler in queue.event_handlers[TaskiqEvents.WORKER_STARTUP]:
+        await handler(TaskiqState())  # type: ignore[misc]
+    assert realtime.engine.running
+    assert queue.ups == []
+    handle = await realtime.trigger(task)
+    await begun.wait()
+    for handler in queue.event_handlers[TaskiqEvents.WORKER_SHUTDOWN]:
+        await handler(TaskiqState())  # type: ignore[misc]
+    assert realtime.engine.supervisor is None
+    (record,) = await realtime.broker.load([handle.id])
+    assert record is not None and record.error is not None
+    assert (record.status, record.error.name) == (Status.FAILED, "ServerShutdown")
+    await queue.wait_all()
+    assert queue.ups == []
+
+
+class Host:
+    """A `Realtime` that cannot execute."""
+
+    def __init__(self, *errors: Exception) -> None:
+        self.errors = list(errors)
+        self.asked: list[str] = []
+
+    async def execute(self, run_id: str) -> None:
+        self.asked.append(run_id)
+        if self.errors:
+            raise self.errors.pop(0)
+
+    async def start(self) -> None: ...
+
+    async def stop(self) -> None: ...
+
+
+def attached(host: Host) -> tuple[Queue, TaskiqExecutor]:
+    queue = Queue()
+    executor = TaskiqExecutor(queue)
+    executor.attach(host)
+    return queue, executor
+
+
+@pytest.mark.parametrize("error", [RunNotFound("no such run"), UnknownTask("no such task")])
+async def test_what_cannot_be_executed_is_not_tried_for_ever(
+    error: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    host = Host(error)
+    queue, executor = attached(host)
+    await executor.enqueue("run_1", "t")
+    await queue.wait_all()
+    assert host.asked == ["run_1"]
+    assert f"run run_1 came from the queue and is not executed: {error}" in caplog.text
+    assert not queue.result_backend.results["run_1"].is_err
+
+
+async def test_an_absent_broker_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The queue does not deliver a run again, so it would have stayed QUEUED."""
+    monkeypatch.setattr(adapter, "_PAUSE_S", 0.001)
+    host = Host(*(BrokerUnavailable("away") for _ in range(3)))
+    queue, executor = attached(host)
+    await executor.enqueue("run_1", "t")
+    await queue.wait_all()
+    assert host.asked == ["run_1"] * 4
+    assert caplog.text.count("run run_1 came from the queue and waits: away") == 1
+
+
+async def test_a_worker_that_ends_waits_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adapter, "_PAUSE_S", 0.001)
+    host = Host(*(BrokerUnavailable("away") for _ in range(100_000)))
+    queue, executor = attached(host)
+    await executor.enqueue("run_1", "t")
+    await until(lambda: len(host.asked) > 2)
+    await executor._worker_stops(TaskiqState())
+    await queue.wait_all()
+
+
+async def test_one_executor_serves_one_realtime() -> None:
+    executor = TaskiqExecutor(Queue())
+    make_realtime(executor=executor)
+    with pytest.raises(RuntimeError, match="make one for each"):
+        make_realtime(executor=executor)
+
+
+async def test_two_realtimes_may_share_a_queue() -> None:
+    queue = Queue()
+    one = make_realtime(executor=TaskiqExecutor(queue), broker=MemoryBroker())
+    two = make_realtime(executor=TaskiqExecutor(queue, task_name="two"), broker=MemoryBroker())
+    for realtime in (one, two):
+
+        @realtime.task("t")
+        async def task(run: Run) -> bool:
+            return run.belongs_to(realtime.runs)  # noqa: B023
+
+    async with one:
+        first = await one.trigger("t")
+        assert not await first.result(timeout=5)  # the variable is that of the last turn
+        async with two:
+            assert await (await two.trigger("t")).result(timeout=5)
+
+
+def test_without_taskiq_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = builtins.__import__
+
+    def without(name: str, *args: Any, **options: Any) -> Any:
+        if name == "taskiq":
+            raise ImportError("No module named 'taskiq'")
+        return real(name, *args, **options)
+
+    monkeypatch.delitem(sys.modules, "asgi_realtime.tasks.taskiq")
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(ImportError, match=r"pip install 'asgi_realtime\[taskiq\]'"):
+        import asgi_realtime.tasks.taskiq  # noqa: F401
