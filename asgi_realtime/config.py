@@ -97,6 +97,8 @@ class Limits(_Positive):
     subscribers_per_token: int = 10_000
     token_cache: int = 10_000
     record_cache: int = 10_000
+    mirror_bytes: int = 1024 * 1024
+    """Of each stream that is followed, in this process, when the broker is elsewhere; older chunks are read from it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +125,8 @@ class Timeouts(_Positive):
     """One send to a subscriber that does not read; then it is dropped and may resume."""
     append: float = 30.0
     """How long a writer keeps trying while the broker is away."""
+    broker: float = 5.0
+    """One answer of a broker that is elsewhere, and a connection to it; then it counts as away."""
     drain: float = 0.5
     """How long tasks may go on at shutdown: short, so that the server exits within a second. Raise it to let answers
     end."""

@@ -23,6 +23,7 @@ RealtimeError
 │   ├── InvalidTransition
 │   ├── StreamClosed
 │   ├── StreamGap               entries that a reader asked for are past their retention
+│   ├── StreamLost              entries that were acknowledged are lost, and cannot be written again
 │   ├── VersionConflict
 │   └── ProducerGap
 ├── TaskError                   raised by a task: its message is shown to subscribers
@@ -207,6 +208,12 @@ class StreamGap(StateError):
         super().__init__(message)
         self.requested = requested
         self.first = first
+
+
+class StreamLost(StateError):
+    """Entries that the broker had acknowledged are lost, and cannot be written again where they stood."""
+
+    code = "stream_lost"
 
 
 class VersionConflict(StateError):

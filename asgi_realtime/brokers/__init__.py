@@ -7,12 +7,20 @@ from asgi_realtime.brokers.memory import Clock, MemoryBroker
 from asgi_realtime.config import Limits, Retention, Timeouts
 from asgi_realtime.errors import InvalidConfiguration
 
+REDIS_SCHEMES = ("redis", "rediss", "unix")
+
 
 def open_broker(url: str, *, limits: Limits, retention: Retention, timeouts: Timeouts, clock: Clock) -> Broker:
     """Make the broker that a URL names. Raises `InvalidConfiguration` for a URL that names none."""
     if url == "memory://":
         return MemoryBroker(limits=limits, retention=retention, timeouts=timeouts, clock=clock)
-    raise InvalidConfiguration(f"broker {url!r} is not known; allowed are 'memory://' and a Broker object")
+    scheme = url.partition(":")[0]
+    if scheme in REDIS_SCHEMES:
+        from asgi_realtime.brokers.redis import RedisBroker
+
+        return RedisBroker(url, limits=limits, retention=retention, timeouts=timeouts)
+    allowed = ", ".join(f"{scheme}://" for scheme in ("memory", *REDIS_SCHEMES))
+    raise InvalidConfiguration(f"broker {scheme + '://'!r} is not known; allowed are {allowed} and a Broker object")
 
 
 __all__ = ["Broker", "MemoryBroker", "open_broker"]

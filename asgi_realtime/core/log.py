@@ -137,6 +137,13 @@ class Log:
         if self.end is None:
             self.end = end
 
+    def restart(self, seq: int) -> None:
+        """Forget everything and go on at another place: the part of a log that is kept here begins anew."""
+        self.first = self.next = self._base = seq
+        self.size = self._trimmed = 0
+        self._frames.clear()
+        del self._times[:], self._sums[:]
+
     def frames(self, after: int, max_bytes: int) -> list[bytes]:
         """The frames after the cursor, at most `max_bytes` but at least one; empty if there is none.
 

@@ -68,15 +68,18 @@ class TopicIndex:
     def tell(self, run_id: str, version: int) -> bool:
         """Record that a run has this version. A version that is not newer than the known one changes nothing."""
         known = self._entries.get(run_id)
-        if known is not None:
-            if known.version >= version:
-                return False
-            del self._entries[run_id]
-        self.position += 1
-        self._entries[run_id] = Change(self.position, run_id, version)
+        if known is not None and known.version >= version:
+            return False
+        self.put(Change(self.position + 1, run_id, version))
+        return True
+
+    def put(self, change: Change) -> None:
+        """Record a change whose position, behind all others, is known."""
+        self._entries.pop(change.run_id, None)
+        self._entries[change.run_id] = change
+        self.position = change.position
         while len(self._entries) > self.max_runs:
             self.floor = self._entries.pop(next(iter(self._entries))).position
-        return True
 
     def forget(self, run_id: str) -> None:
         """Drop a run that is past its retention. Readers are not told."""

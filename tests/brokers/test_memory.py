@@ -408,5 +408,5 @@ def test_it_can_be_entered_again_on_another_loop(second: str) -> None:
 def test_it_is_chosen_by_its_url() -> None:
     settings: Any = {"limits": Limits(), "retention": Retention(), "timeouts": Timeouts(), "clock": Clock()}
     assert isinstance(open_broker("memory://", **settings), MemoryBroker)
-    with pytest.raises(InvalidConfiguration, match="'amqp://host' is not known"):
+    with pytest.raises(InvalidConfiguration, match="'amqp://' is not known"):
         open_broker("amqp://host", **settings)

@@ -1,0 +1,169 @@
+"""One connection to one server, shared by all who have something to say.
+
+The commands of one turn of the loop go out in one piece and the answers come back in their order, so a thousand writers
+cost one write. Cancelling a caller leaves its command on its way. A connection that is lost, or silent for
+too long, fails everything that is under way; the next command makes a new one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Coroutine
+from contextlib import suppress
+from typing import Any
+
+from redis.asyncio.connection import AbstractConnection
+from redis.exceptions import RedisError, ResponseError
+
+from asgi_realtime.errors import BrokerUnavailable
+
+Connect = Callable[[], AbstractConnection]
+Command = tuple[Any, ...]
+
+_COOL_DOWN_S = 0.1
+"""After a connection that could not be made, before the next is tried."""
+
+
+class Lost(BrokerUnavailable):
+    """The connection is gone, or could not be made. Nothing is known of what was under way."""
+
+
+class Link:
+    """Sends commands and gives their answers. `connect` makes a connection that is not open yet."""
+
+    def __init__(
+        self, connect: Connect, *, timeout_s: float, spawn: Callable[[Coroutine[Any, Any, None]], Any]
+    ) -> None:
+        self._connect = connect
+        self._timeout_s = timeout_s
+        self._spawn = spawn
+        self._queue: list[tuple[Command, asyncio.Future[Any]]] = []
+        self._sent: deque[asyncio.Future[Any]] = deque()
+        self._heard_at = 0.0  # when the server last gave an answer, or had nothing to answer
+        self._wanted = asyncio.Event()
+        self._given_up = asyncio.Event()
+        self._connection: AbstractConnection | None = None
+        self._task: Any = None
+        self._closed = False
+
+    def send(self, *command: Any) -> asyncio.Future[Any]:
+        """Send a command; the future has its answer, or raises `Lost` or the server's `ResponseError`."""
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        if self._closed:
+            future.set_exception(Lost("the broker is closed"))
+            return future
+        self._queue.append((command, future))
+        self._wanted.set()
+        if self._task is None or self._task.done():
+            self._task = self._spawn(self._run())
+        return future
+
+    def reset(self) -> None:
+        """Give up the connection: it leads to the wrong server."""
+        self._given_up.set()
+
+    async def aclose(self) -> None:
+        """Fail what is under way and close the connection."""
+        self._closed = True
+        if self._task is not None:
+            self._task.cancel()
+        self._fail(Lost("the broker is closed"))
+        await self._disconnect()
+
+    async def _run(self) -> None:
+        """Connect, and carry commands until the connection is lost; connect again for the next command."""
+        while not self._closed:
+            await self._wanted.wait()
+            try:
+                await self._open()
+            except (RedisError, OSError, TimeoutError) as exc:
+                self._fail(Lost(f"Redis cannot be reached: {exc}"))
+                self._wanted.clear()
+                await self._disconnect()
+                await asyncio.sleep(_COOL_DOWN_S)
+                continue
+            try:
+                await self._carry()
+            except (RedisError, OSError, TimeoutError) as exc:
+                self._fail(Lost(f"the connection to Redis was lost: {exc}"), unsent=False)
+            finally:
+                await self._disconnect()
+
+    async def _open(self) -> None:
+        connection = self._connection = self._connect()
+        async with asyncio.timeout(self._timeout_s):
+            await connection.connect()  # type: ignore[no-untyped-call]
+
+    async def _carry(self) -> None:
+        connection = self._connection
+        assert connection is not None
+        self._heard_at = asyncio.get_running_loop().time()
+        tasks = [asyncio.ensure_future(part) for part in (self._write(connection), self._read(connection))]
+        tasks.append(asyncio.ensure_future(self._watch()))
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _write(self, connection: AbstractConnection) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            await self._wanted.wait()
+            self._wanted.clear()
+            queue, self._queue = self._queue, []
+            batch = [(command, future) for command, future in queue if not future.done()]
+            if not batch:
+                continue
+            if not self._sent:
+                self._heard_at = loop.time()
+            self._sent.extend(future for _, future in batch)
+            packed = connection.pack_commands([command for command, _ in batch])
+            await connection.send_packed_command(packed, check_health=False)
+
+    async def _read(self, connection: AbstractConnection) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                answer = await connection.read_response(disable_decoding=True, disconnect_on_error=False)
+            except ResponseError as exc:
+                answer = exc
+            self._heard_at = loop.time()
+            future = self._sent.popleft()
+            if future.done():
+                continue
+            if isinstance(answer, Exception):
+                future.set_exception(answer)
+            else:
+                future.set_result(answer)
+
+    async def _watch(self) -> None:
+        """End when the server owes an answer for too long, or somebody has given it up."""
+        loop = asyncio.get_running_loop()
+        self._given_up.clear()
+        while True:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._given_up.wait(), self._timeout_s / 4)
+                raise ConnectionError("it led to the wrong server")
+            if self._sent and loop.time() - self._heard_at > self._timeout_s:
+                raise TimeoutError(f"no answer for {self._timeout_s:g} s")
+
+    def _fail(self, failure: Lost, *, unsent: bool = True) -> None:
+        under_way = list(self._sent)
+        self._sent.clear()
+        if unsent:
+            queue, self._queue = self._queue, []
+            under_way += [future for _, future in queue]
+        for future in under_way:
+            if not future.done():
+                future.set_exception(failure)
+                future.exception()  # whoever asked may be gone: that is nothing to warn of
+
+    async def _disconnect(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            await connection.disconnect(nowait=True)

@@ -1,0 +1,97 @@
+#!lua
+-- Appends items to a stream, and ends it if an end is given. Checks everything before it writes anything.
+-- KEYS: the run, the positions of its streams, the entries of this stream.
+local name, producer, start = ARGV[1], ARGV[2], tonumber(ARGV[3])
+local keep_bytes, inputs_bytes = tonumber(ARGV[4]), tonumber(ARGV[5])  -- 0: without a limit
+local ending, at, channel, inline_bytes = ARGV[6], ARGV[7], ARGV[8], tonumber(ARGV[9])
+local ITEMS = 10  -- the first of them in ARGV
+
+local function text(number)
+    return string.format('%.0f', number)
+end
+
+local run = redis.call('HMGET', KEYS[1], 'version', 'end', 'inputs')
+if not run[1] then
+    return {'gone'}
+end
+local counter = 'p:' .. name .. '\0' .. producer
+local held = redis.call('HMGET', KEYS[2], 'n:' .. name, 'f:' .. name, 'b:' .. name, 'e:' .. name, counter)
+local following, first, bytes = tonumber(held[1] or 0), tonumber(held[2] or 0), tonumber(held[3] or 0)
+local ended = held[4] or run[2]
+
+local given, from = #ARGV - ITEMS + 1, ITEMS
+local expected, last = 0, following - 1
+if producer ~= '' then
+    last = -1
+    if held[5] then
+        local counted, at_seq = string.match(held[5], '^(%d+) (-?%d+)$')
+        expected, last = tonumber(counted), tonumber(at_seq)
+    end
+    if start > expected then
+        return {'hole', text(expected)}
+    end
+    from = ITEMS + expected - start
+end
+local count = ITEMS + given - from
+if count > 0 then
+    if ended then
+        return {'closed', ended}
+    end
+    if at ~= '' then
+        local place = tonumber(at) + from - ITEMS
+        if place ~= following then
+            return {place < following and 'taken' or 'early', text(following)}
+        end
+    end
+    local size = 0
+    for index = from, #ARGV do
+        size = size + #ARGV[index]
+    end
+    if inputs_bytes > 0 and tonumber(run[3] or 0) + size > inputs_bytes then
+        return {'full', run[3] or '0'}
+    end
+
+    local time = redis.call('TIME')
+    local now = text(time[1] * 1000 + math.floor(time[2] / 1000))
+    local before = following
+    for index = from, #ARGV do
+        redis.call('XADD', KEYS[3], text(following + 1) .. '-0', 't', now, 'd', ARGV[index])
+        bytes = bytes + #ARGV[index] + #text(following) + 13  -- the frame: "id: ", "\ndata: ", "\n\n"
+        following = following + 1
+    end
+    last = following - 1
+    if inputs_bytes > 0 then
+        redis.call('HSET', KEYS[1], 'inputs', text(tonumber(run[3] or 0) + size))
+    end
+    if keep_bytes > 0 and bytes > keep_bytes and following - first > 1 then
+        while bytes > keep_bytes and first < following - 1 do
+            local oldest = redis.call('XRANGE', KEYS[3], text(first + 1) .. '-0', '+', 'COUNT', 64)
+            if #oldest == 0 then
+                break
+            end
+            for _, entry in ipairs(oldest) do
+                if bytes <= keep_bytes or first >= following - 1 then
+                    break
+                end
+                bytes = bytes - #entry[2][4] - #text(first) - 13
+                first = first + 1
+            end
+        end
+        redis.call('XTRIM', KEYS[3], 'MINID', text(first + 1) .. '-0')
+    end
+    redis.call('HSET', KEYS[2], 'n:' .. name, text(following), 'f:' .. name, text(first), 'b:' .. name, text(bytes))
+    if producer ~= '' then
+        redis.call('HSET', KEYS[2], counter, text(expected + count) .. ' ' .. text(last))
+    end
+    if size <= inline_bytes then
+        local message = 'a ' .. text(before) .. ' ' .. now .. '\n' .. table.concat(ARGV, '\n', from)
+        redis.call('SPUBLISH', channel, message)
+    else
+        redis.call('SPUBLISH', channel, 'p ' .. text(following))
+    end
+end
+if ending ~= '' and not ended then
+    redis.call('HSET', KEYS[2], 'n:' .. name, text(following), 'e:' .. name, ending)
+    redis.call('SPUBLISH', channel, 'e ' .. text(following) .. '\n' .. ending)
+end
+return {'ok', text(last), text(following)}

@@ -1,0 +1,77 @@
+-- Stores a version of a run if the stored one is the expected one. Checks everything before it writes anything.
+-- KEYS: the run, the positions of its streams, then what is due of this partition: lease, enqueue, untold, delay, ttl,
+-- cancel, expiry.
+local run_id, expect, version, mark = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3]), ARGV[4]
+local record, payload, output, ending = ARGV[5], ARGV[6], ARGV[7], ARGV[8]
+local state, owner, lease_ms, has_topics = ARGV[9], ARGV[10], tonumber(ARGV[11]), ARGV[12] == '1'
+local channel, step, epoch, marks_kept = ARGV[13], tonumber(ARGV[14]), ARGV[15], tonumber(ARGV[16])
+local DUE = 17  -- the first of four times in ARGV: delay, ttl, cancel, expiry
+
+local function text(number)
+    return string.format('%.0f', number)
+end
+
+local run = redis.call('HMGET', KEYS[1], 'version', 'm:' .. mark, 'position', 'state')
+if run[2] then
+    return {'ok', run[2], '0'}
+end
+local stored = tonumber(run[1] or 0)
+if stored ~= expect or version ~= expect + 1 then
+    return {'conflict', text(stored), redis.call('HMGET', KEYS[1], 'record', 'payload', 'output')}
+end
+
+local time = redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+local before = tonumber(run[3] or 0)
+local position = text(before + step)
+redis.call('HSET', KEYS[1], 'version', text(version), 'record', record, 'position', position,
+    'state', state, 'owner', owner, 'm:' .. mark, text(version), 'v:' .. text(version), mark)
+if expect == 0 then
+    redis.call('HSET', KEYS[1], 'epoch', epoch)
+end
+if payload ~= '' then
+    redis.call('HSET', KEYS[1], 'payload', payload)
+end
+if output ~= '' then
+    redis.call('HSET', KEYS[1], 'output', output)
+end
+local forgotten = 'v:' .. text(version - marks_kept)
+local old = redis.call('HGET', KEYS[1], forgotten)
+if old then
+    redis.call('HDEL', KEYS[1], forgotten, 'm:' .. old)
+end
+
+local began = '0'
+for index, one in ipairs({'executing', 'queued'}) do
+    if state ~= one then
+        redis.call('ZREM', KEYS[2 + index], run_id)
+    elseif run[4] ~= one then
+        redis.call('ZADD', KEYS[2 + index], text(now + lease_ms), run_id)
+        began = '1'
+    end
+end
+if has_topics then
+    redis.call('ZADD', KEYS[5], text(now + 1000), run_id)
+end
+for index = 0, 3 do
+    if ARGV[DUE + index] ~= '' then
+        redis.call('ZADD', KEYS[6 + index], ARGV[DUE + index], run_id)
+    else
+        redis.call('ZREM', KEYS[6 + index], run_id)
+    end
+end
+
+redis.call('SPUBLISH', channel, 'c ' .. text(before) .. ' ' .. position .. ' ' .. text(version))
+if ending ~= '' then
+    redis.call('HSET', KEYS[1], 'end', ending)
+    local positions = {}
+    local fields = redis.call('HGETALL', KEYS[2])
+    for index = 1, #fields, 2 do
+        if string.sub(fields[index], 1, 2) == 'n:' then
+            positions[string.sub(fields[index], 3)] = tonumber(fields[index + 1])
+        end
+    end
+    local packed = next(positions) and cmsgpack.pack(positions) or '\128'  -- an empty map
+    redis.call('SPUBLISH', channel, 'E ' .. #ending .. '\n' .. ending .. packed)
+end
+return {'ok', text(version), began}
