@@ -17,6 +17,7 @@ from asgi_realtime.brokers.base import ChangeMark
 from asgi_realtime.brokers.memory import MemoryBroker
 from asgi_realtime.core.runs import RunRecord
 from asgi_realtime.errors import ServerShutdown
+from asgi_realtime.tasks import InProcessExecutor
 from tests.inprocess import ended, make_realtime, until
 
 
@@ -620,3 +621,25 @@ async def test_the_context_of_the_start_is_that_of_background_jobs() -> None:
     await until(lambda: seen)
     await realtime.stop()
     assert seen == ["start"]
+
+
+@pytest.mark.anyio
+async def test_a_child_of_a_fork_is_another_owner_and_leaves_what_runs_to_its_parent() -> None:
+    realtime = make_realtime()
+
+    @realtime.task("t", concurrency_limit=1)
+    async def task() -> None:
+        await anyio.sleep(60)
+
+    async with realtime:
+        for _ in range(2):
+            await realtime.trigger(task)
+        await until(lambda: realtime.engine.executions)
+        engine, owner = realtime.engine, realtime.engine.owner
+        supervisor = engine.supervisor
+        assert supervisor is not None and len(engine.held) == 2
+        engine._pid = -1  # what a child sees: the memory of its parent, under another pid
+        assert engine.supervisor is None
+        assert engine.owner != owner
+        assert isinstance(engine.executor, InProcessExecutor) and engine.executor.held == []
+        engine._supervisor = supervisor

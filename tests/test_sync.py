@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import subprocess
+import sys
+import textwrap
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -214,3 +217,122 @@ async def test_close_leaves_the_loop_of_the_host_alone() -> None:
     async with make_realtime() as realtime:
         await in_thread(realtime.sync.close)
         assert realtime.engine.supervisor is not None
+
+
+def run_program(program: str) -> str:
+    """Run a program in a process of its own, as it is, and return what it prints."""
+    prelude = """
+        import os, signal, sys, threading, time
+        from asgi_realtime import *
+        from asgi_realtime.brokers.memory import MemoryBroker
+
+        class Shared(MemoryBroker):
+            shared = True
+
+        class Nobody:
+            async def enqueue(self, run_id, task_id): ...
+
+        def make():
+            realtime = Realtime(secret_key="k" * 32, broker=Shared(), executor=Nobody())
+
+            @realtime.task("double")
+            def double(payload: int) -> int:
+                return payload * 2
+
+            @realtime.task("wait")
+            async def wait() -> None:
+                await current_run().input("never").get()
+
+            return realtime
+
+        realtime = make()
+    """
+    command = [sys.executable, "-W", "error", "-c", textwrap.dedent(prelude) + textwrap.dedent(program)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=GUARD_S)
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    return done.stdout
+
+
+GUARD_S = 30.0
+
+
+@pytest.mark.slow
+def test_a_program_that_closes_nothing_ends_all_the_same() -> None:
+    """It waited for its loop for ever, once its work was done."""
+    printed = run_program("""
+        handle = realtime.sync.trigger("double", 21)
+        realtime.sync.execute(handle.id)
+        print(realtime.sync.result(handle))
+    """)
+    assert printed == "42\n"
+
+
+@pytest.mark.slow
+def test_signal_handlers_are_left_alone_by_a_loop_in_a_thread() -> None:
+    printed = run_program("""
+        handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+        realtime.sync.trigger("double", 21)
+        assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
+        realtime.sync.close()
+        assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
+        print("as before")
+    """)
+    assert printed == "as before\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("used", [False, True], ids=["fresh", "used"])
+def test_a_child_of_a_fork_has_a_loop_and_a_name_of_its_own(used: bool) -> None:
+    """It waited for the thread of its parent, and signed its changes with its parent's name."""
+    printed = run_program(f"""
+        if {used}:
+            first = realtime.sync.trigger("double", 1)
+            realtime.sync.execute(first.id)
+        owner = realtime.runs.owner
+
+        def work(who):
+            handle = realtime.sync.trigger("double", 21)
+            realtime.sync.execute(handle.id)
+            record = realtime.sync.get_run(handle)
+            print(who, record.output, record.owner == owner, record.owner == realtime.runs.owner, flush=True)
+
+        child = os.fork()
+        if not child:
+            work("child")
+            sys.exit()
+        assert os.waitpid(child, 0)[1] == 0
+        work("parent")
+    """)
+    assert printed == "child 42 False True\nparent 42 True True\n"
+
+
+@pytest.mark.slow
+def test_an_exception_that_interrupts_an_execution_cancels_its_run() -> None:
+    """The time limit of a queue ended the call, and the run went on in the thread of the loop."""
+    printed = run_program("""
+        class TimeLimit(Exception): ...
+
+        def on_alarm(number, frame):
+            raise TimeLimit
+
+        signal.signal(signal.SIGALRM, on_alarm)
+        for used in (False, True):
+            handle = realtime.sync.trigger("wait")
+            if not used:
+                realtime.sync.close()
+
+            def alarm_once_it_runs():
+                while realtime.engine.executions.get(handle.id) is None:
+                    time.sleep(0.001)
+                signal.pthread_kill(threading.main_thread().ident, signal.SIGALRM)
+
+            threading.Thread(target=alarm_once_it_runs).start()
+            try:
+                realtime.sync.execute(handle.id)
+            except TimeLimit:
+                try:
+                    realtime.sync.result(handle)
+                except RunCanceled:
+                    print(realtime.sync.get_run(handle).status)
+    """)
+    assert printed == "CANCELED\nCANCELED\n"
