@@ -1,0 +1,308 @@
+"""Job workers of taskiq as processes of their own, on a real Redis: they execute, are canceled, killed and paused."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import anyio
+import httpx
+import pytest
+import redis
+
+from asgi_realtime import Realtime, RunCanceled, RunFailed, RunRecord, Status
+from asgi_realtime.handles import RunHandle
+from asgi_realtime.testing.sse import Event, EventParser
+from tests.e2e.worker_app import SECRET, TIMEOUTS, make
+
+GUARD_S = 45.0
+ROOT = Path(__file__).parent.parent.parent
+
+pytestmark = [pytest.mark.slow, pytest.mark.redis, pytest.mark.anyio, pytest.mark.timeout(2 * GUARD_S)]
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@dataclass
+class Stage:
+    """A place of its own on the shared Redis, and the processes that work there."""
+
+    url: str
+    prefix: str
+    folder: Path
+    realtime: Realtime
+    client: redis.Redis
+    processes: ExitStack
+
+    @contextmanager
+    def running(self, *command: str, **options: Any) -> Iterator[subprocess.Popen[bytes]]:
+        """Run a command as a session of its own. What is left of it at the end is killed."""
+        log = self.folder / f"{secrets.token_hex(4)}.log"
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                [sys.executable, "-m", *command],
+                cwd=ROOT,
+                env={**os.environ, "REDIS_URL": self.url, "PREFIX": self.prefix},
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                **options,
+            )
+        try:
+            yield process
+        finally:
+            try:
+                os.killpg(process.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+            process.wait()
+            print(log.read_text(errors="replace"))  # noqa: T201 - shown if the test fails
+
+    def start_worker(self, *options: str, workers: int = 1) -> subprocess.Popen[bytes]:
+        return self.processes.enter_context(
+            self.running("taskiq", "worker", "tests.e2e.worker_app:queue", "--workers", str(workers), *options)
+        )
+
+    def start_web(self) -> str:
+        with socket.create_server(("127.0.0.1", 0)) as bound:
+            command = ("uvicorn", "tests.e2e.worker_app:app", "--fd", str(bound.fileno()))
+            self.processes.enter_context(self.running(*command, pass_fds=[bound.fileno()]))
+            return f"http://127.0.0.1:{bound.getsockname()[1]}"
+
+    async def begun(self, handle: RunHandle[Any], chunks: int = 3) -> int:
+        """Wait until a worker executes the run and has written something. Returns the pid of the worker."""
+        found = 0
+        async for _ in self.realtime.read(handle):
+            found += 1
+            if found == chunks:
+                break
+        return await self.worker_of(handle)
+
+    async def worker_of(self, handle: RunHandle[Any]) -> int:
+        """The pid of the process that executes a run."""
+        async for record in self.realtime.subscribe_to_run(handle):
+            if "pid" in record.metadata:
+                pid: int = record.metadata["pid"]
+                return pid
+        raise AssertionError("it ended without saying who executes it")
+
+    async def chunks(self, handle: RunHandle[Any]) -> list[Any]:
+        """All chunks of a run that is over, however it ended."""
+        found: list[Any] = []
+        try:
+            async for chunk in self.realtime.read(handle):
+                found.append(chunk)  # noqa: PERF401 - what came before the end stays
+        except (RunFailed, RunCanceled):
+            pass
+        return found
+
+    async def ended(self, handle: RunHandle[Any]) -> RunRecord:
+        return await self.realtime.runs.ended(handle.id)
+
+    def note(self, handle: RunHandle[Any]) -> str | None:
+        found: Any = self.client.hget(f"{self.prefix}:notes", handle.id)
+        return None if found is None else found.decode()
+
+    def executions(self, handle: RunHandle[Any]) -> int:
+        found: Any = self.client.hget(f"{self.prefix}:executions", handle.id)
+        return int(found or 0)
+
+    def pending(self) -> int:
+        """What the queue has delivered and nobody has acknowledged."""
+        found: Any = self.client.xpending(f"{self.prefix}:queue", "taskiq")
+        return int(found["pending"])
+
+
+async def until(condition: Callable[[], object]) -> None:
+    while not condition():  # noqa: ASYNC110 - of other processes
+        await anyio.sleep(0.01)
+
+
+@pytest.fixture
+async def stage(redis_url: str, tmp_path: Path) -> AsyncIterator[Stage]:
+    prefix = f"t{secrets.token_hex(6)}"
+    with ExitStack() as processes, redis.from_url(redis_url) as client, anyio.fail_after(GUARD_S):
+        made = make(redis_url, prefix)
+        async with made.realtime:
+            yield Stage(redis_url, prefix, tmp_path, made.realtime, client, processes)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+async def test_a_worker_executes_with_full_context(stage: Stage) -> None:
+    stage.start_worker()
+    handle = await stage.realtime.trigger("context", {"count": 100}, tags=["user:1"])
+    assert await stage.worker_of(handle) != os.getpid()
+    await stage.realtime.send_input(handle, "first", {"go": 1})
+    assert await handle.result() == {"input": {"go": 1}, "user": True}
+    assert await stage.chunks(handle) == list(range(100))
+    in_thread = await stage.realtime.trigger("sync", 20)
+    assert await in_thread.result() == 20
+    assert await stage.chunks(in_thread) == list(range(20))
+
+
+def events_of(body: httpx.Response, parser: EventParser) -> Iterator[Event]:
+    for data in body.iter_bytes():
+        yield from parser.feed(data)
+
+
+async def test_a_cancellation_over_http_reaches_the_worker(stage: Stage) -> None:
+    stage.start_worker()
+    web = stage.start_web()
+    handle = await stage.realtime.trigger("endless")
+    pid = await stage.begun(handle)
+
+    def cancel_and_read() -> list[Event]:
+        headers = {"authorization": f"Bearer {SECRET}"}
+        with httpx.Client(base_url=web, headers=headers, timeout=GUARD_S) as client:
+            with client.stream("GET", f"/realtime/v1/streams/{handle.id}/default") as stream:
+                found = events_of(stream, EventParser())
+                events = [next(found)]
+                assert client.post(f"/realtime/api/v2/runs/{handle.id}/cancel").status_code == 200
+                return [*events, *found]
+
+    events = await anyio.to_thread.run_sync(cancel_and_read)
+    record = await stage.ended(handle)
+    assert (record.status, record.metadata["cleaned"]) == (Status.CANCELED, True)
+    assert stage.note(handle) == "cancelled"
+    chunks = await stage.chunks(handle)
+    assert chunks[:-1] == list(range(len(chunks) - 1)) and chunks[-1] == "last word"
+    assert [json.loads(event.data) for event in events[:-1]] == chunks
+    assert (events[-1].event, json.loads(events[-1].data)["reason"]) == ("end", "canceled")
+    assert await (await stage.realtime.trigger("quick", 7)).result() == 7
+    assert is_alive(pid)
+
+
+async def test_a_worker_that_is_killed_leaves_a_crashed_run(stage: Stage) -> None:
+    stage.start_worker()
+    web = stage.start_web()
+    handle = await stage.realtime.trigger("endless")
+    pid = await stage.begun(handle)
+
+    def kill_and_read() -> list[Event]:
+        headers = {"authorization": f"Bearer {SECRET}"}
+        url = f"{web}/realtime/v1/streams/{handle.id}/default"
+        with httpx.stream("GET", url, headers=headers, timeout=GUARD_S) as stream:
+            found = events_of(stream, EventParser())
+            events = [next(found)]
+            os.kill(pid, signal.SIGKILL)
+            return [*events, *found]
+
+    events = await anyio.to_thread.run_sync(kill_and_read)
+    record = await stage.ended(handle)
+    assert record.status is Status.CRASHED
+    chunks = await stage.chunks(handle)
+    assert chunks == list(range(len(chunks)))
+    assert [json.loads(event.data) for event in events[:-1]] == chunks
+    assert (events[-1].event, json.loads(events[-1].data)["reason"]) == ("end", "crashed")
+    with pytest.raises(RunFailed):
+        await handle.result()
+    assert await (await stage.realtime.trigger("quick", 7)).result() == 7  # taskiq has started another worker
+    assert stage.executions(handle) == 1
+
+
+async def test_a_worker_that_was_paused_beyond_its_lease_is_fenced_off(stage: Stage) -> None:
+    stage.start_worker()
+    handle = await stage.realtime.trigger("endless")
+    pid = await stage.begun(handle)
+    os.kill(pid, signal.SIGSTOP)
+    record = await stage.ended(handle)
+    assert record.status is Status.CRASHED
+    chunks = await stage.chunks(handle)
+    os.kill(pid, signal.SIGCONT)
+    await until(lambda: stage.note(handle))
+    assert stage.note(handle) == "cancelled, refused"
+    after = await stage.realtime.trigger("context", {"count": 1})
+    assert await stage.worker_of(after) == pid  # it goes on with other runs
+    await stage.realtime.send_input(after, "first", 1)
+    await after.result()
+    assert await stage.realtime.get_run(handle) == record
+    assert await stage.chunks(handle) == chunks
+
+
+async def test_a_loop_that_is_blocked_beyond_the_lease_crashes_nothing(stage: Stage) -> None:
+    stage.start_worker()
+    blocking = await stage.realtime.trigger("blocking", 2 * TIMEOUTS.lease)
+    assert await blocking.result() > 0
+
+
+async def test_a_run_that_is_delivered_again_is_executed_once(stage: Stage) -> None:
+    """The queue gives what is not acknowledged after 0.2 s to whoever asks, though its run goes on. That one finds
+    the run claimed, and acknowledges."""
+    stage.start_worker(workers=2)
+    handle = await stage.realtime.trigger("patient")
+
+    await until(lambda: stage.executions(handle))
+    while stage.pending():
+        await (await stage.realtime.trigger("quick", 7)).result()  # each makes the workers look for what is left
+    assert (await stage.realtime.get_run(handle)).status is Status.EXECUTING
+    await stage.realtime.send_input(handle, "enough", True)
+    assert await handle.result() is True
+    assert stage.executions(handle) == 1
+
+
+async def test_a_process_that_dies_between_storing_a_run_and_queueing_it_loses_nothing(stage: Stage) -> None:
+    program = f"""
+import asyncio, os
+from tests.e2e.worker_app import make
+
+class Dies:
+    async def enqueue(self, run_id, task_id):
+        print(run_id, flush=True)
+        os._exit(9)
+
+async def main():
+    realtime = make({stage.url!r}, {stage.prefix!r}, executor=Dies()).realtime
+    async with realtime:
+        await realtime.trigger("quick", 7)
+
+asyncio.run(main())
+"""
+    done = await anyio.run_process([sys.executable, "-c", program], cwd=ROOT, check=False)
+    assert done.returncode == 9, done.stderr
+    run_id = done.stdout.decode().strip()
+    assert (await stage.realtime.get_run(run_id)).status is Status.QUEUED
+    stage.start_worker()
+    assert await stage.realtime.result(run_id) == 7
+
+
+async def test_a_worker_that_is_stopped_fails_what_it_cannot_finish(stage: Stage) -> None:
+    worker = stage.start_worker("--wait-tasks-timeout", "0.2")
+    handle = await stage.realtime.trigger("endless")
+    await stage.begun(handle)
+    worker.send_signal(signal.SIGTERM)
+    record = await stage.ended(handle)
+    assert record.error is not None
+    assert (record.status, record.error.name) == (Status.FAILED, "ServerShutdown")
+    assert (await stage.chunks(handle))[-1] == "last word"
+    await until(lambda: worker.poll() is not None)
+    waiting = await stage.realtime.trigger("quick", 7)  # for the next worker
+    stage.start_worker()
+    assert await waiting.result() == 7
+
+
+async def test_the_id_of_a_run_that_is_gone_does_no_harm_to_the_queue(stage: Stage) -> None:
+    stage.start_worker()
+    executor: Any = stage.realtime.engine.executor
+    await executor.enqueue("run_that_never_was", "quick")
+    assert await (await stage.realtime.trigger("quick", 7)).result() == 7
+    await until(lambda: not stage.pending())
