@@ -319,6 +319,7 @@ class Engine:
         )
         execution = Execution(run, runs=self.runs, debug=self._debug)
         self.executions[record.id] = execution
+        self.runs.own(record)
         self.keep_leases()
         watch = self._watches[execution] = RunWatch(execution, broker=self.broker, runs=self.runs)
         supervisor.spawn_detached(watch.run)
@@ -329,6 +330,7 @@ class Engine:
         """Forget an execution whose run is over."""
         if self.executions.get(execution.run.id) is execution:
             del self.executions[execution.run.id]
+            self.runs.disown(execution.run.id)
         watch = self._watches.pop(execution, None)
         if watch is not None:
             watch.end()

@@ -23,6 +23,7 @@ RealtimeError
 │   ├── InvalidTransition
 │   ├── StreamClosed
 │   ├── StreamGap               entries that a reader asked for are past their retention
+│   ├── StreamBehind            a stream is shorter than what its broker had acknowledged
 │   ├── StreamLost              entries that were acknowledged are lost, and cannot be written again
 │   ├── VersionConflict
 │   └── ProducerGap
@@ -208,6 +209,12 @@ class StreamGap(StateError):
         super().__init__(message)
         self.requested = requested
         self.first = first
+
+
+class StreamBehind(StateError):
+    """A stream is shorter than what was acknowledged to its writer, who may be able to write it again."""
+
+    code = "stream_behind"
 
 
 class StreamLost(StateError):

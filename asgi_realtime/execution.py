@@ -20,6 +20,8 @@ from asgi_realtime.errors import (
     RunCanceled,
     RunFailed,
     ServerShutdown,
+    StreamClosed,
+    StreamLost,
     TaskError,
 )
 from asgi_realtime.run import Run
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
     from asgi_realtime.pipe import Pipe
 
 _HIDDEN_MESSAGE = "task failed"
-_SHOWN = (TaskError, EncodingError, LimitExceeded)
+_SHOWN = (TaskError, EncodingError, LimitExceeded, StreamLost)
 """What was written for subscribers, and what is wrong with what the task gave; all else may tell of the inside."""
 
 
@@ -120,9 +122,16 @@ class Execution:
                 await self._pipes_settled()
                 await self._flush_relatives()
             finally:  # asyncio's own cancellation, of a host that goes away, knows no shield
-                async with self.run.buffer.storing:
-                    record = await self._runs.update(self.run.id, *self.run.buffer.take(), result)
+                record = await self._store(result)
         return record
+
+    async def _store(self, result: Finished) -> RunRecord:
+        async with self.run.buffer.storing:
+            changes = self.run.buffer.take()
+            try:
+                return await self._runs.update(self.run.id, *changes, result)
+            except (StreamLost, StreamClosed) as exc:  # a stream lacks what was acknowledged, and cannot be restored
+                return await self._runs.update(self.run.id, *changes, self._failure(exc))
 
     async def _pipes_settled(self) -> None:
         while open_pipes := [pipe for pipe in self.run.pipes if not pipe.done]:  # a source may open another

@@ -19,7 +19,7 @@ from asgi_realtime.brokers.base import Broker, Changes, Cursor, Entry, StreamKey
 from asgi_realtime.core.chunks import decode
 from asgi_realtime.core.log import End
 from asgi_realtime.core.runs import RunRecord, batch_topic, run_topic
-from asgi_realtime.errors import RunCanceled, RunEnded, RunFailed, RunNotFound, StreamGap
+from asgi_realtime.errors import BrokerUnavailable, RunCanceled, RunEnded, RunFailed, RunNotFound, StreamGap
 from asgi_realtime.livelog import LiveLog
 from asgi_realtime.runstore import RunStore
 from asgi_realtime.waiting import Parking, make_parker
@@ -90,7 +90,7 @@ class StreamReader(BatchIterator[Entry]):
         parker = make_parker()
         async with self._broker.live(self.key) as live:
             try:
-                while not (entries := self._next_entries(live)):
+                while not (entries := await self._next_entries(live)):
                     if live.end is not None:
                         self.end = live.end
                         raise StopAsyncIteration
@@ -104,25 +104,33 @@ class StreamReader(BatchIterator[Entry]):
             if self.after + 1 >= live.log.next:
                 self.end = live.end  # now, since the run may be gone when the next is asked for
 
-    def _next_entries(self, live: LiveLog) -> list[Entry]:
+    async def _next_entries(self, live: LiveLog) -> list[Entry]:
         try:
-            return _next_entries(live, self.after, self.key.name)
+            return await _next_entries(self._broker, live, self.key, self.after)
         except StreamGap as gap:
             self.after = gap.first - 1  # told once; who goes on gets what is there
             raise
 
 
-def _next_entries(live: LiveLog, after: int, name: str) -> list[Entry]:
-    """What follows the cursor. Raises `StreamGap`, or why the log cannot be followed: one that ended is all there."""
+async def _next_entries(broker: Broker, live: LiveLog, key: StreamKey, after: int) -> list[Entry]:
+    """What follows the cursor. Suspends only for what this process does not hold.
+
+    Raises `StreamGap`, or why the log cannot be followed: one that ended is all there.
+    """
     if live.failure is not None and live.end is None:
         raise live.failure
-    if (first := live.gap(after)) is not None:
+    if live.gap(after) is None:
+        return live.entries(after)
+    page = await broker.read(key, after=after)
+    if page.first > after + 1:
         raise StreamGap(
-            f"chunk {after + 1} of stream {name!r} is past its retention, the oldest that is kept is {first}",
+            f"chunk {after + 1} of stream {key.name!r} is past its retention, the oldest that is kept is {page.first}",
             requested=after + 1,
-            first=first,
+            first=page.first,
         )
-    return live.entries(after)
+    if not page.entries:
+        raise BrokerUnavailable(f"what follows chunk {after} of stream {key.name!r} was there and is not any more")
+    return page.entries
 
 
 class ChunkReader(AsyncIterator[T], Generic[T]):
@@ -280,7 +288,7 @@ class RunWithStreams(BatchIterator[RunRecord | StreamChunk]):
                             lives[name] = live
                             places.append(live.waiting)
                             live.waiting.add(parker)
-                    self._take(record, lives)
+                    await self._take(record, lives)
                     if self._ready:
                         return
                     await changed
@@ -288,7 +296,7 @@ class RunWithStreams(BatchIterator[RunRecord | StreamChunk]):
                 for place in places:
                     place.discard(parker)
 
-    def _take(self, record: RunRecord, lives: dict[str, LiveLog]) -> None:
+    async def _take(self, record: RunRecord, lives: dict[str, LiveLog]) -> None:
         if self._stop_on_completion and record.is_completed and self._shown == record.version:
             raise StopAsyncIteration
         if record.version > self._shown and not record.is_completed:
@@ -296,7 +304,7 @@ class RunWithStreams(BatchIterator[RunRecord | StreamChunk]):
             self._ready.append(record)
         read_to_end = True
         for name, live in lives.items():
-            for entry in self._next_entries(live, name):
+            for entry in await self._next_entries(live, name):
                 self._after[name] = entry.seq
                 self._ready.append(StreamChunk(name, entry.seq, decode(entry.data)))
             read_to_end = read_to_end and live.end is not None and self._after.get(name, -1) + 1 >= live.log.next
@@ -304,9 +312,10 @@ class RunWithStreams(BatchIterator[RunRecord | StreamChunk]):
             self._shown = record.version
             self._ready.append(record)
 
-    def _next_entries(self, live: LiveLog, name: str) -> list[Entry]:
+    async def _next_entries(self, live: LiveLog, name: str) -> list[Entry]:
+        key = StreamKey(self._run_id, name)
         try:
-            return _next_entries(live, self._after.get(name, -1), name)
+            return await _next_entries(self._broker, live, key, self._after.get(name, -1))
         except StreamGap as gap:
             self._after[name] = gap.first - 1
             raise

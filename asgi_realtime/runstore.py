@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from itertools import count
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import anyio
+import msgspec
 
 from asgi_realtime.brokers.base import Broker, ChangeMark
 from asgi_realtime.config import Limits
@@ -19,13 +21,33 @@ from asgi_realtime.core.chunks import encode_value
 from asgi_realtime.core.log import StreamKey
 from asgi_realtime.core.metadata import check_size
 from asgi_realtime.core.runs import InputAdded, RunChange, RunRecord, StreamAdded, apply, run_topic
-from asgi_realtime.errors import BrokerUnavailable, LimitExceeded, RunNotFound, VersionConflict, shown
+from asgi_realtime.errors import BrokerUnavailable, LimitExceeded, RunNotFound, StreamBehind, VersionConflict, shown
 from asgi_realtime.supervisor import logger
 from asgi_realtime.waiting import Parking, make_parker
 
 _R = TypeVar("_R")
 
 _KNOWN_STREAMS = 10_000
+
+
+class Writer(Protocol):
+    """A writer of this process, as the owner of its run sees it."""
+
+    key: StreamKey
+    last_index: int | None
+
+    async def restore(self) -> None:
+        """Write again what the broker has lost. Raises `StreamLost`, `StreamClosed`."""
+
+
+class _Owned:
+    """A run that this process executes: its newest record, and who writes to its streams here."""
+
+    __slots__ = ("record", "writers")
+
+    def __init__(self, record: RunRecord) -> None:
+        self.record = record
+        self.writers: dict[Writer, None] = {}
 
 
 class RunStore:
@@ -41,6 +63,7 @@ class RunStore:
         self._numbers = count()
         self._known_streams: dict[StreamKey, None] = {}
         self._opening: dict[str, Parking] = {}
+        self._owned: dict[str, _Owned] = {}
 
     def now_ms(self) -> int:
         return int(self._clock() * 1000)
@@ -93,19 +116,82 @@ class RunStore:
 
     async def change(self, run_id: str, *changes: RunChange) -> tuple[RunRecord, LimitExceeded | None]:
         """As `update`, but returns why a change was left out, if one was."""
-        record = await self.patiently(lambda: self.get(run_id))
+        record, stored = await self._newest(run_id)
         while True:
             following, refusal = self._apply(record, changes)
-            if following is record:
+            if following is record and stored == record.version:
                 return record, refusal
             try:
-                await self._commit(following, expect=record.version)
+                await self._commit(following, expect=stored)
             except VersionConflict as conflict:
-                if conflict.current is None:
-                    raise RunNotFound(f"run {run_id!r} is past its retention") from conflict
-                record = conflict.current
+                record, stored = await self._newest(run_id, conflict)
+            except StreamBehind:
+                await self._restore_streams(run_id)
             else:
+                owned = self._owned.get(run_id)
+                if owned is not None:
+                    owned.record = following
                 return following, refusal
+
+    # What a broker may lose of a run that this process executes
+
+    def own(self, record: RunRecord) -> None:
+        """This process executes the run: it knows the newest state, and may have to store it again."""
+        self._owned[record.id] = _Owned(record)
+
+    def disown(self, run_id: str) -> None:
+        """The execution is over."""
+        self._owned.pop(run_id, None)
+
+    def writes(self, writer: Writer) -> None:
+        """A writer of this process writes to a stream of the run."""
+        owned = self._owned.get(writer.key.run)
+        if owned is not None:
+            owned.writers[writer] = None
+
+    async def recreated(self, run_id: str) -> bool:
+        """Store a run again that the broker has lost. False if it is not ours, or over: then it is gone for good."""
+        owned = self._owned.get(run_id)
+        if owned is None or owned.record.is_completed or not self._broker.shared:
+            return False
+        with suppress(VersionConflict):  # somebody was faster
+            await self._commit(owned.record, expect=0)
+        return True
+
+    async def _newest(self, run_id: str, conflict: VersionConflict | None = None) -> tuple[RunRecord, int]:
+        """The newest record that is known, and the version that is stored; 0 if a run of ours is to be stored again.
+
+        Who owns a run knows every version that he has stored. Less is there after a failover that lost some.
+        """
+        if conflict is not None:
+            record = conflict.current
+        else:
+            await self.present(run_id)
+            (record,) = await self.patiently(lambda: self._broker.load([run_id]))
+        owned = self._owned.get(run_id)
+        if owned is not None and self._broker.shared and not owned.record.is_completed:
+            if record is None:
+                return owned.record, 0
+            if record.version < owned.record.version:
+                return msgspec.structs.replace(owned.record, version=record.version), record.version
+        if record is None:
+            raise RunNotFound(f"no run {shown(run_id)}: it never was, or it is past its retention")
+        return record, record.version
+
+    async def _restore_streams(self, run_id: str) -> None:
+        """Have the writers of this process write again what the broker lost of their streams."""
+        owned = self._owned.get(run_id)
+        for writer in () if owned is None else tuple(owned.writers):
+            await writer.restore()
+
+    def _floors(self, record: RunRecord) -> dict[str, int]:
+        """Where the streams of a run that ends have to be, so that all that our writers were told is there."""
+        floors: dict[str, int] = {}
+        owned = self._owned.get(record.id) if record.is_completed else None
+        for writer in () if owned is None else owned.writers:
+            if writer.last_index is not None:
+                floors[writer.key.name] = max(writer.last_index + 1, floors.get(writer.key.name, 0))
+        return floors
 
     def _apply(self, record: RunRecord, changes: Sequence[RunChange]) -> tuple[RunRecord, LimitExceeded | None]:
         """The record after the changes that are within the limits, and why the others are not.
@@ -134,7 +220,8 @@ class RunStore:
 
     async def _commit(self, record: RunRecord, *, expect: int) -> None:
         mark = self._mark()
-        await self.patiently(lambda: self._broker.commit(record, expect=expect, change=mark))
+        floors = self._floors(record)
+        await self.patiently(lambda: self._broker.commit(record, expect=expect, change=mark, floors=floors))
 
     def _mark(self) -> ChangeMark:
         return ChangeMark(self.owner, next(self._numbers))

@@ -82,6 +82,8 @@ class RunWatch:
                 pass  # the news of a change of our own may come before its answer
         if version > self._seen and not self._execution.ending:
             (record,) = await self._runs.load([self._run_id])
+            if record is None and await self._runs.recreated(self._run_id):
+                return False  # the broker had lost it
             self._heed(record)
         return self._execution.stopped_by is not None
 

@@ -9,20 +9,34 @@ from __future__ import annotations
 
 import secrets
 from collections import deque
-from collections.abc import Awaitable, Callable
-from typing import Any
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
+import anyio
 import anyio.lowlevel
 
-from asgi_realtime.brokers.base import Broker, ImmediateBroker, Producer, StreamKey
+from asgi_realtime.brokers.base import Broker, End, ImmediateBroker, Position, Producer, StreamKey
 from asgi_realtime.config import Limits
 from asgi_realtime.core.chunks import encode_chunk
-from asgi_realtime.errors import BrokerUnavailable, EncodingError, LimitExceeded, RealtimeError
+from asgi_realtime.errors import (
+    BrokerUnavailable,
+    EncodingError,
+    LimitExceeded,
+    ProducerGap,
+    RealtimeError,
+    RunNotFound,
+    StreamClosed,
+    StreamLost,
+)
 from asgi_realtime.runstore import RunStore
 from asgi_realtime.waiting import Parking
 
 CALL_BYTES = 256 * 1024
 CALL_ITEMS = 500
+
+KEPT_BYTES = 256 * 1024
+KEPT_S = 10.0
+"""What a writer keeps of what was acknowledged, to write it again if the broker loses it."""
 
 YIELD_EVERY = 64
 """Chunks of a producer that never suspends before the loop gets a turn."""
@@ -67,6 +81,9 @@ class StreamWriter:
         self._taken = 0
         self._flushing = False
         self._progress = Parking()
+        self._kept: deque[_Kept] = deque()
+        self._kept_bytes = 0
+        self._restoring = anyio.Lock(fast_acquire=True)
 
     async def open(self) -> None:
         """Call before the first `write`. Raises `RunNotFound`, `LimitExceeded` on a broker in memory; any other is
@@ -126,6 +143,7 @@ class StreamWriter:
     async def _flush(self) -> None:
         try:
             await self._runs.add_stream(self.key)
+            self._runs.writes(self)
             while self._pending:
                 await self._append(self._next_call())
                 self._progress.wake()
@@ -155,8 +173,89 @@ class StreamWriter:
         return items
 
     async def _append(self, items: list[bytes]) -> None:
-        producer = Producer(self._producer, self.chunks)
-        position = await self._runs.patiently(lambda: self._broker.append(self.key, items, producer=producer))
+        position = await self._stored(items)
         for _ in items:
             self._pending_bytes -= len(self._pending.popleft())
+        self._keep(items, position)
         self._acknowledge(len(items), sum(map(len, items)), position.last)
+
+    async def _stored(self, items: list[bytes]) -> Position:
+        """Append, after what the broker has lost is there again."""
+        producer = Producer(self._producer, self.chunks)
+        while True:
+            try:
+                return await self._runs.patiently(lambda: self._broker.append(self.key, items, producer=producer))
+            except ProducerGap:
+                await self.restore()
+            except RunNotFound:
+                if not await self._runs.recreated(self.key.run):
+                    raise
+
+    # What a broker may lose
+
+    def _keep(self, items: list[bytes], position: Position) -> None:
+        """Keep what was acknowledged for a while: a broker that fails over may have less than it said."""
+        now = anyio.current_time()
+        first = position.last - len(items) + 1
+        for seq, data in enumerate(items, first):
+            self._kept.append(_Kept(seq, data, now))
+            self._kept_bytes += len(data)
+        while self._kept and (self._kept_bytes > KEPT_BYTES or now - self._kept[0].since > KEPT_S):
+            self._kept_bytes -= len(self._kept.popleft().data)
+
+    async def restore(self) -> None:
+        """Write again, at its old places, what the broker has lost of what it had acknowledged.
+
+        What it still has is skipped. Where that cannot be done the stream ends as `lost`: raises `StreamLost`, and
+        `StreamClosed` if the stream has ended meanwhile.
+        """
+        async with self._restoring:
+            index = self.chunks - len(self._kept)
+            try:
+                for items in _neighbours(self._kept):
+                    await self._restore(items, index)
+                    index += len(items)
+            except (ProducerGap, StreamLost) as exc:  # more is lost than was kept, or others have written there
+                raise await self._lost() from exc
+            except StreamClosed:
+                self._forget()
+                raise
+
+    async def _restore(self, kept: list[_Kept], index: int) -> None:
+        items = [one.data for one in kept]
+        producer = Producer(self._producer, index)
+        at = kept[0].seq
+        await self._runs.patiently(lambda: self._broker.append(self.key, items, producer=producer, at=at))
+
+    async def _lost(self) -> StreamLost:
+        """End the stream: its readers have seen what is not there any more."""
+        failure = StreamLost(f"entries of stream {self.key.name!r} were lost by the broker and could not be restored")
+        self._forget()
+        await self._runs.patiently(lambda: self._broker.append(self.key, [], end=End("lost", str(failure))))
+        return failure
+
+    def _forget(self) -> None:
+        """What was acknowledged is not there, and will not be."""
+        self.last_index = None
+        self._kept.clear()
+        self._kept_bytes = 0
+
+
+class _Kept(NamedTuple):
+    """An acknowledged item, where it stands, and since when."""
+
+    seq: int
+    data: bytes
+    since: float
+
+
+def _neighbours(kept: Iterable[_Kept]) -> Iterator[list[_Kept]]:
+    """Items that stand side by side, of at most one call each."""
+    group: list[_Kept] = []
+    for one in kept:
+        if group and (one.seq != group[-1].seq + 1 or len(group) == CALL_ITEMS):
+            yield group
+            group = []
+        group.append(one)
+    if group:
+        yield group

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
@@ -75,12 +75,18 @@ class RemoteBroker:
             raise BrokerUnavailable(f"{call}: nobody there")
 
     async def append(
-        self, key: StreamKey, items: Sequence[bytes], *, producer: Producer | None = None, end: End | None = None
+        self,
+        key: StreamKey,
+        items: Sequence[bytes],
+        *,
+        producer: Producer | None = None,
+        end: End | None = None,
+        at: int | None = None,
     ) -> Position:
         if self.hold is not None:
             await self.hold.wait()
         await self._travel("append")
-        position = await self.inner.append(key, items, producer=producer, end=end)
+        position = await self.inner.append(key, items, producer=producer, end=end, at=at)
         with anyio.CancelScope(shield=True):
             await anyio.lowlevel.checkpoint()
         if self.lose_answers:
@@ -102,9 +108,11 @@ class RemoteBroker:
             yield live
             await anyio.lowlevel.checkpoint()
 
-    async def commit(self, record: RunRecord, *, expect: int, change: ChangeMark) -> int:
+    async def commit(
+        self, record: RunRecord, *, expect: int, change: ChangeMark, floors: Mapping[str, int] | None = None
+    ) -> int:
         await self._travel("commit")
-        return await self.inner.commit(record, expect=expect, change=change)
+        return await self.inner.commit(record, expect=expect, change=change, floors=floors)
 
     async def load(self, run_ids: Sequence[str]) -> list[RunRecord | None]:
         await self._travel("load")

@@ -5,7 +5,7 @@ import gc
 import logging
 import threading
 import weakref
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextvars import ContextVar
 from typing import Any
 
@@ -563,10 +563,12 @@ async def test_who_waits_for_a_start_hears_of_a_stop() -> None:
 class NoCommits(MemoryBroker):
     away = False
 
-    async def commit(self, record: RunRecord, *, expect: int, change: ChangeMark) -> int:
+    async def commit(
+        self, record: RunRecord, *, expect: int, change: ChangeMark, floors: Mapping[str, int] | None = None
+    ) -> int:
         if self.away:
             raise BrokerUnavailable("gone")
-        return await super().commit(record, expect=expect, change=change)
+        return await super().commit(record, expect=expect, change=change, floors=floors)
 
 
 @pytest.mark.anyio

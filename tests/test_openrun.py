@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 import anyio
@@ -303,10 +303,12 @@ async def test_a_run_that_was_left_open_by_a_task_that_is_gone_does_not_hold_up_
 
 
 class NoEnd(MemoryBroker):
-    async def commit(self, record: RunRecord, *, expect: int, change: ChangeMark) -> int:
+    async def commit(
+        self, record: RunRecord, *, expect: int, change: ChangeMark, floors: Mapping[str, int] | None = None
+    ) -> int:
         if record.is_completed:
             raise BrokerUnavailable("the broker is away")
-        return await super().commit(record, expect=expect, change=change)
+        return await super().commit(record, expect=expect, change=change, floors=floors)
 
 
 async def test_an_end_that_cannot_be_stored_does_not_hide_the_error_of_the_body(

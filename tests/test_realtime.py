@@ -71,7 +71,7 @@ def test_its_repr_says_nothing_secret() -> None:
 def test_a_broker_is_a_url_or_an_object() -> None:
     broker = MemoryBroker()
     assert make_realtime(broker=broker).broker is broker
-    with pytest.raises(InvalidConfiguration, match="broker 'kafka://' is not known; allowed are 'memory://'"):
+    with pytest.raises(InvalidConfiguration, match="broker 'kafka://' is not known; allowed are memory://, redis://"):
         make_realtime(broker="kafka://")
 
 

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import anyio
@@ -40,9 +40,11 @@ class Counting(MemoryBroker):
         super().__init__()
         self.commits: list[RunRecord] = []
 
-    async def commit(self, record: RunRecord, *, expect: int, change: ChangeMark) -> int:
+    async def commit(
+        self, record: RunRecord, *, expect: int, change: ChangeMark, floors: Mapping[str, int] | None = None
+    ) -> int:
         self.commits.append(record)
-        return await super().commit(record, expect=expect, change=change)
+        return await super().commit(record, expect=expect, change=change, floors=floors)
 
 
 class Away(MemoryBroker):
@@ -51,11 +53,13 @@ class Away(MemoryBroker):
     away = False
     refused = 0
 
-    async def commit(self, record: RunRecord, *, expect: int, change: ChangeMark) -> int:
+    async def commit(
+        self, record: RunRecord, *, expect: int, change: ChangeMark, floors: Mapping[str, int] | None = None
+    ) -> int:
         if self.away:
             self.refused += 1
             raise BrokerUnavailable("the broker is away")
-        return await super().commit(record, expect=expect, change=change)
+        return await super().commit(record, expect=expect, change=change, floors=floors)
 
 
 async def test_metadata_has_all_its_operations() -> None:

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 
 import anyio
@@ -143,10 +143,12 @@ async def test_no_change_is_lost_when_many_change_one_run_at_once() -> None:
 class Removing(MemoryBroker):
     """Removes a run between its load and its commit."""
 
-    async def commit(self, record: RunRecord, *, expect: int, change: ChangeMark) -> int:
+    async def commit(
+        self, record: RunRecord, *, expect: int, change: ChangeMark, floors: Mapping[str, int] | None = None
+    ) -> int:
         if expect:
             await self.remove(record.id)
-        return await super().commit(record, expect=expect, change=change)
+        return await super().commit(record, expect=expect, change=change, floors=floors)
 
 
 async def test_a_run_that_is_removed_meanwhile_is_not_found() -> None:
@@ -169,9 +171,11 @@ class Flaky(MemoryBroker):
             self.failures -= 1
             raise BrokerUnavailable("no answer")
 
-    async def commit(self, record: RunRecord, *, expect: int, change: ChangeMark) -> int:
+    async def commit(
+        self, record: RunRecord, *, expect: int, change: ChangeMark, floors: Mapping[str, int] | None = None
+    ) -> int:
         self.marks.append(change)
-        version = await super().commit(record, expect=expect, change=change)
+        version = await super().commit(record, expect=expect, change=change, floors=floors)
         self.fail()
         return version
 

@@ -11,8 +11,8 @@ from typing import Protocol
 
 import msgspec
 
-from asgi_realtime.core.log import End
-from asgi_realtime.core.sse import HEARTBEAT, comment_frame, control_frame, retry_frame
+from asgi_realtime.core.log import End, Entry
+from asgi_realtime.core.sse import HEARTBEAT, chunk_frame, comment_frame, control_frame, retry_frame
 from asgi_realtime.livelog import LiveLog, Slice
 
 RETRY_MS = 1000
@@ -31,6 +31,10 @@ class Framing(Protocol):
     @property
     def take(self) -> Callable[[LiveLog, int], Slice | None]:
         """Gives what follows the cursor, as `LiveLog.take`."""
+        ...
+
+    def frame(self, entry: Entry) -> bytes:
+        """One entry that the process does not hold: `take` gives those that it does."""
         ...
 
     def gap(self, requested: int, first: int) -> bytes:
@@ -56,6 +60,9 @@ class NativeFraming:
         return retry_frame(RETRY_MS) + comment_frame(comment)
 
     take = staticmethod(LiveLog.take)  # for each delivery: no call around it
+
+    def frame(self, entry: Entry) -> bytes:
+        return chunk_frame(entry.seq, entry.data)
 
     def gap(self, requested: int, first: int) -> bytes:
         # With the id a drop right after this resumes at `first`, and the gap is not told twice.

@@ -6,19 +6,21 @@ as one body, shared with the others at the same place. Resume, gap and end: docs
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractAsyncContextManager
 
 from asgi_realtime.asgi.auth import authorise, run_resources
+from asgi_realtime.asgi.framing import Framing
 from asgi_realtime.asgi.host import Host
 from asgi_realtime.asgi.lookup import find_run
 from asgi_realtime.asgi.request import Request
 from asgi_realtime.asgi.seats import Seats
 from asgi_realtime.asgi.subscription import WAITING, Finished, Subscription
 from asgi_realtime.core.chunks import encode_value
-from asgi_realtime.core.log import StreamKey
+from asgi_realtime.core.log import Entry, StreamKey
 from asgi_realtime.core.runs import RunRecord
-from asgi_realtime.errors import InvalidRequest, shown
-from asgi_realtime.livelog import LiveLog
+from asgi_realtime.errors import BrokerUnavailable, InvalidRequest, shown
+from asgi_realtime.livelog import MAX_BODY, LiveLog
 from asgi_realtime.names import input_stream, stream_name
 from asgi_realtime.tokens import Claims
 
@@ -70,7 +72,8 @@ class StreamSubscription(Subscription[LiveLog]):
         return self._host.broker.live(self._key)
 
     async def _prepare(self, source: LiveLog) -> str:
-        if source.end is not None and self._after >= source.log.next:
+        ahead = self._after - source.log.next
+        if source.end is not None and ahead >= 0 and not (ahead and source.end.reason == "lost"):
             raise Finished
         comment, self._comment = self._comment, ""
         return comment if not source.log.next else "connected"
@@ -87,8 +90,7 @@ class StreamSubscription(Subscription[LiveLog]):
                     await self._write(framing.heartbeat)
                     continue  # while that was sent there may have been another alert
                 if cursor + 1 < log.first:
-                    requested, cursor = cursor + 1, log.first - 1
-                    await self._write(framing.gap(requested, cursor + 1))
+                    cursor = await self._catch_up(cursor)
                 elif cursor + 1 < log.next:
                     piece = framing.take(source, cursor)
                     assert piece is not None
@@ -105,9 +107,40 @@ class StreamSubscription(Subscription[LiveLog]):
         finally:
             source.waiting.discard(parker)
 
+    async def _catch_up(self, cursor: int) -> int:
+        """Send a page of what this process does not hold, or tell that it is gone. Returns the cursor behind it."""
+        framing = self._framing
+        page = await self._host.broker.read(self._key, after=cursor)
+        if page.first > cursor + 1:
+            await self._write(framing.gap(cursor + 1, page.first))
+            return page.first - 1
+        if not page.entries:
+            raise BrokerUnavailable(f"what follows entry {cursor} was there and is not any more")
+        for body, last in _bodies(framing, page.entries):
+            await self._write(body)
+            cursor = last
+            if self._alert:
+                break
+        return cursor
+
     def _end(self, source: LiveLog) -> bytes:
         assert source.end is not None
         return self._framing.end(source.end, str(source.log.next))
+
+
+def _bodies(framing: Framing, entries: Sequence[Entry]) -> Iterator[tuple[bytes, int]]:
+    """Entries in as few bodies as a server's buffer takes, each with the seq of its last."""
+    body = bytearray()
+    last = -1
+    for entry in entries:
+        frame = framing.frame(entry)
+        if body and len(body) + len(frame) > MAX_BODY:
+            yield bytes(body), last
+            body.clear()
+        body += frame
+        last = entry.seq
+    if body:
+        yield bytes(body), last
 
 
 def _unwritten(name: str, streams: tuple[str, ...]) -> str:

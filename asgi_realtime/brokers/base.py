@@ -7,7 +7,7 @@ to pass. A cancelled call happened entirely or not at all.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -55,7 +55,13 @@ class Broker(Protocol):
     async def __aexit__(self, *exc_info: object) -> None: ...
 
     async def append(
-        self, key: StreamKey, items: Sequence[bytes], *, producer: Producer | None = None, end: End | None = None
+        self,
+        key: StreamKey,
+        items: Sequence[bytes],
+        *,
+        producer: Producer | None = None,
+        end: End | None = None,
+        at: int | None = None,
     ) -> Position:
         """Append JSON items with consecutive seqs, and end the stream in the same step if `end` is given.
 
@@ -63,25 +69,37 @@ class Broker(Protocol):
         With a producer a retried call is harmless: what was stored is skipped, also if the stream has ended since.
         An input (`key.hidden`) is never trimmed; what would take all inputs of the run over `Limits.inputs_bytes` is
         refused. Raises `RunNotFound`, `StreamClosed` (the stream or its run is over), `ProducerGap`, `LimitExceeded`.
+
+        `at` is for a backend that can lose what it acknowledged: the producer writes it again, from the seq where it
+        stood. Raises `StreamLost` if that place is taken, `BrokerUnavailable` if the stream has not come to it yet.
         """
         ...
 
     async def read(self, key: StreamKey, *, after: int = -1, limit: int = 500) -> Page:
-        """The entries after a cursor (exclusive), at most `limit`. A stream that nobody wrote is empty.
+        """The entries after a cursor (exclusive), at most `limit`: some if there are any. A stream that nobody wrote is
+        empty.
 
         A page that starts behind `after + 1` tells of a gap: what lies between was trimmed. Raises `RunNotFound`.
         """
         ...
 
     def live(self, key: StreamKey) -> AbstractAsyncContextManager[LiveLog]:
-        """Follow a stream: its retained part and every later append, joined without a gap or a duplicate.
+        """Follow a stream: its newest part and every later append, joined without a gap or a duplicate.
 
-        Entering raises `RunNotFound`. Leaving, also by cancellation, leaves nothing behind.
+        The log may begin later than what is retained: what lies before is to be `read`. If acknowledged entries were
+        lost so that readers are ahead of the stream, the log fails, and they come back by their cursors. Entering
+        raises `RunNotFound`. Leaving, also by cancellation, leaves nothing behind.
         """
         ...
 
-    async def commit(self, record: RunRecord, *, expect: int, change: ChangeMark) -> int:
+    async def commit(
+        self, record: RunRecord, *, expect: int, change: ChangeMark, floors: Mapping[str, int] | None = None
+    ) -> int:
         """Store a record if the stored version is `expect` (0: the run must not exist yet); return its version.
+
+        A record follows the stored version; one that is created may have any, since its owner may have to create it
+        again. `floors` are positions that streams must have reached: if one has not, acknowledged entries were lost,
+        and `StreamBehind` is raised before anything is changed.
 
         The record and its own topic `run:<id>` change in one step; a terminal record ends all streams of the run in
         that step. Before the call returns, the topics in `record.topics` are told: each change at least once, never an
@@ -165,7 +183,13 @@ class ImmediateBroker(Protocol):
     """A broker that appends at once, in memory: a pipe then needs no task of its own for writing."""
 
     def append_nowait(
-        self, key: StreamKey, items: Sequence[bytes], *, producer: Producer | None = None, end: End | None = None
+        self,
+        key: StreamKey,
+        items: Sequence[bytes],
+        *,
+        producer: Producer | None = None,
+        end: End | None = None,
+        at: int | None = None,
     ) -> Position:
         """As `Broker.append`, without suspending."""
         ...

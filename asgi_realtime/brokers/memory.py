@@ -9,7 +9,7 @@ from __future__ import annotations
 import heapq
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 
 from asgi_realtime.brokers.base import MARKS_KEPT, ChangeMark, LiveTopic
@@ -18,7 +18,7 @@ from asgi_realtime.core.chunks import encode_value
 from asgi_realtime.core.log import HIDDEN_STREAM, End, Log, Page, Position, Producer, StreamKey
 from asgi_realtime.core.runs import DUE_KINDS, RunRecord, Status, due_times, run_topic
 from asgi_realtime.core.topics import Changes, Cursor, TopicIndex
-from asgi_realtime.errors import LimitExceeded, RunNotFound, VersionConflict
+from asgi_realtime.errors import LimitExceeded, RunNotFound, StreamBehind, VersionConflict
 from asgi_realtime.livelog import LiveLog
 from asgi_realtime.waiting import Parking, WakeSoon
 
@@ -153,7 +153,13 @@ class MemoryBroker:
     # Streams
 
     def append_nowait(
-        self, key: StreamKey, items: Sequence[bytes], *, producer: Producer | None = None, end: End | None = None
+        self,
+        key: StreamKey,
+        items: Sequence[bytes],
+        *,
+        producer: Producer | None = None,
+        end: End | None = None,
+        at: int | None = None,
     ) -> Position:
         run = self._run(key.run)
         live = run.streams.get(key.name) or self._make_stream(run)
@@ -163,7 +169,7 @@ class MemoryBroker:
             self._refuse()
         if key.hidden:
             self._check_inputs(run, items if producer is None else log.unseen(items, producer))
-        position = log.append(items, self._now_ms(), producer=producer)
+        position = log.append(items, self._now_ms(), producer=producer, at=at)
         if end is not None:
             log.close(end)
         run.streams[key.name] = live  # not before: a refused append leaves nothing behind
@@ -178,9 +184,15 @@ class MemoryBroker:
         return position
 
     async def append(
-        self, key: StreamKey, items: Sequence[bytes], *, producer: Producer | None = None, end: End | None = None
+        self,
+        key: StreamKey,
+        items: Sequence[bytes],
+        *,
+        producer: Producer | None = None,
+        end: End | None = None,
+        at: int | None = None,
     ) -> Position:
-        return self.append_nowait(key, items, producer=producer, end=end)
+        return self.append_nowait(key, items, producer=producer, end=end, at=at)
 
     async def read(self, key: StreamKey, *, after: int = -1, limit: int = 500) -> Page:
         run = self._run(key.run)
@@ -224,16 +236,22 @@ class MemoryBroker:
 
     # Runs
 
-    async def commit(self, record: RunRecord, *, expect: int, change: ChangeMark) -> int:
+    async def commit(
+        self, record: RunRecord, *, expect: int, change: ChangeMark, floors: Mapping[str, int] | None = None
+    ) -> int:
         run = self._runs.get(record.id)
         if run is not None:
             version = run.marks.get(change)
             if version is not None:
                 return version
         stored = 0 if run is None else run.record.version
-        if stored != expect or record.version != expect + 1:
+        if stored != expect or (expect and record.version != expect + 1):
             current = None if run is None else run.record
             raise VersionConflict(f"run {record.id!r} has version {stored}, expected {expect}", current=current)
+        for name, floor in (floors or {}).items():
+            live = None if run is None else run.streams.get(name)
+            if live is None or live.log.next < floor:
+                raise StreamBehind(f"stream {name!r} has not come to {floor}")
         if run is None:
             if self._full:
                 self._refuse()

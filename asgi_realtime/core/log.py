@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from asgi_realtime.core.sse import chunk_frame, frame_data
-from asgi_realtime.errors import ProducerGap, StreamClosed
+from asgi_realtime.errors import BrokerUnavailable, ProducerGap, RealtimeError, StreamClosed, StreamLost
 
 COMPACT_AFTER = 1024
 """Trimmed slots that may stay at the front of the lists before they are cut off."""
@@ -78,6 +78,13 @@ class Page(NamedTuple):
     end: End | None
 
 
+def misplaced(at: int, following: int) -> RealtimeError:
+    """Why an entry that was lost cannot be written again at its place."""
+    if at < following:
+        return StreamLost(f"entry {at} was lost and its place is taken: the stream is at {following}")
+    return BrokerUnavailable(f"entry {at} was lost; those before it, from {following} on, are not there again yet")
+
+
 class Log:
     """One stream's entries. Not safe for several threads; every method is atomic on its loop."""
 
@@ -96,15 +103,21 @@ class Log:
         self._trimmed = 0  # bytes of all entries before `first`
         self._producers: dict[str, tuple[int, int]] = {}
 
-    def append(self, items: Sequence[bytes], now_ms: int, *, producer: Producer | None = None) -> Position:
+    def append(
+        self, items: Sequence[bytes], now_ms: int, *, producer: Producer | None = None, at: int | None = None
+    ) -> Position:
         """Add JSON items. What the producer has stored before is skipped, so a retried call is harmless.
 
-        Raises `ProducerGap` if the call leaves a hole in the producer's count, `StreamClosed` if the log has ended and
-        an item is new. The producer's check comes first: a retry of what was stored succeeds on a closed log.
+        With `at` the items have to stand from that seq on. Raises `ProducerGap` if the call leaves a hole in the
+        producer's count, `StreamClosed` if the log has ended and an item is new, `StreamLost` if the place of the first
+        new item is taken, `BrokerUnavailable` if the log has not come to it yet. The producer's check comes first: a
+        retry of what was stored succeeds on a closed log.
         """
         seq = self.next
         if producer is not None:
+            given = len(items)
             items = self.unseen(items, producer)
+            at = None if at is None else at + given - len(items)
             expected, last = self._producers.get(producer.id, (0, -1))
             if not items:
                 return Position(last, seq)
@@ -112,6 +125,8 @@ class Log:
             return Position(seq - 1, seq)
         if self.end is not None:
             raise StreamClosed(f"the stream has ended ({self.end.reason}); nothing can be appended")
+        if at is not None and at != seq:
+            raise misplaced(at, seq)
         frames = [chunk_frame(number, item) for number, item in enumerate(items, seq)]  # before anything is changed
         total = self._sums[-1] if self._sums else self._trimmed
         for frame in frames:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
 
@@ -100,8 +100,10 @@ class RepeatingBroker(MemoryBroker):
         entry.index = RepeatingIndex(entry.index.epoch, max_runs=entry.index.max_runs)
         return entry
 
-    async def commit(self, record: RunRecord, *, expect: int, change: ChangeMark) -> int:
-        version = await super().commit(record, expect=expect, change=change)
+    async def commit(
+        self, record: RunRecord, *, expect: int, change: ChangeMark, floors: Mapping[str, int] | None = None
+    ) -> int:
+        version = await super().commit(record, expect=expect, change=change, floors=floors)
         self._later.start_soon(self._tell_again, record.id)
         return version
 
@@ -117,10 +119,16 @@ class DistantBroker(MemoryBroker):
     """Every call takes its time, and topics are told after the commit, under a mark, as over a network."""
 
     async def append(
-        self, key: StreamKey, items: Sequence[bytes], *, producer: Producer | None = None, end: End | None = None
+        self,
+        key: StreamKey,
+        items: Sequence[bytes],
+        *,
+        producer: Producer | None = None,
+        end: End | None = None,
+        at: int | None = None,
     ) -> Position:
         await pause(1)
-        position = self.append_nowait(key, items, producer=producer, end=end)
+        position = self.append_nowait(key, items, producer=producer, end=end, at=at)
         await pause(1)
         return position
 
@@ -137,9 +145,11 @@ class DistantBroker(MemoryBroker):
             await pause(1)
             yield live
 
-    async def commit(self, record: RunRecord, *, expect: int, change: ChangeMark) -> int:
+    async def commit(
+        self, record: RunRecord, *, expect: int, change: ChangeMark, floors: Mapping[str, int] | None = None
+    ) -> int:
         await pause(1)
-        version = await super().commit(record, expect=expect, change=change)
+        version = await super().commit(record, expect=expect, change=change, floors=floors)
         await pause(1)
         await self.tell(record.id)
         await pause(1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import heapq
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -35,10 +35,16 @@ class Mirrors(MemoryBroker):
         self.mirrors: dict[StreamKey, list[LiveLog]] = {}
 
     def append_nowait(
-        self, key: StreamKey, items: Sequence[bytes], *, producer: Producer | None = None, end: End | None = None
+        self,
+        key: StreamKey,
+        items: Sequence[bytes],
+        *,
+        producer: Producer | None = None,
+        end: End | None = None,
+        at: int | None = None,
     ) -> Position:
         before = len(self._all(key)) if key.run in self._runs else 0
-        position = super().append_nowait(key, items, producer=producer, end=end)
+        position = super().append_nowait(key, items, producer=producer, end=end, at=at)
         for mirror in self.mirrors.get(key, []):
             mirror.log.append(self._all(key)[before:], 0)
             if end is not None:
@@ -113,18 +119,30 @@ class TrimsInputs(MemoryBroker):
 
 class CountsRetriedInputs(MemoryBroker):
     def append_nowait(
-        self, key: StreamKey, items: Sequence[bytes], *, producer: Producer | None = None, end: End | None = None
+        self,
+        key: StreamKey,
+        items: Sequence[bytes],
+        *,
+        producer: Producer | None = None,
+        end: End | None = None,
+        at: int | None = None,
     ) -> Position:
         if key.hidden:
             self._check_inputs(self._run(key.run), items)
-        return super().append_nowait(key, items, producer=producer, end=end)
+        return super().append_nowait(key, items, producer=producer, end=end, at=at)
 
 
 class ForgetsProducersWithTheirEntries(MemoryBroker):
     def append_nowait(
-        self, key: StreamKey, items: Sequence[bytes], *, producer: Producer | None = None, end: End | None = None
+        self,
+        key: StreamKey,
+        items: Sequence[bytes],
+        *,
+        producer: Producer | None = None,
+        end: End | None = None,
+        at: int | None = None,
     ) -> Position:
-        position = super().append_nowait(key, items, producer=producer, end=end)
+        position = super().append_nowait(key, items, producer=producer, end=end, at=at)
         log = self._runs[key.run].streams[key.name].log
         for name, (count, last) in list(log._producers.items()):
             if last < log.first and count:
@@ -139,49 +157,79 @@ class KeepsSilentAboutGaps(MemoryBroker):
 
 class IgnoresProducers(MemoryBroker):
     def append_nowait(
-        self, key: StreamKey, items: Sequence[bytes], *, producer: Producer | None = None, end: End | None = None
+        self,
+        key: StreamKey,
+        items: Sequence[bytes],
+        *,
+        producer: Producer | None = None,
+        end: End | None = None,
+        at: int | None = None,
     ) -> Position:
         return super().append_nowait(key, items, end=end)
 
 
 class AcceptsHoles(MemoryBroker):
     def append_nowait(
-        self, key: StreamKey, items: Sequence[bytes], *, producer: Producer | None = None, end: End | None = None
+        self,
+        key: StreamKey,
+        items: Sequence[bytes],
+        *,
+        producer: Producer | None = None,
+        end: End | None = None,
+        at: int | None = None,
     ) -> Position:
         run = self._runs.get(key.run)
         live = None if run is None else run.streams.get(key.name)
         if producer is not None and live is not None:
             known, _ = live.log._producers.get(producer.id, (0, -1))
             producer = producer._replace(start=min(producer.start, known))
-        return super().append_nowait(key, items, producer=producer, end=end)
+        return super().append_nowait(key, items, producer=producer, end=end, at=at)
 
 
 class ChecksTheEndBeforeTheProducer(MemoryBroker):
     def append_nowait(
-        self, key: StreamKey, items: Sequence[bytes], *, producer: Producer | None = None, end: End | None = None
+        self,
+        key: StreamKey,
+        items: Sequence[bytes],
+        *,
+        producer: Producer | None = None,
+        end: End | None = None,
+        at: int | None = None,
     ) -> Position:
         live = self._run(key.run).streams.get(key.name)
         if live is not None and live.end is not None and items:
             raise StreamClosed("closed")
-        return super().append_nowait(key, items, producer=producer, end=end)
+        return super().append_nowait(key, items, producer=producer, end=end, at=at)
 
 
 class AppendsOneByOne(MemoryBroker):
     async def append(
-        self, key: StreamKey, items: Sequence[bytes], *, producer: Producer | None = None, end: End | None = None
+        self,
+        key: StreamKey,
+        items: Sequence[bytes],
+        *,
+        producer: Producer | None = None,
+        end: End | None = None,
+        at: int | None = None,
     ) -> Position:
         for number, item in enumerate(items):
-            at = None if producer is None else Producer(producer.id, producer.start + number)
-            self.append_nowait(key, [item], producer=at)
+            place = None if producer is None else Producer(producer.id, producer.start + number)
+            self.append_nowait(key, [item], producer=place)
             await pause(1)
         return self.append_nowait(key, [], end=end)
 
 
 class LastEndWins(MemoryBroker):
     def append_nowait(
-        self, key: StreamKey, items: Sequence[bytes], *, producer: Producer | None = None, end: End | None = None
+        self,
+        key: StreamKey,
+        items: Sequence[bytes],
+        *,
+        producer: Producer | None = None,
+        end: End | None = None,
+        at: int | None = None,
     ) -> Position:
-        position = super().append_nowait(key, items, producer=producer, end=end)
+        position = super().append_nowait(key, items, producer=producer, end=end, at=at)
         if end is not None:
             self._runs[key.run].streams[key.name].log.end = end
         return position
@@ -223,12 +271,14 @@ class LeaksWhileEntering(MemoryBroker):
 class EndsTheRunBeforeItsStreams(MemoryBroker):
     """Between the terminal record and the end of the streams more is acknowledged."""
 
-    async def commit(self, record: RunRecord, *, expect: int, change: ChangeMark) -> int:
+    async def commit(
+        self, record: RunRecord, *, expect: int, change: ChangeMark, floors: Mapping[str, int] | None = None
+    ) -> int:
         if record.end is None:
-            return await super().commit(record, expect=expect, change=change)
+            return await super().commit(record, expect=expect, change=change, floors=floors)
         run = self._runs[record.id]
         streams, run.streams = run.streams, {}
-        version = await super().commit(record, expect=expect, change=change)
+        version = await super().commit(record, expect=expect, change=change, floors=floors)
         run.streams = streams
         await pause(3)
         for live in streams.values():
@@ -238,13 +288,15 @@ class EndsTheRunBeforeItsStreams(MemoryBroker):
 
 
 class EndsOnlyWhatIsWritten(MemoryBroker):
-    async def commit(self, record: RunRecord, *, expect: int, change: ChangeMark) -> int:
+    async def commit(
+        self, record: RunRecord, *, expect: int, change: ChangeMark, floors: Mapping[str, int] | None = None
+    ) -> int:
         run = self._runs.get(record.id)
         streams = {} if run is None else run.streams
         if run is not None:
             run.streams = {name: live for name, live in streams.items() if live.log.next}
         try:
-            return await super().commit(record, expect=expect, change=change)
+            return await super().commit(record, expect=expect, change=change, floors=floors)
         finally:
             if run is not None:
                 run.streams = streams
@@ -254,15 +306,19 @@ class EndsOnlyWhatIsWritten(MemoryBroker):
 
 
 class CommitsWithoutComparing(MemoryBroker):
-    async def commit(self, record: RunRecord, *, expect: int, change: ChangeMark) -> int:
+    async def commit(
+        self, record: RunRecord, *, expect: int, change: ChangeMark, floors: Mapping[str, int] | None = None
+    ) -> int:
         run = self._runs.get(record.id)
         stored = 0 if run is None else run.record.version
         record = msgspec.structs.replace(record, version=stored + 1)
-        return await super().commit(record, expect=stored, change=change)
+        return await super().commit(record, expect=stored, change=change, floors=floors)
 
 
 class ComparesAndThenCommits(MemoryBroker):
-    async def commit(self, record: RunRecord, *, expect: int, change: ChangeMark) -> int:
+    async def commit(
+        self, record: RunRecord, *, expect: int, change: ChangeMark, floors: Mapping[str, int] | None = None
+    ) -> int:
         run = self._runs.get(record.id)
         stored = 0 if run is None else run.record.version
         if stored != expect and (run is None or change not in run.marks):
@@ -270,13 +326,15 @@ class ComparesAndThenCommits(MemoryBroker):
         await pause(1)
         if run is not None and change not in run.marks:
             run.record = msgspec.structs.replace(run.record, version=expect)
-        return await super().commit(record, expect=expect, change=change)
+        return await super().commit(record, expect=expect, change=change, floors=floors)
 
 
 class ForgetsTheConflictingRecord(MemoryBroker):
-    async def commit(self, record: RunRecord, *, expect: int, change: ChangeMark) -> int:
+    async def commit(
+        self, record: RunRecord, *, expect: int, change: ChangeMark, floors: Mapping[str, int] | None = None
+    ) -> int:
         try:
-            return await super().commit(record, expect=expect, change=change)
+            return await super().commit(record, expect=expect, change=change, floors=floors)
         except VersionConflict as conflict:
             raise VersionConflict(str(conflict)) from conflict
 
@@ -284,8 +342,10 @@ class ForgetsTheConflictingRecord(MemoryBroker):
 class KnowsOnlyTheLastMark(MemoryBroker):
     """Remembers one commit; a retry of ours after a commit of another is a conflict."""
 
-    async def commit(self, record: RunRecord, *, expect: int, change: ChangeMark) -> int:
-        version = await super().commit(record, expect=expect, change=change)
+    async def commit(
+        self, record: RunRecord, *, expect: int, change: ChangeMark, floors: Mapping[str, int] | None = None
+    ) -> int:
+        version = await super().commit(record, expect=expect, change=change, floors=floors)
         self._runs[record.id].marks = {change: version}
         return version
 
@@ -293,12 +353,14 @@ class KnowsOnlyTheLastMark(MemoryBroker):
 class TakesLateCommitsForRetries(MemoryBroker):
     """Believes that the numbers of a writer arrive in order."""
 
-    async def commit(self, record: RunRecord, *, expect: int, change: ChangeMark) -> int:
+    async def commit(
+        self, record: RunRecord, *, expect: int, change: ChangeMark, floors: Mapping[str, int] | None = None
+    ) -> int:
         run = self._runs.get(record.id)
         for known, version in {} if run is None else run.marks.items():
             if known.writer == change.writer and known.number >= change.number:
                 return version
-        return await super().commit(record, expect=expect, change=change)
+        return await super().commit(record, expect=expect, change=change, floors=floors)
 
 
 # Topics
@@ -330,18 +392,22 @@ class TellsWithoutMark(MemoryBroker):
     def _tell_topics(self, run: _StoredRun) -> None:
         pass
 
-    async def commit(self, record: RunRecord, *, expect: int, change: ChangeMark) -> int:
-        version = await super().commit(record, expect=expect, change=change)
+    async def commit(
+        self, record: RunRecord, *, expect: int, change: ChangeMark, floors: Mapping[str, int] | None = None
+    ) -> int:
+        version = await super().commit(record, expect=expect, change=change, floors=floors)
         await pause(1)
         super()._tell_topics(self._runs[record.id])
         return version
 
 
 class TellsTheRunTopicLater(MemoryBroker):
-    async def commit(self, record: RunRecord, *, expect: int, change: ChangeMark) -> int:
+    async def commit(
+        self, record: RunRecord, *, expect: int, change: ChangeMark, floors: Mapping[str, int] | None = None
+    ) -> int:
         told, self._tell = self._tell, lambda topic, record: None  # type: ignore[method-assign]
         try:
-            version = await super().commit(record, expect=expect, change=change)
+            version = await super().commit(record, expect=expect, change=change, floors=floors)
         finally:
             self._tell = told  # type: ignore[method-assign]
         await pause(1)

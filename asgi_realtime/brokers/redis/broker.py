@@ -13,9 +13,10 @@ import heapq
 import logging
 import random
 import secrets
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from functools import lru_cache
+from itertools import chain
 from typing import Any, NamedTuple, TypeVar
 
 import msgspec
@@ -35,7 +36,7 @@ from asgi_realtime.brokers.redis.mirror import (
 )
 from asgi_realtime.brokers.redis.servers import Servers, open_client
 from asgi_realtime.config import Limits, Retention, Timeouts
-from asgi_realtime.core.log import End, Entry, Page, Position, Producer, StreamKey
+from asgi_realtime.core.log import End, Entry, Page, Position, Producer, StreamKey, misplaced
 from asgi_realtime.core.runs import RunRecord, Status, due_times
 from asgi_realtime.core.topics import Change, Changes, Cursor, TopicIndex
 from asgi_realtime.errors import (
@@ -44,8 +45,9 @@ from asgi_realtime.errors import (
     ProducerGap,
     RealtimeError,
     RunNotFound,
+    StateError,
+    StreamBehind,
     StreamClosed,
-    StreamLost,
     VersionConflict,
 )
 from asgi_realtime.livelog import LiveLog
@@ -211,10 +213,8 @@ class RedisBroker:
                 return _not_found(key.run)
             case b"hole":
                 return ProducerGap(f"the append leaves a hole, expected item {int(detail)}", expected=int(detail))
-            case b"early":
-                return ProducerGap(f"the stream is at {int(detail)} and not yet at {at}", expected=int(detail))
-            case b"taken":
-                return StreamLost(f"entry {at} of stream {key.name!r} was lost, and its place is taken")
+            case b"misplaced":
+                return misplaced(at or 0, int(detail))
             case b"full":
                 limit = self._limits.inputs_bytes
                 return LimitExceeded(
@@ -281,22 +281,26 @@ class RedisBroker:
 
     # Runs
 
-    async def commit(self, record: RunRecord, *, expect: int, change: ChangeMark) -> int:
+    async def commit(
+        self, record: RunRecord, *, expect: int, change: ChangeMark, floors: Mapping[str, int] | None = None
+    ) -> int:
         try:
-            version, began = await self._commit(record, expect, change)
+            version, began = await self._commit(record, expect, change, floors or {})
             noting = self._note(record, began=began)
             if record.topics:
                 await asyncio.gather(noting, self._tell(record.id, version, record.topics))
             else:
                 await noting
-        except VersionConflict:
+        except StateError:
             raise
         except BaseException:  # nobody knows whether it is stored; if so, somebody has to do the rest
             self._spawn(self._note_quietly(record))
             raise
         return version
 
-    async def _commit(self, record: RunRecord, expect: int, change: ChangeMark) -> tuple[int, bool]:
+    async def _commit(
+        self, record: RunRecord, expect: int, change: ChangeMark, floors: Mapping[str, int]
+    ) -> tuple[int, bool]:
         """Store a version. Returns its number, and whether a lease or the like began with it."""
         due = self._due_times(record)
         end = record.end
@@ -320,7 +324,10 @@ class RedisBroker:
             secrets.token_hex(4),
             MARKS_KEPT,
             *(due.get(kind, "") for kind in ("delay", "ttl", "cancel", "expiry")),
+            *chain.from_iterable(floors.items()),
         )
+        if answer[0] == b"short":
+            raise StreamBehind(f"stream {answer[1].decode()!r} has lost entries that were acknowledged")
         if answer[0] == b"conflict":
             current = _decode_record(answer[2])
             raise VersionConflict(f"run {record.id!r} has version {int(answer[1])}, expected {expect}", current=current)

@@ -11,10 +11,11 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
-from typing import Any
+from typing import Any, Protocol
 
 from redis.asyncio.connection import AbstractConnection
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import ResponseError
+from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from asgi_realtime.errors import BrokerUnavailable
 
@@ -22,30 +23,51 @@ Connect = Callable[[], AbstractConnection]
 Command = tuple[Any, ...]
 
 _COOL_DOWN_S = 0.1
-"""After a connection that could not be made, before the next is tried."""
+"""After a connection that could not be made or gave no answer, before the next is tried."""
 
 
 class Lost(BrokerUnavailable):
     """The connection is gone, or could not be made. Nothing is known of what was under way."""
+
+    def __init__(self, message: str, *, broke: bool = False) -> None:
+        super().__init__(message)
+        self.broke = broke
+        """It worked until then, so a new one may work at once."""
+
+
+class Reporter(Protocol):
+    """Who is told whether the server is there."""
+
+    def lost(self, reason: Exception) -> None: ...
+
+    def works(self) -> None: ...
 
 
 class Link:
     """Sends commands and gives their answers. `connect` makes a connection that is not open yet."""
 
     def __init__(
-        self, connect: Connect, *, timeout_s: float, spawn: Callable[[Coroutine[Any, Any, None]], Any]
+        self,
+        connect: Connect,
+        *,
+        timeout_s: float,
+        spawn: Callable[[Coroutine[Any, Any, None]], Any],
+        reporter: Reporter,
     ) -> None:
         self._connect = connect
         self._timeout_s = timeout_s
         self._spawn = spawn
+        self._reporter = reporter
         self._queue: list[tuple[Command, asyncio.Future[Any]]] = []
         self._sent: deque[asyncio.Future[Any]] = deque()
         self._heard_at = 0.0  # when the server last gave an answer, or had nothing to answer
         self._wanted = asyncio.Event()
         self._given_up = asyncio.Event()
-        self._connection: AbstractConnection | None = None
+        self._answered = False
         self._task: Any = None
         self._closed = False
+        self.failing = False
+        """The last try came to nothing."""
 
     def send(self, *command: Any) -> asyncio.Future[Any]:
         """Send a command; the future has its answer, or raises `Lost` or the server's `ResponseError`."""
@@ -66,38 +88,43 @@ class Link:
     async def aclose(self) -> None:
         """Fail what is under way and close the connection."""
         self._closed = True
+        self._fail(Lost("the broker is closed"))
         if self._task is not None:
             self._task.cancel()
-        self._fail(Lost("the broker is closed"))
-        await self._disconnect()
+            await asyncio.wait([self._task])
 
     async def _run(self) -> None:
-        """Connect, and carry commands until the connection is lost; connect again for the next command."""
-        while not self._closed:
+        """Connect when there is something to say, and carry commands until the connection is lost."""
+        while True:
             await self._wanted.wait()
+            self._answered = False
+            connection = self._connect()
             try:
-                await self._open()
-            except (RedisError, OSError, TimeoutError) as exc:
-                self._fail(Lost(f"Redis cannot be reached: {exc}"))
-                self._wanted.clear()
-                await self._disconnect()
-                await asyncio.sleep(_COOL_DOWN_S)
-                continue
-            try:
-                await self._carry()
-            except (RedisError, OSError, TimeoutError) as exc:
-                self._fail(Lost(f"the connection to Redis was lost: {exc}"), unsent=False)
+                try:
+                    async with asyncio.timeout(self._timeout_s):
+                        await connection.connect()  # type: ignore[no-untyped-call]
+                except Exception as exc:
+                    self._fail(Lost(f"Redis cannot be reached: {exc or type(exc).__name__}"))
+                    self._wanted.clear()
+                    raise
+                await self._carry(connection)
+            except Exception as exc:  # whatever it is, such as an answer that cannot be parsed: nobody waits for ever
+                self._lost(exc)
             finally:
-                await self._disconnect()
+                await connection.disconnect(nowait=True)
+            if not self._answered:
+                await asyncio.sleep(_COOL_DOWN_S)
 
-    async def _open(self) -> None:
-        connection = self._connection = self._connect()
-        async with asyncio.timeout(self._timeout_s):
-            await connection.connect()  # type: ignore[no-untyped-call]
+    def _lost(self, exc: Exception) -> None:
+        """The connection is gone. A server may close one that nobody needs just now."""
+        if self._sent or self._queue or not self._answered:
+            self.failing = True
+            self._reporter.lost(exc)
+        silent = isinstance(exc, TimeoutError | RedisTimeoutError)
+        broke = self._answered and not silent
+        self._fail(Lost(f"the connection to Redis was lost: {exc or type(exc).__name__}", broke=broke), unsent=False)
 
-    async def _carry(self) -> None:
-        connection = self._connection
-        assert connection is not None
+    async def _carry(self, connection: AbstractConnection) -> None:
         self._heard_at = asyncio.get_running_loop().time()
         tasks = [asyncio.ensure_future(part) for part in (self._write(connection), self._read(connection))]
         tasks.append(asyncio.ensure_future(self._watch()))
@@ -133,6 +160,10 @@ class Link:
             except ResponseError as exc:
                 answer = exc
             self._heard_at = loop.time()
+            if not self._answered:
+                self._answered = True
+                self.failing = False
+                self._reporter.works()
             future = self._sent.popleft()
             if future.done():
                 continue
@@ -162,8 +193,3 @@ class Link:
             if not future.done():
                 future.set_exception(failure)
                 future.exception()  # whoever asked may be gone: that is nothing to warn of
-
-    async def _disconnect(self) -> None:
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            await connection.disconnect(nowait=True)

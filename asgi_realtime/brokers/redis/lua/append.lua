@@ -38,9 +38,8 @@ if count > 0 then
         return {'closed', ended}
     end
     if at ~= '' then
-        local place = tonumber(at) + from - ITEMS
-        if place ~= following then
-            return {place < following and 'taken' or 'early', text(following)}
+        if tonumber(at) + from - ITEMS ~= following then
+            return {'misplaced', text(following)}
         end
     end
     local size = 0
