@@ -1,0 +1,1 @@
+"""The chat beyond one process: two web workers, two job workers, Redis between them."""

@@ -1,0 +1,83 @@
+"""`python -m examples.redis_workers`: Redis, the model, two web workers and two job workers, until Ctrl-C.
+
+With REDIS_URL set no Redis is started. PORT is the first port tried.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from urllib.request import urlopen
+
+from examples.local_model import ModelMissing, model_endpoint
+from examples.processes import running
+from examples.server import free_socket
+
+WEB = "uvicorn examples.redis_workers.app:app --workers 2 --log-level warning"
+WORKER = "taskiq worker examples.redis_workers.tasks:queue --workers 2 --log-level WARNING --wait-tasks-timeout 1"
+
+
+@contextmanager
+def redis_url() -> Iterator[str]:
+    """The Redis that the environment names, or one of our own that forgets everything and has no port."""
+    if "REDIS_URL" in os.environ:
+        yield os.environ["REDIS_URL"]
+        return
+    binary = shutil.which("redis-server") or shutil.which("valkey-server")
+    if binary is None:
+        sys.exit("redis-server is not installed (on Debian: apt-get install redis-server).\nOr set REDIS_URL.")
+    with tempfile.TemporaryDirectory(prefix="redis_workers") as folder:
+        settings = ("--port", "0", "--unixsocket", f"{folder}/socket", "--save", "", "--logfile", f"{folder}/log")
+        with running(binary, *settings, environment=os.environ) as redis:
+            wait_until(lambda: os.path.exists(f"{folder}/socket"), [redis])
+            yield f"unix://{folder}/socket"
+
+
+def wait_until(condition: Callable[[], bool], processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Wait until something is so. Exits if one of the processes ends meanwhile; it has said why."""
+    while not condition():
+        if any(process.poll() is not None for process in processes):
+            sys.exit(1)
+        time.sleep(0.1)
+
+
+def answers(url: str) -> bool:
+    try:
+        with urlopen(f"{url}/realtime/v1/health", timeout=10) as response:
+            return bool(response.status == 200)
+    except OSError:
+        return False
+
+
+def run() -> None:
+    with model_endpoint(), redis_url() as url, ExitStack() as stack:
+        with free_socket(int(os.environ.get("PORT", "8000"))) as bound:
+            port = bound.getsockname()[1]
+        key = os.environ.get("REALTIME_SECRET_KEY") or secrets.token_urlsafe(32)
+        environment = {**os.environ, "REDIS_URL": url, "REALTIME_SECRET_KEY": key}
+        processes = [
+            stack.enter_context(running(sys.executable, "-m", *command.split(), environment=environment))
+            for command in (WORKER, f"{WEB} --port {port}")
+        ]
+        wait_until(lambda: answers(f"http://127.0.0.1:{port}"), processes)
+        print(f"The chat is at http://127.0.0.1:{port} (Ctrl-C ends it)", flush=True)
+        wait_until(lambda: False, processes)
+
+
+if __name__ == "__main__":
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)
+    try:
+        run()
+    except ModelMissing as exc:
+        sys.exit(f"{exc}.\nOr set OPENAI_BASE_URL or OPENAI_API_KEY to use an endpoint of your own.")
+    except KeyboardInterrupt:
+        pass
