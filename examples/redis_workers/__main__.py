@@ -7,46 +7,18 @@ from __future__ import annotations
 
 import os
 import secrets
-import shutil
 import signal
-import subprocess
 import sys
-import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from urllib.request import urlopen
 
 from examples.local_model import ModelMissing, model_endpoint
+from examples.local_redis import redis_url, wait_until
 from examples.processes import running
 from examples.server import free_socket
 
 WEB = "uvicorn examples.redis_workers.app:app --workers 2 --log-level warning"
 WORKER = "taskiq worker examples.redis_workers.tasks:queue --workers 2 --log-level WARNING --wait-tasks-timeout 1"
-
-
-@contextmanager
-def redis_url() -> Iterator[str]:
-    """The Redis that the environment names, or one of our own that forgets everything and has no port."""
-    if "REDIS_URL" in os.environ:
-        yield os.environ["REDIS_URL"]
-        return
-    binary = shutil.which("redis-server") or shutil.which("valkey-server")
-    if binary is None:
-        sys.exit("redis-server is not installed (on Debian: apt-get install redis-server).\nOr set REDIS_URL.")
-    with tempfile.TemporaryDirectory(prefix="redis_workers") as folder:
-        settings = ("--port", "0", "--unixsocket", f"{folder}/socket", "--save", "", "--logfile", f"{folder}/log")
-        with running(binary, *settings, environment=os.environ) as redis:
-            wait_until(lambda: os.path.exists(f"{folder}/socket"), [redis])
-            yield f"unix://{folder}/socket"
-
-
-def wait_until(condition: Callable[[], bool], processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Wait until something is so. Exits if one of the processes ends meanwhile; it has said why."""
-    while not condition():
-        if any(process.poll() is not None for process in processes):
-            sys.exit(1)
-        time.sleep(0.1)
 
 
 def answers(url: str) -> bool:

@@ -1,0 +1,1 @@
+"""A task on a Celery worker: `python -m examples.celery_worker`."""

@@ -1,0 +1,38 @@
+"""A Redis for an example: the one that REDIS_URL names, or one of its own that ends with it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from examples.processes import running
+
+
+@contextmanager
+def redis_url() -> Iterator[str]:
+    """Its URL. A Redis of our own forgets everything, and has no port that others of this machine could reach."""
+    if "REDIS_URL" in os.environ:
+        yield os.environ["REDIS_URL"]
+        return
+    binary = shutil.which("redis-server") or shutil.which("valkey-server")
+    if binary is None:
+        sys.exit("redis-server is not installed (on Debian: apt-get install redis-server).\nOr set REDIS_URL.")
+    with tempfile.TemporaryDirectory(prefix="redis") as folder:
+        settings = ("--port", "0", "--unixsocket", f"{folder}/socket", "--save", "", "--logfile", f"{folder}/log")
+        with running(binary, *settings, environment=os.environ) as redis:
+            wait_until(lambda: os.path.exists(f"{folder}/socket"), [redis])
+            yield f"unix://{folder}/socket"
+
+
+def wait_until(condition: Callable[[], bool], processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Wait until something is so. Exits if one of the processes ends meanwhile; it has said why."""
+    while not condition():
+        if any(process.poll() is not None for process in processes):
+            sys.exit(1)
+        time.sleep(0.1)
