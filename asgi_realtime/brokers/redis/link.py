@@ -176,10 +176,14 @@ class Link:
         """End when the server owes an answer for too long, or somebody has given it up."""
         loop = asyncio.get_running_loop()
         self._given_up.clear()
+        looked_at = loop.time()
         while True:
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._given_up.wait(), self._timeout_s / 4)
                 raise ConnectionError("it led to the wrong server")
+            if self._answered and self._heard_at > looked_at:
+                self._reporter.works()  # if another connection has said that it does not
+            looked_at = loop.time()
             if self._sent and loop.time() - self._heard_at > self._timeout_s:
                 raise TimeoutError(f"no answer for {self._timeout_s:g} s")
 
@@ -191,5 +195,5 @@ class Link:
             under_way += [future for _, future in queue]
         for future in under_way:
             if not future.done():
-                future.set_exception(failure)
+                future.set_exception(Lost(str(failure), broke=failure.broke))  # one each: a traceback grows by raising
                 future.exception()  # whoever asked may be gone: that is nothing to warn of

@@ -10,16 +10,16 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import random
 from collections import Counter
-from collections.abc import Awaitable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Awaitable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 from redis.asyncio.connection import AbstractConnection
 from redis.crc import key_slot
-from redis.exceptions import RedisError
+from redis.exceptions import MovedError
 
-from asgi_realtime.brokers.redis.servers import Address, Servers, Spawn
+from asgi_realtime.brokers.redis.servers import Address, ServerReporter, Servers, Spawn
 from asgi_realtime.errors import BrokerUnavailable
 from asgi_realtime.waiting import Parking
 
@@ -29,6 +29,18 @@ _GROUP = 500
 """Channels in one SSUBSCRIBE: a server does nothing else meanwhile."""
 
 _PAUSES_S = (0.05, 0.1, 0.2, 0.4, 0.8, 1.0)
+"""Between tries to connect, each cut to a random part of it: many processes lose a server at the same time."""
+
+_MOVES_S = 0.02
+"""Until a channel is asked for elsewhere: while a slot moves, its servers may each name the other one."""
+
+_TROUBLE_S = 1.0
+"""A connection that is made anew within this is no trouble."""
+
+
+def _pauses() -> Iterator[float]:
+    for pause_s in itertools.chain(_PAUSES_S, itertools.repeat(_PAUSES_S[-1])):
+        yield pause_s * random.uniform(0.5, 1.0)
 
 
 class Hearer(Protocol):
@@ -55,8 +67,21 @@ class Listener:
         self._changed = Parking()
         self._sorting: Any = None
         self._unsorted: dict[str, None] = {}
-        self.failure: Exception | None = None
-        """Why the last try to listen failed; None if all that is asked for is heard."""
+        self._unsorted_why: Exception | None = None
+        self._to_check: dict[str, None] = {}
+
+    @property
+    def trouble(self) -> str | None:
+        """Why something that is asked for is not heard, and has not been for a while."""
+        now = asyncio.get_running_loop().time()
+        for ear in self._ears.values():
+            if ear.failure is not None and now - ear.failing_since > _TROUBLE_S:
+                return str(ear.failure)
+        return None
+
+    def _failure(self) -> Exception | None:
+        failures = [ear.failure for ear in self._ears.values()]
+        return next(filter(None, failures), self._unsorted_why)
 
     def add(self, channel: str, hearer: Hearer) -> None:
         """Listen to a channel from now on. `confirmed` tells when that is so."""
@@ -88,7 +113,8 @@ class Listener:
                 while not all(self._is_confirmed(channel) for channel in channels):
                     await self._changed.wait()
         except TimeoutError:
-            reason = f": {self.failure}" if self.failure is not None else ""
+            failure = self._failure()
+            reason = "" if failure is None else f": {failure}"
             raise BrokerUnavailable(
                 f"Redis did not confirm a subscription within {self._timeout_s:g} s{reason}"
             ) from None
@@ -104,15 +130,16 @@ class Listener:
             self._sorting = self._spawn(self._sort_all())
 
     async def _sort_all(self) -> None:
-        pauses = itertools.chain(_PAUSES_S, itertools.repeat(_PAUSES_S[-1]))
+        pauses = _pauses()
         while self._unsorted:
             channel = next(iter(self._unsorted))
             try:
                 address = await self._servers.address_of(channel)
             except BrokerUnavailable as exc:
-                self.failure = exc
+                self._unsorted_why = exc
                 await asyncio.sleep(next(pauses))
                 continue
+            self._unsorted_why = None
             if channel not in self._unsorted:
                 continue
             del self._unsorted[channel]
@@ -128,12 +155,27 @@ class Listener:
     def connect(self, address: Address) -> AbstractConnection:
         return self._servers.connection(address)
 
+    def reporter(self, address: Address) -> ServerReporter:
+        return self._servers.reporter(address)
+
     def heard(self, channel: str, message: bytes) -> None:
         for hearer in tuple(self._hearers.get(channel, ())):
-            hearer.hear(message)
+            try:
+                hearer.hear(message)
+            except Exception:  # of another version, or of a stranger: what is true stands in Redis
+                logger.exception("a message on %s cannot be read", channel)
+                hearer.check(unasked=False)
 
-    def confirmed_one(self) -> None:
-        self._changed.wake()
+    def confirmed_one(self, channel: str) -> None:
+        """A channel is heard from now on. Those that are confirmed in one turn of the loop are checked together."""
+        if not self._to_check:
+            asyncio.get_running_loop().call_soon(self._check_confirmed)
+        self._to_check[channel] = None
+        self._changed.wake()  # after that: who waits for this begins to read, and need not be told to read again
+
+    def _check_confirmed(self) -> None:
+        channels, self._to_check = self._to_check, {}
+        self.check(channels)
 
     def check(self, channels: Iterable[str], *, unasked: bool = False) -> None:
         """Messages of these channels may have been missed."""
@@ -147,29 +189,38 @@ class Listener:
         if ear is not None:
             ear.deaf = True
 
-    def moved(self, channels: Iterable[str]) -> None:
-        """The server does not have these channels any more."""
-        self._servers.moved()
-        wanted = [channel for channel in channels if channel in self._hearers]
-        for channel in wanted:
+    def moved(self, channels: Sequence[str], *, by: MovedError | None = None) -> None:
+        """The server does not have these channels any more. `by` is its answer, if it says who has."""
+        if by is None:
+            self._servers.look_again()
+        else:
+            self._servers.learn(by)
+        for channel in channels:
             self._at.pop(channel, None)
-        self._sort(wanted)
+        self._spawn(self._sort_soon(channels))
 
-    def lost(self, ear: Ear, failure: Exception) -> None:
+    async def _sort_soon(self, channels: Sequence[str]) -> None:
+        await asyncio.sleep(_MOVES_S)
+        self._sort([channel for channel in channels if channel in self._hearers and channel not in self._at])
+
+    def lost(self) -> None:
         """A connection was lost. On a Cluster its channels may be elsewhere by now."""
-        self.failure = failure
-        if ear.address.host:
-            channels = list(ear.channels)
-            ear.channels.clear()
-            self.moved(channels)
+        self._servers.look_again()
 
-    def drop_unused(self, ear: Ear) -> bool:
-        """Forget an ear that has nothing to listen to at an address that may be gone."""
-        if ear.channels or not ear.address.host:
-            return False
+    def is_needed(self, ear: Ear) -> bool:
+        """Whether there is something to listen to at an address that was lost. What is elsewhere goes there."""
+        if not ear.address.host:
+            return True
+        gone = [channel for channel in ear.channels if self._servers.address_now(channel) != ear.address]
+        for channel in gone:
+            del ear.channels[channel]
+        if gone:
+            self.moved(gone)
+        if ear.channels:
+            return True
         if self._ears.get(ear.address) is ear:
             del self._ears[ear.address]
-        return True
+        return False
 
     async def aclose(self) -> None:
         ears = list(self._ears.values())
@@ -177,8 +228,13 @@ class Listener:
         self._at.clear()
         self._hearers.clear()
         self._unsorted.clear()
+        self._to_check.clear()
         for ear in ears:
             await ear.aclose()
+
+
+def _slot(channel: str) -> int:
+    return key_slot(channel.encode())
 
 
 class Ear:
@@ -189,7 +245,11 @@ class Ear:
         self.channels: dict[str, None] = {}
         self.confirmed: set[str] = set()
         self.task: Any = None
+        self.failure: Exception | None = None
+        """Why it does not hear all of its channels, if it was lost."""
+        self.failing_since = 0.0
         self._listener = listener
+        self._reporter = listener.reporter(address)
         self._timeout_s = timeout_s
         self._silence_s = silence_s
         self._awaited: Counter[str] = Counter()  # confirmations of subscriptions that are under way
@@ -217,7 +277,7 @@ class Ear:
 
     async def run(self) -> None:
         """Listen, and connect again whenever the connection is lost."""
-        pauses: Any = iter(())
+        pauses = _pauses()
         while True:
             connection = self._listener.connect(self.address)
             try:
@@ -225,26 +285,41 @@ class Ear:
                     await connection.connect()  # type: ignore[no-untyped-call]
                 self._begin()
                 await self._carry(connection)
-            except (RedisError, OSError, TimeoutError) as exc:
-                if self._heard_at:
-                    pauses = iter(_PAUSES_S)
-                self._listener.lost(self, exc)
+            except Exception as exc:  # whatever it is: an ear that does not try again is deaf for good
+                if self.failure is None:
+                    self.failing_since = asyncio.get_running_loop().time()
+                    pauses = _pauses()
+                self._lost(exc)
             finally:
                 self._connected = False
-                self._heard_at = 0.0
                 self.confirmed.clear()
                 await connection.disconnect(nowait=True)
-            if self._listener.drop_unused(self):
+            await asyncio.sleep(next(pauses))
+            if not self._listener.is_needed(self):
                 return
-            await asyncio.sleep(next(pauses, _PAUSES_S[-1]))
+
+    def _lost(self, exc: Exception) -> None:
+        self.failure = exc
+        if self.channels:
+            self._reporter.lost(exc)
+        self._listener.lost()
 
     def _begin(self) -> None:
+        channels = list(self.channels)
+        if self.address.host:
+            channels.sort(key=_slot)  # those of one slot go into one command
         self._awaited.clear()
-        self._to_send = [("SSUBSCRIBE", channel) for channel in self.channels]
+        self._to_send = [("SSUBSCRIBE", channel) for channel in channels]
         self._connected = True
         self._pinged = self.deaf = False
         self._heard_at = asyncio.get_running_loop().time()
         self._wanted.set()
+        if not channels:
+            self._is_well()
+
+    def _is_well(self) -> None:
+        self.failure = None
+        self._reporter.works()
 
     async def _carry(self, connection: AbstractConnection) -> None:
         parts: list[Awaitable[None]] = [self._write(connection), self._read(connection), self._watch(connection)]
@@ -263,8 +338,8 @@ class Ear:
             await self._wanted.wait()
             self._wanted.clear()
             pending, self._to_send = self._to_send, []
-            for command in self._commands(pending):
-                await connection.send_packed_command(connection.pack_command(*command), check_health=False)
+            packed = connection.pack_commands(self._commands(pending))
+            await connection.send_packed_command(packed, check_health=False)
 
     def _commands(self, pending: Sequence[tuple[str, str]]) -> list[list[str]]:
         """Subscriptions and their ends in their order, in groups. On a Cluster a command has channels of one slot."""
@@ -275,7 +350,7 @@ class Ear:
                 if channel not in self.channels:
                     continue
                 self._awaited[channel] += 1
-            slot = key_slot(channel.encode()) if self.address.host else 0
+            slot = _slot(channel) if self.address.host else 0
             if group != (verb, slot) or len(commands[-1]) > _GROUP:
                 group = (verb, slot)
                 commands.append([verb])
@@ -285,7 +360,11 @@ class Ear:
     async def _read(self, connection: AbstractConnection) -> None:
         loop = asyncio.get_running_loop()
         while True:
-            answer = await connection.read_response(disable_decoding=True, disconnect_on_error=False)
+            try:
+                answer = await connection.read_response(disable_decoding=True, disconnect_on_error=False)
+            except MovedError as exc:
+                self._moved(exc)
+                continue
             self._heard_at = loop.time()
             match answer:
                 case [b"smessage", channel, message]:
@@ -304,10 +383,18 @@ class Ear:
         del self._awaited[channel]
         if channel in self.channels:
             self.confirmed.add(channel)
-            self._listener.confirmed_one()
-            self._listener.check([channel])
-        if not self._awaited:
-            self._listener.failure = None
+            self._listener.confirmed_one(channel)
+        if self.failure is not None and not self._awaited:
+            self._is_well()
+
+    def _moved(self, exc: MovedError) -> None:
+        """A subscription was refused: its slot is elsewhere."""
+        gone = [channel for channel in self._awaited if _slot(channel) == exc.slot_id]
+        for channel in gone:
+            del self._awaited[channel]
+            self.channels.pop(channel, None)
+            self.confirmed.discard(channel)
+        self._listener.moved(gone, by=exc)
 
     def _ended(self, channel: str) -> None:
         """Either we have left, or the slot of the channel has."""
@@ -334,5 +421,4 @@ class Ear:
     async def aclose(self) -> None:
         if self.task is not None:
             self.task.cancel()
-            with suppress(asyncio.CancelledError, Exception):
-                await self.task
+            await asyncio.wait([self.task])

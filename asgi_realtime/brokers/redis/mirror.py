@@ -74,8 +74,10 @@ class Mirror(ABC):
             self._joined = True
         except RealtimeError as exc:
             self._failure = exc
-            self.gone = True
-        finally:
+        finally:  # also if it was cancelled, or failed in a way that nobody thought of: somebody waits
+            if not self._joined:
+                self.gone = True
+                self._failure = self._failure or BrokerUnavailable("history and tail could not be joined")
             self._busy = False
             self._changed.wake()
 
@@ -110,7 +112,7 @@ class Mirror(ABC):
             self._again = True
 
     def check(self, *, unasked: bool) -> None:
-        if self.gone or not self._joined:
+        if self.gone:
             return
         if self._reading:
             self._again = True
@@ -130,14 +132,17 @@ class Mirror(ABC):
             try:
                 await self._catch_up()
                 break
+            except Behind as exc:
+                self._lost(exc)
+                break
             except BrokerUnavailable:
                 await asyncio.sleep(pause_s)
-            except _Behind as exc:
-                self._lost(BrokerUnavailable(str(exc)))
-                break
             except RealtimeError as exc:
                 self._lost(exc)
                 break
+            except Exception as exc:
+                self._lost(BrokerUnavailable(f"what Redis holds cannot be read: {exc!r}"))
+                raise
         self._busy = self._unasked = False
 
     def _news(self) -> None:
@@ -193,7 +198,7 @@ class StreamMirror(Mirror):
         while log.end is None:
             page = await self._read_page(self.key, log.next - 1 if self._begun else None)
             if page.next < log.next:
-                raise _Behind(f"{page.next} entries of stream {self.key.name!r} are left of {log.next}")
+                raise Behind(f"{page.next} entries of stream {self.key.name!r} are left of {log.next}")
             if not self._begun or page.first > log.next:
                 self._begun = True
                 log.restart(page.entries[0].seq if page.entries else page.next)
@@ -266,7 +271,7 @@ class StreamMirror(Mirror):
         self.live.fail(failure)
 
 
-class _Behind(Exception):
+class Behind(BrokerUnavailable):
     """Redis has less of a stream than it had: acknowledged entries were lost."""
 
 

@@ -1,18 +1,24 @@
 """The servers behind a URL: one, or the primaries of a Cluster; and how a call finds the right one.
 
 Whether it is a Cluster is asked of the server itself. A call that meets a moved slot, a server that is loading, or one
-that is no primary any more, is made again for a while. Foreign exceptions become ours here and nowhere else.
+that is no primary any more, is made again for a while; one whose connection broke is made again once. What is known of
+the slots is used until something better is known, so a primary that is away delays nobody who does not need it. Foreign
+exceptions become ours here and nowhere else.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
+import random
 from collections.abc import Callable, Coroutine, Sequence
+from copy import copy
 from typing import Any, NamedTuple
 
 from redis.asyncio.client import Redis
 from redis.asyncio.connection import AbstractConnection, ConnectionPool
 from redis.asyncio.retry import Retry
+from redis.asyncio.sentinel import SentinelConnectionPool
 from redis.backoff import NoBackoff
 from redis.crc import key_slot
 from redis.exceptions import (
@@ -29,13 +35,20 @@ from redis.exceptions import (
     TryAgainError,
 )
 
-from asgi_realtime.brokers.redis.link import Link, Lost
+from asgi_realtime.brokers.redis.link import Command, Link, Lost
+from asgi_realtime.brokers.redis.presence import Presence
 from asgi_realtime.brokers.redis.scripts import Script
 from asgi_realtime.errors import BrokerUnavailable, InvalidConfiguration
 
 Spawn = Callable[[Coroutine[Any, Any, None]], Any]
 
 _PAUSE_S = 0.02
+_LOOKS_S = 0.2
+"""Between two looks at who has which slot."""
+
+WRITABLE = Script("#!lua\nreturn 1")
+"""Writes nothing, but is refused where a script that does would be: without memory, on a replica."""
+
 _PASSING = (MovedError, AskError, TryAgainError, ClusterDownError, ReadOnlyError)
 _PASSING_WORDS = ("LOADING", "MASTERDOWN", "READONLY", "CLUSTERDOWN", "TRYAGAIN")
 _NO_CLUSTER = "cluster support disabled"
@@ -55,13 +68,17 @@ class Servers:
     """All primaries. `client` is redis-py's, of a URL or the user's own (a Sentinel's too); its settings are used."""
 
     def __init__(self, client: Redis, *, timeout_s: float, spawn: Spawn) -> None:
-        self._pool: ConnectionPool = client.connection_pool
+        self._pool = _pool_of_our_own(client.connection_pool, timeout_s=timeout_s)
         self._timeout_s = timeout_s
         self._spawn = spawn
         self._links: dict[tuple[Address, bool], Link] = {}
         self._slots: list[Address] = []  # by slot; empty without a Cluster
         self._known = False
-        self._looking: asyncio.Future[None] | None = None
+        self._looking: asyncio.Task[None] | None = None
+        self._looked_at = -math.inf
+        self._unknown_why = ""
+        self._refusals: dict[tuple[Address, object], tuple[Address, str]] = {}
+        self.presence = Presence()
 
     def connection(self, address: Address) -> AbstractConnection:
         """A new connection, not open yet, that waits for answers as long as it has to."""
@@ -79,83 +96,138 @@ class Servers:
         made: AbstractConnection = self._pool.connection_class(**settings)
         return made
 
+    def reporter(self, address: Address) -> ServerReporter:
+        """Who tells the log of a server."""
+        return ServerReporter(self.presence, address)
+
     async def address_of(self, key: str) -> Address:
-        """The primary that has a key."""
+        """The primary that has a key. Raises `BrokerUnavailable` if no server can be asked, the first time."""
         if not self._known:
             await self._look()
+        return self.address_now(key)
+
+    def address_now(self, key: str) -> Address:
+        """The primary that has a key, as far as is known."""
         return self._slots[key_slot(key.encode())] if self._slots else THE_URL
 
     async def call(self, key: str, *command: Any, bulk: bool = False) -> Any:
         """Send a command to the primary that has the key. Raises `BrokerUnavailable`.
 
-        `bulk` is for answers that may be large: they have a connection of their own, and delay nobody else's.
+        It may be carried out twice. `bulk` is for answers that may be large: they have a connection of their own, and
+        delay nobody else's.
         """
         return await self._patiently(key, command, bulk)
 
-    async def run(self, script: Script, keys: Sequence[str], *args: Any, bulk: bool = False) -> Any:
-        """Run a script on the primary that has its keys. Raises `BrokerUnavailable`."""
+    async def run(
+        self, script: Script, keys: Sequence[str], *args: Any, bulk: bool = False, repeat: bool = True
+    ) -> Any:
+        """Run a script on the primary that has its keys. Raises `BrokerUnavailable`.
+
+        It may be carried out twice, unless `repeat` says that this would do harm.
+        """
         rest = (len(keys), *keys, *args)
         try:
-            return await self._patiently(keys[0], ("EVALSHA", script.sha, *rest), bulk)
+            return await self._patiently(keys[0], ("EVALSHA", script.sha, *rest), bulk, repeat)
         except NoScriptError:  # a new server, or SCRIPT FLUSH: with its text a script is known from then on
-            return await self._patiently(keys[0], ("EVAL", script.text, *rest), bulk)
+            return await self._patiently(keys[0], ("EVAL", script.text, *rest), bulk, repeat)
 
-    async def _patiently(self, key: str, command: tuple[Any, ...], bulk: bool) -> Any:
+    async def _patiently(self, key: str, command: Command, bulk: bool, repeat: bool = True) -> Any:
         deadline = asyncio.get_running_loop().time() + self._timeout_s
         asked: Address | None = None
         while True:
-            address = asked or (self._address(key) if self._known else await self.address_of(key))
+            address = asked or (self.address_now(key) if self._known else await self.address_of(key))
             link = self._link(address, bulk)
             try:
                 if asked is not None:
                     link.send("ASKING")
-                return await link.send(*command)
+                answer = await link.send(*command)
             except NoScriptError:
                 raise
             except ResponseError as exc:
                 if not _is_passing(exc) or asyncio.get_running_loop().time() > deadline:
-                    raise unavailable(exc) from exc
+                    raise self._refused(address, command, exc) from exc
                 failure: Exception = exc
-            except Lost:
-                self._known = self._known and not self._slots  # a primary may have gone for good
-                raise
+            except Lost as exc:
+                self.look_again()  # a primary may have gone for good
+                if not exc.broke or not repeat:
+                    raise
+                repeat = False
+                asked = None
+                continue
+            else:
+                if self._refusals:
+                    self._accepted(address, command)
+                return answer
             asked = None
             if type(failure) is AskError:  # a MovedError is one too, and that one is for good
                 asked = Address(failure.host, failure.port)
                 continue
-            if isinstance(failure, ReadOnlyError):
+            if isinstance(failure, MovedError):
+                self.learn(failure)
+            elif isinstance(failure, ReadOnlyError):
                 link.reset()
-            self._known = False
             await asyncio.sleep(_PAUSE_S)
 
-    def _address(self, key: str) -> Address:
-        return self._slots[key_slot(key.encode())] if self._slots else THE_URL
+    def _refused(self, address: Address, command: Command, exc: ResponseError) -> BrokerUnavailable:
+        refusal = unavailable(exc)
+        what = self._refusals[address, _kind(command)] = (address, str(refusal))
+        self.presence.lost(what, "Redis refuses calls", refusal)
+        return refusal
+
+    def _accepted(self, address: Address, command: Command) -> None:
+        what = self._refusals.pop((address, _kind(command)), None)
+        if what is not None:
+            self.presence.works(what, "Redis takes calls again that it refused")
 
     def _link(self, address: Address, bulk: bool) -> Link:
         link = self._links.get((address, bulk))
         if link is None:
             link = self._links[address, bulk] = Link(
-                lambda: self.connection(address), timeout_s=self._timeout_s, spawn=self._spawn
+                lambda: self.connection(address),
+                timeout_s=self._timeout_s,
+                spawn=self._spawn,
+                reporter=self.reporter(address),
             )
         return link
 
+    # Where the slots are
+
     async def _look(self) -> None:
-        """Learn who has which slot. Many may wait for one look."""
-        while not self._known:
-            if self._looking is None:
-                self._looking = asyncio.get_running_loop().create_future()
-                try:
-                    self._slots = await self._ask_anyone()
-                    self._known = True
-                finally:
-                    self._looking.set_result(None)
-                    self._looking = None
-            else:
-                await asyncio.shield(self._looking)
+        """Learn who has which slot, for the first time. Many may wait for one look."""
+        self._begin_to_look()
+        assert self._looking is not None
+        await asyncio.wait([self._looking])
+        if not self._known:
+            raise BrokerUnavailable(self._unknown_why or "the broker is closed")
+
+    def look_again(self) -> None:
+        """On a Cluster, ask who has which slot, beside everything else. Not more often than makes sense."""
+        if self._slots and asyncio.get_running_loop().time() - self._looked_at > _LOOKS_S:
+            self._begin_to_look()
+
+    def _begin_to_look(self) -> None:
+        if self._looking is None or self._looking.done():
+            self._looked_at = asyncio.get_running_loop().time()
+            self._looking = self._spawn(self._ask())
+
+    async def _ask(self) -> None:
+        try:
+            self._slots = await self._ask_anyone()
+            self._known = True
+        except BrokerUnavailable as exc:
+            self._unknown_why = str(exc)
+
+    def learn(self, moved: MovedError) -> None:
+        """A server that does not have a slot says who has."""
+        if self._slots:
+            host = moved.host or self._slots[moved.slot_id].host
+            self._slots[moved.slot_id] = Address(host, moved.port)
 
     async def _ask_anyone(self) -> list[Address]:
         """The owner of each slot, from the first server that answers; nothing if there is no Cluster."""
-        known = [address for address, bulk in self._links if not bulk and address is not THE_URL]
+        known = list(dict.fromkeys(self._slots))
+        random.shuffle(known)
+        known.sort(key=lambda address: self._link(address, False).failing)
         failure: BrokerUnavailable | None = None
         for address in (*known, THE_URL):
             try:
@@ -173,21 +245,38 @@ class Servers:
         assert failure is not None
         raise failure
 
+    # All of them
+
     async def primaries(self) -> list[Address]:
         """Every primary that serves slots; the one server without a Cluster."""
-        await self._look()
+        if not self._known:
+            await self._look()
         return list(dict.fromkeys(self._slots)) or [THE_URL]
 
-    async def call_at(self, address: Address, *command: Any) -> Any:
-        """Send a command to one primary. Raises `BrokerUnavailable`."""
+    async def check(self) -> None:
+        """Return if all primaries answer and take writes. Raises `BrokerUnavailable`."""
+        await asyncio.gather(*(self._check(address) for address in await self.primaries()))
+
+    async def ask_all(self, *command: Any) -> list[Any]:
+        """The answer of each primary. Raises `BrokerUnavailable`."""
+        addresses = await self.primaries()
         try:
-            return await self._link(address, False).send(*command)
+            return await asyncio.gather(*(self._link(address, False).send(*command) for address in addresses))
         except ResponseError as exc:
             raise unavailable(exc) from exc
 
-    def moved(self) -> None:
-        """Slots are not where they were thought to be: look again before the next call."""
-        self._known = not self._slots
+    async def _check(self, address: Address) -> None:
+        link = self._link(address, False)
+        try:
+            try:
+                await link.send("EVALSHA", WRITABLE.sha, 0)
+            except NoScriptError:
+                await link.send("EVAL", WRITABLE.text, 0)
+        except Lost:
+            self.look_again()
+            raise
+        except ResponseError as exc:
+            raise unavailable(exc) from exc
 
     async def aclose(self) -> None:
         """Close all connections."""
@@ -195,7 +284,50 @@ class Servers:
         self._links.clear()
         for link in links:
             await link.aclose()
+        self.presence.close()
         self._known = False
+        if isinstance(self._pool, SentinelConnectionPool):
+            for sentinel in self._pool.sentinel_manager.sentinels:
+                await sentinel.connection_pool.disconnect()
+
+
+class ServerReporter:
+    """What the connections to one server tell the log."""
+
+    def __init__(self, presence: Presence, address: Address) -> None:
+        self._presence = presence
+        self._address = address
+        self._name = f"Redis at {address.host}:{address.port}" if address.host else "Redis"
+
+    def lost(self, reason: Exception) -> None:
+        self._presence.lost(self._address, f"{self._name} is away", str(reason) or type(reason).__name__)
+
+    def works(self) -> None:
+        self._presence.works(self._address, f"{self._name} is back")
+
+
+def _pool_of_our_own(pool: ConnectionPool, *, timeout_s: float) -> ConnectionPool:
+    """A Sentinel's pool asks its sentinels over connections that belong to one loop; make ours ask over ours."""
+    if not isinstance(pool, SentinelConnectionPool):
+        return pool
+    manager = copy(pool.sentinel_manager)
+    manager.sentinels = [_sentinel(one.connection_pool, timeout_s / 3) for one in manager.sentinels]
+    settings = {name: value for name, value in pool.connection_kwargs.items() if name != "connection_pool"}
+    return SentinelConnectionPool(  # type: ignore[no-untyped-call]
+        pool.service_name,
+        manager,
+        connection_class=pool.connection_class,
+        is_master=pool.is_master,
+        check_connection=pool.check_connection,
+        **settings,
+    )
+
+
+def _sentinel(pool: ConnectionPool, timeout_s: float) -> Redis:
+    """One that does not answer must leave time to ask the next."""
+    settings = {"socket_timeout": timeout_s, "socket_connect_timeout": timeout_s, **pool.connection_kwargs}
+    settings["retry"] = Retry(NoBackoff(), 0)
+    return Redis(connection_pool=ConnectionPool(connection_class=pool.connection_class, **settings))
 
 
 def _owners(answer: Any, pool: ConnectionPool) -> list[Address] | None:
@@ -205,6 +337,11 @@ def _owners(answer: Any, pool: ConnectionPool) -> list[Address] | None:
         host = primary[0].decode() if primary[0] else str(pool.connection_kwargs.get("host", "localhost"))
         slots[begin : end + 1] = [Address(host, primary[1])] * (end + 1 - begin)
     return None if None in slots else [owner for owner in slots if owner is not None]
+
+
+def _kind(command: Command) -> object:
+    """The script, or the command without its keys."""
+    return command[1] if command[0] == "EVALSHA" else command[0]
 
 
 def _is_passing(exc: ResponseError) -> bool:

@@ -1,0 +1,49 @@
+"""Whether Redis is there, as the log tells it: once that something is wrong, and once that it is well again.
+
+Every connection reports here. What goes away and comes back many times in a row is one absence: it is over when nothing
+was lost for a while.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Hashable
+
+logger = logging.getLogger("asgi_realtime")
+
+_STEADY_S = 1.0
+
+
+class Presence:
+    """What does not work now, by what it is: a server that is away, a script that is refused."""
+
+    def __init__(self) -> None:
+        self._since: dict[Hashable, float] = {}
+        self._ending: dict[Hashable, asyncio.TimerHandle] = {}
+
+    def lost(self, what: Hashable, trouble: str, reason: object) -> None:
+        """It does not work, and why."""
+        ending = self._ending.pop(what, None)
+        if ending is not None:
+            ending.cancel()
+        if what not in self._since:
+            self._since[what] = asyncio.get_running_loop().time()
+            logger.warning("%s: %s", trouble, reason)
+
+    def works(self, what: Hashable, relief: str) -> None:
+        """It works."""
+        if what in self._since and what not in self._ending:
+            loop = asyncio.get_running_loop()
+            self._ending[what] = loop.call_later(_STEADY_S, self._well, what, relief, loop.time())
+
+    def _well(self, what: Hashable, relief: str, at: float) -> None:
+        del self._ending[what]
+        logger.info("%s, after %.1f s", relief, at - self._since.pop(what))
+
+    def close(self) -> None:
+        """Nobody looks any more."""
+        for ending in self._ending.values():
+            ending.cancel()
+        self._ending.clear()
+        self._since.clear()
