@@ -71,6 +71,11 @@ _SCANNED = 2
 """Partitions that are looked into for each kind at each call of `due` though nothing is noted of them. Notes are made
 beside the commits, so one may be missing; all partitions have their turn within a minute or so."""
 
+_EVICTS = (
+    "Redis evicts keys when its memory is full, and with them runs that go on and chunks that are not read yet:"
+    " set maxmemory-policy to noeviction"
+)
+
 _STATES = {Status.EXECUTING: "executing", Status.QUEUED: "queued"}
 
 _json = msgspec.json.Encoder()
@@ -94,6 +99,7 @@ class RedisBroker:
     """
 
     shared = True
+    warnings: Sequence[str] = ()
 
     def __init__(
         self,
@@ -201,6 +207,7 @@ class RedisBroker:
             names.channel,
             _INLINE_BYTES,
             *items,
+            repeat=producer is not None or not items,
         )
         if answer[0] == b"ok":
             return Position(int(answer[1]), int(answer[2]))
@@ -508,9 +515,20 @@ class RedisBroker:
             await self._tell(run_id, record.version, record.topics)
 
     async def ping(self) -> None:
-        servers = self._open
-        for address in await servers.primaries():
-            await servers.call_at(address, "PING")
+        await self._open.check()
+        if self._listener is not None and (trouble := self._listener.trouble) is not None:
+            raise BrokerUnavailable(f"nothing can be followed: {trouble}")
+        with suppress(BrokerUnavailable):  # INFO may not be allowed, and then nothing is known
+            evicting = any(map(_evicts, await self._open.ask_all("INFO", "memory")))
+            if evicting and not self.warnings:
+                logger.warning("%s", _EVICTS)
+            self.warnings = (_EVICTS,) if evicting else ()
+
+
+def _evicts(info: bytes) -> bool:
+    """Whether the server deletes keys when memory is full."""
+    fields = dict(line.split(":", 1) for line in info.decode().splitlines() if ":" in line)
+    return fields.get("maxmemory", "0") != "0" and fields.get("maxmemory_policy", "noeviction") != "noeviction"
 
 
 def _decode_record(fields: Sequence[bytes | None]) -> RunRecord | None:
