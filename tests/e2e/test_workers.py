@@ -4,29 +4,20 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 import signal
-import socket
-import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
 import anyio
 import httpx
 import pytest
-import redis
 
-from asgi_realtime import Realtime, RunCanceled, RunFailed, RunRecord, Status
-from asgi_realtime.handles import RunHandle
+from asgi_realtime import RunFailed, Status
 from asgi_realtime.testing.sse import Event, EventParser
+from tests.e2e.stage import GUARD_S, ROOT, Stage, is_alive, staged, until
 from tests.e2e.worker_app import SECRET, TIMEOUTS, make
-
-GUARD_S = 45.0
-ROOT = Path(__file__).parent.parent.parent
 
 pytestmark = [pytest.mark.slow, pytest.mark.redis, pytest.mark.anyio, pytest.mark.timeout(2 * GUARD_S)]
 
@@ -36,116 +27,10 @@ def anyio_backend() -> str:
     return "asyncio"
 
 
-@dataclass
-class Stage:
-    """A place of its own on the shared Redis, and the processes that work there."""
-
-    url: str
-    prefix: str
-    folder: Path
-    realtime: Realtime
-    client: redis.Redis
-    processes: ExitStack
-
-    @contextmanager
-    def running(self, *command: str, **options: Any) -> Iterator[subprocess.Popen[bytes]]:
-        """Run a command as a session of its own. What is left of it at the end is killed."""
-        log = self.folder / f"{secrets.token_hex(4)}.log"
-        with log.open("wb") as output:
-            process = subprocess.Popen(
-                [sys.executable, "-m", *command],
-                cwd=ROOT,
-                env={**os.environ, "REDIS_URL": self.url, "PREFIX": self.prefix},
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                **options,
-            )
-        try:
-            yield process
-        finally:
-            try:
-                os.killpg(process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
-            process.wait()
-            print(log.read_text(errors="replace"))  # noqa: T201 - shown if the test fails
-
-    def start_worker(self, *options: str, workers: int = 1) -> subprocess.Popen[bytes]:
-        return self.processes.enter_context(
-            self.running("taskiq", "worker", "tests.e2e.worker_app:queue", "--workers", str(workers), *options)
-        )
-
-    def start_web(self) -> str:
-        with socket.create_server(("127.0.0.1", 0)) as bound:
-            command = ("uvicorn", "tests.e2e.worker_app:app", "--fd", str(bound.fileno()))
-            self.processes.enter_context(self.running(*command, pass_fds=[bound.fileno()]))
-            return f"http://127.0.0.1:{bound.getsockname()[1]}"
-
-    async def begun(self, handle: RunHandle[Any], chunks: int = 3) -> int:
-        """Wait until a worker executes the run and has written something. Returns the pid of the worker."""
-        found = 0
-        async for _ in self.realtime.read(handle):
-            found += 1
-            if found == chunks:
-                break
-        return await self.worker_of(handle)
-
-    async def worker_of(self, handle: RunHandle[Any]) -> int:
-        """The pid of the process that executes a run."""
-        async for record in self.realtime.subscribe_to_run(handle):
-            if "pid" in record.metadata:
-                pid: int = record.metadata["pid"]
-                return pid
-        raise AssertionError("it ended without saying who executes it")
-
-    async def chunks(self, handle: RunHandle[Any]) -> list[Any]:
-        """All chunks of a run that is over, however it ended."""
-        found: list[Any] = []
-        try:
-            async for chunk in self.realtime.read(handle):
-                found.append(chunk)  # noqa: PERF401 - what came before the end stays
-        except (RunFailed, RunCanceled):
-            pass
-        return found
-
-    async def ended(self, handle: RunHandle[Any]) -> RunRecord:
-        return await self.realtime.runs.ended(handle.id)
-
-    def note(self, handle: RunHandle[Any]) -> str | None:
-        found: Any = self.client.hget(f"{self.prefix}:notes", handle.id)
-        return None if found is None else found.decode()
-
-    def executions(self, handle: RunHandle[Any]) -> int:
-        found: Any = self.client.hget(f"{self.prefix}:executions", handle.id)
-        return int(found or 0)
-
-    def pending(self) -> int:
-        """What the queue has delivered and nobody has acknowledged."""
-        found: Any = self.client.xpending(f"{self.prefix}:queue", "taskiq")
-        return int(found["pending"])
-
-
-async def until(condition: Callable[[], object]) -> None:
-    while not condition():  # noqa: ASYNC110 - of other processes
-        await anyio.sleep(0.01)
-
-
 @pytest.fixture
 async def stage(redis_url: str, tmp_path: Path) -> AsyncIterator[Stage]:
-    prefix = f"t{secrets.token_hex(6)}"
-    with ExitStack() as processes, redis.from_url(redis_url) as client, anyio.fail_after(GUARD_S):
-        made = make(redis_url, prefix)
-        async with made.realtime:
-            yield Stage(redis_url, prefix, tmp_path, made.realtime, client, processes)
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
+    async with staged(redis_url, tmp_path, lambda url, prefix: make(url, prefix).realtime) as stage:
+        yield stage
 
 
 async def test_a_worker_executes_with_full_context(stage: Stage) -> None:
