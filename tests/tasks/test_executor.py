@@ -9,8 +9,7 @@ import pytest
 from asgi_realtime import Realtime, Run, RunError, RunRecord, Status, UnknownTask
 from asgi_realtime.brokers.memory import MemoryBroker
 from asgi_realtime.housekeeping import Housekeeping
-from asgi_realtime.tasks import InProcessExecutor
-from asgi_realtime.tasks.executor import ExecutorHost
+from asgi_realtime.tasks import ExecutorHost, InProcessExecutor
 from tests.brokers.backends import DistantBroker
 from tests.inprocess import FakeClock, ended, make_realtime, until
 

@@ -1,0 +1,77 @@
+"""The guide's programs with job workers, as it says to start them, on a Redis of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+from asgi_realtime.testing.sse import EventParser
+from tests.docs.blocks import blocks
+from tests.docs.programs import served
+from tests.redis_servers import RedisServer
+
+WORKERS = blocks("worker")
+COMMANDS = {
+    "taskiq": "taskiq worker app:queue --workers 2 --wait-tasks-timeout 20",
+    "celery": "celery -A app:celery worker",
+}
+SECRET = "a secret that is long enough for the tests"
+GUARD_S = 30.0
+
+pytestmark = [pytest.mark.slow, pytest.mark.redis, pytest.mark.timeout(3 * GUARD_S)]
+
+
+def test_every_program_with_workers_is_started_by_a_test_as_the_guide_says() -> None:
+    assert set(WORKERS) == set(COMMANDS)
+    for name, command in COMMANDS.items():
+        assert f"$ {command}\n" in WORKERS[name].document.read_text("utf-8")
+
+
+@contextmanager
+def working(command: str, folder: Path, environment: dict[str, str]) -> Iterator[None]:
+    """Run a worker in a folder. SIGTERM ends it in time, or this fails."""
+    with (folder / "worker.log").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", *command.split()],
+            cwd=folder,
+            env={**os.environ, **environment},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        yield
+        process.send_signal(signal.SIGTERM)
+        process.wait(GUARD_S)
+    finally:
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        process.wait()
+        print((folder / "worker.log").read_text())  # noqa: T201 - shown if the test fails
+
+
+@pytest.mark.parametrize("name", WORKERS)
+def test_a_program_of_the_guide_with_workers(name: str, tmp_path: Path, redis_server: RedisServer) -> None:
+    environment = {"REDIS_URL": redis_server.url, "REALTIME_SECRET_KEY": SECRET}
+    with served(WORKERS[name].text, tmp_path, environment) as url, working(COMMANDS[name], tmp_path, environment):
+        handle = httpx.post(f"{url}/count", params={"limit": 3}).json()
+        query = {"access_token": handle["publicAccessToken"]}
+        parser = EventParser()
+        with httpx.stream(
+            "GET", f"{url}/realtime/v1/streams/{handle['id']}/default", params=query, timeout=GUARD_S
+        ) as r:
+            events = [event for body in r.iter_bytes() for event in parser.feed(body)]
+        run = httpx.get(f"{url}/realtime/api/v3/runs/{handle['id']}", params=query).json()
+    assert [json.loads(event.data) for event in events] == [0, 1, 2, {"reason": "complete"}]
+    assert (run["status"], run["output"]) == ("COMPLETED", 3)
