@@ -69,6 +69,8 @@ class Engine:
         self.runs = RunStore(broker, clock=clock, patience_s=timeouts.append, limits=limits)
         self.executor: Executor | None = None
         self._watches: dict[Execution, RunWatch] = {}
+        self._renewer = broker if isinstance(broker, ThreadRenewal) else None
+        self.renews_from_thread = self._renewer is not None
         self._leases: LeaseThread | None = None
         self._pid = os.getpid()
         self._debug = debug
@@ -321,10 +323,15 @@ class Engine:
         self.executions[record.id] = execution
         self.runs.own(record)
         self.keep_leases()
-        watch = self._watches[execution] = RunWatch(execution, broker=self.broker, runs=self.runs)
-        supervisor.spawn_detached(watch.run)
         self.wake()
         return execution
+
+    def watch_executions(self) -> None:
+        """Follow what others do to the runs that execute here. The ticker calls this: what is short needs no watch."""
+        for execution in self.executions.values():
+            if execution not in self._watches:
+                watch = self._watches[execution] = RunWatch(execution, broker=self.broker, runs=self.runs)
+                self.spawn_detached(watch.run)
 
     def ended(self, execution: Execution) -> None:
         """Forget an execution whose run is over."""
@@ -364,16 +371,12 @@ class Engine:
         waiting = [] if self._in_process is None else self._in_process.held
         return list(dict.fromkeys((*waiting, *list(self.executions))))
 
-    @property
-    def renews_from_thread(self) -> bool:
-        return isinstance(self.broker, ThreadRenewal)
-
     def keep_leases(self) -> None:
         """Renew what is held, if the broker lets a thread do that; if not, the ticker does."""
-        if not isinstance(self.broker, ThreadRenewal) or not self.held:
+        if self._renewer is None or not self.held:
             return
         if self._leases is None:
-            self._leases = LeaseThread(self.broker, lambda: self.held, owner=self.owner, lease_s=self.timeouts.lease)
+            self._leases = LeaseThread(self._renewer, lambda: self.held, owner=self.owner, lease_s=self.timeouts.lease)
         self._leases.keep()
 
     def _end_leases(self) -> None:

@@ -61,6 +61,7 @@ class Housekeeping:
         """Do all that is due now."""
         engine = self._engine
         self._refused = False
+        engine.watch_executions()
         if engine.held and not engine.renews_from_thread:
             await self._renew()  # before looking for expired leases: a blocked loop must not crash its own runs
         await self._each("delay", self._queue)

@@ -109,6 +109,7 @@ async def test_what_a_process_does_itself_is_not_looked_at() -> None:
     broker = Counting()
     async with make_realtime(broker=broker) as realtime, realtime.open_run("r") as run:
         await realtime.append(0)
+        await until(lambda: realtime.engine._watches)
         own = next(iter(realtime.engine._watches.values()))
         await until(lambda: own._seen == 2 and broker._topics[run_topic(run.id)].waiting)  # of the new stream it asks
         for number in range(20):
