@@ -212,9 +212,9 @@ class StreamWriter:
         async with self._restoring:
             index = self.chunks - len(self._kept)
             try:
-                for items in _neighbours(self._kept):
-                    await self._restore(items, index)
-                    index += len(items)
+                for kept in _neighbours(self._kept) if self._kept else [[]]:
+                    await self._restore(kept, index)
+                    index += len(kept)
             except (ProducerGap, StreamLost) as exc:  # more is lost than was kept, or others have written there
                 raise await self._lost() from exc
             except StreamClosed:
@@ -222,9 +222,10 @@ class StreamWriter:
                 raise
 
     async def _restore(self, kept: list[_Kept], index: int) -> None:
+        """Append what stands side by side, as from this place in our count on. If it is nothing, that is a question."""
         items = [one.data for one in kept]
         producer = Producer(self._producer, index)
-        at = kept[0].seq
+        at = kept[0].seq if kept else None
         await self._runs.patiently(lambda: self._broker.append(self.key, items, producer=producer, at=at))
 
     async def _lost(self) -> StreamLost:

@@ -44,6 +44,7 @@ class RemoteBroker:
     """
 
     shared = True
+    warnings: Sequence[str] = ()
 
     def __init__(self, inner: MemoryBroker | None = None) -> None:
         self.inner = inner or MemoryBroker()

@@ -53,13 +53,14 @@ class RealtimeApp:
             answer: Answer | None = None
             request = Request(self._host, self._seats, self._rows, scope, receive)
             origin = request.header(b"origin")
+            comes_back = _comes_back(request)
             try:
                 answer = await self._decide(request, scope)
                 del request  # an open stream keeps none of it
                 answer.raw_headers.extend(cors_headers(self._host.cors, origin))
                 await answer(scope, receive, send)
             except Exception as exc:
-                response = self._error(exc, answer)
+                response = self._error(exc, answer, comes_back)
                 if response is not None:
                     response.raw_headers.extend(cors_headers(self._host.cors, origin))
                     await _send_quietly(response, scope, receive, send)
@@ -97,14 +98,14 @@ class RealtimeApp:
             logger.exception("the start failed")
             raise BrokerUnavailable("the server could not start; try later") from exc
 
-    def _error(self, error: Exception, answer: Answer | None) -> Response | None:
+    def _error(self, error: Exception, answer: Answer | None, comes_back: bool) -> Response | None:
         """The answer to an exception, or None if it is too late for one."""
         if isinstance(answer, Response):  # its head may be out; and it fails only with the server's `send`
             logger.debug("an answer could not be sent", exc_info=error)
             return None
         if isinstance(error, Finished):
             return Response(status_code=204)
-        if isinstance(error, Leaving):
+        if isinstance(error, Leaving) or (isinstance(error, BrokerUnavailable) and comes_back):
             return farewell(self._host)
         if not isinstance(error, RealtimeError) or (error.status >= 500 and not isinstance(error, BrokerUnavailable)):
             logger.error("a request failed", exc_info=error)
@@ -128,6 +129,11 @@ class RealtimeApp:
             await send({"type": "lifespan.shutdown.failed", "message": f"{type(exc).__name__}: {exc}"})
             return
         await send({"type": "lifespan.shutdown.complete"})
+
+
+def _comes_back(request: Request) -> bool:
+    """Whether this is an EventSource: it comes back after a body that ends, and never after a 503."""
+    return request.method == "GET" and request.accepts_event_stream and request.header(b"trigger-version") is None
 
 
 async def _send_quietly(response: Response, scope: Scope, receive: Receive, send: Send) -> None:

@@ -77,7 +77,7 @@ def _reconnect(host: Host, framing: Framing) -> bytes:
 
 
 def farewell(host: Host) -> Response:
-    """The answer to `Leaving`."""
+    """The answer to `Leaving`, and to an EventSource while the broker is away."""
     headers = {name.decode(): value.decode() for name, value in _HEAD}
     return Response(NATIVE.preamble("connected") + _reconnect(host, NATIVE), headers=headers)
 

@@ -50,6 +50,9 @@ class Broker(Protocol):
     shared: bool
     """Whether other processes see what this one writes."""
 
+    warnings: Sequence[str]
+    """What is wrong with how the backend is set up, in words for people; as known since the last `ping`."""
+
     async def __aenter__(self) -> Broker: ...
 
     async def __aexit__(self, *exc_info: object) -> None: ...

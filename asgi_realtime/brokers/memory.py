@@ -113,6 +113,7 @@ class MemoryBroker:
     """Everything in this process. `clock` gives unix seconds."""
 
     shared = False
+    warnings: Sequence[str] = ()
 
     def __init__(
         self,

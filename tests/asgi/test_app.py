@@ -106,6 +106,17 @@ async def test_a_broker_that_is_away_is_503_and_no_noise(host: StandIn, caplog: 
     assert not caplog.records
 
 
+@pytest.mark.parametrize("path", [STREAM, "/v1/runs/run_1"])
+async def test_an_event_source_comes_back_to_a_broker_that_is_away(host: StandIn, path: str) -> None:
+    """After a 503 it never did, and the page stood still when the broker was there again."""
+    host.start_error = BrokerUnavailable("the broker does not answer")
+    async with driver.stream(host, "GET", path, headers=host.feed_headers()) as response:
+        assert response.status == 200
+        assert [event.event for event in await response.read_all_events()] == ["reconnect"]
+    official = {**host.feed_headers(), "trigger-version": "4.8.3"}  # it takes a clean end for a complete stream
+    assert (await driver.request(host, "GET", path, headers=official)).status == 503
+
+
 async def test_a_start_that_fails_is_503_without_its_words(host: StandIn, caplog: pytest.LogCaptureFixture) -> None:
     """A broker that could not be entered gave 500, so that clients took it for a bug and did not try again."""
     host.start_error = OSError("no route to 10.0.0.1")

@@ -127,6 +127,18 @@ async def test_resume_behind_the_end_of_a_finished_stream_is_204(host: StandIn, 
     assert response.headers["access-control-allow-origin"] == "*"
 
 
+async def test_who_is_ahead_of_a_stream_that_was_lost_is_told(host: StandIn) -> None:
+    """A 204 would say that everything is there."""
+    await host.create()
+    await host.append(*range(3))
+    await host.broker.append(StreamKey("run_1", "default"), [], end=End("lost", "entries were lost"))
+    assert [json.loads(event.data) for event in await read(host, "7")] == [
+        {"reason": "lost", "error": "entries were lost"}
+    ]
+    response = await driver.request(host, "GET", PATH, headers=host.headers(last_event_id="3"))
+    assert response.status == 204
+
+
 async def test_an_empty_stream_ends_and_an_event_source_that_comes_back_is_stopped(host: StandIn) -> None:
     await host.create()
     await host.finish()

@@ -219,7 +219,7 @@ async def test_refusals_that_are_no_exceptions() -> None:
 
 def test_the_reasons_of_ends_are_all_told() -> None:
     reasons = set(re.findall(r"^\| `(\w+)` \|", section(4), re.MULTILINE))
-    assert reasons - {"reason"} == {*END_REASONS.values(), "token_expired"}
+    assert reasons - {"reason"} == {*END_REASONS.values(), "token_expired", "lost"}
 
 
 def test_all_statuses_are_told() -> None:

@@ -9,9 +9,9 @@ from itertools import count
 import anyio
 import pytest
 
-from asgi_realtime.brokers.base import MARKS_KEPT, Broker, ChangeMark
+from asgi_realtime.brokers.base import MARKS_KEPT, Broker, ChangeMark, StreamKey
 from asgi_realtime.core.runs import BatchMember, RunError, RunRecord, Status, run_topic
-from asgi_realtime.errors import VersionConflict
+from asgi_realtime.errors import StreamBehind, VersionConflict
 from asgi_realtime.testing.conformance.kit import (
     Backend,
     MakeBroker,
@@ -98,6 +98,28 @@ async def test_a_commit_on_another_version_is_refused_with_the_stored_record(mak
                 await backend.broker.commit(stale, expect=expect, change=new_mark())
             assert conflict.value.current == newest
         assert await backend.broker.load([record.id]) == [newest]
+
+
+@pytest.mark.anyio
+async def test_a_run_may_be_created_again_in_the_version_that_its_owner_knows(make_broker: MakeBroker) -> None:
+    async with opened(make_broker) as backend:
+        record = following(following(new_record(backend, status=Status.EXECUTING, owner="us")))
+        assert await backend.broker.commit(record, expect=0, change=new_mark()) == 3
+        assert await backend.peer.load([record.id]) == [record]
+        await store(backend.peer, following(record))
+
+
+@pytest.mark.anyio
+async def test_a_run_does_not_end_before_its_streams_have_what_was_acknowledged(make_broker: MakeBroker) -> None:
+    async with opened(make_broker) as backend:
+        run = await create(backend)
+        await backend.broker.append(StreamKey(run.id, "s"), [b"1", b"2"])
+        over = finished(backend, run)
+        for floors in ({"s": 3}, {"s": 2, "another": 1}):
+            with pytest.raises(StreamBehind):
+                await backend.peer.commit(over, expect=1, change=new_mark(), floors=floors)
+        assert await backend.broker.load([run.id]) == [run]
+        assert await backend.peer.commit(over, expect=1, change=new_mark(), floors={"s": 2}) == 2
 
 
 @pytest.mark.anyio

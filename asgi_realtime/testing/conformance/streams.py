@@ -10,7 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asgi_realtime.brokers.base import Broker, End, Position, Producer, StreamKey
-from asgi_realtime.errors import LimitExceeded, ProducerGap, RunNotFound, StreamClosed
+from asgi_realtime.errors import (
+    BrokerUnavailable,
+    LimitExceeded,
+    ProducerGap,
+    RunNotFound,
+    StreamClosed,
+    StreamLost,
+)
 from asgi_realtime.testing.conformance.kit import (
     COMPLETE,
     PROPERTY,
@@ -411,6 +418,23 @@ async def test_whatever_producers_retry_each_item_is_stored_once(
             expected += chunks[stored[producer] - start :]
             stored[producer] = max(stored[producer], start + length)
         assert data(await read_all(backend.broker, key)) == expected
+
+
+@pytest.mark.anyio
+async def test_what_was_lost_is_written_again_at_its_place_or_not_at_all(make_broker: MakeBroker) -> None:
+    async with opened(make_broker) as backend:
+        key = await new_key(backend)
+        await backend.broker.append(key, items(3), producer=Producer("p", 0))
+        again = await backend.peer.append(key, items(5), producer=Producer("p", 0), at=0)
+        assert again == Position(4, 5), "what is there was skipped, and the rest stands behind it"
+        with pytest.raises(StreamLost):
+            await backend.broker.append(key, items(1), producer=Producer("p", 5), at=4)
+        with pytest.raises(BrokerUnavailable):  # those before it have to be restored first
+            await backend.broker.append(key, items(1), producer=Producer("p", 5), at=7, end=COMPLETE)
+        with pytest.raises(ProducerGap):
+            await backend.broker.append(key, [], producer=Producer("p", 6))
+        assert (await backend.broker.read(key))[1:] == (0, 5, None), "a refused append leaves nothing"
+        assert await backend.broker.append(key, items(1), producer=Producer("p", 5), at=5) == Position(5, 6)
 
 
 # Retention by bytes

@@ -1,0 +1,341 @@
+"""What is the Redis broker's own: pages that a process does not hold, positions, trimming, what Redis may lose."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+from redis.asyncio import Connection, Redis
+
+from asgi_realtime import Limits, Realtime, Retention, RunFailed, Status, StreamGap, StreamLost, Timeouts
+from asgi_realtime.brokers.base import End, Producer, StreamKey
+from asgi_realtime.brokers.redis import RedisBroker
+from asgi_realtime.core.sse import chunk_frame
+from asgi_realtime.testing import driver
+from asgi_realtime.testing.conformance.kit import Backend, create, data, items, read_all
+from tests.faults import SECRET
+from tests.inprocess import until
+
+pytestmark = [pytest.mark.anyio, pytest.mark.redis]
+
+CHUNK = "x" * 1000
+
+
+class Storage:
+    """One prefix of a Redis, to look at and to turn back."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.prefix = f"t{secrets.token_hex(4)}"
+        self.client = Redis.from_url(url)
+
+    def broker(self, **settings: Any) -> RedisBroker:
+        return RedisBroker(self.url, prefix=self.prefix, **settings)
+
+    def realtime(self, **settings: Any) -> Realtime:
+        return Realtime(
+            secret_key=SECRET, signals=False, broker=self.broker(**settings), timeouts=Timeouts(tick=0.05, append=5)
+        )
+
+    async def keys(self) -> list[bytes]:
+        return [key async for key in self.client.scan_iter(f"{self.prefix}*", count=1000)]
+
+    async def dump(self) -> dict[bytes, bytes]:
+        """What is there now."""
+        dumped = {key: await self.client.dump(key) for key in await self.keys()}
+        return {key: value for key, value in dumped.items() if value is not None}
+
+    async def turn_back(self, dumped: dict[bytes, bytes]) -> None:
+        """As after a failover to a replica that had not heard of the rest. Connections are lost too."""
+        pipe = self.client.pipeline(transaction=True)
+        for key in await self.keys():
+            pipe.delete(key)
+        for key, value in dumped.items():
+            pipe.restore(key, 0, value)
+        await pipe.execute()
+        await self.client.client_kill_filter(_type="pubsub")
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture
+async def storage(redis_url: str, anyio_backend: str) -> AsyncIterator[Storage]:
+    storage = Storage(redis_url)
+    yield storage
+    for key in await storage.keys():
+        await storage.client.delete(key)
+    await storage.client.aclose()
+
+
+@asynccontextmanager
+async def opened(storage: Storage, **settings: Any) -> AsyncIterator[Backend]:
+    async with storage.broker(**settings) as broker, storage.broker(**settings) as peer:
+        yield Backend(broker=broker, peer=peer)
+
+
+# What a process does not hold
+
+
+async def test_a_reader_before_the_mirror_reads_pages_and_then_follows(storage: Storage) -> None:
+    async with storage.realtime(limits=Limits(mirror_bytes=5000)) as realtime:
+        async with realtime.open_run("r") as run:
+            for number in range(100):
+                await realtime.append([number, CHUNK])
+            reader = realtime.read(run)
+            read = [(await anext(reader))[0] for _ in range(50)]
+            live = next(iter(storage_mirrors(realtime).values()), None)
+            assert live is None, "an iterator holds nothing between two batches"
+            await realtime.append([100, CHUNK])
+        read += [chunk[0] async for chunk in reader]
+        assert read == list(range(101))
+
+
+def storage_mirrors(realtime: Realtime) -> dict[StreamKey, Any]:
+    broker = realtime.broker
+    assert isinstance(broker, RedisBroker)
+    return broker._streams
+
+
+async def test_over_http_pages_and_the_mirror_join_byte_for_byte(storage: Storage) -> None:
+    async with storage.realtime(limits=Limits(mirror_bytes=5000)) as realtime:
+        async with realtime.open_run("r") as run:
+            for number in range(400):
+                await realtime.append([number, CHUNK])
+            token = realtime.create_public_token(scopes={"read": {"runs": [run.id]}})
+            path, headers = f"/v1/streams/{run.id}/default", {"authorization": f"Bearer {token}"}
+            async with driver.stream(realtime, "GET", path, headers=headers) as response:
+                body = bytearray()
+                while len(body) < 400 * 1000:
+                    body += await response.chunk()
+                (mirror,) = storage_mirrors(realtime).values()
+                assert mirror.live.log.first > 390
+                await realtime.append([400, CHUNK])
+                body += await response.chunk()
+        frames = [chunk_frame(number, b'[%d,"%b"]' % (number, CHUNK.encode())) for number in range(401)]
+        assert bytes(body).endswith(b"".join(frames))
+
+
+async def test_a_gap_is_told_where_redis_has_trimmed_and_not_where_the_mirror_begins(storage: Storage) -> None:
+    settings: dict[str, Any] = {"limits": Limits(mirror_bytes=3000), "retention": Retention(stream_bytes=20_000)}
+    async with storage.realtime(**settings) as realtime:
+        async with realtime.open_run("r") as run:
+            for number in range(50):
+                await realtime.append([number, CHUNK])
+            reader = realtime.read(run)
+            with pytest.raises(StreamGap) as gap:
+                await anext(reader)
+            assert 50 - 20 <= gap.value.first < 40, "what is retained, not what this process holds"
+            assert (await anext(reader))[0] == gap.value.first
+
+
+async def test_trimming_by_bytes_is_exact(storage: Storage) -> None:
+    async with opened(storage, retention=Retention(stream_bytes=1000)) as backend:
+        key = StreamKey((await create(backend)).id, "s")
+        for number in range(200):
+            await backend.broker.append(key, [b'"%s"' % (b"x" * (number % 90))])
+            page = await backend.peer.read(key)
+            size = sum(len(chunk_frame(entry.seq, entry.data)) for entry in page.entries)
+            oldest = chunk_frame(page.first - 1, b'"%s"' % (b"x" * ((page.first - 1) % 90)))
+            assert size <= 1000
+            assert page.first == 0 or size + len(oldest) > 1000, "one more would have fitted"
+        names = backend.broker._names(key)  # type: ignore[attr-defined]
+        assert await storage.client.xlen(names.keys[2]) == len(page.entries)
+
+
+async def test_a_large_append_is_named_and_read(storage: Storage) -> None:
+    async with opened(storage) as backend:
+        key = StreamKey((await create(backend)).id, "s")
+        large = [b'"%s"' % (b"%d" % number * 50_000) for number in range(4)]
+        async with backend.peer.live(key) as live:
+            await backend.broker.append(key, large)
+            await backend.broker.append(key, items(1))
+            await until(lambda: live.log.next == 5)
+            assert data(live.entries(-1)) == [*large, *items(1)]
+
+
+async def test_removing_leaves_nothing_in_redis(storage: Storage) -> None:
+    async with storage.realtime(retention=Retention(after_end=0.01)) as realtime:
+
+        @realtime.task("t")
+        async def task() -> None:
+            await realtime.pipe([1, 2, 3]).wait_until_complete()
+
+        handle = await realtime.trigger(task, tags=["a", "b"], idempotency_key="once")
+        await handle.result(timeout=5)
+        gone = until_gone(storage)
+        await asyncio.wait_for(gone, 20)
+
+
+async def until_gone(storage: Storage) -> None:
+    while left := [key for key in await storage.keys() if b"{due}" not in key]:
+        await asyncio.sleep(0.05)
+        assert left
+
+
+# What Redis may lose
+
+
+async def test_what_was_lost_is_restored_at_the_same_places(storage: Storage) -> None:
+    async with storage.realtime() as realtime:
+        async with realtime.open_run("r") as run:
+            await realtime.append("a")
+            before = await storage.dump()
+            await realtime.append("b")
+            await realtime.append("c")
+            await storage.turn_back(before)
+            await realtime.append("d")
+            entries = await read_all(realtime.broker, StreamKey(run.id, "default"))
+        assert [(entry.seq, entry.data) for entry in entries] == [(0, b'"a"'), (1, b'"b"'), (2, b'"c"'), (3, b'"d"')]
+        assert [chunk async for chunk in realtime.read(run)] == ["a", "b", "c", "d"]
+
+
+async def test_what_was_lost_before_the_end_of_the_run_is_restored_by_the_end(storage: Storage) -> None:
+    """The writer was through and the run completed: nobody wrote any more, and the last chunks were missing."""
+    async with storage.realtime() as realtime:
+        async with realtime.open_run("r") as run:
+            await realtime.append("a")
+            before = await storage.dump()
+            result = await realtime.pipe(["b", "c"], "other").wait_until_complete()
+            assert result.chunks == 2
+            await realtime.append("d")
+            run.metadata.set("stage", "last")
+            await run.metadata.flush()
+            await storage.turn_back(before)
+        record = await realtime.get_run(run)
+        assert (record.status, record.metadata) == (Status.COMPLETED, {"stage": "last"})
+        assert [chunk async for chunk in realtime.read(run)] == ["a", "d"]
+        assert [chunk async for chunk in realtime.read(run, "other")] == ["b", "c"]
+
+
+async def test_a_run_that_redis_has_lost_altogether_is_stored_again_by_its_owner(storage: Storage) -> None:
+    async with storage.realtime() as realtime:
+        async with realtime.open_run("r", tags="tag") as run:
+            await realtime.append("a")
+            await storage.turn_back({})
+            await realtime.append("b")
+        assert (await realtime.get_run(run)).status is Status.COMPLETED
+        assert [chunk async for chunk in realtime.read(run)] == ["a", "b"]
+        assert (await anext(realtime.subscribe_to_runs_with_tag("tag"))).id == run.id
+
+
+async def test_what_cannot_be_restored_ends_the_stream_as_lost_and_fails_the_run(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("asgi_realtime.writer.KEPT_BYTES", 10)
+    async with storage.realtime() as realtime:
+
+        @realtime.task("t")
+        async def task() -> None:
+            for number in range(8):
+                await realtime.append([number, "long enough"])
+            written.set()
+            await go_on.wait()
+            await realtime.append("more")
+
+        written, go_on = asyncio.Event(), asyncio.Event()
+        handle = await realtime.trigger(task)
+        key = StreamKey(handle.id, "default")
+        await written.wait()
+        path = f"/v1/streams/{handle.id}/default"
+        headers = {"authorization": f"Bearer {handle.public_access_token}"}
+        async with driver.stream(realtime, "GET", path, headers=headers) as response:
+            await response.read_until("message")
+            await storage.turn_back({})
+            go_on.set()
+            events = await response.read_all_events()
+        assert all(event.event != "end" or "complete" not in event.data for event in events)
+        with pytest.raises(RunFailed):
+            await handle.result(timeout=5)
+        record = await realtime.get_run(handle)
+        assert record.error is not None
+        assert (record.status, record.error.name) == (Status.FAILED, "StreamLost")
+        end = (await realtime.broker.read(key)).end
+        assert end is not None
+        assert end.reason == "lost"
+        async with driver.stream(realtime, "GET", path, headers={**headers, "last-event-id": "7"}) as response:
+            assert [event.event for event in await response.read_all_events()][-1] == "end"
+
+
+async def test_a_place_that_was_taken_is_lost(storage: Storage) -> None:
+    async with opened(storage) as backend:
+        key = StreamKey((await create(backend)).id, "s")
+        await backend.broker.append(key, items(2), producer=Producer("p", 0))
+        before = await storage.dump()
+        await backend.broker.append(key, items(1), producer=Producer("p", 2))
+        await storage.turn_back(before)
+        await backend.peer.append(key, [b'"other"'])
+        with pytest.raises(StreamLost):
+            await backend.broker.append(key, items(1), producer=Producer("p", 2), at=2)
+        await backend.broker.append(key, [], end=End("lost"))
+
+
+async def test_a_mirror_that_is_ahead_of_its_log_ends_its_readers(storage: Storage) -> None:
+    async with opened(storage) as backend:
+        key = StreamKey((await create(backend)).id, "s")
+        await backend.broker.append(key, items(2))
+        before = await storage.dump()
+        async with backend.peer.live(key) as live:
+            await backend.broker.append(key, items(3, start=2))
+            await until(lambda: live.log.next == 5)
+            await storage.turn_back(before)
+            await until(lambda: live.failure is not None)
+        async with backend.peer.live(key) as live:
+            assert live.log.next == 2
+
+
+# Under the eyes of the server
+
+
+async def test_a_position_in_a_topic_is_not_used_again_after_a_loss(storage: Storage) -> None:
+    """A change took the position of one that was lost, and a feed that had seen that one missed it."""
+    async with storage.realtime() as realtime:
+        async with realtime.open_run("r", tags="t") as run:
+            before = await storage.dump()
+            run.metadata.set("n", 1)
+            await run.metadata.flush()
+            cursor = (await realtime.broker.changes("tag:t")).cursor
+            await storage.turn_back(before)
+            run.metadata.set("n", 2)
+            await run.metadata.flush()
+            changes = await realtime.broker.changes("tag:t", after=cursor)
+            assert [change.run_id for change in changes.items] == [run.id]
+
+
+async def test_health_warns_of_a_memory_policy_that_evicts(storage: Storage, caplog: pytest.LogCaptureFixture) -> None:
+    async with storage.realtime() as realtime:
+        assert (await driver.request(realtime, "GET", "/v1/health")).body == b'{"status":"ok","broker":"ok"}'
+        await storage.client.config_set("maxmemory", "1gb")
+        await storage.client.config_set("maxmemory-policy", "allkeys-lru")
+        try:
+            for _ in range(3):
+                answer = await driver.request(realtime, "GET", "/v1/health")
+                assert (answer.status, b"noeviction" in answer.body) == (200, True)
+        finally:
+            await storage.client.config_set("maxmemory-policy", "noeviction")
+            await storage.client.config_set("maxmemory", "0")
+        assert sum("noeviction" in record.getMessage() for record in caplog.records) == 1
+        assert (await driver.request(realtime, "GET", "/v1/health")).body == b'{"status":"ok","broker":"ok"}'
+
+
+async def test_calls_of_one_turn_share_one_write(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Group commit: what many streams have ready goes out in one piece."""
+    writes = 0
+    send = Connection.send_packed_command
+
+    async def counted(self: Connection, *args: Any, **kwargs: Any) -> None:
+        nonlocal writes
+        writes += 1
+        await send(self, *args, **kwargs)
+
+    async with opened(storage) as backend:
+        keys = [StreamKey((await create(backend)).id, "s") for _ in range(50)]
+        monkeypatch.setattr(Connection, "send_packed_command", counted)
+        await asyncio.gather(*(backend.broker.append(key, items(1)) for key in keys))
+        assert writes <= 3
