@@ -38,6 +38,8 @@ class Lost(BrokerUnavailable):
 class Reporter(Protocol):
     """Who is told whether the server is there."""
 
+    def broke(self, reason: Exception) -> None: ...
+
     def lost(self, reason: Exception) -> None: ...
 
     def works(self) -> None: ...
@@ -116,12 +118,13 @@ class Link:
                 await asyncio.sleep(_COOL_DOWN_S)
 
     def _lost(self, exc: Exception) -> None:
-        """The connection is gone. A server may close one that nobody needs just now."""
-        if self._sent or self._queue or not self._answered:
+        """The connection is gone, or did not come about. A server may close one that nobody needs just now."""
+        broke = self._answered and not isinstance(exc, TimeoutError | RedisTimeoutError)
+        if not broke:
             self.failing = True
             self._reporter.lost(exc)
-        silent = isinstance(exc, TimeoutError | RedisTimeoutError)
-        broke = self._answered and not silent
+        elif self._sent or self._queue:
+            self._reporter.broke(exc)
         self._fail(Lost(f"the connection to Redis was lost: {exc or type(exc).__name__}", broke=broke), unsent=False)
 
     async def _carry(self, connection: AbstractConnection) -> None:

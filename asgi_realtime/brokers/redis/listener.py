@@ -258,6 +258,7 @@ class Ear:
         self._heard_at = 0.0
         self._pinged = False
         self._connected = False
+        self._well = False  # connected, and all that was asked for then is confirmed
         self.deaf = False
         """It is there, and does not hear everything."""
 
@@ -300,8 +301,11 @@ class Ear:
 
     def _lost(self, exc: Exception) -> None:
         self.failure = exc
-        if self.channels:
+        if self._well:
+            self._reporter.broke(exc)
+        elif self.channels:
             self._reporter.lost(exc)
+        self._well = False
         self._listener.lost()
 
     def _begin(self) -> None:
@@ -319,6 +323,7 @@ class Ear:
 
     def _is_well(self) -> None:
         self.failure = None
+        self._well = True
         self._reporter.works()
 
     async def _carry(self, connection: AbstractConnection) -> None:
@@ -384,7 +389,7 @@ class Ear:
         if channel in self.channels:
             self.confirmed.add(channel)
             self._listener.confirmed_one(channel)
-        if self.failure is not None and not self._awaited:
+        if not self._well and not self._awaited:
             self._is_well()
 
     def _moved(self, exc: MovedError) -> None:

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Hashable
 
 logger = logging.getLogger("asgi_realtime")
 
 _STEADY_S = 1.0
+_QUIET_S = 10.0
+"""After a broken connection was told of, until the next one is: they may break a hundred times in a second."""
 
 
 class Presence:
@@ -21,6 +24,14 @@ class Presence:
     def __init__(self) -> None:
         self._since: dict[Hashable, float] = {}
         self._ending: dict[Hashable, asyncio.TimerHandle] = {}
+        self._broke_at: dict[Hashable, float] = {}
+
+    def broke(self, what: Hashable, name: str, reason: object) -> None:
+        """A connection that worked broke. That alone is no absence: the next try tells."""
+        now = asyncio.get_running_loop().time()
+        if what not in self._since and now - self._broke_at.get(what, -math.inf) > _QUIET_S:
+            self._broke_at[what] = now
+            logger.info("a connection to %s broke and is made anew: %s", name, reason)
 
     def lost(self, what: Hashable, trouble: str, reason: object) -> None:
         """It does not work, and why."""
@@ -47,3 +58,4 @@ class Presence:
             ending.cancel()
         self._ending.clear()
         self._since.clear()
+        self._broke_at.clear()

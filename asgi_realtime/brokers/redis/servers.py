@@ -74,6 +74,7 @@ class Servers:
         self._links: dict[tuple[Address, bool], Link] = {}
         self._slots: list[Address] = []  # by slot; empty without a Cluster
         self._known = False
+        self._closed = False
         self._looking: asyncio.Task[None] | None = None
         self._looked_at = -math.inf
         self._unknown_why = ""
@@ -180,6 +181,8 @@ class Servers:
             self.presence.works(what, "Redis takes calls again that it refused")
 
     def _link(self, address: Address, bulk: bool) -> Link:
+        if self._closed:  # by a job that outlives its caller: nobody would close another connection
+            raise Lost("the broker is closed")
         link = self._links.get((address, bulk))
         if link is None:
             link = self._links[address, bulk] = Link(
@@ -202,10 +205,12 @@ class Servers:
 
     def look_again(self) -> None:
         """On a Cluster, ask who has which slot, beside everything else. Not more often than makes sense."""
-        if self._slots and asyncio.get_running_loop().time() - self._looked_at > _LOOKS_S:
+        if self._slots and not self._closed and asyncio.get_running_loop().time() - self._looked_at > _LOOKS_S:
             self._begin_to_look()
 
     def _begin_to_look(self) -> None:
+        if self._closed:
+            raise Lost("the broker is closed")
         if self._looking is None or self._looking.done():
             self._looked_at = asyncio.get_running_loop().time()
             self._looking = self._spawn(self._ask())
@@ -265,27 +270,29 @@ class Servers:
         except ResponseError as exc:
             raise unavailable(exc) from exc
 
-    async def _check(self, address: Address) -> None:
+    async def _check(self, address: Address, *, again: bool = False) -> None:
         link = self._link(address, False)
         try:
             try:
                 await link.send("EVALSHA", WRITABLE.sha, 0)
             except NoScriptError:
                 await link.send("EVAL", WRITABLE.text, 0)
-        except Lost:
+        except Lost as exc:
             self.look_again()
-            raise
+            if not exc.broke or again:
+                raise
+            await self._check(address, again=True)
         except ResponseError as exc:
             raise unavailable(exc) from exc
 
     async def aclose(self) -> None:
-        """Close all connections."""
+        """Close all connections, for good."""
+        self._closed = True
         links = list(self._links.values())
         self._links.clear()
         for link in links:
             await link.aclose()
         self.presence.close()
-        self._known = False
         if isinstance(self._pool, SentinelConnectionPool):
             for sentinel in self._pool.sentinel_manager.sentinels:
                 await sentinel.connection_pool.disconnect()
@@ -298,6 +305,9 @@ class ServerReporter:
         self._presence = presence
         self._address = address
         self._name = f"Redis at {address.host}:{address.port}" if address.host else "Redis"
+
+    def broke(self, reason: Exception) -> None:
+        self._presence.broke(self._address, self._name, reason)
 
     def lost(self, reason: Exception) -> None:
         self._presence.lost(self._address, f"{self._name} is away", str(reason) or type(reason).__name__)

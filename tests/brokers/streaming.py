@@ -1,0 +1,198 @@
+"""A stream that is written by one process and followed by another while something happens to Redis.
+
+Two broker objects stand for the two processes. The writer does what a pipe does (each call is repeated until it is
+acknowledged), the reader what a browser does (it comes back with its cursor when it cannot be served).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import secrets
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import Any, TypeVar
+
+import pytest
+from redis.asyncio import Redis
+
+from asgi_realtime import Limits, Retention, Timeouts
+from asgi_realtime.brokers.base import Broker, Producer, StreamKey
+from asgi_realtime.brokers.redis import RedisBroker
+from asgi_realtime.errors import BrokerUnavailable
+from asgi_realtime.testing.conformance.kit import (
+    COMPLETE,
+    Backend,
+    Reader,
+    create,
+    new_key,
+    read_all,
+    seqs,
+)
+from tests.redis_servers import GUARD_S
+
+T = TypeVar("T")
+
+
+async def until(condition: Callable[[], object], what: str = "") -> None:
+    """Look at a condition again and again until it holds."""
+    async with asyncio.timeout(GUARD_S):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.002)
+
+
+async def patiently(call: Callable[[], Awaitable[T]]) -> T:
+    """Repeat a call while the broker is away, as a pipe does."""
+    async with asyncio.timeout(2 * GUARD_S):
+        pause_s = 0.02
+        while True:
+            try:
+                return await call()
+            except BrokerUnavailable:
+                await asyncio.sleep(pause_s)
+                pause_s = min(pause_s * 2, 0.5)
+
+
+@asynccontextmanager
+async def processes(
+    server: str | Callable[[], Redis],
+    *,
+    limits: Limits | None = None,
+    retention: Retention | None = None,
+    timeouts: Timeouts | None = None,
+) -> AsyncIterator[Backend]:
+    """Two brokers on one server, and the certainty that they leave nothing behind."""
+    before = asyncio.all_tasks()
+    settings: dict[str, Any] = {"limits": limits, "retention": retention, "timeouts": timeouts}
+    settings["prefix"] = f"t{secrets.token_hex(4)}"
+    first, second = (RedisBroker(server if isinstance(server, str) else server(), **settings) for _ in range(2))
+    async with first as broker, second as peer:
+        yield Backend(broker=broker, peer=peer, held=lambda: broker.held + peer.held)
+        await until(lambda: not broker.held + peer.held, "readers that have left leave nothing")
+    assert asyncio.all_tasks() == before
+
+
+class Streaming:
+    """One stream on its way. `sent` items are acknowledged; the reader has `seen` some of them."""
+
+    def __init__(self, writer: Broker, reader: Broker, key: StreamKey, *, size: int) -> None:
+        self.key = key
+        self.sent = 0
+        self.reader = Reader(reader, key)
+        self.resumed = 0
+        self._writer = writer
+        self._padding = b"x" * size
+        self._enough = False
+
+    @property
+    def seen(self) -> int:
+        return len(self.reader.seen)
+
+    async def write(self) -> None:
+        """Append one item after the other until it is enough, then end the stream."""
+        while not self._enough:
+            item = b'"%d %s"' % (self.sent, self._padding)
+            producer = Producer("p", self.sent)
+            await patiently(partial(self._writer.append, self.key, [item], producer=producer))
+            self.sent += 1
+        await patiently(lambda: self._writer.append(self.key, [], end=COMPLETE))
+
+    async def read(self) -> None:
+        """Follow to the end; come back when the process cannot follow any more."""
+        while self.reader.end is None:
+            try:
+                await self.reader.run()
+            except BrokerUnavailable:
+                self.resumed += 1
+                await asyncio.sleep(0.01)
+
+    async def goes_on(self, items: int = 100) -> None:
+        """Wait until so many items more have arrived."""
+        wanted = self.sent + items
+        await until(lambda: self.seen >= wanted, f"{wanted} items arrived")
+
+    def end(self) -> None:
+        self._enough = True
+
+    async def assert_whole(self) -> None:
+        """Neither lost nor doubled, in Redis and at the reader."""
+        self.reader.assert_seamless()
+        assert seqs(self.reader.seen) == list(range(self.sent))
+        assert [entry.data.split()[0] for entry in self.reader.seen] == [b'"%d' % n for n in range(self.sent)]
+        assert [(entry.seq, entry.data) for entry in await read_all(self._writer, self.key)] == [
+            (entry.seq, entry.data) for entry in self.reader.seen
+        ]
+
+
+@asynccontextmanager
+async def streaming(
+    backend: Backend, *, count: int = 1, size: int = 0, key: StreamKey | None = None
+) -> AsyncIterator[Sequence[Streaming]]:
+    """Streams that go on through the block, and are whole after it."""
+    keys = [key or await new_key(backend) for _ in range(count)]
+    streams = [Streaming(backend.broker, backend.peer, key, size=size) for key in keys]
+    async with asyncio.timeout(3 * GUARD_S), asyncio.TaskGroup() as group:
+        for stream in streams:
+            group.create_task(stream.write())
+            group.create_task(stream.read())
+        await asyncio.gather(*(stream.goes_on(10) for stream in streams))
+        yield streams
+        await asyncio.gather(*(stream.goes_on(10) for stream in streams))
+        for stream in streams:
+            stream.end()
+    for stream in streams:
+        await stream.assert_whole()
+
+
+# What the log says
+
+
+class Log:
+    """What was logged about Redis."""
+
+    def __init__(self, caplog: pytest.LogCaptureFixture) -> None:
+        self._caplog = caplog
+
+    def having(self, text: str) -> list[str]:
+        messages = (record.getMessage() for record in self._caplog.records if record.name == "asgi_realtime")
+        return [message for message in messages if text in message]
+
+    @property
+    def away(self) -> int:
+        return len(self.having(" is away: "))
+
+    @property
+    def broke(self) -> int:
+        return len(self.having(" broke and is made anew: "))
+
+    @property
+    def back(self) -> int:
+        return len(self.having(" is back, after "))
+
+    async def until_back(self) -> None:
+        await until(lambda: self.away == self.back, "the log says that Redis is back")
+
+    async def assert_told_once(self, *, processes: int = 2) -> None:
+        """One absence: each process that noticed it has said so once, and once that it is over."""
+        await self.until_back()
+        assert 1 <= self.away <= processes, self.having("Redis")
+
+
+def assert_quiet(caplog: pytest.LogCaptureFixture) -> None:
+    """Nothing broke inside, and no exception was left for nobody."""
+    gc.collect()
+    loud = [record for record in caplog.records if record.levelname == "ERROR" or record.name == "asyncio"]
+    assert [record.getMessage() for record in loud if "Using selector" not in record.getMessage()] == []
+
+
+__all__ = [
+    "Log",
+    "Streaming",
+    "assert_quiet",
+    "create",
+    "patiently",
+    "processes",
+    "streaming",
+    "until",
+]

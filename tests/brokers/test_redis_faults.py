@@ -1,0 +1,385 @@
+"""Whatever happens to Redis: what it still has is neither lost nor doubled, nothing hangs, and nothing is restarted."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from functools import partial
+
+import pytest
+from redis.asyncio import Redis
+from redis.asyncio.sentinel import Sentinel
+
+from asgi_realtime import Retention, Timeouts
+from asgi_realtime.brokers.base import Producer
+from asgi_realtime.brokers.redis import RedisBroker
+from asgi_realtime.core.runs import DUE_KINDS, tag_topic
+from asgi_realtime.errors import BrokerUnavailable, RunNotFound
+from asgi_realtime.testing.conformance.kit import (
+    COMPLETE,
+    Backend,
+    Reader,
+    create,
+    finished,
+    have,
+    items,
+    new_key,
+    new_mark,
+    new_record,
+    new_tag,
+    next_changes,
+    store,
+    versions_in,
+)
+from tests.brokers.streaming import Log, Streaming, assert_quiet, patiently, processes, streaming, until
+from tests.redis_servers import GUARD_S, RedisServer, ReplicaPair
+from tests.requirements import redis_binary
+
+pytestmark = [pytest.mark.anyio, pytest.mark.redis, pytest.mark.slow, pytest.mark.timeout(120)]
+
+SHORT = Timeouts(broker=1.0)
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture(autouse=True)
+def log(caplog: pytest.LogCaptureFixture) -> Iterator[Log]:
+    caplog.set_level(logging.INFO, "asgi_realtime")
+    yield Log(caplog)
+    assert_quiet(caplog)
+
+
+# A stream goes on
+
+
+async def killed(server: RedisServer, stream: Streaming) -> None:
+    await asyncio.to_thread(server.restart, keep_data=True)
+
+
+async def killed_for_long(server: RedisServer, stream: Streaming) -> None:
+    server.kill()
+    with pytest.raises(BrokerUnavailable):
+        await stream.reader.broker.ping()
+    await asyncio.to_thread(server.restart, keep_data=True)
+
+
+async def paused(server: RedisServer, stream: Streaming) -> None:
+    with server.paused(), pytest.raises(BrokerUnavailable, match="no answer for 1 s"):
+        await stream.reader.broker.ping()
+
+
+async def commands_cut(server: RedisServer, stream: Streaming) -> None:
+    assert await asyncio.to_thread(server.cut_clients, "normal") >= 2
+
+
+async def messages_cut(server: RedisServer, stream: Streaming) -> None:
+    assert await asyncio.to_thread(server.cut_clients, "pubsub") >= 1
+
+
+async def all_cut(server: RedisServer, stream: Streaming) -> None:
+    assert await asyncio.to_thread(server.cut_clients) >= 3
+
+
+async def scripts_flushed(server: RedisServer, stream: Streaming) -> None:
+    await asyncio.to_thread(server.command, "SCRIPT", "FLUSH")
+
+
+FAULTS = [killed, killed_for_long, paused, commands_cut, messages_cut, all_cut, scripts_flushed]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+async def test_a_stream_goes_on(
+    redis_server: RedisServer, log: Log, fault: Callable[[RedisServer, Streaming], Awaitable[None]]
+) -> None:
+    async with processes(redis_server.url, timeouts=SHORT) as backend:
+        async with streaming(backend) as (stream,):
+            await fault(redis_server, stream)
+            await stream.goes_on()
+        await backend.broker.ping()
+        await backend.peer.ping()
+        assert stream.resumed == 0
+        await log.until_back()
+    assert log.away <= 2
+
+
+async def test_connections_cut_again_and_again_under_load(redis_server: RedisServer, log: Log) -> None:
+    async with processes(redis_server.url) as backend:
+        async with streaming(backend, count=10) as streams:
+            for number in range(30):  # 3 connections each time
+                await asyncio.to_thread(redis_server.cut_clients, "normal" if number % 3 else "pubsub")
+                await streams[number % 10].goes_on(3)
+        assert sum(stream.resumed for stream in streams) == 0
+    assert (log.away, log.back) == (0, 0)
+    assert 1 <= log.broke <= 6
+
+
+async def test_many_streams_at_once_come_back(redis_server: RedisServer, log: Log) -> None:
+    """More channels than go into one subscription."""
+    async with processes(redis_server.url) as backend:
+        async with streaming(backend, count=300) as streams:
+            await asyncio.to_thread(redis_server.restart, keep_data=True)
+            await asyncio.gather(*(stream.goes_on(3) for stream in streams))
+        await log.assert_told_once()
+        assert sum(stream.resumed for stream in streams) == 0
+
+
+async def test_while_redis_is_away_nothing_spins(redis_server: RedisServer) -> None:
+    async with processes(redis_server.url) as backend, streaming(backend, count=50):
+        redis_server.kill()
+        with pytest.raises(BrokerUnavailable):
+            await backend.broker.ping()
+        began, used = time.monotonic(), time.process_time()
+        while time.monotonic() - began < 2:  # a measurement, so it has a length
+            with pytest.raises(BrokerUnavailable):
+                await backend.peer.ping()
+            await asyncio.sleep(0.1)
+        share = (time.process_time() - used) / (time.monotonic() - began)
+        await asyncio.to_thread(redis_server.restart, keep_data=True)
+    assert share < 0.25, f"{share:.0%} of a core"
+
+
+async def test_restarted_without_data(redis_server: RedisServer, log: Log) -> None:
+    async with processes(redis_server.url) as backend:
+        key = await new_key(backend)
+        await backend.broker.append(key, items(3))
+        async with backend.peer.live(key) as live, backend.peer.follow(f"run:{key.run}") as topic:
+            cursor = (await topic.changes(None)).cursor
+            await asyncio.to_thread(redis_server.restart, keep_data=False)
+            await until(lambda: live.failure is not None, "a stream that is gone is not followed any more")
+            assert isinstance(live.failure, RunNotFound)
+            changes = await topic.changes(cursor)
+            assert (changes.snapshot, changes.items) == (True, [])
+        with pytest.raises(RunNotFound):
+            await backend.broker.append(key, items(1), producer=Producer("p", 0))
+        await log.assert_told_once()
+        async with streaming(backend):
+            pass
+
+
+# Redis has no room, or does not let us in
+
+
+async def test_memory_full(redis_server: RedisServer, log: Log) -> None:
+    async with processes(redis_server.url) as backend:
+        over = await create(backend)
+        async with streaming(backend, size=1000) as (stream,):
+            redis_server.configure("maxmemory", 1)
+            with pytest.raises(BrokerUnavailable, match=r"no memory left \(maxmemory\)"):
+                await backend.broker.append(stream.key, items(1))
+            with pytest.raises(BrokerUnavailable, match="no memory left"):
+                await backend.broker.ping()
+            await store(backend.broker, finished(backend, over))  # frees memory, sooner or later
+            (ended,) = await backend.peer.load([over.id])
+            assert ended is not None and ended.is_completed
+            redis_server.configure("maxmemory", 0)
+            await stream.goes_on()
+        await backend.broker.ping()
+        await until(lambda: log.having("takes calls again"))
+    assert len(log.having("Redis refuses calls: Redis has no memory left")) == 1
+    assert (log.away, log.back) == (0, 0)
+
+
+async def test_the_password_is_changed_and_comes_right_again(log: Log) -> None:
+    with RedisServer(redis_binary(), password="right") as server:
+        async with processes(server.url) as backend, streaming(backend) as (stream,):
+            server.configure("requirepass", "another")
+            server.password = "another"
+            server.cut_clients()
+            with pytest.raises(BrokerUnavailable, match="password"):
+                await backend.peer.ping()
+            server.configure("requirepass", "right")
+            server.password = "right"
+            await stream.goes_on()
+            await log.assert_told_once()
+    assert "password" in log.having("is away")[0]
+    assert "another" not in "".join(log.having(""))
+
+
+async def test_a_wrong_password_from_the_start(log: Log) -> None:
+    with RedisServer(redis_binary(), password="right") as server:
+        async with processes(server.url.replace("right", "wrong")) as backend:
+            for broker in backend.processes:
+                with pytest.raises(BrokerUnavailable, match="password"):
+                    await broker.ping()
+            with pytest.raises(BrokerUnavailable, match="password"):
+                await create(backend)
+            server.configure("requirepass", "wrong")
+            async with streaming(backend):
+                pass
+            await log.assert_told_once()
+    assert "wrong" not in "".join(log.having(""))
+
+
+async def test_a_user_that_may_not_listen(redis_server: RedisServer, log: Log) -> None:
+    """That showed nowhere but in readers who got nothing."""
+    url = redis_server.add_user("app", "secret", "+@all", "~*")
+    async with processes(redis_server.url) as backend, streaming(backend) as (stream,):
+        async with RedisBroker(url, prefix=prefix_of(backend), timeouts=SHORT) as broker:
+            reader = Reader(broker, stream.key)
+            with pytest.raises(BrokerUnavailable, match="no permissions to access one of the channels"):
+                await reader.run()
+            following = asyncio.create_task(patiently(partial(reader.run, enough=have(stream.sent + 10))))
+            await until(lambda: broker._listener is not None and broker._listener.trouble)
+            with pytest.raises(BrokerUnavailable, match="nothing can be followed: .* no permissions"):
+                await broker.ping()
+            redis_server.command("ACL", "SETUSER", "app", "&*")
+            await following
+            reader.assert_seamless()
+            await broker.ping()
+            await log.assert_told_once(processes=1)
+
+
+# Redis is not there yet
+
+
+async def test_redis_comes_later(redis_server: RedisServer, log: Log) -> None:
+    redis_server.kill()
+    async with processes(redis_server.url) as backend:
+        with pytest.raises(BrokerUnavailable):
+            await backend.broker.ping()
+        creating = asyncio.create_task(patiently(partial(create, backend)))
+        await asyncio.to_thread(redis_server.restart, keep_data=True)
+        await creating
+        async with streaming(backend):
+            await log.assert_told_once()
+
+
+@pytest.mark.parametrize("why", ["away", "paused"])
+async def test_many_who_find_redis_away_wait_no_longer_than_one(redis_server: RedisServer, why: str) -> None:
+    """Each looked for a Cluster by itself, one after the other."""
+    redis_server.pause() if why == "paused" else redis_server.kill()
+    async with processes(redis_server.url, timeouts=SHORT) as backend:
+        calls = [backend.broker.load([f"run_{number}"]) for number in range(200)]
+        async with asyncio.timeout(10):
+            outcomes = await asyncio.gather(*calls, return_exceptions=True)
+        assert {type(outcome).__mro__[-4] for outcome in outcomes} <= set(BrokerUnavailable.__mro__)
+        assert all(isinstance(outcome, BrokerUnavailable) for outcome in outcomes)
+
+
+# A reader that does not keep up
+
+
+@pytest.mark.parametrize("kept", ["all", "not all"])
+async def test_a_process_that_was_blocked_is_cut_off_by_redis(redis_server: RedisServer, log: Log, kept: str) -> None:
+    """Its messages were over the limit; it reads what it missed, or tells what is trimmed since."""
+    redis_server.configure("client-output-buffer-limit", "pubsub 256kb 0 0")
+    retention = Retention(stream_bytes=(64 if kept == "all" else 4) * 1024 * 1024)
+    chunk = b'"%s"' % (b"x" * 60_000)
+    async with processes(redis_server.url, retention=retention) as backend:
+        key = await new_key(backend)
+        reader = Reader(backend.peer, key)
+        reading = asyncio.create_task(reader.run())
+        await backend.broker.append(key, [chunk])
+        await until(lambda: reader.seen)
+
+        async def write() -> None:
+            async with RedisBroker(redis_server.url, prefix=prefix_of(backend), retention=retention) as broker:
+                for _ in range(300):
+                    await broker.append(key, [chunk])
+                await broker.append(key, [chunk], end=COMPLETE)
+
+        elsewhere = threading.Thread(target=asyncio.run, args=(write(),))
+        elsewhere.start()
+        elsewhere.join()  # blocks this loop, and so the reader
+        assert "overcoming of output buffer limits" in redis_server.log
+        async with asyncio.timeout(GUARD_S):
+            await reading
+        reader.assert_seamless()
+        assert reader.after == 301
+        assert reader.end == COMPLETE
+        assert bool(reader.gaps) == (kept == "not all")
+        await log.until_back()
+
+
+def prefix_of(backend: Backend) -> str:
+    assert isinstance(backend.broker, RedisBroker)
+    return backend.broker._keys._prefix
+
+
+# A process that dies between a commit and telling the topics
+
+
+async def test_what_nobody_was_told_is_told_by_another(
+    redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with processes(redis_server.url) as backend:
+        monkeypatch.setattr(backend.broker, "_tell", lambda *args: asyncio.sleep(3600))
+        tag = new_tag()
+        record = new_record(backend, tags=(tag,))
+        async with backend.peer.follow(tag_topic(tag)) as topic:
+            committing = asyncio.create_task(backend.broker.commit(record, expect=0, change=new_mark()))
+            await until_told_by(backend, record.id)
+            committing.cancel()
+            changes = await next_changes(topic, None)
+        assert [change.run_id for change in changes.items] == [record.id]
+        assert await versions_in(backend.broker, tag_topic(tag)) == {record.id: 1}
+        assert await backend.peer.due("untold") == []
+
+
+async def until_told_by(backend: Backend, run_id: str) -> None:
+    """Do what the ticker of the other process does, until it has met the run."""
+    async with asyncio.timeout(GUARD_S):
+        while True:
+            for kind in DUE_KINDS:
+                if run_id in (due := await backend.peer.due(kind)):
+                    assert (kind, due) == ("untold", [run_id])
+                    return await backend.peer.tell(run_id)
+
+
+async def test_a_process_is_killed_between_its_commit_and_telling(redis_server: RedisServer) -> None:
+    program = """
+        import asyncio, sys
+        from asgi_realtime.brokers.redis import RedisBroker
+        from asgi_realtime.testing.conformance.kit import Backend, new_mark, new_record
+
+        async def main(url, prefix, tag):
+            async with RedisBroker(url, prefix=prefix) as broker:
+                async def tell(run_id, *args):
+                    print(run_id, flush=True)
+                    await asyncio.sleep(3600)
+                broker._tell = tell
+                record = new_record(Backend(broker=broker, peer=broker), tags=(tag,))
+                await broker.commit(record, expect=0, change=new_mark())
+
+        asyncio.run(main(*sys.argv[1:]))
+    """
+    async with processes(redis_server.url) as backend:
+        tag = new_tag()
+        command = [sys.executable, "-c", textwrap.dedent(program), redis_server.url, prefix_of(backend), tag]
+        process = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE)
+        assert process.stdout is not None
+        run_id = (await process.stdout.readline()).decode().strip()
+        process.kill()
+        assert await process.wait() == -signal.SIGKILL
+        assert await versions_in(backend.peer, tag_topic(tag)) == {}
+        await until_told_by(backend, run_id)
+        assert await versions_in(backend.broker, tag_topic(tag)) == {run_id: 1}
+
+
+# A failover
+
+
+def master_of(pair: ReplicaPair) -> Redis:
+    client = Sentinel(pair.sentinels).master_for(pair.service)  # type: ignore[no-untyped-call]
+    assert isinstance(client, Redis)
+    return client
+
+
+async def test_a_failover_that_loses_nothing(redis_pair: ReplicaPair, log: Log) -> None:
+    async with processes(partial(master_of, redis_pair)) as backend:
+        async with streaming(backend) as (stream,):
+            await asyncio.to_thread(redis_pair.primary.pause)
+            redis_pair.primary.resume()
+            await asyncio.to_thread(redis_pair.until_in_step)
+            await asyncio.to_thread(redis_pair.hand_over)
+            await asyncio.to_thread(redis_pair.bring_back)
