@@ -44,7 +44,7 @@ lowest: $(DEV)  ## the tests on the lowest versions of our dependencies that pyp
 	$(BIN)/uv pip install --quiet --python $(LOWEST) --constraints $(LOWEST)/pins.txt --editable '.[redis,taskiq,trio]' --group dev
 	$(LOWEST)/bin/python -m pytest -p no:cacheprovider --ignore=tests/e2e $(ARGS)
 
-bench: $(BENCH)  ## measure against raw ASGI and sse-starlette, side by side
+bench: $(BENCH)  ## measure against raw ASGI, sse-starlette and others, side by side (ARGS=redis or memory for a half)
 	$(BIN)/python -m benchmarks $(ARGS)
 
 model: $(MODEL)  ## install the language model of the demo and of the tests

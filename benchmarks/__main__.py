@@ -1,4 +1,4 @@
-"""The command: `python -m benchmarks [--quick] [--only fanout,llm] [--peers raw,asgi_realtime] [--repeat N]`.
+"""The command: `python -m benchmarks [memory] [redis] [--quick] [--only fanout,llm] [--peers raw] [--repeat N]`.
 
 Exits with 1 if a chunk was missing, doubled or damaged anywhere, or a server failed. Goals are printed, not enforced:
 figures of a busy machine would make a check that nobody believes.
@@ -10,54 +10,76 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
 
 import uvloop
 
-from benchmarks.process import choose_cpus, raise_file_limit, run_server
+from benchmarks import workloads
+from benchmarks.process import choose_cpus, raise_file_limit
+from benchmarks.redis import workloads as redis_workloads
+from benchmarks.redis.site import BINARY, redis_is_there
 from benchmarks.report import Results, as_json, describe_machine, render
-from benchmarks.servers import PEERS
-from benchmarks.workloads import WORKLOADS, Workload
+from benchmarks.workloads import Workload
 
 _FILES_NEEDED = 6000
 
-T = TypeVar("T")
+SUITES = {
+    "memory": [workloads.WORKLOADS],
+    "redis": [redis_workloads.WORKLOADS, redis_workloads.FOOTPRINT],
+}
+"""Name to its tables. `memory` is one process with the memory broker, against other servers."""
 
 
 def _parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.partition("\n")[0])
+    parser.add_argument("suites", nargs="*", metavar="SUITE", help=f"of {', '.join(SUITES)}; all without")
     parser.add_argument("--quick", action="store_true", help="a short smoke run; its figures mean little")
-    parser.add_argument("--only", metavar="NAMES", help="of " + ", ".join(workload.name for workload in WORKLOADS))
-    parser.add_argument("--peers", metavar="NAMES", help="of " + ", ".join(PEERS))
+    parser.add_argument("--only", metavar="NAMES", help="workloads: " + "; ".join(map(_describe, SUITES)))
+    parser.add_argument("--peers", metavar="NAMES", help="servers to compare, as the tables name them")
     parser.add_argument("--repeat", type=int, default=1, metavar="N", help="medians of N runs, peers alternating")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all figures there")
     options = parser.parse_args(arguments)
-    by_name = {workload.name: workload for workload in WORKLOADS}
-    options.workloads = _choose(parser, options.only, by_name)
-    options.servers = list(_choose(parser, options.peers, {peer: peer for peer in PEERS}))
+    suites = _choose(parser, options.suites, list(SUITES))
+    tables = [table for suite in suites for table in SUITES[suite]]
+    known = [workload for table in tables for workload in table]
+    only = _choose(parser, _split(options.only), [workload.name for workload in known])
+    peers = _choose(parser, _split(options.peers), list(dict.fromkeys(peer for each in known for peer in each.peers)))
+    tables = [[_among(workload, peers) for workload in table if workload.name in only] for table in tables]
+    options.tables = [table for table in tables if table]
+    options.needs_redis = any(each.name in only for table in SUITES["redis"] for each in table) and "redis" in suites
     return options
 
 
-def _choose(parser: argparse.ArgumentParser, names: str | None, known: dict[str, T]) -> list[T]:
-    chosen = names.split(",") if names else list(known)
-    for name in chosen:
+def _describe(suite: str) -> str:
+    return f"{suite}: " + ", ".join(workload.name for table in SUITES[suite] for workload in table)
+
+
+def _split(names: str | None) -> list[str]:
+    return names.split(",") if names else []
+
+
+def _choose(parser: argparse.ArgumentParser, names: Sequence[str], known: list[str]) -> list[str]:
+    for name in names:
         if name not in known:
             parser.error(f"{name!r} is unknown; allowed are {', '.join(known)}")
-    return [known[name] for name in chosen]
+    return list(names) or known
 
 
-async def _measure(
-    workloads: list[Workload], peers: list[str], *, repeat: int, quick: bool, cpu: int
-) -> tuple[Results, bool]:
-    results: Results = {workload.name: {peer: [] for peer in peers} for workload in workloads}
+def _among(workload: Workload, peers: list[str]) -> Workload:
+    return replace(workload, peers=[peer for peer in workload.peers if peer in peers])
+
+
+async def _measure(table: list[Workload], *, repeat: int, quick: bool, cpu: int) -> tuple[Results, bool]:
+    results: Results = {workload.name: {peer: [] for peer in workload.peers} for workload in table}
     right = True
-    for workload in workloads:
+    for workload in table:
         for number in range(repeat):
-            for peer in peers:
+            for peer in workload.peers:
                 print(f"{workload.name} {number + 1}/{repeat}: {peer}", file=sys.stderr, flush=True)
                 try:
-                    async with run_server(peer, cpu=cpu) as server:
+                    async with workload.start(peer, cpu) as server:
                         result = await workload.run(server, quick)
                 except (OSError, RuntimeError, TimeoutError) as error:
                     print(f"{workload.name}: {peer} failed: {error!r}", file=sys.stderr)
@@ -78,17 +100,22 @@ def main() -> int:
     os.sched_setaffinity(0, {client_cpu})
     if raise_file_limit() < _FILES_NEEDED:
         print(f"fewer than {_FILES_NEEDED} open files are allowed here; the idle workload will fail", file=sys.stderr)
-    results, right = uvloop.run(
-        _measure(options.workloads, options.servers, repeat=options.repeat, quick=options.quick, cpu=server_cpu)
-    )
+    if options.needs_redis and not redis_is_there():
+        print(f"{BINARY} is not installed; name the suite `memory` to do without", file=sys.stderr)
+        return 1
     machine = describe_machine()
     print(f"Python {machine['python']}, {machine['system']};", end=" ")
     print(", ".join(f"{name} {number}" for name, number in machine["packages"].items()))
     if options.quick:
-        print("Quick run: about a tenth of the sizes below, and figures that mean little.")
-    print(render(options.workloads, results))
+        print("Quick run: a fraction of the sizes below, and figures that mean little.")
+    right, figures = True, dict[str, object]()
+    for table in options.tables:
+        results, table_right = uvloop.run(_measure(table, repeat=options.repeat, quick=options.quick, cpu=server_cpu))
+        right = right and table_right
+        print(render(table, results), flush=True)
+        figures |= as_json(table, results)
     if options.json:
-        options.json.write_text(json.dumps(as_json(options.workloads, results), indent=2) + "\n")
+        options.json.write_text(json.dumps({"machine": machine, "workloads": figures}, indent=2) + "\n")
     if not right:
         print("FAILED: something was missing, doubled or damaged, or a server failed; see above", file=sys.stderr)
     return 0 if right else 1

@@ -29,6 +29,18 @@ def make_chunk(seq: int, due_ns: int) -> str:
     return f"{seq:08d} {due_ns:019d} {_PADDING}"
 
 
+def make_text(seq: int, size: int) -> str:
+    """Return a text that names its number and makes `size` bytes as JSON: for what is stored and not timed."""
+    return f"{seq:08d}".ljust(size - 2, "x")
+
+
+def parse_text(data: bytes, size: int) -> int | None:
+    """Return the number in the JSON of such a text, or None if it is damaged."""
+    number = data[1:9]
+    seq = int(number) if number.isdigit() else -1
+    return seq if data == b'"%b"' % make_text(seq, size).encode() else None
+
+
 @dataclass(frozen=True, slots=True)
 class Event:
     """One chunk as it came: its number, when it was due, and where its frame ended in the text."""

@@ -13,6 +13,7 @@ import re
 import time
 from bisect import bisect_right
 from collections.abc import Iterable
+from copy import copy
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -58,7 +59,8 @@ class Subscriber(asyncio.Protocol):
 
     def __init__(self, path: str, token: str, transcript: Transcript, *, sampled: bool = False) -> None:
         headers = f"Host: 127.0.0.1\r\nAccept: text/event-stream\r\nAuthorization: Bearer {token}\r\n"
-        self.request = f"GET {path} HTTP/1.1\r\n{headers}\r\n".encode()
+        self._head = f"GET {path} HTTP/1.1\r\n{headers}"
+        self.last_event_id: int | None = None
         self.transcript = transcript
         transcript.readers += 1
         self.position = 0
@@ -83,7 +85,8 @@ class Subscriber(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
         self.requested_ns = time.monotonic_ns()
-        self._transport.write(self.request)
+        resume = "" if self.last_event_id is None else f"Last-Event-ID: {self.last_event_id}\r\n"
+        self._transport.write(f"{self._head}{resume}\r\n".encode())
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.closed = True
@@ -105,6 +108,23 @@ class Subscriber(asyncio.Protocol):
                 self.transcript.remember(start, data, self.position)
         if self.arrivals is not None:
             self.arrivals.append((self.last_ns, self.position))
+
+    def resumed(self) -> Subscriber:
+        """The same subscriber's next connection: it names its last chunk and goes on where this one was cut.
+
+        This one has whole chunks only, and no difference from the transcript.
+        """
+        last = self.transcript.count_to(self.position) - 1
+        if self.own is not None or self._rest or self.transcript.ends[last] != self.position:
+            raise RuntimeError("it was cut within a chunk, or after something that should not be there")
+        later = copy(self)
+        loop = asyncio.get_running_loop()
+        later.last_event_id = last
+        later.opened, later.started = loop.create_future(), loop.create_future()
+        later.ended = later.closed = False
+        later.requested_ns = later.last_ns = 0
+        later._transport, later._preamble = None, b""
+        return later
 
     def close(self) -> None:
         if self._transport is not None:
@@ -176,10 +196,12 @@ class Subscriber(asyncio.Protocol):
         self.position += len(body)
 
 
-async def open_subscribers(port: int, subscribers: Iterable[Subscriber]) -> list[Subscriber]:
+async def open_subscribers(
+    port: int, subscribers: Iterable[Subscriber], *, at_once: int = _CONNECTING
+) -> list[Subscriber]:
     """Connect them all and return them once each has the head of its response."""
     loop = asyncio.get_running_loop()
-    limit = asyncio.Semaphore(_CONNECTING)
+    limit = asyncio.Semaphore(at_once)
 
     async def connect(subscriber: Subscriber) -> Subscriber:
         async with limit:

@@ -16,10 +16,10 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 _ROOT = Path(__file__).parent.parent
 _START_S = 30.0
@@ -40,13 +40,52 @@ def raise_file_limit() -> int:
     return hard
 
 
+def process_cpu_s(pid: int) -> float:
+    """CPU time of a whole process so far, to the nanosecond and without asking it."""
+    # The kernel's number for another process's CPU clock, as clock_getcpuclockid(3) computes it.
+    return time.clock_gettime((~pid << 3) | 2)
+
+
+def busy_s(cpus: Collection[int]) -> float:
+    """Time that these CPUs have not been idle so far, whoever used them."""
+    total = 0
+    for line in Path("/proc/stat").read_text().splitlines():
+        name, *numbers = line.split()
+        if re.fullmatch(r"cpu\d+", name) and int(name[3:]) in cpus:
+            user, nice, system, _idle, _iowait, *rest = map(int, numbers[:8])
+            total += user + nice + system + sum(rest)
+    return total / os.sysconf("SC_CLK_TCK")
+
+
+class Target(Protocol):
+    """What a workload drives: one server, or several processes that belong together."""
+
+    @property
+    def port(self) -> int:
+        """Where subscribers connect to."""
+
+    async def call(self, command: str, *, timeout_s: float = 60.0, **arguments: Any) -> Any: ...
+
+    async def answer(self, *, timeout_s: float = 60.0) -> Any: ...
+
+    def tell(self, command: str, **arguments: Any) -> None: ...
+
+    def cpu_s(self) -> Mapping[str, float]:
+        """CPU time of each of its processes so far."""
+
+    def others_s(self) -> float:
+        """CPU time so far that others took on the CPUs that it runs on."""
+
+    def memory_kib(self) -> int: ...
+
+
 @dataclass(slots=True)
 class Server:
     """A running server, and the way to command it."""
 
     pid: int
     port: int
-    cpu: int
+    cpus: Collection[int]
     _reader: asyncio.StreamReader
     _writer: asyncio.StreamWriter
 
@@ -66,18 +105,11 @@ class Server:
         """Have it do something without waiting. Everything but `acknowledge` is answered, see `answer`."""
         self._writer.write(json.dumps({"do": command, **arguments}).encode() + b"\n")
 
-    def cpu_s(self) -> float:
-        """CPU time of the whole process so far, to the nanosecond and without asking it."""
-        # The kernel's number for another process's CPU clock, as clock_getcpuclockid(3) computes it.
-        return time.clock_gettime((~self.pid << 3) | 2)
+    def cpu_s(self) -> Mapping[str, float]:
+        return {"server": process_cpu_s(self.pid)}
 
-    def busy_s(self) -> float:
-        """Time that its CPU has not been idle so far, whoever used it."""
-        line = re.search(rf"^cpu{self.cpu} (.*)$", Path("/proc/stat").read_text(), re.MULTILINE)
-        if line is None:
-            raise RuntimeError(f"/proc/stat has no line of cpu{self.cpu}")
-        user, nice, system, _idle, _iowait, *rest = map(int, line[1].split()[:8])
-        return (user + nice + system + sum(rest)) / os.sysconf("SC_CLK_TCK")
+    def others_s(self) -> float:
+        return busy_s(self.cpus) - process_cpu_s(self.pid)
 
     def memory_kib(self) -> int:
         """Its proportional share of memory in use: private pages, and its part of shared ones."""
@@ -89,11 +121,12 @@ class Server:
 
 
 @contextlib.asynccontextmanager
-async def run_server(peer: str, *, cpu: int) -> AsyncIterator[Server]:
-    """Start one peer's server on the given CPU, wait until it listens, and end it by its pid."""
+async def run_server(path: str, *, cpus: Collection[int], redis_url: str = "") -> AsyncIterator[Server]:
+    """Start the server of one peer's class on the given CPUs, wait until it listens, and end it by its pid."""
     ours, theirs = socket.socketpair()
     with theirs:
-        command = [sys.executable, "-m", "benchmarks.servers", peer, str(theirs.fileno()), str(cpu)]
+        command = [sys.executable, "-m", "benchmarks.servers", path, str(theirs.fileno()), ",".join(map(str, cpus))]
+        command += [redis_url] if redis_url else []
         # Not asyncio's: its child watcher would wake up the client's loop, and nothing is read from the process.
         process = subprocess.Popen(  # noqa: ASYNC220
             command, cwd=_ROOT, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL
@@ -102,8 +135,8 @@ async def run_server(peer: str, *, cpu: int) -> AsyncIterator[Server]:
     try:
         line = await asyncio.wait_for(reader.readline(), _START_S)
         if not line:
-            raise RuntimeError(f"the {peer} server did not start; see its messages above")
-        yield Server(process.pid, json.loads(line)["port"], cpu, reader, writer)
+            raise RuntimeError(f"the server of {path} did not start; see its messages above")
+        yield Server(process.pid, json.loads(line)["port"], cpus, reader, writer)
     finally:
         writer.close()
         process.terminate()

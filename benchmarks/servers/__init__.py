@@ -8,3 +8,12 @@ PEERS = {
     "asgi_realtime": "benchmarks.servers.ours:OursPeer",
 }
 """Name to class, imported only in the server's own process. The first is what the others are compared with."""
+
+REDIS_PEERS = {
+    "memory": PEERS["asgi_realtime"],
+    "xadd": "benchmarks.servers.xadd:XaddPeer",
+    "xadd-pipelined": "benchmarks.servers.xadd:PipelinedPeer",
+    "broadcaster": "benchmarks.servers.broadcaster:BroadcasterPeer",
+    "asgi_realtime": "benchmarks.servers.ours_redis:OursRedisPeer",
+}
+"""The same for what goes over Redis, between two processes of one class; `memory` is this library in one process."""

@@ -1,6 +1,6 @@
 """The process of one server: uvicorn on one CPU, and the control channel that makes it create, publish and end.
 
-Called as `python -m benchmarks.servers PEER CONTROL_FD CPU` by `benchmarks.process`; not by hand.
+Called as `python -m benchmarks.servers CLASS CONTROL_FD CPUS [REDIS_URL]` by `benchmarks.process`; not by hand.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import os
 import socket
 import sys
 import time
+from collections.abc import AsyncIterator
 from typing import Any, cast
 
 import uvicorn
 import uvloop
 
-from benchmarks.chunks import make_chunk
-from benchmarks.servers import PEERS
+from benchmarks.chunks import make_chunk, make_text
 from benchmarks.servers.peer import Peer
 
 _LINE_LIMIT = 16 * 1024 * 1024
@@ -53,7 +53,8 @@ class Control:
 
     async def do_create(self, *, streams: list[str], tokens: int = 1) -> list[dict[str, Any]]:
         self._produced |= dict.fromkeys(streams, 0)
-        return [dataclasses.asdict(await self._peer.create_stream(name, tokens=tokens)) for name in streams]
+        made = await asyncio.gather(*(self._peer.create_stream(name, tokens=tokens) for name in streams))
+        return [dataclasses.asdict(subscription) for subscription in made]
 
     async def do_produce(self, *, stream: str, count: int, burst: int, window: int, seconds: float) -> int:
         """Publish `burst` chunks per loop turn, at most `window` ahead of the slowest subscriber, not for ever.
@@ -90,9 +91,34 @@ class Control:
         self._produced |= dict.fromkeys(streams, base + count // len(streams))
         return base + count // len(streams)
 
-    async def do_end(self, *, streams: list[str]) -> None:
+    async def do_fill(self, *, streams: list[str], count: int) -> int:
+        """Publish `count` chunks to each stream, all at once."""
+        base = self._produced[streams[0]]
         for name in streams:
-            await self._peer.end_stream(name)
+            now = time.monotonic_ns()
+            await self._peer.publish(name, [make_chunk(base + number, now) for number in range(count)])
+        self._produced |= dict.fromkeys(streams, base + count)
+        return base + count
+
+    async def do_store(self, *, streams: int, each: int, size: int, seconds: float) -> list[tuple[str, int]]:
+        """Store `each` texts in each of new streams, all at the same time, not for ever; return once that is sure.
+
+        Returns the Redis key of each stream and how many its source gave."""
+        deadline = time.monotonic() + seconds
+        given = [0] * streams
+
+        async def source(number: int) -> AsyncIterator[str]:
+            for seq in range(each):
+                if time.monotonic() > deadline:
+                    return
+                given[number] = seq + 1
+                yield make_text(seq, size)
+
+        keys = await asyncio.gather(*(self._peer.store(source(number)) for number in range(streams)))
+        return list(zip(keys, given, strict=True))
+
+    async def do_end(self, *, streams: list[str]) -> None:
+        await asyncio.gather(*(self._peer.end_stream(name) for name in streams))
 
     async def _wait_for_subscribers(self, deadline: float) -> None:
         self._advanced.clear()
@@ -101,13 +127,12 @@ class Control:
                 await self._advanced.wait()
 
 
-def _make_peer(name: str) -> Peer:
-    module, _, class_name = PEERS[name].partition(":")
-    return cast(Peer, getattr(importlib.import_module(module), class_name)())
+def _make_peer(path: str, *redis_url: str) -> Peer:
+    module, _, class_name = path.partition(":")
+    return cast(Peer, getattr(importlib.import_module(module), class_name)(*redis_url))
 
 
-async def _serve(peer_name: str, control_fd: int) -> None:
-    peer = _make_peer(peer_name)
+async def _serve(peer: Peer, control_fd: int) -> None:
     config = uvicorn.Config(
         peer.app,
         interface="asgi3",
@@ -135,9 +160,9 @@ async def _serve(peer_name: str, control_fd: int) -> None:
 
 
 def main() -> None:
-    peer, control_fd, cpu = sys.argv[1:]
-    os.sched_setaffinity(0, {int(cpu)})
-    uvloop.run(_serve(peer, int(control_fd)))
+    path, control_fd, cpus, *redis_url = sys.argv[1:]
+    os.sched_setaffinity(0, {int(cpu) for cpu in cpus.split(",")})
+    uvloop.run(_serve(_make_peer(path, *redis_url), int(control_fd)))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -36,6 +36,11 @@ class Peer(Protocol):
 
     async def end_stream(self, name: str) -> None:
         """Have every subscriber end after the last chunk."""
+
+    async def store(self, source: AsyncIterator[str]) -> str:
+        """Put all of a source in a stream of its own in Redis, and return the stream's key once all is acknowledged.
+
+        Only of those that store there."""
 
 
 def make_tokens(stream: str, count: int) -> list[str]:

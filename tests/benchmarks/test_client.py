@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from benchmarks.chunks import make_chunk, parse_events
+from benchmarks.chunks import make_chunk, make_text, parse_events, parse_text
 from benchmarks.client import Subscriber, Transcript, Verdict, verify
 
 _HEAD = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
@@ -125,6 +125,33 @@ async def test_damage_is_seen(damage: Callable[[bytes], bytes]) -> None:
 
 
 @pytest.mark.asyncio
+async def test_a_resumed_subscriber_goes_on_after_its_last_chunk() -> None:
+    first = _feed(_subscriber(Transcript()), _HEAD + _body(_PREAMBLE + _frame(0), _frame(1)))
+    later = first.resumed()
+    _feed(later, _HEAD + _body(_PREAMBLE + _frame(2), _frame(3)))
+
+    assert later.last_event_id == 1
+    assert later.received() == 4
+    assert not verify([later], 4)
+
+
+@pytest.mark.asyncio
+async def test_a_chunk_that_comes_again_after_a_resume_is_doubled() -> None:
+    first = _feed(_subscriber(Transcript()), _HEAD + _body(_frame(0), _frame(1)))
+    later = _feed(first.resumed(), _HEAD + _body(_frame(1), _frame(2)))
+
+    assert verify([later], 3).doubled == 1
+
+
+@pytest.mark.asyncio
+async def test_who_was_cut_within_a_chunk_is_not_resumed() -> None:
+    first = _feed(_subscriber(Transcript()), _HEAD + _body(_frame(0), _frame(1)[:20]))
+
+    with pytest.raises(RuntimeError, match="within a chunk"):
+        first.resumed()
+
+
+@pytest.mark.asyncio
 async def test_another_answer_than_200_is_an_error() -> None:
     subscriber = _feed(_subscriber(Transcript()), b"HTTP/1.1 403 Forbidden\r\ntransfer-encoding: chunked\r\n\r\n")
 
@@ -137,3 +164,12 @@ def test_carriage_returns_are_allowed() -> None:
 
     assert [event.seq for event in events] == [0, 1]
     assert foreign == 0
+
+
+def test_a_stored_text_names_its_number_or_is_damaged() -> None:
+    data = f'"{make_text(12, 20)}"'.encode()
+
+    assert len(data) == 20
+    assert parse_text(data, 20) == 12
+    assert parse_text(data, 21) is None
+    assert parse_text(data.replace(b"x", b"y", 1), 20) is None

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.requirements import redis_binary
+
 pytest.importorskip("uvloop")
 
 _ROOT = Path(__file__).parent.parent.parent
@@ -25,6 +27,25 @@ def test_a_quick_run_of_the_raw_server_is_right(tmp_path: Path) -> None:
     assert row["missing"] == row["doubled"] == row["damaged"] == 0
     assert row["us_per_event"] > 0
     assert row["ratio"] == 1
+
+
+@pytest.mark.slow
+@pytest.mark.redis
+def test_a_quick_run_over_redis_is_right(tmp_path: Path) -> None:
+    redis_binary()
+    file = tmp_path / "figures.json"
+    command = [sys.executable, "-m", "benchmarks", "redis", "--quick", "--peers", "asgi_realtime", "--json", str(file)]
+    done = subprocess.run(
+        [*command, "--only", "storm-1000,footprint"], cwd=_ROOT, capture_output=True, text=True, timeout=18
+    )
+
+    assert done.returncode == 0, done.stderr
+    workloads = json.loads(file.read_text())["workloads"]
+    assert set(workloads) == {"storm-1000", "footprint"}
+    for name in workloads:
+        row = workloads[name]["summary"]["asgi_realtime"]
+        assert row["missing"] == row["doubled"] == row["damaged"] == 0
+        assert row["sent"] > 0
 
 
 def test_an_unknown_name_is_refused() -> None:
