@@ -10,24 +10,33 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from examples.processes import running
 
 
+@dataclass(frozen=True)
+class Redis:
+    """A Redis, and the processes that we started for it."""
+
+    url: str
+    processes: Sequence[subprocess.Popen[bytes]] = ()
+
+
 @contextmanager
-def redis_url() -> Iterator[str]:
-    """Its URL. A Redis of our own forgets everything, and has no port that others of this machine could reach."""
+def local_redis() -> Iterator[Redis]:
+    """Run a Redis until the block is left. It forgets everything, and no port leads to it."""
     if "REDIS_URL" in os.environ:
-        yield os.environ["REDIS_URL"]
+        yield Redis(os.environ["REDIS_URL"])
         return
     binary = shutil.which("redis-server") or shutil.which("valkey-server")
     if binary is None:
         sys.exit("redis-server is not installed (on Debian: apt-get install redis-server).\nOr set REDIS_URL.")
     with tempfile.TemporaryDirectory(prefix="redis") as folder:
         settings = ("--port", "0", "--unixsocket", f"{folder}/socket", "--save", "", "--logfile", f"{folder}/log")
-        with running(binary, *settings, environment=os.environ) as redis:
-            wait_until(lambda: os.path.exists(f"{folder}/socket"), [redis])
-            yield f"unix://{folder}/socket"
+        with running(binary, *settings, environment=os.environ) as process:
+            wait_until(lambda: os.path.exists(f"{folder}/socket"), [process])
+            yield Redis(f"unix://{folder}/socket", [process])
 
 
 def wait_until(condition: Callable[[], bool], processes: Sequence[subprocess.Popen[bytes]]) -> None:

@@ -7,6 +7,7 @@ Ctrl-C at the terminal reaches the starter only, which ends things in their orde
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
@@ -33,7 +34,8 @@ def main(command: list[str]) -> int:
     with subprocess.Popen(command, stdin=subprocess.DEVNULL) as child:
 
         def end_with_the_starter() -> None:
-            sys.stdin.buffer.read()
+            while os.read(0, 1):  # `sys.stdin` has a lock, which at exit must not be held
+                pass
             child.terminate()
 
         threading.Thread(target=end_with_the_starter, daemon=True).start()

@@ -10,7 +10,7 @@ import os
 import secrets
 import sys
 
-from examples.local_redis import redis_url
+from examples.local_redis import local_redis
 from examples.processes import running
 
 WORKER = "celery -A examples.celery_worker.tasks worker --concurrency 2 --loglevel WARNING"
@@ -28,8 +28,8 @@ async def watch() -> None:
 
 if __name__ == "__main__":
     try:
-        with redis_url() as url:
-            os.environ |= {"REDIS_URL": url, "REALTIME_SECRET_KEY": secrets.token_urlsafe(32)}
+        with local_redis() as redis:
+            os.environ |= {"REDIS_URL": redis.url, "REALTIME_SECRET_KEY": secrets.token_urlsafe(32)}
             with running(sys.executable, "-m", *WORKER.split(), environment=os.environ):
                 asyncio.run(watch())
     except KeyboardInterrupt:

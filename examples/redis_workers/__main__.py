@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from urllib.request import urlopen
 
 from examples.local_model import ModelMissing, model_endpoint
-from examples.local_redis import redis_url, wait_until
+from examples.local_redis import local_redis, wait_until
 from examples.processes import running
 from examples.server import free_socket
 
@@ -30,18 +30,18 @@ def answers(url: str) -> bool:
 
 
 def run() -> None:
-    with model_endpoint(), redis_url() as url, ExitStack() as stack:
+    with model_endpoint(), local_redis() as redis, ExitStack() as stack:
         with free_socket(int(os.environ.get("PORT", "8000"))) as bound:
             port = bound.getsockname()[1]
         key = os.environ.get("REALTIME_SECRET_KEY") or secrets.token_urlsafe(32)
-        environment = {**os.environ, "REDIS_URL": url, "REALTIME_SECRET_KEY": key}
+        environment = {**os.environ, "REDIS_URL": redis.url, "REALTIME_SECRET_KEY": key}
         processes = [
             stack.enter_context(running(sys.executable, "-m", *command.split(), environment=environment))
             for command in (WORKER, f"{WEB} --port {port}")
         ]
         wait_until(lambda: answers(f"http://127.0.0.1:{port}"), processes)
         print(f"The chat is at http://127.0.0.1:{port} (Ctrl-C ends it)", flush=True)
-        wait_until(lambda: False, processes)
+        wait_until(lambda: False, [*processes, *redis.processes])
 
 
 if __name__ == "__main__":

@@ -4,13 +4,20 @@ import os
 
 from openai import AsyncOpenAI
 from pydantic import BaseModel
+from redis.asyncio.retry import Retry
+from redis.backoff import ExponentialBackoff
 from taskiq_redis import RedisStreamBroker
 
 from asgi_realtime import Realtime, Run
 from asgi_realtime.tasks.taskiq import TaskiqExecutor
 
 REDIS_URL = os.environ.get("REDIS_URL", "redis://127.0.0.1:6379")
-queue = RedisStreamBroker(REDIS_URL, queue_name="chat", unacknowledged_lock_timeout=10)
+queue = RedisStreamBroker(
+    REDIS_URL,
+    queue_name="chat",
+    unacknowledged_lock_timeout=10,
+    retry=Retry(ExponentialBackoff(cap=1, base=0.1), retries=-1),  # a worker waits for a Redis that is away, or it ends
+)
 realtime = Realtime(
     secret_key=os.environ["REALTIME_SECRET_KEY"],  # the same in all processes
     broker=REDIS_URL,
