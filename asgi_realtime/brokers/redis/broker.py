@@ -208,6 +208,7 @@ class RedisBroker:
             _INLINE_BYTES,
             *items,
             repeat=producer is not None or not items,
+            tells=names.channel,
         )
         if answer[0] == b"ok":
             return Position(int(answer[1]), int(answer[2]))
@@ -332,6 +333,7 @@ class RedisBroker:
             MARKS_KEPT,
             *(due.get(kind, "") for kind in ("delay", "ttl", "cancel", "expiry")),
             *chain.from_iterable(floors.items()),
+            tells=self._keys.topic_channel(f"run:{record.id}"),
         )
         if answer[0] == b"short":
             raise StreamBehind(f"stream {answer[1].decode()!r} has lost entries that were acknowledged")
@@ -375,6 +377,7 @@ class RedisBroker:
             secrets.token_hex(4),
             self._limits.topic_runs,
             self._keys.topic_channel(topic),
+            tells=self._keys.topic_channel(topic),
         )
 
     async def load(self, run_ids: Sequence[str]) -> list[RunRecord | None]:

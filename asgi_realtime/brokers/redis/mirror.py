@@ -17,7 +17,7 @@ import msgspec
 
 from asgi_realtime.brokers.redis.keys import Keys, run_of_topic
 from asgi_realtime.brokers.redis.listener import Listener
-from asgi_realtime.brokers.redis.servers import Spawn
+from asgi_realtime.brokers.redis.servers import LOOK, Spawn
 from asgi_realtime.core.log import End, Entry, Log, Page, StreamKey
 from asgi_realtime.core.topics import Change, Changes, Cursor, TopicIndex
 from asgi_realtime.errors import BrokerUnavailable, RealtimeError, RunNotFound
@@ -98,7 +98,9 @@ class Mirror(ABC):
             self._reading = True
 
     def hear(self, message: bytes) -> None:
-        if self._reading:
+        if message == LOOK:
+            self.check(unasked=False)
+        elif self._reading:
             self._keep(message)
         else:
             self._take(message)

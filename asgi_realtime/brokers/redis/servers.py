@@ -46,6 +46,9 @@ _PAUSE_S = 0.02
 _LOOKS_S = 0.2
 """Between two looks at who has which slot."""
 
+LOOK = b"?"
+"""Published on a channel: something happened there, and nothing else is said."""
+
 WRITABLE = Script("#!lua\nreturn 1")
 """Writes nothing, but is refused where a script that does would be: without memory, on a replica."""
 
@@ -120,19 +123,28 @@ class Servers:
         return await self._patiently(key, command, bulk)
 
     async def run(
-        self, script: Script, keys: Sequence[str], *args: Any, bulk: bool = False, repeat: bool = True
+        self,
+        script: Script,
+        keys: Sequence[str],
+        *args: Any,
+        bulk: bool = False,
+        repeat: bool = True,
+        tells: str | None = None,
     ) -> Any:
         """Run a script on the primary that has its keys. Raises `BrokerUnavailable`.
 
-        It may be carried out twice, unless `repeat` says that this would do harm.
+        It may be carried out twice, unless `repeat` says that this would do harm. `tells` is the channel on which the
+        script publishes.
         """
         rest = (len(keys), *keys, *args)
         try:
-            return await self._patiently(keys[0], ("EVALSHA", script.sha, *rest), bulk, repeat)
+            return await self._patiently(keys[0], ("EVALSHA", script.sha, *rest), bulk, repeat, tells)
         except NoScriptError:  # a new server, or SCRIPT FLUSH: with its text a script is known from then on
-            return await self._patiently(keys[0], ("EVAL", script.text, *rest), bulk, repeat)
+            return await self._patiently(keys[0], ("EVAL", script.text, *rest), bulk, repeat, tells)
 
-    async def _patiently(self, key: str, command: Command, bulk: bool, repeat: bool = True) -> Any:
+    async def _patiently(
+        self, key: str, command: Command, bulk: bool, repeat: bool = True, tells: str | None = None
+    ) -> Any:
         deadline = asyncio.get_running_loop().time() + self._timeout_s
         asked: Address | None = None
         while True:
@@ -158,6 +170,8 @@ class Servers:
             else:
                 if self._refusals:
                     self._accepted(address, command)
+                if asked is not None and tells is not None:
+                    self._tell(tells)
                 return answer
             asked = None
             if type(failure) is AskError:  # a MovedError is one too, and that one is for good
@@ -168,6 +182,11 @@ class Servers:
             elif isinstance(failure, ReadOnlyError):
                 link.reset()
             await asyncio.sleep(_PAUSE_S)
+
+    def _tell(self, channel: str) -> None:
+        """The slot is on its way: those who listen do so at its old primary, and the script published at the new."""
+        told = self._link(self.address_now(channel), False).send("SPUBLISH", channel, LOOK)
+        told.add_done_callback(lambda future: future.cancelled() or future.exception())
 
     def _refused(self, address: Address, command: Command, exc: ResponseError) -> BrokerUnavailable:
         refusal = unavailable(exc)
