@@ -84,6 +84,7 @@ class Streaming:
         self._writer = writer
         self._padding = b"x" * size
         self._enough = False
+        self._writing = asyncio.Lock()
 
     @property
     def seen(self) -> int:
@@ -94,9 +95,16 @@ class Streaming:
         while not self._enough:
             item = b'"%d %s"' % (self.sent, self._padding)
             producer = Producer("p", self.sent)
-            await patiently(partial(self._writer.append, self.key, [item], producer=producer))
+            async with self._writing:
+                await patiently(partial(self._writer.append, self.key, [item], producer=producer))
             self.sent += 1
         await patiently(lambda: self._writer.append(self.key, [], end=COMPLETE))
+
+    @asynccontextmanager
+    async def paused(self) -> AsyncIterator[None]:
+        """Nothing is under way and nothing is begun."""
+        async with self._writing:
+            yield
 
     async def read(self) -> None:
         """Follow to the end; come back when the process cannot follow any more."""
@@ -127,10 +135,10 @@ class Streaming:
 
 @asynccontextmanager
 async def streaming(
-    backend: Backend, *, count: int = 1, size: int = 0, key: StreamKey | None = None
+    backend: Backend, *, count: int = 1, size: int = 0, keys: Sequence[StreamKey] = ()
 ) -> AsyncIterator[Sequence[Streaming]]:
     """Streams that go on through the block, and are whole after it."""
-    keys = [key or await new_key(backend) for _ in range(count)]
+    keys = keys or [await new_key(backend) for _ in range(count)]
     streams = [Streaming(backend.broker, backend.peer, key, size=size) for key in keys]
     async with asyncio.timeout(3 * GUARD_S), asyncio.TaskGroup() as group:
         for stream in streams:

@@ -20,13 +20,14 @@ from redis.asyncio.sentinel import Sentinel
 from asgi_realtime import Retention, Timeouts
 from asgi_realtime.brokers.base import Producer
 from asgi_realtime.brokers.redis import RedisBroker
-from asgi_realtime.core.runs import DUE_KINDS, tag_topic
+from asgi_realtime.core.runs import DUE_KINDS, Status, tag_topic
 from asgi_realtime.errors import BrokerUnavailable, RunNotFound
 from asgi_realtime.testing.conformance.kit import (
     COMPLETE,
     Backend,
     Reader,
     create,
+    data,
     finished,
     have,
     items,
@@ -35,6 +36,7 @@ from asgi_realtime.testing.conformance.kit import (
     new_record,
     new_tag,
     next_changes,
+    read_all,
     store,
     versions_in,
 )
@@ -375,11 +377,54 @@ def master_of(pair: ReplicaPair) -> Redis:
     return client
 
 
-async def test_a_failover_that_loses_nothing(redis_pair: ReplicaPair, log: Log) -> None:
-    async with processes(partial(master_of, redis_pair)) as backend:
+@pytest.mark.parametrize("how", ["killed", "handed over"])
+async def test_a_failover_that_loses_nothing(redis_pair: ReplicaPair, log: Log, how: str) -> None:
+    async with processes(partial(master_of, redis_pair), timeouts=SHORT) as backend:
         async with streaming(backend) as (stream,):
-            await asyncio.to_thread(redis_pair.primary.pause)
-            redis_pair.primary.resume()
-            await asyncio.to_thread(redis_pair.until_in_step)
-            await asyncio.to_thread(redis_pair.hand_over)
-            await asyncio.to_thread(redis_pair.bring_back)
+            async with stream.paused():
+                await asyncio.to_thread(redis_pair.until_in_step)
+                await asyncio.to_thread(redis_pair.fail_over if how == "killed" else redis_pair.hand_over)
+                await asyncio.to_thread(redis_pair.bring_back)
+            await stream.goes_on()
+        await log.until_back()
+        assert log.away <= 2
+
+
+async def test_a_failover_that_loses_the_last_writes(redis_pair: ReplicaPair, log: Log) -> None:
+    """Readers are ahead of what is left. They are ended, come back, and get the items that are written again."""
+    async with processes(partial(master_of, redis_pair), timeouts=SHORT) as backend:
+        key = await new_key(backend)
+        await backend.broker.append(key, items(5), producer=Producer("p", 0))
+        await asyncio.to_thread(redis_pair.until_in_step)
+        async with backend.peer.live(key) as live:
+            await asyncio.to_thread(redis_pair.isolate_replica)
+            await backend.broker.append(key, items(5, start=5), producer=Producer("p", 5))
+            await until(lambda: live.log.next == 10)
+            await asyncio.to_thread(redis_pair.fail_over)
+            await until(lambda: live.failure is not None, "a reader ahead of its log is ended")
+            assert "5 entries of stream 'default' are left of 10" in str(live.failure)
+        reader = Reader(backend.peer, key, after=9)
+        reading = asyncio.create_task(patiently(reader.run))
+        again = partial(backend.broker.append, key, items(5, start=5), producer=Producer("p", 5), at=5)
+        assert (await patiently(again)).next == 10
+        await backend.broker.append(key, items(1, start=10), producer=Producer("p", 10), end=COMPLETE)
+        await reading
+        assert data(reader.seen) == [b"10"]
+        assert data(await read_all(backend.broker, key)) == items(11)
+        await log.until_back()
+        assert log.away <= 2
+
+
+async def test_leases_are_renewed_from_a_thread_with_a_sentinel(redis_pair: ReplicaPair) -> None:
+    """The thread asked the sentinels over connections that belong to the loop, which is blocked just then."""
+    timeouts = Timeouts(lease=2.0)
+    async with processes(partial(master_of, redis_pair), timeouts=timeouts) as backend:
+        record = await create(backend, status=Status.EXECUTING, owner="me")
+        assert isinstance(backend.broker, RedisBroker)
+        for _ in range(3):
+            thread = threading.Thread(target=partial(backend.broker.renew_from_thread, [record.id], owner="me"))
+            thread.start()
+            thread.join(GUARD_S)  # blocks this loop
+            assert not thread.is_alive()
+        lease = backend.broker._keys.due("lease", backend.broker._keys.partition(record.id))
+        assert redis_pair.primary.command("ZSCORE", lease, record.id) is not None

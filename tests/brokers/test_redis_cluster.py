@@ -1,0 +1,164 @@
+"""On a Cluster: slots move and primaries go while streams are written and followed."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from threading import Event
+
+import pytest
+
+from asgi_realtime import Timeouts
+from asgi_realtime.brokers.base import StreamKey
+from asgi_realtime.brokers.redis import RedisBroker
+from asgi_realtime.errors import BrokerUnavailable
+from asgi_realtime.testing.conformance.kit import Backend, new_key
+from tests.brokers.streaming import Log, Streaming, assert_quiet, processes, streaming, until
+from tests.redis_servers import ClientType, RedisCluster, RedisServer
+from tests.requirements import redis_binary
+
+pytestmark = [
+    pytest.mark.anyio,
+    pytest.mark.redis,
+    pytest.mark.cluster,
+    pytest.mark.slow,
+    pytest.mark.timeout(120),
+]
+
+SHORT = Timeouts(broker=1.0)
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture(autouse=True)
+def log(caplog: pytest.LogCaptureFixture) -> Iterator[Log]:
+    caplog.set_level(logging.INFO, "asgi_realtime")
+    yield Log(caplog)
+    assert_quiet(caplog)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[RedisCluster]:
+    """Of these tests' own: a node that is away takes only its own slots with it."""
+    settings = {"cluster-require-full-coverage": "no"}
+    with RedisCluster(redis_binary(), keeps_data=True, settings=settings) as cluster:
+        yield cluster
+
+
+def slot_of(cluster: RedisCluster, backend: Backend, key: StreamKey) -> int:
+    assert isinstance(backend.broker, RedisBroker)
+    return cluster.slot_of(backend.broker._keys.entries(key))
+
+
+async def key_at(cluster: RedisCluster, backend: Backend, node: RedisServer) -> StreamKey:
+    """A new stream on a node."""
+    while True:
+        key = await new_key(backend)
+        slot = await asyncio.to_thread(slot_of, cluster, backend, key)
+        if await asyncio.to_thread(cluster.slot_owner, slot) is node:
+            return key
+
+
+@asynccontextmanager
+async def on_each_node(cluster: RedisCluster, backend: Backend) -> AsyncIterator[dict[RedisServer, Streaming]]:
+    """A stream on each node."""
+    keys = {node: await key_at(cluster, backend, node) for node in cluster.nodes}
+    async with streaming(backend, keys=list(keys.values())) as streams:
+        yield dict(zip(keys, streams, strict=True))
+
+
+async def test_a_slot_moves_while_its_stream_is_written_and_followed(cluster: RedisCluster, log: Log) -> None:
+    async with processes(cluster.url) as backend, streaming(backend) as (stream,):
+        slot = slot_of(cluster, backend, stream.key)
+        for _ in range(4):
+            owner = await asyncio.to_thread(cluster.slot_owner, slot)
+            other = next(node for node in cluster.nodes if node is not owner)
+            await asyncio.to_thread(cluster.move_slot, slot, other)
+            await stream.goes_on(20)
+        assert stream.resumed == 0
+    assert (log.away, log.broke) == (0, 0)
+
+
+async def test_a_stream_goes_on_while_its_slot_is_on_its_way(cluster: RedisCluster) -> None:
+    """For as long as the block, what is not there any more is asked for at the other node."""
+    async with processes(cluster.url) as backend, streaming(backend, count=3) as streams:
+        slot = slot_of(cluster, backend, streams[0].key)
+        owner = await asyncio.to_thread(cluster.slot_owner, slot)
+        other = next(node for node in cluster.nodes if node is not owner)
+
+        def move_slowly() -> None:
+            with cluster.moving_slot(slot, other):
+                cluster.move_keys(slot, owner, other)
+                moved.set()
+                end.wait(30)
+
+        moved, end = Event(), Event()
+        moving = asyncio.create_task(asyncio.to_thread(move_slowly))
+        await until(moved.is_set)
+        await streams[0].goes_on()
+        end.set()
+        await moving
+        await streams[0].goes_on()
+
+
+@pytest.mark.parametrize("kind", ["normal", "pubsub"])
+async def test_connections_are_cut_at_each_node(cluster: RedisCluster, log: Log, kind: ClientType) -> None:
+    async with processes(cluster.url) as backend, on_each_node(cluster, backend) as streams:
+        for node, stream in streams.items():
+            assert await asyncio.to_thread(node.cut_clients, kind) >= 1
+            await stream.goes_on()
+        assert sum(stream.resumed for stream in streams.values()) == 0
+    assert log.away == 0
+
+
+@pytest.mark.parametrize("how", ["killed", "paused"])
+async def test_a_primary_is_away_and_the_others_go_on(cluster: RedisCluster, log: Log, how: str) -> None:
+    async with processes(cluster.url, timeouts=SHORT) as backend:
+        async with on_each_node(cluster, backend) as streams:
+            node = cluster.nodes[0]  # the one of the URL
+            node.kill() if how == "killed" else node.pause()
+            for broker in backend.processes:
+                with pytest.raises(BrokerUnavailable):
+                    await broker.ping()
+            began = time.monotonic()
+            await asyncio.gather(*(streams[other].goes_on() for other in cluster.nodes[1:]))
+            assert time.monotonic() - began < SHORT.broker * 2  # nobody waits for the one that is away
+            await asyncio.to_thread(node.restart, keep_data=True) if how == "killed" else node.resume()
+            await asyncio.to_thread(cluster.until_well)
+            await streams[node].goes_on()
+        for broker in backend.processes:
+            await broker.ping()
+        await log.assert_told_once()
+        assert all(f"Redis at 127.0.0.1:{node.port} is " in line for line in log.having(" is away: "))
+
+
+async def test_while_a_primary_is_away_nothing_spins(cluster: RedisCluster) -> None:
+    node = cluster.nodes[1]
+    async with processes(cluster.url) as backend:
+        keys = [await key_at(cluster, backend, node) for _ in range(20)]
+        async with streaming(backend, keys=keys):
+            node.kill()
+            with pytest.raises(BrokerUnavailable):
+                await backend.broker.ping()
+            began, used = time.monotonic(), time.process_time()
+            await asyncio.sleep(2)  # a measurement, so it has a length
+            share = (time.process_time() - used) / (time.monotonic() - began)
+            await asyncio.to_thread(node.restart, keep_data=True)
+            await asyncio.to_thread(cluster.until_well)
+    assert share < 0.25, f"{share:.0%} of a core"
+
+
+async def test_many_streams_come_back_when_a_primary_does(cluster: RedisCluster, log: Log) -> None:
+    async with processes(cluster.url) as backend:
+        async with streaming(backend, count=200) as streams:
+            await asyncio.to_thread(cluster.nodes[2].restart, keep_data=True)
+            await asyncio.to_thread(cluster.until_well)
+            await asyncio.gather(*(stream.goes_on(3) for stream in streams))
+        await log.until_back()
+        assert log.away <= 2
