@@ -194,6 +194,7 @@ class Engine:
                 async with anyio.create_task_group() as group:
                     group.start_soon(housekeeping.tick_subscribers)
                     group.start_soon(housekeeping.run_what_is_due)
+                    group.start_soon(housekeeping.hand_over_what_is_due)
         except Exception as exc:
             logger.exception("the broker or the executor cannot be used")
             self._failure = exc
@@ -352,9 +353,13 @@ class Engine:
         return self._in_process is None or self._in_process.knows(task_id)
 
     async def enqueue(self, record: RunRecord) -> None:
-        """Hand a run that is QUEUED to the executor. Raises what the executor does: it does not have the run then."""
+        """Hand a run that is QUEUED to the executor.
+
+        Raises what the executor does, and `TimeoutError` if that takes longer than `timeouts.append`.
+        """
         assert self.executor is not None
-        await self.executor.enqueue(record.id, record.task)
+        with anyio.fail_after(self.timeouts.append):
+            await self.executor.enqueue(record.id, record.task)
         if self._in_process is not None:
             self.keep_leases()
             return

@@ -45,10 +45,17 @@ class Housekeeping:
                     logger.exception("the ticker failed for %r", subscriber)
 
     async def run_what_is_due(self) -> None:
+        await self._at_every_tick(self._look_after_runs)
+
+    async def hand_over_what_is_due(self) -> None:
+        """Beside the rest: a queue that does not answer keeps nothing else waiting."""
+        await self._at_every_tick(self._hand_over_runs)
+
+    async def _at_every_tick(self, act: Callable[[], Awaitable[None]]) -> None:
         while True:
             await anyio.sleep(self._engine.timeouts.tick)
             try:
-                await self.once()
+                await act()
                 self._broker_away = False
             except BrokerUnavailable as exc:
                 if not self._broker_away:
@@ -59,13 +66,19 @@ class Housekeeping:
 
     async def once(self) -> None:
         """Do all that is due now."""
-        engine = self._engine
+        await self._look_after_runs()
+        await self._hand_over_runs()
+
+    async def _hand_over_runs(self) -> None:
         self._refused = False
+        await self._each("delay", self._queue)
+        await self._each("enqueue", self._hand_over)
+
+    async def _look_after_runs(self) -> None:
+        engine = self._engine
         engine.watch_executions()
         if engine.held and not engine.renews_from_thread:
             await self._renew()  # before looking for expired leases: a blocked loop must not crash its own runs
-        await self._each("delay", self._queue)
-        await self._each("enqueue", self._hand_over)
         await self._each("ttl", lambda run_id: self._change(run_id, _EXPIRED))
         await self._each("lease", lambda run_id: self._change(run_id, _CRASHED))
         await self._each("cancel", lambda run_id: self._change(run_id, Finished(Status.CANCELED)))
@@ -105,7 +118,7 @@ class Housekeeping:
         if record is None or not engine.takes(record.task):
             return  # a process that has the task does it
         record = await self._change(run_id, Queued())
-        if record is not None and record.status is Status.QUEUED:
+        if record is not None and record.status is Status.QUEUED and not self._refused:
             await self._enqueue(record)
 
     async def _hand_over(self, run_id: str) -> None:

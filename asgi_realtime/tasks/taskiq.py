@@ -27,6 +27,9 @@ try:
 except ImportError as exc:
     raise ImportError("TaskiqExecutor needs taskiq: pip install 'asgi_realtime[taskiq]'") from exc
 
+_START_S = 5.0
+"""For the start of the taskiq broker. redis-py tries for some minutes to reach a server that is away."""
+
 _PAUSE_S = 1.0
 """Between two tries to execute a run, while the `Realtime`'s broker is away."""
 
@@ -44,9 +47,11 @@ class TaskiqExecutor:
         self._task_name = task_name
         self._host: ExecutorHost | None = None
         self._task: AsyncTaskiqDecoratedTask[[str], Coroutine[Any, Any, None]] | None = None
-        self._client_is_up = False
-        self._started_it = False
-        self._busy = False  # it is we who start or stop the broker
+        self._host_started_it = False
+        self._up = False  # we have started it
+        self._touched = False  # we have tried to
+        self._busy = False  # it is we who start or stop it, just now
+        self._turn = anyio.Lock()
         self._stopped = False
 
     def attach(self, host: ExecutorHost) -> None:
@@ -68,23 +73,35 @@ class TaskiqExecutor:
 
     async def enqueue(self, run_id: str, task_id: str) -> None:
         assert self._task is not None
+        await self._start_once()
         await self._task.kicker().with_task_id(run_id).kiq(run_id)
 
     # The Realtime starts and stops
 
     async def start(self) -> None:
-        if self.broker.is_worker_process or self._client_is_up:
-            return
-        self._busy = self._started_it = True
+        """Without the queue streams can be read all the same, so a web process starts. `enqueue` tries again."""
         try:
-            await self.broker.startup()
-        finally:
-            self._busy = False
+            await self._start_once()
+        except Exception as exc:
+            logger.warning("the taskiq broker cannot be started yet: %s", exc or type(exc).__name__)
+
+    async def _start_once(self) -> None:
+        async with self._turn:
+            if self.broker.is_worker_process or self._host_started_it or self._up:
+                return
+            self._busy = self._touched = True
+            try:
+                with anyio.fail_after(_START_S):
+                    await self.broker.startup()
+                self._up = True
+            finally:
+                self._busy = False
 
     async def stop(self) -> None:
-        if not self._started_it:
+        if not self._touched:
             return
-        self._busy, self._started_it = True, False
+        self._busy = True
+        self._up = self._touched = False
         try:
             await self.broker.shutdown()
         finally:
@@ -105,10 +122,10 @@ class TaskiqExecutor:
             await self._host.stop()
 
     def _client_starts(self, state: TaskiqState) -> None:
-        self._client_is_up = True
+        self._host_started_it = not self._busy
 
     def _client_stops(self, state: TaskiqState) -> None:
-        self._client_is_up = False
+        self._host_started_it = False
 
     async def _execute(self, run_id: str) -> None:
         """What the worker does. The queue would not deliver the run again, so an absent broker is waited for."""

@@ -6,7 +6,7 @@ import anyio
 import msgspec
 import pytest
 
-from asgi_realtime import Realtime, Run, RunError, RunRecord, Status, UnknownTask
+from asgi_realtime import Realtime, Run, RunError, RunRecord, Status, Timeouts, UnknownTask
 from asgi_realtime.brokers.memory import MemoryBroker
 from asgi_realtime.housekeeping import Housekeeping
 from asgi_realtime.tasks import ExecutorHost, InProcessExecutor
@@ -201,6 +201,51 @@ async def test_a_run_that_the_executor_refused_is_handed_over_when_it_takes_runs
         clock.seconds += 3 * realtime.timeouts.lease
         await housekeeping.once()
         assert len(queue.sent) == 3  # the queue has them now
+
+
+class Silent(Queue):
+    """A queue that does not answer."""
+
+    async def enqueue(self, run_id: str, task_id: str) -> None:
+        if self.away:
+            await anyio.sleep_forever()
+        await super().enqueue(run_id, task_id)
+
+
+async def test_a_queue_that_does_not_answer_is_not_waited_for_without_end() -> None:
+    queue = Silent()
+    queue.away = True
+    realtime = make_realtime(executor=queue, timeouts=Timeouts(append=0.01))
+
+    @realtime.task("t")
+    async def task() -> None: ...
+
+    async with realtime:
+        with pytest.raises(TimeoutError):
+            await realtime.trigger(task, tags="x")
+        (change,) = (await realtime.broker.changes("tag:x")).items
+        assert (await realtime.get_run(change.run_id)).status is Status.FAILED
+
+
+async def test_a_queue_that_does_not_answer_keeps_nothing_else_waiting() -> None:
+    clock = FakeClock()
+    queue = Silent()
+    realtime = make_realtime(executor=queue, clock=clock)
+
+    @realtime.task("t")
+    async def task() -> None: ...
+
+    async with realtime:
+        delayed = await realtime.trigger(task, delay=5)
+        expiring = await realtime.trigger(task, ttl=10)
+        queue.away = True
+        clock.seconds += 6
+        with anyio.fail_after(5):
+            async for record in realtime.subscribe_to_run(delayed):
+                if record.status is Status.QUEUED:
+                    break
+        clock.seconds += 6
+        assert (await ended(realtime, expiring)).status is Status.EXPIRED
 
 
 async def test_a_run_whose_process_died_before_it_was_handed_over_is_handed_over_by_another() -> None:

@@ -103,6 +103,40 @@ async def test_a_taskiq_broker_that_the_host_has_started_is_left_alone() -> None
     assert queue.ups == ["up", "down", "up", "down"]
 
 
+async def test_a_queue_that_is_away_at_the_start_is_started_with_the_first_run_that_it_takes(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The web process did not start, though all it was asked for were streams."""
+
+    class Away(Queue):
+        failures: list[Exception] = [ConnectionError("nobody there"), TimeoutError()]
+
+        async def startup(self) -> None:
+            await super().startup()  # the last step of it is what fails
+            if self.failures:
+                raise self.failures.pop(0)
+
+    queue = Away()
+    realtime = make(queue)
+
+    @realtime.task("t")
+    async def task() -> str:
+        return "done"
+
+    async with realtime:
+        async with realtime.open_run("r") as run:
+            pass
+        assert (await realtime.get_run(run)).status is Status.COMPLETED
+        with pytest.raises(TimeoutError):
+            await realtime.trigger(task)
+        async with anyio.create_task_group() as group:
+            for _ in range(3):
+                group.start_soon(realtime.trigger, task)
+        await queue.wait_all()
+    assert queue.ups == ["up"] * 3 + ["down"]
+    assert [record.message for record in caplog.records] == ["the taskiq broker cannot be started yet: nobody there"]
+
+
 async def test_in_a_worker_the_realtime_lives_with_the_worker() -> None:
     queue = Queue()
     queue.is_worker_process = True
