@@ -22,6 +22,7 @@ import pytest
 from fastapi import FastAPI
 
 from asgi_realtime import Limits, PipeResult, Realtime, Retention, Status, Timeouts, current_run
+from asgi_realtime.brokers.redis import RedisBroker
 from asgi_realtime.testing import driver
 from asgi_realtime.testing.sse import Event, EventParser
 from tests.docs.blocks import BLOCKS, CODE, ROOT, Block, blocks
@@ -192,6 +193,14 @@ async def check_sync(names: Names, printed: str) -> None:
     assert chunks == [{"row": 0}, {"row": 1}, {"row": 2}]
 
 
+async def check_redis(names: Names, printed: str) -> None:
+    assert isinstance(names["realtime"].broker, RedisBroker)
+
+
+async def check_sentinel(names: Names, printed: str) -> None:
+    assert isinstance(names["realtime"].broker, RedisBroker)  # tests/brokers/test_redis_faults.py has real ones
+
+
 async def check_redact(names: Names, printed: str) -> None:
     logger = logging.getLogger("uvicorn.access")
     args = ("127.0.0.1:1", "GET", "/realtime/v1/runs?access_token=a.b.c&tags=a", "1.1", 200)
@@ -220,7 +229,8 @@ async def test_fragment(name: str, capsys: pytest.CaptureFixture[str], monkeypat
     async with Realtime(secret_key=SECRET, signals=False) as realtime:
         run = await realtime.get_run(await finished_run(realtime))
         names |= {"realtime": realtime, "run": run, "secret_key": SECRET, "tokens": tokens}
-        names |= {"FastAPI": FastAPI, "app": FastAPI(), "Realtime": Realtime}
+        names |= {"FastAPI": FastAPI, "app": FastAPI(), "Realtime": Realtime, "os": os}
+        monkeypatch.setenv("REALTIME_SECRET_KEY", SECRET)
         if name in NEEDS:
             await execute(FRAGMENTS[NEEDS[name]], names)
         await execute(FRAGMENTS[name], names)
