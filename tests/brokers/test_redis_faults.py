@@ -10,7 +10,8 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
 from functools import partial
 
 import pytest
@@ -18,8 +19,9 @@ from redis.asyncio import Redis
 from redis.asyncio.sentinel import Sentinel
 
 from asgi_realtime import Retention, Timeouts
-from asgi_realtime.brokers.base import Producer
+from asgi_realtime.brokers.base import Producer, StreamKey
 from asgi_realtime.brokers.redis import RedisBroker
+from asgi_realtime.brokers.redis.presence import Presence
 from asgi_realtime.core.runs import DUE_KINDS, Status, tag_topic
 from asgi_realtime.errors import BrokerUnavailable, RunNotFound
 from asgi_realtime.testing.conformance.kit import (
@@ -428,3 +430,88 @@ async def test_leases_are_renewed_from_a_thread_with_a_sentinel(redis_pair: Repl
             assert not thread.is_alive()
         lease = backend.broker._keys.due("lease", backend.broker._keys.partition(record.id))
         assert redis_pair.primary.command("ZSCORE", lease, record.id) is not None
+
+
+async def test_an_absence_longer_than_a_lease_crashes_nobody(redis_server: RedisServer, log: Log) -> None:
+    """When Redis was back, tickers were faster than owners, and every run that went on was CRASHED."""
+    timeouts = Timeouts(lease=1.5)
+    async with processes(redis_server.url, timeouts=timeouts) as backend:
+        held, left = [(await create(backend, status=Status.EXECUTING, owner="me")).id for _ in range(2)]
+        expired = time.time() + timeouts.lease
+        redis_server.kill()
+        for broker in backend.processes:
+            with pytest.raises(BrokerUnavailable):
+                await broker.ping()
+        await until(lambda: time.time() > expired)
+        await asyncio.to_thread(redis_server.restart, keep_data=True)
+        assert await patiently(partial(backend.peer.due, "lease")) == []
+        await patiently(partial(backend.broker.renew, [held], owner="me"))
+        due: list[str] = []
+        async with asyncio.timeout(GUARD_S):
+            while not due:
+                await backend.broker.renew([held], owner="me")
+                for kind in DUE_KINDS:
+                    found = await backend.peer.due(kind)
+                    due += found if kind == "lease" else []
+        assert due == [left]
+
+
+# What answers is not Redis
+
+
+@asynccontextmanager
+async def stranger(answer: bytes) -> AsyncIterator[tuple[str, list[int]]]:
+    """Something that answers everything so and hangs up. Gives its URL and the connections that it had."""
+    connections: list[int] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connections.append(1)
+        if answer:
+            await reader.read(1)
+            writer.write(answer)
+        writer.close()
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+        yield f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}", connections
+
+
+STRANGERS = {
+    "silent": b"",
+    "web server": b"HTTP/1.1 400 Bad Request\r\n\r\n",
+    "talkative": b"+OK\r\n" * 10,
+    "wrong length": b"*-7\r\n",
+    "binary": b"\xff\xfe",
+}
+
+
+@pytest.mark.parametrize("answer", STRANGERS.values(), ids=STRANGERS.keys())
+async def test_a_stranger_is_a_redis_that_is_away(log: Log, answer: bytes) -> None:
+    async with stranger(answer) as (url, connections), processes(url, timeouts=SHORT) as backend:
+        calls = [backend.broker.load(["run_1"]) for _ in range(50)]
+        async with asyncio.timeout(GUARD_S):
+            outcomes = await asyncio.gather(*calls, return_exceptions=True)
+        assert [type(outcome).__mro__ for outcome in outcomes if not isinstance(outcome, BrokerUnavailable)] == []
+        with pytest.raises(BrokerUnavailable):
+            await Reader(backend.peer, StreamKey("run_1", "default")).run()
+        assert len(connections) <= 40
+    assert log.away <= 2
+
+
+async def test_what_goes_and_comes_in_a_second_is_one_absence(log: Log) -> None:
+    presence = Presence()
+    for _ in range(100):
+        presence.lost("it", "it is away", "nobody knows")
+        presence.works("it", "it is back")
+        await asyncio.sleep(0)
+    assert log.having("it is") == ["it is away: nobody knows"]
+    assert presence.well_for_s() == 0.0
+    await until(lambda: log.having("it is back, after "))
+    assert len(log.having("it is")) == 2
+    assert presence.well_for_s() < GUARD_S
+
+
+async def test_a_connection_that_breaks_all_the_time_is_told_of_once(log: Log) -> None:
+    presence = Presence()
+    for _ in range(100):
+        presence.broke("it", "it", "nobody knows")
+    assert log.broke == 1

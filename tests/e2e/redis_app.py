@@ -23,7 +23,8 @@ from asgi_realtime.brokers.redis import RedisBroker
 
 logging.basicConfig(filename=os.environ["LOG"], level=logging.INFO)
 
-timeouts = Timeouts(tick=0.05, drain=0.05, broker=1.0, heartbeat=0.2)
+lease = float(os.environ.get("LEASE", "30"))
+timeouts = Timeouts(tick=0.05, drain=0.05, broker=1.0, heartbeat=0.2, lease=lease)
 
 
 def server() -> str | Redis:

@@ -239,6 +239,19 @@ async def test_more_is_lost_than_can_be_restored(sites: Sites, redis_server: Red
         assert record["error"]["name"] == "StreamLost"
 
 
+async def test_an_absence_longer_than_a_lease(sites: Sites, redis_server: RedisServer) -> None:
+    """No process takes the run for crashed only because nobody could renew its lease."""
+    with sites.processes({"REDIS_URL": redis_server.url, "LEASE": "3"}) as (worker, web):
+        site, following = await sites.begin(worker, web)
+        redis_server.kill()
+        await asyncio.sleep(3.5)
+        await asyncio.to_thread(redis_server.restart, keep_data=True)
+        await site.goes_on()
+        await sites.finish(site, following)
+    assert site.logged("ERROR") == []
+    assert len(site.logged("leases cannot be renewed")) <= 1
+
+
 async def test_redis_comes_after_the_processes(sites: Sites, redis_server: RedisServer) -> None:
     redis_server.kill()
     with sites.processes({"REDIS_URL": redis_server.url}) as (worker, web):

@@ -473,6 +473,8 @@ class RedisBroker:
         return value if stored is None else stored.decode()
 
     async def due(self, kind: str, *, limit: int = 100, skip: int = 0) -> list[str]:
+        if kind == "lease" and self._open.presence.well_for_s() < self._timeouts.lease:
+            return []  # nobody could renew while Redis was away: owners have a lease's time to do so
         noted = await self._open.run(scripts.POLL, [self._keys.hint(kind)])
         scanned = {(self._scan_at + number) % PARTITIONS for number in range(_SCANNED)}
         if kind == DUE_OF_PARTITION[-1]:

@@ -25,6 +25,11 @@ class Presence:
         self._since: dict[Hashable, float] = {}
         self._ending: dict[Hashable, asyncio.TimerHandle] = {}
         self._broke_at: dict[Hashable, float] = {}
+        self._well_since = -math.inf
+
+    def well_for_s(self) -> float:
+        """For how long nothing has been wrong; endless if nothing ever was."""
+        return 0.0 if self._since else asyncio.get_running_loop().time() - self._well_since
 
     def broke(self, what: Hashable, name: str, reason: object) -> None:
         """A connection that worked broke. That alone is no absence: the next try tells."""
@@ -50,6 +55,7 @@ class Presence:
 
     def _well(self, what: Hashable, relief: str, at: float) -> None:
         del self._ending[what]
+        self._well_since = at
         logger.info("%s, after %.1f s", relief, at - self._since.pop(what))
 
     def close(self) -> None:
