@@ -19,6 +19,7 @@ import redis
 
 from asgi_realtime import Realtime, RunCanceled, RunFailed, RunRecord
 from asgi_realtime.handles import RunHandle
+from asgi_realtime.realtime import RunLike
 
 GUARD_S = 45.0
 ROOT = Path(__file__).parent.parent.parent
@@ -90,7 +91,7 @@ class Stage:
                 return pid
         raise AssertionError("it ended without saying who executes it")
 
-    async def chunks(self, handle: RunHandle[Any]) -> list[Any]:
+    async def chunks(self, handle: RunLike) -> list[Any]:
         """All chunks of a run that is over, however it ended."""
         found: list[Any] = []
         try:

@@ -14,7 +14,7 @@ import anyio
 import httpx
 import pytest
 
-from asgi_realtime import RunFailed, Status
+from asgi_realtime import RunCanceled, RunFailed, Status
 from asgi_realtime.testing.sse import Event, EventParser
 from tests.e2e.stage import GUARD_S, ROOT, Stage, is_alive, staged, until
 from tests.e2e.worker_app import SECRET, TIMEOUTS, make
@@ -191,3 +191,26 @@ async def test_the_id_of_a_run_that_is_gone_does_no_harm_to_the_queue(stage: Sta
     await executor.enqueue("run_that_never_was", "quick")
     assert await (await stage.realtime.trigger("quick", 7)).result() == 7
     await until(lambda: not stage.pending())
+
+
+async def test_what_runs_in_a_web_process_is_canceled_by_another(stage: Stage) -> None:
+    async def numbers() -> AsyncIterator[int]:
+        for number in range(1_000_000):
+            yield number
+            await anyio.sleep(0.01)
+
+    async with make(stage.url, stage.prefix).realtime as other:
+        with pytest.raises(RunCanceled):
+            async with stage.realtime.open_run("open") as run:
+                await stage.realtime.append("kept")
+                await other.cancel(run.id)
+                await anyio.sleep_forever()
+        assert (await other.runs.ended(run.id)).status is Status.CANCELED
+        assert await stage.chunks(run) == ["kept"]
+
+        pipe = stage.realtime.pipe(numbers())
+        await until(lambda: pipe.result.chunks > 3)
+        await other.cancel(pipe.handle)
+        assert (await stage.ended(pipe.handle)).status is Status.CANCELED
+        assert await stage.chunks(pipe.handle) == list(range(pipe.result.chunks))
+        await until(lambda: not stage.realtime.engine.executions)
