@@ -488,8 +488,7 @@ class RedisBroker:
         key = self._keys.due(kind, partition)
         pairs, following = await self._open.run(scripts.DUE, [key], limit)
         if following:
-            hint = self._keys.hint(kind)
-            await self._open.call(hint, "ZADD", hint, "LT", following, partition)
+            await self._open.run(scripts.HINT, [self._keys.hint(kind)], partition, b"a" + following)
         return [(float(at), run_id.decode()) for run_id, at in zip(pairs[::2], pairs[1::2], strict=True)]
 
     async def renew(self, run_ids: Sequence[str], *, owner: str) -> None:
