@@ -235,11 +235,11 @@ async def test_a_user_that_may_not_listen(redis_server: RedisServer, log: Log) -
     async with processes(redis_server.url) as backend, streaming(backend) as (stream,):
         async with RedisBroker(url, prefix=prefix_of(backend), timeouts=SHORT) as broker:
             reader = Reader(broker, stream.key)
-            with pytest.raises(BrokerUnavailable, match="no permissions to access one of the channels"):
+            with pytest.raises(BrokerUnavailable, match="(?i)no permissions to access .* channel"):
                 await reader.run()
             following = asyncio.create_task(patiently(partial(reader.run, enough=have(stream.sent + 10))))
             await until(lambda: broker._listener is not None and broker._listener.trouble)
-            with pytest.raises(BrokerUnavailable, match="nothing can be followed: .* no permissions"):
+            with pytest.raises(BrokerUnavailable, match="(?i)nothing can be followed: .*no permissions"):
                 await broker.ping()
             redis_server.command("ACL", "SETUSER", "app", "&*")
             await following
@@ -283,7 +283,7 @@ async def test_a_process_that_was_blocked_is_cut_off_by_redis(redis_server: Redi
     """Its messages were over the limit; it reads what it missed, or tells what is trimmed since."""
     redis_server.configure("client-output-buffer-limit", "pubsub 256kb 0 0")
     retention = Retention(stream_bytes=(64 if kept == "all" else 4) * 1024 * 1024)
-    chunk = b'"%s"' % (b"x" * 60_000)
+    chunk = b'"%s"' % (b"x" * 8000)  # of longer ones Valkey keeps one copy for all, and does not count it
     async with processes(redis_server.url, retention=retention) as backend:
         key = await new_key(backend)
         reader = Reader(backend.peer, key)
@@ -293,7 +293,7 @@ async def test_a_process_that_was_blocked_is_cut_off_by_redis(redis_server: Redi
 
         async def write() -> None:
             async with RedisBroker(redis_server.url, prefix=prefix_of(backend), retention=retention) as broker:
-                for _ in range(300):
+                for _ in range(2500):
                     await broker.append(key, [chunk])
                 await broker.append(key, [chunk], end=COMPLETE)
 
@@ -304,7 +304,7 @@ async def test_a_process_that_was_blocked_is_cut_off_by_redis(redis_server: Redi
         async with asyncio.timeout(GUARD_S):
             await reading
         reader.assert_seamless()
-        assert reader.after == 301
+        assert reader.after == 2501
         assert reader.end == COMPLETE
         assert bool(reader.gaps) == (kept == "not all")
         await log.until_back()
