@@ -128,8 +128,8 @@ class Housekeeping:
         if record is None or record.status is not Status.QUEUED or not engine.takes(record.task):
             return
         if not self._refused:
+            await engine.broker.renew([run_id], owner=engine.owner)  # so that others leave it to us, for a lease
             await self._enqueue(record)
-            await engine.broker.renew([run_id], owner=engine.owner)  # it waits here, or was refused: a lease later
 
     async def _enqueue(self, record: RunRecord) -> None:
         """Hand a run over. If the executor refuses it, it stays QUEUED and is handed over later: nobody else would."""

@@ -1,6 +1,6 @@
 """`python -m examples.celery_worker`: starts Redis and a Celery worker, triggers a run, and prints it as it comes.
 
-With REDIS_URL set no Redis is started.
+With REDIS_URL set no Redis is started. Needs `pip install '.[redis]' 'celery[redis]'`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
 
 import anyio
 import msgspec
@@ -11,6 +12,7 @@ from asgi_realtime.brokers.memory import MemoryBroker
 from asgi_realtime.housekeeping import Housekeeping
 from asgi_realtime.tasks import ExecutorHost, InProcessExecutor
 from tests.brokers.backends import DistantBroker
+from tests.faults import RemoteBroker
 from tests.inprocess import FakeClock, ended, make_realtime, until
 
 pytestmark = pytest.mark.anyio
@@ -261,6 +263,41 @@ async def test_a_run_whose_process_died_before_it_was_handed_over_is_handed_over
         clock.seconds += alive.timeouts.lease + 0.1
         await Housekeeping(alive.engine).once()
         assert queue.sent == [(record.id, "t")]
+
+
+async def test_a_run_that_is_handed_over_late_is_put_into_the_queue_by_one_process() -> None:
+    clock = FakeClock()
+    broker, queue = MemoryBroker(clock=clock), Queue()
+    processes = [make_realtime(broker=broker, executor=queue, clock=clock) for _ in range(5)]
+    async with AsyncExitStack() as stack:
+        for realtime in processes:
+            await stack.enter_async_context(realtime)
+        record = make_record(processes[0])
+        await processes[0].runs.create(record)
+        clock.seconds += realtime.timeouts.lease + 0.1
+        for realtime in processes:
+            await Housekeeping(realtime.engine).once()
+        assert queue.sent == [(record.id, "t")]
+
+
+async def test_a_broker_that_cannot_be_told_that_the_queue_has_a_run_is_no_failure() -> None:
+    clock = FakeClock()
+    broker, queue = RemoteBroker(MemoryBroker(clock=clock)), Queue()
+    realtime = make_realtime(broker=broker, executor=queue, clock=clock)
+
+    @realtime.task("t")
+    async def task() -> None: ...
+
+    async with realtime:
+        broker.away = {"enqueued"}
+        handle = await realtime.trigger(task)
+        assert queue.sent == [(handle.id, "t")]
+        broker.away = set()
+        clock.seconds += realtime.timeouts.lease + 0.1
+        await until(lambda: len(queue.sent) == 2)  # once more, which is harmless
+        clock.seconds += realtime.timeouts.lease + 0.1
+        await Housekeeping(realtime.engine).once()
+        assert len(queue.sent) == 2
 
 
 async def test_a_run_that_waits_in_a_process_is_not_taken_by_another_while_it_lives() -> None:
