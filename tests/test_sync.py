@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import textwrap
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -19,8 +21,10 @@ from asgi_realtime import (
     RunNotFound,
     Status,
     TaskError,
+    Timeouts,
 )
 from asgi_realtime.brokers.memory import MemoryBroker
+from asgi_realtime.core.runs import run_topic
 from tests.inprocess import make_realtime, until
 
 pytestmark = pytest.mark.anyio
@@ -336,3 +340,53 @@ def test_an_exception_that_interrupts_an_execution_cancels_its_run() -> None:
                     print(realtime.sync.get_run(handle).status)
     """)
     assert printed == "CANCELED\nCANCELED\n"
+
+
+class TimeLimit(Exception):
+    """As a queue raises it from the handler of a signal."""
+
+
+def test_an_interrupted_call_leaves_nobody_waiting() -> None:
+    realtime = with_tasks(broker=Shared(), timeouts=Timeouts(tick=60, drain=0.02))  # so nobody follows the run but we
+
+    @realtime.task("wait")
+    async def wait() -> None:
+        await anyio.sleep_forever()
+
+    def on_signal(number: int, frame: object) -> None:
+        raise TimeLimit
+
+    def interrupted(fact: Callable[[], object]) -> None:
+        """Wait for a result in this thread until something is so; then have a signal interrupt that."""
+
+        def interrupt() -> None:
+            while not fact():
+                time.sleep(0.001)
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
+
+        thread = threading.Thread(target=interrupt)
+        thread.start()
+        try:
+            with pytest.raises(TimeLimit):
+                realtime.sync.result(handle)
+        finally:
+            thread.join()
+
+    before = signal.signal(signal.SIGUSR1, on_signal)
+    try:
+        handle = realtime.sync.trigger("wait")
+        waiting = realtime.broker._topics[run_topic(handle.id)].waiting  # type: ignore[attr-defined]
+        for _ in range(3):
+            interrupted(lambda: len(waiting) > 0)
+            wait_for(lambda: not len(waiting))
+    finally:
+        realtime.sync.close()
+        signal.signal(signal.SIGUSR1, before)
+
+
+def wait_for(fact: Callable[[], object]) -> None:
+    """Wait in this thread until something is so."""
+    deadline = time.monotonic() + GUARD_S
+    while not fact():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
