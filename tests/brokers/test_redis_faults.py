@@ -238,7 +238,7 @@ async def test_a_user_that_may_not_listen(redis_server: RedisServer, log: Log) -
             with pytest.raises(BrokerUnavailable, match="(?i)no permissions to access .* channel"):
                 await reader.run()
             following = asyncio.create_task(patiently(partial(reader.run, enough=have(stream.sent + 10))))
-            await until(lambda: broker._listener is not None and broker._listener.trouble)
+            await until(lambda: broker._open.listener.trouble)
             with pytest.raises(BrokerUnavailable, match="(?i)nothing can be followed: .*no permissions"):
                 await broker.ping()
             redis_server.command("ACL", "SETUSER", "app", "&*")

@@ -9,10 +9,7 @@ wrong, and a mark by which any process does the rest. Runs on asyncio.
 from __future__ import annotations
 
 import asyncio
-import heapq
 import logging
-import random
-import secrets
 from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from functools import lru_cache
@@ -24,21 +21,16 @@ from redis.asyncio.client import Redis
 
 from asgi_realtime.brokers.base import MARKS_KEPT, ChangeMark, LiveTopic
 from asgi_realtime.brokers.redis import scripts
-from asgi_realtime.brokers.redis.keys import DUE_OF_PARTITION, PARTITIONS, Keys, run_of_topic
+from asgi_realtime.brokers.redis.keys import Keys
 from asgi_realtime.brokers.redis.listener import Listener
-from asgi_realtime.brokers.redis.mirror import (
-    NO_EPOCH,
-    Mirror,
-    StreamMirror,
-    TopicMirror,
-    changes_after,
-    decode_end,
-)
+from asgi_realtime.brokers.redis.mirror import Mirror, StreamMirror, TopicMirror, decode_end
+from asgi_realtime.brokers.redis.schedule import STATES, Schedule
 from asgi_realtime.brokers.redis.servers import Servers, open_client
+from asgi_realtime.brokers.redis.topics import Topics, new_epoch, random_step
 from asgi_realtime.config import Limits, Retention, Timeouts
 from asgi_realtime.core.log import End, Entry, Page, Position, Producer, StreamKey, misplaced
-from asgi_realtime.core.runs import RunRecord, Status, due_times
-from asgi_realtime.core.topics import Change, Changes, Cursor, TopicIndex
+from asgi_realtime.core.runs import RunRecord, due_times
+from asgi_realtime.core.topics import Changes, Cursor
 from asgi_realtime.errors import (
     BrokerUnavailable,
     LimitExceeded,
@@ -64,19 +56,11 @@ _INLINE_BYTES = 64 * 1024
 
 _PAGE_BYTES = 256 * 1024
 _SILENCE_S = 10.0
-_MAX_STEP = 65536
-"""Positions in topics grow by random steps: one that Redis acknowledged and lost is not taken for a later one."""
-
-_SCANNED = 2
-"""Partitions that are looked into for each kind at each call of `due` though nothing is noted of them. Notes are made
-beside the commits, so one may be missing; all partitions have their turn within a minute or so."""
 
 _EVICTS = (
     "Redis evicts keys when its memory is full, and with them runs that go on and chunks that are not read yet:"
     " set maxmemory-policy to noeviction"
 )
-
-_STATES = {Status.EXECUTING: "executing", Status.QUEUED: "queued"}
 
 _json = msgspec.json.Encoder()
 _record = msgspec.json.Decoder(RunRecord)
@@ -88,6 +72,15 @@ class _StreamNames(NamedTuple):
     keys: tuple[str, str, str]
     name: bytes
     channel: str
+
+
+class _Open(NamedTuple):
+    """What a broker consists of between its start and its stop."""
+
+    servers: Servers
+    listener: Listener
+    topics: Topics
+    schedule: Schedule
 
 
 class RedisBroker:
@@ -111,6 +104,7 @@ class RedisBroker:
         timeouts: Timeouts | None = None,
     ) -> None:
         self._client = open_client(server) if isinstance(server, str) else server
+        self._prefix = prefix
         self._keys = Keys(prefix)
         self._limits = limits or Limits()
         self._retention = retention or Retention()
@@ -120,9 +114,7 @@ class RedisBroker:
         self._topics: dict[str, TopicMirror] = {}
         self._jobs: set[asyncio.Task[None]] = set()
         self._wakes = WakeSoon()
-        self._scan_at = random.randrange(PARTITIONS)
-        self._servers: Servers | None = None
-        self._listener: Listener | None = None
+        self._opened: _Open | None = None
 
     def __repr__(self) -> str:
         return "<RedisBroker>"
@@ -130,8 +122,13 @@ class RedisBroker:
     async def __aenter__(self) -> RedisBroker:
         if not on_asyncio():
             raise RuntimeError("the Redis broker runs on asyncio only; on trio use the memory broker")
-        self._servers = servers = Servers(self._client, timeout_s=self._timeouts.broker, spawn=self._spawn)
-        self._listener = Listener(servers, timeout_s=self._timeouts.broker, silence_s=_SILENCE_S, spawn=self._spawn)
+        servers = Servers(self._client, timeout_s=self._timeouts.broker, spawn=self._spawn)
+        self._opened = _Open(
+            servers,
+            Listener(servers, timeout_s=self._timeouts.broker, silence_s=_SILENCE_S, spawn=self._spawn),
+            Topics(servers, self._keys, max_runs=self._limits.topic_runs),
+            Schedule(servers, self._keys, lease_s=self._timeouts.lease),
+        )
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
@@ -139,9 +136,8 @@ class RedisBroker:
             mirror.close()
         self._streams.clear()
         self._topics.clear()
-        assert self._listener is not None and self._servers is not None
-        await self._listener.aclose()
-        await self._servers.aclose()
+        await self._open.listener.aclose()
+        await self._open.servers.aclose()
         for job in tuple(self._jobs):
             job.cancel()
         await asyncio.gather(*self._jobs, return_exceptions=True)
@@ -159,10 +155,10 @@ class RedisBroker:
             logger.error("a job of the Redis broker failed", exc_info=failure)
 
     @property
-    def _open(self) -> Servers:
-        if self._servers is None:
+    def _open(self) -> _Open:
+        if self._opened is None:
             raise BrokerUnavailable("the Redis broker has not been entered")
-        return self._servers
+        return self._opened
 
     @property
     def held(self) -> int:
@@ -194,7 +190,7 @@ class RedisBroker:
         at: int | None = None,
     ) -> Position:
         names = self._names(key)
-        answer = await self._open.run(
+        answer = await self._open.servers.run(
             scripts.APPEND,
             names.keys,
             names.name,
@@ -242,7 +238,7 @@ class RedisBroker:
 
     async def _read(self, key: StreamKey, after: str, *, limit: int, max_bytes: int) -> Page:
         names = self._names(key)
-        answer = await self._open.run(scripts.READ, names.keys, names.name, after, limit, max_bytes, bulk=True)
+        answer = await self._open.servers.run(scripts.READ, names.keys, names.name, after, limit, max_bytes, bulk=True)
         if answer[0] == b"gone":
             raise _not_found(key.run)
         _, first, following, end, rows = answer
@@ -259,12 +255,11 @@ class RedisBroker:
                 mirror.live.leave()
 
     def _stream_mirror(self, key: StreamKey) -> StreamMirror:
-        assert self._listener is not None
         return StreamMirror(
             key,
             read=self._read_for_mirror,
             keys=self._keys,
-            listener=self._listener,
+            listener=self._open.listener,
             spawn=self._spawn,
             wakes=self._wakes,
             max_bytes=self._limits.mirror_bytes,
@@ -294,9 +289,11 @@ class RedisBroker:
     ) -> int:
         try:
             version, began = await self._commit(record, expect, change, floors or {})
-            noting = self._note(record, began=began)
+            noting = self._open.schedule.note(
+                record.id, self._due_times(record), status=record.status if began else None
+            )
             if record.topics:
-                await asyncio.gather(noting, self._tell(record.id, version, record.topics))
+                await asyncio.gather(noting, self._open.topics.tell(record.id, version, record.topics))
             else:
                 await noting
         except StateError:
@@ -312,7 +309,7 @@ class RedisBroker:
         """Store a version. Returns its number, and whether a lease or the like began with it."""
         due = self._due_times(record)
         end = record.end
-        answer = await self._open.run(
+        answer = await self._open.servers.run(
             scripts.COMMIT if end is None else scripts.COMMIT_END,
             [self._keys.run(record.id), self._keys.streams(record.id), *self._keys.due_of(record.id)],
             record.id,
@@ -323,13 +320,13 @@ class RedisBroker:
             record.payload_json or b"" if expect == 0 else b"",
             record.output_json or b"",
             b"" if end is None else _json.encode(end),
-            _STATES.get(record.status, ""),
+            STATES.get(record.status, ""),
             record.owner or "",
-            round(self._timeouts.lease * 1000),
+            self._open.schedule.lease_ms,
             int(bool(record.topics)),
             self._keys.topic_channel(f"run:{record.id}"),
-            random.randint(1, _MAX_STEP),
-            secrets.token_hex(4),
+            random_step(),
+            new_epoch(),
             MARKS_KEPT,
             *(due.get(kind, "") for kind in ("delay", "ttl", "cancel", "expiry")),
             *chain.from_iterable(floors.items()),
@@ -345,86 +342,21 @@ class RedisBroker:
     def _due_times(self, record: RunRecord) -> dict[str, int]:
         return due_times(record, cancel_s=self._timeouts.cancel, after_end_s=self._retention.after_end)
 
-    async def _note(self, record: RunRecord, *, began: bool, untold: bool = False) -> None:
-        """Note when the run's partition has something due, so that not all of them have to be looked into."""
-        times = {kind: f"a{at}" for kind, at in self._due_times(record).items()}
-        if began:
-            kind = "lease" if record.status is Status.EXECUTING else "enqueue"
-            times[kind] = f"r{round(self._timeouts.lease * 1000)}"
-        if untold:
-            times["untold"] = "r1000"
-        if times:
-            keys = [self._keys.hint(kind) for kind in times]
-            await self._open.run(scripts.HINT, keys, self._keys.partition(record.id), *times.values())
-
     async def _note_quietly(self, record: RunRecord) -> None:
-        with suppress(BrokerUnavailable):  # then it is found when all partitions have had their turn
-            await self._note(record, began=record.status in _STATES, untold=True)
-
-    async def _tell(self, run_id: str, version: int, topics: Sequence[str]) -> None:
-        """Tell topics of a version, then take back the mark of its commit."""
-        await asyncio.gather(*(self._tell_one(topic, run_id, version) for topic in topics))
-        keys = [self._keys.run(run_id), self._keys.due("untold", self._keys.partition(run_id))]
-        await self._open.run(scripts.TOLD, keys, run_id, version)
-
-    async def _tell_one(self, topic: str, run_id: str, version: int) -> None:
-        await self._open.run(
-            scripts.TELL,
-            self._keys.topic(topic),
-            run_id,
-            version,
-            random.randint(1, _MAX_STEP),
-            secrets.token_hex(4),
-            self._limits.topic_runs,
-            self._keys.topic_channel(topic),
-            tells=self._keys.topic_channel(topic),
-        )
+        with suppress(BrokerUnavailable):  # then it is found when its partition has its turn
+            await self._open.schedule.note(record.id, self._due_times(record), status=record.status, untold=True)
 
     async def load(self, run_ids: Sequence[str]) -> list[RunRecord | None]:
         return list(await asyncio.gather(*(self._load(run_id) for run_id in run_ids)))
 
     async def _load(self, run_id: str) -> RunRecord | None:
         key = self._keys.run(run_id)
-        return _decode_record(await self._open.call(key, "HMGET", key, "record", "payload", "output", bulk=True))
+        return _decode_record(
+            await self._open.servers.call(key, "HMGET", key, "record", "payload", "output", bulk=True)
+        )
 
     async def changes(self, topic: str, *, after: Cursor | None = None, limit: int = 1000) -> Changes:
-        run_id = run_of_topic(topic)
-        if run_id is not None:
-            return changes_after(await self._index_of_run(run_id), after, limit)
-        cursor, _, items, snapshot = await self._changes(topic, after, limit)
-        return Changes(cursor, items, snapshot)
-
-    async def _changes(self, topic: str, after: Cursor | None, limit: int) -> tuple[Cursor, int, list[Change], bool]:
-        """Where a topic is, the position of what it dropped last, what changed, and whether that is all there is."""
-        epoch, position = after or ("-", 0)
-        answer = await self._open.run(scripts.CHANGES, self._keys.topic(topic), epoch, position, limit)
-        pairs = answer[4]
-        items = [
-            Change(int(position), run_id.decode(), int(version))
-            for run_id, position, version in zip(pairs[::2], pairs[1::2], answer[5], strict=True)
-        ]
-        return Cursor(answer[0].decode(), int(answer[1])), int(answer[2]), items, bool(answer[3])
-
-    async def _read_index(self, topic: str) -> TopicIndex:
-        """The whole of a topic, to be mirrored."""
-        run_id = run_of_topic(topic)
-        if run_id is not None:
-            return await self._index_of_run(run_id)
-        cursor, floor, items, _ = await self._changes(topic, None, self._limits.topic_runs)
-        index = TopicIndex(cursor.epoch, max_runs=self._limits.topic_runs)
-        for change in items:
-            index.put(change)
-        index.position, index.floor = cursor.position, floor
-        return index
-
-    async def _index_of_run(self, run_id: str) -> TopicIndex:
-        """The topic of one run: it stands in the run itself, so both change in one step."""
-        key = self._keys.run(run_id)
-        epoch, position, version = await self._open.call(key, "HMGET", key, "epoch", "position", "version")
-        index = TopicIndex(epoch.decode() if epoch else NO_EPOCH, max_runs=1)
-        if epoch:
-            index.put(Change(int(position), run_id, int(version)))
-        return index
+        return await self._open.topics.changes(topic, after, limit)
 
     @asynccontextmanager
     async def follow(self, topic: str) -> AsyncIterator[LiveTopic]:
@@ -432,13 +364,13 @@ class RedisBroker:
             yield mirror
 
     def _topic_mirror(self, topic: str) -> TopicMirror:
-        assert self._listener is not None
+        opened = self._open
         return TopicMirror(
             topic,
-            read=self._read_index,
-            ask=lambda topic, after, limit: self.changes(topic, after=after, limit=limit),
+            read=opened.topics.index,
+            ask=opened.topics.changes,
             keys=self._keys,
-            listener=self._listener,
+            listener=opened.listener,
             spawn=self._spawn,
         )
 
@@ -448,82 +380,57 @@ class RedisBroker:
         record = await self._load(run_id)
         if record is None or not record.is_completed:
             return
-        for topic in record.topics:
-            await self._open.run(scripts.FORGET, self._keys.topic(topic), run_id, self._keys.topic_channel(topic))
+        await self._open.topics.forget(run_id, record.topics)
         if record.claim is not None:
-            await self._open.run(scripts.UNCLAIM, [self._keys.claim(record.claim)], run_id)
-        fields = await self._open.call(key, "HKEYS", self._keys.streams(run_id))
+            await self._open.servers.run(scripts.UNCLAIM, [self._keys.claim(record.claim)], run_id)
+        fields = await self._open.servers.call(key, "HKEYS", self._keys.streams(run_id))
         streams = [StreamKey(run_id, field[2:].decode()) for field in fields if field.startswith(b"n:")]
-        await self._open.run(
+        await self._open.servers.run(
             scripts.REMOVE,
             [key, self._keys.streams(run_id), *self._keys.due_of(run_id), *map(self._keys.entries, streams)],
             run_id,
             self._keys.topic_channel(f"run:{run_id}"),
             len(streams),
         )
-        for channel in map(self._keys.topic_channel, record.topics):  # once more: now loading it tells
-            await self._open.call(channel, "SPUBLISH", channel, "w")
+        await self._open.topics.wake(record.topics)  # who looks now finds that it is gone
 
     # Claims, due times, leases
 
     async def claim(self, key: str, value: str, *, ttl_s: float) -> str:
         name = self._keys.claim(key)
         px = max(1, round(ttl_s * 1000))
-        stored = await self._open.call(name, "SET", name, value, "NX", "GET", "PX", px)
+        stored = await self._open.servers.call(name, "SET", name, value, "NX", "GET", "PX", px)
         return value if stored is None else stored.decode()
 
     async def due(self, kind: str, *, limit: int = 100, skip: int = 0) -> list[str]:
-        if kind == "lease" and self._open.presence.well_for_s() < self._timeouts.lease:
-            return []  # nobody could renew while Redis was away: owners have a lease's time to do so
-        noted = await self._open.run(scripts.POLL, [self._keys.hint(kind)])
-        scanned = {(self._scan_at + number) % PARTITIONS for number in range(_SCANNED)}
-        if kind == DUE_OF_PARTITION[-1]:
-            self._scan_at = (self._scan_at + _SCANNED) % PARTITIONS
-        partitions = [*{*map(int, noted), *scanned}]
-        found = await asyncio.gather(*(self._due_in(kind, partition, skip + limit) for partition in partitions))
-        return [run_id for _, run_id in heapq.merge(*found)][skip : skip + limit]
-
-    async def _due_in(self, kind: str, partition: int, limit: int) -> list[tuple[float, str]]:
-        """What is due in one partition, by time. Notes when there is something next."""
-        key = self._keys.due(kind, partition)
-        pairs, following = await self._open.run(scripts.DUE, [key], limit)
-        if following:
-            await self._open.run(scripts.HINT, [self._keys.hint(kind)], partition, b"a" + following)
-        return [(float(at), run_id.decode()) for run_id, at in zip(pairs[::2], pairs[1::2], strict=True)]
+        return await self._open.schedule.due(kind, limit=limit, skip=skip)
 
     async def renew(self, run_ids: Sequence[str], *, owner: str) -> None:
-        await asyncio.gather(*(self._renew(run_id, owner) for run_id in run_ids))
-
-    async def _renew(self, run_id: str, owner: str) -> None:
-        lease, enqueue, *_ = self._keys.due_of(run_id)
-        lease_ms = round(self._timeouts.lease * 1000)
-        await self._open.run(scripts.RENEW, [self._keys.run(run_id), lease, enqueue], run_id, owner, lease_ms)
+        await self._open.schedule.renew(run_ids, owner=owner)
 
     def renew_from_thread(self, run_ids: Sequence[str], *, owner: str) -> None:
         """As `renew`, with a loop and connections of its own: the loop of the broker may be blocked."""
 
         async def renew() -> None:
-            async with RedisBroker(self._client, limits=self._limits, timeouts=self._timeouts) as broker:
-                broker._keys = self._keys
+            async with RedisBroker(self._client, prefix=self._prefix, timeouts=self._timeouts) as broker:
                 await broker.renew(run_ids, owner=owner)
 
         asyncio.run(renew())
 
     async def enqueued(self, run_id: str) -> None:
-        key = self._keys.due("enqueue", self._keys.partition(run_id))
-        await self._open.run(scripts.ENQUEUED, [key], run_id)
+        await self._open.schedule.enqueued(run_id)
 
     async def tell(self, run_id: str) -> None:
         record = await self._load(run_id)
         if record is not None:
-            await self._tell(run_id, record.version, record.topics)
+            await self._open.topics.tell(run_id, record.version, record.topics)
 
     async def ping(self) -> None:
-        await self._open.check()
-        if self._listener is not None and (trouble := self._listener.trouble) is not None:
+        await self._open.servers.check()
+        if (trouble := self._open.listener.trouble) is not None:
             raise BrokerUnavailable(f"nothing can be followed: {trouble}")
         with suppress(BrokerUnavailable):  # INFO may not be allowed, and then nothing is known
-            evicting = any(map(_evicts, await self._open.ask_all("INFO", "memory")))
+            evicting = any(map(_evicts, await self._open.servers.ask_all("INFO", "memory")))
             if evicting and not self.warnings:
                 logger.warning("%s", _EVICTS)
             self.warnings = (_EVICTS,) if evicting else ()

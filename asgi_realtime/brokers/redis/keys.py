@@ -53,7 +53,7 @@ class Keys:
         partition = self.partition(run_id)
         return [self.due(kind, partition) for kind in DUE_OF_PARTITION]
 
-    def hint(self, kind: str) -> str:
+    def note(self, kind: str) -> str:
         """ZSET of partitions by the time at which the first of their runs may be due."""
         return f"{self._prefix}{{due}}:{kind}"
 
