@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from typing import Any
 
+import anyio
 import redis
 from anyio import to_thread
 from celery import Celery
 
-from asgi_realtime import Realtime
+from asgi_realtime import Realtime, Run
 from asgi_realtime.brokers.redis import RedisBroker
 from tests.e2e.worker_app import SECRET, TIMEOUTS, register
 
@@ -26,7 +28,8 @@ def make(url: str, prefix: str, *, late: bool) -> tuple[Realtime, Celery]:
 
     class CeleryExecutor:
         async def enqueue(self, run_id: str, task_id: str) -> None:
-            await to_thread.run_sync(execute.delay, run_id)
+            limit = 1 if task_id == "limited" else 3600
+            await to_thread.run_sync(partial(execute.apply_async, (run_id,), soft_time_limit=limit))
 
     realtime = Realtime(
         secret_key=SECRET,
@@ -40,6 +43,12 @@ def make(url: str, prefix: str, *, late: bool) -> tuple[Realtime, Celery]:
         with redis.from_url(url) as client:
             client.hincrby(f"{prefix}:deliveries", run_id, 1)
         realtime.sync.execute(run_id)
+
+    @realtime.task("limited")
+    async def limited(run: Run) -> None:
+        run.metadata.set("pid", os.getpid())
+        await realtime.append("begun")
+        await anyio.sleep_forever()
 
     register(realtime, url, prefix)
     return realtime, celery

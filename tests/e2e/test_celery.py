@@ -65,6 +65,15 @@ async def test_a_cancellation_reaches_the_worker(stage: Stage) -> None:
     assert is_alive(pid)
 
 
+async def test_the_soft_time_limit_of_a_task_cancels_the_run(stage: Stage) -> None:
+    handle = await stage.realtime.trigger("limited")
+    pid = await stage.worker_of(handle)
+    assert (await stage.ended(handle)).status is Status.CANCELED
+    assert await stage.chunks(handle) == ["begun"]
+    assert await (await stage.realtime.trigger("quick", 7)).result() == 7
+    assert is_alive(pid)
+
+
 async def test_a_process_that_is_killed_leaves_a_crashed_run_that_is_not_executed_again(
     stage: Stage, request: pytest.FixtureRequest
 ) -> None:
