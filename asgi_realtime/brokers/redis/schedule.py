@@ -89,8 +89,7 @@ class Schedule:
                 await self._note_again(kind, partition, first)
 
     async def _note_again(self, kind: str, partition: int, at: bytes) -> None:
-        key = self._keys.note(kind)
-        await self._servers.call(key, "ZADD", key, "LT", at, partition)
+        await self._servers.run(scripts.NOTE, [self._keys.note(kind)], partition, b"a" + at)
 
     async def renew(self, run_ids: Sequence[str], *, owner: str) -> None:
         """As `Broker.renew`."""
