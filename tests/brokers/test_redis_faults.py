@@ -20,7 +20,7 @@ from redis.asyncio.sentinel import Sentinel
 
 from asgi_realtime import Retention, Timeouts
 from asgi_realtime.brokers.base import Producer, StreamKey
-from asgi_realtime.brokers.redis import RedisBroker
+from asgi_realtime.brokers.redis import RedisBroker, schedule
 from asgi_realtime.brokers.redis.presence import Presence
 from asgi_realtime.core.runs import DUE_KINDS, Status, tag_topic
 from asgi_realtime.errors import BrokerUnavailable, RunNotFound
@@ -173,7 +173,7 @@ async def test_restarted_without_data(redis_server: RedisServer, log: Log) -> No
 # Redis has no room, or does not let us in
 
 
-async def test_memory_full(redis_server: RedisServer, log: Log) -> None:
+async def test_memory_full(redis_server: RedisServer, log: Log, hurried: None) -> None:
     async with processes(redis_server.url, retention=Retention(after_end=0.1)) as backend:
         over = await create(backend)
         async with streaming(backend, size=1000) as (stream,):
@@ -318,11 +318,18 @@ def prefix_of(backend: Backend) -> str:
 # A process that dies between a commit and telling the topics
 
 
+@pytest.fixture
+def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What nothing is noted of is met within a minute. That is too long for a test."""
+    monkeypatch.setattr(schedule, "_SCAN_S", 0.0)
+
+
 async def test_what_nobody_was_told_is_told_by_another(
-    redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+    redis_server: RedisServer, hurried: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with processes(redis_server.url) as backend:
-        monkeypatch.setattr(backend.broker, "_tell", lambda *args: asyncio.sleep(3600))
+        assert isinstance(backend.broker, RedisBroker)
+        monkeypatch.setattr(backend.broker._open.topics, "tell", lambda *args: asyncio.sleep(3600))
         tag = new_tag()
         record = new_record(backend, tags=(tag,))
         async with backend.peer.follow(tag_topic(tag)) as topic:
@@ -345,7 +352,7 @@ async def until_told_by(backend: Backend, run_id: str) -> None:
                     return await backend.peer.tell(run_id)
 
 
-async def test_a_process_is_killed_between_its_commit_and_telling(redis_server: RedisServer) -> None:
+async def test_a_process_is_killed_between_its_commit_and_telling(redis_server: RedisServer, hurried: None) -> None:
     program = """
         import asyncio, sys
         from asgi_realtime.brokers.redis import RedisBroker
@@ -356,7 +363,7 @@ async def test_a_process_is_killed_between_its_commit_and_telling(redis_server: 
                 async def tell(run_id, *args):
                     print(run_id, flush=True)
                     await asyncio.sleep(3600)
-                broker._tell = tell
+                broker._open.topics.tell = tell
                 record = new_record(Backend(broker=broker, peer=broker), tags=(tag,))
                 await broker.commit(record, expect=0, change=new_mark())
 
