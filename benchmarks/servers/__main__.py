@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import importlib
 import json
+import logging
 import math
 import os
 import socket
@@ -155,6 +156,8 @@ async def _serve(peer: Peer, control_fd: int) -> None:
         with contextlib.suppress(ConnectionError):  # The client left in the middle of a call.
             while line := await reader.readline():
                 control.handle(json.loads(line))
+    # An overloaded server is stopped in the middle of a thousand responses and has a traceback for each.
+    logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
     server.should_exit = True
     await serving
 
