@@ -27,7 +27,7 @@ from asgi_realtime.core.run_json import run_json
 from asgi_realtime.core.runs import RunRecord, batch_topic, run_topic, tag_topic
 from asgi_realtime.core.sse import control_frame
 from asgi_realtime.core.topics import Change, Changes, Cursor
-from asgi_realtime.errors import InvalidRequest, LimitExceeded, UsageError, shown
+from asgi_realtime.errors import BrokerUnavailable, InvalidRequest, LimitExceeded, UsageError, shown
 from asgi_realtime.livelog import MAX_BODY
 from asgi_realtime.names import check_tags
 from asgi_realtime.tokens import Claims
@@ -228,17 +228,21 @@ class FeedSubscription(Subscription[LiveTopic]):
                     continue  # while that was sent there may have been another alert
                 changed = self._parker.arm()
                 source.waiting.add(self._parker)
-                changes = await self._changes(source, cursor)
-                cursor = changes.cursor
-                if changes.items or changes.snapshot:
-                    await self._tell(changes)
-                elif self._feed.end is not None:
-                    return self._framing.end(self._feed.end, str(cursor))
-                elif await self._is_gone():
-                    return b""  # without an `end`, which nobody knows: the client comes back and hears of it
-                else:
-                    self._phase = WAITING
-                    await changed
+                try:
+                    changes = await self._changes(source, cursor)
+                    if changes.items or changes.snapshot:
+                        await self._tell(changes)
+                        cursor = changes.cursor
+                        continue
+                    cursor = changes.cursor
+                    if self._feed.end is not None:
+                        return self._framing.end(self._feed.end, str(cursor))
+                    if await self._is_gone():
+                        return b""  # without an `end`, which nobody knows: the client comes back and hears of it
+                except BrokerUnavailable:
+                    pass  # the cursor is where it was, and the broker wakes those who follow when it is back
+                self._phase = WAITING
+                await changed
         finally:
             source.waiting.discard(self._parker)
 

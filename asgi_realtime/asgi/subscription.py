@@ -22,6 +22,7 @@ from starlette.responses import Response
 from asgi_realtime.asgi.framing import NATIVE, Framing
 from asgi_realtime.asgi.host import Headers, Host, Receive, Scope, Send
 from asgi_realtime.core.log import End
+from asgi_realtime.errors import BrokerUnavailable
 from asgi_realtime.tokens import Claims
 from asgi_realtime.waiting import Guard, make_guard, make_parker
 
@@ -145,6 +146,9 @@ class Subscription(ABC, Generic[S]):
                         last = over.last
                     except OSError:
                         return  # the peer is gone; only some servers say so
+                    except BrokerUnavailable as exc:  # the broker says so once, and not each of its readers
+                        logger.debug("a subscription has to come back: %s", exc)
+                        last = _reconnect(self._host, self._framing)
                     except Exception:
                         logger.exception("a subscription failed; its client will resume")
                         last = b""

@@ -307,9 +307,11 @@ class TopicMirror(Mirror):
     async def _read(self) -> None:
         index, before = await self._read_index(self.topic), self._index
         self._index = index
-        if (index.epoch, index.position) != (before.epoch, before.position):
-            self._news()
+        changed = (index.epoch, index.position) != (before.epoch, before.position)
+        if changed or not self._unasked:  # whoever could not load what was told tries again after an absence
             self.waiting.wake()
+        if changed:
+            self._news()
 
     def _take(self, message: bytes) -> None:
         kind = message[:1]
