@@ -37,17 +37,21 @@ class StreamChunk:
 
 
 class BatchIterator(AsyncIterator[T], Generic[T]):
-    """An async iterator that is filled a batch at a time. `begin` is called before each, if it is given."""
+    """An async iterator that is filled a batch at a time. `begin` is called before each, if it is given.
 
-    def __init__(self, begin: Callable[[], Awaitable[None]] | None = None) -> None:
+    While the broker is away it waits, as writers do; then it raises `BrokerUnavailable`, and may be asked again.
+    """
+
+    def __init__(self, runs: RunStore, begin: Callable[[], Awaitable[None]] | None = None) -> None:
         self._ready: deque[T] = deque()
+        self._runs = runs
         self._begin = begin
 
     async def __anext__(self) -> T:
         while not self._ready:
             if self._begin is not None:
                 await self._begin()
-            await self._fill()
+            await self._runs.patiently(self._fill)
         return self._ready.popleft()
 
     @abstractmethod
@@ -75,13 +79,12 @@ class StreamReader(BatchIterator[Entry]):
         timeout_s: float | None = None,
         begin: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
-        super().__init__(begin)
+        super().__init__(runs, begin)
         self.key = key
         self.after = after
         self.timeout_s = timeout_s
         self.end: End | None = None
         self._broker = broker
-        self._runs = runs
 
     async def _fill(self) -> None:
         if self.end is not None:
@@ -179,9 +182,8 @@ class TopicFollower(BatchIterator[RunRecord]):
         run_id: str | None = None,
         begin: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
-        super().__init__(begin)
+        super().__init__(runs, begin)
         self._broker = broker
-        self._runs = runs
         self._topic = topic
         self._limit = limit
         self._first = first
@@ -260,9 +262,8 @@ class RunWithStreams(BatchIterator[RunRecord | StreamChunk]):
         stop_on_completion: bool,
         begin: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
-        super().__init__(begin)
+        super().__init__(runs, begin)
         self._broker = broker
-        self._runs = runs
         self._run_id = run_id
         self._stop_on_completion = stop_on_completion
         self._shown = 0
