@@ -14,6 +14,7 @@ import pytest
 from asgi_realtime import Timeouts
 from asgi_realtime.brokers.base import StreamKey
 from asgi_realtime.brokers.redis import RedisBroker
+from asgi_realtime.brokers.redis import broker as redis_broker
 from asgi_realtime.errors import BrokerUnavailable
 from asgi_realtime.testing.conformance.kit import Backend, new_key
 from tests.brokers.streaming import Log, Streaming, assert_quiet, processes, streaming, until
@@ -34,6 +35,12 @@ SHORT = Timeouts(broker=1.0)
 @pytest.fixture
 def anyio_backend() -> str:
     return "asyncio"
+
+
+@pytest.fixture(autouse=True)
+def no_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After ten seconds of silence positions are compared. Here that must not be what helps."""
+    monkeypatch.setattr(redis_broker, "_SILENCE_S", 3600.0)
 
 
 @pytest.fixture(autouse=True)
