@@ -22,6 +22,7 @@ from asgi_realtime import Retention, Timeouts
 from asgi_realtime.brokers.base import Producer, StreamKey
 from asgi_realtime.brokers.redis import RedisBroker, schedule
 from asgi_realtime.brokers.redis import broker as redis_broker
+from asgi_realtime.brokers.redis.listener import Listener
 from asgi_realtime.brokers.redis.presence import Presence
 from asgi_realtime.core.runs import DUE_KINDS, Status, tag_topic
 from asgi_realtime.errors import BrokerUnavailable, RunNotFound
@@ -321,6 +322,52 @@ async def test_a_process_that_was_blocked_is_cut_off_by_redis(log: Log, kept: st
 def prefix_of(backend: Backend) -> str:
     assert isinstance(backend.broker, RedisBroker)
     return backend.broker._keys._prefix
+
+
+# Messages that do not come, or say nothing
+
+
+async def test_a_message_that_never_came_is_missed_after_some_silence(
+    redis_server: RedisServer, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(redis_broker, "_SILENCE_S", 0.2)
+    async with processes(redis_server.url, timeouts=SHORT) as backend:
+        key = await new_key(backend)
+        reader = Reader(backend.peer, key)
+        reading = asyncio.create_task(reader.run())
+        await backend.broker.append(key, items(1))
+        await until(lambda: reader.seen)
+        with monkeypatch.context() as patched:
+            patched.setattr(Listener, "heard", lambda *message: None)
+            connected = {client["id"] for client in redis_server.clients("pubsub")}
+            await backend.broker.append(key, items(2, start=1))
+            await until(lambda: len(reader.seen) == 3)
+            # And the connection that missed it is made anew.
+            await until(lambda: connected.isdisjoint(client["id"] for client in redis_server.clients("pubsub")))
+        await backend.broker.append(key, items(1, start=3), end=COMPLETE)
+        await reading
+        reader.assert_seamless()
+    assert data(reader.seen) == items(4)
+
+
+@pytest.mark.parametrize(
+    "message", [b"", b"a", b"a x y\n0", b"a 1 0\n\xff", b"e 7\n{", b"E 1", b"p", b"c 1 2", b"t", b"?"]
+)
+async def test_a_message_that_makes_no_sense_stops_nobody(
+    redis_server: RedisServer, caplog: pytest.LogCaptureFixture, message: bytes
+) -> None:
+    async with processes(redis_server.url) as backend:
+        async with streaming(backend) as (stream,):
+            assert isinstance(backend.broker, RedisBroker)
+            names = backend.broker._keys
+            for channel in (names.stream_channel(stream.key), names.topic_channel(f"run:{stream.key.run}")):
+                redis_server.command("SPUBLISH", channel, message)
+            await stream.goes_on()
+        assert stream.resumed == 0
+    errors = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert len(errors) <= 2
+    assert all("cannot be read" in record.getMessage() for record in errors)
+    caplog.clear()
 
 
 # A process that dies between a commit and telling the topics

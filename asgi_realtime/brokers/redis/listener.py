@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import logging
 import random
 from collections import Counter
 from collections.abc import Awaitable, Iterable, Iterator, Sequence
@@ -22,8 +21,6 @@ from redis.exceptions import MovedError
 from asgi_realtime.brokers.redis.servers import Address, ServerReporter, Servers, Spawn
 from asgi_realtime.errors import BrokerUnavailable
 from asgi_realtime.waiting import Parking
-
-logger = logging.getLogger("asgi_realtime")
 
 _GROUP = 500
 """Channels in one SSUBSCRIBE: a server does nothing else meanwhile."""
@@ -64,7 +61,7 @@ class Listener:
         self._hearers: dict[str, dict[Hearer, None]] = {}
         self._ears: dict[Address, Ear] = {}
         self._at: dict[str, Ear] = {}
-        self._changed = Parking()
+        self._confirmations: dict[str, Parking] = {}
         self._sorting: Any = None
         self._unsorted: dict[str, None] = {}
         self._unsorted_why: Exception | None = None
@@ -101,6 +98,7 @@ class Listener:
         if hearers:
             return
         del self._hearers[channel]
+        self._confirmations.pop(channel, None)
         self._unsorted.pop(channel, None)
         ear = self._at.pop(channel, None)
         if ear is not None:
@@ -110,8 +108,9 @@ class Listener:
         """Return when the servers have confirmed all of these. Raises `BrokerUnavailable` if that takes too long."""
         try:
             async with asyncio.timeout(self._timeout_s):
-                while not all(self._is_confirmed(channel) for channel in channels):
-                    await self._changed.wait()
+                for channel in channels:
+                    while not self._is_confirmed(channel):
+                        await self._confirmations.setdefault(channel, Parking()).wait()
         except TimeoutError:
             failure = self._failure()
             reason = "" if failure is None else f": {failure}"
@@ -160,18 +159,17 @@ class Listener:
 
     def heard(self, channel: str, message: bytes) -> None:
         for hearer in tuple(self._hearers.get(channel, ())):
-            try:
-                hearer.hear(message)
-            except Exception:  # of another version, or of a stranger: what is true stands in Redis
-                logger.exception("a message on %s cannot be read", channel)
-                hearer.check(unasked=False)
+            hearer.hear(message)
 
     def confirmed_one(self, channel: str) -> None:
         """A channel is heard from now on. Those that are confirmed in one turn of the loop are checked together."""
         if not self._to_check:
             asyncio.get_running_loop().call_soon(self._check_confirmed)
         self._to_check[channel] = None
-        self._changed.wake()  # after that: who waits for this begins to read, and need not be told to read again
+        waiting = self._confirmations.pop(channel, None)
+        if waiting is None:
+            return
+        waiting.wake()  # after that: who waits for this begins to read, and need not be told to read again
 
     def _check_confirmed(self) -> None:
         channels, self._to_check = self._to_check, {}

@@ -8,6 +8,7 @@ names a position, makes the mirror read again from where it is. This is the one 
 from __future__ import annotations
 
 import asyncio
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Sequence
 from itertools import chain, repeat
@@ -23,6 +24,8 @@ from asgi_realtime.core.topics import Change, Changes, Cursor, TopicIndex
 from asgi_realtime.errors import BrokerUnavailable, RealtimeError, RunNotFound
 from asgi_realtime.livelog import LiveLog
 from asgi_realtime.waiting import Parking, WakeSoon
+
+logger = logging.getLogger("asgi_realtime")
 
 _PENDING_BYTES = 1024 * 1024
 """Messages that wait for a reading; with more of them it is cheaper to read again."""
@@ -92,7 +95,7 @@ class Mirror(ABC):
                 if self._reading:  # the one before does not join on
                     self._keep(message)
                 else:
-                    self._take(message)
+                    self._try(message)
             if not self._reading and not self._again:
                 return
             self._reading = True
@@ -103,7 +106,14 @@ class Mirror(ABC):
         elif self._reading:
             self._keep(message)
         else:
+            self._try(message)
+
+    def _try(self, message: bytes) -> None:
+        try:
             self._take(message)
+        except Exception:  # of another version, or of a stranger: what is true stands in Redis
+            logger.exception("a message on %s cannot be read", self._channels[0])
+            self._read_again()
 
     def _keep(self, message: bytes) -> None:
         self._pending.append(message)
@@ -160,7 +170,7 @@ class Mirror(ABC):
 
     @abstractmethod
     def _take(self, message: bytes) -> None:
-        """Take a message, or call `_read_again` if it does not join on. Never raises."""
+        """Take a message, or call `_read_again` if it does not join on."""
         ...
 
     @abstractmethod
