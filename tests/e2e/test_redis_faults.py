@@ -266,7 +266,10 @@ async def test_redis_comes_after_the_processes(sites: Sites, redis_server: Redis
     assert len(site.logged("Redis is away")) == 2
 
 
-async def test_feeds_outlive_an_absence_and_say_nothing(sites: Sites, redis_server: RedisServer) -> None:
+@pytest.mark.parametrize("keep_data", [True, False])
+async def test_feeds_outlive_an_absence_and_say_nothing(
+    sites: Sites, redis_server: RedisServer, keep_data: bool
+) -> None:
     """With each heartbeat they look whether their run is still there: without Redis that fails, in each of them."""
     with sites.processes({"REDIS_URL": redis_server.url}) as (worker, web):
         site, following = await sites.begin(worker, web)
@@ -280,7 +283,7 @@ async def test_feeds_outlive_an_absence_and_say_nothing(sites: Sites, redis_serv
             redis_server.kill()
             for _ in range(3):
                 await site.next_heartbeat()
-            await asyncio.to_thread(redis_server.restart, keep_data=True)
+            await asyncio.to_thread(redis_server.restart, keep_data=keep_data)
             await sites.finish(site, following)
         assert {json.loads(feed.events[-1].data)["status"] for feed in feeds} == {"COMPLETED"}
     assert site.logged("ERROR") == []
