@@ -122,6 +122,13 @@ class Engine:
         """Run a job beside everything else, outside of the caller's context."""
         self.begin().spawn_detached(job)
 
+    def spawn_brief(self, job: Job) -> None:
+        """As `spawn_detached`, for jobs that are short and many."""
+        supervisor = self._supervisor
+        if supervisor is None or not supervisor.usable:
+            supervisor = self.begin()
+        supervisor.spawn_brief(job)
+
     # Start and stop
 
     def begin(self, *, lazy: bool = True) -> Supervisor:

@@ -38,9 +38,7 @@ class Producers:
     def writer(self, key: StreamKey) -> StreamWriter:
         """A writer of its own: one more producer of the stream."""
         engine = self._engine
-        return StreamWriter(
-            key, broker=engine.broker, runs=engine.runs, spawn=engine.spawn_detached, limits=engine.limits
-        )
+        return StreamWriter(key, broker=engine.broker, runs=engine.runs, spawn=engine.spawn_brief, limits=engine.limits)
 
     def known(self, run_id: str, stream: object) -> StreamWriter | None:
         """The shared writer of a user's stream, if it is open and nothing is to be waited for. For the hot path."""

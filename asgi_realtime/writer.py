@@ -8,6 +8,7 @@ producer's count makes a repeated call harmless, so an absent broker is waited f
 from __future__ import annotations
 
 import secrets
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from typing import Any, NamedTuple
@@ -195,7 +196,7 @@ class StreamWriter:
 
     def _keep(self, items: list[bytes], position: Position) -> None:
         """Keep what was acknowledged for a while: a broker that fails over may have less than it said."""
-        now = anyio.current_time()
+        now = time.monotonic()
         first = position.last - len(items) + 1
         for seq, data in enumerate(items, first):
             self._kept.append(_Kept(seq, data, now))

@@ -25,11 +25,31 @@ class Presence:
         self._since: dict[Hashable, float] = {}
         self._ending: dict[Hashable, asyncio.TimerHandle] = {}
         self._broke_at: dict[Hashable, float] = {}
-        self._well_since = -math.inf
+        self._absent: set[Hashable] = set()
+        self._present_since = -math.inf
 
-    def well_for_s(self) -> float:
-        """For how long nothing has been wrong; endless if nothing ever was."""
-        return 0.0 if self._since else asyncio.get_running_loop().time() - self._well_since
+    def present_for_s(self) -> float:
+        """For how long all servers have answered calls; endless if they always did."""
+        return 0.0 if self._absent else asyncio.get_running_loop().time() - self._present_since
+
+    def absent(self, server: Hashable) -> None:
+        """It does not answer calls."""
+        self._absent.add(server)
+
+    def present(self, server: Hashable) -> None:
+        """It answers calls."""
+        if server in self._absent:
+            self._absent.discard(server)
+            self._present_since = asyncio.get_running_loop().time()
+
+    def forget(self, server: Hashable) -> None:
+        """It is none of ours any more."""
+        self.present(server)
+        self._since.pop(server, None)
+        self._broke_at.pop(server, None)
+        ending = self._ending.pop(server, None)
+        if ending is not None:
+            ending.cancel()
 
     def broke(self, what: Hashable, name: str, reason: object) -> None:
         """A connection that worked broke. That alone is no absence: the next try tells."""
@@ -55,7 +75,6 @@ class Presence:
 
     def _well(self, what: Hashable, relief: str, at: float) -> None:
         del self._ending[what]
-        self._well_since = at
         logger.info("%s, after %.1f s", relief, at - self._since.pop(what))
 
     def close(self) -> None:

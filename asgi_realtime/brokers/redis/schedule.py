@@ -57,7 +57,7 @@ class Schedule:
 
     async def due(self, kind: str, *, limit: int, skip: int) -> list[str]:
         """As `Broker.due`."""
-        if kind == "lease" and self._servers.presence.well_for_s() < self._lease_s:
+        if kind == "lease" and self._servers.presence.present_for_s() < self._lease_s:
             return []  # nobody could renew while Redis was away: owners have a lease's time to do so
         await self._scan()
         partitions = await self._servers.run(scripts.POLL, [self._keys.note(kind)])

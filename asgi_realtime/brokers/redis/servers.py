@@ -100,9 +100,9 @@ class Servers:
         made: AbstractConnection = self._pool.connection_class(**settings)
         return made
 
-    def reporter(self, address: Address) -> ServerReporter:
-        """Who tells the log of a server."""
-        return ServerReporter(self.presence, address)
+    def reporter(self, address: Address, *, of_calls: bool = False) -> ServerReporter:
+        """Whom a connection to a server tells how it fares."""
+        return ServerReporter(self.presence, address, of_calls=of_calls)
 
     async def address_of(self, key: str) -> Address:
         """The primary that has a key. Raises `BrokerUnavailable` if no server can be asked, the first time."""
@@ -208,7 +208,7 @@ class Servers:
                 lambda: self.connection(address),
                 timeout_s=self._timeout_s,
                 spawn=self._spawn,
-                reporter=self.reporter(address),
+                reporter=self.reporter(address, of_calls=True),
             )
         return link
 
@@ -238,6 +238,8 @@ class Servers:
         try:
             self._slots = await self._ask_anyone()
             self._known = True
+            for address in {address for address, _ in self._links}.difference(self._slots or (THE_URL,)):
+                self.presence.forget(address)  # it has left the Cluster, or was only asked who is in it
         except BrokerUnavailable as exc:
             self._unknown_why = str(exc)
 
@@ -320,8 +322,9 @@ class Servers:
 class ServerReporter:
     """What the connections to one server tell the log."""
 
-    def __init__(self, presence: Presence, address: Address) -> None:
+    def __init__(self, presence: Presence, address: Address, *, of_calls: bool) -> None:
         self._presence = presence
+        self._of_calls = of_calls
         self._address = address
         self._name = f"Redis at {address.host}:{address.port}" if address.host else "Redis"
 
@@ -329,9 +332,13 @@ class ServerReporter:
         self._presence.broke(self._address, self._name, reason)
 
     def lost(self, reason: Exception) -> None:
+        if self._of_calls:
+            self._presence.absent(self._address)
         self._presence.lost(self._address, f"{self._name} is away", str(reason) or type(reason).__name__)
 
     def works(self) -> None:
+        if self._of_calls:
+            self._presence.present(self._address)
         self._presence.works(self._address, f"{self._name} is back")
 
 

@@ -6,16 +6,19 @@ local keep_bytes, inputs_bytes = tonumber(ARGV[4]), tonumber(ARGV[5])  -- 0: wit
 local ending, at, channel, inline_bytes = ARGV[6], ARGV[7], ARGV[8], tonumber(ARGV[9])
 local ITEMS = 10  -- the first of them in ARGV
 
+local call = redis.call
+local NEXT, FIRST, BYTES, END = 'n:' .. name, 'f:' .. name, 'b:' .. name, 'e:' .. name
+
 local function text(number)
-    return string.format('%.0f', number)
+    return string.format('%d', number)
 end
 
-local run = redis.call('HMGET', KEYS[1], 'version', 'end', 'inputs')
+local run = call('HMGET', KEYS[1], 'version', 'end', 'inputs')
 if not run[1] then
     return {'gone'}
 end
 local counter = 'p:' .. name .. '\0' .. producer
-local held = redis.call('HMGET', KEYS[2], 'n:' .. name, 'f:' .. name, 'b:' .. name, 'e:' .. name, counter)
+local held = call('HMGET', KEYS[2], NEXT, FIRST, BYTES, END, counter)
 local following, first, bytes = tonumber(held[1] or 0), tonumber(held[2] or 0), tonumber(held[3] or 0)
 local ended = held[4] or run[2]
 
@@ -50,21 +53,21 @@ if count > 0 then
         return {'full', run[3] or '0'}
     end
 
-    local time = redis.call('TIME')
+    local time = call('TIME')
     local now = text(time[1] * 1000 + math.floor(time[2] / 1000))
     local before = following
     for index = from, #ARGV do
-        redis.call('XADD', KEYS[3], text(following + 1) .. '-0', 't', now, 'd', ARGV[index])
+        call('XADD', KEYS[3], text(following + 1) .. '-0', 't', now, 'd', ARGV[index])
         bytes = bytes + #ARGV[index] + #text(following) + 13  -- the frame: "id: ", "\ndata: ", "\n\n"
         following = following + 1
     end
     last = following - 1
     if inputs_bytes > 0 then
-        redis.call('HSET', KEYS[1], 'inputs', text(tonumber(run[3] or 0) + size))
+        call('HSET', KEYS[1], 'inputs', text(tonumber(run[3] or 0) + size))
     end
     if keep_bytes > 0 and bytes > keep_bytes and following - first > 1 then
         while bytes > keep_bytes and first < following - 1 do
-            local oldest = redis.call('XRANGE', KEYS[3], text(first + 1) .. '-0', '+', 'COUNT', 64)
+            local oldest = call('XRANGE', KEYS[3], text(first + 1) .. '-0', '+', 'COUNT', 64)
             if #oldest == 0 then
                 break
             end
@@ -76,21 +79,21 @@ if count > 0 then
                 first = first + 1
             end
         end
-        redis.call('XTRIM', KEYS[3], 'MINID', text(first + 1) .. '-0')
+        call('XTRIM', KEYS[3], 'MINID', text(first + 1) .. '-0')
     end
-    redis.call('HSET', KEYS[2], 'n:' .. name, text(following), 'f:' .. name, text(first), 'b:' .. name, text(bytes))
+    call('HSET', KEYS[2], NEXT, text(following), FIRST, text(first), BYTES, text(bytes))
     if producer ~= '' then
-        redis.call('HSET', KEYS[2], counter, text(expected + count) .. ' ' .. text(last))
+        call('HSET', KEYS[2], counter, text(expected + count) .. ' ' .. text(last))
     end
     if size <= inline_bytes then
         local message = 'a ' .. text(before) .. ' ' .. now .. '\n' .. table.concat(ARGV, '\n', from)
-        redis.call('SPUBLISH', channel, message)
+        call('SPUBLISH', channel, message)
     else
-        redis.call('SPUBLISH', channel, 'p ' .. text(following))
+        call('SPUBLISH', channel, 'p ' .. text(following))
     end
 end
 if ending ~= '' and not ended then
-    redis.call('HSET', KEYS[2], 'n:' .. name, text(following), 'e:' .. name, ending)
-    redis.call('SPUBLISH', channel, 'e ' .. text(following) .. '\n' .. ending)
+    call('HSET', KEYS[2], NEXT, text(following), END, ending)
+    call('SPUBLISH', channel, 'e ' .. text(following) .. '\n' .. ending)
 end
 return {'ok', text(last), text(following)}

@@ -15,7 +15,7 @@ local found
 if snapshot then
     found = redis.call('ZRANGE', KEYS[1], -limit, -1, 'WITHSCORES')
 else
-    found = redis.call('ZRANGE', KEYS[1], '(' .. string.format('%.0f', after), '+inf', 'BYSCORE', 'LIMIT', 0, limit + 1, 'WITHSCORES')
+    found = redis.call('ZRANGE', KEYS[1], '(' .. string.format('%d', after), '+inf', 'BYSCORE', 'LIMIT', 0, limit + 1, 'WITHSCORES')
 end
 if not snapshot and #found > 2 * limit then
     found[#found], found[#found - 1] = nil, nil

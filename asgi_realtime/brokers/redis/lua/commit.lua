@@ -9,7 +9,7 @@ local DUE = 17  -- the first of four times in ARGV: delay, ttl, cancel, expiry
 local FLOORS = 21  -- then stream by stream: its name, and where it has to be at least
 
 local function text(number)
-    return string.format('%.0f', number)
+    return string.format('%d', number)
 end
 
 local run = redis.call('HMGET', KEYS[1], 'version', 'm:' .. mark, 'position', 'state')

@@ -8,5 +8,5 @@ for index, key in ipairs(KEYS) do
     if string.sub(ARGV[index + 1], 1, 1) == 'r' then
         at = at + now
     end
-    redis.call('ZADD', key, 'LT', string.format('%.0f', at), ARGV[1])
+    redis.call('ZADD', key, 'LT', string.format('%d', at), ARGV[1])
 end

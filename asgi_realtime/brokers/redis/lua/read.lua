@@ -4,7 +4,7 @@
 local name, after, limit, max_bytes = ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
 
 local function text(number)
-    return string.format('%.0f', number)
+    return string.format('%d', number)
 end
 
 local run = redis.call('HMGET', KEYS[1], 'version', 'end')

@@ -5,7 +5,7 @@ local run_id, version, step, epoch = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3
 local max_runs, channel = tonumber(ARGV[5]), ARGV[6]
 
 local function text(number)
-    return string.format('%.0f', number)
+    return string.format('%d', number)
 end
 
 local known = redis.call('HMGET', KEYS[2], '#epoch', '#position', run_id)
