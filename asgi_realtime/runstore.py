@@ -118,6 +118,8 @@ class RunStore:
         """As `update`, but returns why a change was left out, if one was."""
         record, stored = await self._newest(run_id)
         while True:
+            if self.taken(record):
+                return record, None
             following, refusal = self._apply(record, changes)
             if following is record and stored == record.version:
                 return record, refusal
@@ -142,6 +144,12 @@ class RunStore:
     def disown(self, run_id: str) -> None:
         """The execution is over."""
         self._owned.pop(run_id, None)
+
+    def taken(self, record: RunRecord) -> bool:
+        """Whether another process executes a run that began here: the broker has lost that it did. It is not ours then,
+        and nothing that comes of it here counts."""
+        owned = self._owned.get(record.id)
+        return owned is not None and record.owner is not None and record.owner != owned.record.owner
 
     def writes(self, writer: Writer) -> None:
         """A writer of this process writes to a stream of the run."""

@@ -90,11 +90,14 @@ class RunWatch:
     def _heed(self, record: RunRecord | None) -> None:
         if record is not None:
             self._seen = max(self._seen, record.version)
-            if not record.is_completed and record.cancel_requested_at_ms is None:
+            asked = record.is_completed or record.cancel_requested_at_ms is not None
+            if not asked and not self._runs.taken(record):
                 return
         execution = self._execution
         if execution.ending or execution.stopped_by is not None:
             return
         if record is None or record.status is Status.CRASHED:
             logger.warning("run %s was given up while it ran here: its lease was over", self._run_id)
+        elif self._runs.taken(record):
+            logger.warning("run %s is executed elsewhere now: the broker had lost that it ran here", self._run_id)
         execution.cancel()

@@ -14,7 +14,9 @@ from redis.asyncio import Connection, Redis
 from asgi_realtime import Limits, Realtime, Retention, RunFailed, Status, StreamGap, StreamLost, Timeouts
 from asgi_realtime.brokers.base import End, Producer, StreamKey
 from asgi_realtime.brokers.redis import RedisBroker
+from asgi_realtime.core.runs import TagsAdded
 from asgi_realtime.core.sse import chunk_frame
+from asgi_realtime.tasks.trigger import RunOptions
 from asgi_realtime.testing import driver
 from asgi_realtime.testing.conformance.kit import Backend, create, data, items, read_all
 from tests.faults import SECRET
@@ -95,6 +97,12 @@ async def test_a_reader_before_the_mirror_reads_pages_and_then_follows(storage: 
             await realtime.append([100, CHUNK])
         read += [chunk[0] async for chunk in reader]
         assert read == list(range(101))
+
+
+def held(realtime: Realtime) -> int:
+    broker = realtime.broker
+    assert isinstance(broker, RedisBroker)
+    return broker.held
 
 
 def storage_mirrors(realtime: Realtime) -> dict[StreamKey, Any]:
@@ -261,6 +269,43 @@ async def test_what_cannot_be_restored_ends_the_stream_as_lost_and_fails_the_run
         assert end.reason == "lost"
         async with driver.stream(realtime, "GET", path, headers={**headers, "last-event-id": "7"}) as response:
             assert [event.event for event in await response.read_all_events()][-1] == "end"
+
+
+async def test_a_run_whose_claim_was_lost_and_is_executed_elsewhere_is_stopped_here(storage: Storage) -> None:
+    """Its queue delivered it again after the failover, and what both did was mixed in one run."""
+    async with storage.realtime() as ours, storage.realtime() as theirs:
+        began: list[Realtime] = []
+        go_on, stopped = asyncio.Event(), asyncio.Event()
+
+        def register(process: Realtime) -> None:
+            @process.task("t")
+            async def task() -> str:
+                began.append(process)
+                try:
+                    await go_on.wait()
+                finally:
+                    if process is ours:
+                        stopped.set()
+                return "ours" if process is ours else "theirs"
+
+        register(ours)
+        register(theirs)
+        record = ours._tasks._record("t", None, RunOptions())
+        await ours.runs.create(record)
+        before = await storage.dump()
+        executing = asyncio.ensure_future(ours.execute(record.id))
+        await until(lambda: began == [ours])
+        await until(lambda: held(ours))  # its watch begins with the next tick
+        await storage.turn_back(before)
+        again = asyncio.ensure_future(theirs.execute(record.id))
+        await until(lambda: began == [ours, theirs])
+        await theirs.runs.update(record.id, TagsAdded(("theirs",)))
+        await asyncio.wait_for(stopped.wait(), 5)
+        await asyncio.wait_for(executing, 5)
+        go_on.set()
+        await asyncio.wait_for(again, 5)
+        stored = await ours.get_run(record.id)
+        assert (stored.status, stored.output, stored.owner) == (Status.COMPLETED, "theirs", theirs.runs.owner)
 
 
 async def test_a_place_that_was_taken_is_lost(storage: Storage) -> None:
