@@ -50,6 +50,19 @@ class Reporter(Protocol):
     def works(self) -> None: ...
 
 
+async def until_one_ends(*parts: Coroutine[Any, Any, None]) -> None:
+    """Run the parts of a connection side by side. The first that ends ends the others, and its error is raised."""
+    tasks = [asyncio.ensure_future(part) for part in parts]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
 class Link:
     """Sends commands and gives their answers. `connect` makes a connection that is not open yet."""
 
@@ -134,16 +147,7 @@ class Link:
 
     async def _carry(self, connection: AbstractConnection) -> None:
         self._heard_at = asyncio.get_running_loop().time()
-        tasks = [asyncio.ensure_future(part) for part in (self._write(connection), self._read(connection))]
-        tasks.append(asyncio.ensure_future(self._watch()))
-        try:
-            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                task.result()
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+        await until_one_ends(self._write(connection), self._read(connection), self._watch())
 
     async def _write(self, connection: AbstractConnection) -> None:
         loop = asyncio.get_running_loop()

@@ -11,13 +11,14 @@ import asyncio
 import itertools
 import random
 from collections import Counter
-from collections.abc import Awaitable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 from redis.asyncio.connection import AbstractConnection
 from redis.crc import key_slot
 from redis.exceptions import MovedError
 
+from asgi_realtime.brokers.redis.link import until_one_ends
 from asgi_realtime.brokers.redis.servers import Address, ServerReporter, Servers, Spawn
 from asgi_realtime.errors import BrokerUnavailable
 from asgi_realtime.waiting import Parking
@@ -283,7 +284,7 @@ class Ear:
                 async with asyncio.timeout(self._timeout_s):
                     await connection.connect()  # type: ignore[no-untyped-call]
                 self._begin()
-                await self._carry(connection)
+                await until_one_ends(self._write(connection), self._read(connection), self._watch(connection))
             except Exception as exc:  # whatever it is: an ear that does not try again is deaf for good
                 if self.failure is None:
                     self.failing_since = asyncio.get_running_loop().time()
@@ -323,18 +324,6 @@ class Ear:
         self.failure = None
         self._well = True
         self._reporter.works()
-
-    async def _carry(self, connection: AbstractConnection) -> None:
-        parts: list[Awaitable[None]] = [self._write(connection), self._read(connection), self._watch(connection)]
-        tasks = [asyncio.ensure_future(part) for part in parts]
-        try:
-            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                task.result()
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _write(self, connection: AbstractConnection) -> None:
         while True:
