@@ -566,15 +566,28 @@ async def test_a_stranger_is_a_redis_that_is_away(log: Log, answer: bytes) -> No
 
 async def test_what_goes_and_comes_in_a_second_is_one_absence(log: Log) -> None:
     presence = Presence()
+    presence.absent("it")
     for _ in range(100):
         presence.lost("it", "it is away", "nobody knows")
         presence.works("it", "it is back")
         await asyncio.sleep(0)
     assert log.having("it is") == ["it is away: nobody knows"]
-    assert presence.well_for_s() == 0.0
+    assert presence.present_for_s() == 0.0
+    presence.present("it")
+    assert presence.present_for_s() < GUARD_S
     await until(lambda: log.having("it is back, after "))
     assert len(log.having("it is")) == 2
-    assert presence.well_for_s() < GUARD_S
+
+
+async def test_a_server_that_has_left_the_cluster_is_not_away_for_ever(log: Log) -> None:
+    presence = Presence()
+    presence.absent("it")
+    presence.lost("it", "it is away", "nobody knows")
+    presence.works("it", "it is back")
+    presence.forget("it")
+    presence.lost("it", "it is away", "it came again")
+    assert len(log.having("it is away")) == 2
+    assert presence.present_for_s() < GUARD_S
 
 
 async def test_a_connection_that_breaks_all_the_time_is_told_of_once(log: Log) -> None:
