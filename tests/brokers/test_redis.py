@@ -21,6 +21,8 @@ from asgi_realtime.testing import driver
 from asgi_realtime.testing.conformance.kit import Backend, create, data, items, read_all
 from tests.faults import SECRET
 from tests.inprocess import until
+from tests.redis_servers import RedisServer
+from tests.requirements import redis_binary
 
 pytestmark = [pytest.mark.anyio, pytest.mark.redis]
 
@@ -384,3 +386,16 @@ async def test_calls_of_one_turn_share_one_write(storage: Storage, monkeypatch: 
         monkeypatch.setattr(Connection, "send_packed_command", counted)
         await asyncio.gather(*(backend.broker.append(key, items(1)) for key in keys))
         assert writes <= 3
+
+
+@pytest.mark.parametrize("way", ["tls", "unix", "password"])
+async def test_urls_are_those_of_redis_py(way: str) -> None:
+    password = "pass:word/with?signs" if way == "password" else None
+    with RedisServer(redis_binary(), tls=way == "tls", password=password, keeps_data=False) as server:
+        async with RedisBroker(server.unix_url if way == "unix" else server.url) as broker:
+            backend = Backend(broker=broker, peer=broker)
+            key = StreamKey((await create(backend)).id, "s")
+            async with broker.live(key) as live:
+                await broker.append(key, items(3))
+                await until(lambda: live.log.next == 3)
+            await broker.ping()
