@@ -20,7 +20,6 @@ from asgi_realtime.errors import (
     RunCanceled,
     RunFailed,
     ServerShutdown,
-    StreamClosed,
     StreamLost,
     TaskError,
 )
@@ -130,7 +129,7 @@ class Execution:
             changes = self.run.buffer.take()
             try:
                 return await self._runs.update(self.run.id, *changes, result)
-            except (StreamLost, StreamClosed) as exc:  # a stream lacks what was acknowledged, and cannot be restored
+            except StreamLost as exc:  # a stream lacks what was acknowledged, and it cannot be restored
                 return await self._runs.update(self.run.id, *changes, self._failure(exc))
 
     async def _pipes_settled(self) -> None:

@@ -21,7 +21,16 @@ from asgi_realtime.core.chunks import encode_value
 from asgi_realtime.core.log import StreamKey
 from asgi_realtime.core.metadata import check_size
 from asgi_realtime.core.runs import InputAdded, RunChange, RunRecord, StreamAdded, apply, run_topic
-from asgi_realtime.errors import BrokerUnavailable, LimitExceeded, RunNotFound, StreamBehind, VersionConflict, shown
+from asgi_realtime.errors import (
+    BrokerUnavailable,
+    LimitExceeded,
+    RealtimeError,
+    RunNotFound,
+    StreamBehind,
+    StreamLost,
+    VersionConflict,
+    shown,
+)
 from asgi_realtime.supervisor import logger
 from asgi_realtime.waiting import Parking, make_parker
 
@@ -35,9 +44,10 @@ class Writer(Protocol):
 
     key: StreamKey
     last_index: int | None
+    failure: RealtimeError | None
 
     async def restore(self) -> None:
-        """Write again what the broker has lost. Raises `StreamLost`, `StreamClosed`."""
+        """Write again what the broker has lost, or set `failure`. Raises `BrokerUnavailable`."""
 
 
 class _Owned:
@@ -128,7 +138,7 @@ class RunStore:
             except VersionConflict as conflict:
                 record, stored = await self._newest(run_id, conflict)
             except StreamBehind:
-                await self._restore_streams(run_id)
+                await self.restore_streams(run_id)
             else:
                 owned = self._owned.get(run_id)
                 if owned is not None:
@@ -186,17 +196,32 @@ class RunStore:
             raise RunNotFound(f"no run {shown(run_id)}: it never was, or it is past its retention")
         return record, record.version
 
-    async def _restore_streams(self, run_id: str) -> None:
-        """Have the writers of this process write again what the broker lost of their streams."""
+    async def restore_streams(self, run_id: str, *writers: Writer) -> None:
+        """Have writers, and all of this process if the run is ours, write again what the broker lost of their streams.
+
+        All at once: where several wrote into one stream each may have to wait for the others.
+        """
         owned = self._owned.get(run_id)
-        for writer in () if owned is None else tuple(owned.writers):
+        async with anyio.create_task_group() as group:
+            for writer in dict.fromkeys((*writers, *(() if owned is None else owned.writers))):
+                group.start_soon(self._restore, writer)
+
+    async def _restore(self, writer: Writer) -> None:
+        try:
             await writer.restore()
+        except BrokerUnavailable as exc:
+            logger.warning("stream %r of run %s waits to be restored: %s", writer.key.name, writer.key.run, exc)
 
     def _floors(self, record: RunRecord) -> dict[str, int]:
-        """Where the streams of a run that ends have to be, so that all that our writers were told is there."""
+        """Where the streams of a run that ends have to be, so that all that our writers were told is there.
+
+        Raises `StreamLost` if the run would be a success and one of its streams was lost.
+        """
         floors: dict[str, int] = {}
         owned = self._owned.get(record.id) if record.is_completed else None
         for writer in () if owned is None else owned.writers:
+            if isinstance(writer.failure, StreamLost) and record.is_success:
+                raise writer.failure
             if writer.last_index is not None:
                 floors[writer.key.name] = max(writer.last_index + 1, floors.get(writer.key.name, 0))
         return floors

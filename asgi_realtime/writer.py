@@ -23,6 +23,7 @@ from asgi_realtime.errors import (
     BrokerUnavailable,
     EncodingError,
     LimitExceeded,
+    Misplaced,
     ProducerGap,
     RealtimeError,
     RunNotFound,
@@ -187,7 +188,9 @@ class StreamWriter:
             try:
                 return await self._runs.patiently(lambda: self._broker.append(self.key, items, producer=producer))
             except ProducerGap:
-                await self.restore()
+                await self._runs.restore_streams(self.key.run, self)
+                if self.failure is not None:
+                    raise self.failure from None
             except RunNotFound:
                 if not await self._runs.recreated(self.key.run):
                     raise
@@ -207,20 +210,21 @@ class StreamWriter:
     async def restore(self) -> None:
         """Write again, at its old places, what the broker has lost of what it had acknowledged.
 
-        What it still has is skipped. Where that cannot be done the stream ends as `lost`: raises `StreamLost`, and
-        `StreamClosed` if the stream has ended meanwhile.
+        What it still has is skipped; a place that others have to fill first is waited for. Where that cannot be done
+        the stream ends as `lost`, and `failure` says so.
         """
         async with self._restoring:
+            if self.failure is not None:
+                return
             index = self.chunks - len(self._kept)
             try:
                 for kept in _neighbours(self._kept) if self._kept else [[]]:
                     await self._restore(kept, index)
                     index += len(kept)
-            except (ProducerGap, StreamLost) as exc:  # more is lost than was kept, or others have written there
-                raise await self._lost() from exc
-            except StreamClosed:
-                self._forget()
-                raise
+            except (ProducerGap, StreamLost, Misplaced):  # more is lost than was kept, or others have written there
+                await self._lose()
+            except StreamClosed as exc:
+                self._forget(exc)
 
     async def _restore(self, kept: list[_Kept], index: int) -> None:
         """Append what stands side by side, as from this place in our count on. If it is nothing, that is a question."""
@@ -229,15 +233,15 @@ class StreamWriter:
         at = kept[0].seq if kept else None
         await self._runs.patiently(lambda: self._broker.append(self.key, items, producer=producer, at=at))
 
-    async def _lost(self) -> StreamLost:
+    async def _lose(self) -> None:
         """End the stream: its readers have seen what is not there any more."""
         failure = StreamLost(f"entries of stream {self.key.name!r} were lost by the broker and could not be restored")
-        self._forget()
+        self._forget(failure)
         await self._runs.patiently(lambda: self._broker.append(self.key, [], end=End("lost", str(failure))))
-        return failure
 
-    def _forget(self) -> None:
+    def _forget(self, failure: RealtimeError) -> None:
         """What was acknowledged is not there, and will not be."""
+        self._fail(failure)
         self.last_index = None
         self._kept.clear()
         self._kept_bytes = 0

@@ -74,7 +74,7 @@ class Broker(Protocol):
         refused. Raises `RunNotFound`, `StreamClosed` (the stream or its run is over), `ProducerGap`, `LimitExceeded`.
 
         `at` is for a backend that can lose what it acknowledged: the producer writes it again, from the seq where it
-        stood. Raises `StreamLost` if that place is taken, `BrokerUnavailable` if the stream has not come to it yet.
+        stood. Raises `StreamLost` if that place is taken, `Misplaced` if the stream has not come to it yet.
         """
         ...
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from asgi_realtime.core.sse import chunk_frame, frame_data
-from asgi_realtime.errors import BrokerUnavailable, ProducerGap, RealtimeError, StreamClosed, StreamLost
+from asgi_realtime.errors import Misplaced, ProducerGap, RealtimeError, StreamClosed, StreamLost
 
 COMPACT_AFTER = 1024
 """Trimmed slots that may stay at the front of the lists before they are cut off."""
@@ -82,7 +82,7 @@ def misplaced(at: int, following: int) -> RealtimeError:
     """Why an entry that was lost cannot be written again at its place."""
     if at < following:
         return StreamLost(f"entry {at} was lost and its place is taken: the stream is at {following}")
-    return BrokerUnavailable(f"entry {at} was lost; those before it, from {following} on, are not there again yet")
+    return Misplaced(f"entry {at} was lost; those before it, from {following} on, are not there again yet")
 
 
 class Log:
@@ -110,7 +110,7 @@ class Log:
 
         With `at` the items have to stand from that seq on. Raises `ProducerGap` if the call leaves a hole in the
         producer's count, `StreamClosed` if the log has ended and an item is new, `StreamLost` if the place of the first
-        new item is taken, `BrokerUnavailable` if the log has not come to it yet. The producer's check comes first: a
+        new item is taken, `Misplaced` if the log has not come to it yet. The producer's check comes first: a
         retry of what was stored succeeds on a closed log.
         """
         seq = self.next

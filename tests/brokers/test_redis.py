@@ -206,6 +206,38 @@ async def test_what_was_lost_is_restored_at_the_same_places(storage: Storage) ->
         assert [chunk async for chunk in realtime.read(run)] == ["a", "b", "c", "d"]
 
 
+async def test_what_several_lost_of_one_stream_is_restored_in_its_order(storage: Storage) -> None:
+    """Each has to wait for the others: whoever notices first has all of them restore."""
+    async with storage.realtime() as realtime:
+        async with realtime.open_run("r") as run, realtime.writer() as one, realtime.writer() as other:
+            before = await storage.dump()
+            for number in range(4):
+                for name, writer in (("one", one), ("other", other)):
+                    await writer.write([name, number])
+                    await writer._writer.drain()
+            await storage.turn_back(before)
+            await one.write(["one", 4])
+        chunks = [chunk async for chunk in realtime.read(run)]
+        assert chunks == [*([name, number] for number in range(4) for name in ("one", "other")), ["one", 4]]
+
+
+async def test_a_run_with_a_stream_that_was_lost_is_no_success(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody wrote to that stream any more, and the run completed without it."""
+    monkeypatch.setattr("asgi_realtime.writer.KEPT_BYTES", 10)
+    async with storage.realtime() as realtime:
+        async with realtime.open_run("r") as run:
+            before = await storage.dump()
+            for number in range(8):
+                await realtime.append([number, "long enough"], "early")
+            await storage.turn_back(before)
+            await realtime.append("x", "late")
+        record = await realtime.get_run(run)
+        assert record.error is not None
+        assert (record.status, record.error.name) == (Status.FAILED, "StreamLost")
+
+
 async def test_what_was_lost_before_the_end_of_the_run_is_restored_by_the_end(storage: Storage) -> None:
     """The writer was through and the run completed: nobody wrote any more, and the last chunks were missing."""
     async with storage.realtime() as realtime:

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from asgi_realtime.brokers.base import Broker, End, Position, Producer, StreamKey
 from asgi_realtime.errors import (
-    BrokerUnavailable,
     LimitExceeded,
+    Misplaced,
     ProducerGap,
     RunNotFound,
     StreamClosed,
@@ -429,7 +429,7 @@ async def test_what_was_lost_is_written_again_at_its_place_or_not_at_all(make_br
         assert again == Position(4, 5), "what is there was skipped, and the rest stands behind it"
         with pytest.raises(StreamLost):
             await backend.broker.append(key, items(1), producer=Producer("p", 5), at=4)
-        with pytest.raises(BrokerUnavailable):  # those before it have to be restored first
+        with pytest.raises(Misplaced):  # those before it have to be restored first
             await backend.broker.append(key, items(1), producer=Producer("p", 5), at=7, end=COMPLETE)
         with pytest.raises(ProducerGap):
             await backend.broker.append(key, [], producer=Producer("p", 6))
