@@ -16,7 +16,7 @@ from typing import Protocol
 import anyio
 
 from asgi_realtime.brokers.base import Broker, ThreadRenewal
-from asgi_realtime.config import Limits, Timeouts
+from asgi_realtime.config import Limits, Retention, Timeouts
 from asgi_realtime.core.runs import Finished, RunError, RunRecord, Status
 from asgi_realtime.errors import BrokerUnavailable, InvalidTransition, RunNotFound, ServerShutdown
 from asgi_realtime.execution import Execution
@@ -57,6 +57,7 @@ class Engine:
         clock: Callable[[], float],
         signals: bool,
         debug: bool,
+        after_end_s: float = Retention().after_end,
     ) -> None:
         self.broker = broker
         self.limits = limits
@@ -66,7 +67,7 @@ class Engine:
         self.subscribers: set[Subscriber] = set()
         self.executions: dict[str, Execution] = {}
         self.threads = ThreadBudget(limits.source_threads)
-        self.runs = RunStore(broker, clock=clock, patience_s=timeouts.append, limits=limits)
+        self.runs = RunStore(broker, clock=clock, patience_s=timeouts.append, limits=limits, after_end_s=after_end_s)
         self.executor: Executor | None = None
         self._watches: dict[Execution, RunWatch] = {}
         self._renewer = broker if isinstance(broker, ThreadRenewal) else None
@@ -329,7 +330,7 @@ class Engine:
         )
         execution = Execution(run, runs=self.runs, debug=self._debug)
         self.executions[record.id] = execution
-        self.runs.own(record)
+        self.runs.owned.own(record)
         self.keep_leases()
         self.wake()
         return execution
@@ -345,7 +346,7 @@ class Engine:
         """Forget an execution whose run is over."""
         if self.executions.get(execution.run.id) is execution:
             del self.executions[execution.run.id]
-            self.runs.disown(execution.run.id)
+            self.runs.owned.disown(execution.run.id)
         watch = self._watches.pop(execution, None)
         if watch is not None:
             watch.end()

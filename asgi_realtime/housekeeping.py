@@ -91,6 +91,7 @@ class Housekeeping:
         if not 0 <= now - self._renewed_at < engine.timeouts.lease / 3:
             await engine.broker.renew(engine.held, owner=engine.owner)
             self._renewed_at = now
+            engine.runs.owned.renewed()
 
     async def _each(self, kind: str, act: Callable[[str], Awaitable[object]]) -> None:
         """Act on each run that is due, once: what stays due, such as a task that only others know, is passed over."""

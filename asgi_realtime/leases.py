@@ -19,11 +19,20 @@ _PAUSE_S = 1.0
 class LeaseThread:
     """Renews what `held` gives, three times in the length of a lease. `held` is called in the thread."""
 
-    def __init__(self, broker: ThreadRenewal, held: Callable[[], Sequence[str]], *, owner: str, lease_s: float) -> None:
+    def __init__(
+        self,
+        broker: ThreadRenewal,
+        held: Callable[[], Sequence[str]],
+        *,
+        owner: str,
+        lease_s: float,
+        renewed: Callable[[], None] = lambda: None,
+    ) -> None:
         self._broker = broker
         self._held = held
         self._owner = owner
         self._period_s = lease_s / 3
+        self._on_renewed = renewed
         self._lock = threading.Lock()
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
@@ -31,8 +40,10 @@ class LeaseThread:
 
     def keep(self) -> None:
         """There is something to renew. Does not block; from the loop's thread."""
-        if self._thread is None and not self._stopped.is_set():
-            with self._lock:
+        if self._stopped.is_set():
+            return
+        with self._lock:  # it is held for moments only: a thread that is about to end has to have done so
+            if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="asgi_realtime leases", daemon=True)
                 self._thread.start()
 
@@ -66,3 +77,4 @@ class LeaseThread:
             self._away = True
         else:
             self._away = False
+            self._on_renewed()

@@ -203,9 +203,10 @@ class TopicFollower(BatchIterator[RunRecord]):
                 while True:
                     changed = parker.arm()
                     topic.waiting.add(parker)
+                    changes = await topic.changes(self._cursor, limit=self._limit)
                     if self._run_id is not None:
                         await self._runs.get(self._run_id)
-                    await self._take(await topic.changes(self._cursor, limit=self._limit))
+                    await self._take(changes)
                     if self._ready:
                         return
                     if self._stopped:
@@ -282,6 +283,7 @@ class RunWithStreams(BatchIterator[RunRecord | StreamChunk]):
                     changed = parker.arm()
                     for place in places:
                         place.add(parker)
+                    await topic.changes(None, limit=1)  # raises if nothing is heard any more
                     record = await self._runs.get(self._run_id)
                     for name in record.streams:
                         if name not in lives:

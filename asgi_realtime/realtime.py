@@ -109,7 +109,13 @@ class Realtime:
             )
         self.broker = broker
         self.engine = Engine(
-            broker, limits=self.limits, timeouts=self.timeouts, clock=clock, signals=signals, debug=debug
+            broker,
+            limits=self.limits,
+            timeouts=self.timeouts,
+            clock=clock,
+            signals=signals,
+            debug=debug,
+            after_end_s=self.retention.after_end,
         )
         self.runs = self.engine.runs
         self._tasks = Tasks(self.engine, executor, retention=self.retention, handle=self._handle, result=self.result)

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
 from itertools import count
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import anyio
 import msgspec
 
 from asgi_realtime.brokers.base import Broker, ChangeMark
-from asgi_realtime.config import Limits
+from asgi_realtime.config import Limits, Retention
 from asgi_realtime.core.chunks import encode_value
 from asgi_realtime.core.log import StreamKey
 from asgi_realtime.core.metadata import check_size
@@ -24,13 +23,12 @@ from asgi_realtime.core.runs import InputAdded, RunChange, RunRecord, StreamAdde
 from asgi_realtime.errors import (
     BrokerUnavailable,
     LimitExceeded,
-    RealtimeError,
     RunNotFound,
     StreamBehind,
-    StreamLost,
     VersionConflict,
     shown,
 )
+from asgi_realtime.owned import OwnedRuns, Writer
 from asgi_realtime.supervisor import logger
 from asgi_realtime.waiting import Parking, make_parker
 
@@ -39,31 +37,18 @@ _R = TypeVar("_R")
 _KNOWN_STREAMS = 10_000
 
 
-class Writer(Protocol):
-    """A writer of this process, as the owner of its run sees it."""
-
-    key: StreamKey
-    last_index: int | None
-    failure: RealtimeError | None
-
-    async def restore(self) -> None:
-        """Write again what the broker has lost, or set `failure`. Raises `BrokerUnavailable`."""
-
-
-class _Owned:
-    """A run that this process executes: its newest record, and who writes to its streams here."""
-
-    __slots__ = ("record", "writers")
-
-    def __init__(self, record: RunRecord) -> None:
-        self.record = record
-        self.writers: dict[Writer, None] = {}
-
-
 class RunStore:
     """All access to run records. `clock` gives unix seconds; an absent broker is waited for `patience_s`."""
 
-    def __init__(self, broker: Broker, *, clock: Callable[[], float], patience_s: float, limits: Limits) -> None:
+    def __init__(
+        self,
+        broker: Broker,
+        *,
+        clock: Callable[[], float],
+        patience_s: float,
+        limits: Limits,
+        after_end_s: float = Retention().after_end,
+    ) -> None:
         self._broker = broker
         self._clock = clock
         self._patience_s = patience_s
@@ -73,7 +58,7 @@ class RunStore:
         self._numbers = count()
         self._known_streams: dict[StreamKey, None] = {}
         self._opening: dict[str, Parking] = {}
-        self._owned: dict[str, _Owned] = {}
+        self.owned = OwnedRuns(lossy=broker.shared, clock=clock, after_end_s=after_end_s)
 
     def now_ms(self) -> int:
         return int(self._clock() * 1000)
@@ -128,7 +113,7 @@ class RunStore:
         """As `update`, but returns why a change was left out, if one was."""
         record, stored = await self._newest(run_id)
         while True:
-            if self.taken(record):
+            if self.owned.taken(record):
                 return record, None
             following, refusal = self._apply(record, changes)
             if following is record and stored == record.version:
@@ -138,72 +123,48 @@ class RunStore:
             except VersionConflict as conflict:
                 record, stored = await self._newest(run_id, conflict)
             except StreamBehind:
+                if not stored:
+                    await self.restored(run_id)
                 await self.restore_streams(run_id)
+                record, stored = await self._newest(run_id)
             else:
-                owned = self._owned.get(run_id)
-                if owned is not None:
-                    owned.record = following
                 return following, refusal
 
     # What a broker may lose of a run that this process executes
 
-    def own(self, record: RunRecord) -> None:
-        """This process executes the run: it knows the newest state, and may have to store it again."""
-        self._owned[record.id] = _Owned(record)
-
-    def disown(self, run_id: str) -> None:
-        """The execution is over."""
-        self._owned.pop(run_id, None)
-
-    def taken(self, record: RunRecord) -> bool:
-        """Whether another process executes a run that began here: the broker has lost that it did. It is not ours then,
-        and nothing that comes of it here counts."""
-        owned = self._owned.get(record.id)
-        return owned is not None and record.owner is not None and record.owner != owned.record.owner
-
-    def writes(self, writer: Writer) -> None:
-        """A writer of this process writes to a stream of the run."""
-        owned = self._owned.get(writer.key.run)
-        if owned is not None:
-            owned.writers[writer] = None
-
-    async def recreated(self, run_id: str) -> bool:
-        """Store a run again that the broker has lost. False if it is not ours, or over: then it is gone for good."""
-        owned = self._owned.get(run_id)
-        if owned is None or owned.record.is_completed or not self._broker.shared:
-            return False
-        with suppress(VersionConflict):  # somebody was faster
-            await self._commit(owned.record, expect=0)
-        return True
+    async def restored(self, run_id: str) -> RunRecord | None:
+        """Store again what the broker has lost of a run that executes here; return what is stored then, if anything."""
+        (stored,) = await self.patiently(lambda: self._broker.load([run_id]))
+        record = self.owned.against(run_id, stored)
+        if record is None or record is stored:
+            return record
+        if stored is not None:
+            record = msgspec.structs.replace(record, version=stored.version + 1)
+        try:
+            await self._commit(record, expect=0 if stored is None else stored.version)
+        except VersionConflict as conflict:
+            return conflict.current
+        return record
 
     async def _newest(self, run_id: str, conflict: VersionConflict | None = None) -> tuple[RunRecord, int]:
-        """The newest record that is known, and the version that is stored; 0 if a run of ours is to be stored again.
-
-        Who owns a run knows every version that he has stored. Less is there after a failover that lost some.
-        """
+        """What the run is, and the version that is stored: 0 if a run of ours was lost."""
         if conflict is not None:
-            record = conflict.current
+            stored = conflict.current
         else:
             await self.present(run_id)
-            (record,) = await self.patiently(lambda: self._broker.load([run_id]))
-        owned = self._owned.get(run_id)
-        if owned is not None and self._broker.shared and not owned.record.is_completed:
-            if record is None:
-                return owned.record, 0
-            if record.version < owned.record.version:
-                return msgspec.structs.replace(owned.record, version=record.version), record.version
+            (stored,) = await self.patiently(lambda: self._broker.load([run_id]))
+        record = self.owned.against(run_id, stored)
         if record is None:
             raise RunNotFound(f"no run {shown(run_id)}: it never was, or it is past its retention")
-        return record, record.version
+        return record, 0 if stored is None else stored.version
 
     async def restore_streams(self, run_id: str, *writers: Writer) -> None:
         """Have writers, and all of this process if the run is ours, write again what the broker lost of their streams.
 
         All at once: where several wrote into one stream each may have to wait for the others.
         """
-        owned = self._owned.get(run_id)
         async with anyio.create_task_group() as group:
-            for writer in dict.fromkeys((*writers, *(() if owned is None else owned.writers))):
+            for writer in dict.fromkeys((*writers, *self.owned.writers(run_id))):
                 group.start_soon(self._restore, writer)
 
     async def _restore(self, writer: Writer) -> None:
@@ -211,20 +172,6 @@ class RunStore:
             await writer.restore()
         except BrokerUnavailable as exc:
             logger.warning("stream %r of run %s waits to be restored: %s", writer.key.name, writer.key.run, exc)
-
-    def _floors(self, record: RunRecord) -> dict[str, int]:
-        """Where the streams of a run that ends have to be, so that all that our writers were told is there.
-
-        Raises `StreamLost` if the run would be a success and one of its streams was lost.
-        """
-        floors: dict[str, int] = {}
-        owned = self._owned.get(record.id) if record.is_completed else None
-        for writer in () if owned is None else owned.writers:
-            if isinstance(writer.failure, StreamLost) and record.is_success:
-                raise writer.failure
-            if writer.last_index is not None:
-                floors[writer.key.name] = max(writer.last_index + 1, floors.get(writer.key.name, 0))
-        return floors
 
     def _apply(self, record: RunRecord, changes: Sequence[RunChange]) -> tuple[RunRecord, LimitExceeded | None]:
         """The record after the changes that are within the limits, and why the others are not.
@@ -253,8 +200,9 @@ class RunStore:
 
     async def _commit(self, record: RunRecord, *, expect: int) -> None:
         mark = self._mark()
-        floors = self._floors(record)
+        floors = self.owned.floors(record)
         await self.patiently(lambda: self._broker.commit(record, expect=expect, change=mark, floors=floors))
+        self.owned.stored(record)
 
     def _mark(self) -> ChangeMark:
         return ChangeMark(self.owner, next(self._numbers))
@@ -285,14 +233,15 @@ class RunStore:
 
     async def ended(self, run_id: str) -> RunRecord:
         """Wait until the run is over and return its last record. Raises `RunNotFound`."""
-        await self.get(run_id)
+        await self.patiently(lambda: self.get(run_id))
         parker = make_parker()
         async with self._broker.follow(run_topic(run_id)) as topic:
             try:
                 while True:
                     changed = parker.arm()
                     topic.waiting.add(parker)
-                    record = await self.get(run_id)
+                    await topic.changes(None, limit=1)  # raises if nothing is heard any more
+                    record = await self.patiently(lambda: self.get(run_id))
                     if record.is_completed:
                         return record
                     await changed

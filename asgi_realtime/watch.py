@@ -77,27 +77,24 @@ class RunWatch:
             topic.waiting.discard(parker)
 
     async def _is_stopped_by(self, version: int) -> bool:
-        if version > self._seen:
+        if version != self._seen:
             async with self._execution.run.buffer.storing:
                 pass  # the news of a change of our own may come before its answer
-        if version > self._seen and not self._execution.ending:
-            (record,) = await self._runs.load([self._run_id])
-            if record is None and await self._runs.recreated(self._run_id):
-                return False  # the broker had lost it
-            self._heed(record)
+        if version != self._seen and not self._execution.ending:
+            self._heed(await self._runs.restored(self._run_id))
         return self._execution.stopped_by is not None
 
     def _heed(self, record: RunRecord | None) -> None:
         if record is not None:
-            self._seen = max(self._seen, record.version)
+            self._seen = record.version  # which is lower than before if the broker has lost something
             asked = record.is_completed or record.cancel_requested_at_ms is not None
-            if not asked and not self._runs.taken(record):
+            if not asked and not self._runs.owned.taken(record):
                 return
         execution = self._execution
         if execution.ending or execution.stopped_by is not None:
             return
         if record is None or record.status is Status.CRASHED:
             logger.warning("run %s was given up while it ran here: its lease was over", self._run_id)
-        elif self._runs.taken(record):
+        elif self._runs.owned.taken(record):
             logger.warning("run %s is executed elsewhere now: the broker had lost that it ran here", self._run_id)
         execution.cancel()

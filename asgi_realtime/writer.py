@@ -77,7 +77,7 @@ class StreamWriter:
         self._spawn = spawn
         self._limits = limits
         self._immediate = broker.append_nowait if isinstance(broker, ImmediateBroker) else None
-        self._producer = secrets.token_hex(8)
+        self.producer = secrets.token_hex(8)
         self._pending: deque[bytes] = deque()
         self._pending_bytes = 0
         self._taken = 0
@@ -145,7 +145,7 @@ class StreamWriter:
     async def _flush(self) -> None:
         try:
             await self._runs.add_stream(self.key)
-            self._runs.writes(self)
+            self._runs.owned.writes(self)
             while self._pending:
                 await self._append(self._next_call())
                 self._progress.wake()
@@ -183,7 +183,7 @@ class StreamWriter:
 
     async def _stored(self, items: list[bytes]) -> Position:
         """Append, after what the broker has lost is there again."""
-        producer = Producer(self._producer, self.chunks)
+        producer = Producer(self.producer, self.chunks)
         while True:
             try:
                 return await self._runs.patiently(lambda: self._broker.append(self.key, items, producer=producer))
@@ -192,7 +192,7 @@ class StreamWriter:
                 if self.failure is not None:
                     raise self.failure from None
             except RunNotFound:
-                if not await self._runs.recreated(self.key.run):
+                if await self._runs.restored(self.key.run) is None:
                     raise
 
     # What a broker may lose
@@ -204,8 +204,14 @@ class StreamWriter:
         for seq, data in enumerate(items, first):
             self._kept.append(_Kept(seq, data, now))
             self._kept_bytes += len(data)
-        while self._kept and (self._kept_bytes > KEPT_BYTES or now - self._kept[0].since > KEPT_S):
+        self.release(now)
+        self._runs.owned.keeps(self)
+
+    def release(self, now_s: float) -> bool:
+        """Let go of what was kept long enough by this monotonic time; whether that is everything."""
+        while self._kept and (self._kept_bytes > KEPT_BYTES or now_s - self._kept[0].since > KEPT_S):
             self._kept_bytes -= len(self._kept.popleft().data)
+        return not self._kept
 
     async def restore(self) -> None:
         """Write again, at its old places, what the broker has lost of what it had acknowledged.
@@ -216,11 +222,12 @@ class StreamWriter:
         async with self._restoring:
             if self.failure is not None:
                 return
-            index = self.chunks - len(self._kept)
+            kept = list(self._kept)  # while this waits, more may be written and kept
+            index = self.chunks - len(kept)
             try:
-                for kept in _neighbours(self._kept) if self._kept else [[]]:
-                    await self._restore(kept, index)
-                    index += len(kept)
+                for neighbours in _neighbours(kept) if kept else [[]]:
+                    await self._restore(neighbours, index)
+                    index += len(neighbours)
             except (ProducerGap, StreamLost, Misplaced):  # more is lost than was kept, or others have written there
                 await self._lose()
             except StreamClosed as exc:
@@ -229,7 +236,7 @@ class StreamWriter:
     async def _restore(self, kept: list[_Kept], index: int) -> None:
         """Append what stands side by side, as from this place in our count on. If it is nothing, that is a question."""
         items = [one.data for one in kept]
-        producer = Producer(self._producer, index)
+        producer = Producer(self.producer, index)
         at = kept[0].seq if kept else None
         await self._runs.patiently(lambda: self._broker.append(self.key, items, producer=producer, at=at))
 

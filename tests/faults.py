@@ -110,7 +110,7 @@ class RemoteBroker:
             await anyio.lowlevel.checkpoint()
 
     async def commit(
-        self, record: RunRecord, *, expect: int, change: ChangeMark, floors: Mapping[str, int] | None = None
+        self, record: RunRecord, *, expect: int, change: ChangeMark, floors: Mapping[tuple[str, str], int] | None = None
     ) -> int:
         await self._travel("commit")
         return await self.inner.commit(record, expect=expect, change=change, floors=floors)

@@ -564,7 +564,7 @@ class NoCommits(MemoryBroker):
     away = False
 
     async def commit(
-        self, record: RunRecord, *, expect: int, change: ChangeMark, floors: Mapping[str, int] | None = None
+        self, record: RunRecord, *, expect: int, change: ChangeMark, floors: Mapping[tuple[str, str], int] | None = None
     ) -> int:
         if self.away:
             raise BrokerUnavailable("gone")

@@ -304,7 +304,7 @@ async def test_a_run_that_was_left_open_by_a_task_that_is_gone_does_not_hold_up_
 
 class NoEnd(MemoryBroker):
     async def commit(
-        self, record: RunRecord, *, expect: int, change: ChangeMark, floors: Mapping[str, int] | None = None
+        self, record: RunRecord, *, expect: int, change: ChangeMark, floors: Mapping[tuple[str, str], int] | None = None
     ) -> int:
         if record.is_completed:
             raise BrokerUnavailable("the broker is away")

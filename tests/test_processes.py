@@ -6,6 +6,7 @@ import asyncio
 import secrets
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack
 from itertools import pairwise
 from typing import Any
 
@@ -40,7 +41,8 @@ def make(redis_url: str) -> Make:
 
 
 async def test_many_producers_into_one_stream_interleave_by_append_order(make: Make) -> None:
-    async with make() as ours, make() as theirs, ours.open_run("r") as run:
+    async with make() as ours, make() as theirs, AsyncExitStack() as leaving:
+        run = await leaving.enter_async_context(ours.open_run("r"))
         readers = [asyncio.ensure_future(collect(process, run.id)) for process in (ours, theirs)]
 
         async def source(name: str) -> AsyncIterator[list[Any]]:
@@ -54,7 +56,8 @@ async def test_many_producers_into_one_stream_interleave_by_append_order(make: M
         results = [await pipe.wait_until_complete() for pipe in pipes]
         assert [result.chunks for result in results] == [100] * 6
         assert max(result.last_index or 0 for result in results) == 599
-    first, second = await asyncio.gather(*readers)
+        await leaving.aclose()
+        first, second = await asyncio.gather(*readers)
     assert first == second, "all readers see one order"
     assert len(first) == 600
     for pipe in {name for name, _ in first}:

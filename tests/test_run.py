@@ -41,7 +41,7 @@ class Counting(MemoryBroker):
         self.commits: list[RunRecord] = []
 
     async def commit(
-        self, record: RunRecord, *, expect: int, change: ChangeMark, floors: Mapping[str, int] | None = None
+        self, record: RunRecord, *, expect: int, change: ChangeMark, floors: Mapping[tuple[str, str], int] | None = None
     ) -> int:
         self.commits.append(record)
         return await super().commit(record, expect=expect, change=change, floors=floors)
@@ -54,7 +54,7 @@ class Away(MemoryBroker):
     refused = 0
 
     async def commit(
-        self, record: RunRecord, *, expect: int, change: ChangeMark, floors: Mapping[str, int] | None = None
+        self, record: RunRecord, *, expect: int, change: ChangeMark, floors: Mapping[tuple[str, str], int] | None = None
     ) -> int:
         if self.away:
             self.refused += 1

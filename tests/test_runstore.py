@@ -144,7 +144,7 @@ class Removing(MemoryBroker):
     """Removes a run between its load and its commit."""
 
     async def commit(
-        self, record: RunRecord, *, expect: int, change: ChangeMark, floors: Mapping[str, int] | None = None
+        self, record: RunRecord, *, expect: int, change: ChangeMark, floors: Mapping[tuple[str, str], int] | None = None
     ) -> int:
         if expect:
             await self.remove(record.id)
@@ -172,7 +172,7 @@ class Flaky(MemoryBroker):
             raise BrokerUnavailable("no answer")
 
     async def commit(
-        self, record: RunRecord, *, expect: int, change: ChangeMark, floors: Mapping[str, int] | None = None
+        self, record: RunRecord, *, expect: int, change: ChangeMark, floors: Mapping[tuple[str, str], int] | None = None
     ) -> int:
         self.marks.append(change)
         version = await super().commit(record, expect=expect, change=change, floors=floors)

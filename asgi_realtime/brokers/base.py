@@ -37,14 +37,16 @@ class LiveTopic(Protocol):
     waiting: Parking
 
     async def changes(self, cursor: Cursor | None, *, limit: int = 1000) -> Changes:
-        """As `Broker.changes`. Raises `BrokerUnavailable` if the topic cannot be followed any more."""
+        """As `Broker.changes`. Raises `BrokerUnavailable` if the topic cannot be followed any more, `ServerShutdown` if
+        the broker was left."""
         ...
 
 
 class Broker(Protocol):
     """The storage and distribution behind a `Realtime`. An async context manager that may be entered again after exit.
 
-    All methods raise `BrokerUnavailable` when the backend does not answer; nothing is known of such a call then.
+    All methods raise `BrokerUnavailable` when the backend does not answer; nothing is known of such a call then. One
+    that is under way when the broker is left may raise `ServerShutdown`.
     """
 
     shared: bool
@@ -96,13 +98,14 @@ class Broker(Protocol):
         ...
 
     async def commit(
-        self, record: RunRecord, *, expect: int, change: ChangeMark, floors: Mapping[str, int] | None = None
+        self, record: RunRecord, *, expect: int, change: ChangeMark, floors: Mapping[tuple[str, str], int] | None = None
     ) -> int:
         """Store a record if the stored version is `expect` (0: the run must not exist yet); return its version.
 
         A record follows the stored version; one that is created may have any, since its owner may have to create it
-        again. `floors` are positions that streams must have reached: if one has not, acknowledged entries were lost,
-        and `StreamBehind` is raised before anything is changed.
+        again. `floors` say, by stream and producer id, how many items of a producer a stream must have counted: if it
+        has not, acknowledged entries were lost, and `StreamBehind` is raised before anything is changed. Nothing
+        follows a terminal record.
 
         The record and its own topic `run:<id>` change in one step; a terminal record ends all streams of the run in
         that step. Before the call returns, the topics in `record.topics` are told: each change at least once, never an

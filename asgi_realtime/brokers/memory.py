@@ -238,7 +238,7 @@ class MemoryBroker:
     # Runs
 
     async def commit(
-        self, record: RunRecord, *, expect: int, change: ChangeMark, floors: Mapping[str, int] | None = None
+        self, record: RunRecord, *, expect: int, change: ChangeMark, floors: Mapping[tuple[str, str], int] | None = None
     ) -> int:
         run = self._runs.get(record.id)
         if run is not None:
@@ -246,13 +246,14 @@ class MemoryBroker:
             if version is not None:
                 return version
         stored = 0 if run is None else run.record.version
-        if stored != expect or (expect and record.version != expect + 1):
+        over = run is not None and run.record.is_completed
+        if over or stored != expect or (expect and record.version != expect + 1):
             current = None if run is None else run.record
             raise VersionConflict(f"run {record.id!r} has version {stored}, expected {expect}", current=current)
-        for name, floor in (floors or {}).items():
+        for (name, producer), floor in (floors or {}).items():
             live = None if run is None else run.streams.get(name)
-            if live is None or live.log.next < floor:
-                raise StreamBehind(f"stream {name!r} has not come to {floor}")
+            if live is None or live.log.counted(producer) < floor:
+                raise StreamBehind(f"stream {name!r} has less than {floor} items of one of its producers")
         if run is None:
             if self._full:
                 self._refuse()

@@ -147,6 +147,10 @@ class Log:
             raise ProducerGap(f"append starts at item {producer.start}, expected {expected}", expected=expected)
         return items[expected - producer.start :]
 
+    def counted(self, producer_id: str) -> int:
+        """How many items of a producer this log has counted."""
+        return self._producers.get(producer_id, (0, -1))[0]
+
     def close(self, end: End) -> None:
         """End the log. Final and idempotent: the first end stays."""
         if self.end is None:

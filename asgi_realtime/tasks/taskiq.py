@@ -143,3 +143,4 @@ class TaskiqExecutor:
                     logger.warning("run %s came from the queue and waits: %s", run_id, exc)
                 waits = True
                 await anyio.sleep(_PAUSE_S)
+        raise BrokerUnavailable("the worker stops before the run could be executed")  # the queue may deliver it again

@@ -15,7 +15,7 @@ celery = Celery("tasks", broker=REDIS_URL.replace("unix://", "redis+socket://"))
 
 class CeleryExecutor:
     async def enqueue(self, run_id: str, task_id: str) -> None:
-        await to_thread.run_sync(execute.delay, run_id)
+        await to_thread.run_sync(execute.delay, run_id, abandon_on_cancel=True)
 
 
 realtime = Realtime(

@@ -101,7 +101,7 @@ class RepeatingBroker(MemoryBroker):
         return entry
 
     async def commit(
-        self, record: RunRecord, *, expect: int, change: ChangeMark, floors: Mapping[str, int] | None = None
+        self, record: RunRecord, *, expect: int, change: ChangeMark, floors: Mapping[tuple[str, str], int] | None = None
     ) -> int:
         version = await super().commit(record, expect=expect, change=change, floors=floors)
         self._later.start_soon(self._tell_again, record.id)
@@ -146,7 +146,7 @@ class DistantBroker(MemoryBroker):
             yield live
 
     async def commit(
-        self, record: RunRecord, *, expect: int, change: ChangeMark, floors: Mapping[str, int] | None = None
+        self, record: RunRecord, *, expect: int, change: ChangeMark, floors: Mapping[tuple[str, str], int] | None = None
     ) -> int:
         await pause(1)
         version = await super().commit(record, expect=expect, change=change, floors=floors)

@@ -272,7 +272,7 @@ class EndsTheRunBeforeItsStreams(MemoryBroker):
     """Between the terminal record and the end of the streams more is acknowledged."""
 
     async def commit(
-        self, record: RunRecord, *, expect: int, change: ChangeMark, floors: Mapping[str, int] | None = None
+        self, record: RunRecord, *, expect: int, change: ChangeMark, floors: Mapping[tuple[str, str], int] | None = None
     ) -> int:
         if record.end is None:
             return await super().commit(record, expect=expect, change=change, floors=floors)
@@ -289,7 +289,7 @@ class EndsTheRunBeforeItsStreams(MemoryBroker):
 
 class EndsOnlyWhatIsWritten(MemoryBroker):
     async def commit(
-        self, record: RunRecord, *, expect: int, change: ChangeMark, floors: Mapping[str, int] | None = None
+        self, record: RunRecord, *, expect: int, change: ChangeMark, floors: Mapping[tuple[str, str], int] | None = None
     ) -> int:
         run = self._runs.get(record.id)
         streams = {} if run is None else run.streams
@@ -307,7 +307,7 @@ class EndsOnlyWhatIsWritten(MemoryBroker):
 
 class CommitsWithoutComparing(MemoryBroker):
     async def commit(
-        self, record: RunRecord, *, expect: int, change: ChangeMark, floors: Mapping[str, int] | None = None
+        self, record: RunRecord, *, expect: int, change: ChangeMark, floors: Mapping[tuple[str, str], int] | None = None
     ) -> int:
         run = self._runs.get(record.id)
         stored = 0 if run is None else run.record.version
@@ -317,7 +317,7 @@ class CommitsWithoutComparing(MemoryBroker):
 
 class ComparesAndThenCommits(MemoryBroker):
     async def commit(
-        self, record: RunRecord, *, expect: int, change: ChangeMark, floors: Mapping[str, int] | None = None
+        self, record: RunRecord, *, expect: int, change: ChangeMark, floors: Mapping[tuple[str, str], int] | None = None
     ) -> int:
         run = self._runs.get(record.id)
         stored = 0 if run is None else run.record.version
@@ -331,7 +331,7 @@ class ComparesAndThenCommits(MemoryBroker):
 
 class ForgetsTheConflictingRecord(MemoryBroker):
     async def commit(
-        self, record: RunRecord, *, expect: int, change: ChangeMark, floors: Mapping[str, int] | None = None
+        self, record: RunRecord, *, expect: int, change: ChangeMark, floors: Mapping[tuple[str, str], int] | None = None
     ) -> int:
         try:
             return await super().commit(record, expect=expect, change=change, floors=floors)
@@ -343,7 +343,7 @@ class KnowsOnlyTheLastMark(MemoryBroker):
     """Remembers one commit; a retry of ours after a commit of another is a conflict."""
 
     async def commit(
-        self, record: RunRecord, *, expect: int, change: ChangeMark, floors: Mapping[str, int] | None = None
+        self, record: RunRecord, *, expect: int, change: ChangeMark, floors: Mapping[tuple[str, str], int] | None = None
     ) -> int:
         version = await super().commit(record, expect=expect, change=change, floors=floors)
         self._runs[record.id].marks = {change: version}
@@ -354,7 +354,7 @@ class TakesLateCommitsForRetries(MemoryBroker):
     """Believes that the numbers of a writer arrive in order."""
 
     async def commit(
-        self, record: RunRecord, *, expect: int, change: ChangeMark, floors: Mapping[str, int] | None = None
+        self, record: RunRecord, *, expect: int, change: ChangeMark, floors: Mapping[tuple[str, str], int] | None = None
     ) -> int:
         run = self._runs.get(record.id)
         for known, version in {} if run is None else run.marks.items():
@@ -393,7 +393,7 @@ class TellsWithoutMark(MemoryBroker):
         pass
 
     async def commit(
-        self, record: RunRecord, *, expect: int, change: ChangeMark, floors: Mapping[str, int] | None = None
+        self, record: RunRecord, *, expect: int, change: ChangeMark, floors: Mapping[tuple[str, str], int] | None = None
     ) -> int:
         version = await super().commit(record, expect=expect, change=change, floors=floors)
         await pause(1)
@@ -403,7 +403,7 @@ class TellsWithoutMark(MemoryBroker):
 
 class TellsTheRunTopicLater(MemoryBroker):
     async def commit(
-        self, record: RunRecord, *, expect: int, change: ChangeMark, floors: Mapping[str, int] | None = None
+        self, record: RunRecord, *, expect: int, change: ChangeMark, floors: Mapping[tuple[str, str], int] | None = None
     ) -> int:
         told, self._tell = self._tell, lambda topic, record: None  # type: ignore[method-assign]
         try:

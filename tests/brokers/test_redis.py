@@ -11,10 +11,20 @@ from typing import Any
 import pytest
 from redis.asyncio import Connection, Redis
 
-from asgi_realtime import Limits, Realtime, Retention, RunFailed, Status, StreamGap, StreamLost, Timeouts
+from asgi_realtime import (
+    Limits,
+    Realtime,
+    Retention,
+    RunFailed,
+    ServerShutdown,
+    Status,
+    StreamGap,
+    StreamLost,
+    Timeouts,
+)
 from asgi_realtime.brokers.base import End, Producer, StreamKey
 from asgi_realtime.brokers.redis import RedisBroker
-from asgi_realtime.core.runs import TagsAdded
+from asgi_realtime.core.runs import Finished, RunError, TagsAdded
 from asgi_realtime.core.sse import chunk_frame
 from asgi_realtime.tasks.trigger import RunOptions
 from asgi_realtime.testing import driver
@@ -53,15 +63,16 @@ class Storage:
         dumped = {key: await self.client.dump(key) for key in await self.keys()}
         return {key: value for key, value in dumped.items() if value is not None}
 
-    async def turn_back(self, dumped: dict[bytes, bytes]) -> None:
-        """As after a failover to a replica that had not heard of the rest. Connections are lost too."""
+    async def turn_back(self, dumped: dict[bytes, bytes], *, noticed: bool = True) -> None:
+        """As after a failover to a replica that had not heard of the rest. If it is noticed, connections are lost."""
         pipe = self.client.pipeline(transaction=True)
         for key in await self.keys():
             pipe.delete(key)
         for key, value in dumped.items():
             pipe.restore(key, 0, value)
         await pipe.execute()
-        await self.client.client_kill_filter(_type="pubsub")
+        if noticed:
+            await self.client.client_kill_filter(_type="pubsub")
 
 
 @pytest.fixture
@@ -329,8 +340,8 @@ async def test_a_run_whose_claim_was_lost_and_is_executed_elsewhere_is_stopped_h
         before = await storage.dump()
         executing = asyncio.ensure_future(ours.execute(record.id))
         await until(lambda: began == [ours])
-        await until(lambda: held(ours))  # its watch begins with the next tick
-        await storage.turn_back(before)
+        await until(lambda: held(ours) >= 3)  # its watch begins with the next tick, and waits
+        await storage.turn_back(before, noticed=False)
         again = asyncio.ensure_future(theirs.execute(record.id))
         await until(lambda: began == [ours, theirs])
         await theirs.runs.update(record.id, TagsAdded(("theirs",)))
@@ -340,6 +351,120 @@ async def test_a_run_whose_claim_was_lost_and_is_executed_elsewhere_is_stopped_h
         await asyncio.wait_for(again, 5)
         stored = await ours.get_run(record.id)
         assert (stored.status, stored.output, stored.owner) == (Status.COMPLETED, "theirs", theirs.runs.owner)
+
+
+async def test_a_claim_that_was_lost_is_stored_again(storage: Storage) -> None:
+    """The run was EXPIRED, as one that never began, while it executed."""
+    async with storage.realtime() as realtime:
+        go_on = asyncio.Event()
+
+        @realtime.task("t")
+        async def task() -> str:
+            await go_on.wait()
+            return "done"
+
+        record = realtime._tasks._record("t", None, RunOptions(ttl=1))
+        await realtime.runs.create(record)
+        before = await storage.dump()
+        executing = asyncio.ensure_future(realtime.execute(record.id))
+        await until(lambda: held(realtime))
+        await storage.turn_back(before)
+        async with asyncio.timeout(5):
+            while (await realtime.get_run(record.id)).status is not Status.EXECUTING:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        go_on.set()
+        await executing
+        assert (await realtime.get_run(record.id)).output == "done"
+
+
+async def test_an_end_that_others_stored_after_a_loss_stays(storage: Storage) -> None:
+    """The owner knew newer versions, which were lost, and stored his over a run that was CRASHED by then."""
+    async with storage.realtime() as ours, storage.realtime() as theirs:
+        async with ours.open_run("r") as run:
+            before = await storage.dump()
+            for number in range(5):
+                run.metadata.set("n", number)
+                await run.metadata.flush()
+            await storage.turn_back(before, noticed=False)
+            crashed = Finished(Status.CRASHED, error=RunError("Crashed", "gone"))
+            await theirs.runs.update(run.id, crashed)
+            run.metadata.set("n", "late")
+            await run.metadata.flush()
+            assert (await theirs.get_run(run)).status is Status.CRASHED
+        assert (await theirs.get_run(run)).status is Status.CRASHED
+
+
+async def test_chunks_that_others_have_overwritten_are_not_taken_for_complete(storage: Storage) -> None:
+    """The stream was long enough again, with other chunks in the places of those that were acknowledged and lost."""
+    async with storage.realtime() as realtime:
+        async with realtime.open_run("r") as run:
+            await realtime.append("a")
+            before = await storage.dump()
+            await realtime.pipe(["b", "c"]).wait_until_complete()
+            await storage.turn_back(before)
+            await realtime.append("d")
+            await realtime.append("e")
+        record = await realtime.get_run(run)
+        assert record.error is not None
+        assert (record.status, record.error.name) == (Status.FAILED, "StreamLost")
+        assert (await realtime.broker.read(StreamKey(run.id, "default"))).end.reason == "lost"  # type: ignore[union-attr]
+
+
+async def test_a_run_that_was_lost_altogether_is_stored_again_by_its_end(storage: Storage) -> None:
+    async with storage.realtime() as realtime:
+        async with realtime.open_run("r") as run:
+            await realtime.pipe(["a", "b"]).wait_until_complete()
+            await storage.turn_back({}, noticed=False)
+            run.set_output("done")
+        record = await realtime.get_run(run)
+        assert (record.status, record.output) == (Status.COMPLETED, "done")
+        assert [chunk async for chunk in realtime.read(run)] == ["a", "b"]
+
+
+async def test_who_writes_while_what_was_lost_is_restored_disturbs_nothing(storage: Storage) -> None:
+    async with storage.realtime() as realtime:
+        async with realtime.open_run("r") as run, realtime.writer() as one, realtime.writer() as other:
+            before = await storage.dump()
+            for number in range(30):
+                for writer in (one, other):
+                    await writer.write(number)
+                    await writer._writer.drain()
+            await storage.turn_back(before)
+
+            async def write(writer: Any) -> None:
+                for number in range(30, 60):
+                    await writer.write(number)
+                    await asyncio.sleep(0)
+
+            await asyncio.gather(write(one), write(other), one._writer.restore(), other._writer.restore())
+        chunks = [chunk async for chunk in realtime.read(run)]
+        assert chunks[:60] == [number for number in range(30) for _ in range(2)]
+        assert sorted(chunks[60:]) == [number for number in range(30, 60) for _ in range(2)]
+
+
+async def test_a_writer_that_is_quiet_keeps_nothing_for_long(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was acknowledged was kept until the same writer wrote again, and so for ever if its run was over."""
+    monkeypatch.setattr("asgi_realtime.writer.KEPT_S", 0.0)
+    async with storage.realtime() as realtime:
+        for _ in range(30):
+            async with realtime.open_run("r"):
+                await realtime.append("x" * 10_000)
+        writers = realtime._producers._shared.values()
+        assert sum(writer._kept_bytes for writer in writers) <= 20_000
+
+
+async def test_readers_are_told_when_their_realtime_stops(storage: Storage) -> None:
+    """They waited for ever for a run that executes elsewhere."""
+    async with storage.realtime() as theirs, theirs.open_run("r") as run:
+        async with storage.realtime() as ours:
+            waiting = [
+                asyncio.ensure_future(anext(ours.read(run.id))),
+                asyncio.ensure_future(anext(ours.subscribe_to_runs_with_tag("none"))),
+                asyncio.ensure_future(ours.result(run.id)),
+            ]
+            await until(lambda: held(ours) >= 3)  # also those that are still on their way
+        for done in await asyncio.wait_for(asyncio.gather(*waiting, return_exceptions=True), 5):
+            assert isinstance(done, ServerShutdown)
 
 
 async def test_a_place_that_was_taken_is_lost(storage: Storage) -> None:

@@ -37,6 +37,7 @@ from asgi_realtime.errors import (
     ProducerGap,
     RealtimeError,
     RunNotFound,
+    ServerShutdown,
     StateError,
     StreamBehind,
     StreamClosed,
@@ -114,6 +115,7 @@ class RedisBroker:
         self._topics: dict[str, TopicMirror] = {}
         self._jobs: set[asyncio.Task[None]] = set()
         self._wakes = WakeSoon()
+        self._quiet = False
         self._opened: _Open | None = None
 
     def __repr__(self) -> str:
@@ -122,7 +124,7 @@ class RedisBroker:
     async def __aenter__(self) -> RedisBroker:
         if not on_asyncio():
             raise RuntimeError("the Redis broker runs on asyncio only; on trio use the memory broker")
-        servers = Servers(self._client, timeout_s=self._timeouts.broker, spawn=self._spawn)
+        servers = Servers(self._client, timeout_s=self._timeouts.broker, spawn=self._spawn, quiet=self._quiet)
         self._opened = _Open(
             servers,
             Listener(servers, timeout_s=self._timeouts.broker, silence_s=_SILENCE_S, spawn=self._spawn),
@@ -133,7 +135,7 @@ class RedisBroker:
 
     async def __aexit__(self, *exc_info: object) -> None:
         for mirror in (*self._streams.values(), *self._topics.values()):
-            mirror.close()
+            mirror.shut_down()
         self._streams.clear()
         self._topics.clear()
         await self._open.listener.aclose()
@@ -151,7 +153,8 @@ class RedisBroker:
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._jobs.discard(task)
-        if not task.cancelled() and (failure := task.exception()) is not None:
+        failure = None if task.cancelled() else task.exception()
+        if failure is not None and not isinstance(failure, ServerShutdown):
             logger.error("a job of the Redis broker failed", exc_info=failure)
 
     @property
@@ -285,7 +288,7 @@ class RedisBroker:
     # Runs
 
     async def commit(
-        self, record: RunRecord, *, expect: int, change: ChangeMark, floors: Mapping[str, int] | None = None
+        self, record: RunRecord, *, expect: int, change: ChangeMark, floors: Mapping[tuple[str, str], int] | None = None
     ) -> int:
         try:
             version, began = await self._commit(record, expect, change, floors or {})
@@ -304,7 +307,7 @@ class RedisBroker:
         return version
 
     async def _commit(
-        self, record: RunRecord, expect: int, change: ChangeMark, floors: Mapping[str, int]
+        self, record: RunRecord, expect: int, change: ChangeMark, floors: Mapping[tuple[str, str], int]
     ) -> tuple[int, bool]:
         """Store a version. Returns its number, and whether a lease or the like began with it."""
         due = self._due_times(record)
@@ -329,7 +332,7 @@ class RedisBroker:
             new_epoch(),
             MARKS_KEPT,
             *(due.get(kind, "") for kind in ("delay", "ttl", "cancel", "expiry")),
-            *chain.from_iterable(floors.items()),
+            *chain.from_iterable((*of, count) for of, count in floors.items()),
             tells=self._keys.topic_channel(f"run:{record.id}"),
         )
         if answer[0] == b"short":
@@ -412,7 +415,9 @@ class RedisBroker:
         """As `renew`, with a loop and connections of its own: the loop of the broker may be blocked."""
 
         async def renew() -> None:
-            async with RedisBroker(self._client, prefix=self._prefix, timeouts=self._timeouts) as broker:
+            broker = RedisBroker(self._client, prefix=self._prefix, timeouts=self._timeouts)
+            broker._quiet = True  # whoever renews tells the log
+            async with broker:
                 await broker.renew(run_ids, owner=owner)
 
         asyncio.run(renew())

@@ -17,7 +17,7 @@ from redis.asyncio.connection import AbstractConnection
 from redis.exceptions import ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from asgi_realtime.errors import BrokerUnavailable
+from asgi_realtime.errors import BrokerUnavailable, ServerShutdown
 
 try:
     from hiredis import pack_command
@@ -90,10 +90,10 @@ class Link:
         """The last try came to nothing."""
 
     def send(self, *command: Any) -> asyncio.Future[Any]:
-        """Send a command; the future has its answer, or raises `Lost` or the server's `ResponseError`."""
+        """Send a command; the future has its answer, or raises `Lost`, or the server's `ResponseError`."""
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         if self._closed:
-            future.set_exception(Lost("the broker is closed"))
+            future.set_exception(ServerShutdown("this Realtime was stopped"))
             return future
         self._queue.append((command, future))
         self._wanted.set()
@@ -108,7 +108,7 @@ class Link:
     async def aclose(self) -> None:
         """Fail what is under way and close the connection."""
         self._closed = True
-        self._fail(Lost("the broker is closed"))
+        self._fail(ServerShutdown("this Realtime was stopped"))
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait([self._task])
@@ -199,7 +199,7 @@ class Link:
             if self._sent and loop.time() - self._heard_at > self._timeout_s:
                 raise TimeoutError(f"no answer for {self._timeout_s:g} s")
 
-    def _fail(self, failure: Lost, *, unsent: bool = True) -> None:
+    def _fail(self, failure: Lost | ServerShutdown, *, unsent: bool = True) -> None:
         under_way = list(self._sent)
         self._sent.clear()
         if unsent:
@@ -207,7 +207,12 @@ class Link:
             under_way += [future for _, future in queue]
         for future in under_way:
             if not future.done():
-                future.set_exception(Lost(str(failure), broke=failure.broke))  # one each: a traceback grows by raising
+                again = (
+                    Lost(str(failure), broke=failure.broke)
+                    if isinstance(failure, Lost)
+                    else ServerShutdown(str(failure))
+                )
+                future.set_exception(again)  # one each: a traceback grows by raising
                 future.exception()  # whoever asked may be gone: that is nothing to warn of
 
 

@@ -21,7 +21,7 @@ from asgi_realtime.brokers.redis.listener import Listener
 from asgi_realtime.brokers.redis.servers import LOOK, Spawn
 from asgi_realtime.core.log import End, Entry, Log, Page, StreamKey
 from asgi_realtime.core.topics import Change, Changes, Cursor, TopicIndex
-from asgi_realtime.errors import BrokerUnavailable, RealtimeError, RunNotFound
+from asgi_realtime.errors import BrokerUnavailable, RealtimeError, RunNotFound, ServerShutdown
 from asgi_realtime.livelog import LiveLog
 from asgi_realtime.waiting import Parking, WakeSoon
 
@@ -58,10 +58,17 @@ class Mirror(ABC):
 
     async def joined(self) -> None:
         """Return when history and tail are joined. Raises `RunNotFound`, `BrokerUnavailable`."""
-        while not self._joined:
+        while not self._joined or self._failure is not None:
             if self._failure is not None:
                 raise self._failure
             await self._changed.wait()
+
+    def shut_down(self) -> None:
+        """The broker is left: whoever follows this hears no more."""
+        self._failure = ServerShutdown("this Realtime was stopped")
+        self._changed.wake()
+        self._lost(self._failure)
+        self.close()
 
     def close(self) -> None:
         """Nobody follows this any more."""
@@ -76,7 +83,7 @@ class Mirror(ABC):
             await self._catch_up()
             self._joined = True
         except RealtimeError as exc:
-            self._failure = exc
+            self._failure = self._failure or exc
         finally:  # also if it was cancelled, or failed in a way that nobody thought of: somebody waits
             if not self._joined:
                 self.gone = True
@@ -221,6 +228,8 @@ class StreamMirror(Mirror):
                 self._end(page.end, page.next)
             if log.next >= page.next:
                 return
+            if not page.entries:
+                raise BrokerUnavailable(f"entries of stream {self.key.name!r} from {log.next} on are not there")
 
     def _add(self, entries: Sequence[Entry]) -> None:
         log = self.live.log
@@ -309,6 +318,8 @@ class TopicMirror(Mirror):
         super().__init__((keys.topic_channel(topic),), listener=listener, spawn=spawn)
 
     async def changes(self, cursor: Cursor | None, *, limit: int = 1000) -> Changes:
+        if self._failure is not None:
+            raise self._failure
         index = self._index
         if cursor is not None and cursor.epoch == index.epoch and cursor.position > index.position:
             return await self._ask(self.topic, cursor, limit)  # from a process that has heard more than this one
@@ -341,7 +352,7 @@ class TopicMirror(Mirror):
 
     def _tell(self, epoch: str, before: int, change: Change) -> None:
         index = self._index
-        if epoch == index.epoch and change.position <= index.position:
+        if epoch == index.epoch and change.position == index.position:
             return
         if epoch == index.epoch and before == index.position:
             index.put(change)

@@ -12,6 +12,7 @@ import math
 from collections.abc import Hashable
 
 logger = logging.getLogger("asgi_realtime")
+_silent = logging.Logger("silent", logging.CRITICAL + 1)
 
 _STEADY_S = 1.0
 _QUIET_S = 10.0
@@ -21,7 +22,8 @@ _QUIET_S = 10.0
 class Presence:
     """What does not work now, by what it is: a server that is away, a script that is refused."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, quiet: bool = False) -> None:
+        self._logger = _silent if quiet else logger
         self._since: dict[Hashable, float] = {}
         self._ending: dict[Hashable, asyncio.TimerHandle] = {}
         self._broke_at: dict[Hashable, float] = {}
@@ -56,7 +58,7 @@ class Presence:
         now = asyncio.get_running_loop().time()
         if what not in self._since and now - self._broke_at.get(what, -math.inf) > _QUIET_S:
             self._broke_at[what] = now
-            logger.info("a connection to %s broke and is made anew: %s", name, reason)
+            self._logger.info("a connection to %s broke and is made anew: %s", name, reason)
 
     def lost(self, what: Hashable, trouble: str, reason: object) -> None:
         """It does not work, and why."""
@@ -65,7 +67,7 @@ class Presence:
             ending.cancel()
         if what not in self._since:
             self._since[what] = asyncio.get_running_loop().time()
-            logger.warning("%s: %s", trouble, reason)
+            self._logger.warning("%s: %s", trouble, reason)
 
     def works(self, what: Hashable, relief: str) -> None:
         """It works."""
@@ -75,7 +77,7 @@ class Presence:
 
     def _well(self, what: Hashable, relief: str, at: float) -> None:
         del self._ending[what]
-        logger.info("%s, after %.1f s", relief, at - self._since.pop(what))
+        self._logger.info("%s, after %.1f s", relief, at - self._since.pop(what))
 
     def close(self) -> None:
         """Nobody looks any more."""

@@ -38,7 +38,7 @@ from redis.exceptions import (
 from asgi_realtime.brokers.redis.link import Command, Link, Lost
 from asgi_realtime.brokers.redis.presence import Presence
 from asgi_realtime.brokers.redis.scripts import Script
-from asgi_realtime.errors import BrokerUnavailable, InvalidConfiguration
+from asgi_realtime.errors import BrokerUnavailable, InvalidConfiguration, ServerShutdown
 
 Spawn = Callable[[Coroutine[Any, Any, None]], Any]
 
@@ -68,9 +68,12 @@ THE_URL = Address("", 0)
 
 
 class Servers:
-    """All primaries. `client` is redis-py's, of a URL or the user's own (a Sentinel's too); its settings are used."""
+    """All primaries. `client` is redis-py's, of a URL or the user's own (a Sentinel's too); its settings are used.
 
-    def __init__(self, client: Redis, *, timeout_s: float, spawn: Spawn) -> None:
+    `quiet`: somebody else tells the log whether they are there.
+    """
+
+    def __init__(self, client: Redis, *, timeout_s: float, spawn: Spawn, quiet: bool = False) -> None:
         self._pool = _pool_of_our_own(client.connection_pool, timeout_s=timeout_s)
         self._timeout_s = timeout_s
         self._spawn = spawn
@@ -82,7 +85,7 @@ class Servers:
         self._looked_at = -math.inf
         self._unknown_why = ""
         self._refusals: dict[tuple[Address, object], tuple[Address, str]] = {}
-        self.presence = Presence()
+        self.presence = Presence(quiet=quiet)
 
     def connection(self, address: Address) -> AbstractConnection:
         """A new connection, not open yet, that waits for answers as long as it has to."""
@@ -201,7 +204,7 @@ class Servers:
 
     def _link(self, address: Address, bulk: bool) -> Link:
         if self._closed:  # by a job that outlives its caller: nobody would close another connection
-            raise Lost("the broker is closed")
+            raise ServerShutdown("this Realtime was stopped")
         link = self._links.get((address, bulk))
         if link is None:
             link = self._links[address, bulk] = Link(
@@ -220,7 +223,9 @@ class Servers:
         assert self._looking is not None
         await asyncio.wait([self._looking])
         if not self._known:
-            raise BrokerUnavailable(self._unknown_why or "the broker is closed")
+            if self._closed:
+                raise ServerShutdown("this Realtime was stopped")
+            raise BrokerUnavailable(self._unknown_why)
 
     def look_again(self) -> None:
         """On a Cluster, ask who has which slot, beside everything else. Not more often than makes sense."""
@@ -229,7 +234,7 @@ class Servers:
 
     def _begin_to_look(self) -> None:
         if self._closed:
-            raise Lost("the broker is closed")
+            raise ServerShutdown("this Realtime was stopped")
         if self._looking is None or self._looking.done():
             self._looked_at = asyncio.get_running_loop().time()
             self._looking = self._spawn(self._ask())
@@ -240,6 +245,8 @@ class Servers:
             self._known = True
             for address in {address for address, _ in self._links}.difference(self._slots or (THE_URL,)):
                 self.presence.forget(address)  # it has left the Cluster, or was only asked who is in it
+        except ServerShutdown:
+            return
         except BrokerUnavailable as exc:
             self._unknown_why = str(exc)
 

@@ -9,7 +9,7 @@ from itertools import count
 import anyio
 import pytest
 
-from asgi_realtime.brokers.base import MARKS_KEPT, Broker, ChangeMark, StreamKey
+from asgi_realtime.brokers.base import MARKS_KEPT, Broker, ChangeMark, Producer, StreamKey
 from asgi_realtime.core.runs import BatchMember, RunError, RunRecord, Status, run_topic
 from asgi_realtime.errors import StreamBehind, VersionConflict
 from asgi_realtime.testing.conformance.kit import (
@@ -113,13 +113,25 @@ async def test_a_run_may_be_created_again_in_the_version_that_its_owner_knows(ma
 async def test_a_run_does_not_end_before_its_streams_have_what_was_acknowledged(make_broker: MakeBroker) -> None:
     async with opened(make_broker) as backend:
         run = await create(backend)
-        await backend.broker.append(StreamKey(run.id, "s"), [b"1", b"2"])
+        key = StreamKey(run.id, "s")
+        await backend.broker.append(key, [b"1", b"2"], producer=Producer("p", 0))
+        await backend.broker.append(key, [b"3"], producer=Producer("q", 0))
         over = finished(backend, run)
-        for floors in ({"s": 3}, {"s": 2, "another": 1}):
+        for missing in ({("s", "p"): 3}, {("s", "p"): 2, ("another", "p"): 1}, {("s", "another"): 1}):
             with pytest.raises(StreamBehind):
-                await backend.peer.commit(over, expect=1, change=new_mark(), floors=floors)
+                await backend.peer.commit(over, expect=1, change=new_mark(), floors=missing)
         assert await backend.broker.load([run.id]) == [run]
-        assert await backend.peer.commit(over, expect=1, change=new_mark(), floors={"s": 2}) == 2
+        floors = {("s", "p"): 2, ("s", "q"): 1}
+        assert await backend.peer.commit(over, expect=1, change=new_mark(), floors=floors) == 2
+
+
+@pytest.mark.anyio
+async def test_nothing_follows_a_terminal_record(make_broker: MakeBroker) -> None:
+    async with opened(make_broker) as backend:
+        over = await store(backend.broker, finished(backend, await create(backend)))
+        with pytest.raises(VersionConflict) as conflict:
+            await backend.peer.commit(following(over, status=Status.EXECUTING), expect=2, change=new_mark())
+        assert conflict.value.current == over
 
 
 @pytest.mark.anyio

@@ -6,22 +6,23 @@ local record, payload, output, ending = ARGV[5], ARGV[6], ARGV[7], ARGV[8]
 local state, owner, lease_ms, has_topics = ARGV[9], ARGV[10], tonumber(ARGV[11]), ARGV[12] == '1'
 local channel, step, epoch, marks_kept = ARGV[13], tonumber(ARGV[14]), ARGV[15], tonumber(ARGV[16])
 local DUE = 17  -- the first of four times in ARGV: delay, ttl, cancel, expiry
-local FLOORS = 21  -- then stream by stream: its name, and where it has to be at least
+local FLOORS = 21  -- then by threes: a stream, a producer, and how many of its items must have been counted
 
 local function text(number)
     return string.format('%d', number)
 end
 
-local run = redis.call('HMGET', KEYS[1], 'version', 'm:' .. mark, 'position', 'state')
+local run = redis.call('HMGET', KEYS[1], 'version', 'm:' .. mark, 'position', 'state', 'end')
 if run[2] then
     return {'ok', run[2], '0'}
 end
 local stored = tonumber(run[1] or 0)
-if stored ~= expect or (expect > 0 and version ~= expect + 1) then
+if run[5] or stored ~= expect or (expect > 0 and version ~= expect + 1) then
     return {'conflict', text(stored), redis.call('HMGET', KEYS[1], 'record', 'payload', 'output')}
 end
-for index = FLOORS, #ARGV, 2 do
-    if tonumber(redis.call('HGET', KEYS[2], 'n:' .. ARGV[index]) or 0) < tonumber(ARGV[index + 1]) then
+for index = FLOORS, #ARGV, 3 do
+    local counted = redis.call('HGET', KEYS[2], 'p:' .. ARGV[index] .. '\0' .. ARGV[index + 1])
+    if tonumber(string.match(counted or '0', '^%d+')) < tonumber(ARGV[index + 2]) then
         return {'short', ARGV[index]}
     end
 end
