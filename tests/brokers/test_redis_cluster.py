@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -11,14 +12,14 @@ from threading import Event
 
 import pytest
 
-from asgi_realtime import Timeouts
+from asgi_realtime import Retention, Timeouts
 from asgi_realtime.brokers.base import StreamKey
 from asgi_realtime.brokers.redis import RedisBroker
 from asgi_realtime.brokers.redis import broker as redis_broker
 from asgi_realtime.errors import BrokerUnavailable
-from asgi_realtime.testing.conformance.kit import Backend, new_key
+from asgi_realtime.testing.conformance.kit import COMPLETE, Backend, Reader, new_key
 from tests.brokers.streaming import Log, Streaming, assert_quiet, processes, streaming, until
-from tests.redis_servers import ClientType, RedisCluster, RedisServer
+from tests.redis_servers import GUARD_S, ClientType, RedisCluster, RedisServer
 from tests.requirements import redis_binary
 
 pytestmark = [
@@ -169,3 +170,40 @@ async def test_many_streams_come_back_when_a_primary_does(cluster: RedisCluster,
             await asyncio.gather(*(stream.goes_on(3) for stream in streams))
         await log.until_back()
         assert log.away <= 2
+
+
+async def test_a_process_that_was_blocked_is_cut_off_by_a_primary(cluster: RedisCluster, log: Log) -> None:
+    """In mid-stream, by `client-output-buffer-limit`; what is followed at the other primaries goes on as it was."""
+    chunk = b'"%s"' % (b"x" * 8000)
+    node, other = cluster.nodes[:2]
+    retention = Retention(stream_bytes=64 * 1024 * 1024)
+    async with processes(cluster.url, retention=retention) as backend:
+        key, elsewhere = await key_at(cluster, backend, node), await key_at(cluster, backend, other)
+        readers = [Reader(backend.peer, each) for each in (key, elsewhere)]
+        reading = asyncio.gather(*(reader.run() for reader in readers))
+        for each in (key, elsewhere):
+            await backend.broker.append(each, [chunk])
+        await until(lambda: all(reader.seen for reader in readers))
+        node.configure("client-output-buffer-limit", "pubsub 256kb 0 0")
+        assert isinstance(backend.broker, RedisBroker)
+        prefix = backend.broker._keys._prefix
+
+        async def write() -> None:
+            async with RedisBroker(cluster.url, prefix=prefix, retention=retention) as broker:
+                for _ in range(2500):
+                    await broker.append(key, [chunk])
+                await broker.append(key, [chunk], end=COMPLETE)
+                await broker.append(elsewhere, [b"1"], end=COMPLETE)
+
+        writing = threading.Thread(target=asyncio.run, args=(write(),))
+        writing.start()
+        writing.join()  # blocks this loop, and so the readers
+        node.configure("client-output-buffer-limit", "pubsub 32mb 8mb 60")
+        assert "overcoming of output buffer limits" in node.log
+        async with asyncio.timeout(GUARD_S):
+            await reading
+        for reader, last in zip(readers, (2501, 1), strict=True):
+            reader.assert_seamless()
+            assert reader.gaps == []
+            assert (reader.after, reader.end) == (last, COMPLETE)
+        await log.until_back()
