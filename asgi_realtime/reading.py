@@ -220,7 +220,7 @@ class TopicFollower(BatchIterator[RunRecord]):
         self._cursor = changes.cursor
         kept = [record for record in records if record is not None and self._keep(record)]
         for record in kept[-self._first :] if changes.snapshot else kept:
-            if self._versions.pop(record.id, 0) < record.version:
+            if self._versions.pop(record.id, 0) != record.version:  # lower than before if the broker has lost some
                 self._ready.append(record)
                 self._stopped = self._stop(record) or self._stopped
             self._versions[record.id] = record.version
@@ -302,7 +302,7 @@ class RunWithStreams(BatchIterator[RunRecord | StreamChunk]):
     async def _take(self, record: RunRecord, lives: dict[str, LiveLog]) -> None:
         if self._stop_on_completion and record.is_completed and self._shown == record.version:
             raise StopAsyncIteration
-        if record.version > self._shown and not record.is_completed:
+        if record.version != self._shown and not record.is_completed:
             self._shown = record.version
             self._ready.append(record)
         read_to_end = True
@@ -311,7 +311,7 @@ class RunWithStreams(BatchIterator[RunRecord | StreamChunk]):
                 self._after[name] = entry.seq
                 self._ready.append(StreamChunk(name, entry.seq, decode(entry.data)))
             read_to_end = read_to_end and live.end is not None and self._after.get(name, -1) + 1 >= live.log.next
-        if read_to_end and record.is_completed and record.version > self._shown:
+        if read_to_end and record.is_completed and record.version != self._shown:
             self._shown = record.version
             self._ready.append(record)
 

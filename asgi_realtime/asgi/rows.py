@@ -57,15 +57,15 @@ class RowCache:
 
     def _known(self, change: Change) -> RunRecord | None:
         row = self._rows.get(change.run_id)
-        if row is None or row.record.version < change.version:
-            return None
+        if row is None or row.record.version != change.version:
+            return None  # a row of a later version may be of one that the broker has lost
         self._rows[change.run_id] = self._rows.pop(change.run_id)
         return row.record
 
     def _keep(self, row: _Row) -> None:
         run_id = row.record.id
         known = self._rows.get(run_id)
-        if known is not None and known.record.version >= row.record.version:
+        if known is not None and _is_newer(known.record, row.record):
             return  # somebody else loaded it meanwhile
         self._drop(run_id)
         self._rows[run_id] = row
@@ -77,3 +77,8 @@ class RowCache:
         row = self._rows.pop(run_id, None)
         if row is not None:
             self._size -= row.size
+
+
+def _is_newer(record: RunRecord, other: RunRecord) -> bool:
+    """A higher version alone says nothing where the broker has lost some."""
+    return record.version >= other.version and record.updated_at_ms >= other.updated_at_ms

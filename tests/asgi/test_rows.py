@@ -28,14 +28,14 @@ class Runs:
         self.loaded += run_ids
         return [self.records.get(run_id) for run_id in run_ids]
 
-    def put(self, run_id: str, version: int, payload: bytes | None = None) -> RunRecord:
+    def put(self, run_id: str, version: int, payload: bytes | None = None, *, updated_at_ms: int = 0) -> RunRecord:
         record = self.records[run_id] = RunRecord(
             id=run_id,
             task="t",
             status=Status.QUEUED,
             version=version,
             created_at_ms=0,
-            updated_at_ms=0,
+            updated_at_ms=updated_at_ms,
             payload_json=payload,
         )
         return record
@@ -55,7 +55,9 @@ async def test_a_version_is_loaded_once() -> None:
     second = runs.put("a", 2)
     assert await cache.records([change("a", 2)]) == [second]
     assert await cache.records([change("a", 1)]) == [second]  # never an older one than is known
-    assert runs.loaded == ["a", "gone", "a"]
+    assert runs.loaded == ["a", "gone", "a", "a"]
+    lost = runs.put("a", 1, updated_at_ms=1)
+    assert await cache.records([change("a", 1)]) == [lost]  # but if the broker has lost the newer one
 
 
 async def test_json_is_of_the_record_that_is_asked_for() -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import secrets
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 import pytest
@@ -15,7 +16,9 @@ from asgi_realtime import (
     Limits,
     Realtime,
     Retention,
+    RunCanceled,
     RunFailed,
+    RunRecord,
     ServerShutdown,
     Status,
     StreamGap,
@@ -192,6 +195,10 @@ async def test_removing_leaves_nothing_in_redis(storage: Storage) -> None:
         await handle.result(timeout=5)
         gone = until_gone(storage)
         await asyncio.wait_for(gone, 20)
+
+
+async def collect(states: AsyncIterator[RunRecord]) -> list[RunRecord]:
+    return [state async for state in states]
 
 
 async def until_gone(storage: Storage) -> None:
@@ -378,20 +385,38 @@ async def test_a_claim_that_was_lost_is_stored_again(storage: Storage) -> None:
 
 
 async def test_an_end_that_others_stored_after_a_loss_stays(storage: Storage) -> None:
-    """The owner knew newer versions, which were lost, and stored his over a run that was CRASHED by then."""
-    async with storage.realtime() as ours, storage.realtime() as theirs:
-        async with ours.open_run("r") as run:
-            before = await storage.dump()
-            for number in range(5):
-                run.metadata.set("n", number)
-                await run.metadata.flush()
-            await storage.turn_back(before, noticed=False)
-            crashed = Finished(Status.CRASHED, error=RunError("Crashed", "gone"))
-            await theirs.runs.update(run.id, crashed)
-            run.metadata.set("n", "late")
-            await run.metadata.flush()
-            assert (await theirs.get_run(run)).status is Status.CRASHED
-        assert (await theirs.get_run(run)).status is Status.CRASHED
+    """The owner knew newer versions, which were lost, and stored his over a run that was CRASHED by then. Those who had
+    seen these versions did not hear of the end, whose version was lower."""
+    async with storage.realtime() as ours, storage.realtime() as theirs, AsyncExitStack() as leaving:
+        opened: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+        async def own() -> None:
+            async with ours.open_run("r") as run:
+                before.update(await storage.dump())
+                for number in range(5):
+                    run.metadata.set("n", number)
+                    await run.metadata.flush()
+                opened.set_result(run.id)
+                await asyncio.Event().wait()
+
+        before: dict[bytes, bytes] = {}
+        owning = asyncio.ensure_future(own())
+        run_id = await opened
+        token = theirs.create_public_token(scopes={"read": {"runs": [run_id]}})
+        headers = {"authorization": f"Bearer {token}", "accept": "text/event-stream"}
+        feed = driver.stream(theirs, "GET", f"/v1/runs/{run_id}", headers=headers)
+        response = await leaving.enter_async_context(feed)
+        await response.read_until("ready")
+        states = asyncio.ensure_future(collect(theirs.subscribe_to_run(run_id)))
+        await until(lambda: held(theirs) >= 5)
+        await storage.turn_back(before)
+        await theirs.runs.update(run_id, Finished(Status.CRASHED, error=RunError("Crashed", "gone")))
+        assert (await asyncio.wait_for(states, 5))[-1].status is Status.CRASHED
+        assert json.loads((await response.read_all_events())[-1].data)["reason"] == "crashed"
+        assert (await ours.runs.update(run_id, TagsAdded(("late",)))).status is Status.CRASHED
+        with pytest.raises(RunCanceled):
+            await asyncio.wait_for(owning, 5)
+        assert (await theirs.get_run(run_id)).status is Status.CRASHED
 
 
 async def test_chunks_that_others_have_overwritten_are_not_taken_for_complete(storage: Storage) -> None:
