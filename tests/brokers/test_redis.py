@@ -492,6 +492,21 @@ async def test_readers_are_told_when_their_realtime_stops(storage: Storage) -> N
             assert isinstance(done, ServerShutdown)
 
 
+async def test_a_stop_closes_every_connection(storage: Storage) -> None:
+    """The stop cancels the task that has entered the broker, and so it cancelled the closing: who asked for something a
+    moment later was served by a Realtime that was stopped, and waited for ever."""
+    ours = await storage.client.client_id()
+    async with storage.realtime() as realtime, realtime.open_run("r") as run:
+        await realtime.append(1)
+        assert await anext(realtime.read(run)) == 1
+    async with asyncio.timeout(5):
+        while any(int(client["id"]) > ours for client in await storage.client.client_list()):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    with pytest.raises(ServerShutdown):
+        async with realtime.broker.follow("tag:t"):
+            raise AssertionError("followed")
+
+
 async def test_a_place_that_was_taken_is_lost(storage: Storage) -> None:
     async with opened(storage) as backend:
         key = StreamKey((await create(backend)).id, "s")

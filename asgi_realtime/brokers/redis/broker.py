@@ -16,6 +16,7 @@ from functools import lru_cache
 from itertools import chain
 from typing import Any, NamedTuple, TypeVar
 
+import anyio
 import msgspec
 from redis.asyncio.client import Redis
 
@@ -116,6 +117,7 @@ class RedisBroker:
         self._jobs: set[asyncio.Task[None]] = set()
         self._wakes = WakeSoon()
         self._quiet = False
+        self._left = False
         self._opened: _Open | None = None
 
     def __repr__(self) -> str:
@@ -134,15 +136,18 @@ class RedisBroker:
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
+        opened, self._opened = self._open, None
+        self._left = True
         for mirror in (*self._streams.values(), *self._topics.values()):
             mirror.shut_down()
         self._streams.clear()
         self._topics.clear()
-        await self._open.listener.aclose()
-        await self._open.servers.aclose()
-        for job in tuple(self._jobs):
-            job.cancel()
-        await asyncio.gather(*self._jobs, return_exceptions=True)
+        with anyio.CancelScope(shield=True):  # a stop cancels who has entered, and connections would stay open
+            await opened.listener.aclose()
+            await opened.servers.aclose()
+            for job in tuple(self._jobs):
+                job.cancel()
+            await asyncio.gather(*self._jobs, return_exceptions=True)
 
     def _spawn(self, job: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Run a job of the broker's own; it is ended with the broker."""
@@ -160,6 +165,8 @@ class RedisBroker:
     @property
     def _open(self) -> _Open:
         if self._opened is None:
+            if self._left:
+                raise ServerShutdown("this Realtime was stopped")
             raise BrokerUnavailable("the Redis broker has not been entered")
         return self._opened
 
