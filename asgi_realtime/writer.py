@@ -176,6 +176,8 @@ class StreamWriter:
 
     async def _append(self, items: list[bytes]) -> None:
         position = await self._stored(items)
+        if self.failure is not None:  # meanwhile another writer had all restored, and this stream was lost
+            raise self.failure
         for _ in items:
             self._pending_bytes -= len(self._pending.popleft())
         self._keep(items, position)
