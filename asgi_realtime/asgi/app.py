@@ -79,7 +79,7 @@ class RealtimeApp:
         route = resolve(scope["path"], scope.get("root_path", ""))
         if route is None or (route.endpoint in API and not self._host.api):
             return refusal(404, "not_found", f"nothing is served at {shown(scope['path'])}")
-        methods = ENDPOINTS[route.endpoint]
+        methods = ENDPOINTS.get(route.endpoint, {})
         endpoint = methods.get(request.method)
         if endpoint is None:
             allowed = ", ".join(methods)

@@ -2,8 +2,9 @@
 
 Hosts differ: `path` comes with the mount's prefix (Starlette), without (Litestar, which adds a slash at the end), and
 with or without the `root_path` of a proxy in front. So each candidate is tried, and the first that is one of our routes
-wins. All routes begin with `v1` or `api`, after `realtime` or not, so that both `baseURL`s of the official clients
-work. Nothing is redirected: that is trouble for a cross-origin EventSource.
+wins. `realtime` may stand before a route, so that both `baseURL`s of the official clients work, and `api` may be missing
+where a host mounts this at `/api` and takes that off. Nothing is redirected: that is trouble for a cross-origin
+EventSource.
 """
 
 from __future__ import annotations
@@ -23,13 +24,38 @@ class Endpoint(Enum):
     TAG_FEED = auto()
     BATCH_FEED = auto()
     STREAM = auto()
+    WRITE_STREAM = auto()
+    APPEND = auto()
     INPUT = auto()
     HEALTH = auto()
+    TRIGGER = auto()
+    CREATE_BATCH = auto()
+    BATCH_ITEMS = auto()
+    RETRIEVE_BATCH = auto()
     RETRIEVE_RUN = auto()
     CANCEL_RUN = auto()
+    UPDATE_METADATA = auto()
+    ADD_TAGS = auto()
+    JWT_CLAIMS = auto()
+    PUBLIC_TOKENS = auto()
+    PACKETS = auto()
 
 
-API = frozenset({Endpoint.RETRIEVE_RUN, Endpoint.CANCEL_RUN})
+API = frozenset(
+    {
+        Endpoint.TRIGGER,
+        Endpoint.CREATE_BATCH,
+        Endpoint.BATCH_ITEMS,
+        Endpoint.RETRIEVE_BATCH,
+        Endpoint.RETRIEVE_RUN,
+        Endpoint.CANCEL_RUN,
+        Endpoint.UPDATE_METADATA,
+        Endpoint.ADD_TAGS,
+        Endpoint.JWT_CLAIMS,
+        Endpoint.PUBLIC_TOKENS,
+        Endpoint.PACKETS,
+    }
+)
 """The endpoints under `/api/`, which `Realtime(api=False)` does not have."""
 
 
@@ -71,11 +97,21 @@ def _match(segments: list[str]) -> Route | None:
             segments = segments[1:]
     if "" in segments:
         return None
+    if segments[:1] == ["api"]:
+        return _match_api(segments[1:])
+    return _match_realtime(segments) or _match_api(segments)
+
+
+def _match_realtime(segments: list[str]) -> Route | None:
     match segments:
         case ["v1", "streams", run_id, key]:
             return Route(Endpoint.STREAM, (run_id, key))
         case ["v1", "streams", run_id, "input", input_id]:
             return Route(Endpoint.INPUT, (run_id, input_id))
+        case ["v1", "streams", run_id, target, key]:
+            return Route(Endpoint.WRITE_STREAM, (run_id, target, key))
+        case ["v1", "streams", run_id, target, key, "append"]:
+            return Route(Endpoint.APPEND, (run_id, target, key))
         case ["v1", "runs"]:
             return Route(Endpoint.TAG_FEED)
         case ["v1", "runs", run_id]:
@@ -84,9 +120,33 @@ def _match(segments: list[str]) -> Route | None:
             return Route(Endpoint.BATCH_FEED, (batch_id,))
         case ["v1", "health"]:
             return Route(Endpoint.HEALTH)
-        case ["api", "v3", "runs", run_id]:
+        case _:
+            return None
+
+
+def _match_api(segments: list[str]) -> Route | None:
+    match segments:
+        case ["v1", "tasks", task_id, "trigger"]:
+            return Route(Endpoint.TRIGGER, (task_id,))
+        case ["v3", "batches"]:
+            return Route(Endpoint.CREATE_BATCH)
+        case ["v3", "batches", batch_id, "items"]:
+            return Route(Endpoint.BATCH_ITEMS, (batch_id,))
+        case ["v2", "batches", batch_id]:
+            return Route(Endpoint.RETRIEVE_BATCH, (batch_id,))
+        case ["v3", "runs", run_id]:
             return Route(Endpoint.RETRIEVE_RUN, (run_id,))
-        case ["api", "v2", "runs", run_id, "cancel"]:
+        case ["v2", "runs", run_id, "cancel"]:
             return Route(Endpoint.CANCEL_RUN, (run_id,))
+        case ["v1", "runs", run_id, "metadata"]:
+            return Route(Endpoint.UPDATE_METADATA, (run_id,))
+        case ["v1", "runs", run_id, "tags"]:
+            return Route(Endpoint.ADD_TAGS, (run_id,))
+        case ["v1", "auth", "jwt", "claims"]:
+            return Route(Endpoint.JWT_CLAIMS)
+        case ["v1", "auth", "public-tokens"]:
+            return Route(Endpoint.PUBLIC_TOKENS)
+        case ["v1" | "v2", "packets", *_]:
+            return Route(Endpoint.PACKETS)
         case _:
             return None

@@ -43,7 +43,7 @@ async def test_the_real_thing_is_a_host() -> None:
 # Routing and errors
 
 
-@pytest.mark.parametrize("path", ["/", "/realtime", "/v2/runs/run_1", "/favicon.ico", "/v1/streams/run_1/a/b"])
+@pytest.mark.parametrize("path", ["/", "/realtime", "/v2/runs/run_1", "/favicon.ico", "/v1/streams/run_1/a/b/c"])
 async def test_an_unknown_path_is_404(host: StandIn, path: str) -> None:
     response = await driver.request(host, "GET", path)
     assert response.status == 404

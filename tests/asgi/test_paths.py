@@ -67,7 +67,7 @@ def test_a_route_is_found_however_the_host_passes_it_on(path: str, root_path: st
         ("/v1/run", ""),
         ("/v1//runs", ""),
         ("/v1/streams/run_1", ""),
-        ("/v1/streams/run_1/a/b", ""),
+        ("/v1/streams/run_1/a/b/c", ""),
         ("/v1/streams//default", ""),
         ("/v1/health/more", ""),
         ("/api/v1/runs/run_1", ""),
