@@ -100,6 +100,10 @@ class RemoteBroker:
         await self._travel("read")
         return await self.inner.read(key, after=after, limit=limit)
 
+    async def produced(self, key: StreamKey, producer_id: str) -> int:
+        await self._travel("produced")
+        return await self.inner.produced(key, producer_id)
+
     @asynccontextmanager
     async def live(self, key: StreamKey) -> AsyncIterator[LiveLog]:
         await self._travel("live")
@@ -133,6 +137,10 @@ class RemoteBroker:
     async def claim(self, key: str, value: str, *, ttl_s: float) -> str:
         await self._travel("claim")
         return await self.inner.claim(key, value, ttl_s=ttl_s)
+
+    async def claimed(self, key: str) -> str | None:
+        await self._travel("claimed")
+        return await self.inner.claimed(key)
 
     async def due(self, kind: str, *, limit: int = 100, skip: int = 0) -> list[str]:
         await self._travel("due")

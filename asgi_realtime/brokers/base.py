@@ -88,6 +88,14 @@ class Broker(Protocol):
         """
         ...
 
+    async def produced(self, key: StreamKey, producer_id: str) -> int:
+        """How many items of a producer the stream has counted: its next append may start there, or before.
+
+        0 for one that never wrote here, also of a stream that nobody wrote. The count outlives the entries and the end
+        of the stream. Raises `RunNotFound`.
+        """
+        ...
+
     def live(self, key: StreamKey) -> AbstractAsyncContextManager[LiveLog]:
         """Follow a stream: its newest part and every later append, joined without a gap or a duplicate.
 
@@ -134,6 +142,13 @@ class Broker(Protocol):
         """Store a value under a key unless there is one; return the one that is stored. The first wins.
 
         It stays until `ttl_s` is over, or until the run that it was claimed for is removed.
+        """
+        ...
+
+    async def claimed(self, key: str) -> str | None:
+        """The value that is stored under a key now; None if there is none, or none any more.
+
+        It says what `claim` would have returned, and stores nothing: between the two another may claim.
         """
         ...
 

@@ -201,6 +201,10 @@ class MemoryBroker:
         log = Log() if live is None else live.log
         return Page(log.entries(after, limit), log.first, log.next, log.end or run.record.end)
 
+    async def produced(self, key: StreamKey, producer_id: str) -> int:
+        live = self._run(key.run).streams.get(key.name)
+        return 0 if live is None else live.log.counted(producer_id)
+
     @asynccontextmanager
     async def live(self, key: StreamKey) -> AsyncIterator[LiveLog]:
         run = self._run(key.run)
@@ -361,13 +365,20 @@ class MemoryBroker:
         now_ms = self._now_ms()
         for expired in self._claims_expire.due(now_ms, limit=100):
             self._drop_claim(expired)
-        stored = self._claims.get(key)
-        if stored is not None and stored[1] > now_ms:
-            return stored[0]
+        stored = self._claimed(key, now_ms)
+        if stored is not None:
+            return stored
         expires_ms = now_ms + round(ttl_s * 1000)
         self._claims[key] = (value, expires_ms)
         self._claims_expire.set(key, expires_ms)
         return value
+
+    async def claimed(self, key: str) -> str | None:
+        return self._claimed(key, self._now_ms())
+
+    def _claimed(self, key: str, now_ms: int) -> str | None:
+        value, expires_ms = self._claims.get(key, ("", 0))
+        return value if expires_ms > now_ms else None
 
     def _drop_claim(self, key: str) -> None:
         del self._claims[key]

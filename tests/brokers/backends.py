@@ -138,6 +138,12 @@ class DistantBroker(MemoryBroker):
         await pause(1)
         return page
 
+    async def produced(self, key: StreamKey, producer_id: str) -> int:
+        await pause(1)
+        counted = await super().produced(key, producer_id)
+        await pause(1)
+        return counted
+
     @asynccontextmanager
     async def live(self, key: StreamKey) -> AsyncIterator[LiveLog]:
         await pause(1)

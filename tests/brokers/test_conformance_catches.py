@@ -202,6 +202,35 @@ class ChecksTheEndBeforeTheProducer(MemoryBroker):
         return super().append_nowait(key, items, producer=producer, end=end, at=at)
 
 
+class CountsWhatIsRetained(MemoryBroker):
+    async def produced(self, key: StreamKey, producer_id: str) -> int:
+        counted = await super().produced(key, producer_id)
+        live = self._runs[key.run].streams.get(key.name)
+        return counted if live is None else min(counted, live.log.next - live.log.first)
+
+
+class ForgetsCountsAtTheEnd(MemoryBroker):
+    async def produced(self, key: StreamKey, producer_id: str) -> int:
+        counted = await super().produced(key, producer_id)
+        return 0 if self._runs[key.run].record.is_completed else counted
+
+
+class CountsAllProducers(MemoryBroker):
+    async def produced(self, key: StreamKey, producer_id: str) -> int:
+        return (await self.read(key)).next
+
+
+class CountsForTheRun(MemoryBroker):
+    async def produced(self, key: StreamKey, producer_id: str) -> int:
+        await super().produced(key, producer_id)
+        return sum(live.log.counted(producer_id) for live in self._runs[key.run].streams.values())
+
+
+class CountsNothingOfUnknownRuns(MemoryBroker):
+    async def produced(self, key: StreamKey, producer_id: str) -> int:
+        return await super().produced(key, producer_id) if key.run in self._runs else 0
+
+
 class AppendsOneByOne(MemoryBroker):
     async def append(
         self,
@@ -498,6 +527,19 @@ class ProlongsClaims(MemoryBroker):
         return stored
 
 
+class SeesExpiredClaims(MemoryBroker):
+    async def claimed(self, key: str) -> str | None:
+        return self._claims[key][0] if key in self._claims else None
+
+
+class ClaimsByAsking(MemoryBroker):
+    async def claimed(self, key: str) -> str | None:
+        found = await super().claimed(key)
+        if found is None:
+            self._claims[key] = ("", self._now_ms() + 60_000)
+        return found
+
+
 class HandsOutOnce(MemoryBroker):
     """Forgets what is due as soon as somebody asked; who asked may have died since."""
 
@@ -620,6 +662,11 @@ CATCHES: dict[type[MemoryBroker], tuple[str, ...]] = {
         "test_concurrent_appends_are_serialised_and_never_interleaved",
         "test_a_cancelled_append_happened_entirely_or_not_at_all",
     ),
+    CountsWhatIsRetained: ("test_the_count_of_a_producer_outlives_its_entries_and_the_run",),
+    ForgetsCountsAtTheEnd: ("test_the_count_of_a_producer_outlives_its_entries_and_the_run",),
+    CountsAllProducers: ("test_the_count_of_a_producer_can_be_asked_for",),
+    CountsForTheRun: ("test_the_count_of_a_producer_can_be_asked_for",),
+    CountsNothingOfUnknownRuns: ("test_a_run_that_never_was_has_no_streams",),
     LastEndWins: ("test_the_first_end_stays",),
     ReadersTakeTheEndAlong: ("test_an_end_without_an_entry_is_as_durable",),
     NeverLeaves: ("test_who_leaves_leaves_nothing", "test_cancelled_readers_leave_nothing"),
@@ -647,6 +694,8 @@ CATCHES: dict[type[MemoryBroker], tuple[str, ...]] = {
         "test_a_claim_expires_by_the_brokers_clock",
     ),
     ProlongsClaims: ("test_a_claim_expires_by_the_brokers_clock",),
+    SeesExpiredClaims: ("test_what_is_claimed_can_be_asked_for",),
+    ClaimsByAsking: ("test_what_is_claimed_can_be_asked_for",),
     HandsOutOnce: ("test_a_delayed_run_is_due_when_its_delay_is_over",),
     RenewsForAnyone: ("test_only_the_owner_renews_a_lease",),
     RenewsWithEveryCommit: ("test_a_change_of_the_run_is_no_renewal",),

@@ -240,6 +240,13 @@ class RedisBroker:
     async def read(self, key: StreamKey, *, after: int = -1, limit: int = 500) -> Page:
         return await self._read(key, str(after), limit=limit, max_bytes=_PAGE_BYTES)
 
+    async def produced(self, key: StreamKey, producer_id: str) -> int:
+        names = self._names(key)
+        counted = await self._open.servers.run(scripts.PRODUCED, names.keys[:2], names.name, producer_id)
+        if counted is None:
+            raise _not_found(key.run)
+        return int(counted)
+
     async def _read_for_mirror(self, key: StreamKey, after: int | None) -> Page:
         """A page to be mirrored; the newest part of the stream if there is no position yet."""
         if after is None:
@@ -411,6 +418,11 @@ class RedisBroker:
         px = max(1, round(ttl_s * 1000))
         stored = await self._open.servers.call(name, "SET", name, value, "NX", "GET", "PX", px)
         return value if stored is None else stored.decode()
+
+    async def claimed(self, key: str) -> str | None:
+        name = self._keys.claim(key)
+        stored = await self._open.servers.call(name, "GET", name)
+        return None if stored is None else stored.decode()
 
     async def due(self, kind: str, *, limit: int = 100, skip: int = 0) -> list[str]:
         return await self._open.schedule.due(kind, limit=limit, skip=skip)

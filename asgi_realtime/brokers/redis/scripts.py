@@ -26,6 +26,7 @@ def _read(name: str) -> str:
 
 APPEND = Script(_read("append"))
 READ = Script(_read("read"))
+PRODUCED = Script(_read("produced"))
 COMMIT = Script("#!lua\n" + _read("commit"))
 COMMIT_END = Script("#!lua flags=allow-oom\n" + _read("commit"))
 """The same for terminal records: a run may end, and so free memory, when there is none left."""

@@ -65,6 +65,25 @@ async def test_a_claim_expires_by_the_brokers_clock(make_broker: MakeBroker) -> 
         assert await backend.broker.claim(key, "fourth", ttl_s=60) == "third"
 
 
+@pytest.mark.anyio
+async def test_what_is_claimed_can_be_asked_for(make_broker: MakeBroker) -> None:
+    async with opened(make_broker) as backend:
+        key = new_tag()
+        assert await backend.peer.claimed(key) is None
+        assert await backend.broker.claim(key, "first: 1", ttl_s=1.0) == "first: 1", "to ask claims nothing"
+        await backend.peer.claim(key, "second", ttl_s=60)
+        for broker in backend.processes:
+            assert await broker.claimed(key) == "first: 1"
+            assert await broker.claimed(new_tag()) is None
+        await backend.advance(0.6)
+        assert await backend.peer.claimed(key) == "first: 1"
+        await backend.advance(0.5)
+        for broker in backend.processes:
+            assert await broker.claimed(key) is None, "to ask does not prolong it"
+        await backend.peer.claim(key, "third", ttl_s=60)
+        assert await backend.broker.claimed(key) == "third"
+
+
 # Due times
 
 
@@ -304,6 +323,7 @@ async def test_a_claim_goes_with_the_run_that_it_stands_for(make_broker: MakeBro
         await store(backend.broker, finished(backend, run))
         assert await backend.peer.claim(claim, "another", ttl_s=60) == run.id
         await backend.peer.remove(run.id)
+        assert await backend.broker.claimed(claim) is None
         assert await backend.broker.claim(claim, "another", ttl_s=60) == "another"
 
 

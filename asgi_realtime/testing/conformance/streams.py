@@ -39,6 +39,8 @@ from asgi_realtime.testing.conformance.kit import (
 
 UNKNOWN = StreamKey("run_that_never_was", "default")
 
+CHUNK = b'"' + b"x" * 100 + b'"'
+
 
 @pytest.mark.anyio
 async def test_an_input_is_refused_and_never_trimmed(make_broker: MakeBroker) -> None:
@@ -185,6 +187,8 @@ async def test_a_run_that_never_was_has_no_streams(make_broker: MakeBroker) -> N
             await backend.broker.append(UNKNOWN, items(1))
         with pytest.raises(RunNotFound):
             await backend.broker.read(UNKNOWN)
+        with pytest.raises(RunNotFound):
+            await backend.broker.produced(UNKNOWN, "p")
         with pytest.raises(RunNotFound):
             async with backend.broker.live(UNKNOWN):
                 raise AssertionError("entered")  # pragma: no cover
@@ -357,6 +361,44 @@ async def test_producers_count_for_themselves_and_for_each_stream(make_broker: M
 
 
 @pytest.mark.anyio
+async def test_the_count_of_a_producer_can_be_asked_for(make_broker: MakeBroker) -> None:
+    """A writer that comes back, maybe at another process, goes on behind what is stored."""
+    async with opened(make_broker) as backend:
+        key = await new_key(backend)
+        sibling, inputs = StreamKey(key.run, "sibling"), StreamKey(key.run, "$input")
+        assert await backend.broker.produced(key, "p") == 0
+        await backend.broker.append(key, items(3))
+        assert await backend.peer.produced(key, "p") == 0, "those of nobody are not its own"
+        await backend.broker.append(key, items(3, start=3), producer=Producer("p", 0))
+        await backend.broker.append(key, items(2, start=6), producer=Producer("p:1", 0))
+        await backend.broker.append(key, items(3, start=4), producer=Producer("p", 1))
+        await backend.broker.append(inputs, items(5), producer=Producer("p", 0))
+        with pytest.raises(ProducerGap):
+            await backend.broker.append(key, items(1), producer=Producer("p", 7))
+        for broker in backend.processes:
+            assert await broker.produced(key, "p") == 4
+            assert await broker.produced(key, "p:1") == 2
+            assert await broker.produced(sibling, "p") == 0
+            assert await broker.produced(inputs, "p") == 5
+        assert (await backend.broker.read(sibling))[1:] == (0, 0, None), "to ask makes no stream"
+
+
+@pytest.mark.anyio
+async def test_the_count_of_a_producer_outlives_its_entries_and_the_run(make_broker: MakeBroker) -> None:
+    async with opened(make_broker, stream_bytes=200) as backend:
+        run = await create(backend)
+        key = StreamKey(run.id, "default")
+        await backend.broker.append(key, [CHUNK] * 10, producer=Producer("p", 0))
+        await backend.broker.append(key, [CHUNK] * 10)
+        assert await backend.peer.produced(key, "p") == 10
+        await backend.broker.append(key, [], end=COMPLETE)
+        assert await backend.peer.produced(key, "p") == 10
+        await store(backend.broker, finished(backend, run))
+        assert await backend.peer.produced(key, "p") == 10
+        assert await backend.peer.produced(StreamKey(run.id, "fresh"), "p") == 0
+
+
+@pytest.mark.anyio
 async def test_a_retry_of_the_ending_append_succeeds(make_broker: MakeBroker) -> None:
     async with opened(make_broker) as backend:
         key = await new_key(backend)
@@ -438,8 +480,6 @@ async def test_what_was_lost_is_written_again_at_its_place_or_not_at_all(make_br
 
 
 # Retention by bytes
-
-CHUNK = b'"' + b"x" * 100 + b'"'
 
 
 @pytest.mark.anyio
