@@ -462,4 +462,5 @@ def _log_bytes(log: Log) -> int:
 
 def _record_bytes(record: RunRecord) -> int:
     metadata = len(encode_value(record.metadata)) if record.metadata else 0
-    return _RECORD_BYTES + len(record.payload_json or b"") + len(record.output_json or b"") + metadata
+    payload = len(record.payload_json or b"") + len(record.payload_meta_json or b"")
+    return _RECORD_BYTES + payload + len(record.output_json or b"") + metadata

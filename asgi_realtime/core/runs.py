@@ -93,6 +93,8 @@ class RunRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     tags: tuple[str, ...] = ()
     metadata: dict[str, Any] = {}
     payload_json: bytes | None = None
+    payload_meta_json: bytes | None = None
+    """What JavaScript needs to read the payload as it was sent (dates, sets, …): the `meta` of superjson."""
     output_json: bytes | None = None
     error: RunError | None = None
     streams: tuple[str, ...] = ()

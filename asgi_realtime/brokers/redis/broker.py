@@ -333,8 +333,8 @@ class RedisBroker:
             expect,
             record.version,
             f"{change.writer}:{change.number}",
-            _json.encode(msgspec.structs.replace(record, payload_json=None, output_json=None)),
-            record.payload_json or b"" if expect == 0 else b"",
+            _json.encode(msgspec.structs.replace(record, payload_json=None, payload_meta_json=None, output_json=None)),
+            _stored_payload(record) if expect == 0 else b"",
             record.output_json or b"",
             b"" if end is None else _json.encode(end),
             STATES.get(record.status, ""),
@@ -473,7 +473,16 @@ def _decode_record(fields: Sequence[bytes | None]) -> RunRecord | None:
     decoded: RunRecord = _record.decode(record)
     if payload is None and output is None:
         return decoded
-    return msgspec.structs.replace(decoded, payload_json=payload, output_json=output)
+    payload, _, meta = (payload or b"").partition(b"\n")
+    return msgspec.structs.replace(
+        decoded, payload_json=payload or None, payload_meta_json=meta or None, output_json=output
+    )
+
+
+def _stored_payload(record: RunRecord) -> bytes:
+    """The payload, and behind a line break, which no JSON of ours holds, what superjson says of it."""
+    payload = record.payload_json or b""
+    return payload if record.payload_meta_json is None else payload + b"\n" + record.payload_meta_json
 
 
 def _not_found(run_id: str) -> RunNotFound:
