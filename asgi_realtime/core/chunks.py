@@ -8,6 +8,7 @@ nearly always text that was not decoded. Pydantic is recognised by its marks on 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
@@ -19,6 +20,12 @@ _AS_SENT = frozenset({"openai", "anthropic"})
 """Their models hold every field that the API may send; what it did send are the fields that are set."""
 
 _LF, _CR = b"\n\r"  # as integers: `10 in data` is ten times as fast as `b"\n" in data`
+_LINE_BREAKS_TO_SPACES = bytes.maketrans(b"\r\n", b"  ")
+_ESCAPE = re.compile(
+    rb"\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|(u[dD][89a-fA-F][0-9a-fA-F]{2})|.)", re.DOTALL
+)
+"""An escape in a JSON string: a pair of surrogates, a lone one (the group), or any other."""
+
 _BINARY = (bytes, bytearray, memoryview)
 _MALFORMED = (msgspec.MsgspecError, ValueError)  # bad UTF-8 is a ValueError only
 _PATH_STEPS = 20  # an end for values that contain themselves
@@ -49,12 +56,39 @@ encode_chunk = encode_value
 def decode(data: bytes) -> Any:
     """Decode JSON. Raises `UsageError` if it is malformed."""
     try:
+        return _decode(data)
+    except UsageError:
+        if b"\\u" in data:
+            return _decode_surrogates(data)
+        raise
+
+
+def json_line(data: bytes) -> bytes:
+    """JSON that was sent to us, as it is kept: on one line, and besides that byte for byte as it came.
+
+    So no number is rounded and no key moved. Escaped lone surrogates become U+FFFD. Raises `UsageError` if it is
+    malformed.
+    """
+    data = data.strip(b" \t\r\n")
+    try:
+        _decode(data)
+    except UsageError:
+        scrubbed = _ESCAPE.sub(lambda escape: rb"\ufffd" if escape[1] else escape[0], data)
+        if scrubbed == data:
+            raise
+        _decode(scrubbed)
+        data = scrubbed
+    if _LF in data or _CR in data:  # in strings they are malformed, so these stand between tokens
+        return data.translate(_LINE_BREAKS_TO_SPACES)
+    return data
+
+
+def _decode(data: bytes) -> Any:
+    try:
         return msgspec.json.decode(data)
     except RecursionError as exc:
         raise UsageError("JSON is nested too deeply") from exc
     except _MALFORMED as exc:
-        if b"\\u" in data:
-            return _decode_surrogates(data)
         raise UsageError(f"not valid JSON: {exc}") from exc
 
 

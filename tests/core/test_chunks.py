@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from openai.types.chat import ChatCompletionChunk
 
-from asgi_realtime.core.chunks import decode, encode_chunk, encode_value
+from asgi_realtime.core.chunks import decode, encode_chunk, encode_value, json_line
 from asgi_realtime.errors import EncodingError, UsageError
 
 
@@ -267,3 +267,84 @@ def test_escaped_lone_surrogates_are_read_as_replacement_characters() -> None:
 def test_malformed_json_is_refused(data: bytes) -> None:
     with pytest.raises(UsageError, match="JSON"):
         decode(data)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"null",
+        b"-0",
+        b"0.10000000000000000555",
+        b"12345678901234567890123456789",
+        b"1.50",
+        b'{"b": 1, "a": 2, "b":3}',
+        b'"caf\\u00e9 \\ud83d\\ude00 \\\\ud800"',
+        '"ü \u2028 🙂 \ufeff"'.encode(),
+        b'"\\u0000\\r\\n"',
+    ],
+)
+def test_json_from_outside_is_kept_byte_for_byte(data: bytes) -> None:
+    assert json_line(data) == data
+    assert json_line(b" \t" + data + b" \r\n") == data, "white space around it is no part of it"
+
+
+def test_json_from_outside_is_put_on_one_line() -> None:
+    assert json_line(b'{\r\n "a":\r[1,\n2]}') == b'{   "a": [1, 2]}'
+
+
+@pytest.mark.parametrize(
+    ("data", "kept"),
+    [
+        (b'"\\ud800"', b'"\\ufffd"'),
+        (b'"\\uDC00!"', b'"\\ufffd!"'),
+        (b'"\\ud83d\\ud83d\\ude00"', b'"\\ufffd\\ud83d\\ude00"'),
+        (b'"\\ude00\\ud83d"', b'"\\ufffd\\ufffd"'),
+        (
+            b'["\\\\ud800", "\\\\\\ud800", "\\ud800\\n", "\\ud800\\u0041"]',
+            b'["\\\\ud800", "\\\\\\ufffd", "\\ufffd\\n", "\\ufffd\\u0041"]',
+        ),
+        (b'{"\\ud800":\r0.10000000000000000555}', b'{"\\ufffd": 0.10000000000000000555}'),
+    ],
+)
+def test_lone_surrogates_from_outside_become_replacement_characters(data: bytes, kept: bytes) -> None:
+    assert json_line(data) == kept
+    assert decode(kept) == decode(data)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b" ",
+        b"undefined",
+        b"{",
+        b"1 2",
+        b"1\n2",
+        b"NaN",
+        b"1e999",
+        b'"\xff"',
+        b'"a\rb"',
+        b'"a\nb"',
+        b'"a\x00b"',
+        b"\xef\xbb\xbf1",
+        b'["\\ud800", NaN]',
+        b'["\\ud800", 1e999]',
+        b'"\\ud800',
+        b'"\\u12"',
+        b"\\ud800",
+        b"[" * 100_000,
+        b'["\\ud800",' + b"[" * 100_000,
+    ],
+)
+def test_what_is_no_json_is_not_kept(data: bytes) -> None:
+    with pytest.raises(UsageError, match="JSON"):
+        json_line(data)
+
+
+@given(st.text(st.characters()))
+def test_whatever_a_string_holds_it_is_kept_on_one_line(text: str) -> None:
+    """With `json.dumps` as the sender, which escapes lone surrogates as `JSON.stringify` does."""
+    data = json.dumps({"text": text}).encode()
+    line = json_line(data)
+    assert b"\n" not in line and b"\r" not in line
+    assert decode(line) == decode(data)
