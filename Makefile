@@ -27,6 +27,7 @@ NPM_PACKAGES := $(if $(NODE),$(patsubst %package.json,%node_modules/.stamp,$(wil
 DEMO_MODULE := examples.$(APP)$(if $(wildcard examples/$(APP)_app),_app)
 DEMO_PACKAGES := $(patsubst %package.json,%node_modules/.stamp,$(wildcard $(subst .,/,$(DEMO_MODULE))/package.json))
 NEEDS_redis_workers := --editable '.[redis,taskiq]' taskiq-redis fastapi
+NEEDS_react := --editable . fastapi
 DEMO_NEEDS := $(or $(NEEDS_$(APP)),--editable . $(APP))
 
 # With an endpoint of the user's own no model is downloaded.

@@ -1,4 +1,4 @@
-"""A chat whose answers survive a reload, in FastAPI. The page needs no more of its host than this."""
+"""A chat whose answers survive a reload, in FastAPI. Its pages (`examples/page`, `examples/react_app`) need no more."""
 
 import os
 import secrets
@@ -10,9 +10,12 @@ from fastapi.staticfiles import StaticFiles
 from openai import AsyncOpenAI
 from pydantic import BaseModel
 
-from asgi_realtime import Realtime, Run, RunNotFound
+from asgi_realtime import Realtime, Run, RunNotFound, RunRecord
 
-realtime = Realtime(secret_key=os.environ.get("REALTIME_SECRET_KEY") or secrets.token_urlsafe(32))
+realtime = Realtime(
+    secret_key=os.environ.get("REALTIME_SECRET_KEY") or secrets.token_urlsafe(32),
+    broker=os.environ.get("REALTIME_BROKER", "memory://"),
+)
 openai = AsyncOpenAI()  # OPENAI_API_KEY, OPENAI_BASE_URL
 MODEL = os.environ.get("OPENAI_MODEL", "gpt-4o-mini")
 PAGE = Path(__file__).parent.parent / "page"
@@ -37,6 +40,12 @@ async def chat(question: Question, run: Run) -> dict[str, str]:
     return {"text": text}
 
 
+@realtime.task("publish")
+async def publish(answer: Question, run: Run) -> dict[str, bool]:
+    approval = await run.input("approval").get(timeout="1h")  # sent by a page that has a token for it
+    return {"published": approval["approved"]}
+
+
 def current_user(request: Request, response: Response) -> str:
     user = request.cookies.get("user") or secrets.token_urlsafe()  # in place of your own sign-in
     response.set_cookie("user", user, httponly=True, samesite="lax")
@@ -44,6 +53,16 @@ def current_user(request: Request, response: Response) -> str:
 
 
 User = Annotated[str, Depends(current_user)]
+
+
+async def own_run(run_id: str, user: User) -> RunRecord:
+    run = await realtime.get_run(run_id)
+    if f"user:{user}" not in run.tags:
+        raise HTTPException(404)
+    return run
+
+
+OwnRun = Annotated[RunRecord, Depends(own_run)]
 app = FastAPI(lifespan=realtime.lifespan)
 app.mount("/realtime", realtime)
 
@@ -51,7 +70,16 @@ app.mount("/realtime", realtime)
 @app.post("/session")
 async def session(user: User) -> dict[str, str]:
     tag = f"user:{user}"
-    return {"tag": tag, "token": realtime.create_public_token(scopes={"read": {"tags": [tag]}})}
+    return {
+        "tag": tag,
+        "token": realtime.create_public_token(scopes={"read": {"tags": [tag]}}),
+        "triggerToken": realtime.create_trigger_public_token([chat, publish], multiple_use=True),
+    }
+
+
+@app.post("/session/{run_id}")
+async def run_session(run: OwnRun) -> dict[str, str]:
+    return {"token": realtime.create_public_token(scopes={"write": {"inputStreams": [run.id]}})}
 
 
 @app.post("/chat")
@@ -60,10 +88,7 @@ async def ask(question: Question, user: User) -> dict[str, object]:
 
 
 @app.post("/chat/{run_id}/stop", status_code=204)
-async def stop(run_id: str, user: User) -> None:
-    run = await realtime.get_run(run_id)
-    if f"user:{user}" not in run.tags:
-        raise HTTPException(404)
+async def stop(run: OwnRun) -> None:
     await realtime.cancel(run)
 
 

@@ -1,0 +1,1 @@
+"""The chat page in React, with Trigger.dev's own hooks."""

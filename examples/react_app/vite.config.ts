@@ -1,0 +1,8 @@
+import { defineConfig, loadEnv } from "vite";
+
+// The app's own backend is same-origin, through this proxy. What goes to realtime goes there directly, cross-origin.
+export default defineConfig(({ mode }) => {
+  const { BACKEND_URL = "http://127.0.0.1:8000" } = loadEnv(mode, ".", "");
+  const proxy = { "/session": BACKEND_URL, "/chat": BACKEND_URL };
+  return { server: { proxy }, preview: { proxy } };
+});
