@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from asgi_realtime.asgi import RealtimeMiddleware, RedactAccessToken
-from asgi_realtime.config import Cors, Limits, Retention, Timeouts
+from asgi_realtime.config import EXPOSED_HEADERS, Cors, Limits, Retention, Timeouts
 from asgi_realtime.core.runs import RunError, RunRecord, Status
 from asgi_realtime.errors import (
     BrokerUnavailable,
@@ -48,6 +48,7 @@ __all__ = [
     "BrokerUnavailable",
     "Claims",
     "Cors",
+    "EXPOSED_HEADERS",
     "EncodingError",
     "Executor",
     "ExpiredToken",

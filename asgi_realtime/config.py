@@ -65,6 +65,8 @@ class Limits(_Positive):
     output_bytes: int = 10 * 1024 * 1024
     metadata_bytes: int = 256 * 1024
     """All metadata of one run, encoded."""
+    append_bytes: int = 512 * 1024
+    """The text of one append over HTTP."""
     input_bytes: int = 1024 * 1024
     tags: int = 10
     tag_length: int = 128
@@ -121,10 +123,14 @@ class Timeouts(_Positive):
 
     heartbeat: float = 15.0
     """Silence on a subscription before a comment is sent."""
+    poll: float = 20.0
+    """How long a poll of the official clients is held when there is nothing to tell, within 15 %."""
     send: float = 30.0
     """One send to a subscriber that does not read; then it is dropped and may resume."""
     append: float = 30.0
     """How long a writer keeps trying while the broker is away."""
+    writer: float = 16 * 60.0
+    """Silence of a writer over HTTP before its request is ended; the official client begins another after 15 minutes."""
     broker: float = 5.0
     """One answer of a broker that is elsewhere, and a connection to it; then it counts as away."""
     drain: float = 0.5
@@ -142,6 +148,21 @@ class Timeouts(_Positive):
     """The period of the ticker: the precision of heartbeats, expiry, delays and time-outs."""
     reconnect: float = 3.0
     """Subscribers that a shutdown ended come back spread over this time."""
+
+
+EXPOSED_HEADERS = (
+    "electric-handle",
+    "electric-offset",
+    "electric-schema",
+    "electric-cursor",
+    "electric-up-to-date",
+    "x-trigger-jwt",
+    "x-trigger-jwt-claims",
+    "x-stream-version",
+    "x-ratelimit-reset",
+    "x-should-retry",
+)
+"""The response headers that a page of another origin has to see. For a host whose own CORS middleware sets the list."""
 
 
 @dataclass(frozen=True, slots=True)

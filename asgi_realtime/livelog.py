@@ -7,6 +7,7 @@ history and tail is the broker's work and has happened before a reader gets here
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from asgi_realtime.core.log import End, Entry, Log
@@ -37,7 +38,7 @@ class LiveLog:
         self._wakes = wakes or WakeSoon()
         self.readers = 0
         self.failure: Exception | None = None
-        self._slices: dict[int, Slice] = {}
+        self._slices: dict[object, Slice] = {}
         self._slices_at = 0
 
     @property
@@ -91,8 +92,26 @@ class LiveLog:
         if found is None:
             frames = log.frames(after, MAX_BODY)
             body = frames[0] if len(frames) == 1 else b"".join(frames)
-            found = Slice(body, max(after + 1, log.first) + len(frames) - 1)
-            if len(self._slices) >= _SHARED_SLICES:
-                del self._slices[next(iter(self._slices))]
-            self._slices[after] = found
+            found = self._share(after, Slice(body, max(after + 1, log.first) + len(frames) - 1))
         return found
+
+    def take_as(self, after: int, encode: Callable[[Sequence[Entry]], bytes]) -> Slice | None:
+        """As `take`, with the body that `encode` makes of the same entries."""
+        log = self.log
+        if after + 1 >= log.next:
+            return None
+        if self._slices_at != log.next:
+            self._slices.clear()
+            self._slices_at = log.next
+        key = (encode, after)
+        found = self._slices.get(key)
+        if found is None:
+            entries = log.entries(after, len(log.frames(after, MAX_BODY)))
+            found = self._share(key, Slice(encode(entries), entries[-1].seq))
+        return found
+
+    def _share(self, key: object, slice: Slice) -> Slice:
+        if len(self._slices) >= _SHARED_SLICES:
+            del self._slices[next(iter(self._slices))]
+        self._slices[key] = slice
+        return slice

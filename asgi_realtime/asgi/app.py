@@ -103,9 +103,9 @@ class RealtimeApp:
         if isinstance(answer, Response):  # its head may be out; and it fails only with the server's `send`
             logger.debug("an answer could not be sent", exc_info=error)
             return None
-        if isinstance(error, Finished):
-            return Response(status_code=204)
-        if isinstance(error, Leaving) or (isinstance(error, BrokerUnavailable) and comes_back):
+        if isinstance(error, Finished | Leaving):
+            return error.answer
+        if isinstance(error, BrokerUnavailable) and comes_back:
             return farewell(self._host)
         if not isinstance(error, RealtimeError) or (error.status >= 500 and not isinstance(error, BrokerUnavailable)):
             logger.error("a request failed", exc_info=error)
@@ -133,7 +133,7 @@ class RealtimeApp:
 
 def _comes_back(request: Request) -> bool:
     """Whether this is an EventSource: it comes back after a body that ends, and never after a 503."""
-    return request.method == "GET" and request.accepts_event_stream and request.header(b"trigger-version") is None
+    return request.method == "GET" and request.accepts_event_stream and not request.is_official_client
 
 
 async def _send_quietly(response: Response, scope: Scope, receive: Receive, send: Send) -> None:

@@ -9,12 +9,9 @@ from __future__ import annotations
 import re
 
 from asgi_realtime.asgi.host import Headers
-from asgi_realtime.config import Cors
+from asgi_realtime.config import EXPOSED_HEADERS, Cors
 
-EXPOSED = (
-    b"electric-handle, electric-offset, electric-schema, electric-cursor, electric-up-to-date, x-trigger-jwt,"
-    b" x-trigger-jwt-claims, x-stream-version, x-ratelimit-reset, x-should-retry"
-)
+EXPOSED = ", ".join(EXPOSED_HEADERS).encode()
 METHODS = b"GET, HEAD, POST, PUT"
 
 _HEADER_NAMES = re.compile(rb"[A-Za-z0-9!#$%&'*+.^_`|~\-, ]{1,4096}")

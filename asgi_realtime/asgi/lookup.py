@@ -37,25 +37,28 @@ class _Wait:
         self.parker.wake()
 
 
-async def find_run(request: Request, claims: Claims, run_id: str) -> RunRecord:
-    """The record, waited for up to `timeouts.find` if the token names the run. Raises `RunNotFound`, `Leaving`."""
+async def find_run(request: Request, claims: Claims, run_id: str, *, events: bool) -> RunRecord:
+    """The record, waited for up to `timeouts.find` if the token names the run. Raises `RunNotFound`, `Leaving`.
+
+    `events`: whether the client reads events, also those that a shutdown has.
+    """
     runs = request.host.runs
     try:
         return await runs.get(run_id)
     except RunNotFound:
         if run_id not in names(claims.scopes, "read", "runs"):
             raise
-    await _appeared(request, claims, run_topic(run_id))
+    await _appeared(request, claims, run_topic(run_id), events=events)
     return await runs.get(run_id)
 
 
-async def find_batch(request: Request, claims: Claims, batch_id: str) -> None:
+async def find_batch(request: Request, claims: Claims, batch_id: str, *, events: bool) -> None:
     """Return if the batch has a run, or has one soon. Raises `RunNotFound`, `Leaving`."""
-    if not await _appeared(request, claims, batch_topic(batch_id)):
+    if not await _appeared(request, claims, batch_topic(batch_id), events=events):
         raise RunNotFound(f"no batch {shown(batch_id)}: it never was, or it is past its retention")
 
 
-async def _appeared(request: Request, claims: Claims, topic: str) -> bool:
+async def _appeared(request: Request, claims: Claims, topic: str, *, events: bool) -> bool:
     """Wait until the topic has a run. False if there is none in time or the client is gone.
 
     Raises `Leaving` if the host shuts down: it may be there soon, so 404, after which no EventSource comes back, would
@@ -71,7 +74,7 @@ async def _appeared(request: Request, claims: Claims, topic: str) -> bool:
         host.subscribers.discard(wait)
         request.seats.leave("", token_id)
     if not found and host.closing:
-        raise Leaving
+        raise Leaving(host, events=events)
     return found
 
 

@@ -1,9 +1,9 @@
 """From a request's path to one of our endpoints, whatever host passes it on.
 
 Hosts differ: `path` comes with the mount's prefix (Starlette), without (Litestar, which adds a slash at the end), and
-with or without the `root_path` of a proxy in front. So each candidate is tried, and the first that is one of our routes
-wins. `realtime` may stand before a route, so that both `baseURL`s of the official clients work, and `api` may be missing
-where a host mounts this at `/api` and takes that off. Nothing is redirected: that is trouble for a cross-origin
+with or without the `root_path` of a proxy in front. So each candidate is tried, and the first that is one of our
+routes wins. `realtime` may stand before a route, so that both `baseURL`s of the official clients work, and `api` may be
+missing where a host mounts this at `/api` and takes that off. Nothing is redirected: that is trouble for a cross-origin
 EventSource.
 """
 

@@ -67,6 +67,15 @@ class Request:
     def accepts_event_stream(self) -> bool:
         return EVENT_STREAM in (self.header(b"accept") or b"").decode("latin-1").lower()
 
+    @property
+    def is_official_client(self) -> bool:
+        """Whether the client is one of Trigger.dev's, which read streams in a framing of their own."""
+        return self.header(b"trigger-version") is not None
+
+    def skipped_columns(self, claims: Claims) -> tuple[str, ...]:
+        """The columns of a run that are to be left out: what the token says, else the query."""
+        return claims.skip_columns or tuple(filter(None, (self.query("skipColumns") or "").split(",")))
+
     async def body(self, max_bytes: int) -> bytes:
         """The body. Raises `LimitExceeded` (413) as soon as it is too long, `InvalidRequest` if it is cut off."""
         length = self.header(b"content-length") or b""

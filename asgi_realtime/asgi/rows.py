@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from typing import Protocol
 
 from asgi_realtime.asgi.host import Runs
-from asgi_realtime.core.run_json import run_json
 from asgi_realtime.core.runs import RunRecord
 from asgi_realtime.core.topics import Change
 
@@ -15,14 +15,23 @@ MAX_BYTES = 64 * 1024 * 1024
 _ROW_BYTES = 2048
 
 
+_MAX_FORMS = 4
+"""Of one row: each feed has its own form, and so has each choice of columns to leave out."""
+
+
+class EncodeRow(Protocol):
+    """A way to encode a run, such as `core.run_json.run_json`."""
+
+    def __call__(self, record: RunRecord, *, skip: Collection[str]) -> bytes: ...
+
+
 class _Row:
-    __slots__ = ("json", "record", "size")
+    __slots__ = ("forms", "record", "size")
 
     def __init__(self, record: RunRecord) -> None:
         self.record = record
-        self.json: bytes | None = None
-        stored = len(record.payload_json or b"") + len(record.output_json or b"")
-        self.size = 2 * stored + _ROW_BYTES
+        self.forms: dict[tuple[EncodeRow, tuple[str, ...]], bytes] = {}
+        self.size = _ROW_BYTES + len(record.payload_json or b"") + len(record.output_json or b"")
 
 
 class RowCache:
@@ -46,14 +55,20 @@ class RowCache:
                 found[place] = record
         return found
 
-    def json(self, record: RunRecord) -> bytes:
-        """The record as JSON, with nothing left out."""
+    def encoded(self, record: RunRecord, encode: EncodeRow, skip: tuple[str, ...] = ()) -> bytes:
+        """The record as `encode` writes it, without the columns of `skip`."""
         row = self._rows.get(record.id)
         if row is None or row.record.version != record.version:
-            return run_json(record)
-        if row.json is None:
-            row.json = run_json(record)
-        return row.json
+            return encode(record, skip=skip)
+        form = row.forms.get((encode, skip))
+        if form is None:
+            form = encode(record, skip=skip)
+            if len(row.forms) < _MAX_FORMS:
+                row.forms[encode, skip] = form
+                row.size += len(form)
+                self._size += len(form)
+                self._fit()
+        return form
 
     def _known(self, change: Change) -> RunRecord | None:
         row = self._rows.get(change.run_id)
@@ -70,6 +85,9 @@ class RowCache:
         self._drop(run_id)
         self._rows[run_id] = row
         self._size += row.size
+        self._fit()
+
+    def _fit(self) -> None:
         while len(self._rows) > self._max_rows or (self._size > MAX_BYTES and len(self._rows) > 1):
             self._drop(next(iter(self._rows)))
 

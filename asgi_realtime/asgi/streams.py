@@ -6,23 +6,26 @@ as one body, shared with the others at the same place. Resume, gap and end: docs
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractAsyncContextManager
+from typing import NamedTuple
 
 from asgi_realtime.asgi.auth import authorise, run_resources
-from asgi_realtime.asgi.framing import Framing
-from asgi_realtime.asgi.host import Host
+from asgi_realtime.asgi.framing import BATCHES, NATIVE, Framing
 from asgi_realtime.asgi.lookup import find_run
 from asgi_realtime.asgi.request import Request
-from asgi_realtime.asgi.seats import Seats
-from asgi_realtime.asgi.subscription import WAITING, Finished, Subscription
+from asgi_realtime.asgi.subscription import STILL_WAITING, WAITING, Finished, Over, Subscription
 from asgi_realtime.core.chunks import encode_value
 from asgi_realtime.core.log import Entry, StreamKey
 from asgi_realtime.core.runs import RunRecord
-from asgi_realtime.errors import BrokerUnavailable, InvalidRequest, shown
+from asgi_realtime.errors import BrokerUnavailable, InvalidRequest, StreamGap, StreamLost, shown
 from asgi_realtime.livelog import MAX_BODY, LiveLog
 from asgi_realtime.names import input_stream, stream_name
 from asgi_realtime.tokens import Claims
+
+MAX_SILENCE_S = 600
+"""The most that `Timeout-Seconds` may say."""
 
 _MAX_DIGITS = 18
 
@@ -40,10 +43,39 @@ async def tail_input(request: Request, run_id: str, input_id: str) -> StreamSubs
 
 
 async def _subscribe(request: Request, claims: Claims, run_id: str, name: str) -> StreamSubscription:
-    after = parse_position(request.last_event_id)
-    record = await find_run(request, claims, run_id)
+    asked = asked_stream(request)
+    record = await find_run(request, claims, run_id, events=asked.framing is NATIVE)
     authorise(claims, "read", run_resources(record))
-    return StreamSubscription(request.host, request.seats, claims, record, name, after)
+    return StreamSubscription(request, claims, record, name, asked)
+
+
+class AskedStream(NamedTuple):
+    """How a stream is asked for: from which position, in which framing, and until how much silence."""
+
+    after: int
+    framing: Framing
+    latest: bool = False
+    """From the end: what is there already is not wanted."""
+    silence_s: float = math.inf
+
+
+def asked_stream(request: Request) -> AskedStream:
+    """Read the headers. Raises `InvalidRequest`."""
+    after = parse_position(request.last_event_id)
+    if not request.is_official_client:
+        return AskedStream(after, NATIVE)
+    start = request.header(b"x-trigger-stream-start")
+    latest = start is not None and start.strip().lower() == b"latest" and request.last_event_id is None
+    return AskedStream(after, BATCHES, latest, _silence(request.header(b"timeout-seconds")))
+
+
+def _silence(header: bytes | None) -> float:
+    if header is None:
+        return math.inf
+    text = header.decode("latin-1").strip()
+    if not (text.isascii() and text.isdigit() and len(text) <= 3 and 1 <= int(text) <= MAX_SILENCE_S):
+        raise InvalidRequest(f"Timeout-Seconds is {shown(text)}; allowed are whole numbers from 1 to {MAX_SILENCE_S}")
+    return int(text)
 
 
 def parse_position(last_event_id: str | None) -> int:
@@ -59,12 +91,17 @@ def parse_position(last_event_id: str | None) -> int:
 class StreamSubscription(Subscription[LiveLog]):
     """Sends a stream's chunks after a position."""
 
-    __slots__ = ("_after", "_comment", "_key")
+    __slots__ = ("_after", "_comment", "_key", "_latest", "_quiet", "_seen", "_seen_at", "_silence_s")
 
-    def __init__(self, host: Host, seats: Seats, claims: Claims, record: RunRecord, name: str, after: int) -> None:
-        super().__init__(host, seats, claims, run_id=record.id)
+    def __init__(self, request: Request, claims: Claims, record: RunRecord, name: str, asked: AskedStream) -> None:
+        super().__init__(request.host, request.seats, claims, run_id=record.id, framing=asked.framing)
         self._key = StreamKey(record.id, name)
-        self._after = after
+        self._after = asked.after
+        self._latest = asked.latest
+        self._silence_s = asked.silence_s
+        self._quiet = False  # for so long
+        self._seen = asked.after  # where the ticker saw the cursor
+        self._seen_at = request.host.clock()
         written = name in record.streams or name.startswith("$")
         self._comment = "connected" if written else _unwritten(name, record.streams)
 
@@ -72,11 +109,30 @@ class StreamSubscription(Subscription[LiveLog]):
         return self._host.broker.live(self._key)
 
     async def _prepare(self, source: LiveLog) -> str:
+        if self._latest:
+            self._after = source.log.next - 1
         ahead = self._after - source.log.next
         if source.end is not None and ahead >= 0 and not (ahead and source.end.reason == "lost"):
-            raise Finished
+            raise Finished(self._framing)
+        if not self._framing.tells_gaps:
+            await self._refuse_what_cannot_be_told(source)
         comment, self._comment = self._comment, ""
         return comment if not source.log.next else "connected"
+
+    async def _refuse_what_cannot_be_told(self, source: LiveLog) -> None:
+        """Raises `StreamGap` for a position before the part that is kept, `StreamLost` at the end of what was lost."""
+        end, following = source.end, self._after + 1
+        if end is not None and end.reason == "lost" and following >= source.log.next:
+            raise StreamLost(end.error or "entries of this stream were lost")
+        if following >= source.log.first:
+            return
+        page = await self._host.broker.read(self._key, after=self._after, limit=1)
+        if page.first <= following:
+            return
+        if following:
+            message = f"chunk {following} is past its retention, the oldest that is kept is {page.first}"
+            raise StreamGap(message, requested=following, first=page.first)
+        self._after = page.first - 1  # who asked for no position begins with what there is
 
     async def _follow(self, source: LiveLog) -> bytes:
         framing, parker, cursor, log = self._framing, self._parker, self._after, source.log
@@ -87,6 +143,9 @@ class StreamSubscription(Subscription[LiveLog]):
                     last = self._last_words()
                     if last is not None:
                         return last if log.end is None or log.next > cursor + 1 else self._end(source)
+                    if self._quiet and log.next == cursor + 1:
+                        return b""
+                    self._quiet = False
                     await self._write(framing.heartbeat)
                     continue  # while that was sent there may have been another alert
                 if cursor + 1 < log.first:
@@ -99,8 +158,9 @@ class StreamSubscription(Subscription[LiveLog]):
                 elif log.end is not None:
                     return self._end(source)
                 elif source.failure is not None:
-                    return b""  # without an `end`: the client comes back and hears what is wrong
+                    return framing.interrupted()  # the client comes back and hears what is wrong
                 else:
+                    self._after = cursor
                     source.waiting.add(parker)
                     self._phase = WAITING
                     await parker.arm()
@@ -112,7 +172,10 @@ class StreamSubscription(Subscription[LiveLog]):
         framing = self._framing
         page = await self._host.broker.read(self._key, after=cursor)
         if page.first > cursor + 1:
-            await self._write(framing.gap(cursor + 1, page.first))
+            gap = framing.gap(cursor + 1, page.first)
+            if not framing.tells_gaps:
+                raise Over(gap)
+            await self._write(gap)
             return page.first - 1
         if not page.entries:
             raise BrokerUnavailable(f"what follows entry {cursor} was there and is not any more")
@@ -127,20 +190,27 @@ class StreamSubscription(Subscription[LiveLog]):
         assert source.end is not None
         return self._framing.end(source.end, str(source.log.next))
 
+    def tick(self, now: float) -> None:
+        super().tick(now)
+        if self._silence_s == math.inf:
+            return
+        if self._after != self._seen or self._phase not in (WAITING, STILL_WAITING):
+            self._seen, self._seen_at = self._after, now
+        elif now - self._seen_at >= self._silence_s:
+            self._quiet = True
+            self._rouse()
+
 
 def _bodies(framing: Framing, entries: Sequence[Entry]) -> Iterator[tuple[bytes, int]]:
     """Entries in as few bodies as a server's buffer takes, each with the seq of its last."""
-    body = bytearray()
-    last = -1
-    for entry in entries:
-        frame = framing.frame(entry)
-        if body and len(body) + len(frame) > MAX_BODY:
-            yield bytes(body), last
-            body.clear()
-        body += frame
-        last = entry.seq
-    if body:
-        yield bytes(body), last
+    start = size = 0
+    for place, entry in enumerate(entries):
+        if size and size + len(entry.data) > MAX_BODY:
+            yield framing.encode(entries[start:place]), entries[place - 1].seq
+            start, size = place, 0
+        size += len(entry.data)
+    if entries:
+        yield framing.encode(entries[start:]), entries[-1].seq
 
 
 def _unwritten(name: str, streams: tuple[str, ...]) -> str:

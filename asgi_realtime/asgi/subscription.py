@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 from starlette.responses import Response
 
+from asgi_realtime.asgi.answers import refusal
 from asgi_realtime.asgi.framing import NATIVE, Framing
 from asgi_realtime.asgi.host import Headers, Host, Receive, Scope, Send
 from asgi_realtime.core.log import End
@@ -57,15 +58,23 @@ async def until_disconnect(receive: Receive) -> None:
 
 
 class Finished(Exception):
-    """Raised before the head is sent: what the client asks for is over and it has it all. Answered with 204."""
+    """Raised before the head is sent: what the client asks for is over and it has it all."""
+
+    def __init__(self, framing: Framing) -> None:
+        super().__init__()
+        self.answer = Response(status_code=framing.status_when_over, headers=_head(framing))
 
 
 class Leaving(Exception):
-    """Raised before the head is sent: the host shuts down. Answered as an open subscription is ended then."""
+    """Raised before the head is sent: the host shuts down. Whoever asked is to come back."""
+
+    def __init__(self, host: Host, *, events: bool) -> None:
+        super().__init__()
+        self.answer = farewell(host) if events else leaving_answer()
 
 
-class _Over(Exception):
-    """Raised by `_heed`: the subscription ends with this frame."""
+class Over(Exception):
+    """Raised in `_follow`: the subscription ends with this frame."""
 
     def __init__(self, last: bytes) -> None:
         super().__init__()
@@ -78,9 +87,17 @@ def _reconnect(host: Host, framing: Framing) -> bytes:
 
 
 def farewell(host: Host) -> Response:
-    """The answer to `Leaving`, and to an EventSource while the broker is away."""
-    headers = {name.decode(): value.decode() for name, value in _HEAD}
-    return Response(NATIVE.preamble("connected") + _reconnect(host, NATIVE), headers=headers)
+    """What an EventSource is answered at a shutdown, or while the broker is away: it comes back when a body ends."""
+    return Response(NATIVE.preamble("connected") + _reconnect(host, NATIVE), headers=_head(NATIVE))
+
+
+def leaving_answer() -> Response:
+    """The answer to everybody else at a shutdown."""
+    return refusal(503, "server_shutdown", "the server is shutting down; try again")
+
+
+def _head(framing: Framing) -> dict[str, str]:
+    return {name.decode(): value.decode() for name, value in (*_HEAD, *framing.headers)}
 
 
 class Subscription(ABC, Generic[S]):
@@ -142,7 +159,7 @@ class Subscription(ABC, Generic[S]):
                     try:
                         await self._start(comment)
                         last = await self._follow(source)
-                    except _Over as over:
+                    except Over as over:
                         last = over.last
                     except OSError:
                         return  # the peer is gone; only some servers say so
@@ -151,7 +168,7 @@ class Subscription(ABC, Generic[S]):
                         last = _reconnect(self._host, self._framing)
                     except Exception:
                         logger.exception("a subscription failed; its client will resume")
-                        last = b""
+                        last = self._framing.interrupted()
                     await self._finish(last)
         except Exception:
             if not started:
@@ -178,7 +195,7 @@ class Subscription(ABC, Generic[S]):
         ...
 
     async def _start(self, comment: str) -> None:
-        headers, self.raw_headers = [*_HEAD, *self.raw_headers], []
+        headers, self.raw_headers = [*_HEAD, *self._framing.headers, *self.raw_headers], []
         await self._send({"type": "http.response.start", "status": 200, "headers": headers})
         await self._write(self._framing.preamble(comment))
 
@@ -204,7 +221,7 @@ class Subscription(ABC, Generic[S]):
         self._alert = False
         last = self._last_words()
         if last is not None:
-            raise _Over(last)
+            raise Over(last)
 
     # What others call
 

@@ -7,6 +7,7 @@ import pytest
 
 from asgi_realtime.asgi import rows
 from asgi_realtime.asgi.rows import RowCache
+from asgi_realtime.core import shapes
 from asgi_realtime.core.run_json import run_json
 from asgi_realtime.core.runs import RunRecord, Status
 from asgi_realtime.core.topics import Change
@@ -60,14 +61,37 @@ async def test_a_version_is_loaded_once() -> None:
     assert await cache.records([change("a", 1)]) == [lost]  # but if the broker has lost the newer one
 
 
-async def test_json_is_of_the_record_that_is_asked_for() -> None:
+async def test_a_form_is_of_the_record_that_is_asked_for() -> None:
     runs = Runs()
     cache = RowCache(runs, max_rows=10)
     first = runs.put("a", 1)
     await cache.records([change("a", 1)])
-    assert cache.json(first) is cache.json(first)
+    assert cache.encoded(first, run_json) is cache.encoded(first, run_json)
     newer = msgspec.structs.replace(first, version=2, status=Status.EXECUTING)
-    assert cache.json(newer) == run_json(newer)
+    assert cache.encoded(newer, run_json) == run_json(newer)
+
+
+async def test_each_form_is_encoded_once_and_counted() -> None:
+    runs = Runs()
+    cache = RowCache(runs, max_rows=10)
+    record = runs.put("a", 1, b'"text"')
+    await cache.records([change("a", 1)])
+    before = cache._size
+    plain = cache.encoded(record, shapes.row)
+    short = cache.encoded(record, shapes.row, ("payload",))
+    assert cache.encoded(record, shapes.row, ("payload",)) is short
+    assert plain == shapes.row(record) != short
+    assert cache._size == before + len(plain) + len(short)
+
+
+async def test_only_a_few_forms_of_a_row_are_kept() -> None:
+    runs = Runs()
+    cache = RowCache(runs, max_rows=10)
+    record = runs.put("a", 1)
+    await cache.records([change("a", 1)])
+    for number in range(10):
+        cache.encoded(record, run_json, (f"field{number}",))
+    assert len(cache._rows["a"].forms) == 4
 
 
 async def test_the_least_used_go_first() -> None:
@@ -90,6 +114,7 @@ async def test_bytes_are_bounded_too(monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(10):
         runs.put(str(number), 1, b'"%b"' % (b"x" * 20_000))
         await cache.records([change(str(number), 1)])
+        cache.encoded(runs.records[str(number)], run_json)
     assert len(cache._rows) == 2
     assert cache._size <= 100_000
     runs.put("large", 1, b'"%b"' % (b"x" * 200_000))

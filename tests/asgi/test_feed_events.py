@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 
 import anyio
 import pytest
 
-from asgi_realtime.asgi import rows
+from asgi_realtime.asgi import feed_events
 from asgi_realtime.config import Cors, Limits, Timeouts
 from asgi_realtime.core.metadata import Set
 from asgi_realtime.core.run_json import run_json
@@ -191,12 +192,15 @@ async def test_refusals_of_a_run_feed(host: StandIn) -> None:
 
 
 @pytest.mark.parametrize("accept", ["application/json", "*/*", None])
-async def test_without_the_accept_header_it_is_406_and_says_so(host: StandIn, accept: str | None) -> None:
+async def test_without_the_accept_header_and_an_offset_it_is_400_and_names_both(
+    host: StandIn, accept: str | None
+) -> None:
     await host.create()
     headers = host.headers() if accept is None else host.headers(accept=accept)
     response = await driver.request(host, "GET", RUN, headers=headers)
-    assert response.status == 406
-    assert "Accept: text/event-stream" in json.loads(response.body)["error"]
+    assert response.status == 400
+    error = json.loads(response.body)["error"]
+    assert "Accept: text/event-stream" in error and "?offset=-1" in error
 
 
 # Columns
@@ -228,11 +232,11 @@ async def test_columns_may_be_left_out_on_request(host: StandIn) -> None:
 async def test_a_row_is_encoded_once_for_all(host: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
     encoded: list[str] = []
 
-    def counting(record: RunRecord) -> bytes:
+    def counting(record: RunRecord, *, skip: Collection[str]) -> bytes:
         encoded.append(record.id)
-        return run_json(record)
+        return run_json(record, skip=skip)
 
-    monkeypatch.setattr(rows, "run_json", counting)
+    monkeypatch.setattr(feed_events, "run_json", counting)
     await host.create()
     headers = host.feed_headers()
     for _ in range(3):

@@ -1,0 +1,137 @@
+"""The kinds of run feeds: one run, the runs with some tags, or the runs of a batch; and finding their runs.
+
+A feed follows one topic. Which of the runs that this tells of belong to the feed, and when the feed is over, is said
+here; how it is told to a client is the matter of `feed_events` and `feed_shapes`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from typing import Protocol
+
+from asgi_realtime.asgi.rows import RowCache
+from asgi_realtime.core.log import End
+from asgi_realtime.core.runs import RunRecord, batch_topic, run_topic, tag_topic
+from asgi_realtime.core.topics import Change
+
+PAGE = 100
+"""Changes whose runs are loaded at once."""
+
+Admitted = tuple[Change, RunRecord]
+
+
+class Feed(Protocol):
+    """Which runs a feed has, and when it is over."""
+
+    topic: str
+    run_id: str
+    """The run that all of this is about, or ""."""
+    floor_ms: int
+    """Runs that were created before are not in it."""
+    whole: bool
+    """Whether every run has to be met to know the end, also those that a resuming client is not told of."""
+
+    def has(self, record: RunRecord) -> bool: ...
+
+    def saw(self, record: RunRecord) -> None:
+        """A record of this feed was met."""
+
+    @property
+    def end(self) -> End | None:
+        """How the feed ends, once all that was met is sent."""
+        ...
+
+
+class RunFeed:
+    """One run, to its terminal state."""
+
+    floor_ms = 0
+    whole = False
+
+    def __init__(self, record: RunRecord) -> None:
+        self.topic = run_topic(record.id)
+        self.run_id = record.id
+        self.end = record.end
+
+    def has(self, record: RunRecord) -> bool:
+        return True
+
+    def saw(self, record: RunRecord) -> None:
+        self.end = record.end
+
+
+class TagFeed:
+    """The runs that have all of these tags and were created after a time. Never over."""
+
+    run_id = ""
+    whole = False
+    end: End | None = None
+
+    def __init__(self, tags: Collection[str], *, floor_ms: int) -> None:
+        self.topic = tag_topic(min(tags))
+        self._tags = frozenset(tags)
+        self.floor_ms = floor_ms
+
+    def has(self, record: RunRecord) -> bool:
+        return record.created_at_ms >= self.floor_ms and self._tags.issubset(record.tags)
+
+    def saw(self, record: RunRecord) -> None:
+        return None
+
+
+class BatchFeed:
+    """The runs of a batch, until all are over.
+
+    They are created in their order, so once the last is there, one that is missing was over and is past its retention.
+    """
+
+    run_id = ""
+    floor_ms = 0
+    whole = True
+
+    def __init__(self, batch_id: str) -> None:
+        self.topic = batch_topic(batch_id)
+        self._complete = False  # the last was met
+        self._open: set[str] = set()
+
+    def has(self, record: RunRecord) -> bool:
+        return True
+
+    def saw(self, record: RunRecord) -> None:
+        if record.batch is not None and record.batch.index == record.batch.count - 1:
+            self._complete = True
+        if record.is_completed:
+            self._open.discard(record.id)
+        else:
+            self._open.add(record.id)
+
+    @property
+    def end(self) -> End | None:
+        return End("complete") if self._complete and not self._open else None
+
+
+async def admitted(feed: Feed, rows: RowCache, page: Sequence[Change]) -> list[Admitted]:
+    """The changes that belong to the feed, with the records behind them."""
+    records = await rows.records(page)
+    found = [
+        (change, record)
+        for change, record in zip(page, records, strict=True)
+        if record is not None and feed.has(record)
+    ]
+    for _, record in found:
+        feed.saw(record)
+    return found
+
+
+async def newest(feed: Feed, rows: RowCache, items: Sequence[Change], *, limit: int) -> list[Admitted]:
+    """The runs of a snapshot that changed last, at most `limit`; in the order of their changes."""
+    found: list[Admitted] = []
+    for page in pages(items[::-1]):
+        found += await admitted(feed, rows, page)
+        if len(found) >= limit:
+            break
+    return found[:limit][::-1]
+
+
+def pages(items: Sequence[Change]) -> Iterator[Sequence[Change]]:
+    return (items[start : start + PAGE] for start in range(0, len(items), PAGE))

@@ -1,0 +1,182 @@
+"""Runs as rows of a shape: what the run feeds of the official clients are made of.
+
+A shape is a set of rows that a client holds and keeps up to date by asking for what came after its offset. Every value
+of a row is text or null, as Postgres would print it, and the schema says how a client reads it. A row is always whole,
+so it may be sent again at any time. Pure: rows and cursors in, bytes out. Spec: docs/protocol.md, and the HTTP API of
+Electric, whose client reads this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable
+from datetime import UTC, datetime
+from typing import NamedTuple
+
+import msgspec
+
+from asgi_realtime.core.chunks import encode_value
+from asgi_realtime.core.runs import RunRecord, Status
+
+WIRE_STATUS: dict[Status, str] = {
+    Status.DELAYED: "DELAYED",
+    Status.QUEUED: "PENDING",
+    Status.EXECUTING: "EXECUTING",
+    Status.COMPLETED: "COMPLETED_SUCCESSFULLY",
+    Status.FAILED: "COMPLETED_WITH_ERRORS",
+    Status.CANCELED: "CANCELED",
+    Status.CRASHED: "CRASHED",
+    Status.EXPIRED: "EXPIRED",
+    Status.TIMED_OUT: "TIMED_OUT",
+}
+"""The statuses as they stand in a row. Clients translate them back, and take one that they do not know for QUEUED."""
+
+MUST_REFETCH = b'[{"headers":{"control":"must-refetch"}}]'
+_UP_TO_DATE = b'{"headers":{"control":"up-to-date"}}]'
+
+_MAX_DIGITS = 18
+_JSON = "application/json"
+_SUPERJSON = "application/super+json"
+
+Encode = Callable[[RunRecord], "str | None"]
+
+
+def _timestamp(time_ms: int) -> str:
+    """Without a zone: the client adds the `Z`, and two of them make no date."""
+    seconds, milliseconds = divmod(time_ms, 1000)
+    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%S}.{milliseconds:03}"
+
+
+def _timestamp_or_null(time_ms: int | None) -> str | None:
+    return None if time_ms is None else _timestamp(time_ms)
+
+
+def _array(items: Iterable[str]) -> str:
+    """An array literal of Postgres. Every element is quoted, so that `NULL`, braces and commas are text."""
+    quoted = (item.replace("\\", "\\\\").replace('"', '\\"') for item in items)
+    return "{" + ",".join(f'"{item}"' for item in quoted) + "}"
+
+
+def _duration(record: RunRecord) -> str:
+    if record.started_at_ms is None:
+        return "0"
+    return str((record.completed_at_ms or record.updated_at_ms) - record.started_at_ms)
+
+
+def _payload(record: RunRecord) -> str | None:
+    if record.payload_json is None:
+        return None
+    payload = record.payload_json.decode()
+    meta = record.payload_meta_json
+    return payload if meta is None else f'{{"json":{payload},"meta":{meta.decode()}}}'
+
+
+def _payload_type(record: RunRecord) -> str:
+    return _JSON if record.payload_meta_json is None else _SUPERJSON
+
+
+def _error(record: RunRecord) -> str | None:
+    if record.error is None:
+        return None
+    error = {"type": "BUILT_IN_ERROR", "name": record.error.name, "message": record.error.message, "stackTrace": ""}
+    return encode_value(error).decode()
+
+
+_COLUMNS: dict[str, tuple[str, Encode]] = {
+    "id": ("text", lambda record: record.id),
+    "taskIdentifier": ("text", lambda record: record.task),
+    "createdAt": ("timestamp", lambda record: _timestamp(record.created_at_ms)),
+    "updatedAt": ("timestamp", lambda record: _timestamp(record.updated_at_ms)),
+    "startedAt": ("timestamp", lambda record: _timestamp_or_null(record.started_at_ms)),
+    "delayUntil": ("timestamp", lambda record: _timestamp_or_null(record.delay_until_ms)),
+    "queuedAt": ("timestamp", lambda record: _timestamp_or_null(record.queued_at_ms)),
+    "expiredAt": (
+        "timestamp",
+        lambda record: _timestamp_or_null(record.completed_at_ms) if record.status is Status.EXPIRED else None,
+    ),
+    "completedAt": ("timestamp", lambda record: _timestamp_or_null(record.completed_at_ms)),
+    "friendlyId": ("text", lambda record: record.id),
+    "number": ("int4", lambda record: "0"),
+    "isTest": ("bool", lambda record: "f"),
+    "status": ("text", lambda record: WIRE_STATUS[record.status]),
+    "usageDurationMs": ("int4", _duration),
+    "costInCents": ("float8", lambda record: "0"),
+    "baseCostInCents": ("float8", lambda record: "0"),
+    "ttl": ("text", lambda record: None if record.ttl_s is None else f"{record.ttl_s:g}s"),
+    "payload": ("text", _payload),
+    "payloadType": ("text", _payload_type),
+    "metadata": ("text", lambda record: encode_value(record.metadata).decode()),
+    "metadataType": ("text", lambda record: _JSON),
+    "output": ("text", lambda record: None if record.output_json is None else record.output_json.decode()),
+    "outputType": ("text", lambda record: _JSON),
+    "runTags": ("text[]", lambda record: _array(record.tags)),
+    "error": ("jsonb", _error),
+    "realtimeStreams": ("text[]", lambda record: _array(record.streams)),
+    "idempotencyKey": ("text", lambda record: record.idempotency_key),
+}
+"""Each column: its type, and how a run fills it. A column of numbers or booleans must not be null."""
+
+KEPT_COLUMNS = frozenset({"id", "friendlyId", "taskIdentifier", "status", "createdAt", "updatedAt"})
+"""What a client cannot do without."""
+
+
+def skippable(columns: Iterable[str]) -> tuple[str, ...]:
+    """Those of the columns that there are and that may be left out, in the order of the schema."""
+    asked = frozenset(columns)
+    return tuple(name for name in _COLUMNS if name in asked and name not in KEPT_COLUMNS)
+
+
+def schema(*, skip: Collection[str] = ()) -> str:
+    """What a client needs to know to read the rows: the header `electric-schema`."""
+    return encode_value({name: _column(kind) for name, (kind, _) in _COLUMNS.items() if name not in skip}).decode()
+
+
+def _column(kind: str) -> dict[str, str | int]:
+    return {"type": kind[:-2], "dims": 1} if kind.endswith("[]") else {"type": kind}
+
+
+def row(record: RunRecord, *, skip: Collection[str] = ()) -> bytes:
+    """One run as a change message: JSON that replaces whatever a client holds of this run.
+
+    `skip` is what `skippable` gave.
+    """
+    value = {name: encode(record) for name, (_, encode) in _COLUMNS.items() if name not in skip}
+    message = {"key": f'"public"."TaskRun"/"{record.id}"', "value": value, "headers": {"operation": "insert"}}
+    return msgspec.json.encode(message)
+
+
+def body(rows: Iterable[bytes]) -> bytes:
+    """The body of an answer: the rows, and last the message that lets a client show them."""
+    return b"[" + b"".join(one + b",\n" for one in rows) + _UP_TO_DATE
+
+
+class ShapeCursor(NamedTuple):
+    """What a client has of a shape: everything up to a position in a topic of this epoch.
+
+    `floor_ms` is the time that the runs of a list were created after, which its first request fixed. On the wire these
+    are a handle, `<epoch>.<floor>`, and an offset, `<position>_0`; both are opaque to clients.
+    """
+
+    epoch: str
+    floor_ms: int
+    position: int
+
+    @property
+    def handle(self) -> str:
+        return f"{self.epoch}.{self.floor_ms}"
+
+    @property
+    def offset(self) -> str:
+        return f"{self.position}_0"
+
+    @classmethod
+    def parse(cls, handle: str, offset: str) -> ShapeCursor | None:
+        """Read a cursor back. None if the two are not ours, which is what one of another server is too."""
+        epoch, _, floor = handle.rpartition(".")
+        position, _, rest = offset.partition("_")
+        if not epoch or not _is_number(floor) or not _is_number(position) or rest != "0":
+            return None
+        return cls(epoch, int(floor), int(position))
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) <= _MAX_DIGITS
