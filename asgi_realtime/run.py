@@ -156,7 +156,7 @@ class Metadata:
         self._change(Append(key, normalize_value(value)))
 
     def remove(self, key: str, value: Any) -> None:
-        """Take the first equal element out of a list."""
+        """Take all equal elements out of a list."""
         self._change(Remove(key, normalize_value(value)))
 
     def increment(self, key: str, by: float = 1) -> None:

@@ -518,9 +518,8 @@ def model(metadata: dict[str, Any], name: str, *arguments: Any) -> None:
         case "append", (key, value):
             old = metadata.get(key, [])
             metadata[key] = [*(old if isinstance(old, list) else [old]), value]
-        case "remove", (key, value) if isinstance(metadata.get(key), list) and value in metadata[key]:
-            metadata[key] = list(metadata[key])
-            metadata[key].remove(value)
+        case "remove", (key, value) if isinstance(metadata.get(key), list):
+            metadata[key] = [item for item in metadata[key] if item != value]
         case "increment", (key, by) if not isinstance(metadata.get(key), list):
             metadata[key] = metadata.get(key, 0) + by
         case "replace", (value,):

@@ -2,18 +2,20 @@
 
 Operations cross processes, so they are tagged structs; their keys are checked when they are made. Applying copies what
 it changes and shares the rest: neither the old metadata nor a value inside it is ever changed. Semantics: those of the
-metadata API of Trigger.dev (set, del, append, remove, increment, decrement, replace).
+metadata API of Trigger.dev (set, del, append, remove, increment, decrement, replace), also that a key like
+`$.steps.0.done` names a place inside, for all of these but del.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import msgspec
 
+from asgi_realtime.core import json_paths
 from asgi_realtime.core.chunks import decode, encode_value
 from asgi_realtime.errors import LimitExceeded, UsageError
 
@@ -39,7 +41,14 @@ class _Keyed(msgspec.Struct, frozen=True):
         check_key(self.key)
 
 
-class Set(_Keyed, frozen=True, tag="set"):
+class _Placed(_Keyed, frozen=True):
+    def __post_init__(self) -> None:
+        check_key(self.key)
+        if json_paths.is_path(self.key):
+            json_paths.parse(self.key)
+
+
+class Set(_Placed, frozen=True, tag="set"):
     """Set a key."""
 
     value: Any
@@ -49,25 +58,25 @@ class Delete(_Keyed, frozen=True, tag="delete"):
     """Remove a key, if it is there."""
 
 
-class Append(_Keyed, frozen=True, tag="append"):
+class Append(_Placed, frozen=True, tag="append"):
     """Add a value to the end of a list. A missing key becomes a list, another value the first of one."""
 
     value: Any
 
 
-class Remove(_Keyed, frozen=True, tag="remove"):
-    """Take the first element that equals the value out of a list. Anything else stays as it is."""
+class Remove(_Placed, frozen=True, tag="remove"):
+    """Take the elements that equal the value out of a list. Anything else stays as it is."""
 
     value: Any
 
 
-class Increment(_Keyed, frozen=True, tag="increment"):
+class Increment(_Placed, frozen=True, tag="increment"):
     """Add to a number; a missing key counts from 0. A negative `by` decrements."""
 
     by: int | float
 
     def __post_init__(self) -> None:
-        check_key(self.key)
+        _Placed.__post_init__(self)
         if not _is_number(self.by):
             raise UsageError(f"metadata {self.key!r} cannot change by {self.by!r}; allowed is a finite number")
 
@@ -105,32 +114,40 @@ def _apply(result: dict[str, Any], operation: Operation, strict: bool) -> dict[s
     """Apply one operation to a dict that is ours; its values are not."""
     match operation:
         case Set(key, value):
-            result[key] = value
+            return _at(result, key, lambda _: value)
         case Delete(key):
             result.pop(key, None)
         case Append(key, value):
-            result[key] = [*_as_list(result, key), value]
+            return _at(result, key, lambda old: [*_as_list(old), value])
         case Remove(key, value):
-            if isinstance(result.get(key), list):
-                result[key] = _without_first(result[key], value)
+            return _at(result, key, lambda old: _without(old, value) if isinstance(old, list) else old)
         case Replace(value):
             return dict(value)
         case _:
-            _increment(result, operation, strict)
+            return _at(result, operation.key, lambda old: _incremented(old, operation, strict))
     return result
 
 
-def _as_list(result: dict[str, Any], key: str) -> list[Any]:
-    if key not in result:
+def _at(result: dict[str, Any], key: str, change: Callable[[Any], Any]) -> dict[str, Any]:
+    """Put `change` of what a key names, or of `MISSING`, in its place."""
+    if json_paths.is_path(key):
+        following: dict[str, Any] = json_paths.changed(result, json_paths.parse(key), change)
+        return following
+    old = result.get(key, json_paths.MISSING)
+    new = change(old)
+    if new is not old:
+        result[key] = new
+    return result
+
+
+def _as_list(old: Any) -> list[Any]:
+    if old is json_paths.MISSING:
         return []
-    return result[key] if isinstance(result[key], list) else [result[key]]
+    return old if isinstance(old, list) else [old]
 
 
-def _without_first(items: list[Any], value: object) -> list[Any]:
-    for index, item in enumerate(items):
-        if _equal(item, value):
-            return items[:index] + items[index + 1 :]
-    return items
+def _without(items: list[Any], value: object) -> list[Any]:
+    return [item for item in items if not _equal(item, value)]
 
 
 def _equal(one: object, other: object) -> bool:
@@ -144,14 +161,16 @@ def _equal(one: object, other: object) -> bool:
     return one == other
 
 
-def _increment(result: dict[str, Any], operation: Increment, strict: bool) -> None:
-    key, by = operation.key, operation.by
-    old = result.get(key, 0)
-    total = _sum(old, by)
+def _incremented(old: Any, operation: Increment, strict: bool) -> Any:
+    total = _sum(0 if old is json_paths.MISSING else old, operation.by)
     if total is not None:
-        result[key] = total
-    elif strict:
-        raise UsageError(f"metadata {key!r} is {_shown(old)} and cannot change by {by!r}; allowed are finite numbers")
+        return total
+    if strict:
+        raise UsageError(
+            f"metadata {operation.key!r} is {_shown(old)} and cannot change by {operation.by!r};"
+            " allowed are finite numbers"
+        )
+    return old
 
 
 def _sum(old: Any, by: int | float) -> int | float | None:

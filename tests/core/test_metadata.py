@@ -42,7 +42,7 @@ OLD: dict[str, Any] = {
         (Append("list", 2), {"list": [1, True, {"a": [1]}, {"a": [1]}, 2]}),
         (Append("text", "y"), {"text": ["x", "y"]}),
         (Append("nil", 1), {"nil": [None, 1]}),
-        (Remove("list", {"a": [1]}), {"list": [1, True, {"a": [1]}]}),
+        (Remove("list", {"a": [1]}), {"list": [1, True]}),
         (Remove("list", True), {"list": [1, {"a": [1]}, {"a": [1]}]}),
         (Remove("list", 1.0), {"list": [True, {"a": [1]}, {"a": [1]}]}),
         (Remove("list", {"a": [True]}), {}),
