@@ -16,6 +16,7 @@ from asgi_realtime import (
     Limits,
     Realtime,
     Retention,
+    Run,
     RunCanceled,
     RunFailed,
     RunRecord,
@@ -27,6 +28,7 @@ from asgi_realtime import (
 )
 from asgi_realtime.brokers.base import End, Producer, StreamKey
 from asgi_realtime.brokers.redis import RedisBroker
+from asgi_realtime.brokers.redis.mirror import TopicMirror
 from asgi_realtime.core.runs import Finished, RunError, TagsAdded
 from asgi_realtime.core.sse import chunk_frame
 from asgi_realtime.tasks.trigger import RunOptions
@@ -125,6 +127,48 @@ def storage_mirrors(realtime: Realtime) -> dict[StreamKey, Any]:
     broker = realtime.broker
     assert isinstance(broker, RedisBroker)
     return broker._streams
+
+
+async def hears_of(run: Run, mirror: TopicMirror) -> None:
+    """Change the run, and wait until the mirror of one of its topics has it."""
+    position = mirror._index.position
+    run.metadata.increment("n")
+    await run.metadata.flush()
+    await until(lambda: mirror._index.position > position)
+
+
+async def test_a_topic_that_is_followed_again_and_again_is_read_once(storage: Storage) -> None:
+    async with storage.realtime() as realtime, realtime.open_run("r", tags=["a"]) as run:
+        broker = realtime.broker
+        assert isinstance(broker, RedisBroker)
+        async with broker.follow("tag:a"):
+            first = broker._topics["tag:a"]
+        for _ in range(3):
+            async with broker.follow("tag:a") as topic:
+                assert topic is first
+                await hears_of(run, first)
+        assert not broker.held
+        broker._lingering._sweep()
+        async with broker.follow("tag:a") as topic:
+            assert topic is first, "it stays for a whole turn of the timer"
+        for _ in range(2):
+            broker._lingering._sweep()
+        assert not broker._topics
+        async with broker.follow("tag:a") as topic:
+            assert topic is not first
+            broker._lingering._sweep()
+            broker._lingering._sweep()
+            assert (await topic.changes(None)).items[0].run_id == run.id
+
+
+async def test_a_topic_that_lingers_is_left_with_the_broker(storage: Storage) -> None:
+    async with storage.realtime() as realtime:
+        broker = realtime.broker
+        assert isinstance(broker, RedisBroker)
+        async with broker.follow("tag:a"):
+            pass
+        assert broker._topics
+    assert not broker._topics
 
 
 async def test_over_http_pages_and_the_mirror_join_byte_for_byte(storage: Storage) -> None:

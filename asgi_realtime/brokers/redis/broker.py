@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from functools import lru_cache
 from itertools import chain
@@ -23,6 +23,7 @@ from redis.asyncio.client import Redis
 from asgi_realtime.brokers.base import MARKS_KEPT, ChangeMark, LiveTopic
 from asgi_realtime.brokers.redis import scripts
 from asgi_realtime.brokers.redis.keys import Keys
+from asgi_realtime.brokers.redis.lingering import Lingering
 from asgi_realtime.brokers.redis.listener import Listener
 from asgi_realtime.brokers.redis.mirror import Mirror, StreamMirror, TopicMirror, decode_end
 from asgi_realtime.brokers.redis.schedule import STATES, Schedule
@@ -114,6 +115,7 @@ class RedisBroker:
         self._names = lru_cache(maxsize=10_000)(self._names_of)
         self._streams: dict[StreamKey, StreamMirror] = {}
         self._topics: dict[str, TopicMirror] = {}
+        self._lingering = Lingering(self._forget_topic)
         self._jobs: set[asyncio.Task[None]] = set()
         self._wakes = WakeSoon()
         self._quiet = False
@@ -138,6 +140,7 @@ class RedisBroker:
     async def __aexit__(self, *exc_info: object) -> None:
         opened, self._opened = self._open, None
         self._left = True
+        self._lingering.clear()
         for mirror in (*self._streams.values(), *self._topics.values()):
             mirror.shut_down()
         self._streams.clear()
@@ -176,7 +179,7 @@ class RedisBroker:
         lives = [mirror.live for mirror in self._streams.values()]
         return (
             len(self._streams)
-            + len(self._topics)
+            + sum(1 for mirror in self._topics.values() if mirror.users)  # the others only linger
             + sum(mirror.users for mirror in (*self._streams.values(), *self._topics.values()))
             + sum(live.readers + len(live.waiting) for live in lives)
             + sum(len(mirror.waiting) for mirror in self._topics.values())
@@ -264,7 +267,7 @@ class RedisBroker:
 
     @asynccontextmanager
     async def live(self, key: StreamKey) -> AsyncIterator[LiveLog]:
-        async with self._followed(self._streams, key, lambda: self._stream_mirror(key)) as mirror:
+        async with self._followed(self._streams, key, lambda: self._stream_mirror(key), self._forget) as mirror:
             mirror.live.enter()
             try:
                 yield mirror.live
@@ -282,8 +285,15 @@ class RedisBroker:
             max_bytes=self._limits.mirror_bytes,
         )
 
+    def _forget(self, mirror: StreamMirror) -> None:
+        mirror.close()
+        if self._streams.get(mirror.key) is mirror:
+            del self._streams[mirror.key]
+
     @asynccontextmanager
-    async def _followed(self, mirrors: dict[Any, M], key: object, make: Any) -> AsyncIterator[M]:
+    async def _followed(
+        self, mirrors: dict[Any, M], key: object, make: Callable[[], M], leave: Callable[[M], None]
+    ) -> AsyncIterator[M]:
         _ = self._open
         mirror = mirrors.get(key)
         if mirror is None or mirror.gone:
@@ -295,9 +305,7 @@ class RedisBroker:
         finally:
             mirror.users -= 1
             if not mirror.users:
-                mirror.close()
-                if mirrors.get(key) is mirror:
-                    del mirrors[key]
+                leave(mirror)
 
     # Runs
 
@@ -377,8 +385,21 @@ class RedisBroker:
 
     @asynccontextmanager
     async def follow(self, topic: str) -> AsyncIterator[LiveTopic]:
-        async with self._followed(self._topics, topic, lambda: self._topic_mirror(topic)) as mirror:
+        async with self._followed(self._topics, topic, lambda: self._topic_mirror(topic), self._leave_topic) as mirror:
+            self._lingering.take_back(mirror)
             yield mirror
+
+    def _leave_topic(self, mirror: TopicMirror) -> None:
+        if mirror.gone or self._opened is None:
+            self._forget_topic(mirror)
+        else:
+            self._lingering.keep(mirror)
+
+    def _forget_topic(self, mirror: TopicMirror) -> None:
+        if not mirror.users:
+            mirror.close()
+            if self._topics.get(mirror.topic) is mirror:
+                del self._topics[mirror.topic]
 
     def _topic_mirror(self, topic: str) -> TopicMirror:
         opened = self._open
