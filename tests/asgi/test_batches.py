@@ -319,7 +319,7 @@ async def test_without_it_the_stream_is_waited_for(host: StandIn) -> None:
     await host.create()
     async with reading(host) as response:
         await response.chunk()
-        for _ in range(10):
+        for _ in range(7):
             await anyio.wait_all_tasks_blocked()
             host.tick(60)
             host.tick(60)
