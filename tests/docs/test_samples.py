@@ -16,6 +16,7 @@ import pytest
 
 from asgi_realtime import Cors, Realtime, Retention, Run, RunHandle, TaskError, errors
 from asgi_realtime.asgi.cors import EXPOSED, METHODS
+from asgi_realtime.core import shapes
 from asgi_realtime.core.runs import END_REASONS, Status
 from asgi_realtime.testing import driver
 from tests.docs.blocks import ROOT, blocks
@@ -42,7 +43,9 @@ def make(**settings: Any) -> Realtime:
 
 def evened(text: str) -> str:
     text = re.sub(r"run_[0-9a-f]{26}", "run_", text)
-    text = re.sub(r"^id: [0-9a-f]{8}\.", "id: epoch.", text, flags=re.MULTILINE)
+    text = re.sub(r"^((?:electric-handle|id): )[0-9a-f]{8}\.", r"\1epoch.", text, flags=re.MULTILINE)
+    text = re.sub(r'^(.*"value":\{"id":"run_"),.*(\},"headers":.*)$', r"\1, …\2", text, flags=re.MULTILINE)
+    text = re.sub(r"^(electric-offset: )\d+_0$", r"\1n_0", text, flags=re.MULTILINE)
     text = re.sub(r"^(data: \{\"id\":\"run_\",\"status\":\"\w+\"),.*$", r"\1, …}", text, flags=re.MULTILINE)
     return re.sub(r"^(retry: |data: \{\"retry\":)(?!1000$)\d+", r"\1ms", text, flags=re.MULTILINE)
 
@@ -99,6 +102,49 @@ async def reconnect() -> str:
             await response.chunk()
             realtime.begin_shutdown()
             return (await response.read()).decode()
+
+
+OFFICIAL = {**ALL_POWERS, "trigger-version": "4.8.3"}
+
+
+async def batches() -> str:
+    async with make() as realtime:
+        run_id = await ended_run(realtime, "Hel", {"token": "lo"})
+        path = f"/v1/streams/{run_id}/default"
+        answer = await driver.request(realtime, "GET", path, headers=OFFICIAL)
+        assert answer.headers["x-stream-version"] == "v2"
+        return answer.body.decode()
+
+
+async def interrupted() -> str:
+    async with make() as realtime, realtime.open_run("sample") as run:
+        path = f"/v1/streams/{run.id}/default"
+        async with driver.stream(realtime, "GET", path, headers=OFFICIAL) as response:
+            await response.chunk()
+            realtime.begin_shutdown()
+            return (await response.read()).decode()
+
+
+async def shape() -> str:
+    async with make(executor=WaitingExecutor()) as realtime:
+
+        @realtime.task("sample")
+        async def sample() -> None: ...
+
+        run = await realtime.trigger(sample)
+        path, query = f"/v1/runs/{run.id}", {"offset": "-1", "live": "true"}
+        answer = await driver.request(realtime, "GET", path, headers=ALL_POWERS, query=query)
+        names = ("cache-control", "content-type", *(name for name in answer.headers if name.startswith("electric-")))
+        head = "".join(f"{name}: {answer.headers[name]}\n" for name in names)
+        return f"HTTP/1.1 {answer.status}\n{head}\n{answer.body.decode()}\n"
+
+
+async def refetch() -> str:
+    async with chatted() as (realtime, handle):
+        path, query = f"/v1/runs/{handle.id}", {"offset": "7_0", "handle": "9f3c01d2.0"}
+        answer = await driver.request(realtime, "GET", path, headers=ALL_POWERS, query=query)
+        assert answer.status == 409
+        return answer.body.decode()
 
 
 async def feed() -> str:
@@ -169,7 +215,10 @@ async def forbidden() -> str:
 
 REAL: dict[str, Callable[[], Awaitable[str]]] = {
     made.__name__: made
-    for made in (stream, unwritten, failed, gap, reconnect, feed, run, input, cancel, health, forbidden)
+    for made in (
+        *(stream, unwritten, failed, gap, reconnect, batches, interrupted, feed, shape, refetch, run, input),
+        *(cancel, health, forbidden),
+    )
 }
 
 
@@ -181,7 +230,7 @@ def test_every_sample_is_compared() -> None:
 @pytest.mark.parametrize("name", SAMPLES)
 async def test_sample(name: str) -> None:
     real, printed = evened(await REAL[name]()), evened(SAMPLES[name].text)
-    if SAMPLES[name].language == "json":
+    if SAMPLES[name].language == "json" and SAMPLES[name].text.startswith("{"):
         assert json.loads(real) == json.loads(printed)
         assert list(json.loads(real)) == list(json.loads(printed))
     else:
@@ -198,10 +247,11 @@ def section(number: int) -> str:
 def test_the_table_of_errors_has_the_status_of_each_code() -> None:
     rows = set(re.findall(r"^\| (\d{3}) \| `(\w+)` \|", section(10), re.MULTILINE))
     raised = [errors.InvalidRequest, errors.InvalidToken, errors.ExpiredToken, errors.ScopeDenied, errors.RunNotFound]
-    raised += [errors.UsageError, errors.RealtimeError, errors.BrokerUnavailable]
+    raised += [errors.UsageError, errors.RealtimeError, errors.BrokerUnavailable, errors.ServerShutdown]
+    raised += [errors.StreamGap, errors.StreamLost]
     expected = {(str(error.status), error.code) for error in raised}
     expected |= {(status, errors.LimitExceeded.code) for status in ("413", "422", "429", "503")}
-    expected |= {("404", "not_found"), ("405", "method_not_allowed"), ("406", "not_acceptable")}
+    expected |= {("404", "not_found"), ("405", "method_not_allowed")}
     assert rows == expected
 
 
@@ -211,7 +261,7 @@ async def test_refusals_that_are_no_exceptions() -> None:
         for method, path, status, code in (
             ("GET", "/v2/runs", 404, "not_found"),
             ("HEAD", "/v1/runs", 405, "method_not_allowed"),
-            ("GET", f"/v1/runs/{handle.id}", 406, "not_acceptable"),
+            ("GET", f"/v1/runs/{handle.id}", 400, "invalid_request"),
         ):
             answer = await driver.request(realtime, method, path, headers=ALL_POWERS)
             assert (answer.status, json.loads(answer.body)["code"]) == (status, code)
@@ -225,6 +275,15 @@ def test_the_reasons_of_ends_are_all_told() -> None:
 def test_all_statuses_are_told() -> None:
     row = next(line for line in section(6).splitlines() if line.startswith("| `status` |"))
     assert set(re.findall(r"`([A-Z_]+)`", row)) == set(Status)
+
+
+def test_the_columns_of_a_row_are_all_told() -> None:
+    table = section(5).partition("### 5.2")[2].partition("| column |")[2].partition("\n\n")[0]
+    assert set(re.findall(r"`(\w+)`", "".join(line.split("|")[1] for line in table.splitlines()[1:]))) == set(
+        json.loads(shapes.schema())
+    )
+    statuses = next(line for line in table.splitlines() if line.startswith("| `status` |"))
+    assert set(re.findall(r"`([A-Z_]+)`", statuses)) == set(shapes.WIRE_STATUS.values())
 
 
 def test_cors_is_told() -> None:
