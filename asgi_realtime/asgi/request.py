@@ -32,6 +32,7 @@ class Request:
         self._headers: list[tuple[bytes, bytes]] = scope["headers"]
         self._query_token = redact_query(scope)
         self._query: bytes = scope.get("query_string", b"")
+        self._parameters: dict[str, str] | None = None
 
     def header(self, name: bytes) -> bytes | None:
         """The first value of a header, by its name in small letters."""
@@ -44,8 +45,9 @@ class Request:
         """The last value of a query parameter."""
         if not self._query:
             return None
-        pairs = parse_qsl(self._query.decode("latin-1"), keep_blank_values=True)
-        return next((value for key, value in reversed(pairs) if key == name), None)
+        if self._parameters is None:
+            self._parameters = dict(parse_qsl(self._query.decode("latin-1"), keep_blank_values=True))
+        return self._parameters.get(name)
 
     def authenticate(self) -> Claims:
         """Raises `InvalidToken`, also if there is no credential at all."""
