@@ -15,7 +15,9 @@ from asgi_realtime.errors import InvalidConfiguration, UsageError
 Span = float | int | str | timedelta
 """A span of time: seconds, a `timedelta`, or text such as `"90s"`, `"15m"`, `"1h30m"`, `"2d"`."""
 
-_NEVER = 10 * 366 * 86400
+MAX_SPAN_S = 10 * 366 * 86400
+"""Ten years: no span is longer."""
+
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "hr": 3600.0, "d": 86400.0, "w": 604800.0}
 _SPAN = re.compile(r"(?:\d+(?:\.\d+)?(?:ms|s|m|hr|h|d|w))+")
 _PART = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|hr|h|d|w)")
@@ -33,10 +35,10 @@ def parse_span(value: Span, *, name: str = "span") -> float:
             )
         seconds = sum(float(number) * _UNITS[unit] for number, unit in _PART.findall(text))
     elif isinstance(value, int | float) and not isinstance(value, bool):
-        seconds = float(max(-1, min(value, _NEVER)))  # an int may be too large for a float
+        seconds = float(max(-1, min(value, MAX_SPAN_S)))  # an int may be too large for a float
     else:
         raise UsageError(f"{name} is a {type(value).__name__}; allowed are seconds, a timedelta, or text like '15m'")
-    if not 0 < seconds < _NEVER:
+    if not 0 < seconds < MAX_SPAN_S:
         raise UsageError(f"{name} is {value!r}; it must be more than zero and less than ten years")
     return seconds
 
@@ -62,6 +64,7 @@ class Limits(_Positive):
     chunk_bytes: int = 1024 * 1024
     """One chunk, encoded."""
     payload_bytes: int = 3 * 1024 * 1024
+    """One payload, encoded."""
     output_bytes: int = 10 * 1024 * 1024
     metadata_bytes: int = 256 * 1024
     """All metadata of one run, encoded."""
@@ -74,6 +77,8 @@ class Limits(_Positive):
     """Stream keys, input ids, task ids, in characters."""
     idempotency_key_length: int = 512
     batch_runs: int = 1000
+    batch_bytes: int = 32 * 1024 * 1024
+    """All items of a batch, as they come over HTTP."""
     streams_per_run: int = 100
     inputs_per_run: int = 100
     """Ids under which data was sent into one run."""
@@ -98,6 +103,8 @@ class Limits(_Positive):
     subscribers_per_run: int = 10_000
     subscribers_per_token: int = 10_000
     token_cache: int = 10_000
+    token_life: float = 30 * 24 * 3600.0
+    """Seconds that a token may last which is asked for over HTTP."""
     record_cache: int = 10_000
     mirror_bytes: int = 1024 * 1024
     """Of each stream that is followed, in this process, when the broker is elsewhere; older chunks are read from it."""
@@ -115,6 +122,11 @@ class Retention(_Positive):
     after_end: float = 24 * 3600.0
     """A run and its streams, after the run ended."""
     idempotency_key: float = 24 * 3600.0
+    """How long an idempotency key stands for its run, unless it says so itself; it goes with the run in any case."""
+    request_key: float = 600.0
+    """How long a request that is sent again, because its answer was lost, gets the run that it made."""
+    batch: float = 3600.0
+    """How long a batch that was created over HTTP waits for its items."""
 
 
 @dataclass(frozen=True, slots=True)

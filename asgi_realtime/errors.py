@@ -8,6 +8,7 @@ RealtimeError
 │   ├── InvalidPayload
 │   ├── InvalidRequest
 │   ├── UnknownTask
+│   ├── TokenSpent
 │   ├── NoCurrentRun            a run was needed and none was named; also a RuntimeError
 │   └── LimitExceeded
 ├── TokenError                  the credential
@@ -102,6 +103,12 @@ class UnknownTask(UsageError):
 
     status = 404
     code = "unknown_task"
+
+
+class TokenSpent(UsageError):
+    """A one-time token was used before, by another request."""
+
+    code = "token_spent"
 
 
 class NoCurrentRun(UsageError, RuntimeError):

@@ -13,6 +13,19 @@ from asgi_realtime.config import Span
 
 R = TypeVar("R")
 
+TOKEN_EXPIRES_IN = "1h"
+"""How long the token of a handle lasts, unless it is said otherwise."""
+
+
+def run_scopes(run_id: str) -> list[str]:
+    """What the token of a run's handle admits to: reading the run, and sending into it."""
+    return [f"read:runs:{run_id}", f"write:inputStreams:{run_id}"]
+
+
+def batch_scopes(batch_id: str) -> list[str]:
+    """What the token of a batch's handle admits to: reading the batch and its runs."""
+    return [f"read:batch:{batch_id}"]
+
 
 class ResultWaiter(Protocol):
     """Waits for the result of a run, as `Realtime.result` does."""

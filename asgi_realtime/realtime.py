@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from datetime import datetime
 from functools import cached_property
 from typing import Any, Literal, ParamSpec, Protocol, TypeVar, cast, overload
 
@@ -24,7 +25,7 @@ from asgi_realtime.core.scopes import flatten_scopes
 from asgi_realtime.engine import Engine
 from asgi_realtime.errors import NoCurrentRun, UsageError
 from asgi_realtime.execution import Execution
-from asgi_realtime.handles import BatchHandle, RunHandle
+from asgi_realtime.handles import TOKEN_EXPIRES_IN, BatchHandle, RunHandle, run_scopes
 from asgi_realtime.names import check_key, check_tags, input_stream, stream_name
 from asgi_realtime.openrun import OpenRun
 from asgi_realtime.pipe import Pipe, Source
@@ -43,8 +44,10 @@ from asgi_realtime.sources import check_source
 from asgi_realtime.streams import StreamScope, TypedStream
 from asgi_realtime.sync import SyncRealtime
 from asgi_realtime.tasks import Executor, Task
-from asgi_realtime.tasks.trigger import BatchItem, RunOptions, TaskLike, Tasks
-from asgi_realtime.tokens import Claims, TokenAuthority
+from asgi_realtime.tasks.batches import BatchItem, TaskLike
+from asgi_realtime.tasks.records import RunOptions
+from asgi_realtime.tasks.trigger import Tasks
+from asgi_realtime.tokens import PUBLIC_TOKEN_EXPIRES_IN, Claims, TokenAuthority, check_columns
 from asgi_realtime.writer import encode_within
 
 P = ParamSpec("P")
@@ -120,7 +123,7 @@ class Realtime:
         self.runs = self.engine.runs
         self._tasks = Tasks(self.engine, executor, retention=self.retention, handle=self._handle, result=self.result)
         self._producers = Producers(
-            self.engine, handle=lambda run_id: self._handle(run_id, is_cached=False, expires_in="1h")
+            self.engine, handle=lambda run_id: self._handle(run_id, is_cached=False, expires_in=TOKEN_EXPIRES_IN)
         )
 
     def __repr__(self) -> str:
@@ -174,6 +177,11 @@ class Realtime:
         app: Asgi = RealtimeApp(self)
         return app
 
+    @property
+    def tasks(self) -> Tasks:
+        """The registered tasks."""
+        return self._tasks
+
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         await self._app(scope, receive, send)
 
@@ -206,10 +214,12 @@ class Realtime:
         tags: str | Iterable[str] | None = None,
         metadata: Mapping[str, Any] | None = None,
         idempotency_key: str | None = None,
+        idempotency_key_ttl: Span | None = None,
         ttl: Span | None = None,
-        delay: Span | None = None,
+        delay: Span | datetime | None = None,
+        max_duration: Span | None = None,
         parent: RunLike | None = None,
-        token_expires_in: Span = "1h",
+        token_expires_in: Span = TOKEN_EXPIRES_IN,
     ) -> RunHandle[R]: ...
 
     @overload
@@ -221,10 +231,12 @@ class Realtime:
         tags: str | Iterable[str] | None = None,
         metadata: Mapping[str, Any] | None = None,
         idempotency_key: str | None = None,
+        idempotency_key_ttl: Span | None = None,
         ttl: Span | None = None,
-        delay: Span | None = None,
+        delay: Span | datetime | None = None,
+        max_duration: Span | None = None,
         parent: RunLike | None = None,
-        token_expires_in: Span = "1h",
+        token_expires_in: Span = TOKEN_EXPIRES_IN,
     ) -> RunHandle[Any]: ...
 
     async def trigger(
@@ -235,25 +247,40 @@ class Realtime:
         tags: str | Iterable[str] | None = None,
         metadata: Mapping[str, Any] | None = None,
         idempotency_key: str | None = None,
+        idempotency_key_ttl: Span | None = None,
         ttl: Span | None = None,
-        delay: Span | None = None,
+        delay: Span | datetime | None = None,
+        max_duration: Span | None = None,
         parent: RunLike | None = None,
-        token_expires_in: Span = "1h",
+        token_expires_in: Span = TOKEN_EXPIRES_IN,
     ) -> RunHandle[R] | RunHandle[Any]:
         """Start a run of a task and return its handle, ready to be sent to a browser as JSON.
 
-        `idempotency_key`: the same key gives the same run for a day. `ttl`: EXPIRED if it has not begun by then.
-        `delay`: begins later. `parent`: the run that triggers it, by default the current one. Raises `UnknownTask`,
-        `InvalidPayload`, `LimitExceeded`, `UsageError`; nothing has happened then. `BrokerUnavailable`.
+        `idempotency_key`: the same key gives the same run, for a day or `idempotency_key_ttl`, and as long as the run
+        is kept. `ttl`: EXPIRED if it has not begun by then. `delay`: begins later, after a span or at a `datetime` with
+        a time zone. `max_duration`: less than its task may take. `parent`: the run that triggers it, by default the
+        current one. Raises `UnknownTask`, `InvalidPayload`, `LimitExceeded`, `UsageError`; nothing has happened then.
+        `BrokerUnavailable`.
         """
-        options = RunOptions(tags, metadata, idempotency_key, ttl, delay)
+        options = RunOptions(
+            tags=tags,
+            metadata=metadata,
+            idempotency_key=idempotency_key,
+            idempotency_key_ttl=idempotency_key_ttl,
+            ttl=ttl,
+            delay=delay,
+            max_duration=max_duration,
+        )
         parent_id = None if parent is None else run_id_of(parent)
         return await self._tasks.trigger(task, payload, options, parent_id=parent_id, token_expires_in=token_expires_in)
 
-    async def batch_trigger(self, items: Iterable[BatchItem], *, token_expires_in: Span = "1h") -> BatchHandle:
-        """Start several runs: `(task, payload)` or `(task, payload, options)` each. Options are a dict of
-        `tags`, `metadata`, `ttl`, `delay`, as in `trigger`.
+    async def batch_trigger(
+        self, items: Iterable[BatchItem], *, token_expires_in: Span = TOKEN_EXPIRES_IN
+    ) -> BatchHandle:
+        """Start several runs: `(task, payload)` or `(task, payload, options)` each. Options are a dict of `tags`,
+        `metadata`, `idempotency_key`, `idempotency_key_ttl`, `ttl`, `delay`, `max_duration`, as in `trigger`.
 
+        An item whose idempotency key stands for an earlier run gives that run, which does not become one of the batch.
         All are checked before the first is started. Raises as `trigger`, and `LimitExceeded` for too many.
         """
         return await self._tasks.batch_trigger(items, token_expires_in=token_expires_in, mint=self._mint)
@@ -275,7 +302,7 @@ class Realtime:
         cancellation cancels it and goes on; `cancel(run)` cancels the body and raises `RunCanceled` from the
         `async with`. On asyncio it may be left in another task than it was entered in.
         """
-        record = self._tasks.open_record(name, tags=tags, metadata=metadata)
+        record = self._tasks.records.opened(name, tags=tags, metadata=metadata)
 
         async def begin() -> Execution:
             await self.ensure_started()
@@ -332,7 +359,7 @@ class Realtime:
         check_source(source)
         name = stream_name(stream, self.limits)
         if run is None and self._current() is None:
-            record = self._tasks.open_record(task, tags=tags, metadata=metadata)
+            record = self._tasks.records.opened(task, tags=tags, metadata=metadata)
             return self._producers.pipe_alone(source, record, name)
         if tags is not None or metadata is not None:
             raise UsageError("tags= and metadata= are for a run that pipe() opens; this one is there: use run.tags.add")
@@ -464,31 +491,50 @@ class Realtime:
 
     # Tokens
 
-    def create_public_token(self, *, scopes: Mapping[str, Any] | Sequence[str], expires_in: Span = "15m") -> str:
+    def create_public_token(
+        self,
+        *,
+        scopes: Mapping[str, Any] | Sequence[str],
+        expires_in: Span = PUBLIC_TOKEN_EXPIRES_IN,
+        skip_columns: Iterable[str] = (),
+    ) -> str:
         """A token for a browser: `{"read": {"runs": [run.id], "tags": ["user:1"]}}`, or scopes as a list of strings.
 
-        Raises `UsageError` for an unknown word, an empty list, or a scope that admits nothing.
+        `skip_columns` are left out of every run that is read with it: `["payload", "metadata"]`, whatever the client
+        asks for. They have the names of the run feed's columns, such as `runTags` for the tags. Raises `UsageError` for
+        an unknown word, an empty list, or a scope that admits nothing.
         """
-        return self._mint(flatten_scopes(scopes), expires_in)
+        return self._mint(flatten_scopes(scopes), expires_in, skip_columns=check_columns(skip_columns))
 
     def create_trigger_public_token(
-        self, tasks: TaskLike | Sequence[TaskLike], *, multiple_use: bool = False, expires_in: Span = "15m"
+        self,
+        tasks: TaskLike | Sequence[TaskLike],
+        *,
+        multiple_use: bool = False,
+        expires_in: Span = PUBLIC_TOKEN_EXPIRES_IN,
+        skip_columns: Iterable[str] = (),
     ) -> str:
-        """A token with which a browser may trigger these tasks: once, or as often as it likes until it expires."""
+        """A token with which a browser may trigger these tasks: once, or as often as it likes until it expires.
+
+        `skip_columns`, as in `create_public_token`, hold for the token that it gets with the run.
+        """
         given = [tasks] if isinstance(tasks, str | Task) else list(tasks)
         ids = [check_key(task if isinstance(task, str) else task.id, self.limits, what="task id") for task in given]
         scopes = flatten_scopes({"trigger": {"tasks": ids}})
-        return self._mint(scopes, expires_in, one_time=not multiple_use)
+        return self._mint(scopes, expires_in, one_time=not multiple_use, skip_columns=check_columns(skip_columns))
 
     def verify_token(self, token: str) -> Claims:
         """The claims of a token. Raises `InvalidToken`, `ExpiredToken`."""
         return self.tokens.verify(token)
 
-    def _mint(self, scopes: Sequence[str], expires_in: Span, *, one_time: bool = False) -> str:
-        return self.tokens.mint(scopes, expires_in_s=parse_span(expires_in, name="expires_in"), one_time=one_time)
+    def _mint(
+        self, scopes: Sequence[str], expires_in: Span, *, one_time: bool = False, skip_columns: Sequence[str] = ()
+    ) -> str:
+        seconds = parse_span(expires_in, name="expires_in")
+        return self.tokens.mint(scopes, expires_in_s=seconds, one_time=one_time, skip_columns=skip_columns)
 
     def _handle(self, run_id: str, *, is_cached: bool, expires_in: Span) -> RunHandle[Any]:
-        token = self._mint([f"read:runs:{run_id}", f"write:inputStreams:{run_id}"], expires_in)
+        token = self._mint(run_scopes(run_id), expires_in)
         return RunHandle(run_id, token, is_cached=is_cached, result=self.result)
 
     # The current run

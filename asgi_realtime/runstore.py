@@ -198,6 +198,10 @@ class RunStore:
         """As `Broker.claim`."""
         return await self.patiently(lambda: self._broker.claim(key, value, ttl_s=ttl_s))
 
+    async def claimed(self, key: str) -> str | None:
+        """As `Broker.claimed`."""
+        return await self.patiently(lambda: self._broker.claimed(key))
+
     async def _commit(self, record: RunRecord, *, expect: int) -> None:
         mark = self._mark()
         floors = self.owned.floors(record)

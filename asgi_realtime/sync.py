@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from asgi_realtime.handles import BatchHandle, RunHandle
     from asgi_realtime.pipe import PipeResult
     from asgi_realtime.realtime import Realtime, RunLike
+    from asgi_realtime.tasks.batches import BatchItem
     from asgi_realtime.tasks.task import Task
-    from asgi_realtime.tasks.trigger import BatchItem
 
 R = TypeVar("R")
 T = TypeVar("T")

@@ -13,18 +13,22 @@ import math
 import secrets as random
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jwt
 
-from asgi_realtime.errors import ExpiredToken, InvalidConfiguration, InvalidToken, UsageError
+from asgi_realtime.core.shapes import SKIPPABLE_COLUMNS
+from asgi_realtime.errors import ExpiredToken, InvalidConfiguration, InvalidToken, UsageError, shown
 
 ISSUER = "https://id.trigger.dev"
 AUDIENCE = "https://api.trigger.dev"
 SUBJECT = "asgi_realtime"
 MIN_SECRET_BYTES = 32
+PUBLIC_TOKEN_EXPIRES_IN = "15m"
+"""How long a token lasts that is made for a browser, unless it is said otherwise."""
+
 MAKE_SECRET = 'python -c "import secrets; print(secrets.token_urlsafe(32))"'
 
 _ALGORITHM = "HS256"  # pinned: a token that may choose its algorithm may choose "none" (RFC 8725, 2.1)
@@ -79,12 +83,13 @@ class TokenAuthority:
         *,
         expires_in_s: float,
         one_time: bool = False,
+        skip_columns: Sequence[str] = (),
         subject: str = SUBJECT,
         extra: Mapping[str, Any] | None = None,
     ) -> str:
         """Return a signed token. The scopes are taken as they are; see `core.scopes.flatten_scopes`.
 
-        `extra` are further claims, such as `{"realtime": {"skipColumns": ["payload"]}}`.
+        `skip_columns` are kept from whoever reads runs with it; see `check_columns`. `extra` are further claims.
         """
         if isinstance(scopes, str) or not all(isinstance(scope, str) for scope in scopes):
             raise UsageError("scopes must be a list of strings")
@@ -95,6 +100,8 @@ class TokenAuthority:
         now = self._clock()
         claims: dict[str, Any] = {**(extra or {}), "iss": ISSUER, "aud": AUDIENCE, "sub": subject, "pub": True}
         claims |= {"iat": int(now), "exp": math.ceil(now + expires_in_s), "scopes": list(scopes)}
+        if skip_columns:
+            claims["realtime"] = {"skipColumns": list(skip_columns)}
         if one_time:
             # Without an id of its own, a second one-time token of the same second would count as spent with the first.
             claims |= {"otu": True, "jti": random.token_urlsafe(12)}
@@ -124,6 +131,16 @@ class TokenAuthority:
     def authenticate(self, credential: str) -> Claims:
         """Return the claims of a token, or full powers for a secret key. Raises as `verify`."""
         return _ALL_POWERS if self.is_secret(credential) else self.verify(credential)
+
+
+def check_columns(columns: Iterable[str]) -> tuple[str, ...]:
+    """Columns of runs that a token may keep from its holder, without repeats. Raises `UsageError` for any other."""
+    found = (columns,) if isinstance(columns, str) else tuple(columns)
+    for column in found:
+        if column not in SKIPPABLE_COLUMNS:
+            name = shown(column) if isinstance(column, str) else f"a {type(column).__name__}"
+            raise UsageError(f"skip_columns has {name}; allowed are {', '.join(SKIPPABLE_COLUMNS)}")
+    return tuple(dict.fromkeys(found))
 
 
 def _checked_secrets(secrets: str | Sequence[str]) -> tuple[str, ...]:

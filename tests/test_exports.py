@@ -47,6 +47,7 @@ def test_every_error_that_a_user_may_catch_is_exported() -> None:
         "ServerShutdown",
         "StateError",
         "TokenError",
+        "TokenSpent",
         "VersionConflict",
     }
     from asgi_realtime import errors

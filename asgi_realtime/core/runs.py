@@ -105,6 +105,8 @@ class RunRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     root_id: str | None = None
     depth: int = 0
     owner: str | None = None
+    token_id: str | None = None
+    """The public access token that it was triggered with; None if the host did that itself."""
 
     @property
     def payload(self) -> Any:
@@ -161,8 +163,8 @@ class RunRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     @property
     def claim(self) -> str | None:
-        """What is claimed before the run is created, so that its idempotency key stands for one run."""
-        return None if self.idempotency_key is None else f"idempotency:{self.task}:{self.idempotency_key}"
+        """What is claimed before the run is created, so that its idempotency key stands for one run of its task."""
+        return None if self.idempotency_key is None else f"idempotency:{self.task}/{self.idempotency_key}"
 
     @property
     def end(self) -> End | None:

@@ -118,11 +118,14 @@ _COLUMNS: dict[str, tuple[str, Encode]] = {
 KEPT_COLUMNS = frozenset({"id", "friendlyId", "taskIdentifier", "status", "createdAt", "updatedAt"})
 """What a client cannot do without."""
 
+SKIPPABLE_COLUMNS = tuple(name for name in _COLUMNS if name not in KEPT_COLUMNS)
+"""What a client may ask to be left out, and a token may keep from it."""
+
 
 def skippable(columns: Iterable[str]) -> tuple[str, ...]:
     """Those of the columns that there are and that may be left out, in the order of the schema."""
     asked = frozenset(columns)
-    return tuple(name for name in _COLUMNS if name in asked and name not in KEPT_COLUMNS)
+    return tuple(name for name in SKIPPABLE_COLUMNS if name in asked)
 
 
 def schema(*, skip: Collection[str] = ()) -> str:

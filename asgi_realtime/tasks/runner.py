@@ -20,12 +20,14 @@ async def run_task(task: Task[Any, Any], execution: Execution, *, threads: TaskT
 
     Cancelling the caller cancels the run, and goes on when that is stored.
     """
+    limits = [seconds for seconds in (task.max_duration_s, execution.run.record.max_duration_s) if seconds is not None]
+    max_duration_s = min(limits, default=None)
     token = current.set(execution.run)
     try:
         with anyio.CancelScope() as scope:
             execution.interrupt = scope.cancel
-            if task.max_duration_s is not None:
-                scope.deadline = anyio.current_time() + task.max_duration_s
+            if max_duration_s is not None:
+                scope.deadline = anyio.current_time() + max_duration_s
             try:
                 output = await _call(task, execution, threads)
                 if output is not None or execution.run.output_json is None:
@@ -33,8 +35,8 @@ async def run_task(task: Task[Any, Any], execution: Execution, *, threads: TaskT
                 return await execution.returned()
             except (Exception, SystemExit) as exc:  # a task that exits does not end the server
                 return await execution.raised(exc)
-        if execution.stopped_by is None and task.max_duration_s is not None:
-            return await execution.timed_out(task.max_duration_s)
+        if execution.stopped_by is None and max_duration_s is not None:
+            return await execution.timed_out(max_duration_s)
         return await execution.stopped()
     except anyio.get_cancelled_exc_class() as exc:
         if cancelled_by_nobody():

@@ -65,12 +65,17 @@ class Task(Generic[P, R]):
             data = encode_value(payload)
         except EncodingError as exc:
             raise InvalidPayload(f"the payload of task {self.id!r} has no JSON form: {exc}") from exc
-        if len(data) > limit_bytes:
+        self.check_payload(data, limit_bytes=limit_bytes)
+        return data
+
+    def check_payload(self, data: bytes | None, *, limit_bytes: int) -> None:
+        """Check JSON, or no payload at all, against the annotation. Raises `InvalidPayload`, `LimitExceeded`."""
+        if data is not None and len(data) > limit_bytes:
             raise LimitExceeded(
                 f"the payload of task {self.id!r} is {len(data)} bytes, limit {limit_bytes}", status=413
             )
-        self.decode_payload(data)
-        return data
+        if data is not None or self.takes_payload:
+            self.decode_payload(data or b"null")
 
     def decode_payload(self, data: bytes) -> Any:
         """The payload as its annotation says. Raises `InvalidPayload`."""

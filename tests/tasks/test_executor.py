@@ -34,7 +34,7 @@ class Queue:
 def make_record(realtime: Realtime) -> RunRecord:
     """A run of the task "t" as `trigger` stores it, before anybody is told."""
     return msgspec.structs.replace(
-        realtime._tasks.open_record("t", tags=None, metadata=None),
+        realtime._tasks.records.opened("t", tags=None, metadata=None),
         status=Status.QUEUED,
         owner=None,
         started_at_ms=None,

@@ -255,14 +255,14 @@ async def test_two_triggers_with_one_key_at_once_give_one_run(make_broker: type[
 async def test_a_claim_without_a_run_is_filled_under_the_same_id() -> None:
     """A process that died between the two steps left a key that gives nothing."""
     async with with_echo() as realtime:
-        await realtime.broker.claim("idempotency:echo:key", "run_of_the_dead", ttl_s=60)
+        await realtime.broker.claim("idempotency:echo/key", "run_of_the_dead", ttl_s=60)
         handle = await realtime.trigger("echo", "filled", idempotency_key="key")
         assert handle.id == "run_of_the_dead"
         assert not handle.is_cached
         assert await handle.result(timeout=5) == "filled"
         assert (await realtime.get_run(handle)).root_id == "run_of_the_dead"
         async with realtime.open_run("parent") as parent:
-            await realtime.broker.claim("idempotency:echo:child", "run_of_the_dead_child", ttl_s=60)
+            await realtime.broker.claim("idempotency:echo/child", "run_of_the_dead_child", ttl_s=60)
             child = await realtime.get_run(await realtime.trigger("echo", idempotency_key="child"))
             assert (child.parent_id, child.root_id) == (parent.id, parent.id)
 

@@ -1,0 +1,167 @@
+"""Launching runs: stored first, then handed to the executor, and once, however often somebody asks for the same.
+
+What is asked for again is told by claims, each of which stands for one run id, and is taken before the run is created.
+So a process that dies in between leaves a claim, and whoever finds it creates the run under its id. An idempotency key
+is such a claim, of the user's choice; a request that a client sends again, or that spends a one-time token, is another.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import msgspec
+
+from asgi_realtime.config import Retention
+from asgi_realtime.core.runs import RunError, RunRecord, Status
+from asgi_realtime.engine import Engine
+from asgi_realtime.errors import RunNotFound, TokenSpent, VersionConflict
+from asgi_realtime.tasks.records import Prepared
+
+
+@dataclass(frozen=True, slots=True)
+class Once:
+    """A request that makes one thing, a run or a batch, however often it is sent."""
+
+    claim: str
+    """Under which it is known to all processes."""
+    mark: str
+    """What tells it from other requests with the same claim, which are refused: a token is spent."""
+    ttl_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Spent:
+    """What a request has made, or is to make."""
+
+    id: str
+    is_new: bool
+    is_late: bool
+    """It comes so late that what it made may be past its retention, and must not be made again."""
+
+    def check_fresh(self) -> None:
+        """Raises `TokenSpent` if what the request made is not to be made again."""
+        if self.is_late:
+            raise TokenSpent("the one-time token was used before, and what it made is gone; ask for another")
+
+
+class Launcher:
+    """Creates runs and hands them to the executor."""
+
+    def __init__(self, engine: Engine, *, retention: Retention) -> None:
+        self._engine = engine
+        self._runs = engine.runs
+        self._retention = retention
+        self._made: dict[str, None] = {}
+
+    async def launch(self, prepared: Prepared, *, once: Once | None = None) -> tuple[RunRecord, bool]:
+        """Create a run, or find the one that this request made before; or that its idempotency key stands for, and
+        then True with it. Raises `TokenSpent`."""
+        record = prepared.record
+        run_id, found = record.id, None
+        spent = once is not None and record.claim is not None and await self._runs.claimed(once.claim) is not None
+        if once is not None and (spent or record.claim is None):
+            run_id, found = await self._spend_on_run(once, run_id)
+        if found is None and record.claim is not None:
+            run_id, found = await self.claim_key(record.claim, run_id, ttl_s=prepared.key_ttl_s)
+            if found is not None:
+                return found, True
+            if once is not None and not spent:  # not before: a key that stands for a run makes none, and spends nothing
+                run_id, found = await self._spend_on_run(once, run_id)
+        if found is not None:
+            return found, False
+        record, was_there = await self.create_shielded(renamed(record, run_id))
+        return record, was_there and record.claim is not None
+
+    async def create_shielded(self, record: RunRecord) -> tuple[RunRecord, bool]:
+        """As `create`; cancelling the caller does not cancel it."""
+        created: list[tuple[RunRecord, bool]] = []
+
+        async def create() -> None:
+            created.append(await self.create(record))
+
+        await self._engine.begin().shielded(create)  # a run that is stored and not queued would wait for ever
+        return created[0]
+
+    async def create(self, record: RunRecord) -> tuple[RunRecord, bool]:
+        """Store a run and hand it to the executor; or find the one that has its id, and then True with it.
+
+        Raises `RunNotFound` if this process has created it before, and it is gone: no id is used twice.
+        """
+        if record.id in self._made:
+            (found,) = await self._runs.load([record.id])
+            if found is None:
+                raise RunNotFound(f"run {record.id!r} was made by this request before, and is past its retention")
+            return found, True
+        try:
+            await self._runs.create(record)
+        except VersionConflict as conflict:
+            if conflict.current is None:
+                raise
+            return conflict.current, True
+        self._remember(record.id)
+        await self._enqueue(record)
+        return record, False
+
+    async def _enqueue(self, record: RunRecord) -> None:
+        if record.status is not Status.QUEUED:
+            return
+        try:
+            await self._engine.enqueue(record)
+        except Exception:
+            await self._engine.end_waiting(record.id, RunError("NotQueued", "the executor did not take the run"))
+            raise
+
+    def _remember(self, run_id: str) -> None:
+        self._made[run_id] = None
+        if len(self._made) > self._engine.limits.record_cache:
+            del self._made[next(iter(self._made))]
+
+    async def claim_key(self, claim: str, run_id: str, *, ttl_s: float) -> tuple[str, RunRecord | None]:
+        """The id that an idempotency key stands for, and its run; no run if it is still to be created.
+
+        A claim goes with its run. So one that stands before and after a look that found no run is of somebody who has
+        not created it yet, and may never do.
+        """
+        before = None
+        while True:
+            stands_for = await self._runs.claim(claim, run_id, ttl_s=ttl_s)
+            if stands_for in (run_id, before):
+                return stands_for, None
+            (found,) = await self._runs.load([stands_for])
+            if found is not None:
+                return stands_for, found
+            before = stands_for
+
+    async def _spend_on_run(self, once: Once, run_id: str) -> tuple[str, RunRecord | None]:
+        """The id of the run that a request makes, and that run, if it was made before."""
+        spent = await self.spend(once, run_id)
+        if spent.is_new:
+            return run_id, None
+        (found,) = await self._runs.load([spent.id])
+        if found is None:
+            spent.check_fresh()
+        return spent.id, found
+
+    async def spend(self, once: Once, made_id: str) -> Spent:
+        """Claim what a request makes, or learn what it has made. Raises `TokenSpent` for another request."""
+        now_ms = self._runs.now_ms()
+        value = f"{made_id} {now_ms} {once.mark}"
+        stands = await self._runs.claim(once.claim, value, ttl_s=once.ttl_s)
+        if stands == value:
+            return Spent(made_id, is_new=True, is_late=False)
+        spent_on, at_ms, mark = stands.split(" ", 2)
+        if mark != once.mark:
+            raise TokenSpent("the one-time token was used before; ask for another")
+        is_late = now_ms - int(at_ms) > self._retention.request_key * 1000
+        return Spent(spent_on, is_new=False, is_late=is_late)
+
+    async def spent_on(self, claim: str) -> str | None:
+        """The id of what was made with a claim."""
+        stands = await self._runs.claimed(claim)
+        return None if stands is None else stands.partition(" ")[0]
+
+
+def renamed(record: RunRecord, run_id: str) -> RunRecord:
+    """A run under another id, also as its own root, if it was that."""
+    root_id = run_id if record.root_id in (record.id, None) else record.root_id
+    return msgspec.structs.replace(record, id=run_id, root_id=root_id)
