@@ -31,7 +31,7 @@ from asgi_realtime.brokers.redis import RedisBroker
 from asgi_realtime.brokers.redis.mirror import TopicMirror
 from asgi_realtime.core.runs import Finished, RunError, TagsAdded
 from asgi_realtime.core.sse import chunk_frame
-from asgi_realtime.tasks.trigger import RunOptions
+from asgi_realtime.tasks.records import RunOptions
 from asgi_realtime.testing import driver
 from asgi_realtime.testing.conformance.kit import Backend, create, data, items, read_all
 from tests.faults import SECRET
@@ -386,7 +386,7 @@ async def test_a_run_whose_claim_was_lost_and_is_executed_elsewhere_is_stopped_h
 
         register(ours)
         register(theirs)
-        record = ours._tasks._record("t", None, RunOptions())
+        record = ours._tasks.prepare("t", None, RunOptions()).record
         await ours.runs.create(record)
         before = await storage.dump()
         executing = asyncio.ensure_future(ours.execute(record.id))
@@ -414,7 +414,7 @@ async def test_a_claim_that_was_lost_is_stored_again(storage: Storage) -> None:
             await go_on.wait()
             return "done"
 
-        record = realtime._tasks._record("t", None, RunOptions(ttl=1))
+        record = realtime._tasks.prepare("t", None, RunOptions(ttl=1)).record
         await realtime.runs.create(record)
         before = await storage.dump()
         executing = asyncio.ensure_future(realtime.execute(record.id))
