@@ -92,7 +92,7 @@ format: $(DEV)  ## rewrite the code as `make check` wants it
 	$(BIN)/ruff format .
 
 clean:  ## remove .venv and everything else that these targets made
-	rm -rf tests/*/node_modules examples/*/node_modules
+	rm -rf tests/*/node_modules examples/*/node_modules examples/*/dist
 	rm -rf $(VENV) dist build .coverage .coverage.* htmlcov .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

@@ -17,7 +17,10 @@ import pytest
 from playwright.sync_api import Browser, sync_playwright
 
 from examples.local_model import Model, ModelMissing, find_model, serving
-from tests.requirements import missing
+from tests.e2e import node
+from tests.e2e.site import Site
+from tests.e2e.site import serving as serving_site
+from tests.requirements import missing, node_binary, npm_packages
 
 ROOT = Path(__file__).parent.parent.parent
 GUARD_S = 60.0
@@ -125,11 +128,11 @@ def model(model_path: Path) -> Iterator[Model]:
 
 
 @contextmanager
-def example(name: str, environment: dict[str, str]) -> Iterator[Server]:
+def example(name: str, environment: dict[str, str], *, package: str = "examples") -> Iterator[Server]:
     """Run an example as a user does, on a free port."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith("OPENAI_")}
     with subprocess.Popen(
-        [sys.executable, "-m", f"examples.{name}"],
+        [sys.executable, "-m", f"{package}.{name}"],
         cwd=ROOT,
         env={**kept, "PORT": "0", **environment},
         stdout=subprocess.PIPE,
@@ -145,3 +148,27 @@ def example(name: str, environment: dict[str, str]) -> Iterator[Server]:
             yield Server(process, url)
         finally:
             process.kill()
+
+
+@pytest.fixture(scope="session")
+def node_ready() -> Iterator[None]:
+    node_binary()
+    npm_packages(node.CLIENTS)
+    yield
+    node.shared.end()
+
+
+@pytest.fixture(scope="session", params=["memory", pytest.param("redis", marks=pytest.mark.redis)])
+def broker_url(request: pytest.FixtureRequest, node_ready: None) -> str:
+    """Where a site of the tests with the official clients has its data."""
+    if request.param == "memory":
+        return "memory"
+    url: str = request.getfixturevalue("redis_url")
+    return url
+
+
+@pytest.fixture(scope="session")
+def site(broker_url: str) -> Iterator[Site]:
+    """One server for all tests that do not stop it. They keep apart by their runs and tags."""
+    with serving_site(broker_url) as running:
+        yield running

@@ -1,0 +1,16 @@
+// Asks with tokens that are not good enough: reads a stream, looks at a run, triggers a task.
+
+import { auth, runs, streams, tasks } from "@trigger.dev/sdk";
+
+export default async function ({ given, print, tried }) {
+  for (const [name, token] of Object.entries(given.tokens)) {
+    print({ token: name });
+    await auth.withAuth({ accessToken: token }, async () => {
+      await tried(async () => {
+        for await (const chunk of await streams.read(given.run)) print({ leaked: chunk });
+      });
+      await tried(async () => print({ leaked: await runs.retrieve(given.run) }));
+      await tried(async () => print({ leaked: await tasks.trigger(given.task, 1) }));
+    });
+  }
+}

@@ -1,0 +1,18 @@
+// Follows runs with tokens that are refused, sooner or later, and meanwhile one with a token that is not. In Node a feed
+// that is refused says nothing: the package neither ends it nor throws.
+
+import { auth, runs } from "@trigger.dev/sdk";
+
+export default async function ({ given, print }) {
+  async function follow(run) {
+    try {
+      for await (const shown of runs.subscribeToRun(run)) print({ refused: shown });
+      print({ refused: "end" });
+    } catch (error) {
+      print({ refused: error });
+    }
+  }
+
+  for (const [run, token] of given.refused) auth.withAuth({ accessToken: token }, () => follow(run));
+  for await (const run of runs.subscribeToRun(given.run)) print({ run });
+}

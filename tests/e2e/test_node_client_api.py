@@ -1,0 +1,262 @@
+"""The official client in Node triggers runs and batches, with the secret key and with tokens, and looks at them."""
+
+from __future__ import annotations
+
+import secrets
+from typing import Any
+
+import pytest
+
+from tests.e2e.conftest import Relay
+from tests.e2e.node import running
+from tests.e2e.site import SECRET, TEST_S, Line, Site
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(TEST_S)]
+
+
+def new_tag() -> str:
+    return f"user:{secrets.token_hex(4)}"
+
+
+def of(kind: str, lines: list[Line]) -> list[Any]:
+    return [line[kind] for line in lines if kind in line]
+
+
+def runs_with(site: Site, tag: str) -> int:
+    """How many runs there are with this tag."""
+    query = {"tags": tag, "offset": "-1", "log": "full"}
+    headers = {"authorization": f"Bearer {SECRET}", "trigger-version": "4.8.3"}
+    rows = site.http.get(f"{site.base_url}/realtime/v1/runs", params=query, headers=headers).json()
+    return sum("value" in row for row in rows)
+
+
+def test_the_token_of_the_handle_is_enough(site: Site) -> None:
+    tag = new_tag()
+    options = {"tags": [tag], "metadata": {"a": 1}}
+    sent = [{"input": "next", "data": number} for number in range(2)]
+    with running("trigger", site, task="steps", payload={"count": 2}, options=options, send=sent) as program:
+        lines = program.rest()
+    (handle,) = of("handle", lines)
+    assert handle["id"].startswith("run_") and handle["publicAccessToken"].count(".") == 2
+    *_, last = of("run", lines)
+    assert (last["id"], last["status"], last["tags"]) == (handle["id"], "COMPLETED", [tag])
+    assert (last["payload"], last["output"]) == ({"count": 2}, {"told": [0, 1]})
+    (retrieved,) = of("retrieved", lines)
+    assert (retrieved["status"], retrieved["output"]) == ("COMPLETED", {"told": [0, 1]})
+    assert retrieved["metadata"] == {"a": 1, "step": 1}
+    assert of("chunks", lines) == [[{"step": 0}, {"step": 1}]]
+
+
+def test_a_payload_with_dates_comes_back_with_dates(site: Site) -> None:
+    with running("trigger", site, task="echo", rich=True) as program:
+        lines = program.rest()
+    *_, last = of("run", lines)
+    when = {"$date": "2026-01-02T03:04:05.678Z"}
+    assert last["payload"] == {"when": when, "tags": {"$set": ["a", "b"]}, "big": {"$bigint": str(2**70)}}
+    # The task is a Python function and got JSON, so that is what its output is.
+    assert last["output"]["when"] == "2026-01-02T03:04:05.678Z"
+    assert last["output"]["tags"] == ["a", "b"]
+
+
+def test_a_task_gets_the_types_that_it_asks_for(site: Site) -> None:
+    with running("trigger", site, task="typed", payload={"when": "2026-01-02T03:04:05.678Z"}) as program:
+        *_, last = of("run", program.rest())
+    assert last["output"] == {"weekday": "Friday", "when": "2026-01-02T03:04:05.678Z"}
+
+
+@pytest.mark.parametrize("payload", ["text", "", 0, False, None, [], [1, {"a": None}], {"\u2028": "\U0001f600"}])
+def test_a_payload_of_any_kind_arrives_as_it_is(site: Site, payload: Any) -> None:
+    with running("trigger", site, task="echo", payload=payload) as program:
+        *_, last = of("run", program.rest())
+    assert (last.get("payload"), last.get("output")) == (payload, payload)
+
+
+def test_a_payload_may_be_left_out(site: Site) -> None:
+    with running("trigger", site, task="unlucky") as program:
+        *_, last = of("run", program.rest())
+    assert last["status"] == "FAILED" and "payload" not in last
+
+
+def test_options_of_a_trigger_hold(site: Site) -> None:
+    tag = new_tag()
+    options = {"tags": tag, "delay": "1h", "ttl": "2h", "idempotencyKey": secrets.token_hex(8)}
+    with running("api", site, calls=["trigger", "trigger"], task="echo", payload=1, options=options) as program:
+        first, again = of("handle", program.rest())
+    assert (again["id"], again["isCached"], first["isCached"]) == (first["id"], True, False)
+    with running("api", site, calls=["retrieve"], run=first["id"]) as program:
+        run = program.next("run")
+    assert (run["status"], run["tags"], run["isQueued"]) == ("DELAYED", [tag], True)
+    assert run["delayedUntil"]["$date"] > run["createdAt"]["$date"]
+    assert runs_with(site, tag) == 1
+
+
+def test_a_task_that_is_not_there_is_an_error(site: Site) -> None:
+    with running("api", site, calls=["trigger"], task="nobody's", payload=1) as program:
+        (line,) = program.rest()
+    assert line["error"]["status"] == 404
+
+
+def test_a_payload_that_does_not_fit_is_an_error(site: Site) -> None:
+    with running("api", site, calls=["trigger"], task="typed", payload={"when": "tomorrow"}) as program:
+        (line,) = program.rest()
+    assert line["error"]["status"] == 422
+    assert "when" in line["error"]["message"]
+
+
+def test_a_trigger_token_lets_a_browser_trigger(site: Site) -> None:
+    token = site.tokens.create_trigger_public_token("echo", multiple_use=True)
+    with running("trigger", site, task="echo", payload={"by": "browser"}, token=token) as program:
+        lines = program.rest()
+    *_, last = of("run", lines)
+    assert last["output"] == {"by": "browser"}
+    assert of("error", lines) == []
+
+
+def test_a_trigger_token_is_for_its_tasks_alone(site: Site) -> None:
+    token = site.tokens.create_trigger_public_token(["echo", "typed"], multiple_use=True)
+    for task, expected in (("echo", None), ("steps", 403)):
+        with running("api", site, calls=["trigger"], task=task, payload=1, token=token) as program:
+            (line,) = program.rest()
+        assert line.get("error", {}).get("status") == expected
+
+
+def test_a_token_made_by_the_client_triggers_once(site: Site) -> None:
+    tag = new_tag()
+    with running("one_time", site, task="echo", times=3, options={"tags": [tag]}) as program:
+        lines = program.rest()
+    assert list(lines[0]) == ["handle"]
+    assert [error["status"] for error in of("error", lines)] == [422, 422]
+    assert runs_with(site, tag) == 1
+
+
+def test_a_one_time_token_used_by_many_at_once_triggers_once(site: Site) -> None:
+    tag = new_tag()
+    token = site.tokens.create_trigger_public_token("echo")
+    with running(
+        "one_time", site, task="echo", minted=token, times=8, together=True, options={"tags": [tag]}
+    ) as program:
+        lines = program.rest()
+    assert (len(of("handle", lines)), [error["status"] for error in of("error", lines)]) == (1, [422] * 7)
+    assert runs_with(site, tag) == 1
+
+
+def test_a_one_time_token_may_be_tried_again_when_the_answer_was_lost(site: Site) -> None:
+    """The client tries again by itself when a connection breaks. It must get the run that there is, and not 422."""
+    tag = new_tag()
+    token = site.tokens.create_trigger_public_token("echo")
+    path = "/realtime/api/v1/tasks/echo/trigger"
+    before = len(site.requests(path))
+    with Relay(site.port) as relay:
+        site.post("hold", path=path)
+        base_url = f"{relay.url}/realtime"
+        with running(
+            "one_time", site, baseURL=base_url, task="echo", minted=token, times=2, options={"tags": [tag]}
+        ) as program:
+            site.until(lambda: [seen for seen in site.requests(path)[before:] if seen["status"]], "it is answered")
+            relay.cut()
+            site.post("let_go", path=path)
+            lines = program.rest()
+    assert len(of("handle", lines)) == 1
+    assert [error["status"] for error in of("error", lines)] == [422]  # the second use
+    assert len(site.requests(path)) - before == 3
+    assert runs_with(site, tag) == 1
+
+
+def test_a_trigger_is_not_doubled_when_the_answer_was_lost(site: Site) -> None:
+    tag = new_tag()
+    path = "/realtime/api/v1/tasks/echo/trigger"
+    before = len(site.requests(path))
+    with Relay(site.port) as relay:
+        site.post("hold", path=path)
+        with running(
+            "api", site, baseURL=f"{relay.url}/realtime", calls=["trigger"], task="echo", options={"tags": [tag]}
+        ) as program:
+            site.until(lambda: [seen for seen in site.requests(path)[before:] if seen["status"]], "it is answered")
+            relay.cut()
+            site.post("let_go", path=path)
+            assert list(program.rest()[0]) == ["handle"]
+    assert len(site.requests(path)) - before == 2
+    assert runs_with(site, tag) == 1
+
+
+def test_a_batch_is_triggered_followed_and_retrieved(site: Site) -> None:
+    tag = new_tag()
+    items = [{"payload": {"number": number}, "options": {"tags": [tag]}} for number in range(5)]
+    with running("api", site, calls=["batch"], task="echo", items=items) as program:
+        lines = program.rest()
+    (batch,) = of("batch", lines)
+    assert batch["runCount"] == 5 and not batch["isCached"]
+    (retrieved,) = of("retrieved", lines)
+    assert (retrieved["id"], retrieved["status"], retrieved["runCount"]) == (batch["batchId"], "COMPLETED", 5)
+    outputs = {run["id"]: run["output"]["number"] for run in of("run", lines) if "output" in run}
+    assert [outputs[run_id] for run_id in retrieved["runs"]] == list(range(5))
+    assert runs_with(site, tag) == 5
+
+
+def test_a_large_batch_arrives_whole(site: Site) -> None:
+    items = [{"payload": "x" * 5000, "options": {"idempotencyKey": f"{new_tag()}"}} for _ in range(200)]
+    with running("api", site, calls=["batch"], task="echo", items=items) as program:
+        lines = program.rest()
+    (retrieved,) = of("retrieved", lines)
+    assert len(set(retrieved["runs"])) == 200
+
+
+def test_a_run_is_retrieved_and_polled(site: Site) -> None:
+    run = site.open(tags=["a", "b"], metadata={"m": [1]})
+    with running("api", site, calls=["retrieve", "poll"], run=run.id, token=run.token) as program:
+        open_run = program.next("run")
+        assert (open_run["status"], open_run["isExecuting"]) == ("EXECUTING", True)
+        site.until_asked(f"/api/v3/runs/{run.id}", times=3)
+        run.end(output={"done": True})
+        closed = program.next("run")
+    assert (closed["status"], closed["output"], closed["metadata"]) == ("COMPLETED", {"done": True}, {"m": [1]})
+    assert sorted(closed["tags"]) == ["a", "b"]
+    assert closed["createdAt"]["$date"] <= closed["startedAt"]["$date"] <= closed["finishedAt"]["$date"]
+
+
+def test_a_failed_run_is_retrieved_with_its_error(site: Site) -> None:
+    run = site.open()
+    run.end(error="no luck")
+    with running("api", site, calls=["retrieve"], run=run.id) as program:
+        shown = program.next("run")
+    assert (shown["status"], shown["isFailed"], shown["error"]["message"]) == ("FAILED", True, "no luck")
+
+
+def test_a_run_that_never_was_is_an_error(site: Site) -> None:
+    with running("api", site, calls=["retrieve", "cancel", "poll"], run="run_never") as program:
+        assert [line["error"]["status"] for line in program.rest()] == [404] * 3
+
+
+def test_the_token_of_a_handle_does_not_cancel(site: Site) -> None:
+    run = site.open()
+    with running("api", site, calls=["cancel"], run=run.id, token=run.token) as program:
+        assert [line["error"]["status"] for line in program.rest()] == [403]
+    with running("api", site, calls=["cancel"], run=run.id, token=site.token(f"write:runs:{run.id}")) as program:
+        assert program.rest() == [{"canceled": {"id": run.id}}]
+
+
+def test_a_worker_changes_metadata(site: Site) -> None:
+    before = {"old": True, "log": []}
+    run = site.open(metadata=before)
+    with running("metadata", site, run=run.id, metadata=before) as worker:
+        first, second = worker.rest()
+    middle = {"log": ["one", "two"], "status": "reading", "pages": 3, "deep": {"inside": {"a": 1}}}
+    assert first == {"current": middle}
+    assert second == {"current": {**middle, "log": ["two"], "pages": 2, "status": "done"}}
+    with running("subscribe", site, feed="run", run=run.id, token=run.token, breakAfter=1) as feed:
+        assert feed.next("run")["metadata"] == second["current"]
+    run.end()
+
+
+def test_tokens_made_by_the_client_hold(site: Site) -> None:
+    tag = new_tag()
+    run = site.open(tags=[tag])
+    run.end(output=1)
+    options = {"scopes": {"read": {"tags": [tag]}}, "expirationTime": "1hr"}
+    with running("api", site, calls=["publicToken"], options=options) as program:
+        token = program.next("token")
+    assert site.tokens.verify_token(token).scopes == (f"read:tags:{tag}",)
+    with running("subscribe", site, feed="tags", tags=tag, token=token, breakAfter=1) as feed:
+        assert feed.next("run")["output"] == 1
+    with running("api", site, calls=["publicToken"], options=options, token=token) as program:
+        assert program.next("error")["status"] in (401, 403)  # a public token makes no other

@@ -1,0 +1,172 @@
+"""The official client in Node over a shutdown and a restart of the server.
+
+With the memory broker all is gone: what was followed is told of that, and goes on with what there is now. With Redis
+nothing is lost, and a run goes on in another process meanwhile.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator
+
+import pytest
+
+from tests.e2e.node import running
+from tests.e2e.site import TEST_S, Site, serving
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(TEST_S)]
+
+
+@pytest.fixture
+def lone(node_ready: None) -> Iterator[Site]:
+    """One process, and its data in its memory."""
+    with serving("memory") as site:
+        yield site
+
+
+@pytest.fixture
+def pair(node_ready: None, redis_url: str) -> Iterator[tuple[Site, Site]]:
+    """Two processes on one Redis: the clients' one, and another where runs go on."""
+    with serving(redis_url) as front, serving(redis_url, prefix=front.prefix) as back:
+        yield front, back
+
+
+def test_a_stream_in_memory_ends_with_an_error_after_a_restart(lone: Site) -> None:
+    run = lone.open()
+    run.append("a", "b")
+    with running("read", lone, run=run.id, token=run.token) as reader:
+        assert [reader.next("chunk") for _ in range(2)] == ["a", "b"]
+        lone.restart()
+        (line,) = reader.rest()  # not the end: that would say that this was all
+        assert line["error"]["status"] == 404
+        (asked,) = lone.requests(f"/streams/{run.id}/")
+        assert (asked["last_event_id"], asked["status"]) == ("1", 404)
+
+
+def test_a_list_in_memory_goes_on_with_what_there_is_now(lone: Site) -> None:
+    tag = f"user:{secrets.token_hex(4)}"
+    before = lone.open(tags=[tag])
+    with running("subscribe", lone, feed="tags", tags=tag, token=lone.token(f"read:tags:{tag}")) as feed:
+        assert feed.next("run")["id"] == before.id
+        before.update(metadata={"a": 1})
+        feed.until("run", lambda run: run["metadata"] == {"a": 1})
+        lone.until_asked("/v1/runs", query="live=true", open=True)
+        lone.stop()
+        lone.start()
+        after = lone.open(tags=[tag])
+        assert feed.until("run", lambda run: run["id"] != before.id)["id"] == after.id
+        after.end(output="news")
+        assert feed.until("run", lambda run: "finishedAt" in run)["output"] == "news"
+        statuses = [seen["status"] for seen in lone.requests("/v1/runs") if not seen["open"]]
+        assert statuses.count(409) == 1 and set(statuses) == {200, 409}
+
+
+def test_a_run_in_memory_is_gone_and_is_not_asked_for_again_and_again(lone: Site) -> None:
+    run = lone.open()
+    with running("subscribe", lone, feed="run", run=run.id, token=run.token) as feed:
+        feed.next("run")
+        lone.until_asked(f"/runs/{run.id}", query="live=true", open=True)
+        lone.restart()
+        lone.until_asked(f"/runs/{run.id}")
+        lone.until(lambda: lone.requests(f"/runs/{run.id}")[-1]["status"] == 404, "it is told that there is none")
+        other = lone.open()
+        with running("read", lone, run=other.id, token=other.token) as reader:  # for as long as this takes
+            other.end()
+            reader.rest()
+        assert [seen["status"] for seen in lone.requests(f"/runs/{run.id}")] in ([404], [409, 404])
+
+
+def test_a_stream_on_redis_goes_on_after_a_restart(pair: tuple[Site, Site]) -> None:
+    front, back = pair
+    run = back.open()
+    run.append(*range(5))
+    with running("read", front, run=run.id, token=run.token) as reader:
+        assert [reader.next("chunk") for _ in range(5)] == list(range(5))
+        front.stop()
+        run.append(*range(5, 10))  # while there is no server
+        front.start()
+        assert [reader.next("chunk") for _ in range(5)] == list(range(5, 10))
+        run.append(10)
+        assert reader.next("chunk") == 10
+        run.end()
+        assert reader.rest() == [{"end": 11}]
+        assert [seen["last_event_id"] for seen in front.requests(f"/streams/{run.id}/")] == ["4"]
+
+
+def test_a_run_on_redis_is_followed_over_a_restart(pair: tuple[Site, Site]) -> None:
+    front, back = pair
+    run = back.open(metadata={"step": 0})
+    with running("subscribe", front, feed="run", run=run.id, token=run.token) as feed:
+        assert feed.next("run")["metadata"] == {"step": 0}
+        front.until_asked(f"/runs/{run.id}", query="live=true", open=True)
+        front.stop()
+        run.update(metadata={"step": 1})
+        front.start()
+        assert feed.next("run")["metadata"] == {"step": 1}
+        run.end(output="done")
+        *_, last, _ = feed.rest()
+        assert last["run"]["output"] == "done"
+        assert {seen["status"] for seen in front.requests(f"/runs/{run.id}")} == {200}
+
+
+def test_a_list_on_redis_is_followed_over_a_restart(pair: tuple[Site, Site]) -> None:
+    front, back = pair
+    tag = f"user:{secrets.token_hex(4)}"
+    runs = [back.open(tags=[tag]) for _ in range(3)]
+    with running("subscribe", front, feed="tags", tags=tag, token=front.token(f"read:tags:{tag}")) as feed:
+        assert {feed.next("run")["id"] for _ in runs} == {run.id for run in runs}
+        front.until_asked("/v1/runs", query="live=true", open=True)
+        front.stop()
+        runs[0].end(output="while it was away")
+        late = back.open(name="late", tags=[tag])
+        front.start()
+        told = [feed.next("run") for _ in range(2)]
+        assert {run["id"]: run.get("output") for run in told} == {runs[0].id: "while it was away", late.id: None}
+        assert all(seen["status"] in (200, None) for seen in front.requests("/v1/runs"))
+        assert not front.requests("/v1/runs", query="offset=-1")  # from where it was, not from the begin
+
+
+def test_a_batch_on_redis_is_followed_over_a_restart(pair: tuple[Site, Site]) -> None:
+    front, back = pair
+    batch = back.post("batch_trigger", items=[["steps", {"count": 1}], ["steps", {"count": 1}]])
+    with running("subscribe", front, feed="batch", batch=batch["id"], token=batch["publicAccessToken"]) as feed:
+        feed.until("run", lambda run: run["metadata"] == {"step": 0})
+        front.restart()
+        for run_id in batch["runs"]:
+            back.send(run_id, "next", "go")
+        for _ in batch["runs"]:
+            assert feed.until("run", lambda run: "finishedAt" in run)["output"] == {"told": ["go"]}
+
+
+def test_streams_and_run_on_redis_are_followed_together_over_a_restart(pair: tuple[Site, Site]) -> None:
+    front, back = pair
+    run = back.open()
+    run.append("a", "b")
+    with running("subscribe", front, feed="run", run=run.id, token=run.token, withStreams=True) as feed:
+        assert [feed.until("chunk") for _ in range(2)] == ["a", "b"]
+        front.restart()
+        run.append("c")
+        assert feed.until("chunk") == "c"
+        run.append("d")
+        run.end(output="done")
+        assert feed.until("chunk") == "d"
+
+
+def test_a_pipe_goes_on_after_a_restart(pair: tuple[Site, Site]) -> None:
+    front, back = pair
+    run = back.open()
+    with (
+        running("pipe", front, run=run.id, key="out") as pipe,
+        running("read", back, run=run.id, key="out", token=run.token) as reader,
+    ):
+        pipe.tell(list(range(5)))
+        seen = [reader.next("chunk") for _ in range(5)]
+        front.stop()
+        pipe.tell(list(range(5, 10)))
+        front.start()
+        pipe.tell(None)
+        seen += [reader.next("chunk") for _ in range(5)]
+        assert pipe.until("complete")
+        run.end()
+        assert reader.rest() == [{"end": 10}]
+    assert seen == list(range(10))

@@ -1,0 +1,259 @@
+"""The official client in Node reads streams: from any position, over cuts, with the right indexes and times."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+
+from tests.e2e.conftest import Relay
+from tests.e2e.node import Program, running
+from tests.e2e.site import STREAM_BYTES, TEST_S, Line, Site
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(TEST_S)]
+
+CHUNKS: list[Any] = [
+    "text",
+    "",
+    'quote " and\nnew line',
+    "\u2028 Zürich \U0001f600",
+    0,
+    -1.5,
+    True,
+    False,
+    None,
+    [],
+    {},
+]
+CHUNKS += [{}, {"nested": [{"a": None}], "data": "data: x", "id": "id: 1"}, [["a"], 2], "[1, 2]", "null", '{"a": 1}']
+
+
+def chunks_in(lines: list[Line]) -> list[Any]:
+    return [line["chunk"] for line in lines if "chunk" in line]
+
+
+def read_all(site: Site, run: str, **given: Any) -> list[Line]:
+    with running("read", site, run=run, **given) as reader:
+        return reader.rest()
+
+
+@pytest.mark.parametrize("by", ["read", "fetchStream", "parts"])
+def test_every_chunk_arrives_once_in_order_and_as_it_was(site: Site, by: str) -> None:
+    run = site.open()
+    run.append(*CHUNKS[:5])
+    with running("read", site, run=run.id, key="default", by=by, token=run.token) as reader:
+        seen = [reader.until("chunk") for _ in range(5)]
+        for chunk in CHUNKS[5:]:
+            run.append(chunk)
+            seen.append(reader.until("chunk"))  # as it comes, while the stream is open
+        run.end()
+        assert reader.rest() == [{"end": len(CHUNKS)}]
+    assert seen == CHUNKS
+    assert len(site.requests(f"/streams/{run.id}/")) == 1
+
+
+def test_a_long_stream_arrives_whole(site: Site) -> None:
+    run = site.open()
+    expected = list(range(3000))
+    with running("read", site, run=run.id, token=run.token) as reader:
+        site.until_asked(f"/streams/{run.id}/default")
+        for start in range(0, 3000, 500):
+            run.append(*expected[start : start + 500])
+        run.end()
+        assert chunks_in(reader.rest()) == expected
+    assert chunks_in(read_all(site, run.id)) == expected
+
+
+def test_a_stream_that_nobody_has_written_yet_is_waited_for(site: Site) -> None:
+    run = site.open()
+    with running("read", site, run=run.id, key="later", token=run.token) as reader:
+        site.until_asked(f"/streams/{run.id}/later")
+        run.append("other", stream="other")
+        run.append("here", stream="later")
+        assert reader.next("chunk") == "here"
+        run.end()
+        assert reader.rest() == [{"end": 1}]
+
+
+def test_a_stream_of_a_run_that_is_over_ends_at_once(site: Site) -> None:
+    run = site.open()
+    run.append("a", "b", "c")
+    run.end(error="bad")
+    assert read_all(site, run.id, token=run.token) == [{"chunk": "a"}, {"chunk": "b"}, {"chunk": "c"}, {"end": 3}]
+    assert read_all(site, run.id, key="never-written", token=run.token) == [{"end": 0}]
+
+
+def test_reading_begins_at_an_index(site: Site) -> None:
+    run = site.open()
+    run.append(*range(6))
+    with running("read", site, run=run.id, token=run.token, options={"startIndex": 4}) as reader:
+        assert [reader.next("chunk") for _ in range(2)] == [4, 5]
+        with running("read", site, run=run.id, token=run.token, options={"startIndex": 8}) as ahead:
+            site.until_asked(f"/streams/{run.id}/", times=2)
+            run.append(6, 7, 8)
+            assert [reader.next("chunk") for _ in range(3)] == [6, 7, 8]
+            assert ahead.next("chunk") == 8
+            run.end()
+            assert (reader.rest(), ahead.rest()) == ([{"end": 5}], [{"end": 1}])
+
+
+@pytest.mark.parametrize("index", [3, 4, 1000])
+def test_reading_behind_the_end_ends_at_once(site: Site, index: int) -> None:
+    run = site.open()
+    run.append(0, 1, 2)
+    run.end()
+    assert read_all(site, run.id, token=run.token, options={"startIndex": index}) == [{"end": 0}]
+    assert len(site.requests(f"/streams/{run.id}/")) == 1
+
+
+def test_reading_from_the_latest_skips_what_is_there(site: Site) -> None:
+    run = site.open()
+    run.append("old", "older")
+    with running("read", site, run=run.id, token=run.token, options={"from": "latest"}) as reader:
+        site.until(lambda: [seen for seen in site.requests(f"/streams/{run.id}/") if seen["status"] == 200], "it reads")
+        run.append("new")
+        assert reader.next("chunk") == "new"
+        run.end()
+        assert reader.rest() == [{"end": 1}]
+    assert read_all(site, run.id, options={"from": "latest"}) == [{"end": 0}]
+    assert chunks_in(read_all(site, run.id, options={"from": "beginning"})) == ["old", "older", "new"]
+
+
+def test_reading_from_the_latest_goes_on_from_there_after_a_cut(site: Site) -> None:
+    run = site.open()
+    run.append("old")
+    with Relay(site.port) as relay:
+        base_url = f"{relay.url}/realtime"
+        with running("read", site, baseURL=base_url, run=run.id, token=run.token, options={"from": "latest"}) as reader:
+            site.until(
+                lambda: [seen for seen in site.requests(f"/streams/{run.id}/") if seen["status"] == 200], "it reads"
+            )
+            run.append("a")
+            assert reader.next("chunk") == "a"
+            relay.cut()
+            run.append("b")
+            assert reader.next("chunk") == "b"
+            run.end()
+            assert reader.rest() == [{"end": 2}]
+
+
+def test_parts_have_their_index_and_the_time_of_their_append(site: Site) -> None:
+    run = site.open()
+    times = [time.time() * 1000]
+    for number in range(3):
+        run.append(number)
+        times.append(time.time() * 1000)
+    run.end()
+    parts = [line["part"] for line in read_all(site, run.id, key="default", by="parts") if "part" in line]
+    assert [part["id"] for part in parts] == ["0", "1", "2"]
+    for part, before, after in zip(parts, times, times[1:], strict=False):
+        assert before - 1 <= part["timestamp"] <= after + 1
+
+
+def test_a_cut_connection_loses_and_doubles_nothing(site: Site) -> None:
+    run = site.open()
+    with (
+        Relay(site.port) as relay,
+        running("read", site, baseURL=f"{relay.url}/realtime", run=run.id, token=run.token) as reader,
+    ):
+        seen = []
+        for start in range(0, 40, 10):
+            run.append(*range(start, start + 5))
+            seen += [reader.next("chunk") for _ in range(5)]
+            relay.cut()
+            run.append(*range(start + 5, start + 10))  # while the client is away, or is back already
+            seen += [reader.next("chunk") for _ in range(5)]
+        run.end()
+        assert reader.rest() == [{"end": 40}]
+    assert seen == list(range(40))
+    resumed = [seen["last_event_id"] for seen in site.requests(f"/streams/{run.id}/")]
+    assert resumed == [None, "4", "14", "24", "34"]
+
+
+def test_a_cut_in_the_middle_of_many_chunks_loses_and_doubles_nothing(site: Site) -> None:
+    run = site.open()
+    run.append(*range(2000))
+    with (
+        Relay(site.port) as relay,
+        running("read", site, baseURL=f"{relay.url}/realtime", run=run.id, token=run.token) as reader,
+    ):
+        seen = []
+        for _ in range(4):
+            seen.append(reader.next("chunk"))
+            relay.cut()  # wherever it is by now
+            run.append(*range(2000 + 100 * len(seen), 2100 + 100 * len(seen)))
+        run.end()
+        seen += chunks_in(reader.rest())
+    assert seen == [*range(2000), *range(2100, 2500)]
+
+
+def test_a_cut_before_the_first_chunk_begins_again(site: Site) -> None:
+    run = site.open()
+    with (
+        Relay(site.port) as relay,
+        running("read", site, baseURL=f"{relay.url}/realtime", run=run.id, token=run.token) as reader,
+    ):
+        site.until_asked(f"/streams/{run.id}/")
+        relay.cut()
+        run.append("a")
+        run.end()
+        assert reader.rest() == [{"chunk": "a"}, {"end": 1}]
+
+
+def test_silence_for_as_long_as_the_client_allows_ends_the_reading(site: Site) -> None:
+    run = site.open()
+    run.append("a", "b")
+    options = {"timeoutInSeconds": 1}
+    assert read_all(site, run.id, token=run.token, options=options) == [{"chunk": "a"}, {"chunk": "b"}, {"end": 2}]
+    run.end()
+    assert len(site.requests(f"/streams/{run.id}/")) == 1
+
+
+@pytest.mark.parametrize("seconds", [601, -1, 0.5])
+def test_a_timeout_that_is_not_allowed_is_refused(site: Site, seconds: float) -> None:
+    run = site.open()
+    (line,) = read_all(site, run.id, options={"timeoutInSeconds": seconds})
+    assert line["error"]["status"] == 400
+    assert "600" in line["error"]["message"] or "subscribe" in line["error"]["message"]
+
+
+def overflown(site: Site) -> tuple[Any, int, list[str]]:
+    """A run whose stream is larger than what is kept, how many chunks it has, and the chunks."""
+    run = site.open()
+    chunks = [f"{number:04d}" + "x" * 1000 for number in range(3 * STREAM_BYTES // 1000)]
+    run.append(*chunks)
+    return run, len(chunks), chunks
+
+
+def test_a_resume_point_that_is_not_kept_any_more_is_an_error(site: Site) -> None:
+    run, count, chunks = overflown(site)
+    (line,) = read_all(site, run.id, token=run.token, options={"startIndex": 1})
+    assert line["error"]["status"] == 410
+    with running("read", site, run=run.id, token=run.token, options={"startIndex": count - 3}) as reader:
+        assert [reader.next("chunk") for _ in range(3)] == chunks[-3:]
+        run.end()
+        assert reader.rest() == [{"end": 3}]
+
+
+def test_leaving_a_stream_closes_its_request(site: Site) -> None:
+    run = site.open()
+    run.append("a")
+
+    def nothing_open() -> bool:
+        return not any(seen["open"] for seen in site.requests(f"/streams/{run.id}/"))
+
+    with running("read", site, run=run.id, token=run.token, breakAfter=1) as reader:
+        assert reader.rest() == [{"chunk": "a"}, {"end": 1}]
+        site.until(nothing_open, "nothing is open")
+    with running("read", site, run=run.id, token=run.token) as reader:
+        assert reader.next("chunk") == "a"
+        reader.tell("abort")
+        assert_ended_by_abort(reader)
+        site.until(nothing_open, "nothing is open")
+    run.end()
+
+
+def assert_ended_by_abort(reader: Program) -> None:
+    (line,) = reader.rest()
+    assert line == {"end": 1} or line["error"]["name"] == "AbortError"

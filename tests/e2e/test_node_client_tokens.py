@@ -1,0 +1,130 @@
+"""The official client in Node with tokens that are not good enough: what its user sees, and that it then leaves."""
+
+from __future__ import annotations
+
+import base64
+import json
+import time
+from functools import partial
+
+import pytest
+
+from asgi_realtime import Realtime
+from tests.e2e.node import running
+from tests.e2e.site import SECRET, TEST_S, Line, Opened, Site, serving
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(TEST_S)]
+
+
+def expired(scope: str) -> str:
+    an_hour_ago = Realtime(secret_key=SECRET, clock=lambda: time.time() - 3600)
+    return an_hour_ago.create_public_token(scopes=[scope], expires_in="15m")
+
+
+def foreign(scope: str) -> str:
+    return Realtime(secret_key="another key, of 32 bytes or more").create_public_token(scopes=[scope])
+
+
+def forged(scope: str) -> str:
+    """The signature of a token that may read another run."""
+    token = Realtime(secret_key=SECRET).create_public_token(scopes=["read:runs:run_of_mine"])
+    header, claims, signature = token.split(".")
+    told = json.loads(base64.urlsafe_b64decode(claims + "=" * (-len(claims) % 4)))
+    changed = base64.urlsafe_b64encode(json.dumps({**told, "scopes": [scope]}).encode()).rstrip(b"=").decode()
+    return f"{header}.{changed}.{signature}"
+
+
+def unsigned(scope: str) -> str:
+    _, claims, _ = Realtime(secret_key=SECRET).create_public_token(scopes=[scope]).split(".")
+    header = base64.urlsafe_b64encode(b'{"alg":"none"}').rstrip(b"=").decode()
+    return f"{header}.{claims}."
+
+
+def for_another(scope: str) -> str:
+    return Realtime(secret_key=SECRET).create_public_token(scopes=[f"{scope}x"])
+
+
+REFUSED = {expired: 401, foreign: 401, forged: 401, unsigned: 401, for_another: 403}
+
+
+def test_streams_runs_and_triggers_are_refused(site: Site) -> None:
+    run = site.open()
+    run.append("secret")
+    tokens = {make.__name__: make(f"read:runs:{run.id}") for make in REFUSED}
+    with running("refused", site, run=run.id, task="echo", tokens=tokens) as program:
+        for make, status in REFUSED.items():
+            assert program.next("token") == make.__name__
+            for _ in ("read", "retrieve", "trigger"):
+                error = program.next("error")
+                assert (make.__name__, error["status"]) == (make.__name__, status)
+                assert error["message"].startswith(str(status))
+        assert program.rest() == []
+    assert [seen["status"] for seen in site.requests(f"/streams/{run.id}/")] == list(REFUSED.values())
+    run.end()
+
+
+def test_a_token_to_read_does_not_trigger_and_the_reverse(site: Site) -> None:
+    run = site.open()
+    tokens = {"read": run.token, "trigger": site.token("trigger:tasks:echo")}
+    with running("refused", site, run=run.id, task="unlucky", tokens=tokens) as program:
+        run.end()
+        assert [program.next("token"), program.until("error")["status"]] == ["read", 403]
+        assert [program.next("token")] + [program.next("error")["status"] for _ in range(3)] == ["trigger"] + [403] * 3
+
+
+def test_a_feed_is_refused_and_asked_for_once(broker_url: str) -> None:
+    """Each answer of the feed that is allowed, which is held for a moment, tells that time has passed."""
+    with serving(broker_url, poll_s=0.2) as site:
+        run = site.open()
+        forbidden = {make: site.open() for make in REFUSED}
+        refused = [[other.id, make(f"read:runs:{other.id}")] for make, other in forbidden.items()]
+        with running("refused_feed", site, run=run.id, refused=refused, token=run.token) as program:
+            program.next("run")
+            site.until_asked(f"/runs/{run.id}", query="live=true", times=5)
+            for other in forbidden.values():
+                other.update(metadata={"secret": 1})
+            run.end()
+            lines = program.rest()
+        assert not [line for line in lines if "refused" in line]
+        for make, other in forbidden.items():
+            assert [seen["status"] for seen in site.requests(f"/runs/{other.id}")] == [REFUSED[make]]
+
+
+def soon_expired(site: Site, run: Opened) -> str:
+    return site.token(f"read:runs:{run.id}", expires_in="10s")
+
+
+def test_a_stream_ends_with_its_token(broker_url: str) -> None:
+    with serving(broker_url) as site:
+        run = site.open()
+        run.append("a")
+        with running("read", site, run=run.id, token=soon_expired(site, run)) as reader:
+            assert reader.next("chunk") == "a"
+            site.post("set_ahead", seconds=20)
+            (line,) = reader.rest()
+        assert line["error"]["status"] == 401
+        assert [seen["status"] for seen in site.requests(f"/streams/{run.id}/")] == [200, 401]
+
+
+def has_number(number: int, run: Line) -> bool:
+    return bool(run["metadata"].get("number") == number)
+
+
+def test_a_feed_ends_with_its_token(broker_url: str) -> None:
+    with serving(broker_url) as site:
+        run, other = site.open(), site.open()
+        refused = [[run.id, soon_expired(site, run)]]
+        with running("refused_feed", site, run=other.id, refused=refused) as program:
+            program.until("refused")  # the first state, while it may
+            site.until_asked(f"/runs/{run.id}", query="live=true", open=True)
+            site.post("set_ahead", seconds=20)
+            site.until(lambda: site.requests(f"/runs/{run.id}")[-1]["status"] == 401, "it is told")
+            run.update(metadata={"secret": 1})
+            for number in range(3):
+                other.update(metadata={"number": number})
+                program.until("run", partial(has_number, number))
+            other.end()
+            lines = program.rest()
+        assert not [line for line in lines if "refused" in line]
+        statuses = [seen["status"] for seen in site.requests(f"/runs/{run.id}")]
+        assert statuses.count(401) == 1 and not any(seen["open"] for seen in site.requests(f"/runs/{run.id}"))
