@@ -1,4 +1,4 @@
-"""The endpoints that answer once: retrieve and cancel a run, send to an input, health."""
+"""The endpoints that answer once: retrieve and cancel a run, health."""
 
 from __future__ import annotations
 
@@ -10,10 +10,8 @@ from starlette.responses import Response
 from asgi_realtime.asgi.answers import json_answer, json_bytes_answer
 from asgi_realtime.asgi.auth import authorise, run_resources
 from asgi_realtime.asgi.request import Request
-from asgi_realtime.core.chunks import decode
 from asgi_realtime.core.run_json import run_json
-from asgi_realtime.errors import BrokerUnavailable, InvalidRequest, StreamClosed, UsageError, shown
-from asgi_realtime.names import input_stream
+from asgi_realtime.errors import BrokerUnavailable
 
 logger = logging.getLogger("asgi_realtime")
 
@@ -31,31 +29,6 @@ async def cancel_run(request: Request, run_id: str) -> Response:
     authorise(claims, "write", [("runs", record.id)])
     await request.host.cancel(run_id)
     return json_answer({"id": run_id})
-
-
-async def send_input(request: Request, run_id: str, input_id: str) -> Response:
-    claims = request.authenticate()
-    record = await request.host.runs.get(run_id)
-    authorise(claims, "write", [("inputStreams", run_id)])
-    input_stream(input_id, request.host.limits)
-    data = _input_data(await request.body(request.host.limits.input_bytes))
-    if record.is_completed:
-        raise InvalidRequest(f"run {shown(run_id)} is over ({record.status}); it takes no input")
-    try:
-        await request.host.send_input(run_id, input_id, data)
-    except StreamClosed as exc:
-        raise InvalidRequest(f"run {shown(run_id)} is over; it takes no input") from exc
-    return json_answer({"ok": True})
-
-
-def _input_data(body: bytes) -> Any:
-    try:
-        message = decode(body)
-    except UsageError as exc:
-        raise InvalidRequest(f"the body is malformed: {exc}") from exc
-    if not isinstance(message, dict) or "data" not in message:
-        raise InvalidRequest('the body must be a JSON object with "data", such as {"data": "yes"}')
-    return message["data"]
 
 
 async def health(request: Request) -> Response:

@@ -12,7 +12,7 @@ from typing import Any
 
 from starlette.responses import Response
 
-from asgi_realtime.asgi import api, feeds, streams
+from asgi_realtime.asgi import api, feeds, streams, writing
 from asgi_realtime.asgi.answers import error_answer, refusal
 from asgi_realtime.asgi.cors import cors_headers, preflight_headers
 from asgi_realtime.asgi.host import Host, Receive, Scope, Send
@@ -29,7 +29,13 @@ Answer = Response | Subscription[Any]
 
 ENDPOINTS: dict[Endpoint, dict[str, Callable[..., Awaitable[Answer]]]] = {
     Endpoint.STREAM: {"GET": streams.stream},
-    Endpoint.INPUT: {"GET": streams.tail_input, "POST": api.send_input},
+    Endpoint.WRITE_STREAM: {
+        "PUT": writing.create_stream,
+        "POST": writing.write_stream,
+        "HEAD": writing.last_index,
+    },
+    Endpoint.APPEND: {"POST": writing.append},
+    Endpoint.INPUT: {"GET": streams.tail_input, "POST": writing.send_input},
     Endpoint.RUN_FEED: {"GET": feeds.run_feed},
     Endpoint.TAG_FEED: {"GET": feeds.tag_feed},
     Endpoint.BATCH_FEED: {"GET": feeds.batch_feed},

@@ -6,13 +6,15 @@ The one direction is `Host`, the other `Subscriber`. Everything here runs on the
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
-from asgi_realtime.brokers.base import Broker
+from asgi_realtime.brokers.base import Broker, StreamKey
 from asgi_realtime.config import Cors, Limits, Timeouts
 from asgi_realtime.core.runs import RunRecord
 from asgi_realtime.engine import Subscriber as Subscriber
 from asgi_realtime.tokens import TokenAuthority
+
+R = TypeVar("R")
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -35,6 +37,18 @@ class Runs(Protocol):
         ...
 
 
+class WritableRuns(Runs, Protocol):
+    """Run records, and what writing into streams of theirs needs besides the broker."""
+
+    async def add_stream(self, key: StreamKey, /) -> None:
+        """Make sure that the run lists the stream or input. Raises `RunNotFound`, `LimitExceeded`."""
+        ...
+
+    async def patiently(self, call: Callable[[], Awaitable[R]], /) -> R:
+        """Repeat a call that may be repeated while the broker is away, for a while."""
+        ...
+
+
 class Host(Protocol):
     """The part of a `Realtime` that answers are made of.
 
@@ -45,7 +59,7 @@ class Host(Protocol):
     @property
     def broker(self) -> Broker: ...
     @property
-    def runs(self) -> Runs: ...
+    def runs(self) -> WritableRuns: ...
     @property
     def tokens(self) -> TokenAuthority: ...
     @property
@@ -79,10 +93,6 @@ class Host(Protocol):
 
     async def cancel(self, run_id: str, /) -> object:
         """Cancel a run. Raises `RunNotFound`."""
-        ...
-
-    async def send_input(self, run_id: str, input_id: str, data: Any, /) -> object:
-        """Append to an input of a run. Raises `RunNotFound`, `StreamClosed`, `UsageError`."""
         ...
 
 

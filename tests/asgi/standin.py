@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from itertools import count
-from typing import Any
+from typing import Any, TypeVar
 
 import anyio.lowlevel
 
@@ -18,6 +18,7 @@ from asgi_realtime.core.log import StreamKey
 from asgi_realtime.core.runs import (
     BatchMember,
     Finished,
+    InputAdded,
     RunChange,
     RunError,
     RunRecord,
@@ -33,6 +34,8 @@ from asgi_realtime.tokens import TokenAuthority
 
 SECRET = "a secret that is long enough for the tests"
 NOW = 1_800_000_000.0
+
+R = TypeVar("R")
 
 
 class StandIn:
@@ -105,8 +108,11 @@ class StandIn:
     async def cancel(self, run_id: str, /) -> RunRecord:
         return await self.change(run_id, Finished(Status.CANCELED))
 
-    async def send_input(self, run_id: str, input_id: str, data: Any, /) -> None:
-        await self.broker.append(StreamKey(run_id, input_stream(input_id, self.limits)), [encode_value(data)])
+    async def add_stream(self, key: StreamKey, /) -> None:
+        await self.change(key.run, InputAdded(key.name) if key.hidden else StreamAdded(key.name))
+
+    async def patiently(self, call: Callable[[], Awaitable[R]], /) -> R:
+        return await call()
 
     # What tests do
 
@@ -151,6 +157,9 @@ class StandIn:
     async def append(self, *chunks: Any, run_id: str = "run_1", key: str = "default") -> None:
         await self.change(run_id, StreamAdded(key))
         await self.broker.append(StreamKey(run_id, key), [encode_value(chunk) for chunk in chunks])
+
+    async def send_input(self, run_id: str, input_id: str, data: Any, /) -> None:
+        await self.broker.append(StreamKey(run_id, input_stream(input_id, self.limits)), [encode_value(data)])
 
     def _mark(self) -> ChangeMark:
         return ChangeMark("tests", next(self._marks))
