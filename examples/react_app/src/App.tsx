@@ -21,10 +21,9 @@ export function App() {
   const [error, setError] = useState<Error>();
   const shown = useShownRun();
 
-  const renew = () => void getSession(true).then(setSession, setError);
   useEffect(() => {
     getSession().then(setSession, setError);
-    const timer = setInterval(renew, RENEW_EVERY_MS);
+    const timer = setInterval(() => getSession(true).then(setSession, setError), RENEW_EVERY_MS);
     return () => clearInterval(timer);
   }, []);
 
@@ -32,7 +31,7 @@ export function App() {
   const refreshAccessToken = async () => (await getSession(true)).token;
   return (
     <TriggerAuthContext.Provider value={{ baseURL, accessToken: session.token, refreshAccessToken }}>
-      <Runs key={session.token} tag={session.tag} shown={shown} onRetry={renew} />
+      <Runs key={session.token} tag={session.tag} shown={shown} />
       <main>
         {shown ? <ShownRun key={shown} id={shown} session={session} /> : <Welcome />}
         <Ask key={shown} session={session} />
@@ -51,7 +50,7 @@ function useShownRun(): string {
 }
 
 /** All runs of the user, live. */
-function Runs({ tag, shown, onRetry }: { tag: string; shown: string; onRetry: () => void }) {
+function Runs({ tag, shown }: { tag: string; shown: string }) {
   const { runs, error } = useRealtimeRunsWithTag<Chat | Publish>(tag);
   return (
     <aside>
@@ -60,7 +59,7 @@ function Runs({ tag, shown, onRetry }: { tag: string; shown: string; onRetry: ()
         New question
       </a>
       <h2>Your runs</h2>
-      <Failure error={error} onRetry={onRetry} />
+      <Failure error={error} />
       <ul>
         {runs.toReversed().map((run) => (
           <li key={run.id}>
@@ -206,11 +205,12 @@ function Status({ run }: { run: RealtimeRun<Chat | Publish> }) {
   );
 }
 
-function Failure({ error, onRetry }: { error?: { message: string }; onRetry?: () => void }) {
-  if (!error) return null;
+function Failure({ error }: { error?: { message: string } }) {
   return (
-    <p className="failure" role="alert">
-      {error.message} {onRetry && <button onClick={onRetry}>Try again</button>}
-    </p>
+    error && (
+      <p className="failure" role="alert">
+        {error.message}
+      </p>
+    )
   );
 }
