@@ -79,7 +79,9 @@ async def write_stream(request: Request, run_id: str, target: str, key: str) -> 
         await host.runs.add_stream(stream)
         body = _Body(host, record, stream, producer, start)
         try:
-            await body.read(request.receive, opened)
+            if not await body.read(request.receive, opened):
+                # Mostly nobody hears this. Something in between may, and hand it on: it must not be a final status.
+                return refusal(408, "cut_off", "the request's body was cut off; send again what is not confirmed")
         except ProducerGap as gap:
             # Of a failure that it does not take for final the client asks by HEAD where to go on. 503 is such a one,
             # and so it sends again what it has and the broker has not, as after a failover. 409 would end the writer.
@@ -144,8 +146,9 @@ class _Body:
         self._key = key
         self._producer = producer
 
-    async def read(self, receive: Receive, opened: OpenRequest) -> None:
-        """Return once everything is stored. What is refused leaves stored what came before it.
+    async def read(self, receive: Receive, opened: OpenRequest) -> bool:
+        """Return once all that came is stored: whether that is everything. What is refused leaves stored what came
+        before it, and of a body that is cut off the last line is dropped, of which nobody knows whether it is whole.
 
         Raises `InvalidRequest`, `LimitExceeded`, `ProducerGap`, `RunNotFound`, `BrokerUnavailable`.
         """
@@ -155,10 +158,11 @@ class _Body:
             message = await receive()
             opened.heard()
             if message["type"] == "http.disconnect":
-                raise InvalidRequest("the request's body was cut off")
+                return False
             await self._store(lines.feed(message.get("body", b"")))
             more = message.get("more_body", False)
         await self._store(lines.rest())
+        return True
 
     async def _store(self, lines: Iterator[bytes]) -> None:
         for number, items in enumerate(self._calls(lines)):

@@ -354,6 +354,7 @@ async def test_what_is_cut_in_the_middle_of_a_line_is_dropped_and_comes_again(ho
         async with upload(host, client_id=client_id) as writer:
             await writer.part(body[:place])
             await writer.cut()
+        assert (writer.status, writer.answer["code"]) == (408, "cut_off"), "not a final one, if somebody hears it"
         status, last = await head(host, client_id=client_id)
         assert (status, last) == (200, str(body[:place].count(b"\n") - 1))
         rest = b"".join(line + b"\n" for line in lines[int(last or "") + 1 :])
