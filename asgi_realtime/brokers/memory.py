@@ -28,6 +28,9 @@ _RECORD_BYTES = 3072
 ENTRY_BYTES = 64
 """What an entry costs besides the bytes of its frame, roughly."""
 
+_PRODUCER_BYTES = 220
+"""What the count of a producer costs, roughly: each append over HTTP is one of its own."""
+
 _LEASES = {"enqueue": Status.QUEUED, "lease": Status.EXECUTING}
 """What a run is due for a lease after it came to a status, unless somebody has it in hand."""
 
@@ -457,7 +460,7 @@ class MemoryBroker:
 
 
 def _log_bytes(log: Log) -> int:
-    return log.size + ENTRY_BYTES * (log.next - log.first)
+    return log.size + ENTRY_BYTES * (log.next - log.first) + _PRODUCER_BYTES * log.producers
 
 
 def _record_bytes(record: RunRecord) -> int:

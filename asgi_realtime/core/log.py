@@ -147,6 +147,11 @@ class Log:
             raise ProducerGap(f"append starts at item {producer.start}, expected {expected}", expected=expected)
         return items[expected - producer.start :]
 
+    @property
+    def producers(self) -> int:
+        """How many producers have written here. Trimming does not forget them."""
+        return len(self._producers)
+
     def counted(self, producer_id: str) -> int:
         """How many items of a producer this log has counted."""
         return self._producers.get(producer_id, (0, -1))[0]

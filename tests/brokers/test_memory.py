@@ -92,6 +92,24 @@ async def test_a_retry_costs_nothing() -> None:
     assert broker.size == before
 
 
+async def test_what_producers_leave_behind_is_counted() -> None:
+    """Each of many appends over HTTP was a producer that outlived its chunk, and a run could grow without an end."""
+    broker = MemoryBroker(retention=Retention(stream_bytes=1000, total_bytes=100_000))
+    run = await create(broker, "a")
+    empty = broker.size
+    for number in range(100):
+        await broker.append(StreamKey("a", "s"), [b"1"], producer=Producer(f"request:{number}", 0))
+    assert broker.size - empty > 20_000
+    await finish(broker, run)
+    await create(broker, "b")
+    for number in range(400):
+        await broker.append(StreamKey("b", "s"), [b"1"], producer=Producer(f"request:{number}", 0))
+    assert await lengths(broker, "a") == [None]
+    assert broker.size < 100_000 + 1000
+    await broker.remove("b")
+    assert broker.size == 0
+
+
 # Full
 
 
