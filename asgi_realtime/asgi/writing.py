@@ -2,8 +2,7 @@
 
 Whoever writes does so under a name, which is a producer of the stream: a request that is repeated, or that begins again
 behind what is stored, stores nothing twice. The request of a writer is open as long as its source is, and each chunk is
-stored as it comes. A request that waits for its client or for an absent broker is ended by the shutdown: a call of the
-broker that is cut off happened entirely or not at all, and the client asks which when it comes again.
+stored as it comes.
 """
 
 from __future__ import annotations
@@ -25,14 +24,7 @@ from asgi_realtime.brokers.base import Producer, StreamKey
 from asgi_realtime.core.chunks import json_line
 from asgi_realtime.core.lines import LineSplitter
 from asgi_realtime.core.runs import RunRecord
-from asgi_realtime.errors import (
-    InvalidRequest,
-    ProducerGap,
-    ScopeDenied,
-    StreamClosed,
-    UsageError,
-    shown,
-)
+from asgi_realtime.errors import InvalidRequest, ProducerGap, ScopeDenied, StreamClosed, UsageError, shown
 from asgi_realtime.names import input_stream, stream_name
 from asgi_realtime.writer import CALL_BYTES, CALL_ITEMS, encode_within
 
@@ -49,6 +41,7 @@ _NAME = re.compile(rb"[\x21-\x7e]{1,128}")
 _MAX_DIGITS = 15  # more than any stream has, and exact in every language
 
 _UNDEFINED = b"undefined"
+"""What the client sends for a chunk that has no JSON, such as a function: a line with an index, as all others."""
 
 
 # A stream's writers
@@ -193,9 +186,7 @@ class _Body:
 
 
 def _chunk(line: bytes) -> bytes:
-    if (
-        line == _UNDEFINED
-    ):  # what the client makes of a chunk that JSON.stringify gives no text for; it has an index too
+    if line == _UNDEFINED:
         return b"null"
     try:
         return json_line(line)
