@@ -68,6 +68,8 @@ class Limits(_Positive):
     output_bytes: int = 10 * 1024 * 1024
     metadata_bytes: int = 256 * 1024
     """All metadata of one run, encoded."""
+    metadata_update_bytes: int = 1024 * 1024
+    """Changes of metadata that come over HTTP, in one request."""
     append_bytes: int = 512 * 1024
     """The text of one append over HTTP."""
     input_bytes: int = 1024 * 1024

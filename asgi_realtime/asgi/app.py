@@ -12,7 +12,7 @@ from typing import Any
 
 from starlette.responses import Response
 
-from asgi_realtime.asgi import api, feeds, streams, writing
+from asgi_realtime.asgi import api, batching, changing, feeds, minting, streams, triggering, writing
 from asgi_realtime.asgi.answers import error_answer, refusal
 from asgi_realtime.asgi.cors import cors_headers, preflight_headers
 from asgi_realtime.asgi.host import Host, Receive, Scope, Send
@@ -40,8 +40,17 @@ ENDPOINTS: dict[Endpoint, dict[str, Callable[..., Awaitable[Answer]]]] = {
     Endpoint.TAG_FEED: {"GET": feeds.tag_feed},
     Endpoint.BATCH_FEED: {"GET": feeds.batch_feed},
     Endpoint.HEALTH: {"GET": api.health, "HEAD": api.health},
+    Endpoint.TRIGGER: {"POST": triggering.trigger},
+    Endpoint.CREATE_BATCH: {"POST": batching.create_batch},
+    Endpoint.BATCH_ITEMS: {"POST": batching.fill_batch},
+    Endpoint.RETRIEVE_BATCH: {"GET": batching.retrieve_batch},
     Endpoint.RETRIEVE_RUN: {"GET": api.retrieve_run},
     Endpoint.CANCEL_RUN: {"POST": api.cancel_run},
+    Endpoint.UPDATE_METADATA: {"GET": changing.retrieve_metadata, "PUT": changing.update_metadata},
+    Endpoint.ADD_TAGS: {"POST": changing.add_tags},
+    Endpoint.JWT_CLAIMS: {"POST": minting.jwt_claims},
+    Endpoint.PUBLIC_TOKENS: {"POST": minting.public_token},
+    Endpoint.PACKETS: {"GET": triggering.packets, "PUT": triggering.packets},
 }
 """What answers which method. Called with the request and the route's parameters."""
 

@@ -10,8 +10,9 @@ from typing import Any, Protocol, TypeVar
 
 from asgi_realtime.brokers.base import Broker, StreamKey
 from asgi_realtime.config import Cors, Limits, Timeouts
-from asgi_realtime.core.runs import RunRecord
+from asgi_realtime.core.runs import RunChange, RunRecord
 from asgi_realtime.engine import Subscriber as Subscriber
+from asgi_realtime.tasks.trigger import Tasks
 from asgi_realtime.tokens import TokenAuthority
 
 R = TypeVar("R")
@@ -38,7 +39,11 @@ class Runs(Protocol):
 
 
 class WritableRuns(Runs, Protocol):
-    """Run records, and what writing into streams of theirs needs besides the broker."""
+    """Run records, and what changing them and writing into streams of theirs needs besides the broker."""
+
+    async def update(self, run_id: str, /, *changes: RunChange) -> RunRecord:
+        """Apply changes to the newest record and store it. Raises `RunNotFound`, `LimitExceeded`."""
+        ...
 
     async def add_stream(self, key: StreamKey, /) -> None:
         """Make sure that the run lists the stream or input. Raises `RunNotFound`, `LimitExceeded`."""
@@ -62,6 +67,8 @@ class Host(Protocol):
     def runs(self) -> WritableRuns: ...
     @property
     def tokens(self) -> TokenAuthority: ...
+    @property
+    def tasks(self) -> Tasks: ...
     @property
     def limits(self) -> Limits: ...
     @property

@@ -57,8 +57,8 @@ def _fields(record: RunRecord) -> dict[str, Any]:
         "isFailed": record.is_failed,
         "isCancelled": record.is_canceled,
         "isTest": False,
-        "createdAt": _iso(record.created_at_ms),
-        "updatedAt": _iso(record.updated_at_ms),
+        "createdAt": iso(record.created_at_ms),
+        "updatedAt": iso(record.updated_at_ms),
         "tags": record.tags,
         "costInCents": 0,
         "baseCostInCents": 0,
@@ -98,10 +98,11 @@ def _duration_ms(record: RunRecord) -> int:
     return (record.completed_at_ms or record.updated_at_ms) - record.started_at_ms
 
 
-def _iso(time_ms: int) -> str:
+def iso(time_ms: int) -> str:
+    """A time as all JSON of ours has it: UTC, with milliseconds."""
     seconds, milliseconds = divmod(time_ms, 1000)
     return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%S}.{milliseconds:03}Z"
 
 
 def _iso_or_none(time_ms: int | None) -> str | None:
-    return None if time_ms is None else _iso(time_ms)
+    return None if time_ms is None else iso(time_ms)

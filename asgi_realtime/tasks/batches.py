@@ -57,6 +57,17 @@ class CreatedBatch:
 
 
 @dataclass(frozen=True, slots=True)
+class KnownBatch:
+    """What is known of a batch besides its runs. Of one that was triggered in process that is nothing."""
+
+    opened: OpenBatch | None
+    run_ids: list[str] | None
+    """The runs that its items stand for, if some items have idempotency keys."""
+    sealed: bool
+    """All its runs were created."""
+
+
+@dataclass(frozen=True, slots=True)
 class Sealed:
     """A batch whose runs are all there."""
 
@@ -153,10 +164,14 @@ class Batches:
         stored = await self._runs.claimed(_open(batch_id))
         return None if stored is None else msgspec.json.decode(stored, type=OpenBatch)
 
-    async def planned_runs(self, batch_id: str) -> list[str] | None:
-        """The runs of a batch in the order of its items, if some of them were there before."""
-        stored = await self._runs.claimed(_planned(batch_id))
-        return None if stored is None else msgspec.json.decode(stored, type=Plan).run_ids
+    async def known(self, batch_id: str) -> KnownBatch:
+        """What is known of a batch besides its runs."""
+        plan = await self._runs.claimed(_planned(batch_id))
+        return KnownBatch(
+            opened=await self.find(batch_id),
+            run_ids=None if plan is None else msgspec.json.decode(plan, type=Plan).run_ids,
+            sealed=await self._runs.claimed(_sealed(batch_id)) is not None,
+        )
 
     async def fill(self, batch_id: str, items: Sequence[Prepared]) -> Sealed:
         """Create the runs of a batch, those that are not there yet.

@@ -50,7 +50,7 @@ class Launcher:
     def __init__(self, engine: Engine, *, retention: Retention) -> None:
         self._engine = engine
         self._runs = engine.runs
-        self._retention = retention
+        self.retention = retention
         self._made: dict[str, None] = {}
 
     async def launch(self, prepared: Prepared, *, once: Once | None = None) -> tuple[RunRecord, bool]:
@@ -152,7 +152,7 @@ class Launcher:
         spent_on, at_ms, mark = stands.split(" ", 2)
         if mark != once.mark:
             raise TokenSpent("the one-time token was used before; ask for another")
-        is_late = now_ms - int(at_ms) > self._retention.request_key * 1000
+        is_late = now_ms - int(at_ms) > self.retention.request_key * 1000
         return Spent(spent_on, is_new=False, is_late=is_late)
 
     async def spent_on(self, claim: str) -> str | None:

@@ -29,6 +29,7 @@ from asgi_realtime.core.runs import (
 )
 from asgi_realtime.errors import RunNotFound
 from asgi_realtime.names import input_stream
+from asgi_realtime.tasks.trigger import Tasks
 from asgi_realtime.testing.driver import Receive, Scope, Send
 from asgi_realtime.tokens import TokenAuthority
 
@@ -39,7 +40,9 @@ R = TypeVar("R")
 
 
 class StandIn:
-    """As much of a `Realtime` as the HTTP surface needs. Call it as the ASGI app."""
+    """As much of a `Realtime` as the HTTP surface needs, but for what triggers. Call it as the ASGI app."""
+
+    tasks: Tasks
 
     def __init__(
         self,
@@ -110,6 +113,9 @@ class StandIn:
 
     async def add_stream(self, key: StreamKey, /) -> None:
         await self.change(key.run, InputAdded(key.name) if key.hidden else StreamAdded(key.name))
+
+    async def update(self, run_id: str, /, *changes: RunChange) -> RunRecord:
+        return await self.change(run_id, *changes)
 
     async def patiently(self, call: Callable[[], Awaitable[R]], /) -> R:
         return await call()

@@ -1,0 +1,194 @@
+"""Batches over HTTP, as `tasks.batchTrigger` and `batch.retrieve` of the official clients ask for them.
+
+A batch is created, then its items come as lines of JSON. Nothing is started before all have come and are checked; what
+is sent again finds the runs that are there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import anyio.lowlevel
+import msgspec
+from starlette.responses import Response
+
+from asgi_realtime.asgi.answers import json_answer, json_bytes_answer
+from asgi_realtime.asgi.auth import authorise, batch_resources
+from asgi_realtime.asgi.credentials import find_parent, handle_token, once, spending
+from asgi_realtime.asgi.open_request import OpenRequest, until_shutdown
+from asgi_realtime.asgi.request import Request
+from asgi_realtime.asgi.run_options import Body, read_json, read_options, read_payload
+from asgi_realtime.asgi.triggering import check_task, executor_errors
+from asgi_realtime.core.batch_json import batch_json
+from asgi_realtime.core.runs import RunRecord, batch_topic
+from asgi_realtime.core.scopes import parse
+from asgi_realtime.errors import (
+    InvalidRequest,
+    RealtimeError,
+    RunNotFound,
+    ScopeDenied,
+    TokenSpent,
+    UsageError,
+    shown,
+)
+from asgi_realtime.handles import batch_scopes
+from asgi_realtime.tasks.batches import OpenBatch
+from asgi_realtime.tasks.records import Prepared, check_idempotency_key
+from asgi_realtime.tokens import Claims
+
+CREATE_BYTES = 512 * 1024
+"""The body that creates a batch, which may name all its tasks."""
+
+_TURN = 20  # items that are checked before others have a turn
+
+
+class CreateBatch(msgspec.Struct, rename="camel"):
+    """The body that creates a batch."""
+
+    run_count: int
+    task_identifiers: list[str] | None = None
+    parent_run_id: str | None = None
+    idempotency_key: str | None = None
+
+
+class Item(Body):
+    """A line of the body that fills a batch."""
+
+    index: int = -1
+    task: str = ""
+
+
+async def create_batch(request: Request) -> Response:
+    claims = request.authenticate()
+    _check_may_batch(claims)
+    request_is = once(request, claims, "batch") if claims.one_time else None
+
+    async def create(opened: OpenRequest) -> Response:
+        body = read_json(await request.body(CREATE_BYTES), CreateBatch)
+        _authorise_tasks(request, claims, body.task_identifiers)
+        if body.idempotency_key is not None:
+            check_idempotency_key(body.idempotency_key, request.host.limits)
+        await find_parent(request, claims, body.parent_run_id)
+        batch = await request.host.tasks.batches.open(
+            body.run_count,
+            parent_id=body.parent_run_id,
+            idempotency_key=body.idempotency_key,
+            owner=claims.token_id,
+            once=request_is,
+        )
+        told = {"id": batch.id, "runCount": batch.count, "isCached": batch.is_cached}
+        headers = {"x-trigger-jwt": handle_token(request.host, claims, batch_scopes(batch.id))}
+        return json_answer(told, 202, headers)
+
+    return await until_shutdown(request, create)
+
+
+async def fill_batch(request: Request, batch_id: str) -> Response:
+    claims = request.authenticate()
+    _check_may_batch(claims)
+    batches = request.host.tasks.batches
+    batch = await batches.find(batch_id)
+    if batch is None:
+        raise RunNotFound(f"no batch {shown(batch_id)} waits for items: it never was, or it waited too long")
+    if claims.one_time and await request.host.tasks.launcher.spent_on(spending(claims)) != batch_id:
+        raise TokenSpent("a one-time token fills the batch that it has created, and no other")
+
+    async def fill(opened: OpenRequest) -> Response:
+        lines = _lines(await request.body(request.host.limits.batch_bytes), batch.count)
+        items = await _prepared(request, claims, batch, lines)
+        if len(items) < batch.count:
+            missing = {"enqueuedCount": 0, "expectedCount": batch.count}
+            return json_answer({"id": batch_id, "itemsAccepted": 0, "itemsDeduplicated": 0, "sealed": False} | missing)
+        with executor_errors():
+            sealed = await batches.fill(batch_id, items)
+        told = {"id": batch_id, "itemsAccepted": sealed.accepted, "itemsDeduplicated": sealed.deduplicated}
+        return json_answer(told | {"sealed": True})
+
+    return await until_shutdown(request, fill)
+
+
+def _check_may_batch(claims: Claims) -> None:
+    """Refuse at once who may batch nothing. Which tasks are meant stands in the body."""
+    actions = {parse(scope).action for scope in claims.scopes}
+    if not claims.secret and not actions & {"batchTrigger", "*", "admin"}:
+        raise ScopeDenied(
+            "the token's scopes do not admit this; a token with a scope like 'batchTrigger:tasks:chat' does"
+        )
+
+
+def _authorise_tasks(request: Request, claims: Claims, task_ids: Sequence[str] | None) -> None:
+    if task_ids is None:
+        authorise(claims, "batchTrigger", [("tasks", None), ("batch", None)])
+    for task_id in dict.fromkeys(task_ids or ()):
+        authorise(claims, "batchTrigger", [("tasks", task_id), ("batch", None)])
+        check_task(request, claims, task_id)
+
+
+def _lines(body: bytes, count: int) -> list[tuple[Item, bytes]]:
+    """The items in the order of their indexes, and the lines they were. A line that comes twice is one item."""
+    found: dict[int, tuple[Item, bytes]] = {}
+    for number, line in enumerate(body.split(b"\n"), 1):
+        line = line.strip()
+        if not line:
+            continue
+        item = read_json(line, Item, what=f"line {number}")
+        if not 0 <= item.index < count:
+            raise UsageError(f"line {number} has the index {item.index}; the batch has {count} runs, from 0")
+        if found.setdefault(item.index, (item, line))[1] != line:
+            raise UsageError(f"line {number} has the index {item.index}, as another line before it")
+    return [found[index] for index in sorted(found)]
+
+
+async def _prepared(
+    request: Request, claims: Claims, batch: OpenBatch, lines: Sequence[tuple[Item, bytes]]
+) -> list[Prepared]:
+    parent = await find_parent(request, claims, batch.parent_id)
+    items: list[Prepared] = []
+    for number, (item, _) in enumerate(lines, 1):
+        try:
+            items.append(_prepare(request, claims, parent, item))
+        except RealtimeError as exc:
+            exc.args = (f"item {item.index}: {exc}",)
+            raise
+        if not number % _TURN:
+            await anyio.lowlevel.checkpoint()
+    return items
+
+
+def _prepare(request: Request, claims: Claims, parent: RunRecord | None, item: Item) -> Prepared:
+    if not item.task:
+        raise InvalidRequest("task is missing; it must be the id of a task")
+    _authorise_tasks(request, claims, [item.task])
+    token_id = None if claims.secret else claims.token_id
+    payload, options = read_payload(item), read_options(item.options)
+    return request.host.tasks.prepare_json(item.task, payload, options, parent=parent, token_id=token_id)
+
+
+# Retrieve
+
+
+async def retrieve_batch(request: Request, batch_id: str) -> Response:
+    claims = request.authenticate()
+    authorise(claims, "read", batch_resources(batch_id))
+    host = request.host
+    changes = await host.broker.changes(batch_topic(batch_id), limit=host.limits.topic_runs)
+    records = await request.rows.records(changes.items)
+    members = sorted((record for record in records if record is not None), key=_index)
+    known = await host.tasks.batches.known(batch_id)
+    if not members and known.opened is None and known.run_ids is None:
+        raise RunNotFound(f"no batch {shown(batch_id)}: it never was, or it is past its retention")
+    return json_bytes_answer(
+        batch_json(
+            batch_id,
+            members,
+            run_ids=known.run_ids,
+            count=None if known.opened is None else known.opened.count,
+            created_at_ms=None if known.opened is None else known.opened.created_at_ms,
+            idempotency_key=None if known.opened is None else known.opened.idempotency_key,
+            waits=known.opened is not None and not known.sealed,
+        )
+    )
+
+
+def _index(record: RunRecord) -> int:
+    return -1 if record.batch is None else record.batch.index

@@ -1,0 +1,153 @@
+"""Changing a run from outside, as a worker of the official package does: its metadata, and its tags."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import msgspec
+from starlette.responses import Response
+
+from asgi_realtime.asgi.answers import json_answer
+from asgi_realtime.asgi.auth import authorise, run_resources
+from asgi_realtime.asgi.credentials import require_secret
+from asgi_realtime.asgi.request import Request
+from asgi_realtime.asgi.run_options import read_json
+from asgi_realtime.core.metadata import (
+    Append,
+    Delete,
+    Increment,
+    Operation,
+    Remove,
+    Replace,
+    Set,
+    apply_operations,
+    check_size,
+)
+from asgi_realtime.core.runs import MetadataChanged, RunRecord, TagsAdded
+from asgi_realtime.errors import RealtimeError, UsageError, shown
+from asgi_realtime.names import check_tags
+
+TAGS_BYTES = 64 * 1024
+
+
+class _SetOp(msgspec.Struct, tag="set"):
+    key: str
+    value: Any
+
+    def made(self) -> Operation:
+        return Set(self.key, self.value)
+
+
+class _DeleteOp(msgspec.Struct, tag="delete"):
+    key: str
+
+    def made(self) -> Operation:
+        return Delete(self.key)
+
+
+class _AppendOp(msgspec.Struct, tag="append"):
+    key: str
+    value: Any
+
+    def made(self) -> Operation:
+        return Append(self.key, self.value)
+
+
+class _RemoveOp(msgspec.Struct, tag="remove"):
+    key: str
+    value: Any
+
+    def made(self) -> Operation:
+        return Remove(self.key, self.value)
+
+
+class _IncrementOp(msgspec.Struct, tag="increment"):
+    key: str
+    value: int | float
+
+    def made(self) -> Operation:
+        return Increment(self.key, self.value)
+
+
+class _UpdateOp(msgspec.Struct, tag="update"):
+    value: dict[str, Any]
+
+    def made(self) -> Operation:
+        return Replace(self.value)
+
+
+_Op = _SetOp | _DeleteOp | _AppendOp | _RemoveOp | _IncrementOp | _UpdateOp
+
+
+class MetadataUpdate(msgspec.Struct, rename="camel"):
+    """Changes of the metadata of a run, its parent and its root. `metadata` takes the place of all that there is."""
+
+    metadata: dict[str, Any] | None = None
+    operations: list[_Op] = []
+    parent_operations: list[_Op] = []
+    root_operations: list[_Op] = []
+
+
+class NewTags(msgspec.Struct):
+    tags: str | list[str]
+
+
+async def retrieve_metadata(request: Request, run_id: str) -> Response:
+    claims = request.authenticate()
+    record = await request.host.runs.get(run_id)
+    authorise(claims, "read", run_resources(record))
+    return json_answer({"metadata": {} if "metadata" in claims.skip_columns else record.metadata})
+
+
+async def update_metadata(request: Request, run_id: str) -> Response:
+    """Apply operations in their order: all of them, or none if one cannot be."""
+    record = await _open_run(request, run_id)
+    update = read_json(await request.body(request.host.limits.metadata_update_bytes), MetadataUpdate)
+    changes = _changes(record, update)
+    others = await request.host.runs.load([target for target in changes if target != record.id])
+    known = [record, *(other for other in others if other is not None)]  # a parent may be past its retention
+    for run in known:
+        check_size(apply_operations(run.metadata, changes.get(run.id, ())), request.host.limits.metadata_bytes)
+    for run in known:
+        if run.id in changes:
+            changed = await request.host.runs.update(run.id, MetadataChanged(tuple(changes[run.id])))
+            record = changed if run.id == record.id else record
+    return json_answer({"metadata": record.metadata})
+
+
+async def add_tags(request: Request, run_id: str) -> Response:
+    record = await _open_run(request, run_id)
+    given = read_json(await request.body(TAGS_BYTES), NewTags).tags
+    tags = check_tags(given, request.host.limits)
+    check_tags((*record.tags, *tags), request.host.limits)
+    changed = await request.host.runs.update(run_id, TagsAdded(tags))
+    return json_answer({"message": f"run {run_id} has {len(changed.tags)} tags"})
+
+
+async def _open_run(request: Request, run_id: str) -> RunRecord:
+    require_secret(request.authenticate(), "changing a run")
+    record = await request.host.runs.get(run_id)
+    if record.is_completed:
+        raise UsageError(f"run {shown(run_id)} is over ({record.status}) and cannot be changed")
+    return record
+
+
+def _changes(record: RunRecord, update: MetadataUpdate) -> dict[str, list[Operation]]:
+    """The operations by the run that they are for. Who has no parent is its own, as with the original."""
+    changes: dict[str, list[Operation]] = {}
+
+    def add(run_id: str, name: str, operations: Iterable[_Op]) -> None:
+        for number, operation in enumerate(operations):
+            try:
+                changes.setdefault(run_id, []).append(operation.made())
+            except RealtimeError as exc:
+                exc.args = (f"{name}[{number}]: {exc}",)
+                raise
+
+    if update.metadata is not None:
+        changes[record.id] = [Replace(update.metadata)]
+    add(record.id, "operations", update.operations)
+    add(record.parent_id or record.id, "parentOperations", update.parent_operations)
+    add(record.root_id or record.id, "rootOperations", update.root_operations)
+    return changes
