@@ -144,7 +144,7 @@ class Timeouts(_Positive):
     append: float = 30.0
     """How long a writer keeps trying while the broker is away."""
     writer: float = 16 * 60.0
-    """Silence of a writer over HTTP before its request is ended; the official client begins another after 15 minutes."""
+    """Silence of a writer over HTTP before its request is ended; the official client begins anew after 15 minutes."""
     broker: float = 5.0
     """One answer of a broker that is elsewhere, and a connection to it; then it counts as away."""
     drain: float = 0.5
