@@ -2,8 +2,9 @@
 
 A request without a cursor is answered with the runs of the feed. Any later one brings what it has, an offset, and gets
 each run that changed after it. A live request that there is nothing for is held until there is something, or for
-`timeouts.poll`; answered at once it would be asked again at once. All that is known of a client stands in its request,
-so any process can answer it, also after a restart. Spec: docs/protocol.md.
+`timeouts.poll`; answered at once it would be asked again at once. Runs that change all the time are told now and then:
+each poll is a request, in a browser two. All that is known of a client stands in its request, so any process can answer
+it, also after a restart. Spec: docs/protocol.md.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Sequence
 from functools import lru_cache, partial
 from typing import NamedTuple
 
+import anyio
 from starlette.responses import Response
 
 from asgi_realtime.asgi.answers import json_bytes_answer
@@ -35,7 +37,13 @@ MAX_BYTES = 4 * 1024 * 1024
 HOLD_JITTER = 0.15
 """Polls that began together, after a restart, do not end together."""
 
+AT_ONCE = 5
+"""Answers that may follow each other closely before they are spaced: what happens when a run begins is told at once."""
+
+CLOSELY_MS = 1000
+
 _OFFSET = re.compile(r"\d{1,18}_\d{1,18}")
+_RHYTHM = re.compile(r"(\d{1,15})-(\d{1,9})")
 _SNAPSHOT = "-1"
 
 
@@ -45,8 +53,35 @@ class AskedShape(NamedTuple):
     snapshot: bool
     cursor: ShapeCursor | None
     live: bool
-    buster: str
-    """What the last answer gave to keep caches apart."""
+    rhythm: Rhythm
+
+
+class Rhythm(NamedTuple):
+    """When the last answer to a client was given, and how many had come closely before it.
+
+    A client brings it as the `cursor`, whose purpose is that no two URLs are the same.
+    """
+
+    at_ms: int = 0
+    close: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.at_ms}-{self.close}"
+
+    @classmethod
+    def parse(cls, text: str) -> Rhythm:
+        """What is not ours is no rhythm."""
+        found = _RHYTHM.fullmatch(text)
+        return cls(int(found[1]), int(found[2])) if found else cls()
+
+    def next(self, now_ms: int) -> Rhythm:
+        return Rhythm(now_ms, self.close + 1 if abs(now_ms - self.at_ms) < CLOSELY_MS else 0)
+
+    def early_s(self, now_ms: int, gather_s: float) -> float:
+        """How much too early an answer would be now; 0 if it would not."""
+        if self.close < AT_ONCE:
+            return 0.0
+        return min(max(self.at_ms / 1000 + gather_s - now_ms / 1000, 0.0), gather_s)
 
 
 def asked_shape(request: Request) -> AskedShape:
@@ -57,12 +92,12 @@ def asked_shape(request: Request) -> AskedShape:
             f"offset is missing; send the header `Accept: {EVENT_STREAM}` for events, or ?offset=-1 for a shape"
         )
     live = request.query("live") == "true"
-    buster = request.query("cursor") or ""
+    rhythm = Rhythm.parse(request.query("cursor") or "")
     if offset == _SNAPSHOT:
-        return AskedShape(True, None, live, buster)
+        return AskedShape(True, None, live, rhythm)
     if not _OFFSET.fullmatch(offset):
         raise InvalidRequest(f"offset is {shown(offset)}; allowed are -1 and what the last answer gave")
-    return AskedShape(False, ShapeCursor.parse(request.query("handle") or "", offset), live, buster)
+    return AskedShape(False, ShapeCursor.parse(request.query("handle") or "", offset), live, rhythm)
 
 
 class ShapePoll:
@@ -79,6 +114,7 @@ class ShapePoll:
         self._feed = feed
         self._asked = asked
         self._skip = shapes.skippable(request.skipped_columns(claims))
+        self._has_gathered = False
         self._parker = make_parker()
         self._held_until = host.clock() + host.timeouts.poll * random.uniform(1 - HOLD_JITTER, 1 + HOLD_JITTER)
 
@@ -115,8 +151,11 @@ class ShapePoll:
                     return self._must_refetch(changes)
                 if changes.snapshot and changes.items:  # there was nothing at its position, and now there is
                     return await self._snapshot(changes)
+                found = await self._found(changes)
+                if found and await self._gathered(found):
+                    continue  # there may be more by now
                 cursor = changes.cursor
-                answer = await self._news(changes) or self._verdict(cursor)
+                answer = self._answer(found, cursor) if found else self._verdict(cursor)
                 if answer is not None:
                     return answer
                 await changed
@@ -130,14 +169,24 @@ class ShapePoll:
         found = await newest(self._feed, self._rows, changes.items, limit=self._host.limits.feed_runs)
         return self._answer(found, changes.cursor)
 
-    async def _news(self, changes: Changes) -> Response | None:
-        """What changed that is of this feed, if anything did."""
+    async def _found(self, changes: Changes) -> list[Admitted]:
+        """The changes that are of this feed, at least as many as go into one answer."""
         found: list[Admitted] = []
         for page in pages(changes.items):
             found += await admitted(self._feed, self._rows, page)
             if len(found) > MAX_ROWS:
                 break
-        return self._answer(found, changes.cursor) if found else None
+        return found
+
+    async def _gathered(self, found: Sequence[Admitted]) -> bool:
+        """Wait, once, if the client has heard enough just now and this is not the end of a run; whether it was so."""
+        if self._has_gathered or not self._asked.live or any(record.is_completed for _, record in found):
+            return False
+        early_s = self._asked.rhythm.early_s(self._now_ms(), self._host.timeouts.gather)
+        self._has_gathered = True
+        if early_s:
+            await anyio.sleep(early_s)
+        return early_s > 0
 
     def _verdict(self, cursor: Cursor) -> Response | None:
         """The answer to a poll that there is nothing for, unless it is to be held on."""
@@ -167,12 +216,11 @@ class ShapePoll:
         place = ShapeCursor(cursor.epoch, self._feed.floor_ms, cursor.position)
         headers = {"electric-handle": place.handle, "electric-offset": place.offset, "electric-up-to-date": "true"}
         if self._asked.live:
-            return headers | {"electric-cursor": self._next_buster()}
+            return headers | {"electric-cursor": str(self._asked.rhythm.next(self._now_ms()))}
         return headers | {"electric-schema": _schema(self._skip)}
 
-    def _next_buster(self) -> str:
-        now = str(round(self._host.clock() * 1000))
-        return now if now != self._asked.buster else f"{now}1"
+    def _now_ms(self) -> int:
+        return round(self._host.clock() * 1000)
 
     def _must_refetch(self, changes: Changes) -> Response:
         handle = ShapeCursor(changes.cursor.epoch, self._feed.floor_ms, 0).handle

@@ -143,7 +143,7 @@ class StreamSubscription(Subscription[LiveLog]):
                     last = self._last_words()
                     if last is not None:
                         return last if log.end is None or log.next > cursor + 1 else self._end(source)
-                    if self._quiet and log.next == cursor + 1:
+                    if self._quiet and log.next <= cursor + 1:
                         return b""
                     self._quiet = False
                     await self._write(framing.heartbeat)

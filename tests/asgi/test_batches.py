@@ -315,6 +315,18 @@ async def test_the_body_ends_after_as_much_silence_as_was_asked_for(host: StandI
         assert response.ended
 
 
+async def test_a_reader_ahead_of_the_stream_hears_only_silence(host: StandIn) -> None:
+    await host.create()
+    await host.append("x")
+    async with reading(host, timeout_seconds="20", last_event_id="99") as response:
+        await response.chunk()
+        await anyio.wait_all_tasks_blocked()
+        host.tick(1)
+        host.tick(20)
+        assert await response.read_all_events() == []
+        assert response.ended
+
+
 async def test_without_it_the_stream_is_waited_for(host: StandIn) -> None:
     await host.create()
     async with reading(host) as response:

@@ -188,6 +188,78 @@ async def test_the_cursor_differs_even_at_one_instant(host: StandIn) -> None:
     assert seen[0] != seen[1] != seen[2]
 
 
+async def test_a_run_that_changes_all_the_time_is_told_now_and_then(host: StandIn) -> None:
+    host = StandIn(timeouts=Timeouts(gather=0.01))
+    await host.create()
+    client = Client(host)
+    await client.rows()
+    for number in range(feed_shapes.AT_ONCE + 1):
+        await host.change("run_1", progress(number))
+        assert len(await client.rows(live=True)) == 1
+    async with client.polling() as answers:
+        with pytest.MonkeyPatch.context() as patch:
+            slept = anyio.Event()
+            go_on = anyio.Event()
+
+            async def sleep(seconds: float) -> None:
+                assert 0 < seconds <= 0.01
+                slept.set()
+                await go_on.wait()
+
+            patch.setattr(anyio, "sleep", sleep)
+            await host.change("run_1", progress(100))
+            await slept.wait()
+            await host.change("run_1", progress(101))
+            assert not answers
+            go_on.set()
+            while not answers:
+                await anyio.lowlevel.checkpoint()
+    assert [row["metadata"] for row in answers[0]] == ['{"progress":101}']
+
+
+async def test_the_end_of_a_run_is_told_at_once_whatever_came_before(
+    host: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def sleep(seconds: float) -> None:
+        raise AssertionError("it waited")
+
+    await host.create()
+    client = Client(host)
+    await client.rows()
+    for number in range(feed_shapes.AT_ONCE + 1):
+        await host.change("run_1", progress(number))
+        await client.rows(live=True)
+    monkeypatch.setattr(anyio, "sleep", sleep)
+    await host.finish()
+    assert statuses(await client.rows(live=True)) == ["COMPLETED_SUCCESSFULLY"]
+
+
+async def test_after_a_pause_changes_are_told_at_once_again(host: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def sleep(seconds: float) -> None:
+        raise AssertionError("it waited")
+
+    await host.create()
+    client = Client(host)
+    await client.rows()
+    monkeypatch.setattr(anyio, "sleep", sleep)
+    for number in range(20):
+        if number % feed_shapes.AT_ONCE == 0:
+            host.tick(1)
+        await host.change("run_1", progress(number))
+        await client.rows(live=True)
+
+
+@pytest.mark.parametrize("cursor", ["", "x", "5", "5-", "-5", "9" * 16 + "-9", "999999999999999-999"])
+async def test_a_cursor_from_elsewhere_delays_nothing_for_long(host: StandIn, cursor: str) -> None:
+    host = StandIn(timeouts=Timeouts(gather=0.01))
+    await host.create()
+    client = Client(host)
+    await client.rows()
+    client.cursor = cursor
+    await host.change("run_1", progress(1))
+    assert len(await client.rows(live=True)) == 1
+
+
 async def test_a_request_that_is_not_live_is_answered_at_once(host: StandIn) -> None:
     await host.create()
     client = Client(host)

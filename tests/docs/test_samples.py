@@ -246,7 +246,13 @@ def section(number: int) -> str:
 
 def test_the_table_of_errors_has_the_status_of_each_code() -> None:
     rows = set(re.findall(r"^\| (\d{3}) \| `(\w+)` \|", section(10), re.MULTILINE))
-    raised = [errors.InvalidRequest, errors.InvalidToken, errors.ExpiredToken, errors.ScopeDenied, errors.RunNotFound]
+    raised: list[type[errors.RealtimeError]] = [
+        errors.InvalidRequest,
+        errors.InvalidToken,
+        errors.ExpiredToken,
+        errors.ScopeDenied,
+        errors.RunNotFound,
+    ]
     raised += [errors.UsageError, errors.RealtimeError, errors.BrokerUnavailable, errors.ServerShutdown]
     raised += [errors.StreamGap, errors.StreamLost]
     expected = {(str(error.status), error.code) for error in raised}
