@@ -8,7 +8,7 @@ import {
   useTaskTrigger,
 } from "@trigger.dev/react-hooks";
 import type { RealtimeRun } from "@trigger.dev/sdk";
-import { useEffect, useState, useSyncExternalStore, type FormEvent, type KeyboardEvent } from "react";
+import { useEffect, useRef, useState, useSyncExternalStore, type FormEvent, type KeyboardEvent } from "react";
 
 import { getSession, post, type Session } from "./session";
 import type { Chat, Chunk, Publish } from "./tasks";
@@ -34,7 +34,7 @@ export function App() {
       <Runs key={session.token} tag={session.tag} shown={shown} />
       <main>
         {shown ? <ShownRun key={shown} id={shown} session={session} /> : <Welcome />}
-        <Ask key={shown} session={session} />
+        <Ask session={session} />
       </main>
     </TriggerAuthContext.Provider>
   );
@@ -64,7 +64,10 @@ function Runs({ tag, shown }: { tag: string; shown: string }) {
         {runs.toReversed().map((run) => (
           <li key={run.id}>
             <a href={`#${run.id}`} aria-current={run.id === shown}>
-              <span className="text">{run.payload.text}</span>
+              <span className="text">
+                {run.taskIdentifier === "publish" && "Publish: "}
+                {run.payload.text}
+              </span>
               <Status run={run} />
             </a>
           </li>
@@ -89,8 +92,11 @@ function Welcome() {
 /** Triggers the task from the browser, and shows its run. */
 function Ask({ session }: { session: Session }) {
   const { submit, handle, isLoading, error } = useTaskTrigger<Chat>("chat", { accessToken: session.triggerToken });
+  const form = useRef<HTMLFormElement>(null);
   useEffect(() => {
-    if (handle) location.hash = handle.id;
+    if (!handle) return;
+    location.hash = handle.id;
+    form.current?.reset();
   }, [handle]);
 
   const ask = (event: FormEvent<HTMLFormElement>) => {
@@ -104,7 +110,7 @@ function Ask({ session }: { session: Session }) {
     event.currentTarget.form!.requestSubmit();
   };
   return (
-    <form onSubmit={ask}>
+    <form ref={form} onSubmit={ask}>
       <Failure error={error} />
       <div>
         <textarea name="text" rows={1} placeholder="Ask something…" aria-label="Question" onKeyDown={askOnEnter} autoFocus />
@@ -119,21 +125,21 @@ function Ask({ session }: { session: Session }) {
 /** One run, live: what it was asked, what it does, and its status. */
 function ShownRun({ id, session }: { id: string; session: Session }) {
   const { run, error } = useRealtimeRun<Chat | Publish>(id);
+  if (!run) return <article><Failure error={error} /></article>;
+  const isChat = run.taskIdentifier === "chat";
   return (
     <article>
-      {run && <p className="question">{run.payload.text}</p>}
-      {run?.taskIdentifier === "chat" && <Answer id={id} busy={!run.finishedAt} />}
-      {run?.taskIdentifier === "publish" && <ApprovalOfMine run={run as RealtimeRun<Publish>} />}
-      <Failure error={error ?? run?.error} />
-      {run && (
+      <div>
+        <p className="question">{isChat ? run.payload.text : "May this be published?"}</p>
+        {isChat ? <Answer id={id} busy={!run.finishedAt} /> : <div className="answer">{run.payload.text}</div>}
+        <Failure error={error ?? run.error} />
         <footer>
           <Status run={run} />
           {run.status === "EXECUTING" && <button onClick={() => void post(`/chat/${id}/stop`)}>Stop</button>}
-          {run.taskIdentifier === "chat" && run.isSuccess && (
-            <PublishAnswer text={run.output?.text ?? ""} session={session} />
-          )}
+          {isChat && run.isSuccess && <PublishAnswer text={(run as RealtimeRun<Chat>).output!.text} session={session} />}
+          {!isChat && <ApprovalOfMine run={run as RealtimeRun<Publish>} />}
         </footer>
-      )}
+      </div>
     </article>
   );
 }
@@ -180,10 +186,10 @@ function ApprovalOfMine({ run }: { run: RealtimeRun<Publish> }) {
 function Approval({ run, token }: { run: RealtimeRun<Publish>; token: string }) {
   type Answer = { approved: boolean };
   const { send, isLoading, error } = useInputStreamSend<Answer>("approval", run.id, { accessToken: token });
-  if (run.output) return <p className="outcome">{run.output.published ? "Published" : "Not published"}</p>;
+  if (run.finishedAt) return <p>{run.output?.published ? "Published" : "Not published"}</p>;
   return (
     <>
-      <Failure error={error ?? run.error} />
+      <Failure error={error} />
       <button className="main" disabled={isLoading} onClick={() => send({ approved: true })}>
         Approve
       </button>
