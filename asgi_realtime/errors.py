@@ -7,6 +7,7 @@ RealtimeError
 │   ├── EncodingError           a value has no JSON form; also a TypeError
 │   ├── InvalidPayload
 │   ├── InvalidRequest
+│   │   └── RequestCutOff       the client was gone before its body had come
 │   ├── UnknownTask
 │   ├── TokenSpent
 │   ├── NoCurrentRun            a run was needed and none was named; also a RuntimeError
@@ -96,6 +97,14 @@ class InvalidRequest(UsageError):
 
     status = 400
     code = "invalid_request"
+
+
+class RequestCutOff(InvalidRequest):
+    """The body of a request broke off. Mostly nobody hears this; what is in between may hand it on, so it is not a
+    status that is final."""
+
+    status = 408
+    code = "cut_off"
 
 
 class UnknownTask(UsageError):

@@ -21,7 +21,7 @@ from asgi_realtime.asgi.request import Request
 from asgi_realtime.asgi.rows import RowCache
 from asgi_realtime.asgi.seats import Seats
 from asgi_realtime.asgi.subscription import Finished, Leaving, Subscription, farewell
-from asgi_realtime.errors import BrokerUnavailable, RealtimeError, shown
+from asgi_realtime.errors import BrokerUnavailable, RealtimeError, ServerShutdown, shown
 
 logger = logging.getLogger("asgi_realtime")
 
@@ -72,12 +72,12 @@ class RealtimeApp:
             try:
                 answer = await self._decide(request, scope)
                 del request  # an open stream keeps none of it
-                answer.raw_headers.extend(cors_headers(self._host.cors, origin))
+                self._finish(answer, scope, origin)
                 await answer(scope, receive, send)
             except Exception as exc:
                 response = self._error(exc, answer, comes_back)
                 if response is not None:
-                    response.raw_headers.extend(cors_headers(self._host.cors, origin))
+                    self._finish(response, scope, origin)
                     await _send_quietly(response, scope, receive, send)
         elif scope["type"] == "lifespan":
             await self._lifespan(receive, send)
@@ -104,6 +104,12 @@ class RealtimeApp:
             await self._ensure_started()
         return await endpoint(request, *route.params)
 
+    def _finish(self, answer: Answer, scope: Scope, origin: bytes | None) -> None:
+        """What all answers have, errors too."""
+        answer.raw_headers.extend(cors_headers(self._host.cors, origin))
+        if scope["method"] == "HEAD" and isinstance(answer, Response):
+            answer.body = b""  # the headers stay as they are with a body: RFC 9110, 9.3.2
+
     async def _ensure_started(self) -> None:
         try:
             await self._host.ensure_started()
@@ -122,7 +128,7 @@ class RealtimeApp:
             return error.answer
         if isinstance(error, BrokerUnavailable) and comes_back:
             return farewell(self._host)
-        if not isinstance(error, RealtimeError) or (error.status >= 500 and not isinstance(error, BrokerUnavailable)):
+        if not isinstance(error, RealtimeError) or (error.status >= 500 and not isinstance(error, _EXPECTED)):
             logger.error("a request failed", exc_info=error)
         return error_answer(error, debug=self._host.debug)
 
@@ -144,6 +150,9 @@ class RealtimeApp:
             await send({"type": "lifespan.shutdown.failed", "message": f"{type(exc).__name__}: {exc}"})
             return
         await send({"type": "lifespan.shutdown.complete"})
+
+
+_EXPECTED = (BrokerUnavailable, ServerShutdown)
 
 
 def _comes_back(request: Request) -> bool:

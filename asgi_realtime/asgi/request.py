@@ -10,7 +10,7 @@ from urllib.parse import parse_qsl
 
 from asgi_realtime.asgi.auth import bearer, redact_query
 from asgi_realtime.asgi.host import Host, Receive, Scope
-from asgi_realtime.errors import InvalidRequest, InvalidToken, LimitExceeded
+from asgi_realtime.errors import InvalidToken, LimitExceeded, RequestCutOff
 from asgi_realtime.tokens import Claims
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ class Request:
         return claims.skip_columns or tuple(filter(None, (self.query("skipColumns") or "").split(",")))
 
     async def body(self, max_bytes: int) -> bytes:
-        """The body. Raises `LimitExceeded` (413) as soon as it is too long, `InvalidRequest` if it is cut off."""
+        """The body. Raises `LimitExceeded` (413) as soon as it is too long, `RequestCutOff`."""
         length = self.header(b"content-length") or b""
         if length.isdigit() and len(length) < 19:
             _check_length(int(length), max_bytes)
@@ -88,7 +88,7 @@ class Request:
         while True:
             message = await self.receive()
             if message["type"] == "http.disconnect":
-                raise InvalidRequest("the request's body was cut off")
+                raise RequestCutOff("the request's body was cut off; send it again")
             part: bytes = message.get("body", b"")
             size += len(part)
             _check_length(size, max_bytes)

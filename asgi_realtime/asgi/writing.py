@@ -24,7 +24,15 @@ from asgi_realtime.brokers.base import Producer, StreamKey
 from asgi_realtime.core.chunks import json_line
 from asgi_realtime.core.lines import LineSplitter
 from asgi_realtime.core.runs import RunRecord
-from asgi_realtime.errors import InvalidRequest, ProducerGap, ScopeDenied, StreamClosed, UsageError, shown
+from asgi_realtime.errors import (
+    InvalidRequest,
+    ProducerGap,
+    RequestCutOff,
+    ScopeDenied,
+    StreamClosed,
+    UsageError,
+    shown,
+)
 from asgi_realtime.names import input_stream, stream_name
 from asgi_realtime.writer import CALL_BYTES, CALL_ITEMS, encode_within
 
@@ -72,9 +80,7 @@ async def write_stream(request: Request, run_id: str, target: str, key: str) -> 
         await host.runs.add_stream(stream)
         body = _Body(host, record, stream, producer, start)
         try:
-            if not await body.read(request.receive, opened):
-                # Mostly nobody hears this. Something in between may, and hand it on: it must not be a final status.
-                return refusal(408, "cut_off", "the request's body was cut off; send again what is not confirmed")
+            await body.read(request.receive, opened)
         except ProducerGap as gap:
             # Of a failure that it does not take for final the client asks by HEAD where to go on. 503 is such a one,
             # and so it sends again what it has and the broker has not, as after a failover. 409 would end the writer.
@@ -139,11 +145,11 @@ class _Body:
         self._key = key
         self._producer = producer
 
-    async def read(self, receive: Receive, opened: OpenRequest) -> bool:
-        """Return once all that came is stored: whether that is everything. What is refused leaves stored what came
-        before it, and of a body that is cut off the last line is dropped, of which nobody knows whether it is whole.
+    async def read(self, receive: Receive, opened: OpenRequest) -> None:
+        """Return once everything is stored. What is refused leaves stored what came before it, and of a body that is
+        cut off the last line is dropped, of which nobody knows whether it is whole.
 
-        Raises `InvalidRequest`, `LimitExceeded`, `ProducerGap`, `RunNotFound`, `BrokerUnavailable`.
+        Raises `RequestCutOff`, `InvalidRequest`, `LimitExceeded`, `ProducerGap`, `RunNotFound`, `BrokerUnavailable`.
         """
         lines = LineSplitter(self._host.limits.chunk_bytes)
         more = True
@@ -151,11 +157,10 @@ class _Body:
             message = await receive()
             opened.heard()
             if message["type"] == "http.disconnect":
-                return False
+                raise RequestCutOff("the request's body was cut off; send again what is not confirmed")
             await self._store(lines.feed(message.get("body", b"")))
             more = message.get("more_body", False)
         await self._store(lines.rest())
-        return True
 
     async def _store(self, lines: Iterator[bytes]) -> None:
         for number, items in enumerate(self._calls(lines)):

@@ -11,7 +11,7 @@ from asgi_realtime.asgi.app import ENDPOINTS
 from asgi_realtime.asgi.host import Host
 from asgi_realtime.asgi.paths import Endpoint
 from asgi_realtime.config import Cors
-from asgi_realtime.errors import BrokerUnavailable, InvalidConfiguration
+from asgi_realtime.errors import BrokerUnavailable, InvalidConfiguration, ServerShutdown
 from asgi_realtime.testing import driver
 from tests.asgi.standin import SECRET, StandIn
 
@@ -337,3 +337,19 @@ async def test_a_secret_key_in_a_url_is_refused(host: StandIn) -> None:
     assert response.status == 401
     assert "must not stand in a URL" in json.loads(response.body)["error"]
     assert SECRET not in response.body.decode()
+
+
+async def test_no_answer_to_head_has_a_body_whatever_it_says(host: StandIn) -> None:
+    for path, status in (("/v1/health", 200), ("/v1/streams/run_1/self/default", 401), ("/v1/runs", 405)):
+        response = await driver.request(host, "HEAD", path)
+        assert (response.status, response.body) == (status, b"")
+        assert int(response.headers["content-length"]) > 0
+
+
+async def test_a_stop_under_a_request_is_no_bug_and_is_not_logged_as_one(
+    host: StandIn, caplog: pytest.LogCaptureFixture
+) -> None:
+    host.start_error = ServerShutdown("stopped")
+    response = await driver.request(host, "GET", "/v1/runs", headers=host.headers())
+    assert response.status == 503
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
