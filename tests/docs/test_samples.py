@@ -254,10 +254,11 @@ def test_the_table_of_errors_has_the_status_of_each_code() -> None:
         errors.RunNotFound,
     ]
     raised += [errors.UsageError, errors.RealtimeError, errors.BrokerUnavailable, errors.ServerShutdown]
-    raised += [errors.StreamGap, errors.StreamLost]
+    raised += [errors.StreamGap, errors.StreamLost, errors.RequestCutOff]
     expected = {(str(error.status), error.code) for error in raised}
     expected |= {(status, errors.LimitExceeded.code) for status in ("413", "422", "429", "503")}
-    expected |= {("404", "not_found"), ("405", "method_not_allowed")}
+    expected |= {("404", "not_found"), ("405", "method_not_allowed"), ("408", "silent")}
+    expected |= {("503", errors.ProducerGap.code)}
     assert rows == expected
 
 
@@ -266,7 +267,7 @@ async def test_refusals_that_are_no_exceptions() -> None:
     async with chatted() as (realtime, handle):
         for method, path, status, code in (
             ("GET", "/v2/runs", 404, "not_found"),
-            ("HEAD", "/v1/runs", 405, "method_not_allowed"),
+            ("PATCH", "/v1/runs", 405, "method_not_allowed"),
             ("GET", f"/v1/runs/{handle.id}", 400, "invalid_request"),
         ):
             answer = await driver.request(realtime, method, path, headers=ALL_POWERS)
@@ -302,8 +303,8 @@ def test_cors_is_told() -> None:
 @pytest.mark.asyncio
 @pytest.mark.parametrize("prefix", ["", "/realtime", "/realtime/realtime"])
 async def test_every_route_of_the_table_is_there(prefix: str) -> None:
-    rows = re.findall(r"^\| `(GET|POST) (/[^`?]+)(\?[^`]*)?` \|", section(1), re.MULTILINE)
-    assert len(rows) == 9
+    rows = re.findall(r"^\| `(GET|HEAD|POST|PUT) (/[^`?]+)(\?[^`]*)?` \|", section(1), re.MULTILINE)
+    assert len(rows) == 13
     async with make() as realtime:
         for method, path, _ in rows:
             real = prefix + re.sub(r"\{\w+\}", "x", path)
