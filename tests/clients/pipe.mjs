@@ -8,7 +8,7 @@ import { streams } from "@trigger.dev/sdk";
 
 export default async function ({ given, print, told, tried }) {
   const client = apiClientManager.clientOrThrow();
-  realtimeStreams.setGlobalManager(new StandardRealtimeStreamsManager(client, given.baseURL));
+  realtimeStreams.setGlobalManager(new StandardRealtimeStreamsManager(client, client.baseUrl));
 
   async function* source() {
     for (;;) {

@@ -5,7 +5,8 @@ import { StandardInputStreamManager } from "@trigger.dev/core/v3/workers";
 import { streams } from "@trigger.dev/sdk";
 
 export default async function ({ given, print }) {
-  const manager = new StandardInputStreamManager(apiClientManager.clientOrThrow(), given.baseURL);
+  const client = apiClientManager.clientOrThrow();
+  const manager = new StandardInputStreamManager(client, client.baseUrl);
   manager.setRunId(given.run, "v2");
   inputStreams.setGlobalManager(manager);
 

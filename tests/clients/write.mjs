@@ -6,7 +6,7 @@ import { streams } from "@trigger.dev/sdk";
 
 export default async function ({ given, print, tried }) {
   const client = apiClientManager.clientOrThrow();
-  realtimeStreams.setGlobalManager(new StandardRealtimeStreamsManager(client, given.baseURL));
+  realtimeStreams.setGlobalManager(new StandardRealtimeStreamsManager(client, client.baseUrl));
   const target = given.run;
 
   await tried(async () => {

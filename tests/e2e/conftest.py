@@ -159,8 +159,8 @@ def node_ready() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", params=["memory", pytest.param("redis", marks=pytest.mark.redis)])
-def broker_url(request: pytest.FixtureRequest, node_ready: None) -> str:
-    """Where a site of the tests with the official clients has its data."""
+def broker_url(request: pytest.FixtureRequest) -> str:
+    """Where a site has its data."""
     if request.param == "memory":
         return "memory"
     url: str = request.getfixturevalue("redis_url")
@@ -169,6 +169,6 @@ def broker_url(request: pytest.FixtureRequest, node_ready: None) -> str:
 
 @pytest.fixture(scope="session")
 def site(broker_url: str) -> Iterator[Site]:
-    """One server for all tests that do not stop it. They keep apart by their runs and tags."""
+    """One server for all tests with the official clients that do not stop it. They keep apart by their runs."""
     with serving_site(broker_url) as running:
         yield running

@@ -79,12 +79,18 @@ class Site:
         return {**where, "SECRET": SECRET, "POLL": str(self.poll_s), "STREAM_BYTES": str(STREAM_BYTES)}
 
     def start(self) -> None:
+        self.launch()
+        self.until_ready()
+
+    def launch(self) -> None:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "uvicorn", "tests.e2e.clients_app:app", "--port", str(self.port)],
             cwd=ROOT,
             env={**os.environ, **self._environment},
             stdout=subprocess.DEVNULL,  # its access log; the errors are shown with a test that fails
         )
+
+    def until_ready(self) -> None:
         self.until(self._answers, "the server answers")
 
     def _answers(self) -> bool:
@@ -163,8 +169,18 @@ class Site:
 @contextmanager
 def serving(broker: str, **options: Any) -> Iterator[Site]:
     site = Site(broker, **options)
-    try:
-        site.start()
+    with starting(site):
         yield site
+
+
+@contextmanager
+def starting(*sites: Site) -> Iterator[None]:
+    try:
+        for site in sites:
+            site.launch()
+        for site in sites:
+            site.until_ready()
+        yield
     finally:
-        site.kill()
+        for site in sites:
+            site.kill()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from tests.e2e.conftest import Relay
 from tests.e2e.node import running
 from tests.e2e.site import SECRET, TEST_S, Line, Site
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(TEST_S)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(TEST_S), pytest.mark.usefixtures("node_ready")]
 
 
 def new_tag() -> str:
@@ -61,7 +62,8 @@ def test_a_payload_with_dates_comes_back_with_dates(site: Site) -> None:
 def test_a_task_gets_the_types_that_it_asks_for(site: Site) -> None:
     with running("trigger", site, task="typed", payload={"when": "2026-01-02T03:04:05.678Z"}) as program:
         *_, last = of("run", program.rest())
-    assert last["output"] == {"weekday": "Friday", "when": "2026-01-02T03:04:05.678Z"}
+    assert last["output"]["weekday"] == "Friday"
+    assert datetime.fromisoformat(last["output"]["when"]) == datetime(2026, 1, 2, 3, 4, 5, 678000, tzinfo=UTC)
 
 
 @pytest.mark.parametrize("payload", ["text", "", 0, False, None, [], [1, {"a": None}], {"\u2028": "\U0001f600"}])
@@ -185,7 +187,7 @@ def test_a_batch_is_triggered_followed_and_retrieved(site: Site) -> None:
     with running("api", site, calls=["batch"], task="echo", items=items) as program:
         lines = program.rest()
     (batch,) = of("batch", lines)
-    assert batch["runCount"] == 5 and not batch["isCached"]
+    assert batch["runCount"] == 5
     (retrieved,) = of("retrieved", lines)
     assert (retrieved["id"], retrieved["status"], retrieved["runCount"]) == (batch["batchId"], "COMPLETED", 5)
     outputs = {run["id"]: run["output"]["number"] for run in of("run", lines) if "output" in run}
@@ -236,7 +238,7 @@ def test_the_token_of_a_handle_does_not_cancel(site: Site) -> None:
 
 
 def test_a_worker_changes_metadata(site: Site) -> None:
-    before = {"old": True, "log": []}
+    before = {"old": True, "log": [], "deep": {}}
     run = site.open(metadata=before)
     with running("metadata", site, run=run.id, metadata=before) as worker:
         first, second = worker.rest()

@@ -12,22 +12,24 @@ from collections.abc import Iterator
 import pytest
 
 from tests.e2e.node import running
-from tests.e2e.site import TEST_S, Site, serving
+from tests.e2e.site import TEST_S, Site, serving, starting
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(TEST_S)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(TEST_S), pytest.mark.usefixtures("node_ready")]
 
 
 @pytest.fixture
-def lone(node_ready: None) -> Iterator[Site]:
+def lone() -> Iterator[Site]:
     """One process, and its data in its memory."""
     with serving("memory") as site:
         yield site
 
 
 @pytest.fixture
-def pair(node_ready: None, redis_url: str) -> Iterator[tuple[Site, Site]]:
+def pair(redis_url: str) -> Iterator[tuple[Site, Site]]:
     """Two processes on one Redis: the clients' one, and another where runs go on."""
-    with serving(redis_url) as front, serving(redis_url, prefix=front.prefix) as back:
+    front = Site(redis_url)
+    back = Site(redis_url, prefix=front.prefix)
+    with starting(front, back):
         yield front, back
 
 
@@ -59,6 +61,17 @@ def test_a_list_in_memory_goes_on_with_what_there_is_now(lone: Site) -> None:
         assert feed.until("run", lambda run: "finishedAt" in run)["output"] == "news"
         statuses = [seen["status"] for seen in lone.requests("/v1/runs") if not seen["open"]]
         assert statuses.count(409) == 1 and set(statuses) == {200, 409}
+
+
+def test_a_list_in_memory_that_was_empty_goes_on(lone: Site) -> None:
+    tag = f"user:{secrets.token_hex(4)}"
+    with running("subscribe", lone, feed="tags", tags=tag, token=lone.token(f"read:tags:{tag}")) as feed:
+        lone.until_asked("/v1/runs", query="live=true", open=True)
+        lone.restart()
+        run = lone.open(tags=[tag])
+        assert feed.next("run")["id"] == run.id
+        run.end(output="news")
+        assert feed.until("run", lambda run: "finishedAt" in run)["output"] == "news"
 
 
 def test_a_run_in_memory_is_gone_and_is_not_asked_for_again_and_again(lone: Site) -> None:

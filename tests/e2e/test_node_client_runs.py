@@ -13,9 +13,9 @@ import pytest
 from tests.e2e.node import running
 from tests.e2e.site import TEST_S, Line, Site, serving
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(TEST_S)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(TEST_S), pytest.mark.usefixtures("node_ready")]
 
-POLL_S = 0.3
+POLL_S = 0.2
 
 
 def new_tag() -> str:
@@ -212,6 +212,33 @@ def test_the_runs_that_have_all_tags_are_followed(site: Site) -> None:
         rest = feed.rest()
     assert outputs == {both.id, late.id}
     assert {run["id"] for run in runs_in(rest)} <= {joined.id}
+
+
+def test_changes_of_other_runs_do_not_answer_a_held_request(site: Site) -> None:
+    """A list of several tags is found by one of them. An answer without a row would be asked for again at once."""
+    tags = sorted(new_tag() for _ in range(2))
+    run = site.open(tags=tags)
+    other = site.open(tags=tags[:1])
+    query = f"tags={tags[0]}%2C{tags[1]}".replace(":", "%3A")
+    with running("subscribe", site, feed="tags", tags=tags, token=site.token("read:tags")) as feed:
+        assert feed.next("run")["id"] == run.id
+        site.until_asked("/v1/runs", query=query, open=True)
+        for number in range(20):
+            other.update(metadata={"number": number})
+        run.update(metadata={"number": -1})
+        assert feed.next("run")["id"] == run.id
+        assert len(site.until_asked("/v1/runs", query=query, times=3)) == 3
+    other.end()
+
+
+def test_a_list_of_large_runs_arrives_whole(site: Site) -> None:
+    tag = new_tag()
+    runs = [site.open(tags=[tag]) for _ in range(8)]
+    for number, run in enumerate(runs):
+        run.end(output=f"{number}" * 1_000_000)
+    with running("subscribe", site, feed="tags", tags=tag, token=site.token("read:tags"), breakAfter=8) as feed:
+        found = {run["id"]: run["output"] for run in runs_in(feed.rest())}
+    assert found == {run.id: f"{number}" * 1_000_000 for number, run in enumerate(runs)}
 
 
 def test_one_tag_may_be_text(site: Site) -> None:

@@ -11,7 +11,7 @@ from tests.e2e.conftest import Relay
 from tests.e2e.node import Program, running
 from tests.e2e.site import STREAM_BYTES, TEST_S, Line, Site
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(TEST_S)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(TEST_S), pytest.mark.usefixtures("node_ready")]
 
 CHUNKS: list[Any] = [
     "text",

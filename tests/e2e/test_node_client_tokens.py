@@ -13,7 +13,7 @@ from asgi_realtime import Realtime
 from tests.e2e.node import running
 from tests.e2e.site import SECRET, TEST_S, Line, Opened, Site, serving
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(TEST_S)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(TEST_S), pytest.mark.usefixtures("node_ready")]
 
 
 def expired(scope: str) -> str:
@@ -57,7 +57,6 @@ def test_streams_runs_and_triggers_are_refused(site: Site) -> None:
             for _ in ("read", "retrieve", "trigger"):
                 error = program.next("error")
                 assert (make.__name__, error["status"]) == (make.__name__, status)
-                assert error["message"].startswith(str(status))
         assert program.rest() == []
     assert [seen["status"] for seen in site.requests(f"/streams/{run.id}/")] == list(REFUSED.values())
     run.end()

@@ -10,7 +10,7 @@ from tests.e2e.conftest import Relay
 from tests.e2e.node import running
 from tests.e2e.site import TEST_S, Site
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(TEST_S)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(TEST_S), pytest.mark.usefixtures("node_ready")]
 
 CHUNKS: list[Any] = [
     "text",
@@ -51,43 +51,32 @@ def test_a_pipe_writes_as_its_source_goes_on(site: Site) -> None:
 
 
 def test_a_cut_in_the_middle_of_a_pipe_loses_and_doubles_nothing(site: Site) -> None:
+    """One writer waits for its source when the connection breaks, another is in the middle of many chunks."""
     run = site.open()
+    many = [f"{number} " + "x" * 500 for number in range(100)]
     with (
         Relay(site.port) as relay,
-        running("pipe", site, baseURL=f"{relay.url}/realtime", run=run.id, key="out") as pipe,
-        running("read", site, run=run.id, key="out", token=run.token) as reader,
+        running("pipe", site, baseURL=f"{relay.url}/realtime", run=run.id, key="slow") as slow,
+        running("pipe", site, baseURL=f"{relay.url}/realtime", run=run.id, key="fast") as fast,
+        running("read", site, run=run.id, key="slow", token=run.token) as slow_reader,
+        running("read", site, run=run.id, key="fast", token=run.token) as fast_reader,
     ):
-        pipe.tell(list(range(5)))
-        seen = [reader.next("chunk") for _ in range(5)]
-        relay.cut()
-        pipe.tell(list(range(5, 10)))
-        pipe.tell(None)
-        seen += [reader.next("chunk") for _ in range(5)]
-        assert pipe.until("complete")
-        run.end()
-        assert reader.rest() == [{"end": 10}]
-    assert seen == list(range(10))
-    methods = [seen["method"] for seen in site.requests(f"/streams/{run.id}/self/out")]
-    assert methods == ["PUT", "POST", "HEAD", "POST"]
-
-
-def test_a_cut_wherever_the_writer_is_loses_and_doubles_nothing(site: Site) -> None:
-    run = site.open()
-    chunks = [f"{number} " + "x" * 500 for number in range(100)]
-    with (
-        Relay(site.port) as relay,
-        running("pipe", site, baseURL=f"{relay.url}/realtime", run=run.id, key="out") as pipe,
-        running("read", site, run=run.id, key="out", token=run.token) as reader,
-    ):
-        pipe.tell(chunks)
-        seen = [reader.next("chunk")]
+        slow.tell(list(range(5)))
+        seen_slow = [slow_reader.next("chunk") for _ in range(5)]
+        fast.tell(many)
+        seen_fast = [fast_reader.next("chunk")]
         relay.cut()  # between lines or within one
-        pipe.tell(None)
-        seen += [reader.next("chunk") for _ in chunks[1:]]
-        assert pipe.until("complete")
+        slow.tell(list(range(5, 10)))
+        slow.tell(None)
+        fast.tell(None)
+        seen_slow += [slow_reader.next("chunk") for _ in range(5)]
+        seen_fast += [fast_reader.next("chunk") for _ in many[1:]]
+        assert slow.until("complete") and fast.until("complete")
         run.end()
-        assert reader.rest() == [{"end": 100}]
-    assert seen == chunks
+        assert slow_reader.rest() + fast_reader.rest() == [{"end": 10}, {"end": 100}]
+    assert (seen_slow, seen_fast) == (list(range(10)), many)
+    methods = [seen["method"] for seen in site.requests(f"/streams/{run.id}/self/slow")]
+    assert methods == ["PUT", "POST", "HEAD", "POST"]
 
 
 def test_two_writers_of_a_stream_do_not_hide_each_other(site: Site) -> None:
