@@ -531,7 +531,7 @@ class Realtime:
         self, scopes: Sequence[str], expires_in: Span, *, one_time: bool = False, skip_columns: Sequence[str] = ()
     ) -> str:
         seconds = parse_span(expires_in, name="expires_in")
-        return self.tokens.mint(scopes, expires_in_s=seconds, one_time=one_time, skip_columns=skip_columns)
+        return self.tokens.mint(scopes, expires_in_s=seconds, one_time=one_time, own_id=True, skip_columns=skip_columns)
 
     def _handle(self, run_id: str, *, is_cached: bool, expires_in: Span) -> RunHandle[Any]:
         token = self._mint(run_scopes(run_id), expires_in)

@@ -83,13 +83,15 @@ class TokenAuthority:
         *,
         expires_in_s: float,
         one_time: bool = False,
+        own_id: bool = False,
         skip_columns: Sequence[str] = (),
         subject: str = SUBJECT,
         extra: Mapping[str, Any] | None = None,
     ) -> str:
         """Return a signed token. The scopes are taken as they are; see `core.scopes.flatten_scopes`.
 
-        `skip_columns` are kept from whoever reads runs with it; see `check_columns`. `extra` are further claims.
+        With `own_id` it differs from all others, as a one-time token does; if not, two that say the same in one second
+        are one and the same. `skip_columns` are kept from whoever reads runs with it; see `check_columns`. `extra` are further claims.
         """
         if isinstance(scopes, str) or not all(isinstance(scope, str) for scope in scopes):
             raise UsageError("scopes must be a list of strings")
@@ -103,8 +105,10 @@ class TokenAuthority:
         if skip_columns:
             claims["realtime"] = {"skipColumns": list(skip_columns)}
         if one_time:
+            claims["otu"] = True
+        if one_time or own_id:
             # Without an id of its own, a second one-time token of the same second would count as spent with the first.
-            claims |= {"otu": True, "jti": random.token_urlsafe(12)}
+            claims["jti"] = random.token_urlsafe(12)
         return _sign(claims, self._secrets[0])
 
     def verify(self, token: str) -> Claims:

@@ -55,6 +55,7 @@ async def public_token(request: Request) -> Response:
         flatten_scopes(wanted.scopes),
         expires_in_s=_expires_in_s(wanted.expiration_time, request),
         one_time=bool(wanted.one_time_use),
+        own_id=True,
         skip_columns=check_columns(wanted.realtime.skip_columns if wanted.realtime else ()),
     )
     return json_answer({"token": token})
