@@ -21,7 +21,7 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
-from asgi_realtime import Limits, PipeResult, Realtime, Retention, Status, Timeouts, current_run
+from asgi_realtime import EXPOSED_HEADERS, Limits, PipeResult, Realtime, Retention, Status, Timeouts, current_run
 from asgi_realtime.brokers.redis import RedisBroker
 from asgi_realtime.testing import driver
 from asgi_realtime.testing.sse import Event, EventParser
@@ -213,6 +213,45 @@ async def check_redact(names: Names, printed: str) -> None:
     logger.filter(record)
     logger.removeFilter(added)
     assert record.getMessage() == '127.0.0.1:1 - "GET /realtime/v1/runs?access_token=REDACTED&tags=a HTTP/1.1" 200'
+
+
+async def check_frontend(names: Names, printed: str) -> None:
+    response = await driver.request(names["app"], "POST", "/token", query={"user": "1"})
+    tokens = json.loads(response.body)
+    claims = [names["realtime"].verify_token(tokens[name]) for name in ("accessToken", "triggerToken")]
+    assert [(one.scopes, one.one_time) for one in claims] == [
+        (("read:tags:user:1",), False),
+        (("trigger:tasks:chat",), False),
+    ]
+    handle = await names["realtime"].trigger("chat", {"text": "Hi"})
+    assert await handle.result() == {"text": "You said: Hi"}
+
+
+async def check_mounts(names: Names, printed: str) -> None:
+    app, path = names["app"], f"/v3/runs/{names['run'].id}"
+    headers = {"authorization": f"Bearer {SECRET}"}
+    for mounted in (f"/api{path}", f"/realtime/api{path}"):
+        assert (await driver.request(app, "GET", mounted, headers=headers)).status == 200
+    assert json.loads((await driver.request(app, "GET", "/api/users")).body) == []
+
+
+async def browser_may_read(names: Names) -> None:
+    origin = {"origin": "https://app.example"}
+    asks = {"access-control-request-method": "POST", "access-control-request-headers": "authorization,trigger-version"}
+    path = "/realtime/api/v1/tasks/chat/trigger"
+    preflight = await driver.request(names["app"], "OPTIONS", path, headers={**origin, **asks})
+    assert preflight.status in (200, 204)
+    assert preflight.headers["access-control-allow-headers"] == "authorization,trigger-version"
+    answer = await driver.request(names["app"], "GET", "/realtime/v1/health", headers=origin)
+    assert set(EXPOSED_HEADERS) <= set(answer.headers["access-control-expose-headers"].split(", "))
+
+
+async def check_outermost(names: Names, printed: str) -> None:
+    await browser_may_read(names)
+
+
+async def check_exposed(names: Names, printed: str) -> None:
+    await browser_may_read(names)
 
 
 CHECKS: dict[str, Callable[[Names, str], Awaitable[None]]] = {
