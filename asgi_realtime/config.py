@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from datetime import timedelta
 
-from asgi_realtime.errors import InvalidConfiguration, UsageError
+from asgi_realtime.errors import InvalidConfiguration, UsageError, shown
 
 Span = float | int | str | timedelta
 """A span of time: seconds, a `timedelta`, or text such as `"90s"`, `"15m"`, `"1h30m"`, `"2d"`."""
@@ -31,7 +31,7 @@ def parse_span(value: Span, *, name: str = "span") -> float:
         text = value.strip().lower()
         if not _SPAN.fullmatch(text):
             raise UsageError(
-                f"{name} is {value!r}; allowed are seconds, a timedelta, or text like '90s', '15m', '1h30m'"
+                f"{name} is {shown(value)}; allowed are seconds, a timedelta, or text like '90s', '15m', '1h30m'"
             )
         seconds = sum(float(number) * _UNITS[unit] for number, unit in _PART.findall(text))
     elif isinstance(value, int | float) and not isinstance(value, bool):

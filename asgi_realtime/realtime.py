@@ -518,9 +518,30 @@ class Realtime:
 
         `skip_columns`, as in `create_public_token`, hold for the token that it gets with the run.
         """
+        return self._mint_for_tasks("trigger", tasks, multiple_use, expires_in, skip_columns)
+
+    def create_batch_trigger_public_token(
+        self,
+        tasks: TaskLike | Sequence[TaskLike],
+        *,
+        multiple_use: bool = False,
+        expires_in: Span = PUBLIC_TOKEN_EXPIRES_IN,
+        skip_columns: Iterable[str] = (),
+    ) -> str:
+        """A token with which a browser may trigger a batch of these tasks, as `create_trigger_public_token`."""
+        return self._mint_for_tasks("batchTrigger", tasks, multiple_use, expires_in, skip_columns)
+
+    def _mint_for_tasks(
+        self,
+        action: str,
+        tasks: TaskLike | Sequence[TaskLike],
+        multiple_use: bool,
+        expires_in: Span,
+        skip_columns: Iterable[str],
+    ) -> str:
         given = [tasks] if isinstance(tasks, str | Task) else list(tasks)
         ids = [check_key(task if isinstance(task, str) else task.id, self.limits, what="task id") for task in given]
-        scopes = flatten_scopes({"trigger": {"tasks": ids}})
+        scopes = flatten_scopes({action: {"tasks": ids}})
         return self._mint(scopes, expires_in, one_time=not multiple_use, skip_columns=check_columns(skip_columns))
 
     def verify_token(self, token: str) -> Claims:

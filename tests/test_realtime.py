@@ -165,6 +165,48 @@ def test_a_trigger_token_is_for_its_tasks_and_for_once() -> None:
             realtime.create_trigger_public_token(tasks)
 
 
+def test_a_batch_trigger_token_is_for_batches_of_its_tasks() -> None:
+    realtime = make_realtime()
+    claims = realtime.verify_token(realtime.create_batch_trigger_public_token(["chat", "other"]))
+    assert claims.scopes == ("batchTrigger:tasks:chat", "batchTrigger:tasks:other")
+    assert claims.one_time
+    token = realtime.create_batch_trigger_public_token("chat", multiple_use=True, skip_columns=["output"])
+    claims = realtime.verify_token(token)
+    assert (claims.one_time, claims.skip_columns) == (False, ("output",))
+
+
+def test_a_token_may_keep_columns_from_its_holder() -> None:
+    realtime = make_realtime()
+    token = realtime.create_public_token(scopes=["read:runs"], skip_columns=["payload", "runTags", "payload"])
+    assert realtime.verify_token(token).skip_columns == ("payload", "runTags")
+    token = realtime.create_trigger_public_token("chat", skip_columns=("metadata",))
+    assert realtime.verify_token(token).skip_columns == ("metadata",)
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        (["status"], "skip_columns has 'status'; allowed are startedAt, "),
+        (["tags"], "skip_columns has 'tags'"),  # under this name a run feed would tell them all the same
+        (["payloads"], "skip_columns has 'payloads'"),
+        ("id", "skip_columns has 'id'"),
+        ([1], "skip_columns has a int"),
+    ],
+)
+def test_a_token_keeps_only_columns_that_there_are(columns: Any, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        make_realtime().create_public_token(scopes=["read:runs"], skip_columns=columns)
+    with pytest.raises(UsageError, match=message):
+        make_realtime().create_trigger_public_token("chat", skip_columns=columns)
+
+
+def test_two_tokens_that_say_the_same_are_two() -> None:
+    """Whoever triggers with one of them may read what it triggered, and no more."""
+    realtime = make_realtime(clock=FakeClock())
+    tokens = [realtime.create_trigger_public_token("chat", multiple_use=True) for _ in range(2)]
+    assert len({realtime.verify_token(token).token_id for token in tokens}) == 2
+
+
 def test_a_token_that_is_none_is_refused() -> None:
     for bad in ("", "x", "a.b.c"):
         with pytest.raises(InvalidToken):

@@ -78,6 +78,21 @@ def test_two_one_time_tokens_are_two() -> None:
     assert ours.verify(one).token_id != ours.verify(two).token_id
 
 
+def test_a_token_may_be_one_of_its_own() -> None:
+    ours = authority()
+    alike = {ours.mint(["read:runs"], expires_in_s=60) for _ in range(2)}
+    assert len(alike) == 1
+    own = {ours.mint(["read:runs"], expires_in_s=60, own_id=True) for _ in range(2)}
+    assert len(own) == 2 and not any(ours.verify(token).one_time for token in own)
+
+
+def test_columns_that_are_kept_from_the_holder_stand_in_the_token() -> None:
+    token = authority().mint(["read:runs"], expires_in_s=60, skip_columns=["payload"])
+    claims = jwt.decode(token, options={"verify_signature": False})
+    assert claims["realtime"] == {"skipColumns": ["payload"]}
+    assert authority().verify(token).skip_columns == ("payload",)
+
+
 def test_a_respelled_signature_is_the_same_token() -> None:
     """Base64 may be padded or not, so a spent one-time token could come back as another string."""
     ours = authority()

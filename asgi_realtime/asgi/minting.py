@@ -26,6 +26,7 @@ _SPAN = re.compile(
     r"(?:(s|secs?|seconds?)|(m|mins?|minutes?)|(h|hrs?|hours?)|(d|days?)|(w|weeks?)|(y|yrs?|years?))(?: from now)?",
     re.IGNORECASE,
 )
+_MAX_TIME = 1e15  # beyond every limit; a whole number may be too large for a float
 _UNIT_S = (1.0, 60.0, 3600.0, 86400.0, 604800.0, 31557600.0)
 
 
@@ -64,12 +65,12 @@ async def public_token(request: Request) -> Response:
 def _expires_in_s(time: str | int | float | None, request: Request) -> float:
     if time is None:
         return parse_span(PUBLIC_TOKEN_EXPIRES_IN)
-    seconds = _span_s(time) if isinstance(time, str) else time - request.host.clock()
+    seconds = _span_s(time) if isinstance(time, str) else min(time, _MAX_TIME) - request.host.clock()
     if seconds <= 0:
-        raise InvalidRequest(f"expirationTime is {time!r}, which is over; it must be a span, or unix seconds to come")
+        raise InvalidRequest("expirationTime is over; it must be a span, or unix seconds to come")
     limit = request.host.limits.token_life
     if seconds > limit:
-        raise InvalidRequest(f"expirationTime is {time!r}, limit {limit:g} seconds from now")
+        raise InvalidRequest(f"expirationTime is {seconds:.0f} seconds from now, limit {limit:.0f}")
     return seconds
 
 

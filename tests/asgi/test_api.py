@@ -45,6 +45,16 @@ async def test_retrieve_authenticates_then_finds_then_authorises(host: StandIn) 
     assert (await driver.request(host, "GET", RETRIEVE, headers=host.headers("read:runs:run_2"))).status == 403
 
 
+async def test_a_run_that_its_token_names_is_asked_for_again(host: StandIn) -> None:
+    """A handle is often in the browser before its run is in the broker; other 404s are final for the client."""
+    for scopes, again in ((("read:runs:run_1",), "true"), (("read:runs",), None), (("read:runs:run_2",), None)):
+        response = await driver.request(host, "GET", RETRIEVE, headers=host.headers(*scopes))
+        assert (response.status, response.headers.get("x-should-retry")) == (404, again)
+        assert json.loads(response.body)["code"] == "run_not_found"
+    response = await driver.request(host, "GET", RETRIEVE, headers={"authorization": f"Bearer {SECRET}"})
+    assert (response.status, response.headers.get("x-should-retry")) == (404, None)
+
+
 async def test_cancel_needs_the_secret_key_or_a_scope_for_it(host: StandIn) -> None:
     await host.create()
     assert (await driver.request(host, "POST", CANCEL)).status == 401

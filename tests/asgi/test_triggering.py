@@ -282,7 +282,7 @@ async def test_an_option_may_have_several_forms(options: Any, field: str, value:
 
 
 async def test_options_of_no_meaning_here_are_taken() -> None:
-    options = {
+    options: dict[str, Any] = {
         "queue": {"name": "q"},
         "concurrencyKey": "k",
         "machine": "large-1x",

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
 
 import anyio
@@ -21,6 +22,7 @@ from asgi_realtime import (
     UsageError,
 )
 from asgi_realtime.brokers.memory import MemoryBroker
+from asgi_realtime.core.runs import BatchMember
 from asgi_realtime.core.scopes import admits
 from tests.brokers.backends import DistantBroker
 from tests.inprocess import FakeClock, ended, make_realtime, until
@@ -96,6 +98,10 @@ async def test_a_task_of_another_realtime_is_known_by_its_id_only() -> None:
         ({"ttl": "soon"}, UsageError, "ttl is 'soon'"),
         ({"ttl": 0}, UsageError, "ttl is 0; it must be more than zero"),
         ({"delay": -1}, UsageError, "delay is -1; it must be more than zero"),
+        ({"delay": datetime(2030, 1, 1)}, UsageError, "delay is 2030-01-01T00:00:00, without a time zone; say which"),
+        ({"delay": datetime(9999, 1, 1, tzinfo=UTC)}, UsageError, "it must be less than ten years from now"),
+        ({"idempotency_key_ttl": 0}, UsageError, "idempotency_key_ttl is 0; it must be more than zero"),
+        ({"max_duration": "long"}, UsageError, "max_duration is 'long'"),
         ({"token_expires_in": "1 year"}, UsageError, "token_expires_in is '1 year'"),
         ({"parent": "run_that_never_was"}, RunNotFound, "no run 'run_that_never_was'"),
         ({"parent": 3}, UsageError, "a run is an id, a RunHandle, a Run or a RunRecord, not a int"),
@@ -133,6 +139,40 @@ async def test_a_delayed_run_begins_when_its_time_has_come() -> None:
         clock.seconds += 2
         assert (await ended(realtime, handle)).output == "late"
         assert (await realtime.get_run(handle)).queued_at_ms == int(clock.seconds * 1000)
+
+
+async def test_a_delay_may_last_until_a_time() -> None:
+    clock = FakeClock()
+    async with with_echo(clock=clock) as realtime:
+        at = datetime.fromtimestamp(clock.seconds + 90.5, timezone(timedelta(hours=2)))
+        record = await realtime.get_run(await realtime.trigger("echo", delay=at))
+        assert (record.status, record.delay_until_ms) == (Status.DELAYED, record.created_at_ms + 90_500)
+        clock.seconds += 91
+        assert (await ended(realtime, record)).status is Status.COMPLETED
+        over = await realtime.trigger("echo", 1, delay=at)
+        assert (await realtime.get_run(over)).delay_until_ms is None, (
+            "clocks differ, so a time that is over is no error"
+        )
+        assert await over.result(timeout=5) == 1
+
+
+async def test_a_run_may_be_given_less_time_than_its_task() -> None:
+    realtime = make_realtime()
+
+    @realtime.task("endless", max_duration="1m")
+    async def endless() -> None:
+        await anyio.sleep_forever()
+
+    @realtime.task("free")
+    async def free() -> None:
+        await anyio.sleep_forever()
+
+    async with realtime:
+        for task in (endless, free):
+            record = await ended(realtime, await realtime.trigger(task, max_duration=0.01))
+            assert (record.status, record.max_duration_s) == (Status.TIMED_OUT, 0.01)
+        longer = await realtime.trigger(endless, max_duration="1h", delay="1h")
+        assert (await realtime.get_run(longer)).max_duration_s == 60
 
 
 async def test_a_delayed_run_can_be_canceled() -> None:
@@ -224,6 +264,19 @@ async def test_idempotency_keys_belong_to_a_task_and_last_a_day() -> None:
         assert (await realtime.trigger(other, idempotency_key="key")).id != first.id
         clock.seconds += 24 * 3600 + 1
         assert (await realtime.trigger("echo", idempotency_key="key")).id != first.id
+
+
+async def test_a_key_may_last_for_another_time() -> None:
+    clock = FakeClock()
+    async with with_echo(clock=clock) as realtime:
+        first = await realtime.trigger("echo", idempotency_key="key", idempotency_key_ttl="1m")
+        clock.seconds += 59
+        assert (await realtime.trigger("echo", idempotency_key="key")).id == first.id
+        clock.seconds += 2
+        second = await realtime.trigger("echo", idempotency_key="key", idempotency_key_ttl="2d")
+        assert second.id != first.id
+        clock.seconds += 2 * 86400 - 1
+        assert (await realtime.trigger("echo", idempotency_key="key")).id == second.id
 
 
 @pytest.mark.parametrize("make_broker", [MemoryBroker, DistantBroker])
@@ -345,6 +398,27 @@ async def test_items_of_a_batch_have_options_and_a_common_parent() -> None:
         one, two = [await realtime.get_run(run_id) for run_id in batch.runs]
     assert (one.tags, one.metadata, one.parent_id) == (("a",), {"n": 1}, parent.id)
     assert (two.status, two.ttl_s) == (Status.DELAYED, 60)
+
+
+async def test_an_item_of_a_batch_may_stand_for_an_earlier_run() -> None:
+    async with with_echo() as realtime:
+        before = await realtime.trigger("echo", "before", idempotency_key="k1")
+        options = {"idempotency_key": "k0", "idempotency_key_ttl": "1h"}
+        batch = await realtime.batch_trigger(
+            [("echo", "a", options), ("echo", "b", {"idempotency_key": "k1"}), ("echo", "c", options), ("echo", "d")]
+        )
+        first, second, third, fourth = batch.runs
+        assert (second, third) == (before.id, first)
+        assert await batch.results(timeout=5) == ["a", "before", "a", "d"]
+        members = [(await realtime.get_run(run_id)).batch for run_id in (first, fourth)]
+        assert members == [BatchMember(batch.id, 0, 2), BatchMember(batch.id, 1, 2)]
+        assert (await realtime.get_run(before)).batch is None
+        with anyio.fail_after(5):
+            assert {record.id async for record in realtime.subscribe_to_batch(batch)} == {first, fourth}
+        claims = realtime.verify_token(batch.public_access_token)
+        assert admits(claims.scopes, "read", [("runs", before.id)]), "its one token reads all that it stands for"
+        again = await realtime.trigger("echo", "e", idempotency_key="k0")
+        assert (again.id, again.is_cached) == (first, True)
 
 
 @pytest.mark.parametrize(
