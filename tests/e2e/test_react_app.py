@@ -311,13 +311,16 @@ def requests_while_idle(page: Page, chat: Chat) -> list[str]:
 
 def test_a_page_that_waits_asks_for_nothing(either_chat: Chat, page: Page, held: FakeModel) -> None:
     page.goto(either_chat.url)
-    ask(page)
+    run_id = ask(page)
     wait_for_answer(page, 10)
+    for status in ("article footer .status", "aside .status"):  # the last change has been told
+        page.wait_for_selector(f"{status}:has-text('10 tokens')")
     assert len(requests_while_idle(page, either_chat)) <= 2  # a held request of each feed may end meanwhile
 
     held.let_go()
     wait_for_status(page, "COMPLETED")
     wait_for_answer(page, len(ANSWER))
+    page.wait_for_selector(row(run_id, "COMPLETED"))
     assert len(requests_while_idle(page, either_chat)) <= 1
 
 
