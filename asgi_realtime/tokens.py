@@ -91,7 +91,8 @@ class TokenAuthority:
         """Return a signed token. The scopes are taken as they are; see `core.scopes.flatten_scopes`.
 
         With `own_id` it differs from all others, as a one-time token does; if not, two that say the same in one second
-        are one and the same. `skip_columns` are kept from whoever reads runs with it; see `check_columns`. `extra` are further claims.
+        are one and the same. `skip_columns` are kept from whoever reads runs with it; see `check_columns`. `extra` are
+        further claims.
         """
         if isinstance(scopes, str) or not all(isinstance(scope, str) for scope in scopes):
             raise UsageError("scopes must be a list of strings")

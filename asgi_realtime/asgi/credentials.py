@@ -43,7 +43,7 @@ def once(request: Request, claims: Claims, what: str) -> Once | None:
     if key is None:
         return None
     ttl_s = request.host.tasks.launcher.retention.request_key
-    return Once(f"request:{claims.token_id}:{what}:{key}", "", ttl_s)
+    return Once(f"request:{claims.token_id}:{what}/{key}", "", ttl_s)
 
 
 def spending(claims: Claims) -> str:

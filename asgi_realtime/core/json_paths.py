@@ -15,7 +15,7 @@ from asgi_realtime.errors import UsageError, shown
 
 PREFIX = "$."
 MISSING: Any = object()
-"""What `get` gives for a place where nothing is."""
+"""What stands at a place where nothing is."""
 
 _STEPS = re.compile(r"(?:[^.\\]|\\.)+")
 _PATTERN = re.compile(r"\*|-?\d*:-?\d*|\[.*\]")
@@ -37,13 +37,6 @@ def parse(key: str) -> tuple[str, ...]:
         if _PATTERN.fullmatch(step) or step in _DANGEROUS:
             raise UsageError(f"metadata key {shown(key)} has the step {step!r}; allowed are keys and indexes of lists")
     return steps
-
-
-def get(value: Any, steps: tuple[str, ...]) -> Any:
-    """What stands at a place, or `MISSING`."""
-    for step in steps:
-        value = _child(value, step)
-    return value
 
 
 def changed(value: Any, steps: tuple[str, ...], change: Callable[[Any], Any]) -> Any:

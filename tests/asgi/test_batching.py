@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import anyio
+import anyio.lowlevel
 import pytest
 
 from asgi_realtime import Limits, Realtime, Retention, RunRecord, Status
@@ -73,6 +74,26 @@ async def test_items_are_started_in_the_order_of_their_indexes() -> None:
     async with with_tasks() as realtime:
         batch_id = await batch_of(realtime, item(2, "c"), item(0, "a"), item(1, "b"))
         assert [record.payload for record in await members(realtime, batch_id)] == ["a", "b", "c"]
+
+
+async def test_others_have_a_turn_while_a_long_batch_is_checked() -> None:
+    async with with_tasks() as realtime:
+        batch_id = (await create_batch(realtime, 100)).json["id"]
+        turns = 0
+        filling = True
+
+        async def look() -> None:
+            nonlocal turns
+            while filling:
+                turns += 1
+                await anyio.lowlevel.checkpoint()
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(look)
+            body = lines(*(item(index, index) for index in range(99)), item(99, "text", "number"))
+            assert (await fill_batch(realtime, batch_id, body)).status == 422
+            filling = False
+        assert turns >= 4
 
 
 async def test_lines_may_come_in_any_form() -> None:

@@ -156,11 +156,12 @@ def test_annotations_may_be_deep_but_not_endless() -> None:
     for _ in range(100):
         value, tree = [value], ["set", {"0": tree}]
     assert values_kept(value, tree) == tree
-    for _ in range(800):
-        value, tree = [value], {"0": tree}
-    text = f'{{"json":{_nested(value)},"meta":{{"values":{_nested(tree)}}}}}'
-    with pytest.raises(UsageError, match="nested too deeply"):
-        parse(text.encode())
+    for levels, message in ((500, "^superjson is nested too deeply"), (5000, "^JSON is nested too deeply")):
+        for _ in range(levels):
+            value, tree = [value], {"0": tree}
+        text = f'{{"json":{_nested(value)},"meta":{{"values":{_nested(tree)}}}}}'
+        with pytest.raises(UsageError, match=message):
+            parse(text.encode())
 
 
 def _nested(value: Any) -> str:
