@@ -42,7 +42,7 @@ def make(**settings: Any) -> Realtime:
 
 
 def evened(text: str) -> str:
-    text = re.sub(r"run_[0-9a-f]{26}", "run_", text)
+    text = re.sub(r"(run|batch)_[0-9a-f]{26}", r"\1_", text)
     text = re.sub(r"^((?:electric-handle|id): )[0-9a-f]{8}\.", r"\1epoch.", text, flags=re.MULTILINE)
     text = re.sub(r'^(.*"value":\{"id":"run_"),.*(\},"headers":.*)$', r"\1, …\2", text, flags=re.MULTILINE)
     text = re.sub(r"^(electric-offset: )\d+_0$", r"\1n_0", text, flags=re.MULTILINE)
@@ -200,6 +200,66 @@ async def cancel() -> str:
         return answer.body.decode()
 
 
+async def post(realtime: Realtime, method: str, path: str, body: bytes) -> driver.Response:
+    answer = await driver.request(realtime, method, path, headers=ALL_POWERS, body=body)
+    assert answer.status in (200, 202), answer.body
+    return answer
+
+
+async def triggered() -> str:
+    async with chatted() as (realtime, _):
+        body = b'{"payload": {"text": "Hello"}, "options": {"tags": ["user:1"], "ttl": "10m"}}'
+        answer = await post(realtime, "POST", "/api/v1/tasks/chat/trigger", body)
+        assert realtime.verify_token(answer.headers["x-trigger-jwt"]).expires_at == NOW + 3600
+        return answer.body.decode()
+
+
+@asynccontextmanager
+async def batched() -> AsyncIterator[tuple[Realtime, str, driver.Response]]:
+    async with chatted() as (realtime, _):
+        created = await post(realtime, "POST", "/api/v3/batches", b'{"runCount": 2, "taskIdentifiers": ["chat"]}')
+        yield realtime, json.loads(created.body)["id"], created
+
+
+ITEMS = b"".join(b'{"index": %d, "task": "chat", "payload": {"text": "Hello"}}\n' % index for index in range(2))
+
+
+async def batch() -> str:
+    async with batched() as (_, _, created):
+        return created.body.decode()
+
+
+async def filled() -> str:
+    async with batched() as (realtime, batch_id, _):
+        return (await post(realtime, "POST", f"/api/v3/batches/{batch_id}/items", ITEMS)).body.decode()
+
+
+async def retrieved() -> str:
+    async with batched() as (realtime, batch_id, _):
+        await post(realtime, "POST", f"/api/v3/batches/{batch_id}/items", ITEMS)
+        assert len([record async for record in realtime.subscribe_to_batch(batch_id) if record.is_completed]) == 2
+        return await body(realtime, f"/api/v2/batches/{batch_id}")
+
+
+async def metadata() -> str:
+    async with make() as realtime, realtime.open_run("sample", metadata={"progress": 0.5}) as run:
+        operations = {
+            "operations": [
+                {"type": "set", "key": "status", "value": "reading"},
+                {"type": "increment", "key": "pages", "value": 1},
+            ],
+            "parentOperations": [],
+            "rootOperations": [{"type": "append", "key": "log", "value": "one"}],
+        }
+        path = f"/api/v1/runs/{run.id}/metadata"
+        return (await post(realtime, "PUT", path, json.dumps(operations).encode())).body.decode()
+
+
+async def claims() -> str:
+    async with make() as realtime:
+        return (await post(realtime, "POST", "/api/v1/auth/jwt/claims", b"")).body.decode()
+
+
 async def health() -> str:
     async with make() as realtime:
         return (await driver.request(realtime, "GET", "/v1/health")).body.decode()
@@ -217,7 +277,7 @@ REAL: dict[str, Callable[[], Awaitable[str]]] = {
     made.__name__: made
     for made in (
         *(stream, unwritten, failed, gap, reconnect, batches, interrupted, feed, shape, refetch, run, input),
-        *(cancel, health, forbidden),
+        *(cancel, health, forbidden, triggered, batch, filled, retrieved, metadata, claims),
     )
 }
 
@@ -255,6 +315,7 @@ def test_the_table_of_errors_has_the_status_of_each_code() -> None:
     ]
     raised += [errors.UsageError, errors.RealtimeError, errors.BrokerUnavailable, errors.ServerShutdown]
     raised += [errors.StreamGap, errors.StreamLost, errors.RequestCutOff]
+    raised += [errors.UnknownTask, errors.InvalidPayload, errors.TokenSpent]
     expected = {(str(error.status), error.code) for error in raised}
     expected |= {(status, errors.LimitExceeded.code) for status in ("413", "422", "429", "503")}
     expected |= {("404", "not_found"), ("405", "method_not_allowed"), ("408", "silent")}
@@ -304,7 +365,7 @@ def test_cors_is_told() -> None:
 @pytest.mark.parametrize("prefix", ["", "/realtime", "/realtime/realtime"])
 async def test_every_route_of_the_table_is_there(prefix: str) -> None:
     rows = re.findall(r"^\| `(GET|HEAD|POST|PUT) (/[^`?]+)(\?[^`]*)?` \|", section(1), re.MULTILINE)
-    assert len(rows) == 13
+    assert len(rows) == 23
     async with make() as realtime:
         for method, path, _ in rows:
             real = prefix + re.sub(r"\{\w+\}", "x", path)
