@@ -14,7 +14,7 @@ from asgi_realtime.core.scopes import admits
 from asgi_realtime.testing import driver
 from tests.asgi.official import Answer, call, count_runs, trigger, with_tasks
 from tests.brokers.backends import DistantBroker
-from tests.inprocess import SECRET, FakeClock, ended
+from tests.inprocess import GUARD_S, SECRET, FakeClock, ended
 
 pytestmark = pytest.mark.anyio
 
@@ -225,6 +225,28 @@ async def test_a_body_that_is_cut_off_starts_nothing() -> None:
         await realtime(scope, receive, send)
         assert sent[0]["status"] == 408
         assert await count_runs(realtime, "tag:x") == 0
+
+
+@pytest.mark.parametrize("path", [TRIGGER, "/api/v3/batches"])
+async def test_a_request_that_waits_for_its_body_does_not_keep_the_server_up(path: str) -> None:
+    async with with_tasks() as realtime:
+        waits = anyio.Event()
+        sent: list[Any] = []
+
+        async def receive() -> Any:
+            waits.set()
+            await anyio.sleep_forever()
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        scope = driver.make_scope("POST", path, headers={"authorization": f"Bearer {SECRET}"})
+        with anyio.fail_after(GUARD_S):
+            async with anyio.create_task_group() as group:
+                group.start_soon(realtime, scope, receive, send)
+                await waits.wait()
+                realtime.begin_shutdown()
+        assert sent[0]["status"] == 503, "with which the official client comes again"
 
 
 # Options
