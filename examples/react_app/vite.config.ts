@@ -4,5 +4,9 @@ import { defineConfig, loadEnv } from "vite";
 export default defineConfig(({ mode }) => {
   const { BACKEND_URL = "http://127.0.0.1:8000" } = loadEnv(mode, ".", "");
   const proxy = { "/session": BACKEND_URL, "/chat": BACKEND_URL };
-  return { server: { proxy }, preview: { proxy } };
+  return {
+    server: { proxy },
+    preview: { proxy },
+    optimizeDeps: { include: ["react/jsx-dev-runtime"] }, // imported by what JSX becomes, where Vite does not look
+  };
 });

@@ -226,6 +226,19 @@ def test_a_failed_run_shows_its_error(chat: Chat, page: Page) -> None:
     assert page.inner_text("article [role=alert]") == "task failed"
 
 
+def test_the_demo_serves_the_page_for_whoever_works_on_it(built: Path, model: FakeModel, page: Page) -> None:
+    """Vite's own server, where React mounts everything twice: each hook begins, is dropped, and begins again."""
+    complaints: list[str] = []
+    page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
+    with example("react_app", model.environment) as server:
+        page.goto(server.url)
+        run_id = ask(page)
+        wait_for_status(page, "COMPLETED")
+        wait_for_answer(page, len(ANSWER))
+        page.wait_for_selector(row(run_id, "COMPLETED"))
+    assert complaints == []
+
+
 # Tokens that are refused
 
 

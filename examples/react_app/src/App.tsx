@@ -51,7 +51,7 @@ function useShownRun(): string {
 
 /** All runs of the user, live. */
 function Runs({ tag, shown }: { tag: string; shown: string }) {
-  const { runs, error } = useRealtimeRunsWithTag<Chat | Publish>(tag);
+  const { runs, error } = useRealtimeRunsWithTag<Chat | Publish>(tag, { skipColumns: ["output"] });
   return (
     <aside>
       <h1>asgi_realtime</h1>
@@ -102,7 +102,7 @@ function Ask({ session }: { session: Session }) {
   const ask = (event: FormEvent<HTMLFormElement>) => {
     event.preventDefault();
     const text = String(new FormData(event.currentTarget).get("text")).trim();
-    if (text) submit({ text }, { tags: [session.tag] });
+    if (text && !isLoading) submit({ text }, { tags: [session.tag] });
   };
   const askOnEnter = (event: KeyboardEvent<HTMLTextAreaElement>) => {
     if (event.key !== "Enter" || event.shiftKey || event.nativeEvent.isComposing) return;
@@ -113,7 +113,7 @@ function Ask({ session }: { session: Session }) {
     <form ref={form} onSubmit={ask}>
       <Failure error={error} />
       <div>
-        <textarea name="text" rows={1} placeholder="Ask something…" aria-label="Question" onKeyDown={askOnEnter} autoFocus />
+        <textarea name="text" rows={1} placeholder="Ask something…" onKeyDown={askOnEnter} autoFocus />
         <button className="main" disabled={isLoading}>
           Ask
         </button>
@@ -125,8 +125,14 @@ function Ask({ session }: { session: Session }) {
 /** One run, live: what it was asked, what it does, and its status. */
 function ShownRun({ id, session }: { id: string; session: Session }) {
   const { run, error } = useRealtimeRun<Chat | Publish>(id);
-  if (!run) return <article><Failure error={error} /></article>;
-  const isChat = run.taskIdentifier === "chat";
+  const isChat = run?.taskIdentifier === "chat";
+  if (!run) {
+    return (
+      <article>
+        <Failure error={error} />
+      </article>
+    );
+  }
   return (
     <article>
       <div>
@@ -136,7 +142,7 @@ function ShownRun({ id, session }: { id: string; session: Session }) {
         <footer>
           <Status run={run} />
           {run.status === "EXECUTING" && <button onClick={() => void post(`/chat/${id}/stop`)}>Stop</button>}
-          {isChat && run.isSuccess && <PublishAnswer text={(run as RealtimeRun<Chat>).output!.text} session={session} />}
+          {isChat && run.isSuccess && <PublishAnswer run={run as RealtimeRun<Chat>} session={session} />}
           {!isChat && <ApprovalOfMine run={run as RealtimeRun<Publish>} />}
         </footer>
       </div>
@@ -159,14 +165,14 @@ function Answer({ id, busy }: { id: string; busy: boolean }) {
 }
 
 /** Triggers a second task and follows it here. It waits until somebody approves. */
-function PublishAnswer({ text, session }: { text: string; session: Session }) {
+function PublishAnswer({ run: answered, session }: { run: RealtimeRun<Chat>; session: Session }) {
   const options = { accessToken: session.triggerToken };
   const { submit, handle, run, isLoading, error } = useRealtimeTaskTrigger<Publish>("publish", options);
   if (run && handle) return <Approval run={run} token={handle.publicAccessToken} />;
   return (
     <>
       <Failure error={error} />
-      <button disabled={isLoading} onClick={() => submit({ text }, { tags: [session.tag] })}>
+      <button disabled={isLoading} onClick={() => submit({ text: answered.output!.text }, { tags: [session.tag] })}>
         Publish
       </button>
     </>
