@@ -203,6 +203,90 @@ def test_a_large_batch_arrives_whole(site: Site) -> None:
     assert len(set(retrieved["runs"])) == 200
 
 
+def test_a_batch_may_be_of_several_tasks(site: Site) -> None:
+    items = [
+        {"id": "echo", "payload": 1},
+        {"id": "typed", "payload": {"when": "2026-01-02T03:04:05Z"}},
+        {"id": "unlucky"},
+    ]
+    with running("api", site, calls=["batchOfTasks"], items=items) as program:
+        batch = program.next("batch")
+    with running("subscribe", site, feed="batch", batch=batch["batchId"], token=batch["publicAccessToken"]) as feed:
+        over: dict[str, Line] = {}
+        while len(over) < 3:
+            run = feed.until("run", lambda run: "finishedAt" in run)
+            over[run["taskIdentifier"]] = run
+    assert (over["echo"]["output"], over["unlucky"]["status"]) == (1, "FAILED")
+    assert over["typed"]["output"]["weekday"] == "Friday"
+
+
+def test_a_token_of_a_batch_triggers_batches_of_its_tasks(site: Site) -> None:
+    items = [{"payload": 1}, {"payload": 2}]
+    for allowed in ("echo", ["typed", "echo"]):
+        with running("api", site, calls=["batchWithToken"], task="echo", items=items, allowed=allowed) as program:
+            assert program.rest()[-1]["retrieved"]["runCount"] == 2
+    with running("api", site, calls=["batchWithToken"], task="echo", items=items, allowed="typed") as program:
+        (line,) = program.rest()
+    assert line["error"]["name"] == "BatchTriggerError" and "batchTrigger:tasks:echo" in line["error"]["message"]
+
+
+def test_an_idempotency_key_gives_one_run(site: Site) -> None:
+    with running("api", site, calls=["keyed"], task="echo", payload=1, key=secrets.token_hex(8)) as program:
+        first, again = of("handle", program.rest())
+    assert (again["id"], again["isCached"], first["isCached"]) == (first["id"], True, False)
+
+
+def test_options_that_have_no_effect_are_no_error(site: Site) -> None:
+    options = {
+        "queue": "fast",
+        "concurrencyKey": "user-1",
+        "machine": "large-1x",
+        "priority": 10,
+        "maxAttempts": 3,
+        "maxDuration": 60,
+        "debounce": {"key": "a", "delay": "1s"},
+        "version": "20260101.1",
+        "region": "eu-central-1",
+    }
+    with running("trigger", site, task="echo", payload=1, options=options) as program:
+        *_, last = of("run", program.rest())
+    assert last["output"] == 1
+
+
+def test_a_payload_that_the_client_would_take_elsewhere_is_an_error_that_says_so(site: Site) -> None:
+    with running("api", site, calls=["trigger"], task="echo", payload="x" * 200_000) as program:
+        (line,) = program.rest()
+    assert line["error"]["status"] == 413
+    assert "131072 bytes" in line["error"]["message"]
+
+
+def test_what_is_not_supported_is_an_error(site: Site) -> None:
+    calls = ["list", "replay", "reschedule", "createToken"]
+    run = site.open()
+    with running("api", site, calls=calls, run=run.id) as program:
+        assert [line["error"]["status"] for line in program.rest()] == [404] * len(calls)
+    run.end()
+
+
+def test_a_public_token_for_a_while(site: Site) -> None:
+    run = site.open()
+    run.append("a", "b", stream="words")
+    run.end(output=1)
+    with running("api", site, calls=["withPublicToken"], run=run.id, key="words") as program:
+        assert program.next("run")["output"] == 1
+        assert program.rest() == [{"chunk": "a"}, {"chunk": "b"}]
+
+
+def test_a_worker_adds_tags(site: Site) -> None:
+    tag, other = new_tag(), new_tag()
+    run = site.open(tags=[tag])
+    with running("api", site, calls=["addTags", "retrieve"], run=run.id, tags=[tag, other]) as program:
+        assert program.next("added").keys() == {"message"}
+        assert program.next("run")["tags"] == [tag, other]
+    assert runs_with(site, other) == 1
+    run.end()
+
+
 def test_a_run_is_retrieved_and_polled(site: Site) -> None:
     run = site.open(tags=["a", "b"], metadata={"m": [1]})
     with running("api", site, calls=["retrieve", "poll"], run=run.id, token=run.token) as program:

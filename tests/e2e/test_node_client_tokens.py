@@ -109,6 +109,23 @@ def has_number(number: int, run: Line) -> bool:
     return bool(run["metadata"].get("number") == number)
 
 
+def test_a_stream_goes_on_with_a_new_token(broker_url: str) -> None:
+    with serving(broker_url) as site:
+        run = site.open()
+        run.append("a")
+        stale = soon_expired(site, run)
+        with running("api", site, calls=["refreshed"], run=run.id, stale=stale, fresh=run.token) as program:
+            assert program.next("chunk") == "a"
+            site.post("set_ahead", seconds=20)
+            assert program.next("refreshed")
+            run.append("b")
+            assert program.next("chunk") == "b"
+            run.end()
+            assert program.rest() == []
+        asked = [(seen["last_event_id"], seen["status"]) for seen in site.requests(f"/streams/{run.id}/")]
+        assert asked == [(None, 200), ("0", 401), ("0", 200)]
+
+
 def test_a_feed_ends_with_its_token(broker_url: str) -> None:
     with serving(broker_url) as site:
         run, other = site.open(), site.open()
