@@ -60,5 +60,7 @@ def node_binary() -> str:
 def npm_packages(folder: Path) -> Path:
     """The folder, once the packages of its package.json are installed there."""
     if not (folder / "node_modules").is_dir():
-        missing(f"the npm packages of {folder} are not installed (make test does it where npm is; or: npm ci, in there)")
+        missing(
+            f"the npm packages of {folder} are not installed (make test does it where npm is; or: npm ci, in there)"
+        )
     return folder

@@ -109,6 +109,11 @@ class Site:
         assert self._process.wait(GUARD_S) in (0, -signal.SIGTERM)  # uvicorn raises it again once all is closed
         self._process = None
 
+    def crash(self) -> None:
+        """Without a word to anyone."""
+        self.kill()
+        self.http = httpx.Client(timeout=GUARD_S)
+
     def restart(self) -> None:
         self.stop()
         self.start()
@@ -118,6 +123,7 @@ class Site:
         if self._process is not None:
             self._process.kill()
             self._process.wait()
+            self._process = None
 
     def post(self, action: str, **body: Any) -> Any:
         answer = self.http.post(f"{self.origin}/host/{action}", json=body)

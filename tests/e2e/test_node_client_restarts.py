@@ -7,7 +7,7 @@ nothing is lost, and a run goes on in another process meanwhile.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -15,6 +15,10 @@ from tests.e2e.node import running
 from tests.e2e.site import TEST_S, Site, serving, starting
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(TEST_S), pytest.mark.usefixtures("node_ready")]
+
+
+Leave = Callable[[Site], None]
+away = pytest.mark.parametrize("leave", [Site.stop, Site.crash])
 
 
 @pytest.fixture
@@ -89,13 +93,14 @@ def test_a_run_in_memory_is_gone_and_is_not_asked_for_again_and_again(lone: Site
         assert [seen["status"] for seen in lone.requests(f"/runs/{run.id}")] in ([404], [409, 404])
 
 
-def test_a_stream_on_redis_goes_on_after_a_restart(pair: tuple[Site, Site]) -> None:
+@away
+def test_a_stream_on_redis_goes_on_after_a_restart(pair: tuple[Site, Site], leave: Leave) -> None:
     front, back = pair
     run = back.open()
     run.append(*range(5))
     with running("read", front, run=run.id, token=run.token) as reader:
         assert [reader.next("chunk") for _ in range(5)] == list(range(5))
-        front.stop()
+        leave(front)
         run.append(*range(5, 10))  # while there is no server
         front.start()
         assert [reader.next("chunk") for _ in range(5)] == list(range(5, 10))
@@ -106,13 +111,14 @@ def test_a_stream_on_redis_goes_on_after_a_restart(pair: tuple[Site, Site]) -> N
         assert [seen["last_event_id"] for seen in front.requests(f"/streams/{run.id}/")] == ["4"]
 
 
-def test_a_run_on_redis_is_followed_over_a_restart(pair: tuple[Site, Site]) -> None:
+@away
+def test_a_run_on_redis_is_followed_over_a_restart(pair: tuple[Site, Site], leave: Leave) -> None:
     front, back = pair
     run = back.open(metadata={"step": 0})
     with running("subscribe", front, feed="run", run=run.id, token=run.token) as feed:
         assert feed.next("run")["metadata"] == {"step": 0}
         front.until_asked(f"/runs/{run.id}", query="live=true", open=True)
-        front.stop()
+        leave(front)
         run.update(metadata={"step": 1})
         front.start()
         assert feed.next("run")["metadata"] == {"step": 1}
