@@ -78,6 +78,7 @@ class Program:
         self._name = name
         self._seen: list[str] = []
         self._lines: queue.Queue[Line | None] = queue.Queue()
+        self._over = False
 
     def hear(self, line: Line | None) -> None:
         """It said this; None: it has ended."""
@@ -121,10 +122,14 @@ class Program:
         return lines
 
     def _next(self) -> Line | None:
+        if self._over:
+            return None
         try:
-            return self._lines.get(timeout=GUARD_S)
+            line = self._lines.get(timeout=GUARD_S)
         except queue.Empty:
             raise AssertionError(self._told(f"says nothing for {GUARD_S:g} s")) from None
+        self._over = line is None
+        return line
 
     def _told(self, what: str) -> str:
         return f"{self._name}.mjs {what}; its output so far:\n{''.join(self._seen)}"
@@ -233,5 +238,7 @@ def running(program: str, site: Site, *, alone: bool = False, **given: Any) -> I
     started = Alone(program, given) if alone or program in OF_A_WORKER else Shared(program, given, shared)
     try:
         yield started
+        if given.get("breakAfter"):
+            started.rest()  # which is soon, and sooner than another process is there
     finally:
         started.kill()

@@ -7,7 +7,12 @@ import pytest
 from tests.e2e.node import running
 from tests.e2e.site import TEST_S, Site
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(TEST_S), pytest.mark.usefixtures("node_ready")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(TEST_S),
+    pytest.mark.usefixtures("node_ready"),
+    pytest.mark.parametrize("broker_url", ["memory"], indirect=True),  # a path is a path
+]
 
 ALL = ["/realtime", "/realtime/", ""]
 """All inside the mount at `/realtime`; or the origin, of an app that is mounted at `/realtime` and at `/api`."""

@@ -204,10 +204,14 @@ def test_a_cut_before_the_first_chunk_begins_again(site: Site) -> None:
 def test_silence_for_as_long_as_the_client_allows_ends_the_reading(site: Site) -> None:
     run = site.open()
     run.append("a", "b")
-    options = {"timeoutInSeconds": 1}
-    assert read_all(site, run.id, token=run.token, options=options) == [{"chunk": "a"}, {"chunk": "b"}, {"end": 2}]
+    with (
+        running("read", site, run=run.id, options={"timeoutInSeconds": 1}) as reader,
+        running("read", site, run=run.id, options={"timeoutInSeconds": 1, "startIndex": 9}) as ahead,
+    ):
+        assert reader.rest() == [{"chunk": "a"}, {"chunk": "b"}, {"end": 2}]
+        assert ahead.rest() == [{"end": 0}]
     run.end()
-    assert len(site.requests(f"/streams/{run.id}/")) == 1
+    assert len(site.requests(f"/streams/{run.id}/")) == 2
 
 
 @pytest.mark.parametrize("seconds", [601, -1, 0.5])
