@@ -57,7 +57,7 @@ lowest: $(DEV)  ## the tests on the lowest versions of our dependencies that pyp
 	$(BIN)/uv venv --quiet --clear --no-python-downloads --python $(BIN)/python $(LOWEST)
 	$(BIN)/uv pip compile --quiet --python $(LOWEST) --resolution lowest-direct --all-extras pyproject.toml -o $(LOWEST)/pins.txt
 	$(BIN)/uv pip install --quiet --python $(LOWEST) --constraints $(LOWEST)/pins.txt --editable '.[redis,taskiq,trio]' --group dev
-	$(LOWEST)/bin/python -m pytest -p no:cacheprovider --ignore=tests/e2e --ignore=tests/docs/test_queues.py -k 'not valkey' $(ARGS)
+	$(LOWEST)/bin/python -m pytest -n auto --dist loadfile -p no:cacheprovider --ignore=tests/e2e --ignore=tests/docs/test_queues.py -k 'not valkey' $(ARGS)
 
 newest: $(DEV)  ## the tests in Node on the newest 4.x of the official clients, if those are newer than the ones pinned
 	@rm -rf $(NEWEST) && mkdir -p $(NEWEST) && cp tests/clients/package.json tests/clients/*.mjs $(NEWEST)
