@@ -135,7 +135,8 @@ class Broker(Protocol):
         ...
 
     def follow(self, topic: str) -> AbstractAsyncContextManager[LiveTopic]:
-        """Follow a topic. A change that is committed after entering wakes those who wait, and so does a removal."""
+        """Follow a topic. A change that was committed before entering is known then, whoever committed it; one that is
+        committed after entering wakes those who wait, and so does a removal."""
         ...
 
     async def claim(self, key: str, value: str, *, ttl_s: float) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
+import warnings
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
@@ -26,14 +27,14 @@ from asgi_realtime import (
     StreamLost,
     Timeouts,
 )
-from asgi_realtime.brokers.base import End, Producer, StreamKey
-from asgi_realtime.brokers.redis import RedisBroker
+from asgi_realtime.brokers.base import Changes, End, Producer, StreamKey
+from asgi_realtime.brokers.redis import RedisBroker, lingering
 from asgi_realtime.brokers.redis.mirror import TopicMirror
-from asgi_realtime.core.runs import Finished, RunError, TagsAdded
+from asgi_realtime.core.runs import Finished, RunError, TagsAdded, apply
 from asgi_realtime.core.sse import chunk_frame
 from asgi_realtime.tasks.records import RunOptions
 from asgi_realtime.testing import driver
-from asgi_realtime.testing.conformance.kit import Backend, create, data, items, read_all
+from asgi_realtime.testing.conformance.kit import Backend, create, data, items, new_record, read_all, store
 from tests.faults import SECRET
 from tests.inprocess import until
 from tests.redis_servers import RedisServer
@@ -159,6 +160,71 @@ async def test_a_topic_that_is_followed_again_and_again_is_read_once(storage: St
             broker._lingering._sweep()
             broker._lingering._sweep()
             assert (await topic.changes(None)).items[0].run_id == run.id
+
+
+@pytest.mark.parametrize("kind", ["run", "tag"])
+@pytest.mark.parametrize("followed", [True, False])
+async def test_who_enters_a_topic_knows_what_was_committed_before_however_late_messages_are(
+    storage: Storage, kind: str, followed: bool
+) -> None:
+    async with opened(storage) as backend, AsyncExitStack() as stack:
+        broker, peer = backend.broker, backend.peer
+        assert isinstance(broker, RedisBroker)
+        record = new_record(backend, tags=("a",))
+        topic = f"run:{record.id}" if kind == "run" else "tag:a"
+        async with broker.follow(topic) as empty:
+            assert not (await empty.changes(None)).items
+        if followed:  # by another one
+            await stack.enter_async_context(broker.follow(topic))
+        broker._topics[topic].hear = lambda message: None  # type: ignore[method-assign]
+        await store(peer, record)
+        async with broker.follow(topic) as first:
+            changes = await first.changes(None)
+            assert [(change.run_id, change.version) for change in changes.items] == [(record.id, 1)]
+        await store(peer, apply(record, [TagsAdded(("b",))], 1))
+        async with broker.follow(topic) as second:
+            later = await second.changes(changes.cursor)
+            assert [(change.run_id, change.version) for change in later.items] == [(record.id, 2)]
+            assert not later.snapshot
+            assert await second.changes(later.cursor) == Changes(later.cursor, [], False)
+
+
+async def test_no_more_topics_linger_than_a_limit(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lingering, "MAX_LINGERING", 3)
+    async with opened(storage) as backend:
+        broker = backend.broker
+        assert isinstance(broker, RedisBroker)
+        for number in range(10):
+            async with broker.follow(f"tag:{number}"):
+                pass
+            assert len(broker._topics) <= 4
+        assert list(broker._topics) == ["tag:7", "tag:8", "tag:9"]
+        broker._lingering._sweep()
+        for number in range(8, 12):
+            async with broker.follow(f"tag:{number}"):
+                pass
+        assert list(broker._topics) == ["tag:9", "tag:10", "tag:11"]
+
+
+def test_what_a_closed_loop_has_left_is_not_asked_on_the_next(storage: Storage) -> None:
+    """A host with a loop for each request, and no stop."""
+    broker = storage.broker()
+
+    async def follow_and_leave() -> None:
+        await broker.__aenter__()
+        async with broker.follow("tag:a") as topic:
+            assert not (await topic.changes(None)).items
+
+    async def follow_again() -> None:
+        async with broker:
+            record = await create(Backend(broker=broker, peer=broker), tags=("a",))
+            async with broker.follow("tag:a") as topic:
+                assert [change.run_id for change in (await topic.changes(None)).items] == [record.id]
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)  # its connections are left too
+        asyncio.run(follow_and_leave())
+        asyncio.run(follow_again())
 
 
 async def test_a_topic_that_lingers_is_left_with_the_broker(storage: Storage) -> None:

@@ -128,6 +128,9 @@ class RedisBroker:
     async def __aenter__(self) -> RedisBroker:
         if not on_asyncio():
             raise RuntimeError("the Redis broker runs on asyncio only; on trio use the memory broker")
+        # Of a loop that was closed without a stop something may be left, and it hears nothing any more.
+        self._streams, self._topics, self._jobs = {}, {}, set()
+        self._lingering = Lingering(self._forget_topic)
         servers = Servers(self._client, timeout_s=self._timeouts.broker, spawn=self._spawn, quiet=self._quiet)
         self._opened = _Open(
             servers,
@@ -385,8 +388,11 @@ class RedisBroker:
 
     @asynccontextmanager
     async def follow(self, topic: str) -> AsyncIterator[LiveTopic]:
+        known = self._topics.get(topic)
         async with self._followed(self._topics, topic, lambda: self._topic_mirror(topic), self._leave_topic) as mirror:
             self._lingering.take_back(mirror)
+            if mirror is known:
+                await mirror.refresh()
             yield mirror
 
     def _leave_topic(self, mirror: TopicMirror) -> None:

@@ -15,6 +15,10 @@ LINGER_S = 5.0
 """A mirror stays for as long as this at least, and for twice as long at most."""
 
 
+MAX_LINGERING = 1000
+"""Of all topics together. What a client asks for may be any name, so it is bounded; the oldest go at once."""
+
+
 class Lingering:
     """One timer for all. `let_go` is called with each mirror that was not taken back in time."""
 
@@ -27,6 +31,11 @@ class Lingering:
     def keep(self, mirror: TopicMirror) -> None:
         self._old.pop(mirror, None)
         self._young[mirror] = None
+        if len(self._young) + len(self._old) > MAX_LINGERING:
+            oldest = self._old or self._young
+            mirror = next(iter(oldest))
+            del oldest[mirror]
+            self._let_go(mirror)
         if self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(LINGER_S, self._sweep)
 

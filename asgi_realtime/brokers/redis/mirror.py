@@ -163,6 +163,7 @@ class Mirror(ABC):
                 self._lost(BrokerUnavailable(f"what Redis holds cannot be read: {exc!r}"))
                 raise
         self._busy = self._unasked = False
+        self._changed.wake()
 
     def _news(self) -> None:
         """A reading brought something that no message did."""
@@ -315,6 +316,8 @@ class TopicMirror(Mirror):
         self._read_index = read
         self._ask = ask
         self._index = TopicIndex(NO_EPOCH, max_runs=1)
+        self._refreshing = asyncio.Lock()
+        self._refreshes = 0
         super().__init__((keys.topic_channel(topic),), listener=listener, spawn=spawn)
 
     async def changes(self, cursor: Cursor | None, *, limit: int = 1000) -> Changes:
@@ -324,6 +327,40 @@ class TopicMirror(Mirror):
         if cursor is not None and cursor.epoch == index.epoch and cursor.position > index.position:
             return await self._ask(self.topic, cursor, limit)  # from a process that has heard more than this one
         return changes_after(index, cursor, limit)
+
+    async def refresh(self) -> None:
+        """Be as new as Redis was when this was called: messages may be late. Raises `BrokerUnavailable`.
+
+        Those who come while one asks share the next one.
+        """
+        wanted = self._refreshes + 1
+        async with self._refreshing:
+            if self._refreshes < wanted:
+                self._refreshes += 1
+                await self._refresh()
+
+    async def _refresh(self) -> None:
+        before = self._index
+        changes = await self._ask(self.topic, Cursor(before.epoch, before.position), before.max_runs)
+        await self._caught_up()
+        index = self._index
+        if changes.cursor.epoch != index.epoch or changes.snapshot:
+            if changes.cursor != (index.epoch, index.position):  # it is another one than was known
+                self._read_again()
+                await self._caught_up()
+            return
+        later = [change for change in changes.items if change.position > index.position]
+        for change in later:
+            index.put(change)
+        if later:
+            self.waiting.wake()
+
+    async def _caught_up(self) -> None:
+        """Wait for a reading that is under way."""
+        while self._reading and not self.gone:
+            await self._changed.wait()
+        if self.gone:
+            raise self._failure or BrokerUnavailable(f"topic {self.topic!r} cannot be followed just now")
 
     async def _read(self) -> None:
         index, before = await self._read_index(self.topic), self._index
