@@ -140,7 +140,8 @@ class Timeouts(_Positive):
     poll: float = 20.0
     """How long a poll of the official clients is held when there is nothing to tell, within 15 %."""
     gather: float = 0.25
-    """How far apart a client's polls are answered while its runs change all the time. Ends of runs are told at once."""
+    """How far apart a client's polls are answered while its runs change all the time. The end of the one run that a
+    feed is about is told at once."""
     send: float = 30.0
     """One send to a subscriber that does not read; then it is dropped and may resume."""
     append: float = 30.0

@@ -48,10 +48,10 @@ class RunFeed:
     floor_ms = 0
     whole = False
 
-    def __init__(self, record: RunRecord) -> None:
-        self.topic = run_topic(record.id)
-        self.run_id = record.id
-        self.end = record.end
+    def __init__(self, run_id: str, end: End | None = None) -> None:
+        self.topic = run_topic(run_id)
+        self.run_id = run_id
+        self.end = end
 
     def has(self, record: RunRecord) -> bool:
         return True

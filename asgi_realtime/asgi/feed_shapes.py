@@ -28,7 +28,7 @@ from asgi_realtime.core.shapes import ShapeCursor
 from asgi_realtime.core.topics import Changes, Cursor
 from asgi_realtime.errors import ExpiredToken, InvalidRequest, shown
 from asgi_realtime.tokens import Claims
-from asgi_realtime.waiting import make_guard, make_parker
+from asgi_realtime.waiting import make_guard, make_interrupt, make_parker
 
 MAX_ROWS = 1000
 MAX_BYTES = 4 * 1024 * 1024
@@ -42,8 +42,8 @@ AT_ONCE = 5
 
 CLOSELY_MS = 1000
 
-_OFFSET = re.compile(r"\d{1,18}_\d{1,18}")
-_RHYTHM = re.compile(r"(\d{1,15})-(\d{1,9})")
+_OFFSET = re.compile(r"[0-9]{1,18}_[0-9]{1,18}")
+_RHYTHM = re.compile(r"([0-9]{1,15})-([0-9]{1,9})")
 _SNAPSHOT = "-1"
 
 
@@ -114,6 +114,7 @@ class ShapePoll:
         self._feed = feed
         self._asked = asked
         self._skip = shapes.skippable(request.skipped_columns(claims))
+        self._interrupt = make_interrupt()
         self._has_gathered = False
         self._parker = make_parker()
         self._held_until = host.clock() + host.timeouts.poll * random.uniform(1 - HOLD_JITTER, 1 + HOLD_JITTER)
@@ -123,15 +124,16 @@ class ShapePoll:
         self._seats.take(self._feed.run_id, self._token_id)
         self._host.subscribers.add(self)
         try:
-            async with (
-                self._host.broker.follow(self._feed.topic) as topic,
-                make_guard(partial(until_disconnect, self._receive)),
-            ):
-                return await self._find(topic)
+            with self._interrupt:
+                async with (
+                    make_guard(partial(until_disconnect, self._receive)),
+                    self._host.broker.follow(self._feed.topic) as topic,
+                ):
+                    return await self._find(topic)
         finally:
             self._host.subscribers.discard(self)
             self._seats.leave(self._feed.run_id, self._token_id)
-        return Response(status_code=204)  # the client has left
+        return leaving_answer()  # or the client has left, and hears nothing
 
     async def _find(self, topic: LiveTopic) -> Response:
         asked = self._asked
@@ -179,8 +181,9 @@ class ShapePoll:
         return found
 
     async def _gathered(self, found: Sequence[Admitted]) -> bool:
-        """Wait, once, if the client has heard enough just now and this is not the end of a run; whether it was so."""
-        if self._has_gathered or not self._asked.live or any(record.is_completed for _, record in found):
+        """Wait, once, if the client has heard enough just now; whether it was so. The end of the one run that a feed is
+        about is told at once: the client is done with it."""
+        if self._has_gathered or not self._asked.live or (self._feed.run_id and found[-1][1].is_completed):
             return False
         early_s = self._asked.rhythm.early_s(self._now_ms(), self._host.timeouts.gather)
         self._has_gathered = True
@@ -233,7 +236,7 @@ class ShapePoll:
             self._parker.wake()
 
     def shut_down(self) -> None:
-        self._parker.wake()
+        self._interrupt.interrupt()  # also out of a call to a broker that does not answer
 
 
 @lru_cache(maxsize=64)

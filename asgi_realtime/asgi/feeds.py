@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from starlette.responses import Response
 
-from asgi_realtime.asgi.auth import authorise, batch_resources, run_resources, tag_resources
+from asgi_realtime.asgi.auth import authorise, batch_resources, may, run_resources, tag_resources
 from asgi_realtime.asgi.feed_events import FeedSubscription
 from asgi_realtime.asgi.feed_kinds import BatchFeed, Feed, RunFeed, TagFeed
 from asgi_realtime.asgi.feed_shapes import AskedShape, ShapePoll, asked_shape
@@ -29,9 +29,11 @@ Answer = Response | Subscription[LiveTopic]
 async def run_feed(request: Request, run_id: str) -> Answer:
     claims = request.authenticate()
     asked = _asked(request)
+    if asked is not None and asked.cursor is not None and may(claims, "read", [("runs", run_id)]):
+        return await _answer(request, claims, RunFeed(run_id), asked)  # its record need not be read to know that
     record = await find_run(request, claims, run_id, events=asked is None)
     authorise(claims, "read", run_resources(record))
-    return await _answer(request, claims, RunFeed(record), asked)
+    return await _answer(request, claims, RunFeed(record.id, record.end), asked)
 
 
 async def tag_feed(request: Request) -> Answer:

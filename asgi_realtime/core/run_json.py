@@ -6,7 +6,7 @@ they are stored. Spec: docs/protocol.md, `retrieveRun` in the API of Trigger.dev
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from datetime import UTC, datetime
 from typing import Any
 
@@ -30,6 +30,16 @@ _KEPT = frozenset(
     {"id", "status", "taskIdentifier", "createdAt", "updatedAt", "depth", "triggerFunction", "relatedRuns"}
     | {"isQueued", "isExecuting", "isWaiting", "isCompleted", "isSuccess", "isFailed", "isCancelled"}
 )
+
+_SKIPPABLE = frozenset(
+    {*_COLUMNS, *_EMPTY, "metadata", "realtimeStreams", "startedAt", "finishedAt", "delayedUntil", "expiredAt"}
+    | {"payload", "output", "error", "idempotencyKey", "ttl", "batchId"}
+)
+
+
+def skippable(columns: Iterable[str]) -> tuple[str, ...]:
+    """Those of the fields and columns that may be left out, each once, in one order: what a cache may keep."""
+    return tuple(sorted(_SKIPPABLE.intersection(columns)))
 
 
 def run_json(record: RunRecord, *, skip: Collection[str] = ()) -> bytes:
@@ -82,7 +92,7 @@ def _optional(record: RunRecord) -> dict[str, Any]:
         "output": _raw(record.output_json),
         "error": None if record.error is None else {"name": record.error.name, "message": record.error.message},
         "idempotencyKey": record.idempotency_key,
-        "ttl": None if record.ttl_s is None else f"{record.ttl_s:g}s",
+        "ttl": record.ttl,
         "batchId": None if record.batch is None else record.batch.id,
     }
     return {name: value for name, value in optional.items() if value is not None}

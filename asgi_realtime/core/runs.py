@@ -156,6 +156,11 @@ class RunRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         return None if self.completed_at_ms is None else datetime.fromtimestamp(self.completed_at_ms / 1000, UTC)
 
     @property
+    def ttl(self) -> str | None:
+        """Its `ttl_s` as clients write a span: `"600s"`."""
+        return None if self.ttl_s is None else f"{self.ttl_s:.3f}".rstrip("0").rstrip(".") + "s"
+
+    @property
     def topics(self) -> tuple[str, ...]:
         """The topics besides its own that hear of this run."""
         batch = () if self.batch is None else (batch_topic(self.batch.id),)

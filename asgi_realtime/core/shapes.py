@@ -101,7 +101,7 @@ _COLUMNS: dict[str, tuple[str, Encode]] = {
     "usageDurationMs": ("int4", _duration),
     "costInCents": ("float8", lambda record: "0"),
     "baseCostInCents": ("float8", lambda record: "0"),
-    "ttl": ("text", lambda record: None if record.ttl_s is None else f"{record.ttl_s:g}s"),
+    "ttl": ("text", lambda record: record.ttl),
     "payload": ("text", _payload),
     "payloadType": ("text", _payload_type),
     "metadata": ("text", lambda record: encode_value(record.metadata).decode()),

@@ -234,6 +234,22 @@ async def test_the_end_of_a_run_is_told_at_once_whatever_came_before(
     assert statuses(await client.rows(live=True)) == ["COMPLETED_SUCCESSFULLY"]
 
 
+async def test_a_list_whose_runs_end_all_the_time_is_spaced_too(host: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        slept.append(seconds)
+
+    client = Client(host, TAGS, "read:runs", tags="a")
+    await client.rows()
+    monkeypatch.setattr(anyio, "sleep", sleep)
+    for number in range(feed_shapes.AT_ONCE + 3):
+        await host.create(f"run_{number}", tags=["a"])
+        await host.finish(f"run_{number}")
+        await client.rows(live=True)
+    assert len(slept) == 2
+
+
 async def test_after_a_pause_changes_are_told_at_once_again(host: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
     async def sleep(seconds: float) -> None:
         raise AssertionError("it waited")
@@ -404,7 +420,7 @@ async def test_a_cursor_that_is_not_ours_is_told_to_start_over(host: StandIn, ha
     assert len(await client.rows()) == 1
 
 
-@pytest.mark.parametrize("offset", ["", "now", "-2", "5", "x_0", "1_0_0", "1" * 30 + "_0"])
+@pytest.mark.parametrize("offset", ["", "now", "-2", "5", "x_0", "1_0_0", "1" * 30 + "_0", "٣_٠"])
 async def test_a_malformed_offset_is_400_and_says_what_is_allowed(host: StandIn, offset: str) -> None:
     await host.create()
     client = Client(host)
@@ -572,6 +588,60 @@ async def test_who_waits_for_a_run_at_the_shutdown_is_told_to_come_back(host: St
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(ask)
             await host.one_subscriber()
+            host.begin_shutdown()
+    assert answers[0].status == 503
+
+
+async def test_a_token_that_names_the_run_needs_no_look_at_its_record(host: StandIn) -> None:
+    await host.create(payload="x" * 1000)
+    by_id, by_task = Client(host), Client(host, RUN, "read:tasks:chat")
+    await by_id.rows()
+    await by_task.rows()
+
+    async def get(run_id: str) -> Any:
+        raise AssertionError("it was read")
+
+    host.get = get  # type: ignore[method-assign]
+    assert await by_id.rows() == []
+    with pytest.raises(AssertionError, match="it was read"):
+        host.debug = True
+        answer = await by_task.get()
+        raise AssertionError(json.loads(answer.body)["error"])
+
+
+async def test_a_poll_of_a_run_that_is_gone_starts_over_and_hears_so(host: StandIn) -> None:
+    await host.create()
+    client = Client(host)
+    await client.rows()
+    await host.finish()
+    await host.broker.remove("run_1")
+    assert (await client.get(live=True)).status == 409
+    client.headers = Client(host, RUN, "read:runs").headers  # does not wait for it to appear
+    assert (await client.get()).status == 404
+
+
+async def test_a_shutdown_ends_a_poll_whose_broker_does_not_answer(host: StandIn) -> None:
+    await host.create()
+    client = Client(host)
+    await client.rows()
+    entered = anyio.Event()
+
+    @asynccontextmanager
+    async def follow(topic: str) -> AsyncIterator[Any]:
+        entered.set()
+        await anyio.sleep_forever()
+        yield
+
+    host.broker.follow = follow  # type: ignore[method-assign]
+    answers: list[Response] = []
+
+    async def poll() -> None:
+        answers.append(await client.get(live=True))
+
+    with anyio.fail_after(5):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(poll)
+            await entered.wait()
             host.begin_shutdown()
     assert answers[0].status == 503
 

@@ -6,7 +6,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from asgi_realtime.core.run_json import run_json
+from asgi_realtime.config import parse_span
+from asgi_realtime.core.run_json import run_json, skippable
 from asgi_realtime.core.runs import BatchMember, RunError, RunRecord, Status
 
 REQUIRED = {
@@ -112,3 +113,21 @@ def test_skipped_fields_are_left_out_under_either_name() -> None:
 def test_what_identifies_a_run_cannot_be_skipped() -> None:
     assert as_dict(FULL, skip=sorted(REQUIRED)).keys() >= REQUIRED
     assert as_dict(FULL, skip=["id", "status", "createdAt", "updatedAt"]) == as_dict(FULL)
+
+
+def test_only_what_may_be_left_out_is_kept_of_a_wish() -> None:
+    assert skippable(("output", "nonsense", "id", "runTags", "output")) == ("output", "runTags")
+    failed = msgspec.structs.replace(FULL, status=Status.FAILED, error=RunError("E", "m"))
+    expired = msgspec.structs.replace(FULL, status=Status.EXPIRED)
+    for record in (FULL, failed, expired):
+        shown = as_dict(record)
+        assert all(as_dict(record, skip=[name]) == shown for name in shown if not skippable([name]))
+        assert all(as_dict(record, skip=[name]) != shown for name in shown if skippable([name]) and shown[name])
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(600.0, "600s"), (1_209_601.0, "1209601s"), (0.5, "0.5s"), (100.0, "100s"), (0.001, "0.001s")]
+)
+def test_a_ttl_is_a_span_with_all_its_digits(seconds: float, text: str) -> None:
+    assert as_dict(msgspec.structs.replace(QUEUED, ttl_s=seconds))["ttl"] == text
+    assert parse_span(text) == seconds
