@@ -4,7 +4,8 @@
 so on, each at the place of its value. A task gets the plain JSON; the annotations are kept for the official clients
 that read the payload back. Since those throw at an annotation that does not fit, and a run feed with them, whoever may
 trigger a task could end the feeds of others. So every annotation is checked here against the value that it is about,
-and what cannot be checked is dropped: readers get the plain value then. Format: superjson 2.2.
+and what cannot be checked is dropped: readers get the plain value then. Format: superjson 2.2; some of its versions do
+not escape the dots in the name of an annotated value, so its annotation leads nowhere, or to another value.
 """
 
 from __future__ import annotations
@@ -31,13 +32,17 @@ _TYPED_ARRAYS = frozenset(
 _NUMBERS = frozenset({"NaN", "Infinity", "-Infinity", "-0"})
 _ERROR = frozenset({"name", "message"})
 _UNCHECKABLE = frozenset({"regexp"})
+_CONTAINERS = (dict, list)
 _BIG = re.compile(rf"-?[0-9]{{1,{MAX_DIGITS}}}")
 _URL = re.compile(
-    r"(?:https?|wss?|ftp)://(?:[A-Za-z0-9](?:[A-Za-z0-9_-]*[A-Za-z0-9])?\.)*"
+    r"(?:https?|wss?|ftp)://(?:(?!xn--)[A-Za-z0-9](?:[A-Za-z0-9_-]*[A-Za-z0-9])?\.)*"
     r"(?!xn--)[A-Za-z](?:[A-Za-z0-9-]*[A-Za-z0-9])?(?::[0-9]{1,4})?(?:[/?#][\x21-\x7e]*)?",
     re.IGNORECASE,
 )
 """URLs that every reader can parse for sure. Others are dropped: the rules for hosts are long."""
+
+_NOWHERE: Any = object()
+"""What is found where nothing is."""
 
 _Path = tuple[str, ...]
 
@@ -88,6 +93,7 @@ class _Annotations:
         self._value = value
         self._annotated: dict[_Path, int] = {}
         """Each path with an annotation, and how many of those above it in the tree stand on the way to it."""
+        self._unsure = _unsure_places(value)
 
     def checked(self, tree: Any) -> Any:
         """The tree with what is kept of it, or None for nothing."""
@@ -120,7 +126,11 @@ class _Annotations:
         kept: dict[str, Any] = {}
         for key, subtree in tree.items():
             segments = tuple(_segments(key))
-            child = self._tree(subtree, _at(value, segments, path), path + segments, above)
+            _check_allowed(segments)
+            around, found = _at(value, segments)
+            if found is _NOWHERE or (id(around), segments[-1]) in self._unsure:
+                continue
+            child = self._tree(subtree, found, path + segments, above)
             if child is not None:
                 kept[key] = child
         return kept or None
@@ -202,17 +212,43 @@ def _segments(key: str) -> Iterator[str]:
     yield segment
 
 
-def _at(value: Any, segments: _Path, path: _Path) -> Any:
+def _check_allowed(segments: _Path) -> None:
     for segment in segments:
         if segment in _FORBIDDEN:
             raise UsageError(f"superjson annotates {segment!r}, which is not allowed")
-        if isinstance(value, dict) and segment in value:
-            value = value[segment]
+
+
+def _at(value: Any, segments: _Path) -> tuple[Any, Any]:
+    """What holds the value that the segments lead to, and that value."""
+    around = _NOWHERE
+    for segment in segments:
+        around = value
+        if isinstance(value, dict):
+            value = value.get(segment, _NOWHERE)
         elif isinstance(value, list) and _is_index(segment) and int(segment) < len(value):
             value = value[int(segment)]
         else:
-            raise UsageError(f"superjson annotates {_shown(path + segments)}, where there is nothing")
-    return value
+            return _NOWHERE, _NOWHERE
+    return around, value
+
+
+def _unsure_places(value: Any) -> set[tuple[int, str]]:
+    """The places that an annotation may lead to though it is about another value, whose name has dots: each as the
+    identity of what holds it, and the last step."""
+    places: set[tuple[int, str]] = set()
+    waiting = [value]
+    while waiting:
+        found = waiting.pop()
+        if isinstance(found, dict):
+            for name in found:
+                if "." in name:
+                    segments = tuple(_segments(name))
+                    places.add((id(_at(found, segments)[0]), segments[-1]))
+            found = found.values()
+        elif not isinstance(found, list):
+            continue
+        waiting.extend(inner for inner in found if isinstance(inner, _CONTAINERS))
+    return places
 
 
 def _is_index(segment: str) -> bool:
