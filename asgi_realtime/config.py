@@ -104,6 +104,8 @@ class Limits(_Positive):
     """Open subscriptions in this process."""
     subscribers_per_run: int = 10_000
     subscribers_per_token: int = 10_000
+    bodies_per_token: int = 100
+    """Requests with a body (POST, PUT) that one public token may have open at once in this process."""
     token_cache: int = 10_000
     token_life: float = 30 * 24 * 3600.0
     """Seconds that a token may last which is asked for over HTTP."""
@@ -142,6 +144,8 @@ class Timeouts(_Positive):
     gather: float = 0.25
     """How far apart a client's polls are answered while its runs change all the time. The end of the one run that a
     feed is about is told at once."""
+    receive: float = 30.0
+    """Silence of a client while its request's body is on its way."""
     send: float = 30.0
     """One send to a subscriber that does not read; then it is dropped and may resume."""
     append: float = 30.0

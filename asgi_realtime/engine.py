@@ -18,7 +18,14 @@ import anyio
 from asgi_realtime.brokers.base import Broker, ThreadRenewal
 from asgi_realtime.config import Limits, Retention, Timeouts
 from asgi_realtime.core.runs import Finished, RunError, RunRecord, Status
-from asgi_realtime.errors import BrokerUnavailable, InvalidTransition, RunNotFound, ServerShutdown
+from asgi_realtime.errors import (
+    BrokerUnavailable,
+    InvalidTransition,
+    LimitExceeded,
+    RunNotFound,
+    ServerShutdown,
+    UsageError,
+)
 from asgi_realtime.execution import Execution
 from asgi_realtime.housekeeping import Housekeeping
 from asgi_realtime.leases import LeaseThread
@@ -38,8 +45,12 @@ SIGNAL_COUNTS_S = 30.0
 class Subscriber(Protocol):
     """An open subscription, as the ticker and the shutdown see it. Neither call suspends or raises."""
 
-    def tick(self, now: float) -> None:
-        """Look after heartbeat, expiry and stalled sends. `now` is unix seconds of the host's clock."""
+    def tick(self, now: float, steady: float) -> None:
+        """Look after heartbeat, expiry and stalled sends.
+
+        `now` is unix seconds of the host's clock, for what expires; `steady` are seconds of a clock that is never set,
+        for spans.
+        """
 
     def shut_down(self) -> None:
         """End soon and cleanly, so that the client comes back later."""
@@ -83,6 +94,7 @@ class Engine:
         self._changed = Parking()
         self._shut_for_good = False
         self._signals_heard = 0
+        self._executor_away = False
 
     @property
     def supervisor(self) -> Supervisor | None:
@@ -359,6 +371,25 @@ class Engine:
     def takes(self, task_id: str) -> bool:
         """Whether the executor can have runs of this task executed."""
         return self._in_process is None or self._in_process.knows(task_id)
+
+    async def hand_over(self, record: RunRecord) -> bool:
+        """Hand a run that is QUEUED to the executor; return whether that took it.
+
+        If not, the run stays QUEUED and due, and the ticker of any process hands it over later. Raises `UsageError`, but
+        `LimitExceeded`, which passes, if the executor will never take it: it has FAILED then.
+        """
+        try:
+            await self.enqueue(record)
+        except Exception as exc:  # of an executor it may be any
+            if isinstance(exc, UsageError) and not isinstance(exc, LimitExceeded):
+                await self.end_waiting(record.id, RunError("NotQueued", "the executor does not take such a run"))
+                raise
+            if not self._executor_away:
+                logger.warning("the executor does not take runs; it is asked again", exc_info=True)
+            self._executor_away = True
+            return False
+        self._executor_away = False
+        return True
 
     async def enqueue(self, record: RunRecord) -> None:
         """Hand a run that is QUEUED to the executor.

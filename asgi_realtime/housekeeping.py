@@ -6,6 +6,7 @@ What is due is the broker's knowledge, so any process may do it; the compare-and
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
@@ -31,16 +32,15 @@ class Housekeeping:
         self._renewed_at = -math.inf
         self._refused = False
         """The executor refused a run in this pass: others wait for the next."""
-        self._executor_away = False
 
     async def tick_subscribers(self) -> None:
         engine = self._engine
         while True:
             await anyio.sleep(engine.timeouts.tick)
-            now = engine.clock()
+            now, steady = engine.clock(), time.monotonic()
             for subscriber in tuple(engine.subscribers):
                 try:
-                    subscriber.tick(now)
+                    subscriber.tick(now, steady)
                 except Exception:
                     logger.exception("the ticker failed for %r", subscriber)
 
@@ -120,7 +120,7 @@ class Housekeeping:
             return  # a process that has the task does it
         record = await self._change(run_id, Queued())
         if record is not None and record.status is Status.QUEUED and not self._refused:
-            await self._enqueue(record)
+            self._refused = not await engine.hand_over(record)
 
     async def _hand_over(self, run_id: str) -> None:
         """Hand over a run whose process was gone before it did, or whose queue refused it."""
@@ -130,19 +130,7 @@ class Housekeeping:
             return
         if not self._refused:
             await engine.broker.renew([run_id], owner=engine.owner)  # so that others leave it to us, for a lease
-            await self._enqueue(record)
-
-    async def _enqueue(self, record: RunRecord) -> None:
-        """Hand a run over. If the executor refuses it, it stays QUEUED and is handed over later: nobody else would."""
-        try:
-            await self._engine.enqueue(record)
-        except Exception:
-            self._refused = True
-            if not self._executor_away:
-                logger.exception("the executor does not take runs; it is asked again")
-            self._executor_away = True
-        else:
-            self._executor_away = False
+            self._refused = not await engine.hand_over(record)
 
     async def _change(self, run_id: str, change: RunChange) -> RunRecord | None:
         try:

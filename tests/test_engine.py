@@ -32,7 +32,7 @@ class Subscriber:
         self.shut_in: int | None = None
         realtime.subscribers.add(self)
 
-    def tick(self, now: float) -> None:
+    def tick(self, now: float, steady: float) -> None:
         self.ticks.append(now)
         if self.broken:
             raise ValueError("broken")

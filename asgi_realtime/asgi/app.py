@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 
 from starlette.responses import Response
@@ -16,12 +17,13 @@ from asgi_realtime.asgi import api, batching, changing, feeds, minting, streams,
 from asgi_realtime.asgi.answers import error_answer, refusal
 from asgi_realtime.asgi.cors import cors_headers, preflight_headers
 from asgi_realtime.asgi.host import Host, Receive, Scope, Send
+from asgi_realtime.asgi.open_request import until_shutdown
 from asgi_realtime.asgi.paths import API, Endpoint, resolve
-from asgi_realtime.asgi.request import Request
+from asgi_realtime.asgi.request import BODY_METHODS, Request
 from asgi_realtime.asgi.rows import RowCache
 from asgi_realtime.asgi.seats import Seats
 from asgi_realtime.asgi.subscription import Finished, Leaving, Subscription, farewell
-from asgi_realtime.errors import BrokerUnavailable, RealtimeError, ServerShutdown, shown
+from asgi_realtime.errors import BrokerUnavailable, RealtimeError, shown
 
 logger = logging.getLogger("asgi_realtime")
 
@@ -102,7 +104,10 @@ class RealtimeApp:
             return refusal(405, "method_not_allowed", message, {"allow": allowed})
         if route.endpoint is not Endpoint.HEALTH:  # which tells how the start went
             await self._ensure_started()
-        return await endpoint(request, *route.params)
+        if request.method not in BODY_METHODS:
+            return await endpoint(request, *route.params)
+        silence_s = self._host.timeouts.writer if endpoint is writing.write_stream else self._host.timeouts.receive
+        return await until_shutdown(request, partial(endpoint, request, *route.params), silence_s=silence_s)
 
     def _finish(self, answer: Answer, scope: Scope, origin: bytes | None) -> None:
         """What all answers have, errors too."""
@@ -128,7 +133,7 @@ class RealtimeApp:
             return error.answer
         if isinstance(error, BrokerUnavailable) and comes_back:
             return farewell(self._host)
-        if not isinstance(error, RealtimeError) or (error.status >= 500 and not isinstance(error, _EXPECTED)):
+        if not isinstance(error, RealtimeError) or error.status == 500:
             logger.error("a request failed", exc_info=error)
         return error_answer(error, debug=self._host.debug)
 
@@ -150,9 +155,6 @@ class RealtimeApp:
             await send({"type": "lifespan.shutdown.failed", "message": f"{type(exc).__name__}: {exc}"})
             return
         await send({"type": "lifespan.shutdown.complete"})
-
-
-_EXPECTED = (BrokerUnavailable, ServerShutdown)
 
 
 def _comes_back(request: Request) -> bool:

@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import re
 import secrets
 from collections.abc import Sequence
 
 from asgi_realtime.asgi.auth import authorise, run_resources
 from asgi_realtime.asgi.host import Host
-from asgi_realtime.asgi.request import Request
+from asgi_realtime.asgi.request import REQUEST_KEY, Request
 from asgi_realtime.config import MAX_SPAN_S, parse_span
 from asgi_realtime.core.runs import RunRecord
 from asgi_realtime.core.scopes import admits
-from asgi_realtime.errors import InvalidRequest, ScopeDenied
+from asgi_realtime.errors import ScopeDenied
 from asgi_realtime.handles import TOKEN_EXPIRES_IN, run_scopes
 from asgi_realtime.tasks.launch import Once
 from asgi_realtime.tokens import Claims
 
-REQUEST_KEY = b"x-trigger-request-idempotency-key"
-"""The official clients' own name for one call, the same in each of its retries."""
-
 SKEW_S = 60.0
 """How much longer than it is valid a one-time token is remembered: clocks differ."""
-
-_KEY = re.compile(rb"[\x21-\x7e]{1,128}")
 
 
 def require_secret(claims: Claims, what: str) -> None:
@@ -37,7 +31,7 @@ def once(request: Request, claims: Claims, what: str) -> Once | None:
 
     A one-time token is spent by the first request, and what comes without a key is a request of its own.
     """
-    key = _request_key(request)
+    key = request.name(REQUEST_KEY)
     if claims.one_time:
         return Once(spending(claims), f"{what} {key or secrets.token_hex(16)}", _until_expiry(request.host, claims))
     if key is None:
@@ -54,16 +48,6 @@ def spending(claims: Claims) -> str:
 def _until_expiry(host: Host, claims: Claims) -> float:
     now = host.clock()
     return min(claims.expires_at, now + MAX_SPAN_S) - now + SKEW_S
-
-
-def _request_key(request: Request) -> str | None:
-    value = request.header(REQUEST_KEY)
-    if value is None:
-        return None
-    if not _KEY.fullmatch(value):
-        name = REQUEST_KEY.decode()
-        raise InvalidRequest(f"{name} is malformed; allowed are 1 to 128 characters of ASCII that can be seen")
-    return value.decode()
 
 
 def handle_token(host: Host, claims: Claims, scopes: Sequence[str]) -> str:

@@ -117,7 +117,9 @@ class ShapePoll:
         self._interrupt = make_interrupt()
         self._has_gathered = False
         self._parker = make_parker()
-        self._held_until = host.clock() + host.timeouts.poll * random.uniform(1 - HOLD_JITTER, 1 + HOLD_JITTER)
+        self._hold_s = host.timeouts.poll * random.uniform(1 - HOLD_JITTER, 1 + HOLD_JITTER)
+        self._since: float | None = None  # when the ticker saw this first
+        self._is_held_long = False
 
     async def answer(self) -> Response:
         """Raises `ExpiredToken` once the token has expired, `BrokerUnavailable`, `LimitExceeded`."""
@@ -193,12 +195,11 @@ class ShapePoll:
 
     def _verdict(self, cursor: Cursor) -> Response | None:
         """The answer to a poll that there is nothing for, unless it is to be held on."""
-        now = self._host.clock()
         if self._host.closing:
             return leaving_answer()
-        if now >= self._expires_at:
+        if self._host.clock() >= self._expires_at:
             raise ExpiredToken("token has expired")
-        return None if self._asked.live and now < self._held_until else self._answer([], cursor)
+        return None if self._asked.live and not self._is_held_long else self._answer([], cursor)
 
     def _answer(self, found: Sequence[Admitted], cursor: Cursor) -> Response:
         """The runs as rows, as many as go into one answer, and the cursor behind them."""
@@ -231,8 +232,11 @@ class ShapePoll:
 
     # What the host calls
 
-    def tick(self, now: float) -> None:
-        if now >= min(self._held_until, self._expires_at):
+    def tick(self, now: float, steady: float) -> None:
+        if self._since is None:
+            self._since = steady
+        self._is_held_long = steady - self._since >= self._hold_s
+        if self._is_held_long or now >= self._expires_at:
             self._parker.wake()
 
     def shut_down(self) -> None:

@@ -21,15 +21,18 @@ from asgi_realtime.waiting import make_guard, make_parker
 class _Wait:
     """A waiting request, as the ticker and the shutdown see it."""
 
-    __slots__ = ("deadline", "over", "parker")
+    __slots__ = ("_since", "_wait_s", "over", "parker")
 
-    def __init__(self, deadline: float) -> None:
-        self.deadline = deadline
+    def __init__(self, wait_s: float) -> None:
+        self._wait_s = wait_s
+        self._since: float | None = None  # when the ticker saw this first
         self.over = False
         self.parker = make_parker()
 
-    def tick(self, now: float) -> None:
-        if now >= self.deadline:
+    def tick(self, now: float, steady: float) -> None:
+        if self._since is None:
+            self._since = steady
+        elif steady - self._since >= self._wait_s:
             self.shut_down()
 
     def shut_down(self) -> None:
@@ -52,10 +55,15 @@ async def find_run(request: Request, claims: Claims, run_id: str, *, events: boo
     return await runs.get(run_id)
 
 
-async def find_batch(request: Request, claims: Claims, batch_id: str, *, events: bool) -> None:
-    """Return if the batch has a run, or has one soon. Raises `RunNotFound`, `Leaving`."""
+async def find_batch(request: Request, claims: Claims, batch_id: str, *, events: bool) -> bool:
+    """Whether it is known that no more runs come to the batch. One of which nothing is kept but its runs has a run, or
+    has one soon. Raises `RunNotFound`, `Leaving`."""
+    closed = await request.host.tasks.batches.closed(batch_id)
+    if closed is not None:
+        return closed
     if not await _appeared(request, claims, batch_topic(batch_id), events=events):
         raise RunNotFound(f"no batch {shown(batch_id)}: it never was, or it is past its retention")
+    return False
 
 
 async def _appeared(request: Request, claims: Claims, topic: str, *, events: bool) -> bool:
@@ -65,7 +73,7 @@ async def _appeared(request: Request, claims: Claims, topic: str, *, events: boo
     be wrong.
     """
     host, token_id = request.host, "" if claims.secret else claims.token_id
-    wait = _Wait(host.clock() + host.timeouts.find)
+    wait = _Wait(host.timeouts.find)
     request.seats.take("", token_id)
     host.subscribers.add(wait)
     try:

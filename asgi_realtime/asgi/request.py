@@ -5,12 +5,13 @@ It is gone once the answer is decided: an open stream keeps none of it.
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 from urllib.parse import parse_qsl
 
 from asgi_realtime.asgi.auth import bearer, redact_query
 from asgi_realtime.asgi.host import Host, Receive, Scope
-from asgi_realtime.errors import InvalidToken, LimitExceeded, RequestCutOff
+from asgi_realtime.errors import InvalidRequest, InvalidToken, LimitExceeded, RequestCutOff, shown
 from asgi_realtime.tokens import Claims
 
 if TYPE_CHECKING:
@@ -18,6 +19,11 @@ if TYPE_CHECKING:
     from asgi_realtime.asgi.seats import Seats
 
 EVENT_STREAM = "text/event-stream"
+BODY_METHODS = frozenset({"POST", "PUT"})
+REQUEST_KEY = b"x-trigger-request-idempotency-key"
+"""The official clients' own name for one call, the same in each of its retries."""
+
+_NAME = re.compile(rb"[\x21-\x7e]{1,128}")
 
 
 class Request:
@@ -33,6 +39,7 @@ class Request:
         self._query_token = redact_query(scope)
         self._query: bytes = scope.get("query_string", b"")
         self._parameters: dict[str, str] | None = None
+        self._seat = ""
 
     def header(self, name: bytes) -> bytes | None:
         """The first value of a header, by its name in small letters."""
@@ -50,13 +57,24 @@ class Request:
         return self._parameters.get(name)
 
     def authenticate(self) -> Claims:
-        """Raises `InvalidToken`, also if there is no credential at all."""
+        """Raises `InvalidToken`, also if there is no credential at all; for a request with a body also `LimitExceeded`,
+        if the token has too many of those open."""
         credential = bearer(self.header(b"authorization"))
         if credential or self.method != "GET":
-            return self.host.tokens.authenticate(credential)
+            claims = self.host.tokens.authenticate(credential)
+            if self.method in BODY_METHODS and not claims.secret:
+                self.seats.take_body(claims.token_id)
+                self._seat = claims.token_id
+            return claims
         if self.host.tokens.is_secret(self._query_token):
             raise InvalidToken("the secret key must not stand in a URL; send it as `Authorization: Bearer …`")
         return self.host.tokens.authenticate(self._query_token)
+
+    def leave_seat(self) -> None:
+        """The request is answered."""
+        if self._seat:
+            self.seats.leave_body(self._seat)
+            self._seat = ""
 
     @property
     def last_event_id(self) -> str | None:
@@ -78,23 +96,30 @@ class Request:
         """The columns of a run that are to be left out: what the token says, else the query."""
         return claims.skip_columns or tuple(filter(None, (self.query("skipColumns") or "").split(",")))
 
+    def name(self, header: bytes) -> str | None:
+        """The value of a header that names something, if it is there. Raises `InvalidRequest`."""
+        value = self.header(header)
+        if value is None:
+            return None
+        if not _NAME.fullmatch(value):
+            name, text = header.decode().title(), shown(value.decode("latin-1"))
+            raise InvalidRequest(f"{name} is {text}; allowed are 1 to 128 characters of ASCII that can be seen")
+        return value.decode()
+
     async def body(self, max_bytes: int) -> bytes:
         """The body. Raises `LimitExceeded` (413) as soon as it is too long, `RequestCutOff`."""
         length = self.header(b"content-length") or b""
         if length.isdigit() and len(length) < 19:
             _check_length(int(length), max_bytes)
-        parts: list[bytes] = []
-        size = 0
+        body = bytearray()
         while True:
             message = await self.receive()
             if message["type"] == "http.disconnect":
                 raise RequestCutOff("the request's body was cut off; send it again")
-            part: bytes = message.get("body", b"")
-            size += len(part)
-            _check_length(size, max_bytes)
-            parts.append(part)
+            body += message.get("body", b"")
+            _check_length(len(body), max_bytes)
             if not message.get("more_body", False):
-                return b"".join(parts)
+                return bytes(body)
 
 
 def _check_length(size: int, max_bytes: int) -> None:

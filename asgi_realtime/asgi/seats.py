@@ -1,4 +1,4 @@
-"""How many subscriptions are open: in this process, for each run and for each token."""
+"""How many subscriptions are open, in this process, for each run and for each token; and bodies of each token."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ class Seats:
         self._limits = limits
         self._by_run: Counter[str] = Counter()
         self._by_token: Counter[str] = Counter()
+        self._bodies: Counter[str] = Counter()
         self.taken = 0
 
     def take(self, run_id: str, token_id: str) -> None:
@@ -34,9 +35,23 @@ class Seats:
         self.taken -= 1
         for counter, name in ((self._by_run, run_id), (self._by_token, token_id)):
             if name:
-                counter[name] -= 1
-                if not counter[name]:
-                    del counter[name]
+                _uncount(counter, name)
+
+    def take_body(self, token_id: str) -> None:
+        """Count one open request with a body. Raises `LimitExceeded` (429) and then counts nothing."""
+        limit = self._limits.bodies_per_token
+        if self._bodies[token_id] >= limit:
+            raise LimitExceeded(f"this token has {limit} requests open that send a body, the limit", status=429)
+        self._bodies[token_id] += 1
+
+    def leave_body(self, token_id: str) -> None:
+        _uncount(self._bodies, token_id)
+
+
+def _uncount(counter: Counter[str], name: str) -> None:
+    counter[name] -= 1
+    if not counter[name]:
+        del counter[name]
 
 
 def _check(what: str, taken: int, limit: int) -> None:

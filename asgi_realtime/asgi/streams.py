@@ -100,8 +100,8 @@ class StreamSubscription(Subscription[LiveLog]):
         self._latest = asked.latest
         self._silence_s = asked.silence_s
         self._quiet = False  # for so long
-        self._seen = asked.after  # where the ticker saw the cursor
-        self._seen_at = request.host.clock()
+        self._seen = -2  # where the ticker saw the cursor, and when
+        self._seen_at = 0.0
         written = name in record.streams or name.startswith("$")
         self._comment = "connected" if written else _unwritten(name, record.streams)
 
@@ -143,9 +143,8 @@ class StreamSubscription(Subscription[LiveLog]):
                     last = self._last_words()
                     if last is not None:
                         return last if log.end is None or log.next > cursor + 1 else self._end(source)
-                    if self._quiet and log.next <= cursor + 1:
+                    if self._quiet and await self._is_silent(source, cursor):
                         return b""
-                    self._quiet = False
                     await self._write(framing.heartbeat)
                     continue  # while that was sent there may have been another alert
                 if cursor + 1 < log.first:
@@ -166,6 +165,14 @@ class StreamSubscription(Subscription[LiveLog]):
                     await parker.arm()
         finally:
             source.waiting.discard(parker)
+
+    async def _is_silent(self, source: LiveLog, cursor: int) -> bool:
+        """Whether there is nothing more. The broker is asked: if it is away, or messages of it are late, nothing is
+        heard here, and that is not the end. Raises `BrokerUnavailable`."""
+        self._quiet = False
+        if source.log.next > cursor + 1:
+            return False
+        return not (await self._host.broker.read(self._key, after=cursor, limit=1)).entries
 
     async def _catch_up(self, cursor: int) -> int:
         """Send a page of what this process does not hold, or tell that it is gone. Returns the cursor behind it."""
@@ -190,13 +197,13 @@ class StreamSubscription(Subscription[LiveLog]):
         assert source.end is not None
         return self._framing.end(source.end, str(source.log.next))
 
-    def tick(self, now: float) -> None:
-        super().tick(now)
+    def tick(self, now: float, steady: float) -> None:
+        super().tick(now, steady)
         if self._silence_s == math.inf:
             return
         if self._after != self._seen or self._phase not in (WAITING, STILL_WAITING):
-            self._seen, self._seen_at = self._after, now
-        elif now - self._seen_at >= self._silence_s:
+            self._seen, self._seen_at = self._after, steady
+        elif steady - self._seen_at >= self._silence_s:
             self._quiet = True
             self._rouse()
 

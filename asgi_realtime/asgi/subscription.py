@@ -225,14 +225,14 @@ class Subscription(ABC, Generic[S]):
 
     # What others call
 
-    def tick(self, now: float) -> None:
+    def tick(self, now: float, steady: float) -> None:
         phase = self._phase
         if phase is SENDING or phase is WAITING:
             self._phase = STILL_SENDING if phase is SENDING else STILL_WAITING
-            self._since = now
+            self._since = steady
         elif phase is STILL_SENDING:
-            self._check_send(now)
-        elif now - self._since >= self._host.timeouts.heartbeat:
+            self._check_send(steady)
+        elif steady - self._since >= self._host.timeouts.heartbeat:
             self._rouse()
         if now >= self._expires_at and not self._expired:
             self._expired = True
@@ -245,9 +245,9 @@ class Subscription(ABC, Generic[S]):
         self._alert = True
         self._parker.wake()
 
-    def _check_send(self, now: float) -> None:
+    def _check_send(self, steady: float) -> None:
         allowed_s = CLOSING_SEND_S if self._host.closing else self._host.timeouts.send
-        if now - self._since >= allowed_s and self._guard is not None:
+        if steady - self._since >= allowed_s and self._guard is not None:
             self._guard.cancel()
             self._leave_seat()  # not left to the loop: there are servers whose send() cannot be cancelled
 

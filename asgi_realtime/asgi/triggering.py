@@ -16,7 +16,6 @@ from starlette.responses import Response
 from asgi_realtime.asgi.answers import json_answer
 from asgi_realtime.asgi.auth import authorise
 from asgi_realtime.asgi.credentials import find_parent, granted, handle_token, once
-from asgi_realtime.asgi.open_request import OpenRequest, until_shutdown
 from asgi_realtime.asgi.request import Request
 from asgi_realtime.asgi.run_options import NO_STORE, Body, read_json, read_options, read_payload
 from asgi_realtime.config import Limits
@@ -43,19 +42,16 @@ async def trigger(request: Request, task_id: str) -> Response:
     check_task(request, claims, task_id)
     request_is = once(request, claims, f"trigger {task_id}")
 
-    async def launch(opened: OpenRequest) -> Response:
-        tasks = request.host.tasks
-        body = read_json(await request.body(max_body_bytes(request.host.limits)), Body)
-        payload, options = read_payload(body), read_options(body.options)
-        parent = await find_parent(request, claims, parent_id(body.options))
-        token_id = None if claims.secret else claims.token_id
-        prepared = tasks.prepare_json(task_id, payload, options, parent=parent, token_id=token_id)
-        with executor_errors():
-            record, is_cached = await tasks.launcher.launch(prepared, once=request_is)
-        token = handle_token(request.host, claims, granted(claims, record))
-        return json_answer({"id": record.id, "isCached": is_cached}, headers={"x-trigger-jwt": token})
-
-    return await until_shutdown(request, launch)
+    tasks = request.host.tasks
+    body = read_json(await request.body(max_body_bytes(request.host.limits)), Body)
+    payload, options = read_payload(body), read_options(body.options)
+    parent = await find_parent(request, claims, parent_id(body.options))
+    token_id = None if claims.secret else claims.token_id
+    prepared = tasks.prepare_json(task_id, payload, options, parent=parent, token_id=token_id)
+    with executor_errors():
+        record, is_cached = await tasks.launcher.launch(prepared, once=request_is)
+    token = handle_token(request.host, claims, granted(claims, record))
+    return json_answer({"id": record.id, "isCached": is_cached}, headers={"x-trigger-jwt": token})
 
 
 async def packets(request: Request) -> Response:

@@ -7,7 +7,6 @@ stored as it comes.
 
 from __future__ import annotations
 
-import re
 import secrets
 from collections.abc import Iterator, Sequence
 
@@ -17,9 +16,9 @@ from starlette.responses import Response
 
 from asgi_realtime.asgi.answers import json_answer, refusal
 from asgi_realtime.asgi.auth import authorise
-from asgi_realtime.asgi.host import Host, Receive
-from asgi_realtime.asgi.open_request import OpenRequest, until_shutdown
-from asgi_realtime.asgi.request import Request
+from asgi_realtime.asgi.credentials import require_secret
+from asgi_realtime.asgi.host import Host
+from asgi_realtime.asgi.request import REQUEST_KEY, Request
 from asgi_realtime.brokers.base import Producer, StreamKey
 from asgi_realtime.core.chunks import json_line
 from asgi_realtime.core.lines import LineSplitter
@@ -28,7 +27,6 @@ from asgi_realtime.errors import (
     InvalidRequest,
     ProducerGap,
     RequestCutOff,
-    ScopeDenied,
     StreamClosed,
     UsageError,
     shown,
@@ -42,10 +40,6 @@ TARGETS = ("self", "parent", "root")
 _CLIENT_ID = b"x-client-id"
 _RESUME_FROM = b"x-resume-from-chunk"
 _PART_ID = b"x-part-id"
-_REQUEST_KEY = b"x-trigger-request-idempotency-key"
-"""The official client's own name for one call, the same in each of its retries."""
-
-_NAME = re.compile(rb"[\x21-\x7e]{1,128}")
 _MAX_DIGITS = 15  # more than any stream has, and exact in every language
 
 _UNDEFINED = b"undefined"
@@ -61,11 +55,8 @@ async def create_stream(request: Request, run_id: str, target: str, key: str) ->
     if record.is_completed:
         raise _over(record)
 
-    async def create(opened: OpenRequest) -> Response:
-        await request.host.runs.add_stream(stream)
-        return json_answer({"version": "v1"}, 202)  # "v1" tells the client to write here and not to an S2 store
-
-    return await until_shutdown(request, create)
+    await request.host.runs.add_stream(stream)
+    return json_answer({"version": "v1"}, 202)  # "v1" tells the client to write here and not to an S2 store
 
 
 async def write_stream(request: Request, run_id: str, target: str, key: str) -> Response:
@@ -76,29 +67,25 @@ async def write_stream(request: Request, run_id: str, target: str, key: str) -> 
     if record.is_completed and not await host.broker.produced(stream, producer):
         raise _over(record)  # at once; one that is done may hear that everything is stored
 
-    async def write(opened: OpenRequest) -> Response:
-        await host.runs.add_stream(stream)
-        body = _Body(host, record, stream, producer, start)
-        try:
-            await body.read(request.receive, opened)
-        except ProducerGap as gap:
-            # Of a failure that it does not take for final the client asks by HEAD where to go on. 503 is such a one,
-            # and so it sends again what it has and the broker has not, as after a failover. 409 would end the writer.
-            told = f"chunk {body.index} cannot follow: of this writer {gap.expected} are stored; go on from there"
-            return refusal(503, gap.code, told)
-        return json_answer({"ok": True})
-
+    body = _Body(host, record, stream, producer, start)
     request.seats.take(record.id, "")
     try:
-        return await until_shutdown(request, write)
+        await host.runs.add_stream(stream)
+        await body.read(request)
+    except ProducerGap as gap:
+        # Of a failure that it does not take for final the client asks by HEAD where to go on. 503 is such a one, and so
+        # it sends again what it has and the broker has not, as after a failover. 409 would end the writer.
+        told = f"chunk {body.index} cannot follow: of this writer {gap.expected} are stored; go on from there"
+        return refusal(503, gap.code, told)
     finally:
         request.seats.leave(record.id, "")
+    return json_answer({"ok": True})
 
 
 async def last_index(request: Request, run_id: str, target: str, key: str) -> Response:
     """Tell a writer, in a header, the index of its last chunk that is stored; -1 if there is none."""
     _, stream = await _find_stream(request, run_id, target, key)
-    client_id = _name(request, _CLIENT_ID)
+    client_id = request.name(_CLIENT_ID)
     if client_id is None:
         raise InvalidRequest("X-Client-Id is missing; it says which of the stream's writers asks")
     counted = await request.host.broker.produced(stream, f"client:{client_id}")
@@ -109,21 +96,17 @@ async def append(request: Request, run_id: str, target: str, key: str) -> Respon
     """Append the body, which is text, as one chunk: a JSON string."""
     record, stream = await _find_stream(request, run_id, target, key)
     limits = request.host.limits
-
-    async def store(opened: OpenRequest) -> Response:
-        body = await request.body(limits.append_bytes)
-        try:
-            text = body.decode()
-        except UnicodeDecodeError as exc:
-            raise InvalidRequest(f"the body is no UTF-8 text: {exc}") from exc
-        return await _append_once(request, record, stream, encode_within(text, limits.chunk_bytes))
-
-    return await until_shutdown(request, store)
+    body = await request.body(limits.append_bytes)
+    try:
+        text = body.decode()
+    except UnicodeDecodeError as exc:
+        raise InvalidRequest(f"the body is no UTF-8 text: {exc}") from exc
+    return await _append_once(request, record, stream, encode_within(text, limits.chunk_bytes))
 
 
 def _writer(request: Request) -> tuple[str, int]:
     """The producer that a writer is, and the place of its first line."""
-    client_id = _name(request, _CLIENT_ID)
+    client_id = request.name(_CLIENT_ID)
     text = (request.header(_RESUME_FROM) or b"0").decode("latin-1")
     if not (text.isascii() and text.isdigit() and len(text) <= _MAX_DIGITS):
         raise InvalidRequest(f"X-Resume-From-Chunk is {shown(text)}; it must be an integer from 0")
@@ -145,7 +128,7 @@ class _Body:
         self._key = key
         self._producer = producer
 
-    async def read(self, receive: Receive, opened: OpenRequest) -> None:
+    async def read(self, request: Request) -> None:
         """Return once everything is stored. What is refused leaves stored what came before it, and of a body that is
         cut off the last line is dropped, of which nobody knows whether it is whole.
 
@@ -154,8 +137,7 @@ class _Body:
         lines = LineSplitter(self._host.limits.chunk_bytes)
         more = True
         while more:
-            message = await receive()
-            opened.heard()
+            message = await request.receive()
             if message["type"] == "http.disconnect":
                 raise RequestCutOff("the request's body was cut off; send again what is not confirmed")
             await self._store(lines.feed(message.get("body", b"")))
@@ -213,11 +195,8 @@ async def send_input(request: Request, run_id: str, input_id: str) -> Response:
     authorise(claims, "write", [("inputStreams", run_id)])
     stream = StreamKey(record.id, input_stream(input_id, request.host.limits))
 
-    async def store(opened: OpenRequest) -> Response:
-        data = _input_data(await request.body(request.host.limits.input_bytes))
-        return await _append_once(request, record, stream, data)
-
-    return await until_shutdown(request, store)
+    data = _input_data(await request.body(request.host.limits.input_bytes))
+    return await _append_once(request, record, stream, data)
 
 
 def _input_data(body: bytes) -> bytes:
@@ -244,8 +223,7 @@ async def _find_stream(request: Request, run_id: str, target: str, key: str) -> 
 
     Raises `InvalidToken`, `ScopeDenied`, `UsageError`, `InvalidRequest`, `RunNotFound`.
     """
-    if not request.authenticate().secret:
-        raise ScopeDenied("a stream is written with the secret key; no scope of a public access token admits that")
+    require_secret(request.authenticate(), "writing a stream")
     name = stream_name(key, request.host.limits)
     if target not in TARGETS:
         raise InvalidRequest(f"the target is {shown(target)}; allowed are {', '.join(TARGETS)}")
@@ -257,17 +235,6 @@ async def _find_stream(request: Request, run_id: str, target: str, key: str) -> 
     if wanted != record.id:
         record = await runs.get(wanted)
     return record, StreamKey(record.id, name)
-
-
-def _name(request: Request, header: bytes) -> str | None:
-    """The value of a header that names something, if it is there."""
-    value = request.header(header)
-    if value is None:
-        return None
-    if not _NAME.fullmatch(value):
-        name, text = header.decode().title(), shown(value.decode("latin-1"))
-        raise InvalidRequest(f"{name} is {text}; allowed are 1 to 128 characters of ASCII that can be seen")
-    return value.decode()
 
 
 def _nobody() -> str:
@@ -282,8 +249,8 @@ def _over(record: RunRecord) -> InvalidRequest:
 async def _append_once(request: Request, record: RunRecord, key: StreamKey, item: bytes) -> Response:
     """Append one item, unless an earlier try of the same request has."""
     producer = _nobody()
-    for header, kind in ((_PART_ID, "part"), (_REQUEST_KEY, "request")):
-        name = _name(request, header)
+    for header, kind in ((_PART_ID, "part"), (REQUEST_KEY, "request")):
+        name = request.name(header)
         if name is not None:
             producer = f"{kind}:{name}"
             break

@@ -185,7 +185,7 @@ class StandIn:
         """Let time pass, and the ticker see it."""
         self.now += seconds
         for subscriber in tuple(self.subscribers):
-            subscriber.tick(self.now)
+            subscriber.tick(self.now, self.now)
 
     async def one_subscriber(self) -> Subscriber:
         while not self.subscribers:

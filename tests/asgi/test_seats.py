@@ -30,3 +30,16 @@ def test_what_is_left_is_forgotten() -> None:
         seats.leave("run_1", str(number))
     assert seats.taken == 0
     assert not seats._by_run and not seats._by_token
+
+
+def test_bodies_are_counted_by_token() -> None:
+    seats = Seats(Limits(bodies_per_token=2))
+    seats.take_body("a")
+    seats.take_body("a")
+    seats.take_body("b")
+    with pytest.raises(LimitExceeded, match="this token has 2 requests open") as refused:
+        seats.take_body("a")
+    assert refused.value.status == 429
+    seats.leave_body("a")
+    seats.take_body("a")
+    assert seats.taken == 0

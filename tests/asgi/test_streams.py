@@ -426,6 +426,7 @@ async def test_a_run_that_never_comes_is_404_after_a_while(host: StandIn) -> Non
         async def wait() -> None:
             await host.one_subscriber()
             await anyio.wait_all_tasks_blocked()
+            host.tick(0)
             host.tick(4.9)
             await anyio.wait_all_tasks_blocked()
             assert host.subscribers

@@ -1,0 +1,138 @@
+"""Requests whose body is on its way: ended by the shutdown and by silence, and counted by token; on every route."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import anyio
+import pytest
+
+from asgi_realtime import Limits, Realtime, Timeouts
+from asgi_realtime.testing import driver
+from tests.asgi.standin import StandIn
+from tests.inprocess import SECRET, make_realtime
+
+pytestmark = pytest.mark.anyio
+
+
+class Sender:
+    """A client that sends what it is told to, and hears the answer."""
+
+    def __init__(self, app: Any, method: str, path: str, token: str) -> None:
+        self._app = app
+        self._scope = driver.make_scope(method, path, headers={"authorization": f"Bearer {token}"})
+        self._send, self._receive = anyio.create_memory_object_stream[driver.Message](10)
+        self._messages: list[driver.Message] = []
+        self.answered = anyio.Event()
+
+    async def send(self, body: bytes, *, more: bool = True) -> None:
+        await self._send.send({"type": "http.request", "body": body, "more_body": more})
+
+    async def run(self) -> None:
+        async def take(message: driver.Message) -> None:
+            self._messages.append(message)
+
+        with self._send, self._receive:
+            await self._app(self._scope, self._receive.receive, take)
+        self.answered.set()
+
+    @property
+    def status(self) -> int:
+        return int(self._messages[0]["status"])
+
+    @property
+    def code(self) -> str:
+        return str(json.loads(self._messages[1]["body"])["code"])
+
+
+BODIES = [
+    ("POST", "/v1/streams/{run}/self/default"),
+    ("POST", "/v1/streams/{run}/self/default/append"),
+    ("POST", "/v1/streams/{run}/input/approval"),
+    ("POST", "/api/v1/tasks/task/trigger"),
+    ("POST", "/api/v3/batches"),
+    ("PUT", "/api/v1/runs/{run}/metadata"),
+    ("POST", "/api/v1/runs/{run}/tags"),
+    ("POST", "/api/v1/auth/public-tokens"),
+]
+
+
+@asynccontextmanager
+async def serving(**settings: Any) -> AsyncIterator[tuple[Realtime, str]]:
+    realtime = make_realtime(**settings)
+
+    @realtime.task("task")
+    async def task(payload: Any) -> None: ...
+
+    async with realtime, realtime.open_run("r") as run:
+        yield realtime, run.id
+
+
+@pytest.mark.parametrize(("method", "path"), BODIES)
+async def test_the_shutdown_ends_a_request_whose_body_is_on_its_way(method: str, path: str) -> None:
+    async with serving() as (realtime, run_id):
+        sender = Sender(realtime, method, path.format(run=run_id), SECRET)
+        with anyio.fail_after(5):
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(sender.run)
+                await sender.send(b'"par')
+                await anyio.wait_all_tasks_blocked()
+                assert not sender.answered.is_set()
+                realtime.begin_shutdown()
+        assert (sender.status, sender.code) == (503, "server_shutdown")
+        assert not realtime.subscribers
+
+
+@pytest.mark.parametrize(("method", "path"), BODIES)
+async def test_a_client_that_sends_nothing_is_not_waited_for(method: str, path: str) -> None:
+    timeouts = Timeouts(tick=0.01, drain=0.02, receive=0.02, writer=0.02)
+    async with serving(timeouts=timeouts) as (realtime, run_id):
+        sender = Sender(realtime, method, path.format(run=run_id), SECRET)
+        with anyio.fail_after(5):
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(sender.run)
+                await sender.send(b'"par')
+        assert (sender.status, sender.code) == (408, "silent")
+
+
+async def test_only_silence_of_the_client_counts(host: StandIn) -> None:
+    await host.create()
+    token = host.token("write:inputStreams:run_1")
+    sender = Sender(host, "POST", "/v1/streams/run_1/input/approval", token)
+    with anyio.fail_after(5):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(sender.run)
+            for part in (b'{"da', b'ta"', b": 1"):
+                await anyio.wait_all_tasks_blocked()
+                host.tick(0)
+                host.tick(29)
+                await sender.send(part)
+            await anyio.wait_all_tasks_blocked()
+            await sender.send(b"}", more=False)
+    assert sender.status == 200
+
+
+async def test_a_public_token_may_have_so_many_open_and_leaves_its_places(host: StandIn) -> None:
+    host = StandIn(limits=Limits(bodies_per_token=2))
+    await host.create()
+    token = host.token("write:inputStreams:run_1")
+    senders = [Sender(host, "POST", "/v1/streams/run_1/input/approval", token) for _ in range(3)]
+    with anyio.fail_after(5):
+        async with anyio.create_task_group() as tasks:
+            for sender in senders:
+                tasks.start_soon(sender.run)
+                await anyio.wait_all_tasks_blocked()
+            assert senders[2].status == 429
+            for sender in senders[:2]:
+                await sender.send(b'{"data": 1}', more=False)
+    assert [sender.status for sender in senders] == [200, 200, 429]
+    again = Sender(host, "POST", "/v1/streams/run_1/input/approval", token)
+    with anyio.fail_after(5):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(again.run)
+            await again.send(b'{"data": 1}', more=False)
+    assert again.status == 200
+    assert not host.app._seats._bodies
