@@ -48,7 +48,7 @@ class FeedSubscription(Subscription[LiveTopic]):
             # Before the changes are asked for, so that what ends the feed here is among them.
             await self._look(await self._changes(source, None))
         first = self._first = await self._changes(source, self._cursor)
-        if not first.snapshot and not first.items and self._feed.end is not None:
+        if self._cursor is not None and not first.items and self._feed.end is not None:
             raise Finished(self._framing)
         return "connected"
 
@@ -75,7 +75,9 @@ class FeedSubscription(Subscription[LiveTopic]):
                         continue
                     cursor = changes.cursor
                     if self._feed.end is not None:
-                        return self._framing.end(self._feed.end, str(cursor))
+                        hidden = "error" in self._skip
+                        end = self._feed.end.without_error() if hidden else self._feed.end
+                        return self._framing.end(end, str(cursor))
                     if await self._is_gone():
                         return b""  # without an `end`, which nobody knows: the client comes back and hears of it
                 except BrokerUnavailable:

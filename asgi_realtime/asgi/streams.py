@@ -91,7 +91,7 @@ def parse_position(last_event_id: str | None) -> int:
 class StreamSubscription(Subscription[LiveLog]):
     """Sends a stream's chunks after a position."""
 
-    __slots__ = ("_after", "_comment", "_key", "_latest", "_quiet", "_seen", "_seen_at", "_silence_s")
+    __slots__ = ("_after", "_comment", "_hides_error", "_key", "_latest", "_quiet", "_seen", "_seen_at", "_silence_s")
 
     def __init__(self, request: Request, claims: Claims, record: RunRecord, name: str, asked: AskedStream) -> None:
         super().__init__(request.host, request.seats, claims, run_id=record.id, framing=asked.framing)
@@ -102,8 +102,9 @@ class StreamSubscription(Subscription[LiveLog]):
         self._quiet = False  # for so long
         self._seen = -2  # where the ticker saw the cursor, and when
         self._seen_at = 0.0
-        written = name in record.streams or name.startswith("$")
-        self._comment = "connected" if written else _unwritten(name, record.streams)
+        self._hides_error = "error" in claims.skip_columns
+        told = name in record.streams or name.startswith("$") or "realtimeStreams" in claims.skip_columns
+        self._comment = "connected" if told else _unwritten(name, record.streams)
 
     def _open(self) -> AbstractAsyncContextManager[LiveLog]:
         return self._host.broker.live(self._key)
@@ -195,7 +196,8 @@ class StreamSubscription(Subscription[LiveLog]):
 
     def _end(self, source: LiveLog) -> bytes:
         assert source.end is not None
-        return self._framing.end(source.end, str(source.log.next))
+        end = source.end.without_error() if self._hides_error else source.end
+        return self._framing.end(end, str(source.log.next))
 
     def tick(self, now: float, steady: float) -> None:
         super().tick(now, steady)

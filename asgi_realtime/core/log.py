@@ -50,6 +50,10 @@ class End:
     reason: str
     error: str | None = None
 
+    def without_error(self) -> End:
+        """For those who may not see it."""
+        return End(self.reason)
+
 
 class Position(NamedTuple):
     """Where the items of an append stand: the seq of the last one (-1 in an empty log), and what comes next."""

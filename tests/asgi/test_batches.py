@@ -14,7 +14,7 @@ from asgi_realtime.asgi.framing import BATCHES
 from asgi_realtime.brokers.base import StreamKey
 from asgi_realtime.config import Limits, Retention
 from asgi_realtime.core.chunks import encode_value
-from asgi_realtime.core.log import End, Entry, Log
+from asgi_realtime.core.log import End, Entry, Log, Page
 from asgi_realtime.core.runs import Status
 from asgi_realtime.errors import BrokerUnavailable
 from asgi_realtime.livelog import LiveLog
@@ -313,6 +313,46 @@ async def test_the_body_ends_after_as_much_silence_as_was_asked_for(host: StandI
         host.tick(2)
         assert await response.read_all_events() == []
         assert response.ended
+
+
+@pytest.mark.parametrize("broker_has", ["more", "no answer", "nothing"])
+async def test_silence_is_no_end_if_the_broker_has_more_or_does_not_answer(host: StandIn, broker_has: str) -> None:
+    await host.create()
+    await host.append("x")
+    async with reading(host, timeout_seconds="20") as response:
+        await response.read_events()
+        await anyio.wait_all_tasks_blocked()
+
+        async def read(key: StreamKey, *, after: int = -1, limit: int = 500) -> Page:
+            if broker_has == "no answer":
+                raise BrokerUnavailable("away")
+            entries = [Entry(1, b'"late"', 0)] if broker_has == "more" else []
+            return Page(entries, 0, 1 + len(entries), None)
+
+        host.broker.read = read  # type: ignore[method-assign]
+        host.tick(0)
+        host.tick(10)
+        host.tick(10)
+        if broker_has == "more":
+            assert await response.chunk() == b": heartbeat\n\n"
+            await host.append("late")
+            assert chunks(await response.read_events()) == ["late"]
+        else:
+            kinds = [event.event for event in await response.read_all_events()]
+            assert kinds == ([] if broker_has == "nothing" else ["error"])
+            assert response.ended
+
+
+async def test_setting_the_clock_ends_no_stream(host: StandIn) -> None:
+    await host.create()
+    async with reading(host, timeout_seconds="20") as response:
+        await response.chunk()
+        await anyio.wait_all_tasks_blocked()
+        for steady in (0.0, 0.5, 1.0):
+            for subscriber in tuple(host.subscribers):
+                subscriber.tick(host.now + 100 * steady, steady)
+        await anyio.wait_all_tasks_blocked()
+        assert not response.ended
 
 
 async def test_a_reader_ahead_of_the_stream_hears_only_silence(host: StandIn) -> None:

@@ -229,6 +229,15 @@ async def test_columns_may_be_left_out_on_request(host: StandIn) -> None:
     assert "payload" not in json.loads(run.data)
 
 
+async def test_an_error_that_is_left_out_is_not_told_by_the_end_either(host: StandIn) -> None:
+    await host.create()
+    await host.finish(status=Status.FAILED, error="the secret reason")
+    headers = {"accept": "text/event-stream", "authorization": f"Bearer {host.token(skip_columns=['error'])}"}
+    async with driver.stream(host, "GET", RUN, headers=headers) as response:
+        body = await response.read()
+    assert b"secret" not in body and b'data: {"reason":"failed"}' in body
+
+
 async def test_a_row_is_encoded_once_for_all(host: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
     encoded: list[str] = []
 

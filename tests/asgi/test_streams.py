@@ -816,3 +816,14 @@ async def test_the_library_s_own_streams_are_not_read_by_name(host: StandIn) -> 
     response = await driver.request(host, "GET", "/v1/streams/run_1/$trigger.input:x", headers=host.headers())
     assert response.status == 422
     assert "begins with $" in json.loads(response.body)["error"]
+
+
+async def test_what_a_token_hides_of_a_run_its_streams_do_not_tell(host: StandIn) -> None:
+    await host.create()
+    await host.append("x", key="internal")
+    token = host.token("read:runs", skip_columns=["error", "realtimeStreams"])
+    headers = {"authorization": f"Bearer {token}"}
+    async with driver.stream(host, "GET", PATH, headers=headers) as response:
+        assert b"internal" not in await response.chunk()
+        await host.finish(status=Status.FAILED, error="the secret reason")
+        assert b'data: {"reason":"failed"}' in await response.read()
