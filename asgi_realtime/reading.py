@@ -229,26 +229,46 @@ class TopicFollower(BatchIterator[RunRecord]):
 
 
 class BatchFollower(TopicFollower):
-    """The runs of a batch, until each that is there is over. Raises `RunNotFound` if none is there at the begin."""
+    """The runs of a batch, until all are over. `closed` tells whether no more come, or None if only the runs are known.
+
+    Raises `RunNotFound` if nothing is there at the begin.
+    """
 
     def __init__(
-        self, broker: Broker, runs: RunStore, batch_id: str, *, limit: int, begin: Callable[[], Awaitable[None]]
+        self,
+        broker: Broker,
+        runs: RunStore,
+        batch_id: str,
+        *,
+        closed: Callable[[], Awaitable[bool | None]],
+        limit: int,
+        begin: Callable[[], Awaitable[None]],
     ) -> None:
         super().__init__(broker, runs, batch_topic(batch_id), limit=limit, first=limit, begin=begin)
         self._batch_id = batch_id
-        self._open: set[str] | None = None
+        self._closed = closed
+        self._complete: bool | None = None
+        self._open: set[str] = set()
 
     async def _take(self, changes: Changes) -> None:
+        if self._complete is None:
+            closed = await self._closed()
+            if closed is None and not changes.items:
+                raise RunNotFound(f"no batch {self._batch_id!r}: it never was, or it is past its retention")
+            self._complete = closed is not False  # of which nothing is kept was triggered whole
         await super()._take(changes)
-        known = {change.run_id for change in changes.items} | (self._open or set())
-        if self._open is None and not known:
-            raise RunNotFound(f"no batch {self._batch_id!r}: it never was, or it is past its retention")
-        records = await self._runs.load(list(known))  # a removal stands in no change
-        self._open = {record.id for record in records if record is not None and not self._was_told(record)}
-        self._stopped = not self._open
+        known = {change.run_id for change in changes.items} | self._open
+        records = [record for record in await self._runs.load(list(known)) if record is not None]
+        self._complete = self._complete or any(map(_is_last, records))
+        self._open = {record.id for record in records if not self._was_told(record)}  # a removal stands in no change
+        self._stopped = self._complete and not self._open
 
     def _was_told(self, record: RunRecord) -> bool:
         return record.is_completed and self._versions.get(record.id) == record.version
+
+
+def _is_last(record: RunRecord) -> bool:
+    return record.batch is not None and record.batch.index == record.batch.count - 1
 
 
 class RunWithStreams(BatchIterator[RunRecord | StreamChunk]):

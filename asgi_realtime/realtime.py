@@ -487,7 +487,14 @@ class Realtime:
         `RunNotFound` if there is none."""
         batch_id = batch if isinstance(batch, str) else batch.id
         self.engine.begin()
-        return BatchFollower(self.broker, self.runs, batch_id, limit=self.limits.topic_runs, begin=self.ensure_started)
+        return BatchFollower(
+            self.broker,
+            self.runs,
+            batch_id,
+            closed=lambda: self.tasks.batches.closed(batch_id),
+            limit=self.limits.topic_runs,
+            begin=self.ensure_started,
+        )
 
     # Tokens
 

@@ -14,12 +14,12 @@ from starlette.responses import Response
 
 from asgi_realtime.asgi.answers import json_answer, json_bytes_answer
 from asgi_realtime.asgi.auth import authorise, batch_resources
-from asgi_realtime.asgi.credentials import find_parent, handle_token, once, spending
-from asgi_realtime.asgi.open_request import OpenRequest, until_shutdown
+from asgi_realtime.asgi.credentials import find_parent, handle_token, once
+from asgi_realtime.asgi.host import Host
 from asgi_realtime.asgi.request import Request
 from asgi_realtime.asgi.run_options import Body, read_json, read_options, read_payload
 from asgi_realtime.asgi.triggering import check_task, executor_errors
-from asgi_realtime.core.batch_json import batch_json
+from asgi_realtime.core.batch_json import BatchRun, batch_json
 from asgi_realtime.core.runs import RunRecord, batch_topic
 from asgi_realtime.core.scopes import parse
 from asgi_realtime.errors import (
@@ -27,12 +27,11 @@ from asgi_realtime.errors import (
     RealtimeError,
     RunNotFound,
     ScopeDenied,
-    TokenSpent,
     UsageError,
     shown,
 )
 from asgi_realtime.handles import batch_scopes
-from asgi_realtime.tasks.batches import OpenBatch
+from asgi_realtime.tasks.batches import KnownBatch
 from asgi_realtime.tasks.records import Prepared, check_idempotency_key
 from asgi_realtime.tokens import Claims
 
@@ -40,6 +39,7 @@ CREATE_BYTES = 512 * 1024
 """The body that creates a batch, which may name all its tasks."""
 
 _TURN = 20  # items that are checked before others have a turn
+_PAGE = 10  # records that are loaded at once
 
 
 class CreateBatch(msgspec.Struct, rename="camel"):
@@ -63,48 +63,42 @@ async def create_batch(request: Request) -> Response:
     _check_may_batch(claims)
     request_is = once(request, claims, "batch") if claims.one_time else None
 
-    async def create(opened: OpenRequest) -> Response:
-        body = read_json(await request.body(CREATE_BYTES), CreateBatch)
-        _authorise_tasks(request, claims, body.task_identifiers)
-        if body.idempotency_key is not None:
-            check_idempotency_key(body.idempotency_key, request.host.limits)
-        await find_parent(request, claims, body.parent_run_id)
-        batch = await request.host.tasks.batches.open(
-            body.run_count,
-            parent_id=body.parent_run_id,
-            idempotency_key=body.idempotency_key,
-            owner=claims.token_id,
-            once=request_is,
-        )
-        told = {"id": batch.id, "runCount": batch.count, "isCached": batch.is_cached}
-        headers = {"x-trigger-jwt": handle_token(request.host, claims, batch_scopes(batch.id))}
-        return json_answer(told, 202, headers)
-
-    return await until_shutdown(request, create)
+    body = read_json(await request.body(CREATE_BYTES), CreateBatch)
+    _authorise_tasks(request, claims, body.task_identifiers)
+    if body.idempotency_key is not None:
+        check_idempotency_key(body.idempotency_key, request.host.limits)
+    await find_parent(request, claims, body.parent_run_id)
+    batch = await request.host.tasks.batches.open(
+        body.run_count,
+        parent_id=body.parent_run_id,
+        idempotency_key=body.idempotency_key,
+        owner=claims.token_id,
+        once=request_is,
+    )
+    told = {"id": batch.id, "runCount": batch.count, "isCached": batch.is_cached}
+    headers = {"x-trigger-jwt": handle_token(request.host, claims, batch_scopes(batch.id))}
+    return json_answer(told, 202, headers)
 
 
 async def fill_batch(request: Request, batch_id: str) -> Response:
     claims = request.authenticate()
     _check_may_batch(claims)
     batches = request.host.tasks.batches
-    batch = await batches.find(batch_id)
+    batch = await batches.waiting(batch_id)
     if batch is None:
         raise RunNotFound(f"no batch {shown(batch_id)} waits for items: it never was, or it waited too long")
-    if claims.one_time and await request.host.tasks.launcher.spent_on(spending(claims)) != batch_id:
-        raise TokenSpent("a one-time token fills the batch that it has created, and no other")
+    if not claims.secret and claims.token_id != batch.owner:
+        raise ScopeDenied(f"batch {shown(batch_id)} was created by another token; that fills it, or the secret key")
 
-    async def fill(opened: OpenRequest) -> Response:
-        lines = _lines(await request.body(request.host.limits.batch_bytes), batch.count)
-        items = await _prepared(request, claims, batch, lines)
-        if len(items) < batch.count:
-            missing = {"enqueuedCount": 0, "expectedCount": batch.count}
-            return json_answer({"id": batch_id, "itemsAccepted": 0, "itemsDeduplicated": 0, "sealed": False} | missing)
-        with executor_errors():
-            sealed = await batches.fill(batch_id, items)
-        told = {"id": batch_id, "itemsAccepted": sealed.accepted, "itemsDeduplicated": sealed.deduplicated}
-        return json_answer(told | {"sealed": True})
-
-    return await until_shutdown(request, fill)
+    lines = _lines(await request.body(request.host.limits.batch_bytes), batch.count)
+    items = await _prepared(request, claims, batch, lines)
+    if len(items) < batch.count:
+        missing = {"enqueuedCount": 0, "expectedCount": batch.count}
+        return json_answer({"id": batch_id, "itemsAccepted": 0, "itemsDeduplicated": 0, "sealed": False} | missing)
+    with executor_errors():
+        sealed = await batches.fill(batch_id, batch, items)
+    told = {"id": batch_id, "itemsAccepted": sealed.accepted, "itemsDeduplicated": sealed.deduplicated}
+    return json_answer(told | {"sealed": True})
 
 
 def _check_may_batch(claims: Claims) -> None:
@@ -117,7 +111,7 @@ def _check_may_batch(claims: Claims) -> None:
 
 
 def _authorise_tasks(request: Request, claims: Claims, task_ids: Sequence[str] | None) -> None:
-    if task_ids is None:
+    if not task_ids:
         authorise(claims, "batchTrigger", [("tasks", None), ("batch", None)])
     for task_id in dict.fromkeys(task_ids or ()):
         authorise(claims, "batchTrigger", [("tasks", task_id), ("batch", None)])
@@ -140,7 +134,7 @@ def _lines(body: bytes, count: int) -> list[tuple[Item, bytes]]:
 
 
 async def _prepared(
-    request: Request, claims: Claims, batch: OpenBatch, lines: Sequence[tuple[Item, bytes]]
+    request: Request, claims: Claims, batch: KnownBatch, lines: Sequence[tuple[Item, bytes]]
 ) -> list[Prepared]:
     parent = await find_parent(request, claims, batch.parent_id)
     items: list[Prepared] = []
@@ -171,24 +165,35 @@ async def retrieve_batch(request: Request, batch_id: str) -> Response:
     claims = request.authenticate()
     authorise(claims, "read", batch_resources(batch_id))
     host = request.host
-    changes = await host.broker.changes(batch_topic(batch_id), limit=host.limits.topic_runs)
-    records = await request.rows.records(changes.items)
-    members = sorted((record for record in records if record is not None), key=_index)
     known = await host.tasks.batches.known(batch_id)
-    if not members and known.opened is None and known.run_ids is None:
-        raise RunNotFound(f"no batch {shown(batch_id)}: it never was, or it is past its retention")
+    if known is None:
+        changes = await host.broker.changes(batch_topic(batch_id), limit=host.limits.topic_runs)
+        found = await _load_runs(host, [change.run_id for change in changes.items])
+        if not found:
+            raise RunNotFound(f"no batch {shown(batch_id)}: it never was, or it is past its retention")
+        return json_bytes_answer(batch_json(batch_id, sorted(found.values(), key=lambda run: run.index)))
+    run_ids = known.run_ids(batch_id)
+    found = await _load_runs(host, list(dict.fromkeys(run_ids)))
+    last_id = known.last_id(batch_id)
+    whole = known.sealed or last_id is None or last_id in found
     return json_bytes_answer(
         batch_json(
             batch_id,
-            members,
-            run_ids=known.run_ids,
-            count=None if known.opened is None else known.opened.count,
-            created_at_ms=None if known.opened is None else known.opened.created_at_ms,
-            idempotency_key=None if known.opened is None else known.opened.idempotency_key,
-            waits=known.opened is not None and not known.sealed,
+            [found[run_id] for run_id in run_ids if run_id in found],
+            count=known.count,
+            created_at_ms=known.created_at_ms,
+            idempotency_key=known.idempotency_key,
+            waits=not whole and not known.is_closed(round(host.clock() * 1000)),
+            whole=whole,
         )
     )
 
 
-def _index(record: RunRecord) -> int:
-    return -1 if record.batch is None else record.batch.index
+async def _load_runs(host: Host, run_ids: Sequence[str]) -> dict[str, BatchRun]:
+    """Those that are there. Few at once, since each comes with its payload and its output."""
+    found: dict[str, BatchRun] = {}
+    for start in range(0, len(run_ids), _PAGE):
+        records = await host.runs.load(run_ids[start : start + _PAGE])
+        found |= {record.id: BatchRun.of(record) for record in records if record is not None}
+        await anyio.lowlevel.checkpoint()
+    return found

@@ -83,15 +83,16 @@ class BatchFeed:
     """The runs of a batch, until all are over.
 
     They are created in their order, so once the last is there, one that is missing was over and is past its retention.
+    `closed`: it is known that no more come, and maybe none did: keys may stand for runs that were there before.
     """
 
     run_id = ""
     floor_ms = 0
     whole = True
 
-    def __init__(self, batch_id: str) -> None:
+    def __init__(self, batch_id: str, *, closed: bool = False) -> None:
         self.topic = batch_topic(batch_id)
-        self._complete = False  # the last was met
+        self._complete = closed  # or the last was met
         self._open: set[str] = set()
 
     def has(self, record: RunRecord) -> bool:

@@ -53,8 +53,10 @@ async def batch_feed(request: Request, batch_id: str) -> Answer:
     claims = request.authenticate()
     asked = _asked(request)
     authorise(claims, "read", batch_resources(batch_id))  # first: what a batch may be read by is in the request
-    await find_batch(request, claims, batch_id, events=asked is None)
-    return await _answer(request, claims, BatchFeed(batch_id), asked)
+    if asked is not None and asked.cursor is not None:
+        return await _answer(request, claims, BatchFeed(batch_id), asked)  # it was found when the cursor was given
+    closed = await find_batch(request, claims, batch_id, events=asked is None)
+    return await _answer(request, claims, BatchFeed(batch_id, closed=closed), asked)
 
 
 def asked_tags(text: str | None, limits: Limits) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ What is required there is always present, what is optional is absent and never n
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from asgi_realtime.core.chunks import encode_value
@@ -13,43 +14,61 @@ from asgi_realtime.core.run_json import iso
 from asgi_realtime.core.runs import RunRecord
 
 
+@dataclass(frozen=True, slots=True)
+class BatchRun:
+    """What is told of a run of a batch: not its payload and its output, which may be large."""
+
+    id: str
+    is_completed: bool
+    created_at_ms: int
+    updated_at_ms: int
+    index: int
+    """Its place among the runs of its batch."""
+    count: int
+    """How many these are."""
+
+    @classmethod
+    def of(cls, record: RunRecord) -> BatchRun:
+        batch = record.batch
+        index, count = (0, 0) if batch is None else (batch.index, batch.count)
+        return cls(record.id, record.is_completed, record.created_at_ms, record.updated_at_ms, index, count)
+
+
 def batch_json(
     batch_id: str,
-    members: Sequence[RunRecord],
+    runs: Sequence[BatchRun],
     *,
-    run_ids: Sequence[str] | None = None,
     count: int | None = None,
     created_at_ms: int | None = None,
     idempotency_key: str | None = None,
     waits: bool = False,
+    whole: bool = True,
 ) -> bytes:
-    """Encode a batch. `members` are its runs that are still kept, in their order.
+    """Encode a batch. `runs` are those that are still kept, in the order of the items.
 
-    The others are known of one that was created over HTTP: `waits` for items, and `run_ids` where some of them stand
-    for earlier runs, which are no members.
+    The others are known of one that was created over HTTP: whether it `waits` for items, or is `whole` if it does not:
+    all its runs were created.
     """
     if created_at_ms is None:
-        created_at_ms = min((member.created_at_ms for member in members), default=0)
-    launched_at_ms = max((member.created_at_ms for member in members), default=created_at_ms)
+        created_at_ms = min((run.created_at_ms for run in runs), default=0)
+    launched_at_ms = max((run.created_at_ms for run in runs), default=0)
     batch: dict[str, Any] = {
         "id": batch_id,
-        "status": _status(members, waits=waits),
+        "status": "PENDING" if waits else _status(runs, whole=whole),
         "createdAt": iso(created_at_ms),
-        "updatedAt": iso(max((member.updated_at_ms for member in members), default=created_at_ms)),
-        "runCount": _count(members) if count is None else count,
-        "runs": [member.id for member in members] if run_ids is None else run_ids,
-        "processing": {"errors": []} | ({} if waits else {"completedAt": iso(launched_at_ms)}),
+        "updatedAt": iso(max(created_at_ms, *(run.updated_at_ms for run in runs), 0)),
+        "runCount": max((run.count for run in runs), default=0) if count is None else count,
+        "runs": [run.id for run in runs],
+        "processing": {"errors": []} | ({} if waits else {"completedAt": iso(max(created_at_ms, launched_at_ms))}),
     }
     if idempotency_key is not None:
         batch["idempotencyKey"] = idempotency_key
     return encode_value(batch)
 
 
-def _status(members: Sequence[RunRecord], *, waits: bool) -> str:
-    if waits:
-        return "PENDING"
-    return "COMPLETED" if all(member.is_completed for member in members) else "PROCESSING"
-
-
-def _count(members: Sequence[RunRecord]) -> int:
-    return max((member.batch.count for member in members if member.batch is not None), default=0)
+def _status(runs: Sequence[BatchRun], *, whole: bool) -> str:
+    if not all(run.is_completed for run in runs):
+        return "PROCESSING"
+    if whole:
+        return "COMPLETED"
+    return "PARTIAL_FAILED" if runs else "ABORTED"

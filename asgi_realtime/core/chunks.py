@@ -73,7 +73,7 @@ def json_line(data: bytes) -> bytes:
     try:
         _decode(data)
     except UsageError:
-        scrubbed = _ESCAPE.sub(lambda escape: rb"\ufffd" if escape[1] else escape[0], data)
+        scrubbed = scrub_escapes(data)
         if scrubbed == data:
             raise
         _decode(scrubbed)
@@ -81,6 +81,11 @@ def json_line(data: bytes) -> bytes:
     if _LF in data or _CR in data:  # in strings they are malformed, so these stand between tokens
         return data.translate(_LINE_BREAKS_TO_SPACES)
     return data
+
+
+def scrub_escapes(data: bytes) -> bytes:
+    """JSON with U+FFFD for its escaped lone surrogates, of the same length."""
+    return _ESCAPE.sub(lambda escape: rb"\ufffd" if escape[1] else escape[0], data)
 
 
 def _decode(data: bytes) -> Any:

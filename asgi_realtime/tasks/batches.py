@@ -2,7 +2,7 @@
 
 All items are checked before the first run starts, and the runs are created in their order. A run's id follows from that
 of the batch and its index, so whoever creates a batch again finds what is there. Over HTTP a batch is created first and
-its items come in a second request, which may be repeated; what is known of it besides its runs is kept in claims.
+its items come in a second request, which may be repeated. What its runs do not tell is kept in claims: `KnownBatch`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import anyio.lowlevel
 import msgspec
 
 from asgi_realtime.config import Retention, Span
@@ -28,21 +29,47 @@ from asgi_realtime.tasks.task import Task
 TaskLike = Task[Any, Any] | str
 BatchItem = tuple[TaskLike, Any] | tuple[TaskLike, Any, Mapping[str, Any]]
 
+_TURN = 20  # runs that are created before others have a turn
+
 ITEM_OPTIONS = frozenset({"tags", "metadata", "idempotency_key", "idempotency_key_ttl", "ttl", "delay", "max_duration"})
 
 
-class OpenBatch(msgspec.Struct, frozen=True):
-    """A batch that was created over HTTP."""
+class KnownBatch(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What is kept of a batch besides its runs. Of one whose runs tell everything, nothing is."""
 
     count: int
     created_at_ms: int
+    waits_until_ms: int = 0
+    """When it is too late for its items."""
+    owner: str = ""
+    """The credential that created it."""
     parent_id: str | None = None
     idempotency_key: str | None = None
+    stands_for: list[str] | None = None
+    """The run that each item stands for, if some have idempotency keys."""
+    made: list[int] | None = None
+    """The items that make a run of the batch, if some do not: a key stands for a run that was there before."""
+    sealed: bool = False
+    """All its runs were created."""
+
+    def run_ids(self, batch_id: str) -> list[str]:
+        """The runs of its items, in their order, whether they are there or not."""
+        return self.stands_for or [run_id_in(batch_id, index) for index in range(self.count)]
+
+    def last_id(self, batch_id: str) -> str | None:
+        """The run that is created last, or None if all were there before."""
+        if self.made is None:
+            return run_id_in(batch_id, self.count - 1)
+        return self.run_ids(batch_id)[self.made[-1]] if self.made else None
+
+    def is_closed(self, now_ms: int) -> bool:
+        """Whether no more runs come."""
+        return self.sealed or self.made == [] or now_ms >= self.waits_until_ms
 
 
-class Plan(msgspec.Struct, frozen=True):
-    """Which run each item of a batch stands for, and which items make a run of the batch: not those whose idempotency
-    key stands for a run that was there before."""
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Which run each item of a batch stands for, and which items make a run of the batch."""
 
     run_ids: list[str]
     made: list[int]
@@ -54,17 +81,6 @@ class CreatedBatch:
     count: int
     is_cached: bool
     """It was created before, with all its runs."""
-
-
-@dataclass(frozen=True, slots=True)
-class KnownBatch:
-    """What is known of a batch besides its runs. Of one that was triggered in process that is nothing."""
-
-    opened: OpenBatch | None
-    run_ids: list[str] | None
-    """The runs that its items stand for, if some items have idempotency keys."""
-    sealed: bool
-    """All its runs were created."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +108,24 @@ class Batches:
         if count > self._limits.batch_runs:
             raise LimitExceeded(f"a batch has {count} runs, limit {self._limits.batch_runs}")
 
+    async def known(self, batch_id: str) -> KnownBatch | None:
+        """What is kept of a batch: what was stored of it last."""
+        for name in (_sealed, _planned, _open):
+            stored = await self._runs.claimed(name(batch_id))
+            if stored is not None:
+                return _decode(stored)
+        return None
+
+    async def closed(self, batch_id: str) -> bool | None:
+        """Whether no more runs come to a batch; None if nothing is kept of it."""
+        known = await self.known(batch_id)
+        return None if known is None else known.is_closed(self._runs.now_ms())
+
+    async def _store(self, name: str, batch: KnownBatch) -> KnownBatch:
+        """Claim what is known of a batch from now on, or learn what another has claimed."""
+        ttl_s = max(self._retention.idempotency_key, self._retention.batch)
+        return _decode(await self._runs.claim(name, msgspec.json.encode(batch).decode(), ttl_s=ttl_s))
+
     # In process
 
     async def trigger(
@@ -109,7 +143,14 @@ class Batches:
         members = _members(batch_id, items, plan)
         elsewhere = sorted(set(plan.run_ids) - {member.id for member in members})
         token = mint([*batch_scopes(batch_id), *(f"read:runs:{run_id}" for run_id in elsewhere)], token_expires_in)
-        await self._engine.begin().shielded(lambda: self._launch_or_cancel(members))
+        known = KnownBatch(len(items), self._runs.now_ms(), stands_for=plan.run_ids, made=plan.made, sealed=True)
+
+        async def launch() -> None:
+            await self._launch_or_cancel(members)
+            if elsewhere:  # which the members do not tell of
+                await self._store(_sealed(batch_id), known)
+
+        await self._engine.begin().shielded(launch)
         return BatchHandle(batch_id, token, runs=plan.run_ids, result=result)
 
     async def _launch_or_cancel(self, members: Sequence[RunRecord]) -> None:
@@ -146,53 +187,59 @@ class Batches:
         if idempotency_key is not None:
             key = f"batch-key:{owner}:{idempotency_key}"
             batch_id = await self._runs.claim(key, batch_id, ttl_s=self._retention.idempotency_key)
-            sealed = await self._runs.claimed(_sealed(batch_id))
-            if sealed is not None:
-                return CreatedBatch(batch_id, int(sealed), is_cached=True)
-            _check_same(batch_id, count, await self.find(batch_id))
+            known = await self.known(batch_id)
+            if known is not None and known.sealed:
+                return CreatedBatch(batch_id, known.count, is_cached=True)
+            _check_same(batch_id, count, known)
         if once is not None:
             spent = await self._launcher.spend(once, batch_id)
             spent.check_fresh()
             batch_id = spent.id
-        batch = OpenBatch(count, self._runs.now_ms(), parent_id, idempotency_key)
-        stored = await self._runs.claim(_open(batch_id), _encode(batch), ttl_s=self._retention.batch)
-        _check_same(batch_id, count, msgspec.json.decode(stored, type=OpenBatch))
+        now_ms = self._runs.now_ms()
+        batch = KnownBatch(
+            count,
+            now_ms,
+            waits_until_ms=now_ms + round(self._waits_s(idempotency_key) * 1000),
+            owner=owner,
+            parent_id=parent_id,
+            idempotency_key=idempotency_key,
+        )
+        _check_same(batch_id, count, await self._store(_open(batch_id), batch))
         return CreatedBatch(batch_id, count, is_cached=False)
 
-    async def find(self, batch_id: str) -> OpenBatch | None:
+    def _waits_s(self, idempotency_key: str | None) -> float:
+        """One with a key waits as long as the key stands for it: there is no other way to create it again."""
+        waits_s = self._retention.batch
+        return waits_s if idempotency_key is None else max(waits_s, self._retention.idempotency_key)
+
+    async def waiting(self, batch_id: str) -> KnownBatch | None:
         """A batch that was created over HTTP, for as long as its items may come."""
-        stored = await self._runs.claimed(_open(batch_id))
-        return None if stored is None else msgspec.json.decode(stored, type=OpenBatch)
+        known = await self.known(batch_id)
+        return known if known is not None and self._runs.now_ms() < known.waits_until_ms else None
 
-    async def known(self, batch_id: str) -> KnownBatch:
-        """What is known of a batch besides its runs."""
-        plan = await self._runs.claimed(_planned(batch_id))
-        return KnownBatch(
-            opened=await self.find(batch_id),
-            run_ids=None if plan is None else msgspec.json.decode(plan, type=Plan).run_ids,
-            sealed=await self._runs.claimed(_sealed(batch_id)) is not None,
-        )
-
-    async def fill(self, batch_id: str, items: Sequence[Prepared]) -> Sealed:
-        """Create the runs of a batch, those that are not there yet.
+    async def fill(self, batch_id: str, batch: KnownBatch, items: Sequence[Prepared]) -> Sealed:
+        """Create the runs of a batch, those that are not there yet. `batch` is what is known of it.
 
         If one fails those before it stay, and the same call goes on where this one ended.
         """
-        if await self._runs.claimed(_sealed(batch_id)) is not None:
+        if batch.sealed:
             return Sealed(0, len(items))
         plan = await self._planned(batch_id, items)
         if any(item.record.claim is not None for item in items):  # what a key stands for may be another run later
-            stored = await self._runs.claim(_planned(batch_id), _encode(plan), ttl_s=self._retention.idempotency_key)
-            plan = msgspec.json.decode(stored, type=Plan)
+            batch = await self._store(
+                _planned(batch_id), msgspec.structs.replace(batch, stands_for=plan.run_ids, made=plan.made)
+            )
+            plan = Plan(batch.run_ids(batch_id), plan.made if batch.made is None else batch.made)
         members = _members(batch_id, items, plan)
         created = 0
 
         async def launch() -> None:
             nonlocal created
-            for member in members:
+            for number, member in enumerate(members, 1):
                 created += await self._is_new(member)
-            ttl_s = max(self._retention.idempotency_key, self._retention.batch)
-            await self._runs.claim(_sealed(batch_id), str(len(items)), ttl_s=ttl_s)
+                if not number % _TURN:
+                    await anyio.lowlevel.checkpoint()
+            await self._store(_sealed(batch_id), msgspec.structs.replace(batch, sealed=True))
 
         await self._engine.begin().shielded(launch)
         return Sealed(created, len(items) - created)
@@ -219,6 +266,8 @@ class Batches:
             if found is None:
                 made.setdefault(run_id, index)  # a second item with the same key stands for the same run
             run_ids[index] = run_id
+            if not (index + 1) % _TURN:
+                await anyio.lowlevel.checkpoint()
         return Plan([*run_ids.values()], [*made.values()])
 
 
@@ -239,7 +288,7 @@ def check_item(item: object) -> tuple[TaskLike, Any, RunOptions]:
     return task, payload, RunOptions(**options)
 
 
-def _check_same(batch_id: str, count: int, known: OpenBatch | None) -> None:
+def _check_same(batch_id: str, count: int, known: KnownBatch | None) -> None:
     if known is not None and known.count != count:
         raise UsageError(f"batch {batch_id!r} was created by this before, with {known.count} runs, not {count}")
 
@@ -254,11 +303,13 @@ def _members(batch_id: str, items: Sequence[Prepared], plan: Plan) -> list[RunRe
     ]
 
 
-def _encode(value: object) -> str:
-    return msgspec.json.encode(value).decode()
+def _decode(stored: str) -> KnownBatch:
+    return msgspec.json.decode(stored, type=KnownBatch)
 
 
-# The names of claims. What stands behind the first colon may be any text, so none is the begin of another.
+# Claims do not change, so what is known of a batch is claimed anew, whole, when there is more: when it is created, when
+# its items have come and some have keys, and when its runs are there. What stands behind the first colon of a claim's
+# name may be any text, so none is the begin of another.
 
 
 def _open(batch_id: str) -> str:

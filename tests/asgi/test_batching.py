@@ -1,14 +1,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import anyio
 import anyio.lowlevel
 import pytest
 
-from asgi_realtime import Limits, Realtime, Retention, RunRecord, Status
+from asgi_realtime import Limits, Realtime, Retention, RunRecord, Status, Timeouts
 from asgi_realtime.brokers.base import Broker
 from asgi_realtime.brokers.memory import MemoryBroker
 from asgi_realtime.core.runs import BatchMember
@@ -22,6 +22,7 @@ from tests.inprocess import GUARD_S, SECRET, FakeClock, ended
 pytestmark = pytest.mark.anyio
 
 BATCHES = "/api/v3/batches"
+UP_TO_DATE = {"headers": {"control": "up-to-date"}}
 
 
 async def batch_of(realtime: Realtime, *items: Any, token: str = SECRET, **more: Any) -> str:
@@ -119,6 +120,135 @@ async def test_the_feed_of_a_batch_ends_with_its_runs() -> None:
             run["id"]: run["status"] for run in (json.loads(event.data) for event in events if event.event == "run")
         }
         assert last == {record.id: "COMPLETED" for record in await members(realtime, batch_id)}
+
+
+# Batches that have no runs of their own
+
+Made = Callable[[Realtime], Awaitable[str]]
+
+
+async def over_http(realtime: Realtime) -> str:
+    return await batch_of(realtime, item(0, 1, "open", idempotencyKey="k0"), item(1, 1, "open", idempotencyKey="k1"))
+
+
+async def in_process(realtime: Realtime) -> str:
+    items: list[Any] = [("open", 1, {"idempotency_key": f"k{index}"}) for index in range(2)]
+    return (await realtime.batch_trigger(items)).id
+
+
+def with_open_task(**options: Any) -> tuple[Realtime, anyio.Event]:
+    """As `with_tasks`, and a task "open" whose runs go on until the event."""
+    realtime, gate = with_tasks(**options), anyio.Event()
+
+    @realtime.task("open")
+    async def open_task(payload: Any) -> None:
+        await gate.wait()
+
+    return realtime, gate
+
+
+@pytest.mark.parametrize("make", [over_http, in_process])
+async def test_a_batch_of_earlier_runs_is_told_by_those(make: Made) -> None:
+    """It was COMPLETED while they went on, and in process 404."""
+    realtime, gate = with_open_task()
+    async with realtime:
+        earlier = [(await realtime.trigger("open", 1, idempotency_key=f"k{index}")).id for index in range(2)]
+        batch_id = await make(realtime)
+        told = (await retrieve(realtime, batch_id)).json
+        assert (told["status"], told["runs"], told["runCount"]) == ("PROCESSING", earlier, 2)
+        gate.set()
+        for run_id in earlier:
+            await ended(realtime, run_id)
+        assert (await retrieve(realtime, batch_id)).json["status"] == "COMPLETED"
+
+
+@pytest.mark.parametrize("make", [over_http, in_process])
+async def test_the_feeds_of_a_batch_of_earlier_runs_are_empty_and_over(make: Made) -> None:
+    """They were 404, with which the official client is silent for ever."""
+    realtime, gate = with_open_task(timeouts=Timeouts(poll=0.01, tick=0.01))
+    async with realtime:
+        for index in range(2):
+            await realtime.trigger("open", 1, idempotency_key=f"k{index}")
+        batch_id = await make(realtime)
+        path, headers = f"/v1/batches/{batch_id}", {"authorization": f"Bearer {SECRET}"}
+        feed = await driver.request(realtime, "GET", path, headers=headers | {"accept": "text/event-stream"})
+        events = EventParser().feed(feed.body)
+        assert [(event.event, event.data) for event in events] == [
+            ("ready", '{"count":0}'),
+            ("end", '{"reason":"complete"}'),
+        ]
+        last = headers | {"accept": "text/event-stream", "last-event-id": events[-1].id or ""}
+        assert (await driver.request(realtime, "GET", path, headers=last)).status == 204
+        shape = await driver.request(realtime, "GET", path, query="offset=-1", headers=headers)
+        assert (shape.status, json.loads(shape.body)) == (200, [UP_TO_DATE])
+        query = f"offset={shape.headers['electric-offset']}&handle={shape.headers['electric-handle']}&live=true"
+        held = await driver.request(realtime, "GET", path, query=query, headers=headers)
+        assert (held.status, json.loads(held.body)) == (200, [UP_TO_DATE])
+        assert [record async for record in realtime.subscribe_to_batch(batch_id)] == []
+        gate.set()
+
+
+async def test_a_batch_that_is_not_filled_yet_has_a_feed() -> None:
+    async with with_tasks() as realtime:
+        batch_id = (await create_batch(realtime, 2)).json["id"]
+        followed = realtime.subscribe_to_batch(batch_id)
+        statuses: dict[Any, Status] = {}
+
+        async def follow() -> None:
+            async for record in followed:
+                statuses[record.payload] = record.status
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(follow)
+            headers = {"authorization": f"Bearer {SECRET}", "accept": "text/event-stream"}
+            async with driver.stream(realtime, "GET", f"/v1/batches/{batch_id}", headers=headers) as stream:
+                assert stream.status == 200
+                await fill_batch(realtime, batch_id, lines(item(0, "a"), item(1, "b")))
+                events = EventParser().feed(await stream.read())
+        assert (events[-1].event, events[-1].data) == ("end", '{"reason":"complete"}')
+        assert statuses == {"a": Status.COMPLETED, "b": Status.COMPLETED}
+
+
+# Half a batch
+
+
+class Refuses(MemoryBroker):
+    """Takes so many runs, and no more."""
+
+    room = 2
+
+    async def commit(self, record: RunRecord, *, expect: int, **more: Any) -> int:
+        if expect == 0:
+            if self.room == 0:
+                raise LimitExceeded("there is no room", status=503)
+            self.room -= 1
+        return await super().commit(record, expect=expect, **more)
+
+
+async def test_a_batch_that_stays_half_filled_is_never_complete() -> None:
+    """An hour later it was, with three runs of which two were there; and its feed stayed open."""
+    clock = FakeClock()
+    async with with_tasks(clock=clock, broker=Refuses(clock=clock)) as realtime:
+        batch_id = (await create_batch(realtime, 3)).json["id"]
+        assert (await fill_batch(realtime, batch_id, lines(*(item(n, n) for n in range(3))))).status == 503
+        started = [record.id for record in await members(realtime, batch_id)]
+        for run_id in started:
+            await ended(realtime, run_id)
+        assert (await retrieve(realtime, batch_id)).json["status"] == "PENDING"
+        clock.seconds += 3601
+        told = (await retrieve(realtime, batch_id)).json
+        assert (told["status"], told["runCount"], told["runs"]) == ("PARTIAL_FAILED", 3, started)
+        headers = {"authorization": f"Bearer {SECRET}", "accept": "text/event-stream"}
+        feed = await driver.request(realtime, "GET", f"/v1/batches/{batch_id}", headers=headers)
+        assert [event.event for event in EventParser().feed(feed.body)] == ["run", "run", "ready", "end"]
+
+
+async def test_a_batch_that_was_never_filled_is_aborted() -> None:
+    clock = FakeClock()
+    async with with_tasks(clock=clock) as realtime:
+        batch_id = (await create_batch(realtime, 3)).json["id"]
+        clock.seconds += 3601
+        assert (await retrieve(realtime, batch_id)).json["status"] == "ABORTED"
 
 
 # What is refused
@@ -251,6 +381,9 @@ async def test_a_body_that_is_cut_off_starts_nothing() -> None:
 
 async def test_a_batch_needs_a_scope_for_every_task() -> None:
     async with with_tasks() as realtime:
+        token = realtime.create_public_token(scopes=["*:runs:run_1"])
+        assert (await create_batch(realtime, 1, token=token)).status == 403
+        assert (await create_batch(realtime, 1, token=token, taskIdentifiers=[])).status == 403
         assert (await driver.request(realtime, "POST", BATCHES)).status == 401
         assert (await driver.request(realtime, "POST", f"{BATCHES}/x/items")).status == 401
         for scope in ("trigger:tasks:echo", "read:runs", "write:runs"):
@@ -306,16 +439,20 @@ async def test_a_one_time_token_makes_one_batch() -> None:
         assert await count_runs(realtime, "tag:seen") == 1
 
 
-async def test_a_one_time_token_fills_no_batch_of_others() -> None:
+async def test_a_batch_is_filled_by_who_created_it() -> None:
+    """Whoever may batch the task and had the id of a batch could fill it, and its owner was told that all is there."""
     async with with_tasks() as realtime:
-        batch_id = (await create_batch(realtime, 1)).json["id"]
-        for spent in (False, True):
-            token = batch_token(realtime)
-            if spent:
-                await batch_of(realtime, item(0, 1), token=token, taskIdentifiers=["echo"])
+        owner, other = (realtime.create_public_token(scopes=["batchTrigger:tasks:echo"]) for _ in range(2))
+        spent = batch_token(realtime)
+        await batch_of(realtime, item(0, 1), token=spent, taskIdentifiers=["echo"])
+        batch_id = (await create_batch(realtime, 1, token=owner, taskIdentifiers=["echo"])).json["id"]
+        for token in (other, spent, batch_token(realtime)):
             answer = await fill_batch(realtime, batch_id, lines(GOOD), token=token)
-            assert (answer.status, answer.json["code"]) == (422, "token_spent")
+            assert (answer.status, answer.json["code"]) == (403, "forbidden")
         assert await count_runs(realtime, "tag:seen") == 0
+        answer = await fill_batch(realtime, batch_id, lines(GOOD), token=owner)
+        assert (answer.status, answer.json["itemsAccepted"]) == (200, 1)
+        assert (await fill_batch(realtime, batch_id, lines(GOOD), token=SECRET)).status == 200
 
 
 async def test_a_one_time_token_makes_a_batch_or_a_run_and_not_both() -> None:
@@ -547,8 +684,8 @@ async def test_a_batch_is_retrieved_as_it_stands() -> None:
         await realtime.cancel(second.id)
         clock.seconds += 3600
         told = (await retrieve(realtime, batch_id)).json
-        assert (told["status"], told["runCount"]) == ("COMPLETED", 2)
-        assert told["createdAt"] == told["updatedAt"] == "2023-11-14T22:13:21.000Z"
+        assert (told["status"], told["runCount"], told["idempotencyKey"]) == ("COMPLETED", 2, "key")
+        assert (told["createdAt"], told["updatedAt"]) == ("2023-11-14T22:13:20.000Z", "2023-11-14T22:13:21.000Z")
 
 
 async def test_a_batch_that_was_triggered_in_process_is_retrieved_too() -> None:

@@ -532,6 +532,7 @@ async def test_an_unknown_batch_is_waited_for_and_then_404(host: StandIn) -> Non
         async def pass_time() -> None:
             await host.one_subscriber()
             await anyio.wait_all_tasks_blocked()
+            host.tick()
             host.tick(5)
 
         tasks.start_soon(pass_time)

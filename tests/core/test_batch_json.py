@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from asgi_realtime.core.batch_json import batch_json
+from asgi_realtime.core.batch_json import BatchRun, batch_json
 from asgi_realtime.core.runs import TERMINAL, BatchMember, RunRecord, Status
 
 
@@ -21,7 +21,7 @@ def member(index: int, status: Status, *, created_ms: int = 1000, updated_ms: in
 
 
 def told(*members: RunRecord, **known: Any) -> dict[str, Any]:
-    batch: dict[str, Any] = json.loads(batch_json("batch_1", members, **known))
+    batch: dict[str, Any] = json.loads(batch_json("batch_1", [BatchRun.of(member) for member in members], **known))
     return batch
 
 
@@ -56,5 +56,18 @@ def test_what_is_known_besides_stands_for_what_runs_cannot_tell() -> None:
         "processing": {"errors": []},
         "idempotencyKey": "k",
     }
-    batch = told(member(0, Status.QUEUED), run_ids=["run_0", "run_before"], created_at_ms=7)
-    assert (batch["runs"], batch["createdAt"]) == (["run_0", "run_before"], "1970-01-01T00:00:00.007Z")
+    batch = told(member(0, Status.QUEUED, updated_ms=1), count=3, created_at_ms=5000)
+    assert (batch["runCount"], batch["runs"]) == (3, ["run_0"])
+    assert batch["createdAt"] == batch["updatedAt"] == batch["processing"]["completedAt"] == "1970-01-01T00:00:05.000Z"
+
+
+@pytest.mark.parametrize(
+    ("members", "status"),
+    [
+        ([], "ABORTED"),
+        ([member(0, Status.COMPLETED)], "PARTIAL_FAILED"),
+        ([member(0, Status.COMPLETED), member(1, Status.QUEUED)], "PROCESSING"),
+    ],
+)
+def test_a_batch_of_which_not_all_runs_were_created_is_never_complete(members: list[RunRecord], status: str) -> None:
+    assert told(*members, count=3, created_at_ms=7, whole=False)["status"] == status
