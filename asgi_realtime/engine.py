@@ -375,8 +375,8 @@ class Engine:
     async def hand_over(self, record: RunRecord) -> bool:
         """Hand a run that is QUEUED to the executor; return whether that took it.
 
-        If not, the run stays QUEUED and due, and the ticker of any process hands it over later. Raises `UsageError`, but
-        `LimitExceeded`, which passes, if the executor will never take it: it has FAILED then.
+        If not, the run stays QUEUED and due, and the ticker of any process hands it over later. Raises `UsageError`
+        if the executor will never take it, and it has FAILED then; `LimitExceeded` is no such error, it passes.
         """
         try:
             await self.enqueue(record)

@@ -259,8 +259,8 @@ class Realtime:
         `idempotency_key`: the same key gives the same run, for a day or `idempotency_key_ttl`, and as long as the run
         is kept. `ttl`: EXPIRED if it has not begun by then. `delay`: begins later, after a span or at a `datetime` with
         a time zone. `max_duration`: less than its task may take. `parent`: the run that triggers it, by default the
-        current one. Raises `UnknownTask`, `InvalidPayload`, `LimitExceeded`, `UsageError`; nothing has happened then.
-        `BrokerUnavailable`.
+        current one. A run that the executor does not take now stays QUEUED until it does. Raises `UnknownTask`,
+        `InvalidPayload`, `LimitExceeded`, `UsageError`; nothing has happened then. `BrokerUnavailable`.
         """
         options = RunOptions(
             tags=tags,

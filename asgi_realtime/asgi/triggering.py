@@ -48,8 +48,7 @@ async def trigger(request: Request, task_id: str) -> Response:
     parent = await find_parent(request, claims, parent_id(body.options))
     token_id = None if claims.secret else claims.token_id
     prepared = tasks.prepare_json(task_id, payload, options, parent=parent, token_id=token_id)
-    with executor_errors():
-        record, is_cached = await tasks.launcher.launch(prepared, once=request_is)
+    record, is_cached = await tasks.launcher.launch(prepared, once=request_is)
     token = handle_token(request.host, claims, granted(claims, record))
     return json_answer({"id": record.id, "isCached": is_cached}, headers={"x-trigger-jwt": token})
 

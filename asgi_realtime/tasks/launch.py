@@ -3,6 +3,9 @@
 What is asked for again is told by claims, each of which stands for one run id, and is taken before the run is created.
 So a process that dies in between leaves a claim, and whoever finds it creates the run under its id. An idempotency key
 is such a claim, of the user's choice; a request that a client sends again, or that spends a one-time token, is another.
+What such a request has made is marked as made, so that it is not made again when it is gone.
+
+A run that the executor does not take now is launched all the same: it stays QUEUED, and is handed over later.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from dataclasses import dataclass
 import msgspec
 
 from asgi_realtime.config import Retention
-from asgi_realtime.core.runs import RunError, RunRecord, Status
+from asgi_realtime.core.runs import RunRecord, Status
 from asgi_realtime.engine import Engine
 from asgi_realtime.errors import RunNotFound, TokenSpent, VersionConflict
 from asgi_realtime.tasks.records import Prepared
@@ -54,32 +57,51 @@ class Launcher:
         self._made: dict[str, None] = {}
 
     async def launch(self, prepared: Prepared, *, once: Once | None = None) -> tuple[RunRecord, bool]:
-        """Create a run, or find the one that this request made before; or that its idempotency key stands for, and
-        then True with it. Raises `TokenSpent`."""
+        """Create a run, or find the one that this request made before; or the one that its idempotency key stands for
+        because of another request, and then True with it. Raises `TokenSpent`, `RunNotFound` if it is gone."""
         record = prepared.record
-        run_id, found = record.id, None
-        spent = once is not None and record.claim is not None and await self._runs.claimed(once.claim) is not None
-        if once is not None and (spent or record.claim is None):
-            run_id, found = await self._spend_on_run(once, run_id)
-        if found is None and record.claim is not None:
-            run_id, found = await self.claim_key(record.claim, run_id, ttl_s=prepared.key_ttl_s)
+        if record.claim is not None:
+            return await self._launch_by_key(prepared, record.claim, once)
+        record, _ = await self._launch_by_request(record, once)
+        return record, False
+
+    async def _launch_by_request(self, record: RunRecord, once: Once | None) -> tuple[RunRecord, bool]:
+        """True with a run that was there."""
+        if once is not None:
+            spent = await self.spend(once, record.id)
+            found = None if spent.is_new else await self._find_made(spent)
             if found is not None:
                 return found, True
-            if once is not None and not spent:  # not before: a key that stands for a run makes none, and spends nothing
-                run_id, found = await self._spend_on_run(once, run_id)
-        if found is not None:
-            return found, False
-        record, was_there = await self.create_shielded(renamed(record, run_id))
-        return record, was_there and record.claim is not None
+            record = renamed(record, spent.id)
+        return await self._create_shielded(record, once)
 
-    async def create_shielded(self, record: RunRecord) -> tuple[RunRecord, bool]:
-        """As `create`; cancelling the caller does not cancel it."""
+    async def _launch_by_key(self, prepared: Prepared, claim: str, once: Once | None) -> tuple[RunRecord, bool]:
+        """The key comes first: one that stands for a run makes none, and spends nothing. But a request that was here
+        before gets what it made, whatever its key stands for by now."""
+        record = prepared.record
+        if once is not None:
+            spent = await self._spent(once) or await self._intend(once, record.id)
+            found = None if spent.is_new else await self._find_made(spent)
+            if found is not None:
+                return found, False
+            record = renamed(record, spent.id)
+        run_id, found = await self.claim_key(claim, record.id, ttl_s=prepared.key_ttl_s)
+        if found is not None:
+            return found, True
+        made, was_there = await self._launch_by_request(renamed(record, run_id), once)
+        same_at_once = once is not None and run_id == record.id
+        return made, was_there and not same_at_once
+
+    async def _create_shielded(self, record: RunRecord, once: Once | None) -> tuple[RunRecord, bool]:
+        """As `create`; cancelling the caller does not cancel it. What a request makes is remembered as made."""
         created: list[tuple[RunRecord, bool]] = []
 
         async def create() -> None:
             created.append(await self.create(record))
+            if once is not None:
+                await self._runs.claim(_made(record.id), "made", ttl_s=once.ttl_s)
 
-        await self._engine.begin().shielded(create)  # a run that is stored and not queued would wait for ever
+        await self._engine.begin().shielded(create)  # a run that is stored and not queued would wait for a lease
         return created[0]
 
     async def create(self, record: RunRecord) -> tuple[RunRecord, bool]:
@@ -99,17 +121,9 @@ class Launcher:
                 raise
             return conflict.current, True
         self._remember(record.id)
-        await self._enqueue(record)
+        if record.status is Status.QUEUED:
+            await self._engine.hand_over(record)
         return record, False
-
-    async def _enqueue(self, record: RunRecord) -> None:
-        if record.status is not Status.QUEUED:
-            return
-        try:
-            await self._engine.enqueue(record)
-        except Exception:
-            await self._engine.end_waiting(record.id, RunError("NotQueued", "the executor did not take the run"))
-            raise
 
     def _remember(self, run_id: str) -> None:
         self._made[run_id] = None
@@ -132,28 +146,39 @@ class Launcher:
                 return stands_for, found
             before = stands_for
 
-    async def _spend_on_run(self, once: Once, run_id: str) -> tuple[str, RunRecord | None]:
-        """The id of the run that a request makes, and that run, if it was made before."""
-        spent = await self.spend(once, run_id)
-        if spent.is_new:
-            return run_id, None
+    async def _find_made(self, spent: Spent) -> RunRecord | None:
+        """The run that a request made; None if it is still to be made. Raises `TokenSpent`, `RunNotFound` if it was
+        made and is gone: it must not be executed twice."""
         (found,) = await self._runs.load([spent.id])
         if found is None:
             spent.check_fresh()
-        return spent.id, found
+            if await self._runs.claimed(_made(spent.id)) is not None:
+                raise RunNotFound(f"run {spent.id!r} was made by this request before, and is past its retention")
+        return found
 
     async def spend(self, once: Once, made_id: str) -> Spent:
         """Claim what a request makes, or learn what it has made. Raises `TokenSpent` for another request."""
-        now_ms = self._runs.now_ms()
-        value = f"{made_id} {now_ms} {once.mark}"
+        value = f"{made_id} {self._runs.now_ms()} {once.mark}"
         stands = await self._runs.claim(once.claim, value, ttl_s=once.ttl_s)
-        if stands == value:
-            return Spent(made_id, is_new=True, is_late=False)
+        return Spent(made_id, is_new=True, is_late=False) if stands == value else self._spent_before(once, stands)
+
+    async def _spent(self, once: Once) -> Spent | None:
+        """What a request has made, if it was here before. Raises `TokenSpent` if another was."""
+        stands = await self._runs.claimed(once.claim)
+        return None if stands is None else self._spent_before(once, stands)
+
+    def _spent_before(self, once: Once, stands: str) -> Spent:
         spent_on, at_ms, mark = stands.split(" ", 2)
         if mark != once.mark:
             raise TokenSpent("the one-time token was used before; ask for another")
-        is_late = now_ms - int(at_ms) > self.retention.request_key * 1000
+        is_late = self._runs.now_ms() - int(at_ms) > self.retention.request_key * 1000
         return Spent(spent_on, is_new=False, is_late=is_late)
+
+    async def _intend(self, once: Once, run_id: str) -> Spent:
+        """What a request is to make if its key makes anything, so that the same request at once is known as the same.
+        Nothing is spent by that."""
+        stands = await self._runs.claim(f"intent:{once.claim} {once.mark}", run_id, ttl_s=once.ttl_s)
+        return Spent(stands, is_new=stands == run_id, is_late=False)
 
     async def spent_on(self, claim: str) -> str | None:
         """The id of what was made with a claim."""
@@ -165,3 +190,8 @@ def renamed(record: RunRecord, run_id: str) -> RunRecord:
     """A run under another id, also as its own root, if it was that."""
     root_id = run_id if record.root_id in (record.id, None) else record.root_id
     return msgspec.structs.replace(record, id=run_id, root_id=root_id)
+
+
+def _made(run_id: str) -> str:
+    """The claim that says that a run was there, which outlives it."""
+    return f"made:{run_id}"

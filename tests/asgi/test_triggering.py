@@ -5,16 +5,17 @@ from datetime import UTC, datetime
 from typing import Any, TypedDict
 
 import anyio
+import anyio.lowlevel
 import pytest
 
-from asgi_realtime import BrokerUnavailable, Limits, Realtime, Retention, RunError, RunRecord, Status
+from asgi_realtime import BrokerUnavailable, Limits, Realtime, Retention, RunRecord, Status
 from asgi_realtime.brokers.base import Broker
 from asgi_realtime.brokers.memory import MemoryBroker
 from asgi_realtime.core.scopes import admits
 from asgi_realtime.testing import driver
 from tests.asgi.official import Answer, call, count_runs, trigger, with_tasks
 from tests.brokers.backends import DistantBroker
-from tests.inprocess import GUARD_S, SECRET, FakeClock, ended
+from tests.inprocess import GUARD_S, SECRET, FakeClock, ended, until
 
 pytestmark = pytest.mark.anyio
 
@@ -487,15 +488,37 @@ async def test_a_one_time_token_stays_spent_until_it_expires() -> None:
         assert (await trigger(realtime, "echo", 1, token=token, key="b")).status == 401
 
 
-async def test_a_run_that_is_gone_early_is_not_made_again() -> None:
-    """A full memory broker drops what has ended: the same request then executed the task a second time."""
-    async with with_tasks() as realtime:
-        for token in (SECRET, realtime.create_trigger_public_token("echo")):
-            run_id = (await trigger(realtime, "echo", 1, token=token, key="a")).json["id"]
-            await ended(realtime, run_id)
-            await realtime.broker.remove(run_id)
-            answer = await trigger(realtime, "echo", 1, token=token, key="a")
+@pytest.mark.parametrize("options", [{}, {"idempotencyKey": "k"}])
+@pytest.mark.parametrize("one_time", [True, False])
+async def test_a_run_that_is_gone_early_is_not_made_again(options: dict[str, Any], one_time: bool) -> None:
+    """A full memory broker drops what has ended, and a run may be kept for less time than a client repeats its request:
+    the task was then executed a second time, by another process or after many other runs."""
+    broker = MemoryBroker()
+    async with (
+        with_tasks(broker=broker, limits=Limits(record_cache=1)) as realtime,
+        with_tasks(broker=broker) as other,
+    ):
+        token = realtime.create_trigger_public_token("echo", multiple_use=not one_time)
+        run_id = (await trigger(realtime, "echo", 1, token=token, key="a", tags="x", **options)).json["id"]
+        await ended(realtime, run_id)
+        await ended(realtime, (await trigger(realtime, "echo", 1)).json["id"])
+        await realtime.broker.remove(run_id)
+        for process in (realtime, other):
+            answer = await trigger(process, "echo", 1, token=token, key="a", tags="x", **options)
             assert (answer.status, answer.json["code"]) == (404, "run_not_found")
+        assert await count_runs(realtime, "tag:x") == 0
+
+
+async def test_a_request_finds_its_run_though_its_key_stands_for_another_by_now() -> None:
+    clock = FakeClock()
+    async with with_tasks(clock=clock) as realtime:
+        options = {"idempotencyKey": "k", "idempotencyKeyTTL": "1m"}
+        first = await trigger(realtime, "echo", 1, key="a", **options)
+        clock.seconds += 61
+        second = await trigger(realtime, "echo", 1, key="b", **options)
+        assert second.json["id"] != first.json["id"]
+        assert (await trigger(realtime, "echo", 1, key="a", **options)).json == first.json
+        assert (await trigger(realtime, "echo", 1, key="b", **options)).json == second.json
 
 
 async def test_tokens_with_a_far_expiry_are_remembered_too() -> None:
@@ -533,7 +556,7 @@ async def test_the_retry_makes_the_run_whose_process_died(options: dict[str, Any
         token = realtime.create_trigger_public_token("echo", multiple_use=not one_time)
         broker.deaths = 1
         answer = await trigger(realtime, "echo", 1, token=token, key="a", tags="x", **options)
-        assert answer.status == 503
+        assert answer.status == 500
         (claimed,) = {value.split(" ")[0] for value, _ in broker._claims.values()}
         answer = await trigger(realtime, "echo", 1, token=token, key="a", tags="x", **options)
         assert (answer.status, answer.json) == (200, {"id": claimed, "isCached": False})
@@ -553,7 +576,28 @@ async def test_the_same_request_many_times_at_once_makes_one_run(
         answers = await at_once(5, lambda _: trigger(realtime, "echo", 1, token=token, key="a", tags="x", **options))
         assert {answer.status for answer in answers} == {200}
         assert len({answer.json["id"] for answer in answers}) == 1
+        assert not any(answer.json["isCached"] for answer in answers), "it was this request that made it"
         assert await count_runs(realtime, "tag:x") == 1
+
+
+@pytest.mark.parametrize("late", range(12))
+async def test_a_request_that_is_sent_again_before_it_is_answered_is_not_cached(late: int) -> None:
+    """The key of the first stood for a run already, and the second was told that another request had made it."""
+    broker = DistantBroker()
+    async with with_tasks(broker=broker) as one, with_tasks(broker=broker) as other:
+        answers: list[Answer] = []
+
+        async def send(realtime: Realtime, turns: int) -> None:
+            for _ in range(turns):
+                await anyio.lowlevel.checkpoint()
+            answers.append(await trigger(realtime, "echo", 1, key="a", idempotencyKey="k"))
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(send, one, 0)
+            group.start_soon(send, other, late)
+        assert answers[0].json == answers[1].json
+        assert not answers[0].json["isCached"]
+        assert (await trigger(other, "echo", 1, key="b", idempotencyKey="k")).json["isCached"]
 
 
 @pytest.mark.parametrize("make_broker", [MemoryBroker, DistantBroker])
@@ -701,22 +745,35 @@ async def test_keys_of_tasks_do_not_meet() -> None:
 class Queue:
     """A queue of jobs that is down."""
 
+    def __init__(self) -> None:
+        self.sent: list[str] = []
+        self.away = True
+
     async def enqueue(self, run_id: str, task_id: str) -> None:
-        raise ConnectionError("redis://user:password@10.0.0.1 does not answer")
+        if self.away:
+            raise ConnectionError("redis://user:password@10.0.0.1 does not answer")
+        self.sent.append(run_id)
 
 
-async def test_a_queue_that_takes_nothing_is_503_and_its_words_are_not_told(caplog: pytest.LogCaptureFixture) -> None:
-    async with with_tasks(executor=Queue()) as realtime:
-        answer = await trigger(realtime, "echo", 1, key="a")
-        assert (answer.status, answer.json["code"]) == (503, "broker_unavailable")
-        assert "password" not in answer.error
+@pytest.mark.parametrize("one_time", [True, False])
+@pytest.mark.parametrize("options", [{}, {"idempotencyKey": "k"}])
+async def test_a_run_is_made_though_the_queue_is_away(
+    one_time: bool, options: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """It was failed and 503; asked again, as the client does, it was 200 with the run that had failed."""
+    clock = FakeClock()
+    queue = Queue()
+    async with with_tasks(executor=queue, clock=clock) as realtime:
+        token = realtime.create_trigger_public_token("echo", multiple_use=not one_time)
+        answer = await trigger(realtime, "echo", 1, key="a", token=token, **options)
+        assert answer.status == 200
         assert "password" in caplog.text
-        again = await trigger(realtime, "echo", 1, key="a")
-        record = await started(realtime, again)
-        assert (record.status, record.error) == (
-            Status.FAILED,
-            RunError("NotQueued", "the executor did not take the run"),
-        )
+        again = await trigger(realtime, "echo", 1, key="a", token=token, **options)
+        assert again.json == answer.json
+        assert (await started(realtime, again)).status is Status.QUEUED
+        queue.away = False
+        clock.seconds += realtime.timeouts.lease + 1
+        await until(lambda: queue.sent == [answer.json["id"]])
 
 
 async def test_a_broker_that_is_away_is_503(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ import anyio
 import msgspec
 import pytest
 
-from asgi_realtime import Realtime, Run, RunError, RunRecord, Status, Timeouts, UnknownTask
+from asgi_realtime import LimitExceeded, Realtime, Run, RunError, RunRecord, Status, Timeouts, UnknownTask
 from asgi_realtime.brokers.memory import MemoryBroker
 from asgi_realtime.housekeeping import Housekeeping
 from asgi_realtime.tasks import ExecutorHost, InProcessExecutor
@@ -132,28 +132,59 @@ async def test_a_queue_adapter_gets_ids_and_calls_execute() -> None:
 class Refusing:
     """A queue that is away."""
 
-    def __init__(self) -> None:
+    def __init__(self, error: Exception | None = None) -> None:
         self.calls = 0
+        self.error = error or ConnectionError("the queue is away")
 
     async def enqueue(self, run_id: str, task_id: str) -> None:
         self.calls += 1
-        raise ConnectionError("the queue is away")
+        raise self.error
 
 
-async def test_a_run_that_the_executor_refuses_is_failed_and_the_error_is_raised() -> None:
-    """It stayed QUEUED for ever."""
-    realtime = make_realtime(executor=Refusing())
+@pytest.mark.parametrize("error", [ConnectionError("the queue is away"), LimitExceeded("the queue is full")])
+async def test_a_run_that_the_executor_does_not_take_now_waits_for_it(
+    error: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It failed, and who asked again with the same idempotency key got the run that had failed."""
+    clock = FakeClock()
+    broker, queue = MemoryBroker(clock=clock), Queue()
+    refusing, taking = (make_realtime(broker=broker, executor=e, clock=clock) for e in (Refusing(error), queue))
+    for realtime in (refusing, taking):
+        realtime.task("t")(lambda: None)
+    async with refusing:
+        handle = await refusing.trigger("t", idempotency_key="k")
+        again = await refusing.trigger("t", idempotency_key="k")
+        assert (again.id, again.is_cached) == (handle.id, True)
+        other = await refusing.trigger("t")
+        assert (await refusing.get_run(handle)).status is Status.QUEUED
+        await Housekeeping(refusing.engine).once()
+    warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert warnings == ["the executor does not take runs; it is asked again"], "once, and not for each run"
+    async with taking:
+        clock.seconds += taking.timeouts.lease + 0.1
+        await until(lambda: len(queue.sent) == 2)
+        assert sorted(queue.sent) == sorted([(handle.id, "t"), (other.id, "t")])
+
+
+@pytest.mark.parametrize("delay", [None, 5])
+async def test_a_run_that_the_executor_will_never_take_is_failed_and_its_error_is_raised(delay: float | None) -> None:
+    clock = FakeClock()
+    realtime = make_realtime(executor=Refusing(UnknownTask("no queue has the task")), clock=clock)
 
     @realtime.task("t")
     async def task() -> None: ...
 
     async with realtime:
-        with pytest.raises(ConnectionError):
-            await realtime.trigger(task, tags="x")
+        if delay is None:
+            with pytest.raises(UnknownTask, match="no queue has the task"):
+                await realtime.trigger(task, tags="x")
+        else:
+            await realtime.trigger(task, tags="x", delay=delay)
+            clock.seconds += delay + 1
         (change,) = (await realtime.broker.changes("tag:x")).items
-        record = await realtime.get_run(change.run_id)
+        record = await ended(realtime, change.run_id)
     assert record.status is Status.FAILED
-    assert record.error == RunError("NotQueued", "the executor did not take the run")
+    assert record.error == RunError("NotQueued", "the executor does not take such a run")
 
 
 async def test_an_executor_that_fails_does_not_end_the_ticker(caplog: pytest.LogCaptureFixture) -> None:
@@ -223,10 +254,8 @@ async def test_a_queue_that_does_not_answer_is_not_waited_for_without_end() -> N
     async def task() -> None: ...
 
     async with realtime:
-        with pytest.raises(TimeoutError):
-            await realtime.trigger(task, tags="x")
-        (change,) = (await realtime.broker.changes("tag:x")).items
-        assert (await realtime.get_run(change.run_id)).status is Status.FAILED
+        handle = await realtime.trigger(task)
+        assert (await realtime.get_run(handle)).status is Status.QUEUED
 
 
 async def test_a_queue_that_does_not_answer_keeps_nothing_else_waiting() -> None:

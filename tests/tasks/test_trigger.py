@@ -518,7 +518,7 @@ class Executor:
     async def enqueue(self, run_id: str, task_id: str) -> None:
         await self.go.wait()
         if len(self.taken) == 2:
-            raise RuntimeError("the queue is down")
+            raise UsageError("the queue takes two, and no more")
         self.taken.append(run_id)
 
 
@@ -545,7 +545,7 @@ async def test_a_batch_that_fails_half_way_is_over() -> None:
     executor = Executor()
     executor.go.set()
     async with with_echo(executor=executor) as realtime:
-        with pytest.raises(RuntimeError, match="the queue is down"):
+        with pytest.raises(UsageError, match="the queue takes two"):
             await realtime.batch_trigger([("echo", number, {"tags": "x"}) for number in range(5)])
         records = await realtime.runs.load([change.run_id for change in (await realtime.broker.changes("tag:x")).items])
         batches = [record.batch for record in records if record is not None and record.batch is not None]
