@@ -31,6 +31,9 @@ ENTRY_BYTES = 64
 _PRODUCER_BYTES = 220
 """What the count of a producer costs, roughly: each append over HTTP is one of its own."""
 
+_CLAIM_BYTES = 256
+"""What a claim costs besides its key and value, roughly."""
+
 _LEASES = {"enqueue": Status.QUEUED, "lease": Status.EXECUTING}
 """What a run is due for a lease after it came to a status, unless somebody has it in hand."""
 
@@ -151,7 +154,7 @@ class MemoryBroker:
 
     @property
     def size(self) -> int:
-        """Bytes held, roughly: the retained frames, payloads, outputs, metadata, and a sum for each run and entry."""
+        """Bytes held, roughly: retained frames, payloads, outputs, metadata, claims, and a sum for each of these."""
         return self._size
 
     # Streams
@@ -366,14 +369,20 @@ class MemoryBroker:
 
     async def claim(self, key: str, value: str, *, ttl_s: float) -> str:
         now_ms = self._now_ms()
-        for expired in self._claims_expire.due(now_ms, limit=100):
-            self._drop_claim(expired)
+        self._drop_expired_claims(now_ms, limit=100)
         stored = self._claimed(key, now_ms)
         if stored is not None:
             return stored
+        if self._full:
+            self._refuse()
+        if key in self._claims:
+            self._drop_claim(key)
         expires_ms = now_ms + round(ttl_s * 1000)
         self._claims[key] = (value, expires_ms)
         self._claims_expire.set(key, expires_ms)
+        self._size += _claim_bytes(key, value)
+        if self._size > self._room_at:
+            self._make_room("")
         return value
 
     async def claimed(self, key: str) -> str | None:
@@ -383,9 +392,15 @@ class MemoryBroker:
         value, expires_ms = self._claims.get(key, ("", 0))
         return value if expires_ms > now_ms else None
 
+    def _drop_expired_claims(self, now_ms: int, *, limit: int) -> None:
+        for expired in self._claims_expire.due(now_ms, limit=limit):
+            self._drop_claim(expired)
+
     def _drop_claim(self, key: str) -> None:
-        del self._claims[key]
+        value, _ = self._claims.pop(key)
         self._claims_expire.set(key, None)
+        self._size -= _claim_bytes(key, value)
+        self._full = self._full and self._size > self._retention.total_bytes
 
     async def due(self, kind: str, *, limit: int = 100, skip: int = 0) -> list[str]:
         return self._due[kind].due(self._now_ms(), skip + limit)[skip:]
@@ -424,6 +439,7 @@ class MemoryBroker:
         """
         total = self._retention.total_bytes
         target = total * 9 // 10
+        self._drop_expired_claims(self._now_ms(), limit=len(self._claims))
         expiry = self._due["expiry"]
         while self._size > target and (ended := expiry.first(besides=run_id)) is not None:
             self._remove(ended)
@@ -461,6 +477,10 @@ class MemoryBroker:
 
 def _log_bytes(log: Log) -> int:
     return log.size + ENTRY_BYTES * (log.next - log.first) + _PRODUCER_BYTES * log.producers
+
+
+def _claim_bytes(key: str, value: str) -> int:
+    return _CLAIM_BYTES + len(key) + len(value)
 
 
 def _record_bytes(record: RunRecord) -> int:

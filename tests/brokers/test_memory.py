@@ -15,6 +15,7 @@ from asgi_realtime.core.runs import RunRecord, Status
 from asgi_realtime.errors import InvalidConfiguration, LimitExceeded, ProducerGap, RunNotFound, StreamClosed
 from asgi_realtime.testing.conformance.kit import following
 from tests.brokers.backends import Clock, held
+from tests.inprocess import FakeClock
 
 pytestmark = pytest.mark.anyio
 
@@ -428,3 +429,37 @@ def test_it_is_chosen_by_its_url() -> None:
     assert isinstance(open_broker("memory://", **settings), MemoryBroker)
     with pytest.raises(InvalidConfiguration, match="'amqp://' is not known"):
         open_broker("amqp://host", **settings)
+
+
+async def test_claims_are_counted_and_go_back_to_zero() -> None:
+    clock = FakeClock()
+    broker = MemoryBroker(clock=clock)
+    await broker.claim("key", "value", ttl_s=10)
+    held = broker.size
+    assert held > len("key" + "value")
+    await broker.claim("key", "another", ttl_s=10)
+    assert broker.size == held
+    clock.seconds += 11
+    await broker.claim("key", "another", ttl_s=10)
+    assert broker.size == held + 2
+    clock.seconds += 11
+    await broker.claim("k", "v", ttl_s=1)
+    clock.seconds += 2
+    await broker.claim("k", "v", ttl_s=1)
+    assert broker.size < held
+
+
+async def test_claims_fill_the_broker_and_are_refused_then_until_some_have_expired() -> None:
+    clock = FakeClock()
+    broker = MemoryBroker(retention=Retention(total_bytes=100_000), clock=clock)
+    number = 0
+    with pytest.raises(LimitExceeded) as refused:
+        while True:
+            await broker.claim(f"key {number}", "x" * 1000, ttl_s=10)
+            number += 1
+    assert refused.value.status == 503
+    assert number < 100
+    assert await broker.claim("key 0", "y", ttl_s=10) == "x" * 1000, "one that stands is told all the same"
+    clock.seconds += 11
+    assert await broker.claim("another", "y", ttl_s=10) == "y"
+    assert broker.size < 100_000
