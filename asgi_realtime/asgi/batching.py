@@ -7,6 +7,7 @@ is sent again finds the runs that are there.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 
 import anyio.lowlevel
 import msgspec
@@ -14,16 +15,27 @@ from starlette.responses import Response
 
 from asgi_realtime.asgi.answers import json_answer, json_bytes_answer
 from asgi_realtime.asgi.auth import authorise, batch_resources
-from asgi_realtime.asgi.credentials import find_parent, handle_token, once
+from asgi_realtime.asgi.credentials import check_task, find_parent, handle_token, once
 from asgi_realtime.asgi.host import Host
 from asgi_realtime.asgi.request import Request
-from asgi_realtime.asgi.run_options import Body, read_json, read_options, read_payload
-from asgi_realtime.asgi.triggering import check_task, executor_errors
+from asgi_realtime.asgi.run_options import (
+    OPTIONS_BYTES,
+    Body,
+    given_options,
+    max_body_bytes,
+    read_body,
+    read_json,
+    read_options,
+    read_payload,
+)
+from asgi_realtime.config import Limits
 from asgi_realtime.core.batch_json import BatchRun, batch_json
+from asgi_realtime.core.lines import LineSplitter
 from asgi_realtime.core.runs import RunRecord, batch_topic
 from asgi_realtime.core.scopes import parse
 from asgi_realtime.errors import (
     InvalidRequest,
+    LimitExceeded,
     RealtimeError,
     RunNotFound,
     ScopeDenied,
@@ -35,10 +47,9 @@ from asgi_realtime.tasks.batches import KnownBatch
 from asgi_realtime.tasks.records import Prepared, check_idempotency_key
 from asgi_realtime.tokens import Claims
 
-CREATE_BYTES = 512 * 1024
-"""The body that creates a batch, which may name all its tasks."""
-
+_LINES_PER_ITEM = 4  # blank ones too, and those that come twice
 _TURN = 20  # items that are checked before others have a turn
+_TURN_BYTES = 64 * 1024
 _PAGE = 10  # records that are loaded at once
 
 
@@ -58,12 +69,17 @@ class Item(Body):
     task: str = ""
 
 
+def max_create_bytes(limits: Limits) -> int:
+    """The body that creates a batch may name a task for each run, each character in six bytes, and its key."""
+    return 6 * (limits.batch_runs * limits.key_length + limits.idempotency_key_length) + OPTIONS_BYTES
+
+
 async def create_batch(request: Request) -> Response:
     claims = request.authenticate()
     _check_may_batch(claims)
     request_is = once(request, claims, "batch") if claims.one_time else None
 
-    body = read_json(await request.body(CREATE_BYTES), CreateBatch)
+    body = read_json(await request.body(max_create_bytes(request.host.limits)), CreateBatch)
     _authorise_tasks(request, claims, body.task_identifiers)
     if body.idempotency_key is not None:
         check_idempotency_key(body.idempotency_key, request.host.limits)
@@ -90,13 +106,13 @@ async def fill_batch(request: Request, batch_id: str) -> Response:
     if not claims.secret and claims.token_id != batch.owner:
         raise ScopeDenied(f"batch {shown(batch_id)} was created by another token; that fills it, or the secret key")
 
-    lines = _lines(await request.body(request.host.limits.batch_bytes), batch.count)
+    limits = request.host.limits
+    lines = await _items(await request.body(limits.batch_bytes), batch.count, limits)
     items = await _prepared(request, claims, batch, lines)
     if len(items) < batch.count:
         missing = {"enqueuedCount": 0, "expectedCount": batch.count}
         return json_answer({"id": batch_id, "itemsAccepted": 0, "itemsDeduplicated": 0, "sealed": False} | missing)
-    with executor_errors():
-        sealed = await batches.fill(batch_id, batch, items)
+    sealed = await batches.fill(batch_id, batch, items)
     told = {"id": batch_id, "itemsAccepted": sealed.accepted, "itemsDeduplicated": sealed.deduplicated}
     return json_answer(told | {"sealed": True})
 
@@ -118,35 +134,36 @@ def _authorise_tasks(request: Request, claims: Claims, task_ids: Sequence[str] |
         check_task(request, claims, task_id)
 
 
-def _lines(body: bytes, count: int) -> list[tuple[Item, bytes]]:
-    """The items in the order of their indexes, and the lines they were. A line that comes twice is one item."""
-    found: dict[int, tuple[Item, bytes]] = {}
-    for number, line in enumerate(body.split(b"\n"), 1):
-        line = line.strip()
-        if not line:
-            continue
-        item = read_json(line, Item, what=f"line {number}")
+async def _items(body: bytes, count: int, limits: Limits) -> list[Item]:
+    """The items in the order of their indexes. One that comes twice is one item."""
+    breaks, most = body.count(b"\n"), count * _LINES_PER_ITEM
+    if breaks > most:
+        raise LimitExceeded(f"the body has {breaks} line breaks, limit {most} for a batch of {count} runs", status=413)
+    turns = _Turns()
+    splitter = LineSplitter(max_body_bytes(limits))
+    found: dict[int, Item] = {}
+    for number, line in enumerate(chain(splitter.feed(body), splitter.rest()), 1):
+        item = read_body(line, Item, what=f"line {number}")
         if not 0 <= item.index < count:
             raise UsageError(f"line {number} has the index {item.index}; the batch has {count} runs, from 0")
-        if found.setdefault(item.index, (item, line))[1] != line:
+        if found.setdefault(item.index, item) != item:
             raise UsageError(f"line {number} has the index {item.index}, as another line before it")
+        await turns.after(len(line))
     return [found[index] for index in sorted(found)]
 
 
-async def _prepared(
-    request: Request, claims: Claims, batch: KnownBatch, lines: Sequence[tuple[Item, bytes]]
-) -> list[Prepared]:
+async def _prepared(request: Request, claims: Claims, batch: KnownBatch, items: Sequence[Item]) -> list[Prepared]:
     parent = await find_parent(request, claims, batch.parent_id)
-    items: list[Prepared] = []
-    for number, (item, _) in enumerate(lines, 1):
+    turns = _Turns()
+    prepared: list[Prepared] = []
+    for item in items:
         try:
-            items.append(_prepare(request, claims, parent, item))
+            prepared.append(_prepare(request, claims, parent, item))
         except RealtimeError as exc:
             exc.args = (f"item {item.index}: {exc}",)
             raise
-        if not number % _TURN:
-            await anyio.lowlevel.checkpoint()
-    return items
+        await turns.after(len(item.payload) + len(item.options))
+    return prepared
 
 
 def _prepare(request: Request, claims: Claims, parent: RunRecord | None, item: Item) -> Prepared:
@@ -154,8 +171,25 @@ def _prepare(request: Request, claims: Claims, parent: RunRecord | None, item: I
         raise InvalidRequest("task is missing; it must be the id of a task")
     _authorise_tasks(request, claims, [item.task])
     token_id = None if claims.secret else claims.token_id
-    payload, options = read_payload(item), read_options(item.options)
+    limits = request.host.limits
+    given = given_options(item, limits)
+    payload, options = read_payload(item, given, limits), read_options(given)
     return request.host.tasks.prepare_json(item.task, payload, options, parent=parent, token_id=token_id)
+
+
+class _Turns:
+    """Gives others a turn after some items or some bytes."""
+
+    def __init__(self) -> None:
+        self._items = 0
+        self._bytes = 0
+
+    async def after(self, size: int) -> None:
+        self._items += 1
+        self._bytes += size
+        if self._items >= _TURN or self._bytes >= _TURN_BYTES:
+            self._items = self._bytes = 0
+            await anyio.lowlevel.checkpoint()
 
 
 # Retrieve

@@ -11,7 +11,7 @@ from asgi_realtime.asgi.request import REQUEST_KEY, Request
 from asgi_realtime.config import MAX_SPAN_S, parse_span
 from asgi_realtime.core.runs import RunRecord
 from asgi_realtime.core.scopes import admits
-from asgi_realtime.errors import ScopeDenied
+from asgi_realtime.errors import ScopeDenied, UnknownTask, shown
 from asgi_realtime.handles import TOKEN_EXPIRES_IN, run_scopes
 from asgi_realtime.tasks.launch import Once
 from asgi_realtime.tokens import Claims
@@ -24,6 +24,16 @@ def require_secret(claims: Claims, what: str) -> None:
     """Raises `ScopeDenied` for a public access token, whatever its scopes."""
     if not claims.secret:
         raise ScopeDenied(f"{what} needs the secret key; no scope of a public access token admits that")
+
+
+def check_task(request: Request, claims: Claims, task_id: str) -> None:
+    """Raises `UnknownTask`; which tasks there are is told to the host only."""
+    try:
+        request.host.tasks.get(task_id)
+    except UnknownTask as exc:
+        if claims.secret:
+            raise
+        raise UnknownTask(f"no task {shown(task_id)} is registered") from exc
 
 
 def once(request: Request, claims: Claims, what: str) -> Once | None:

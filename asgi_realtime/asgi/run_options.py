@@ -2,6 +2,9 @@
 
 Options that have no meaning here (`queue`, `machine`, `priority`, `maxAttempts`, …) are taken and left alone, so that a
 client which always sends them works. One that has a meaning and a value of the wrong kind is refused by its name.
+
+A small text may stand for very many values, which take time and memory. So what is too long is refused before it is
+decoded.
 """
 
 from __future__ import annotations
@@ -12,9 +15,9 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from asgi_realtime.config import MAX_SPAN_S, Span, parse_span
+from asgi_realtime.config import MAX_SPAN_S, Limits, Span, parse_span
 from asgi_realtime.core import superjson
-from asgi_realtime.core.chunks import decode, json_line
+from asgi_realtime.core.chunks import decode, json_line, scrub_escapes
 from asgi_realtime.errors import InvalidRequest, LimitExceeded, UsageError, shown
 from asgi_realtime.tasks.records import Payload, RunOptions
 
@@ -26,6 +29,10 @@ STORED = "application/store"
 OFFLOADED_BYTES = 128 * 1024
 """The official client takes a payload of this size to an object store, and sends a reference to it."""
 
+OPTIONS_BYTES = 64 * 1024
+"""Of the options besides the metadata. No limit to be set: it is room for tags and keys, which have limits of their
+own, and for options that have no meaning here."""
+
 NO_STORE = (
     f"the official client takes payloads of {OFFLOADED_BYTES} bytes and more to an object store, which this server does"
     f" not have: the limit for it is {OFFLOADED_BYTES - 1} bytes, with the types of the values"
@@ -35,10 +42,62 @@ T = TypeVar("T")
 
 
 class Body(msgspec.Struct):
-    """A run that is to be started."""
+    """A run that is to be started. Payload and options are text, until their length is known to be allowed."""
 
     payload: msgspec.Raw = msgspec.Raw(b"")
-    options: dict[str, Any] | None = None
+    options: msgspec.Raw = msgspec.Raw(b"")
+
+
+B = TypeVar("B", bound=Body)
+Options = Mapping[str, Any]
+_GivenOptions: Any = dict[str, Any] | None
+
+
+def max_body_bytes(limits: Limits) -> int:
+    """A payload may be text in a JSON string, in which each of its quotes takes two bytes."""
+    return 2 * limits.payload_bytes + max_options_bytes(limits)
+
+
+def max_options_bytes(limits: Limits) -> int:
+    """Metadata may be such a text too."""
+    return 2 * limits.metadata_bytes + OPTIONS_BYTES
+
+
+def read_body(data: bytes, type: type[B], *, what: str = "the body") -> B:
+    """Decode what starts a run. Raises `InvalidRequest`."""
+    try:
+        return _decode_body(data, type)
+    except UsageError as exc:
+        raise InvalidRequest(f"{what} is malformed: {exc}") from exc
+    except msgspec.ValidationError as exc:
+        raise InvalidRequest(f"{what} does not fit: {exc}") from exc
+
+
+def _decode_body(data: bytes, type: type[B]) -> B:
+    """Raises `msgspec.ValidationError`, or `UsageError` if it is no JSON."""
+    try:
+        return msgspec.json.decode(data, type=type)
+    except msgspec.ValidationError:
+        raise
+    except RecursionError as exc:
+        raise UsageError("JSON is nested too deeply") from exc
+    except (msgspec.MsgspecError, ValueError) as exc:
+        scrubbed = scrub_escapes(data)
+        if scrubbed == data:
+            raise UsageError(f"not valid JSON: {exc}") from exc
+    return _decode_body(scrubbed, type)
+
+
+def given_options(body: Body, limits: Limits) -> Options:
+    """The options as they were sent. Raises `InvalidRequest`, `LimitExceeded` (413)."""
+    data = bytes(body.options)
+    _check_length("the options are", len(data), max_options_bytes(limits))
+    return read_json(data, _GivenOptions, what="the field options") or {} if data else {}
+
+
+def _check_length(what: str, size: int, limit: int) -> None:
+    if size > limit:
+        raise LimitExceeded(f"{what} {size} bytes, limit {limit}", status=413)
 
 
 def read_json(data: bytes, type: type[T], *, what: str = "the body") -> T:
@@ -51,9 +110,9 @@ def read_json(data: bytes, type: type[T], *, what: str = "the body") -> T:
         raise InvalidRequest(f"{what} is malformed: {exc}") from exc
 
 
-def read_payload(body: Body) -> Payload:
+def read_payload(body: Body, options: Options, limits: Limits) -> Payload:
     """The payload as plain JSON. Raises `InvalidRequest`, `UsageError`, `LimitExceeded`."""
-    type = (body.options or {}).get("payloadType") or JSON
+    type = options.get("payloadType") or JSON
     data = bytes(body.payload)
     if type == STORED:
         raise LimitExceeded(NO_STORE, status=413)
@@ -61,21 +120,26 @@ def read_payload(body: Body) -> Payload:
         raise UsageError(f"payloadType is {_shown(type)}; allowed are {JSON}, {SUPERJSON} and {TEXT}")
     if not data:
         return Payload(None)
-    if type == JSON:
-        return Payload(data)
-    if not data.startswith(b'"'):
+    if type != JSON and not data.startswith(b'"'):
         raise InvalidRequest(f"the payload is of the type {type}, so it must be a string")
-    if type == TEXT:
-        return Payload(data)
+    quoting = 2 if type == SUPERJSON else 1
+    _check_length("the payload is", len(data), quoting * limits.payload_bytes)
     try:
-        return Payload(*superjson.parse(decode(data).encode()))
+        data = json_line(data)
+        if type != SUPERJSON:
+            return Payload(data)
+        text = decode(data).encode()
+        _check_length("the payload, with the types of its values, is", len(text), limits.payload_bytes)
+        return Payload(*superjson.parse(text))
+    except LimitExceeded:
+        raise
     except UsageError as exc:
         raise InvalidRequest(f"the payload is malformed: {exc}") from exc
 
 
-def read_options(options: Mapping[str, Any] | None) -> RunOptions:
+def read_options(options: Options) -> RunOptions:
     """The options that have a meaning here. Raises `UsageError`."""
-    given = {name: value for name, value in (options or {}).items() if value is not None}
+    given = {name: value for name, value in options.items() if value is not None}
 
     def take(name: str, read: Callable[[str, Any], T]) -> T | None:
         return read(name, given[name]) if name in given else None

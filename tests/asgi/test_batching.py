@@ -270,7 +270,7 @@ async def test_a_batch_that_was_never_filled_is_aborted() -> None:
         (b'{"runCount": 1, "idempotencyKey": ""}', 422, "idempotency_key is ''"),
         (b'{"runCount": 1, "idempotencyKey": "%b"}' % (b"x" * 513), 422, "513 characters, limit 512"),
         (b'{"runCount": 1, "parentRunId": "run_nope"}', 404, "no run 'run_nope'"),
-        (b'{"runCount": 1}' + b" " * 524_288, 413, "limit 524288"),
+        (b'{"runCount": 1}' + b" " * 71_000, 413, "limit 70912"),
     ],
 )
 async def test_a_batch_that_cannot_be_is_not_created(body: bytes, status: int, message: str) -> None:
@@ -301,12 +301,14 @@ GOOD = item(0, 1, tags="seen")
         (lines(GOOD, item(1, 1, ttl="soon")), 422, "item 1: ttl is 'soon'"),
         (lines(GOOD, item(1, 1, payloadType="text/plain")), 400, "item 1: the payload is of the type text/plain"),
         (lines(GOOD, item(1, "x", payloadType="application/store")), 413, "item 1: the official client takes payloads"),
-        (lines(GOOD, item(1, "x" * 200)), 413, "item 1: the payload of task 'echo' is 202 bytes, limit 200"),
-        (lines(GOOD, item(1, "x" * 1000)), 413, "limit 1000"),
+        (lines(GOOD, item(1, "x" * 200)), 413, "item 1: the payload is 202 bytes, limit 200"),
+        (lines(GOOD) + b"\n" * 8, 413, "the body has 9 line breaks, limit 8 for a batch of 2 runs"),
+        (lines(GOOD, item(1, 1)) + b" " * 66_200 + b"{}", 413, "a line is at least 66202 bytes, limit 66136"),
+        (lines(GOOD, item(1, "x" * 100_000)), 413, "limit 100000"),
     ],
 )
 async def test_one_bad_item_and_nothing_is_started(body: bytes, status: int, message: str) -> None:
-    async with with_tasks(limits=Limits(payload_bytes=200, batch_bytes=1000)) as realtime:
+    async with with_tasks(limits=Limits(payload_bytes=200, metadata_bytes=100, batch_bytes=100_000)) as realtime:
         batch_id = (await create_batch(realtime, 2)).json["id"]
         answer = await fill_batch(realtime, batch_id, body)
         assert answer.status == status
