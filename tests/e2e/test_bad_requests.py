@@ -106,7 +106,7 @@ PATHS = [
     ("/v1/runs/%00?offset=-1", 404),
     ("/v1/runs/%FF?offset=-1", 404),
     (f"/v1/runs/{'x' * 5000}?offset=-1", 404),
-    ("/v1/runs/run_never?offset=1_0&handle=ffffffff.0&live=true", 404),
+    ("/v1/runs/run_never?offset=1_0&handle=ffffffff.0&live=true", 409),  # and then 404: it starts over
     ("/v1/batches/batch_never?offset=-1", 404),
     (f"/v1/batches/{EMOJI}?offset=-1", 404),
     ("/v1/streams/run_never/default", 404),
