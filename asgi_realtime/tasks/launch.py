@@ -180,11 +180,6 @@ class Launcher:
         stands = await self._runs.claim(f"intent:{once.claim} {once.mark}", run_id, ttl_s=once.ttl_s)
         return Spent(stands, is_new=stands == run_id, is_late=False)
 
-    async def spent_on(self, claim: str) -> str | None:
-        """The id of what was made with a claim."""
-        stands = await self._runs.claimed(claim)
-        return None if stands is None else stands.partition(" ")[0]
-
 
 def renamed(record: RunRecord, run_id: str) -> RunRecord:
     """A run under another id, also as its own root, if it was that."""
