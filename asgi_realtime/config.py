@@ -130,8 +130,8 @@ class Retention(_Positive):
     request_key: float = 600.0
     """How long a request that is sent again, because its answer was lost, gets the run that it made."""
     batch: float = 3600.0
-    """How long a batch that was created over HTTP waits for its items; one with an idempotency key waits as long as that
-    stands for it."""
+    """How long a batch that was created over HTTP waits for its items. One with an idempotency key waits as long as
+    that stands for it."""
 
 
 @dataclass(frozen=True, slots=True)
