@@ -147,7 +147,7 @@ class Batches:
 
         async def launch() -> None:
             await self._launch_or_cancel(members)
-            if elsewhere:  # which the members do not tell of
+            if len(members) < len(items):  # which the members do not tell of
                 await self._store(_sealed(batch_id), known)
 
         await self._engine.begin().shielded(launch)

@@ -698,6 +698,16 @@ async def test_a_batch_that_was_triggered_in_process_is_retrieved_too() -> None:
         assert (told["status"], told["runs"], told["runCount"]) == ("COMPLETED", batch.runs, 3)
 
 
+async def test_items_with_one_key_are_one_run_also_in_process() -> None:
+    async with with_tasks() as realtime:
+        items: list[Any] = [("echo", number, {"idempotency_key": "k"}) for number in range(2)]
+        batch = await realtime.batch_trigger(items)
+        told = (await retrieve(realtime, batch.id)).json
+        assert (told["runs"], told["runCount"]) == (batch.runs, 2)
+        assert len(set(batch.runs)) == 1
+        assert len([record async for record in realtime.subscribe_to_batch(batch)]) >= 1
+
+
 async def test_runs_that_are_past_their_retention_are_left_out() -> None:
     async with with_tasks(retention=Retention(after_end=3600)) as realtime:
         batch_id = await batch_of(realtime, item(0, 1), item(1, 2))
