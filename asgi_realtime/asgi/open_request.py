@@ -19,7 +19,6 @@ from asgi_realtime.asgi.subscription import leaving_answer
 from asgi_realtime.errors import ServerShutdown
 from asgi_realtime.waiting import make_interrupt
 
-
 A = TypeVar("A")
 
 
