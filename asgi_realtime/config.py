@@ -39,7 +39,8 @@ def parse_span(value: Span, *, name: str = "span") -> float:
     else:
         raise UsageError(f"{name} is a {type(value).__name__}; allowed are seconds, a timedelta, or text like '15m'")
     if not 0 < seconds < MAX_SPAN_S:
-        raise UsageError(f"{name} is {value!r}; it must be more than zero and less than ten years")
+        told = shown(value) if isinstance(value, str) else repr(value)
+        raise UsageError(f"{name} is {told}; it must be more than zero and less than ten years")
     return seconds
 
 
@@ -70,6 +71,8 @@ class Limits(_Positive):
     """All metadata of one run, encoded."""
     metadata_update_bytes: int = 1024 * 1024
     """Changes of metadata that come over HTTP, in one request."""
+    metadata_operations: int = 1000
+    """So many of them: each may go through all the metadata."""
     append_bytes: int = 512 * 1024
     """The text of one append over HTTP."""
     input_bytes: int = 1024 * 1024

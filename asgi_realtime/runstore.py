@@ -95,21 +95,24 @@ class RunStore:
         mark = self._mark()
         await self.patiently(lambda: self._broker.commit(record, expect=0, change=mark))
 
-    async def update(self, run_id: str, *changes: RunChange) -> RunRecord:
+    async def update(self, run_id: str, *changes: RunChange, mark: ChangeMark | None = None) -> RunRecord:
         """Apply the changes to the newest record and store it, as one version; return the record.
 
         What is later than the end of the run is absorbed. Raises `RunNotFound`, `InvalidTransition`, and for changes
         that would take the run over a limit `LimitExceeded`, once the others are stored; if those have ended the run
-        it is logged instead.
+        it is logged instead. With a `mark` of the caller the same call again changes nothing, as long as the mark is
+        among the newest `MARKS_KEPT` of the run.
         """
-        record, refusal = await self.change(run_id, *changes)
+        record, refusal = await self.change(run_id, *changes, mark=mark)
         if refusal is not None:
             if not record.is_completed:
                 raise refusal
             logger.warning("a change of run %s was refused: %s", run_id, refusal)
         return record
 
-    async def change(self, run_id: str, *changes: RunChange) -> tuple[RunRecord, LimitExceeded | None]:
+    async def change(
+        self, run_id: str, *changes: RunChange, mark: ChangeMark | None = None
+    ) -> tuple[RunRecord, LimitExceeded | None]:
         """As `update`, but returns why a change was left out, if one was."""
         record, stored = await self._newest(run_id)
         while True:
@@ -119,7 +122,7 @@ class RunStore:
             if following is record and stored == record.version:
                 return record, refusal
             try:
-                await self._commit(following, expect=stored)
+                version = await self._commit(following, expect=stored, mark=mark)
             except VersionConflict as conflict:
                 record, stored = await self._newest(run_id, conflict)
             except StreamBehind:
@@ -128,6 +131,8 @@ class RunStore:
                 await self.restore_streams(run_id)
                 record, stored = await self._newest(run_id)
             else:
+                if version != following.version:  # it was stored before
+                    return (await self._newest(run_id))[0], None
                 return following, refusal
 
     # What a broker may lose of a run that this process executes
@@ -202,11 +207,14 @@ class RunStore:
         """As `Broker.claimed`."""
         return await self.patiently(lambda: self._broker.claimed(key))
 
-    async def _commit(self, record: RunRecord, *, expect: int) -> None:
-        mark = self._mark()
+    async def _commit(self, record: RunRecord, *, expect: int, mark: ChangeMark | None = None) -> int:
+        """Store a version; return its number, or another if the mark says that this was stored before."""
+        change = mark or self._mark()
         floors = self.owned.floors(record)
-        await self.patiently(lambda: self._broker.commit(record, expect=expect, change=mark, floors=floors))
-        self.owned.stored(record)
+        version = await self.patiently(lambda: self._broker.commit(record, expect=expect, change=change, floors=floors))
+        if version == record.version:
+            self.owned.stored(record)
+        return version
 
     def _mark(self) -> ChangeMark:
         return ChangeMark(self.owner, next(self._numbers))

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from asgi_realtime import BrokerUnavailable, LimitExceeded, RunNotFound, RunRecord, Status
-from asgi_realtime.brokers.base import ChangeMark, StreamKey
+from asgi_realtime.brokers.base import MARKS_KEPT, ChangeMark, StreamKey
 from asgi_realtime.brokers.memory import MemoryBroker
 from asgi_realtime.config import Limits
 from asgi_realtime.core.metadata import Append, Delete, Increment, Set
@@ -200,6 +200,20 @@ async def test_a_commit_without_an_answer_is_repeated_and_counts_once() -> None:
     assert len(set(broker.marks)) == 2
     broker.failures = 1
     assert await runs.claim("key", "value", ttl_s=60) == "value"
+
+
+async def test_a_change_with_a_mark_is_stored_once() -> None:
+    runs = store(MemoryBroker())
+    await runs.create(record())
+    mark = ChangeMark("a request", 0)
+    first = await runs.update("run_1", increment(), mark=mark)
+    await runs.update("run_1", increment())
+    again = await runs.update("run_1", increment(), mark=mark)
+    assert (first.metadata, again.metadata, again.version) == ({"n": 1}, {"n": 2}, 3)
+    assert again == await runs.get("run_1")
+    for _ in range(MARKS_KEPT):
+        await runs.update("run_1", increment())
+    assert (await runs.update("run_1", increment(), mark=mark)).metadata == {"n": 3 + MARKS_KEPT}, "it is forgotten"
 
 
 async def test_an_absent_broker_is_waited_for_up_to_the_patience() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,9 +11,10 @@ from starlette.responses import Response
 
 from asgi_realtime.asgi.answers import json_answer
 from asgi_realtime.asgi.auth import authorise, run_resources
-from asgi_realtime.asgi.credentials import require_secret
+from asgi_realtime.asgi.credentials import once, require_secret
 from asgi_realtime.asgi.request import Request
 from asgi_realtime.asgi.run_options import read_json
+from asgi_realtime.brokers.base import ChangeMark
 from asgi_realtime.core.metadata import (
     Append,
     Delete,
@@ -25,7 +27,7 @@ from asgi_realtime.core.metadata import (
     check_size,
 )
 from asgi_realtime.core.runs import MetadataChanged, RunRecord, TagsAdded
-from asgi_realtime.errors import RealtimeError, UsageError, shown
+from asgi_realtime.errors import LimitExceeded, RealtimeError, RunNotFound, UsageError, shown
 from asgi_realtime.names import check_tags
 
 TAGS_BYTES = 64 * 1024
@@ -88,6 +90,12 @@ class MetadataUpdate(msgspec.Struct, rename="camel"):
     parent_operations: list[_Op] = []
     root_operations: list[_Op] = []
 
+    def check_count(self, limit: int) -> None:
+        """Raises `LimitExceeded`."""
+        count = len(self.operations) + len(self.parent_operations) + len(self.root_operations)
+        if count > limit:
+            raise LimitExceeded(f"the request has {count} operations, limit {limit}; send them in several")
+
 
 class NewTags(msgspec.Struct):
     tags: str | list[str]
@@ -103,16 +111,22 @@ async def retrieve_metadata(request: Request, run_id: str) -> Response:
 async def update_metadata(request: Request, run_id: str) -> Response:
     """Apply operations in their order: all of them, or none if one cannot be."""
     record = await _open_run(request, run_id)
-    update = read_json(await request.body(request.host.limits.metadata_update_bytes), MetadataUpdate)
+    mark = _mark(request, run_id)
+    limits = request.host.limits
+    update = read_json(await request.body(limits.metadata_update_bytes), MetadataUpdate)
+    update.check_count(limits.metadata_operations)
     changes = _changes(record, update)
-    others = await request.host.runs.load([target for target in changes if target != record.id])
-    known = [record, *(other for other in others if other is not None)]  # a parent may be past its retention
-    for run in known:
-        check_size(apply_operations(run.metadata, changes.get(run.id, ())), request.host.limits.metadata_bytes)
-    for run in known:
-        if run.id in changes:
-            changed = await request.host.runs.update(run.id, MetadataChanged(tuple(changes[run.id])))
-            record = changed if run.id == record.id else record
+    runs = await _open_runs(request, record, changes)
+    for run in runs:  # all before any is changed
+        check_size(apply_operations(run.metadata, changes[run.id]), limits.metadata_bytes)
+    for run in runs:
+        try:
+            changed = await request.host.runs.update(run.id, MetadataChanged(tuple(changes[run.id])), mark=mark)
+        except RunNotFound:
+            if run is record:
+                raise
+        else:
+            record = changed if run is record else record
     return json_answer({"metadata": record.metadata})
 
 
@@ -131,6 +145,19 @@ async def _open_run(request: Request, run_id: str) -> RunRecord:
     if record.is_completed:
         raise UsageError(f"run {shown(run_id)} is over ({record.status}) and cannot be changed")
     return record
+
+
+async def _open_runs(request: Request, record: RunRecord, changes: dict[str, list[Operation]]) -> list[RunRecord]:
+    """The runs that are to be changed, this one first. One that is over or gone is passed over."""
+    others = await request.host.runs.load([run_id for run_id in changes if run_id != record.id])
+    found = [other for other in others if other is not None and not other.is_completed]
+    return [record, *found] if record.id in changes else found
+
+
+def _mark(request: Request, run_id: str) -> ChangeMark | None:
+    """The name of the changes that a request makes, so that it makes them once, however often it is sent."""
+    request_is = once(request, request.authenticate(), f"metadata {run_id}")
+    return None if request_is is None else ChangeMark(hashlib.sha256(request_is.claim.encode()).hexdigest()[:32], 0)
 
 
 def _changes(record: RunRecord, update: MetadataUpdate) -> dict[str, list[Operation]]:

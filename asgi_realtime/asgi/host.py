@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Any, Protocol, TypeVar
 
-from asgi_realtime.brokers.base import Broker, StreamKey
+from asgi_realtime.brokers.base import Broker, ChangeMark, StreamKey
 from asgi_realtime.config import Cors, Limits, Timeouts
 from asgi_realtime.core.runs import RunChange, RunRecord
 from asgi_realtime.engine import Subscriber as Subscriber
@@ -41,8 +41,8 @@ class Runs(Protocol):
 class WritableRuns(Runs, Protocol):
     """Run records, and what changing them and writing into streams of theirs needs besides the broker."""
 
-    async def update(self, run_id: str, /, *changes: RunChange) -> RunRecord:
-        """Apply changes to the newest record and store it. Raises `RunNotFound`, `LimitExceeded`."""
+    async def update(self, run_id: str, /, *changes: RunChange, mark: ChangeMark | None = None) -> RunRecord:
+        """Apply changes to the newest record and store it, once for a mark. Raises `RunNotFound`, `LimitExceeded`."""
         ...
 
     async def add_stream(self, key: StreamKey, /) -> None:

@@ -2,14 +2,14 @@
 
 A dot separates steps, and a backslash before it makes it part of a name. A step is the key of a dict or the index of a
 list. Patterns (`*`, slices) are not known here. What a path leads through has to be there: a change of what lies beyond
-changes nothing, as with the official clients. Changing copies what it goes through, and shares the rest.
+changes nothing, as with the official clients. Changing copies what it goes through, once, and shares the rest.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from asgi_realtime.errors import UsageError, shown
 
@@ -21,6 +21,28 @@ _STEPS = re.compile(r"(?:[^.\\]|\\.)+")
 _PATTERN = re.compile(r"\*|-?\d*:-?\d*|\[.*\]")
 _DANGEROUS = frozenset({"__proto__", "constructor", "prototype"})
 """Clients refuse paths with these: on their side they would change the prototype of all objects."""
+
+
+_C = TypeVar("_C", dict[str, Any], list[Any])
+
+
+class Copies:
+    """The dicts and lists that are ours to change: whatever else is changed is copied first.
+
+    Each stands at one place only, so changing it there changes nothing elsewhere.
+    """
+
+    def __init__(self) -> None:
+        self._ours: dict[int, object] = {}  # held, so that no other object gets the id of one
+
+    def keep(self, value: _C) -> _C:
+        """Make a value ours that was made just now."""
+        self._ours[id(value)] = value
+        return value
+
+    def of(self, value: _C) -> _C:
+        """The value itself if it is ours, else a copy that is."""
+        return value if id(value) in self._ours else self.keep(value.copy())
 
 
 def is_path(key: str) -> bool:
@@ -39,17 +61,19 @@ def parse(key: str) -> tuple[str, ...]:
     return steps
 
 
-def changed(value: Any, steps: tuple[str, ...], change: Callable[[Any], Any]) -> Any:
+def changed(value: Any, steps: tuple[str, ...], change: Callable[[Any], Any], copies: Copies) -> Any:
     """The value with `change` of what stands at a place, or of `MISSING`; the value itself if the way is not there."""
     step, *rest = steps
     child = _child(value, step)
-    following = changed(child, tuple(rest), change) if rest else change(child)
+    following = changed(child, tuple(rest), change, copies) if rest else change(child)
     if following is child:
         return value
     if isinstance(value, dict):
-        return {**value, step: following}
-    if isinstance(value, list) and _is_index(step) and int(step) <= len(value):
-        return [*value[: int(step)], following, *value[int(step) + 1 :]]
+        value = copies.of(value)
+        value[step] = following
+    elif isinstance(value, list) and _is_index(step) and int(step) <= len(value):
+        value = copies.of(value)
+        value[int(step) : int(step) + 1] = [following]
     return value
 
 

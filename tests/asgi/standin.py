@@ -125,7 +125,7 @@ class StandIn:
     async def add_stream(self, key: StreamKey, /) -> None:
         await self.change(key.run, InputAdded(key.name) if key.hidden else StreamAdded(key.name))
 
-    async def update(self, run_id: str, /, *changes: RunChange) -> RunRecord:
+    async def update(self, run_id: str, /, *changes: RunChange, mark: ChangeMark | None = None) -> RunRecord:
         return await self.change(run_id, *changes)
 
     async def patiently(self, call: Callable[[], Awaitable[R]], /) -> R:

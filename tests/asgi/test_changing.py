@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 
-from asgi_realtime import Limits, Realtime, Run
+from asgi_realtime import BrokerUnavailable, Limits, Realtime, Run, RunRecord, Timeouts
+from asgi_realtime.brokers.memory import MemoryBroker
 from asgi_realtime.testing import driver
 from tests.asgi.official import Answer, call, count_runs, with_tasks
+from tests.faults import RemoteBroker
 from tests.inprocess import ended
 
 pytestmark = pytest.mark.anyio
@@ -111,6 +113,68 @@ async def test_one_bad_operation_and_nothing_is_applied(bad: Any, status: int, m
             assert answer.status == status
             assert message.replace("operations", name) in answer.error
         assert (await realtime.get_run(run.id)).metadata == {"text": "t"}
+
+
+async def test_a_parent_that_is_over_keeps_nothing_from_its_child_whatever_it_holds() -> None:
+    """An increment of what was no number there was refused, and the child was not changed either."""
+    async with with_tasks() as realtime:
+        parent = await realtime.trigger("echo", 1, metadata={"n": "text"})
+        child = await realtime.trigger("echo", parent=parent, delay="1h")
+        body = {"operations": [op("set", "a", 1)], "parentOperations": [op("increment", "n", 1)]}
+        await ended(realtime, parent.id)
+        answer = await update(realtime, child.id, body)
+        assert (answer.status, answer.json) == (200, {"metadata": {"a": 1}})
+        assert (await realtime.get_run(parent)).metadata == {"n": "text"}
+
+
+class Flaky(RemoteBroker):
+    """Stores no changes of one run."""
+
+    refused = ""
+
+    async def commit(self, record: RunRecord, **options: Any) -> int:
+        if record.id == self.refused:
+            raise BrokerUnavailable("its partition is away")
+        return await super().commit(record, **options)
+
+
+async def test_a_request_that_is_sent_again_changes_once() -> None:
+    """Its answer was lost, or the second of its runs could not be changed: what was counted was counted twice."""
+    broker = Flaky(MemoryBroker())
+    async with with_tasks(broker=broker, timeouts=Timeouts(append=0.01)) as realtime:
+        parent = await realtime.trigger("echo", 1, delay="1h")
+        child = await realtime.trigger("echo", 1, delay="1h", parent=parent)
+        body = {name: [op("increment", "n", 1), op("append", "l", 1)] for name in ("operations", "parentOperations")}
+        broker.refused = parent.id
+        assert (await update(realtime, child.id, body, key="a")).status == 503
+        broker.refused = ""
+        for _ in range(2):
+            assert (await update(realtime, child.id, body, key="a")).json == {"metadata": {"n": 1, "l": [1]}}
+            assert (await realtime.get_run(parent)).metadata == {"n": 1, "l": [1]}
+        assert (await update(realtime, child.id, body, key="b")).json == {"metadata": {"n": 2, "l": [1, 1]}}
+        assert (await update(realtime, child.id, body)).json == {"metadata": {"n": 3, "l": [1] * 3}}
+        assert (await update(realtime, child.id, body)).json == {"metadata": {"n": 4, "l": [1] * 4}}
+        assert (await update(realtime, child.id, body, key="ä")).status == 400
+
+
+@pytest.mark.parametrize(("counts", "status"), [((1, 1, 1), 200), ((2, 1, 1), 422), ((0, 0, 4), 422)])
+async def test_the_operations_of_a_request_are_counted(counts: tuple[int, int, int], status: int) -> None:
+    async with opened(limits=Limits(metadata_operations=3)) as (realtime, run):
+        names = ("operations", "parentOperations", "rootOperations")
+        body = {name: [op("increment", "n", 1)] * count for name, count in zip(names, counts, strict=True)}
+        answer = await update(realtime, run.id, body)
+        assert answer.status == status
+        if status == 422:
+            assert answer.json["code"] == "limit_exceeded"
+            assert "has 4 operations, limit 3" in answer.error
+
+
+async def test_what_is_deep_may_be_removed() -> None:
+    deep = "[" * 900 + "]" * 900
+    async with opened() as (realtime, run):
+        body = '{"operations":[{"type":"set","key":"a","value":[%s]},{"type":"remove","key":"a","value":%s}]}'
+        answer = await update(realtime, run.id, (body % (deep, deep)).encode())
+        assert (answer.status, answer.json) == (200, {"metadata": {"a": []}})
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b'{"operations": {}}', b'{"metadata": [1]}'])

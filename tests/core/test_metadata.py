@@ -78,6 +78,73 @@ def test_operations_apply_in_order_and_leave_their_values_alone() -> None:
     assert (value, replacement) == ([1], {"a": [1]})
 
 
+def test_what_is_changed_again_and_again_stands_at_one_place_only() -> None:
+    """Lists are copied once, and changed where they are from then on."""
+    old: dict[str, Any] = {"a": [1], "b": {"c": [1]}}
+    value: list[Any] = [0]
+    operations: list[Operation] = [
+        Append("a", 2),
+        Append("a", 3),
+        Set("kept", 1),
+        Append("$.b.c", 2),
+        Append("$.b.c", 3),
+        Set("$.b.c.0", "x"),
+        Set("$.b.d", value),
+        Append("$.b.d", 1),
+        Append("$.b.d", 2),
+        Set("e", value),
+        Append("e", 1),
+        Set("$.e.1", "y"),
+        Append("new", 1),
+        Append("new", 2),
+        Remove("new", 1),
+        Append("new", 3),
+    ]
+    assert apply_operations(old, operations) == {
+        "a": [1, 2, 3],
+        "b": {"c": ["x", 2, 3], "d": [0, 1, 2]},
+        "kept": 1,
+        "e": [0, "y"],
+        "new": [2, 3],
+    }
+    assert (old, value) == ({"a": [1], "b": {"c": [1]}}, [0])
+    assert apply_operations(old, operations) == apply_operations(apply_operations(old, operations[:8]), operations[8:])
+
+
+@pytest.mark.parametrize(
+    ("value", "left"),
+    [
+        (1, [True, "1", None, [1], [True], {"a": 1}]),
+        (1.0, [True, "1", None, [1], [True], {"a": 1}]),
+        (True, [1, 1.0, "1", None, [1], [True], {"a": 1}]),
+        (None, [1, True, 1.0, "1", [1], [True], {"a": 1}]),
+        ("1", [1, True, 1.0, None, [1], [True], {"a": 1}]),
+        ([1], [1, True, 1.0, "1", None, [True], {"a": 1}]),
+        ([True], [1, True, 1.0, "1", None, [1], {"a": 1}]),
+        ({"a": True}, [1, True, 1.0, "1", None, [1], [True], {"a": 1}]),
+        ({"a": 1}, [1, True, 1.0, "1", None, [1], [True]]),
+        ({}, [1, True, 1.0, "1", None, [1], [True], {"a": 1}]),
+    ],
+)
+def test_what_equals_is_as_in_json(value: Any, left: list[Any]) -> None:
+    items = [1, True, 1.0, "1", None, [1], [True], {"a": 1}]
+    result = apply_operations({"l": items}, [Remove("l", value)])["l"]
+    assert [(type(item), item) for item in result] == [(type(item), item) for item in left]
+
+
+def test_a_value_that_is_deep_is_removed() -> None:
+    """Comparing it raised RecursionError."""
+
+    def deep(inner: Any) -> Any:
+        for _ in range(2000):
+            inner = [inner]
+        return inner
+
+    for value, left in ((deep(1), 2), (deep(2), 1), (deep(3), 3)):
+        items = [deep(1), deep(2), deep(2)]
+        assert len(apply_operations({"l": items}, [Remove("l", value)])["l"]) == left
+
+
 def test_no_operations_give_a_copy() -> None:
     result = apply_operations(OLD, [])
     assert result == OLD
