@@ -70,7 +70,7 @@ def read_body(data: bytes, type: type[B], *, what: str = "the body") -> B:
     except UsageError as exc:
         raise InvalidRequest(f"{what} is malformed: {exc}") from exc
     except msgspec.ValidationError as exc:
-        raise InvalidRequest(f"{what} does not fit: {exc}") from exc
+        raise InvalidRequest(f"{what} does not fit: {_cut(str(exc))}") from exc
 
 
 def _decode_body(data: bytes, type: type[B]) -> B:
@@ -100,14 +100,22 @@ def _check_length(what: str, size: int, limit: int) -> None:
         raise LimitExceeded(f"{what} {size} bytes, limit {limit}", status=413)
 
 
+_MAX_MESSAGE = 300
+
+
 def read_json(data: bytes, type: type[T], *, what: str = "the body") -> T:
     """Decode JSON from outside. Raises `InvalidRequest`."""
     try:
         return msgspec.json.decode(json_line(data), type=type)
     except msgspec.ValidationError as exc:
-        raise InvalidRequest(f"{what} does not fit: {exc}") from exc
+        raise InvalidRequest(f"{what} does not fit: {_cut(str(exc))}") from exc
     except UsageError as exc:
         raise InvalidRequest(f"{what} is malformed: {exc}") from exc
+
+
+def _cut(text: str) -> str:
+    """Somebody else's message, which may repeat what came from outside, however long that is."""
+    return text if len(text) <= _MAX_MESSAGE else f"{text[:_MAX_MESSAGE]}…"
 
 
 def read_payload(body: Body, options: Options, limits: Limits) -> Payload:

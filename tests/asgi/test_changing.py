@@ -253,3 +253,10 @@ async def test_the_run_itself_sees_what_others_changed() -> None:
         await update(realtime, run.id, {"operations": [op("increment", "n", 5)]})
         await run.metadata.flush()
         assert run.metadata.get("n") == 7
+
+
+async def test_a_message_does_not_repeat_a_long_text_from_outside() -> None:
+    async with opened() as (realtime, run):
+        answer = await update(realtime, run.id, {"operations": [op("x" * 100_000, "a")]})
+        assert answer.status == 400
+        assert len(answer.error) < 500
