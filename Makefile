@@ -52,7 +52,7 @@ check: $(DEV)  ## format, lint, types, layers, version: what CI runs before the 
 	$(BIN)/python -m pytest -q tests/test_layering.py tests/test_version.py
 
 # Without the programs of the guide on job queues, which are written for the present versions of those.
-lowest: $(DEV)  ## the tests on the lowest versions of our dependencies that pyproject.toml allows
+lowest: $(DEV) $(NPM_PACKAGES)  ## the tests on the lowest versions of our dependencies that pyproject.toml allows
 	$(BIN)/python -m pip install --quiet uv
 	$(BIN)/uv venv --quiet --clear --no-python-downloads --python $(BIN)/python $(LOWEST)
 	$(BIN)/uv pip compile --quiet --python $(LOWEST) --resolution lowest-direct --all-extras pyproject.toml -o $(LOWEST)/pins.txt
