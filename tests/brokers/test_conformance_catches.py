@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import heapq
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
@@ -27,7 +28,7 @@ from tests.brokers.backends import Memory
 # Streams
 
 
-class Mirrors(MemoryBroker):
+class Mirrors(MemoryBroker, ABC):
     """Readers follow a copy, which they have to join with the storage."""
 
     def __init__(self, **settings: Any) -> None:
@@ -65,8 +66,8 @@ class Mirrors(MemoryBroker):
             mirror.log.close(ended.end)
         yield mirror
 
-    async def _join(self, key: StreamKey, mirror: LiveLog) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    async def _join(self, key: StreamKey, mirror: LiveLog) -> None: ...
 
 
 class JoinsInOneStep(Mirrors):

@@ -11,6 +11,7 @@ import os
 import queue
 import subprocess
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import count
@@ -71,7 +72,7 @@ class Process:
             pipe.close()
 
 
-class Program:
+class Program(ABC):
     """A program that runs."""
 
     def __init__(self, name: str) -> None:
@@ -89,11 +90,13 @@ class Program:
         """Something else was printed, such as a warning of Node, for whoever reads of a failure."""
         self._seen.append(text)
 
+    @abstractmethod
     def tell(self, what: Any) -> None:
-        raise NotImplementedError
+        """Say something to it."""
 
+    @abstractmethod
     def kill(self) -> None:
-        raise NotImplementedError
+        """End it at once."""
 
     def line(self) -> Line:
         """The next thing that it says."""
