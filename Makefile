@@ -56,7 +56,7 @@ lowest: $(DEV) $(NPM_PACKAGES)  ## the tests on the lowest versions of our depen
 	$(BIN)/python -m pip install --quiet uv
 	$(BIN)/uv venv --quiet --clear --no-python-downloads --python $(BIN)/python $(LOWEST)
 	$(BIN)/uv pip compile --quiet --python $(LOWEST) --resolution lowest-direct --all-extras pyproject.toml -o $(LOWEST)/pins.txt
-	$(BIN)/uv pip install --quiet --python $(LOWEST) --constraints $(LOWEST)/pins.txt --editable '.[redis,taskiq,trio]' --group dev
+	$(BIN)/uv pip install --quiet --python $(LOWEST) --constraints $(LOWEST)/pins.txt --editable '.[client,redis,taskiq,trio]' --group dev
 	$(LOWEST)/bin/python -m pytest -n auto --dist loadfile -p no:cacheprovider --ignore=tests/e2e --ignore=tests/docs/test_queues.py -k 'not valkey' $(ARGS)
 
 newest: $(DEV)  ## the tests in Node on the newest 4.x of the official clients, if those are newer than the ones pinned
