@@ -86,7 +86,9 @@ class Engine:
         self._leases: LeaseThread | None = None
         self._pid = os.getpid()
         self._debug = debug
-        self._signals = ShutdownSignals(self._on_signal) if signals else None
+        self.companions: list[Job] = []
+        """Jobs that run beside everything else from each start to its stop."""
+        self._signals = ShutdownSignals(self.announce_shutdown) if signals else None
         self._supervisor: Supervisor | None = None
         self._lazy = False
         self._ready = False
@@ -173,7 +175,8 @@ class Engine:
         if self._signals is not None:
             self._signals.install()
         supervisor.start()
-        supervisor.spawn_detached(self._serve)
+        for job in (self._serve, *self.companions):
+            supervisor.spawn_detached(job)
         if self._in_process is not None:
             self._in_process.restart()
         if lazy:
@@ -246,6 +249,11 @@ class Engine:
                 except Exception:
                     logger.exception("the executor could not be stopped")
 
+    def keep_signals(self) -> None:
+        """Put the signal handlers in again, if a server that installs its own late has replaced them."""
+        if self._signals is not None:
+            self._signals.install()
+
     def begin_shutdown(self) -> None:
         """End every subscription cleanly, at the next turn of the loop, and every later one until the next start.
 
@@ -259,12 +267,16 @@ class Engine:
         self._shut_for_good = True
         self._close_subscriptions()
 
-    def _on_signal(self) -> None:
+    def announce_shutdown(self) -> None:
+        """The server was told to stop: end every subscription, and if nobody else will stop this, begin with that too.
+
+        From any thread or signal handler; idempotent.
+        """
         supervisor = self.supervisor
         if supervisor is not None:
-            supervisor.post(lambda: self._heed_signal(supervisor))
+            supervisor.post(lambda: self._heed_announcement(supervisor))
 
-    def _heed_signal(self, supervisor: Supervisor) -> None:
+    def _heed_announcement(self, supervisor: Supervisor) -> None:
         self._close_subscriptions()
         if self._lazy:  # nobody else will stop it
             supervisor.request_stop()

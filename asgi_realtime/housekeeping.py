@@ -37,6 +37,7 @@ class Housekeeping:
         engine = self._engine
         while True:
             await anyio.sleep(engine.timeouts.tick)
+            engine.keep_signals()
             now, steady = engine.clock(), time.monotonic()
             for subscriber in tuple(engine.subscribers):
                 try:

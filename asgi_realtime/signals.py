@@ -1,16 +1,19 @@
 """Hearing of a shutdown in time: a server waits for open streams before it tells its app, so the signal must.
 
 The handlers are chained: ours sets things going and calls the one that was there. They are put in at start, only on
-the main thread, never over the default action or "ignore", and taken out again only if they are still in place.
+the main thread, never over the default action or "ignore", and taken out again only if they are still in place. A
+server may put in its own after that, so the ticker looks now and then whether ours are still reached.
 """
 
 from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
+
+Handler = Callable[[int, FrameType | None], Any]
 
 WATCHED = (signal.SIGTERM, signal.SIGINT)
 
@@ -20,32 +23,57 @@ class ShutdownSignals:
 
     def __init__(self, on_signal: Callable[[], None]) -> None:
         self._on_signal = on_signal
-        self._installed: dict[signal.Signals, tuple[Any, Callable[[int, FrameType | None], None]]] = {}
+        self._hearing = False
 
     def install(self) -> None:
+        """Put the handlers in before those that are there, unless they are reached already."""
         if threading.current_thread() is not threading.main_thread():
             return
         for number in WATCHED:
-            previous = signal.getsignal(number)
-            _, ours = self._installed.get(number, (None, None))  # still there if its loop was closed without a stop
-            if callable(previous) and previous is not ours:
-                handler = self._chained(previous)
-                signal.signal(number, handler)
-                self._installed[number] = (previous, handler)
-
-    def _chained(self, previous: Callable[[int, FrameType | None], Any]) -> Callable[[int, FrameType | None], None]:
-        def handle(number: int, frame: FrameType | None) -> None:
-            try:
-                self._on_signal()
-            finally:
-                previous(number, frame)
-
-        return handle
+            present = signal.getsignal(number)
+            if callable(present) and self not in [handler.owner for handler in _chain(present)]:
+                signal.signal(number, _Chained(self, present))
 
     def restore(self) -> None:
+        """Take the handlers out, as far as they are reached through handlers of this kind only."""
         if threading.current_thread() is not threading.main_thread():
             return
-        for number, (previous, handler) in self._installed.items():
-            if signal.getsignal(number) is handler:
-                signal.signal(number, previous)
-        self._installed.clear()
+        for number in WATCHED:
+            above: _Chained | None = None
+            for handler in _chain(signal.getsignal(number)):
+                if handler.owner is not self:
+                    above = handler
+                elif above is None:
+                    signal.signal(number, handler.previous)
+                else:
+                    above.previous = handler.previous
+
+    def hear(self, then: Callable[[], object]) -> None:
+        """A signal came. A handler of the server may call an older one of ours: it is told once all the same."""
+        outermost, self._hearing = not self._hearing, True
+        try:
+            if outermost:
+                self._on_signal()
+        finally:
+            try:
+                then()
+            finally:
+                self._hearing = not outermost
+
+
+class _Chained:
+    """A handler that tells its owner and then calls the one that was there before."""
+
+    def __init__(self, owner: ShutdownSignals, previous: Handler) -> None:
+        self.owner = owner
+        self.previous = previous
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        self.owner.hear(lambda: self.previous(number, frame))
+
+
+def _chain(handler: Any) -> Iterator[_Chained]:
+    """The handlers of this kind that are called one after the other, from the outermost on."""
+    while isinstance(handler, _Chained):
+        yield handler
+        handler = handler.previous

@@ -137,6 +137,58 @@ async def test_several_are_chained_and_taken_out_in_any_order(server: Server) ->
 
 
 @pytest.mark.anyio
+async def test_one_that_stops_first_leaves_nothing_in_the_chain(server: Server) -> None:
+    first, second = make_realtime(signals=True), make_realtime(signals=True)
+    await first.start()
+    await second.start()
+    await first.stop()
+    assert [handler.previous for handler in installed()] == [server.handle] * 2
+    await second.stop()
+    assert installed() == [server.handle] * 2
+
+
+@pytest.mark.anyio
+async def test_a_server_that_puts_its_handlers_in_late_is_noticed(server: Server) -> None:
+    """The signal then reached the server alone, which waited for the open streams until it was killed."""
+    late = Server()
+    async with make_realtime(signals=True) as realtime:
+        signal.signal(signal.SIGTERM, late.handle)
+        await until(lambda: signal.getsignal(signal.SIGTERM) != late.handle)
+        signal.raise_signal(signal.SIGTERM)
+        await until(lambda: realtime.closing)
+        assert late.got == [signal.SIGTERM]
+    assert installed() == [late.handle, server.handle]
+
+
+@pytest.mark.anyio
+async def test_two_that_look_after_their_handlers_do_not_pile_them_up(server: Server) -> None:
+    first, second = make_realtime(signals=True), make_realtime(signals=True)
+    await first.start()
+    await second.start()
+    chained = installed()
+    for _ in range(5):
+        first.engine.keep_signals()
+        second.engine.keep_signals()
+    assert installed() == chained
+    await first.stop()
+    await second.stop()
+
+
+def test_a_handler_that_calls_ours_does_not_make_it_tell_twice(server: Server) -> None:
+    told: list[str] = []
+    signals = ShutdownSignals(lambda: told.append("told"))
+    signals.install()
+    ours = signal.getsignal(signal.SIGTERM)
+    assert callable(ours)
+    signal.signal(signal.SIGTERM, lambda number, frame: ours(number, frame))
+    signals.install()
+    for _ in range(2):
+        signal.raise_signal(signal.SIGTERM)
+    assert told == ["told"] * 2
+    assert server.got == [signal.SIGTERM] * 2
+
+
+@pytest.mark.anyio
 async def test_starting_many_times_does_not_pile_up_handlers(server: Server) -> None:
     realtime = make_realtime(signals=True)
     for _ in range(3):
@@ -203,7 +255,7 @@ def test_other_threads_than_the_main_one_leave_signals_alone(server: Server) -> 
 
 def test_a_signal_before_the_start_and_after_the_stop_reaches_the_server_only(server: Server) -> None:
     realtime = make_realtime(signals=True)
-    realtime.engine._on_signal()
+    realtime.engine.announce_shutdown()
     assert not realtime.closing
 
 

@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import multiprocessing
+from typing import Any
+
+import anyio
+import pytest
+
+from asgi_realtime import hypercorn
+from tests.inprocess import make_realtime, until
+
+
+class Event:
+    def __init__(self) -> None:
+        self.set = False
+
+    def is_set(self) -> bool:
+        return self.set
+
+
+class Child:
+    """A process as hypercorn's command line starts it, as far as it is looked at."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        self._kwargs = kwargs
+
+    def _target(self) -> None: ...
+
+    _target.__module__ = "hypercorn.asyncio.run"
+
+
+@pytest.fixture
+def event(monkeypatch: pytest.MonkeyPatch) -> Event:
+    found = Event()
+    monkeypatch.setattr(multiprocessing, "current_process", lambda: Child(shutdown_event=found))
+    return found
+
+
+@pytest.mark.anyio
+async def test_subscriptions_end_when_hypercorn_tells_its_child_to_stop(event: Event) -> None:
+    realtime = make_realtime()
+    assert hypercorn.watch(realtime)
+    async with realtime:
+        assert not realtime.closing
+        event.set = True
+        await until(lambda: realtime.closing)
+        assert realtime.engine.supervisor is not None  # the stop comes with the lifespan
+
+
+@pytest.mark.anyio
+async def test_after_a_lazy_start_it_stops_too(event: Event) -> None:
+    realtime = make_realtime()
+    hypercorn.watch(realtime)
+    async with realtime.open_run("r"):
+        pass
+    event.set = True
+    await until(lambda: realtime.engine.supervisor is None)
+
+
+@pytest.mark.anyio
+async def test_it_is_watched_for_after_each_start(event: Event) -> None:
+    realtime = make_realtime()
+    hypercorn.watch(realtime)
+    for _ in range(2):
+        event.set = False
+        async with realtime:
+            event.set = True
+            await until(lambda: realtime.closing)
+
+
+@pytest.mark.anyio
+async def test_in_any_other_process_it_does_nothing() -> None:
+    realtime = make_realtime()
+    assert not hypercorn.watch(realtime)
+    async with realtime:
+        await anyio.wait_all_tasks_blocked()
+        assert not realtime.closing
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"shutdown_event": None}])
+def test_an_event_that_is_not_where_it_was_is_told(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, kwargs: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(multiprocessing, "current_process", lambda: Child(**kwargs))
+    assert not hypercorn.watch(make_realtime())
+    assert "hypercorn's shutdown event is not where it was" in caplog.text
