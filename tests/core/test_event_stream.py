@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from asgi_realtime.testing.sse import Event, EventParser
+from asgi_realtime.core.event_stream import Event, EventParser
 
 STREAM = (
     "\ufeff: hello\n"
@@ -89,3 +89,11 @@ def test_an_id_counts_from_the_end_of_its_event() -> None:
     assert parser.last_event_id is None
     parser.feed(b"\n")
     assert parser.last_event_id == "1"
+
+
+def test_a_long_line_may_come_in_many_parts() -> None:
+    parser = EventParser()
+    parser.feed(b"data: ")
+    for _ in range(10_000):
+        assert parser.feed(b"x" * 100) == []
+    assert parser.feed(b"\n\n") == [Event("message", "x" * 1_000_000)]
