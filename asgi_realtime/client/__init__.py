@@ -1,0 +1,28 @@
+"""For another service: follow runs and read streams of a `Realtime` over HTTP, with an access token. Needs the extra
+`client`.
+
+What is asked for is the native SSE of docs/protocol.md, sections 4 and 5. `following` says what each answer and event
+means, without I/O; `RealtimeClient` and `SyncRealtimeClient` only carry its bytes.
+"""
+
+from __future__ import annotations
+
+try:
+    import httpx  # noqa: F401
+except ModuleNotFoundError as exc:  # pragma: no cover
+    raise ModuleNotFoundError("the client needs httpx: pip install 'asgi_realtime[client]'") from exc
+
+from asgi_realtime.client.asynchronous import RealtimeClient, Subscription
+from asgi_realtime.client.errors import ServerUnreachable, UnexpectedAnswer
+from asgi_realtime.client.states import RunState
+from asgi_realtime.client.synchronous import SyncRealtimeClient, SyncSubscription
+
+__all__ = [
+    "RealtimeClient",
+    "RunState",
+    "ServerUnreachable",
+    "Subscription",
+    "SyncRealtimeClient",
+    "SyncSubscription",
+    "UnexpectedAnswer",
+]

@@ -1,0 +1,431 @@
+"""What the clients do with each answer that a server, or a proxy in front of it, can give."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import anyio
+import pytest
+
+from asgi_realtime import (
+    ExpiredToken,
+    InvalidToken,
+    RealtimeError,
+    RunCanceled,
+    RunEnded,
+    RunFailed,
+    RunNotFound,
+    ScopeDenied,
+    StreamChunk,
+    StreamGap,
+    UsageError,
+)
+from asgi_realtime.client import RealtimeClient, ServerUnreachable, UnexpectedAnswer
+from asgi_realtime.errors import InvalidRequest
+from tests.client.reading import KINDS, Surroundings, Told, read
+from tests.client.scripted import END, HOLD, ScriptedServer, answer, chunk, refused, stream
+
+TOKEN = "aaa.bbb.ccc"
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
+@pytest.fixture
+def surroundings() -> Surroundings:
+    return Surroundings()
+
+
+def ask(kind: str, server: ScriptedServer, surroundings: Surroundings, token: Any = TOKEN, **options: Any) -> Told:
+    return read(kind, server.origin, token, lambda client: client.read("run_1"), surroundings=surroundings, **options)
+
+
+def test_a_request_is_as_the_protocol_says(kind: str, surroundings: Surroundings) -> None:
+    with ScriptedServer(stream(END)) as server:
+        told = read(
+            kind,
+            f"{server.origin}/realtime/",
+            TOKEN,
+            lambda client: client.read("run 1", "a%b", start_index=7),
+            surroundings=surroundings,
+        )
+        assert (told.items, told.errors) == ([], [])
+    (asked,) = server.asked
+    assert asked.line == "GET /realtime/v1/streams/run%201/a%25b HTTP/1.1"
+    assert asked.headers["accept"] == "text/event-stream"
+    assert asked.headers["authorization"] == f"Bearer {TOKEN}"
+    assert asked.headers["last-event-id"] == "6"
+    assert TOKEN not in asked.line
+
+
+@pytest.mark.parametrize(
+    ("call", "path"),
+    [
+        (lambda client: client.subscribe_to_run("run_1"), "/v1/runs/run_1"),
+        (lambda client: client.subscribe_to_batch("batch_1"), "/v1/batches/batch_1"),
+        (lambda client: client.subscribe_to_runs_with_tag("user:1"), "/v1/runs?tags=user%3A1"),
+        (
+            lambda client: client.subscribe_to_runs_with_tag(["a&b", "c"], created_within="1h"),
+            "/v1/runs?tags=a%26b%2Cc&createdAt=3600s",
+        ),
+    ],
+)
+def test_feeds_have_the_paths_of_the_protocol(kind: str, call: Any, path: str) -> None:
+    with ScriptedServer(stream(END)) as server:
+        read(kind, server.origin, TOKEN, call)
+    assert [asked.line for asked in server.asked] == [f"GET {path} HTTP/1.1"]
+
+
+def test_a_body_that_ends_without_an_end_is_resumed(kind: str, surroundings: Surroundings) -> None:
+    answers = [stream(chunk(0, '"a"'), chunk(1, '"b"'), "id: 2\ndata: no"), stream(), stream(chunk(2, '"c"'), END)]
+    answers[0] = answers[0].removesuffix(b"\n\n")  # an event without its empty line does not count
+    with ScriptedServer(*answers) as server:
+        told = ask(kind, server, surroundings)
+    assert (told.items, told.errors) == (["a", "b", "c"], [])
+    assert server.positions == [None, "1", "1"]
+
+
+def test_pauses_grow_and_begin_again_after_progress(kind: str, surroundings: Surroundings) -> None:
+    away = answer(503)
+    with ScriptedServer(away, away, away, stream(chunk(0)), away, stream(END)) as server:
+        told = ask(kind, server, surroundings)
+    assert (told.items, told.errors) == ([0], [])
+    assert surroundings.pauses == [1, 2, 4, 1, 2]
+
+
+def test_pauses_are_drawn_at_random_and_have_an_end(kind: str, surroundings: Surroundings) -> None:
+    surroundings.dice = 0.0
+    with ScriptedServer(*[answer(500)] * 9, stream(END)) as server:
+        assert ask(kind, server, surroundings).errors == []
+    assert surroundings.pauses == [0.5, 1, 2, 4, 8, 15, 15, 15, 15]
+
+
+def test_the_reconnection_time_of_the_server_is_the_first_pause(kind: str, surroundings: Surroundings) -> None:
+    with ScriptedServer(stream("retry: 3000"), answer(502), stream("retry: 0"), stream(END)) as server:
+        assert ask(kind, server, surroundings).errors == []
+    assert surroundings.pauses == [3, 6, 0.4]
+
+
+@pytest.mark.parametrize(
+    ("headers", "pause"),
+    [
+        ({"retry_after": "7"}, 7),
+        ({"retry_after": "Wed, 21 Oct 2015 07:28:09 GMT", "date": "Wed, 21 Oct 2015 07:28:00 GMT"}, 9),
+        ({"retry_after": "Wed, 21 Oct 2015 07:28:09 GMT"}, 1),
+        ({"retry_after": "Wed, 21 Oct 2015 07:28:09", "date": "Wed, 21 Oct 2015 07:28:00 GMT"}, 1),
+        ({"retry_after": "soon"}, 1),
+        ({"retry_after": "9" * 400}, 3600),
+    ],
+)
+@pytest.mark.parametrize("status", [429, 503])
+def test_retry_after_is_honoured(surroundings: Surroundings, headers: dict[str, str], pause: int, status: int) -> None:
+    with ScriptedServer(answer(status, b"", **headers), stream(END)) as server:
+        assert ask("sync", server, surroundings, give_up_after=None).errors == []
+    assert surroundings.pauses == [pause]
+
+
+def test_reconnect_is_taken_at_its_word(kind: str, surroundings: Surroundings) -> None:
+    with ScriptedServer(
+        stream(chunk(0), 'event: reconnect\nretry: 1234\ndata: {"retry":1234}'), stream(chunk(1), END)
+    ) as server:
+        told = ask(kind, server, surroundings)
+    assert told.items == [0, 0]
+    assert server.positions == [None, "0"]
+    assert surroundings.pauses == [1.234]
+
+
+def test_a_server_that_stays_away_is_given_up(kind: str, surroundings: Surroundings) -> None:
+    with ScriptedServer(stream(chunk(0)), answer(503)) as server:
+        told = ask(kind, server, surroundings, give_up_after=20, ask_again=1)
+    assert told.items == [0]
+    assert [type(error) for error in told.errors] == [ServerUnreachable, ServerUnreachable]
+    assert str(told.error) == "gave up on /v1/streams/run_1/default: the server answered 503"
+    assert surroundings.pauses == [1, 2, 4, 8, 1, 2, 4, 8]
+    assert set(server.positions[1:]) == {"0"}
+
+
+def test_a_refused_connection_is_tried_again(kind: str, surroundings: Surroundings) -> None:
+    with ScriptedServer(stream(END)) as server:
+        pass
+    told = ask(kind, server, surroundings, give_up_after=10)
+    assert isinstance(told.error, ServerUnreachable)
+    assert "ConnectError" in str(told.error)
+    assert told.error.__cause__ is not None
+
+
+@pytest.mark.slow
+def test_silence_is_a_cut(kind: str, surroundings: Surroundings) -> None:
+    with ScriptedServer(stream(chunk(0)) + HOLD, stream(chunk(1), END)) as server:
+        told = ask(kind, server, surroundings, silence_timeout=0.2)
+        assert server.left.wait(10)
+    assert (told.items, told.errors) == ([0, 0], [])
+    assert server.positions == [None, "0"]
+
+
+def test_what_was_read_to_its_end_ends_with_204(kind: str, surroundings: Surroundings) -> None:
+    with ScriptedServer(answer(204)) as server:
+        told = read(kind, server.origin, TOKEN, lambda client: client.read("run_1", start_index=9))
+    assert (told.items, told.errors, server.positions) == ([], [], ["8"])
+
+
+@pytest.mark.parametrize(
+    ("data", "error", "message"),
+    [
+        ('{"reason":"failed","error":"no luck"}', RunFailed, "the run ended failed: no luck"),
+        ('{"reason":"crashed"}', RunFailed, "the run ended crashed"),
+        ('{"reason":"lost"}', RunFailed, "the run ended lost"),
+        ('{"reason":"invented later"}', RunFailed, "the run ended invented later"),
+        ('{"reason":"canceled"}', RunCanceled, "the run was canceled"),
+    ],
+)
+def test_a_stream_raises_how_its_run_ended(kind: str, data: str, error: type[RunEnded], message: str) -> None:
+    with ScriptedServer(stream(chunk(0), f"event: end\nid: 1\ndata: {data}")) as server:
+        told = read(kind, server.origin, TOKEN, lambda client: client.read("run_1"), ask_again=1)
+    assert told.items == [0]
+    (raised,) = told.errors  # asked again it has ended
+    assert type(raised) is error
+    assert str(raised) == message
+    assert len(server.asked) == 1
+
+
+def test_a_gap_is_raised_once_and_what_is_kept_follows(kind: str, surroundings: Surroundings) -> None:
+    gap = 'event: gap\nid: 14\ndata: {"requested":0,"first":15}'
+    with ScriptedServer(stream(gap), stream(chunk(15, '"a"'), END)) as server:
+        told = ask(kind, server, surroundings, ask_again=1)
+    assert told.items == ["a"]
+    (raised,) = told.errors
+    assert isinstance(raised, StreamGap)
+    assert (raised.requested, raised.first) == (0, 15)
+    assert server.positions == [None, "14"]
+
+
+def test_chunks_come_with_their_index(kind: str) -> None:
+    with ScriptedServer(stream(chunk(3, '{"a":1}'), END)) as server:
+        told = read(kind, server.origin, TOKEN, lambda client: client.read_indexed("run_1", "rows", start_index=3))
+    assert told.items == [StreamChunk("rows", 3, {"a": 1})]
+
+
+def test_a_long_event_arrives_whole(kind: str) -> None:
+    text = "x" * (1024 * 1024)
+    with ScriptedServer(stream(chunk(0, f'"{text}"'), END)) as server:
+        told = read(kind, server.origin, TOKEN, lambda client: client.read("run_1"))
+    assert told.items == [text]
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "error"),
+    [
+        (400, "invalid_request", InvalidRequest),
+        (401, "invalid_token", InvalidToken),
+        (401, "token_expired", ExpiredToken),
+        (403, "forbidden", ScopeDenied),
+        (404, "run_not_found", RunNotFound),
+        (404, "not_found", UnexpectedAnswer),
+        (410, "stream_gap", UnexpectedAnswer),
+        (422, "invalid", UsageError),
+    ],
+)
+def test_a_refusal_is_raised_at_once(
+    kind: str, surroundings: Surroundings, status: int, code: str, error: type[RealtimeError]
+) -> None:
+    with ScriptedServer(refused(status, code, "it is so")) as server:
+        told = ask(kind, server, surroundings)
+    assert type(told.error) is error
+    assert "it is so" in str(told.error)
+    assert (told.error.status, told.error.code) == (status, code)
+    assert len(server.asked) == 1
+
+
+@pytest.mark.parametrize(
+    ("told", "status", "words"),
+    [
+        (answer(200, b"<html>", content_type="text/html"), 200, "'text/html' instead of text/event-stream; base_url"),
+        (answer(404, b"<h1>No</h1>"), 404, "the server answered 404: '<h1>No</h1>'"),
+        (answer(403), 403, "the server answered 403"),
+        (stream("id: 0\ndata: {"), 200, "an event that cannot be read"),
+        (stream("data: 1"), 200, "an event that cannot be read"),
+        (stream("event: end\ndata: []"), 200, "an event that cannot be read"),
+        (stream("event: gap\nid: 1\ndata: {}"), 200, "an event that cannot be read"),
+    ],
+)
+def test_what_is_no_answer_of_ours_is_told_apart(kind: str, told: bytes, status: int, words: str) -> None:
+    with ScriptedServer(told) as server:
+        error = read(kind, server.origin, TOKEN, lambda client: client.read("run_1")).error
+    assert isinstance(error, UnexpectedAnswer)
+    assert error.status == status
+    assert words in str(error)
+
+
+def test_a_401_of_a_proxy_is_a_refused_token(kind: str, surroundings: Surroundings) -> None:
+    with ScriptedServer(answer(401, b"x" * 100_000)) as server:
+        error = ask(kind, server, surroundings).error
+    assert type(error) is InvalidToken
+    assert len(str(error)) < 200
+
+
+def test_no_redirect_is_followed(kind: str, surroundings: Surroundings) -> None:
+    with ScriptedServer(stream(END)) as other, ScriptedServer(answer(307, location=f"{other.origin}/?x=y")) as server:
+        error = ask(kind, server, surroundings, follow_redirects=True).error
+    assert isinstance(error, UnexpectedAnswer)
+    assert f"a redirect to '{other.origin}/', which is not followed" in str(error)
+    assert other.asked == []
+
+
+# Tokens
+
+
+class Tokens:
+    """A function for tokens that counts."""
+
+    def __init__(self) -> None:
+        self.given = 0
+
+    def __call__(self) -> str:
+        self.given += 1
+        return f"token-{self.given}"
+
+    async def later(self) -> str:
+        await anyio.lowlevel.checkpoint()
+        return self()
+
+
+EXPIRED = 'event: end\ndata: {"reason":"token_expired"}'
+
+
+@pytest.fixture
+def function(kind: str) -> Any:
+    """One that is async for one of the kinds."""
+    tokens = Tokens()
+    return tokens.later if kind == "asyncio" else tokens
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [[stream(chunk(0), EXPIRED)], [stream(chunk(0)), refused(401, "token_expired", "it has expired")]],
+    ids=["event", "status"],
+)
+def test_a_new_token_is_asked_for_when_the_old_one_expires(
+    kind: str, surroundings: Surroundings, function: Any, answers: list[bytes]
+) -> None:
+    with ScriptedServer(*answers, stream(chunk(1), END)) as server:
+        told = ask(kind, server, surroundings, function)
+    assert (told.items, told.errors) == ([0, 0], [])
+    assert server.tokens == ["token-1"] * len(answers) + ["token-2"]
+    assert server.positions[-1] == "0"
+
+
+def test_a_token_is_kept_as_long_as_the_server_takes_it(kind: str, surroundings: Surroundings, function: Any) -> None:
+    with ScriptedServer(stream(chunk(0)), answer(503), stream(END)) as server:
+        ask(kind, server, surroundings, function)
+    assert server.tokens == ["token-1"] * 3
+
+
+def test_a_new_token_that_is_refused_too_is_raised(kind: str, surroundings: Surroundings, function: Any) -> None:
+    with ScriptedServer(refused(401, "invalid_token", "no such key")) as server:
+        told = ask(kind, server, surroundings, function, ask_again=1)
+    assert [str(error) for error in told.errors] == ["no such key", "no such key"]
+    assert [type(error) for error in told.errors] == [InvalidToken, InvalidToken]
+    assert server.tokens == ["token-1", "token-2", "token-3", "token-4"]
+
+
+def test_each_new_token_that_was_of_use_may_be_replaced(kind: str, surroundings: Surroundings, function: Any) -> None:
+    answers = [stream(chunk(index), EXPIRED) for index in range(4)]
+    with ScriptedServer(*answers, stream(END)) as server:
+        told = ask(kind, server, surroundings, function)
+    assert (told.items, told.errors) == ([0] * 4, [])
+    assert server.tokens == [f"token-{number}" for number in range(1, 6)]
+    assert surroundings.pauses == []
+
+
+@pytest.mark.parametrize("told", [stream(EXPIRED), refused(401, "token_expired", "the token has expired")])
+def test_a_fixed_token_that_expires_is_raised(kind: str, surroundings: Surroundings, told: bytes) -> None:
+    with ScriptedServer(told) as server:
+        error = ask(kind, server, surroundings).error
+    assert type(error) is ExpiredToken
+    assert len(server.asked) == 1
+
+
+def test_what_the_function_raises_is_raised(kind: str, surroundings: Surroundings) -> None:
+    def broken() -> str:
+        raise LookupError("no session")
+
+    with ScriptedServer(stream(END)) as server:
+        told = ask(kind, server, surroundings, broken)
+    assert isinstance(told.error, LookupError)
+    assert server.asked == []
+
+
+@pytest.mark.parametrize("token", ["", "a\r\nb", "ä", "a b", None, 5])
+def test_a_function_that_gives_no_token_is_told_so(kind: str, surroundings: Surroundings, token: Any) -> None:
+    with ScriptedServer(stream(END)) as server:
+        error = ask(kind, server, surroundings, lambda: token).error
+    assert isinstance(error, InvalidToken)
+    assert server.asked == []
+
+
+def test_the_sync_client_takes_no_async_function(surroundings: Surroundings) -> None:
+    with ScriptedServer(stream(END)) as server:
+        error = ask("sync", server, surroundings, Tokens().later).error
+    assert str(error) == "access_token is an async function; use it with RealtimeClient"
+
+
+@pytest.mark.anyio
+async def test_subscriptions_share_one_token() -> None:
+    tokens = Tokens()
+    with ScriptedServer(stream(END)) as server:
+        async with RealtimeClient(server.origin, tokens.later) as client, anyio.create_task_group() as group:
+
+            async def one() -> None:
+                async for _ in client.read("run_1"):
+                    pass
+
+            for _ in range(5):
+                group.start_soon(one)
+    assert tokens.given == 1
+    assert server.tokens == ["token-1"] * 5
+
+
+def test_no_token_is_shown(kind: str, surroundings: Surroundings, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    for name in ("httpcore", "httpx"):
+        logging.getLogger(name).setLevel(logging.DEBUG)
+    with ScriptedServer(answer(503), refused(401, "invalid_token", "no")) as server:
+        error = ask(kind, server, surroundings).error
+    assert TOKEN not in caplog.text
+    assert "/v1/streams/run_1/default: the server answered 503; next try in 1.0 s" in caplog.text
+    assert TOKEN not in repr(error)
+
+
+# Leaving
+
+
+@pytest.mark.anyio
+async def test_cancellation_closes_the_connection_and_loses_nothing() -> None:
+    with ScriptedServer(stream(chunk(0)) + HOLD, stream(chunk(1, "1"), END)) as server:
+        async with RealtimeClient(server.origin, TOKEN) as client:
+            chunks = client.read("run_1")
+            assert await anext(chunks) == 0
+            with anyio.move_on_after(0.01) as scope:
+                await anext(chunks)
+            assert scope.cancelled_caught
+            assert await anyio.to_thread.run_sync(server.left.wait, 10)
+            assert [item async for item in chunks] == [1]
+    assert server.positions == [None, "0"]
+
+
+@pytest.mark.anyio
+async def test_a_subscription_that_is_closed_ends() -> None:
+    with ScriptedServer(stream(chunk(0), chunk(1)) + HOLD) as server:
+        async with RealtimeClient(server.origin, TOKEN) as client:
+            async with client.read("run_1") as chunks:
+                assert await anext(chunks) == 0
+            assert await anyio.to_thread.run_sync(server.left.wait, 10)
+            assert [item async for item in chunks] == []
+            assert TOKEN not in repr(client) + repr(chunks)
