@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import anyio
 
@@ -23,6 +23,17 @@ _EXPIRED = Finished(Status.EXPIRED, error=RunError("Expired", "the run was not s
 _CRASHED = Finished(Status.CRASHED, error=RunError("Crashed", "the process that executed the run is gone"))
 
 
+@runtime_checkable
+class MovedClock(Protocol):
+    """A clock that a test moves: see `asgi_realtime.testing.FakeClock`."""
+
+    def steady(self) -> float:
+        """Seconds for spans, which move along."""
+
+    def add_follower(self, follower: Housekeeping) -> None:
+        """Have it act at once when the clock is moved, for as long as it is alive and `running`."""
+
+
 class Housekeeping:
     """The ticker of one start of an engine."""
 
@@ -32,18 +43,31 @@ class Housekeeping:
         self._renewed_at = -math.inf
         self._refused = False
         """The executor refused a run in this pass: others wait for the next."""
+        self._steady: Callable[[], float] = time.monotonic
+        if isinstance(engine.clock, MovedClock):
+            self._steady = engine.clock.steady
+            engine.clock.add_follower(self)
+
+    @property
+    def running(self) -> bool:
+        """The engine runs on the calling loop."""
+        return self._engine.running
 
     async def tick_subscribers(self) -> None:
         engine = self._engine
         while True:
             await anyio.sleep(engine.timeouts.tick)
             engine.keep_signals()
-            now, steady = engine.clock(), time.monotonic()
-            for subscriber in tuple(engine.subscribers):
-                try:
-                    subscriber.tick(now, steady)
-                except Exception:
-                    logger.exception("the ticker failed for %r", subscriber)
+            self.tick()
+
+    def tick(self) -> None:
+        """Have each subscription look at the time."""
+        now, steady = self._engine.clock(), self._steady()
+        for subscriber in tuple(self._engine.subscribers):
+            try:
+                subscriber.tick(now, steady)
+            except Exception:
+                logger.exception("the ticker failed for %r", subscriber)
 
     async def run_what_is_due(self) -> None:
         await self._at_every_tick(self._look_after_runs)

@@ -6,8 +6,10 @@ has ended is not there. Pure. Spec: WHATWG HTML, section 9.2.6 (interpreting an 
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
+from typing import Any
 
 _LINE_END = re.compile(rb"\r\n|\r|\n")
 _BOM = b"\xef\xbb\xbf"
@@ -23,6 +25,10 @@ class Event:
     """The last event id as of this event, which may have come with an earlier one. None: there was none yet."""
     retry: int | None = None
     """The reconnection time that came with this event, in milliseconds."""
+
+    def json(self) -> Any:
+        """The data as JSON. Raises `ValueError` if it is something else."""
+        return json.loads(self.data)
 
 
 class EventParser:

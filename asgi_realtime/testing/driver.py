@@ -7,15 +7,19 @@ Works on asyncio and trio. (`httpx.ASGITransport` collects the whole body first,
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping
-from contextlib import asynccontextmanager
-from typing import Any
+import json
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, MutableMapping
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any, Generic, TypeVar
 from urllib.parse import quote, urlencode
 
 import anyio
 import anyio.abc
 
 from asgi_realtime.testing.sse import Event, EventParser
+
+T = TypeVar("T")
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -27,10 +31,38 @@ LEAVE_S = 2.0
 """How long an app may take to notice that its client is gone, before it is cancelled."""
 
 
-class StreamedResponse:
-    """A response whose body is still on its way. Iterate it for the body chunks, as they are sent."""
+@contextmanager
+def at_most(seconds: float | None, told: Callable[[], str]) -> Iterator[None]:
+    """Raises `TimeoutError` with what `told` returns if the body takes longer. None: there is no limit."""
+    with anyio.move_on_after(seconds) as scope:
+        yield
+    if scope.cancelled_caught:
+        raise TimeoutError(told())
 
-    def __init__(self, scope: Scope) -> None:
+
+class _ToTheEnd(Generic[T]):
+    """Iterates what a call returns, until it raises `EndOfStream`. No generator: trio warns of one that is dropped."""
+
+    def __init__(self, call: Callable[[], Awaitable[T]]) -> None:
+        self._call = call
+
+    def __aiter__(self) -> AsyncIterator[T]:
+        return self
+
+    async def __anext__(self) -> T:
+        try:
+            return await self._call()
+        except anyio.EndOfStream:
+            raise StopAsyncIteration from None
+
+
+class StreamedResponse:
+    """A response whose body is still on its way. Iterate it for the body chunks, as they are sent.
+
+    Whatever waits raises `TimeoutError` after `timeout` seconds, which says what was read until then.
+    """
+
+    def __init__(self, scope: Scope, *, timeout: float | None = None) -> None:
         self.scope = scope
         """The scope that the app was called with: shows what it changed in there."""
         self.status = 0
@@ -40,7 +72,10 @@ class StreamedResponse:
         """All events that were read so far."""
         self.ended = False
         """The app ended the body."""
+        self.timeout = timeout
+        """How long to wait for a chunk or an event that says nothing else, in seconds. None: for ever."""
         self._parser = EventParser()
+        self._parsed: deque[Event] = deque()
         self._started = anyio.Event()
         self._gone = anyio.Event()
         self._chunks_in, self._chunks = anyio.create_memory_object_stream[bytes](0)
@@ -56,26 +91,55 @@ class StreamedResponse:
         return self._parser.last_event_id
 
     def __aiter__(self) -> AsyncIterator[bytes]:
-        return self._chunks.__aiter__()
+        return _ToTheEnd(self.chunk)
 
     async def chunk(self) -> bytes:
         """The next body chunk. Raises `anyio.EndOfStream` behind the last."""
-        return await self._chunks.receive()
+        with at_most(self.timeout, lambda: f"no chunk came within {self.timeout:g} s{self._so_far()}"):
+            return await self._chunks.receive()
 
     async def read(self) -> bytes:
         """The rest of the body, to its end."""
-        return b"".join([chunk async for chunk in self._chunks])
+        return b"".join([chunk async for chunk in self])
+
+    async def next_event(self, *, timeout: float | None = None) -> Event:
+        """The next event. Heartbeats do not lengthen the wait.
+
+        Raises `anyio.EndOfStream` behind the last, whether the app ended the body (`ended`) or the connection was cut.
+        """
+        seconds = self.timeout if timeout is None else timeout
+        with at_most(seconds, lambda: f"no event came within {seconds:g} s{self._so_far()}"):
+            while not self._parsed:
+                try:
+                    self._parsed.extend(self._parser.feed(await self._chunks.receive()))
+                except anyio.EndOfStream:
+                    how = "ended" if self.ended else "was cut off"
+                    raise anyio.EndOfStream(f"the body {how}{self._so_far()}") from None
+        event = self._parsed.popleft()
+        self.events.append(event)
+        return event
+
+    def aiter_events(self, *, timeout: float | None = None) -> AsyncIterator[Event]:
+        """The events one by one, to the end of the body. `timeout` is for each."""
+        return _ToTheEnd(lambda: self.next_event(timeout=timeout))
 
     async def read_events(self) -> list[Event]:
         """The events in the body chunks that follow: of as many as it takes to have one, or to the end."""
-        while True:
-            try:
-                events = self._parser.feed(await self._chunks.receive())
-            except anyio.EndOfStream:
-                return []
-            if events:
-                self.events += events
-                return events
+        try:
+            found = [await self.next_event()]
+        except anyio.EndOfStream:
+            return []
+        found += self._parsed
+        self.events += self._parsed
+        self._parsed.clear()
+        return found
+
+    def _so_far(self) -> str:
+        shown = ", ".join(f"{event.event} {event.data[:200]!r}" for event in self.events[-5:])
+        earlier = len(self.events) - 5
+        more = f"{earlier} earlier ones, " if earlier > 0 else ""
+        events = f"events {more}{shown}" if shown else "no event"
+        return f"; answered with {self.status}; read so far: {events}; comments: {len(self.comments)}"
 
     async def read_until(self, event: str) -> list[Event]:
         """All events up to and with the first of this name. Raises AssertionError if the body ends before."""
@@ -157,16 +221,18 @@ async def stream(
     body: bytes = b"",
     root_path: str = "",
     scope: Scope | None = None,
+    timeout: float | None = None,
 ) -> AsyncIterator[StreamedResponse]:
     """Send a request; give the response as soon as its head is there. Leaving it early is a disconnect.
 
-    What the app raises is raised here, unless the body of the `async with` raised before.
+    What the app raises is raised here. If the body of the `async with` raises as well, that goes on, with the app's
+    error as its cause. `timeout`, in seconds, is for the head and then for each wait; it raises `TimeoutError`.
     """
     scope = scope or make_scope(method, path, query=query, headers=headers, root_path=root_path)
-    response = StreamedResponse(scope)
+    response = StreamedResponse(scope, timeout=timeout)
     requests: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
     raised: list[Exception] = []
-    failure: Exception | None = None  # of the caller's block, which a task group would wrap
+    failure: BaseException | None = None  # of the caller's block, which a task group would wrap
 
     async def receive() -> Message:
         if requests:
@@ -188,20 +254,26 @@ async def stream(
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(run)
         try:
-            await response._started.wait()
+            with at_most(timeout, lambda: f"{method} {path} was not answered within {timeout:g} s"):
+                await response._started.wait()
             if not raised:
                 assert response.status, "the app returned without an answer"
                 yield response
-        except Exception as exc:
+        except (anyio.get_cancelled_exc_class(), GeneratorExit):
+            raise
+        except BaseException as exc:  # a skipped or failed test as well
             failure = exc
         finally:
             response.leave()
             with anyio.move_on_after(LEAVE_S, shield=True):
                 await over.wait()
             tasks.cancel_scope.cancel()
-    for error in (failure, *raised):
-        if error is not None:
-            raise error
+    if failure is not None:
+        if raised and failure.__cause__ is None:
+            failure.__cause__ = raised[0]
+        raise failure
+    if raised:
+        raise raised[0]
 
 
 class Response:
@@ -212,6 +284,18 @@ class Response:
         self.status = streamed.status
         self.headers = streamed.headers
         self.body = body
+
+    def __repr__(self) -> str:
+        return f"<Response {self.status} {self.body[:200]!r}>"
+
+    @property
+    def text(self) -> str:
+        """The body as UTF-8."""
+        return self.body.decode()
+
+    def json(self) -> Any:
+        """The body as JSON. Raises `ValueError` if it is something else."""
+        return json.loads(self.body)
 
 
 async def request(

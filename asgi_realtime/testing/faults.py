@@ -1,0 +1,283 @@
+"""Connections that fail as a test says: cut off, not read any more, refused.
+
+`Faults` is an ASGI app around another, so it works under `AsgiClient` and under a real server with a browser. Nothing
+is delayed by time: a fault comes after so many events.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import anyio
+
+from asgi_realtime.testing.driver import App, Message, Receive, Scope, Send
+from asgi_realtime.testing.sse import EventParser
+
+LEAVE_S = 2.0
+"""How long an app may take to notice that its connection was cut, before it is cancelled."""
+
+
+@dataclass(eq=False)
+class _Fault:
+    path: str
+    times: float
+
+    def describe(self) -> str:
+        raise NotImplementedError
+
+
+@dataclass(eq=False)
+class _Refusal(_Fault):
+    status: int
+    headers: Mapping[str, str]
+
+    def describe(self) -> str:
+        return f"refused with {self.status}"
+
+
+@dataclass(eq=False)
+class _Cut(_Fault):
+    after: int
+    mid_event: bool
+
+    def describe(self) -> str:
+        return f"cut after {self.after} events" + (" and half of one" if self.mid_event else "")
+
+
+@dataclass(eq=False)
+class Stall(_Fault):
+    """Requests whose client stops reading."""
+
+    after: int
+    released: anyio.Event = field(default_factory=anyio.Event)
+
+    def describe(self) -> str:
+        return f"stalled after {self.after} events"
+
+    def release(self) -> None:
+        """The clients read on, those to come as well. On the loop of the app."""
+        self.released.set()
+
+
+class Faults:
+    """The app, on bad connections: `faults = Faults(app)`, and `faults` goes to the client or to the server.
+
+    Each call below plans a fault for the next `times` requests whose path begins with `path`; what was planned first
+    comes first, one to a request. Preflights (OPTIONS) and lifespans pass. `happened` tells what came true.
+    """
+
+    def __init__(self, app: App) -> None:
+        self.app = app
+        self.happened: list[str] = []
+        """A line for each fault that took place: `GET /events cut after 2 events`."""
+        self._planned: list[_Fault] = []
+
+    def refuse(
+        self, status: int = 503, *, times: float = 1, path: str = "/", headers: Mapping[str, str] | None = None
+    ) -> None:
+        """Answer with this status and a short text; the app is not called. `times` may be `math.inf`."""
+        self._planned.append(_Refusal(path, times, status, headers or {}))
+
+    def cut(self, after: int = 0, *, mid_event: bool = False, times: float = 1, path: str = "/") -> None:
+        """Lose the connection behind so many events, or with `mid_event` behind half of the one that follows.
+
+        The app gets `http.disconnect` and what it sends goes nowhere, as when a peer is gone; it is cancelled if it
+        takes no notice for 2 seconds. The client gets what was sent until then and no end of the body: a server closes
+        the connection. A body that ends before is not cut.
+        """
+        self._planned.append(_Cut(path, times, after, mid_event))
+
+    def stall(self, after: int = 0, *, times: float = 1, path: str = "/") -> Stall:
+        """Have the client read no more behind so many events: the app's `send` waits, until the client is gone or
+        `release()` of what this returns is called.
+        """
+        stall = Stall(path, times, after)
+        self._planned.append(stall)
+        return stall
+
+    def clear(self) -> None:
+        """Forget what is planned. What is under way goes on."""
+        self._planned.clear()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        fault = self._next(scope)
+        if fault is None:
+            await self.app(scope, receive, send)
+            return
+
+        def happens() -> None:
+            self.happened.append(f"{scope['method']} {scope['path']} {fault.describe()}")
+
+        if isinstance(fault, _Refusal):
+            happens()
+            await _refuse(fault, send)
+        else:
+            connection: _CutConnection | _StalledConnection
+            if isinstance(fault, _Cut):
+                connection = _CutConnection(fault, receive, send, happens)
+            else:
+                assert isinstance(fault, Stall)
+                connection = _StalledConnection(fault, receive, send, happens)
+            await connection.run(self.app, scope)
+
+    def _next(self, scope: Scope) -> _Fault | None:
+        if scope["type"] != "http" or scope["method"] == "OPTIONS":
+            return None
+        for fault in self._planned:
+            if scope["path"].startswith(fault.path):
+                fault.times -= 1
+                if fault.times < 1:
+                    self._planned.remove(fault)
+                return fault
+        return None
+
+
+async def _refuse(refusal: _Refusal, send: Send) -> None:
+    headers = {"content-type": "text/plain; charset=utf-8", **refusal.headers}
+    encoded = [(name.lower().encode(), value.encode("latin-1")) for name, value in headers.items()]
+    await send({"type": "http.response.start", "status": refusal.status, "headers": encoded})
+    await send({"type": "http.response.body", "body": b"refused by a test"})
+
+
+class _Events:
+    """Counts the events of a body."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._parser = EventParser()
+
+    def feed_until(self, wanted: int, body: bytes) -> int | None:
+        """Return the offset in these bytes at which so many are complete. None: not in here, and all is fed."""
+        at = 0
+        for line in body.splitlines(keepends=True):
+            at += len(line)
+            self.count += len(self._parser.feed(line))
+            if self.count >= wanted:
+                return at
+        return None
+
+
+class _CutConnection:
+    """Loses its peer at the place that the fault says. The app runs in the caller's task."""
+
+    def __init__(self, fault: _Cut, receive: Receive, send: Send, happens: Callable[[], None]) -> None:
+        self._fault = fault
+        self._receive = receive
+        self._send = send
+        self._happens = happens
+        self._events = _Events()
+        self._lost = False
+        self._receiving: set[anyio.CancelScope] = set()
+        self._running = anyio.CancelScope()
+
+    async def run(self, app: App, scope: Scope) -> None:
+        with self._running:
+            await app(scope, self.receive, self.send)
+
+    async def receive(self) -> Message:
+        if not self._lost:
+            with anyio.CancelScope() as scope:
+                self._receiving.add(scope)
+                try:
+                    return await self._receive()
+                finally:
+                    self._receiving.discard(scope)
+        return {"type": "http.disconnect"}
+
+    async def send(self, message: Message) -> None:
+        if self._lost:
+            return
+        at = self._place(message)
+        if at is None:
+            await self._send(message)
+            return
+        if message["type"] == "http.response.start":
+            await self._send(message)
+        elif at:
+            await self._send({"type": "http.response.body", "body": message["body"][:at], "more_body": True})
+        self._lose()
+
+    def _place(self, message: Message) -> int | None:
+        """How many bytes of this message get through, if it is the last of which some do."""
+        fault = self._fault
+        if message["type"] != "http.response.body":
+            at_once = message["type"] == "http.response.start" and not fault.after and not fault.mid_event
+            return 0 if at_once else None
+        body = message.get("body", b"")
+        at = 0 if self._events.count >= fault.after else self._events.feed_until(fault.after, body)
+        if at is None or not fault.mid_event:
+            return at
+        rest = body[at:]
+        if not rest:
+            return None
+        return at + max(1, (self._events.feed_until(fault.after + 1, rest) or len(rest)) // 2)
+
+    def _lose(self) -> None:
+        self._happens()
+        self._lost = True
+        self._running.deadline = anyio.current_time() + LEAVE_S
+        for scope in tuple(self._receiving):
+            scope.cancel()
+
+
+class _StalledConnection:
+    """Its peer stops to read at the place that the fault says, and is watched while nobody else does."""
+
+    def __init__(self, fault: Stall, receive: Receive, send: Send, happens: Callable[[], None]) -> None:
+        self._fault = fault
+        self._receive = receive
+        self._send = send
+        self._happens = happens
+        self._events = _Events()
+        self._stalled = False
+        self._gone = False
+        self._early: deque[Message] = deque()
+        self._receiving = anyio.Lock()
+
+    async def run(self, app: App, scope: Scope) -> None:
+        await app(scope, self.receive, self.send)
+
+    async def receive(self) -> Message:
+        async with self._receiving:
+            return self._early.popleft() if self._early else await self._take()
+
+    async def _take(self) -> Message:
+        if self._gone:
+            return {"type": "http.disconnect"}
+        message = await self._receive()
+        self._gone = message["type"] == "http.disconnect"
+        return message
+
+    async def send(self, message: Message) -> None:
+        if message["type"] != "http.response.body":
+            await self._send(message)
+            return
+        body, after = message.get("body", b""), self._fault.after
+        at = 0 if self._events.count >= after else self._events.feed_until(after, body)
+        if at is None or self._fault.released.is_set():
+            await self._send(message)
+            return
+        if at:
+            await self._send({"type": "http.response.body", "body": body[:at], "more_body": True})
+        if at < len(body) or not message.get("more_body", False):
+            await self._wait_for_reader()
+            await self._send({**message, "body": body[at:]})
+
+    async def _wait_for_reader(self) -> None:
+        if not self._stalled:
+            self._stalled = True
+            self._happens()
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(self._watch, tasks.cancel_scope)
+            await self._fault.released.wait()
+            tasks.cancel_scope.cancel()
+
+    async def _watch(self, waiting: anyio.CancelScope) -> None:
+        while not self._gone:
+            async with self._receiving:
+                message = await self._take()
+                if not self._gone:
+                    self._early.append(message)
+        waiting.cancel()

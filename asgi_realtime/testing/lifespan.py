@@ -1,0 +1,93 @@
+"""The lifespan of an ASGI app, as a server drives it. Spec: ASGI, lifespan protocol 2.0.
+
+It runs in a task of its own, so that a fixture may start it in one task and end it in another.
+"""
+
+from __future__ import annotations
+
+import contextvars
+from typing import Any
+
+import anyio
+
+from asgi_realtime.supervisor import Supervisor
+from asgi_realtime.testing.driver import App, Message, at_most
+
+
+class Lifespan:
+    """Starts an app and ends it. `state` is what the app left there for its requests."""
+
+    def __init__(self, app: App, *, timeout: float | None) -> None:
+        self.state: dict[str, Any] = {}
+        self._app = app
+        self._timeout = timeout
+        self._asked = False  # the app has asked for the first message, so it knows lifespans
+        self._stopping = anyio.Event()
+        self._started = anyio.Event()
+        self._over = anyio.Event()
+        self._refused: list[str] = []
+        self._raised: list[Exception] = []
+        self._supervisor = Supervisor(context=contextvars.copy_context(), drain=self._over.wait)
+
+    async def start(self) -> None:
+        """Raises what the start-up raised, or `RuntimeError` with its message. An app without a lifespan is fine."""
+        self._supervisor.start()
+        self._supervisor.spawn_detached(self._run)
+        try:
+            with at_most(self._timeout, lambda: f"the app did not start within {self._timeout:g} s"):
+                await self._started.wait()
+            self._check("start")
+        except BaseException:
+            await self._end(at_once=True)
+            raise
+
+    async def stop(self) -> None:
+        """Raises what the shutdown raised, or `RuntimeError` with its message."""
+        self._stopping.set()
+        try:
+            with at_most(self._timeout, lambda: f"the app did not shut down within {self._timeout:g} s"):
+                await self._over.wait()
+        finally:
+            await self._end(at_once=not self._over.is_set())
+        self._check("shut down")
+
+    async def _end(self, *, at_once: bool) -> None:
+        with anyio.CancelScope(shield=True):
+            self._supervisor.request_stop()
+            if at_once:
+                self._over.set()
+            await self._supervisor.wait_ended()
+
+    def _check(self, what: str) -> None:
+        if self._raised and self._asked:
+            raise self._raised[0]
+        if self._refused:
+            raise RuntimeError(f"the app could not {what}: {self._refused[0] or 'it gave no reason'}")
+
+    async def _run(self) -> None:
+        scope = {"type": "lifespan", "asgi": {"version": "3.0", "spec_version": "2.0"}, "state": self.state}
+        try:
+            await self._app(scope, self._receive, self._send)
+        except Exception as exc:
+            self._raised.append(exc)
+        finally:
+            self._started.set()
+            self._over.set()
+
+    async def _receive(self) -> Message:
+        if not self._asked:
+            self._asked = True
+            return {"type": "lifespan.startup"}
+        await self._stopping.wait()
+        return {"type": "lifespan.shutdown"}
+
+    async def _send(self, message: Message) -> None:
+        kind = message["type"]
+        assert kind.startswith("lifespan."), (
+            f"the app answered its lifespan with {kind}: it seems to know requests only"
+        )
+        if kind.endswith(".failed"):
+            self._refused.append(message.get("message", ""))
+        self._started.set()
+        if kind != "lifespan.startup.complete":
+            self._over.set()
