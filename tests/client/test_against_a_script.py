@@ -23,16 +23,10 @@ from asgi_realtime import (
 )
 from asgi_realtime.client import RealtimeClient, ServerUnreachable, UnexpectedAnswer
 from asgi_realtime.errors import InvalidRequest
-from tests.client.reading import KINDS, Surroundings, Told, read
+from tests.client.reading import Surroundings, Told, read
 from tests.client.scripted import END, HOLD, ScriptedServer, answer, chunk, refused, stream
 
 TOKEN = "aaa.bbb.ccc"
-
-
-@pytest.fixture(params=KINDS)
-def kind(request: pytest.FixtureRequest) -> str:
-    name: str = request.param
-    return name
 
 
 @pytest.fixture
@@ -395,7 +389,7 @@ async def test_subscriptions_share_one_token() -> None:
 def test_no_token_is_shown(kind: str, surroundings: Surroundings, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
     for name in ("httpcore", "httpx"):
-        logging.getLogger(name).setLevel(logging.DEBUG)
+        caplog.set_level(logging.DEBUG, logger=name)
     with ScriptedServer(answer(503), refused(401, "invalid_token", "no")) as server:
         error = ask(kind, server, surroundings).error
     assert TOKEN not in caplog.text

@@ -1,0 +1,22 @@
+"""Both clients on all loops, and one real server for the tests that do not stop it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.client.reading import KINDS
+from tests.e2e.site import Site, serving
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
+@pytest.fixture(scope="session")
+def site() -> Iterator[Site]:
+    with serving("memory") as running:
+        yield running
