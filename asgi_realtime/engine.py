@@ -31,6 +31,7 @@ from asgi_realtime.housekeeping import Housekeeping
 from asgi_realtime.leases import LeaseThread
 from asgi_realtime.run import RelatedRun, Run
 from asgi_realtime.runstore import RunStore
+from asgi_realtime.siblings import Siblings
 from asgi_realtime.signals import ShutdownSignals
 from asgi_realtime.sources import ThreadBudget
 from asgi_realtime.supervisor import Job, Supervisor, logger
@@ -97,6 +98,7 @@ class Engine:
         self._shut_for_good = False
         self._signals_heard = 0
         self._executor_away = False
+        self._siblings = None if broker.shared else Siblings()
 
     @property
     def supervisor(self) -> Supervisor | None:
@@ -212,6 +214,8 @@ class Engine:
             async with self.broker, self._executor_open():
                 self._ready = True
                 self._changed.wake()
+                if self._siblings is not None:
+                    self._siblings.look()
                 self.keep_leases()
                 housekeeping = Housekeeping(self)
                 async with anyio.create_task_group() as group:
@@ -230,6 +234,8 @@ class Engine:
             raise
         finally:
             self._end_leases()
+            if self._siblings is not None:
+                self._siblings.leave()
             if self._signals is not None:
                 self._signals.restore()
 
