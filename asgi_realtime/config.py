@@ -5,6 +5,7 @@ Sizes are bytes, times are seconds. A value that makes no sense is refused here,
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -171,6 +172,10 @@ class Timeouts(_Positive):
     """How long the owner of a run may be silent before the run is CRASHED."""
     tick: float = 0.5
     """The period of the ticker: the precision of heartbeats, expiry, delays and time-outs."""
+    stream_age: float = math.inf
+    """How old an open subscription may become, less up to 15 % so that those opened together do not end together. Then
+    it ends as at a shutdown and its client resumes: so a deploy is nothing new, and connections do not stay for ever on
+    the servers that were there first."""
     reconnect: float = 3.0
     """Subscribers that a shutdown ended come back spread over this time."""
 

@@ -17,6 +17,7 @@ RealtimeError
 │   │   └── ExpiredToken
 │   └── ScopeDenied
 ├── RunNotFound
+│   └── RunKeptElsewhere        it is in the memory of another process
 ├── LocalCopyLost
 ├── RunEnded                    how a run ended, raised to whoever waits for its result
 │   ├── RunFailed
@@ -167,6 +168,12 @@ class RunNotFound(RealtimeError):
 
     status = 404
     code = "run_not_found"
+
+
+class RunKeptElsewhere(RunNotFound):
+    """The run is in the memory of another process: the one that made the token."""
+
+    code = "run_kept_elsewhere"
 
 
 class LocalCopyLost(RealtimeError):

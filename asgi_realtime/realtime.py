@@ -17,7 +17,7 @@ from typing import Any, Literal, ParamSpec, Protocol, TypeVar, cast, overload
 import anyio
 
 from asgi_realtime.brokers import Broker, open_broker
-from asgi_realtime.brokers.base import StreamKey
+from asgi_realtime.brokers.base import InOneProcess, StreamKey
 from asgi_realtime.config import Cors, Limits, Retention, Span, Timeouts, parse_span
 from asgi_realtime.core.chunks import decode
 from asgi_realtime.core.runs import CancelRequested, RunRecord, run_topic, tag_topic
@@ -105,7 +105,7 @@ class Realtime:
         self.api = api
         self.debug = debug
         self.clock = clock
-        self.tokens = TokenAuthority(secret_key or "", cache_size=self.limits.token_cache, clock=clock)
+        self.tokens = TokenAuthority(secret_key or "", cache_size=self.limits.token_cache, clock=clock, home=self._home)
         if isinstance(broker, str):
             broker = open_broker(
                 broker, limits=self.limits, retention=self.retention, timeouts=self.timeouts, clock=clock
@@ -128,6 +128,9 @@ class Realtime:
 
     def __repr__(self) -> str:
         return f"<Realtime broker={type(self.broker).__name__}>"
+
+    def _home(self) -> str:
+        return self.broker.home if isinstance(self.broker, InOneProcess) else ""
 
     # Life
 

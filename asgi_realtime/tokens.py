@@ -32,7 +32,7 @@ PUBLIC_TOKEN_EXPIRES_IN = "15m"
 MAKE_SECRET = 'python -c "import secrets; print(secrets.token_urlsafe(32))"'
 
 _ALGORITHM = "HS256"  # pinned: a token that may choose its algorithm may choose "none" (RFC 8725, 2.1)
-_OWN_CLAIMS = frozenset({"iss", "aud", "sub", "pub", "iat", "exp", "scopes", "otu", "jti"})
+_OWN_CLAIMS = frozenset({"iss", "aud", "sub", "pub", "iat", "exp", "scopes", "otu", "jti", "home"})
 # PyJWT reads the clock of the machine; ours is an argument, so the claims with times are checked here. `iat` is not
 # checked: a host whose clock is a second ahead mints good tokens. Nothing uses `sub`.
 _OPTIONS: Any = {
@@ -56,21 +56,32 @@ class Claims:
     token_id: str = ""
     """Names the token in limits and claims, without giving it away."""
     secret: bool = False
+    home: str = ""
+    """The process that made the token, if that keeps its runs in its own memory."""
 
 
 _ALL_POWERS = Claims(scopes=("admin",), expires_at=math.inf, token_id="secret", secret=True)
 
 
 class TokenAuthority:
-    """Mints and verifies tokens with one secret or several: the first signs, all verify. Thread-safe."""
+    """Mints and verifies tokens with one secret or several: the first signs, all verify. Thread-safe.
+
+    `home` gives the name of this process where it keeps its runs in memory, and "" where processes share them.
+    """
 
     def __init__(
-        self, secrets: str | Sequence[str], *, cache_size: int = 10_000, clock: Callable[[], float] = time.time
+        self,
+        secrets: str | Sequence[str],
+        *,
+        cache_size: int = 10_000,
+        clock: Callable[[], float] = time.time,
+        home: Callable[[], str] = str,
     ) -> None:
         self._secrets = _checked_secrets(secrets)
         self._secret_bytes = tuple(secret.encode() for secret in self._secrets)
         self._cache_size = cache_size
         self._clock = clock
+        self._home = home
         self._cache: dict[str, Claims] = {}  # in order of use, the oldest first
         self._lock = threading.Lock()
 
@@ -105,6 +116,8 @@ class TokenAuthority:
         claims |= {"iat": int(now), "exp": math.ceil(now + expires_in_s), "scopes": list(scopes)}
         if skip_columns:
             claims["realtime"] = {"skipColumns": list(skip_columns)}
+        if home := self._home():
+            claims["home"] = home
         if one_time:
             claims["otu"] = True
         if one_time or own_id:
@@ -126,6 +139,10 @@ class TokenAuthority:
             if len(self._cache) > self._cache_size:
                 del self._cache[next(iter(self._cache))]
         return claims
+
+    def is_from_elsewhere(self, claims: Claims) -> bool:
+        """Whether a token is of a process that keeps its runs in its own memory, and not of this one."""
+        return bool(claims.home) and claims.home != self._home()
 
     def is_secret(self, credential: str) -> bool:
         """Whether this is one of the secret keys, in constant time."""
@@ -247,6 +264,7 @@ def _read_claims(payload: dict[str, Any], *, now: float, token_id: str) -> Claim
         one_time=bool(payload.get("otu")),
         skip_columns=_strings(skip_columns, "realtime.skipColumns"),
         token_id=token_id,
+        home=home if isinstance(home := payload.get("home", ""), str) else "",
     )
 
 

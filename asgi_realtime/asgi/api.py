@@ -22,6 +22,8 @@ async def retrieve_run(request: Request, run_id: str) -> Response:
     try:
         record = await request.host.runs.get(run_id)
     except RunNotFound as exc:
+        if request.is_from_elsewhere:
+            raise
         answer = error_answer(exc)
         if run_id in names(claims.scopes, "read", "runs"):  # it may be on its way to the broker: the client asks again
             answer.headers["x-should-retry"] = "true"

@@ -23,7 +23,7 @@ from asgi_realtime.asgi.request import BODY_METHODS, Request
 from asgi_realtime.asgi.rows import RowCache
 from asgi_realtime.asgi.seats import Seats
 from asgi_realtime.asgi.subscription import Finished, Leaving, Subscription, farewell
-from asgi_realtime.errors import BrokerUnavailable, RealtimeError, shown
+from asgi_realtime.errors import BrokerUnavailable, RealtimeError, RunKeptElsewhere, RunNotFound, shown
 
 logger = logging.getLogger("asgi_realtime")
 
@@ -57,6 +57,12 @@ ENDPOINTS: dict[Endpoint, dict[str, Callable[..., Awaitable[Answer]]]] = {
 """What answers which method. Called with the request and the route's parameters."""
 
 
+KEPT_ELSEWHERE = (
+    "this process does not have it: the token was made by another process, which keeps its runs in its own memory."
+    " Several workers need a broker that they share (broker='redis://…'); if there is only one, it was restarted since"
+)
+
+
 class RealtimeApp:
     """The ASGI app over a host."""
 
@@ -64,6 +70,7 @@ class RealtimeApp:
         self._host = host
         self._seats = Seats(host.limits)
         self._rows = RowCache(host.runs, max_rows=host.limits.record_cache)
+        self._told_of_others = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
@@ -104,10 +111,22 @@ class RealtimeApp:
             return refusal(405, "method_not_allowed", message, {"allow": allowed})
         if route.endpoint is not Endpoint.HEALTH:  # which tells how the start went
             await self._ensure_started()
-        if request.method not in BODY_METHODS:
-            return await endpoint(request, *route.params)
-        silence_s = self._host.timeouts.writer if endpoint is writing.write_stream else self._host.timeouts.receive
-        return await until_shutdown(request, partial(endpoint, request, *route.params), silence_s=silence_s)
+        try:
+            if request.method not in BODY_METHODS:
+                return await endpoint(request, *route.params)
+            silence_s = self._host.timeouts.writer if endpoint is writing.write_stream else self._host.timeouts.receive
+            return await until_shutdown(request, partial(endpoint, request, *route.params), silence_s=silence_s)
+        except RunNotFound as exc:
+            if request.is_from_elsewhere:
+                raise self._kept_elsewhere() from exc
+            raise
+
+    def _kept_elsewhere(self) -> RunKeptElsewhere:
+        error = RunKeptElsewhere(KEPT_ELSEWHERE)
+        if not self._told_of_others:
+            logger.warning("a request was refused, and others may be: %s", error)
+            self._told_of_others = True
+        return error
 
     def _finish(self, answer: Answer, scope: Scope, origin: bytes | None) -> None:
         """What all answers have, errors too."""

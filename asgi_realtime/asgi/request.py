@@ -40,6 +40,8 @@ class Request:
         self._query: bytes = scope.get("query_string", b"")
         self._parameters: dict[str, str] | None = None
         self._seat = ""
+        self.claims: Claims | None = None
+        """What the credential says, once it was verified."""
 
     def header(self, name: bytes) -> bytes | None:
         """The first value of a header, by its name in small letters."""
@@ -59,6 +61,10 @@ class Request:
     def authenticate(self) -> Claims:
         """Raises `InvalidToken`, also if there is no credential at all; for a request with a body also `LimitExceeded`,
         if the token has too many of those open."""
+        self.claims = self._authenticated()
+        return self.claims
+
+    def _authenticated(self) -> Claims:
         credential = bearer(self.header(b"authorization"))
         if credential or self.method != "GET":
             claims = self.host.tokens.authenticate(credential)
@@ -69,6 +75,11 @@ class Request:
         if self.host.tokens.is_secret(self._query_token):
             raise InvalidToken("the secret key must not stand in a URL; send it as `Authorization: Bearer …`")
         return self.host.tokens.authenticate(self._query_token)
+
+    @property
+    def is_from_elsewhere(self) -> bool:
+        """Whether its token is of a process that keeps its runs in its own memory, and not of this one."""
+        return self.claims is not None and self.host.tokens.is_from_elsewhere(self.claims)
 
     def leave_seat(self) -> None:
         """The request is answered."""

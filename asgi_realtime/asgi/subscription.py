@@ -10,6 +10,7 @@ is out.
 from __future__ import annotations
 
 import logging
+import math
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable
@@ -36,6 +37,12 @@ S = TypeVar("S")
 
 MIN_RECONNECT_MS = 250
 """Nobody comes back at once: the server is still going down."""
+
+MAX_RECONNECT_MS = 1000
+"""When one comes back that only got too old."""
+
+AGE_SPREAD = 0.15
+"""By how much of it the age at which they end differs."""
 
 CLOSING_SEND_S = 1.0
 """How long a send may take once the shutdown began: a reader that stands still must not hold it up."""
@@ -114,6 +121,8 @@ class Subscription(ABC, Generic[S]):
         "_framing",
         "_guard",
         "_host",
+        "_old",
+        "_old_at",
         "_parker",
         "_phase",
         "_run_id",
@@ -138,6 +147,8 @@ class Subscription(ABC, Generic[S]):
         self._guard: Guard | None = None
         self._alert = False  # something of the following is to be looked at
         self._expired = False
+        self._old = False
+        self._old_at: float | None = None if host.timeouts.stream_age < math.inf else math.inf
         self._phase = SENDING
         self._since = 0.0  # when the ticker first saw this phase
         self.raw_headers: Headers = []
@@ -214,6 +225,8 @@ class Subscription(ABC, Generic[S]):
             return self._framing.end(End("token_expired"), None)
         if self._host.closing:
             return _reconnect(self._host, self._framing)
+        if self._old:
+            return self._framing.reconnect(random.randint(MIN_RECONNECT_MS, MAX_RECONNECT_MS))
         return None
 
     def _heed(self) -> None:
@@ -237,6 +250,11 @@ class Subscription(ABC, Generic[S]):
         if now >= self._expires_at and not self._expired:
             self._expired = True
             self._rouse()
+        if self._old_at is None:
+            self._old_at = steady + self._host.timeouts.stream_age * (1 - AGE_SPREAD * random.random())
+        elif steady >= self._old_at and not self._old:
+            self._old = True
+            self._rouse()
 
     def shut_down(self) -> None:
         self._rouse()
@@ -249,7 +267,9 @@ class Subscription(ABC, Generic[S]):
         allowed_s = CLOSING_SEND_S if self._host.closing else self._host.timeouts.send
         if steady - self._since >= allowed_s and self._guard is not None:
             self._guard.cancel()
-            self._leave_seat()  # not left to the loop: there are servers whose send() cannot be cancelled
+            # Not left to the loop: there are servers whose send() cannot be cancelled.
+            self._leave_seat()
+            self._host.subscribers.discard(self)
 
     def _leave_seat(self) -> None:
         seats, self._seats = self._seats, None

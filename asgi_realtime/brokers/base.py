@@ -218,6 +218,17 @@ class ImmediateBroker(Protocol):
 
 
 @runtime_checkable
+class InOneProcess(Protocol):
+    """A broker that keeps everything in the process that it is used in."""
+
+    @property
+    def home(self) -> str:
+        """Names that process and this broker in it. Tokens carry it, so that another process can tell why it does not
+        find their runs."""
+        ...
+
+
+@runtime_checkable
 class ThreadRenewal(Protocol):
     """A broker whose leases can be renewed while the loop is blocked, so that this crashes no runs."""
 
@@ -233,6 +244,7 @@ __all__ = [
     "ChangeMark",
     "Changes",
     "Cursor",
+    "InOneProcess",
     "End",
     "Entry",
     "ImmediateBroker",

@@ -7,6 +7,7 @@ leaves the process; a restart of the `Realtime` keeps what is stored, a restart 
 from __future__ import annotations
 
 import heapq
+import os
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
@@ -133,6 +134,7 @@ class MemoryBroker:
         self._retention = retention or Retention()
         self._timeouts = timeouts or Timeouts()
         self._clock = clock
+        self._name = secrets.token_hex(6)
         self._runs: dict[str, _StoredRun] = {}
         self._topics: dict[str, _MemoryTopic] = {}
         self._claims: dict[str, tuple[str, int]] = {}
@@ -148,6 +150,10 @@ class MemoryBroker:
 
     async def __aexit__(self, *exc_info: object) -> None:
         return None
+
+    @property
+    def home(self) -> str:
+        return f"{self._name}-{os.getpid()}"  # what is written after a fork, the other one does not have
 
     def _now_ms(self) -> int:
         return int(self._clock() * 1000)

@@ -8,6 +8,7 @@ import anyio.lowlevel
 import pytest
 
 from asgi_realtime.asgi.framing import NativeFraming
+from asgi_realtime.asgi.subscription import MAX_RECONNECT_MS, MIN_RECONNECT_MS
 from asgi_realtime.brokers.base import StreamKey
 from asgi_realtime.config import Cors, Limits, Retention, Timeouts
 from asgi_realtime.core.log import End
@@ -393,6 +394,43 @@ async def test_expiry_ends_a_reader_that_is_never_through() -> None:
         events = await response.read_all_events()
     assert len(events) < 10
     assert events[-1].event == "end"
+
+
+async def test_a_stream_that_is_as_old_as_it_may_be_sends_its_reader_back() -> None:
+    host = StandIn(timeouts=Timeouts(stream_age=100))
+    await host.create()
+    await host.append("a")
+    async with driver.stream(host, "GET", PATH, headers=host.headers()) as response:
+        await response.read_until("message")
+        host.tick()
+        host.tick(84)
+        await host.append("b")
+        assert [event.data for event in await response.read_events()] == ['"b"']
+        host.tick(16)
+        (event,) = await response.read_all_events()
+        assert (event.event, event.id) == ("reconnect", "1")
+        assert event.retry is not None and MIN_RECONNECT_MS <= event.retry <= MAX_RECONNECT_MS
+        assert response.ended
+    async with driver.stream(host, "GET", PATH, headers=host.headers(last_event_id="1")) as response:
+        await host.append("c")
+        assert [event.data for event in await response.read_events()] == ['"c"']
+
+
+async def test_streams_that_were_opened_together_do_not_get_too_old_together() -> None:
+    host = StandIn(timeouts=Timeouts(stream_age=100, heartbeat=1000))
+    await host.create()
+    async with anyio.create_task_group() as readers:
+        for _ in range(40):
+            readers.start_soon(read, host)
+        await anyio.wait_all_tasks_blocked()
+        assert len(host.subscribers) == 40
+        host.tick()
+        host.tick(92)
+        await anyio.wait_all_tasks_blocked()
+        assert 0 < len(host.subscribers) < 40
+        host.tick(8)
+        await anyio.wait_all_tasks_blocked()
+        assert not host.subscribers
 
 
 # Finding
