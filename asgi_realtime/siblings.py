@@ -14,6 +14,7 @@ import logging
 import os
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 logger = logging.getLogger("asgi_realtime")
@@ -28,15 +29,16 @@ class Siblings:
     """Locks the file of this process's family. Holds it from `look` to `leave`."""
 
     def __init__(self) -> None:
-        self._file: int | None = None
+        self._held: tuple[int, Path] | None = None
 
     def look(self) -> None:
         """Warn if another process of the family has the lock. Where there can be no such file, nothing is said."""
         if "PYTEST_XDIST_WORKER" in os.environ:  # its workers have one parent too, and share nothing on purpose
             return
         self.leave()
+        path = _family()
         try:
-            self._file = _lock(_family())
+            self._held = (_lock(path), path)
         except BlockingIOError:
             logger.warning(WARNING)
         except (ImportError, OSError) as exc:  # Windows has no such locks; a folder may be read-only
@@ -44,8 +46,11 @@ class Siblings:
 
     def leave(self) -> None:
         """Let another process have the lock. Idempotent."""
-        file, self._file = self._file, None
-        if file is not None:
+        held, self._held = self._held, None
+        if held is not None:
+            file, path = held
+            with suppress(OSError):
+                path.unlink()
             os.close(file)
 
 

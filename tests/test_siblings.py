@@ -61,6 +61,7 @@ def test_the_second_worker_of_a_family_warns_and_one_that_comes_after_the_end_of
     third = Worker(tmp_path)
     assert third.until_ready() == []
     third.end()
+    assert list(tmp_path.glob("*.lock")) == []
 
 
 @pytest.mark.slow
