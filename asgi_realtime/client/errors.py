@@ -11,6 +11,7 @@ from asgi_realtime.errors import (
     InvalidToken,
     LimitExceeded,
     RealtimeError,
+    RunKeptElsewhere,
     RunNotFound,
     ScopeDenied,
     TokenError,
@@ -18,10 +19,17 @@ from asgi_realtime.errors import (
     shown,
 )
 
-_BY_CODE: dict[str, type[RealtimeError]] = {
-    cls.code: cls
-    for cls in (ExpiredToken, InvalidRequest, InvalidToken, RunNotFound, ScopeDenied, TokenError, UsageError)
-}
+_KNOWN: tuple[type[RealtimeError], ...] = (
+    ExpiredToken,
+    InvalidRequest,
+    InvalidToken,
+    RunKeptElsewhere,
+    RunNotFound,
+    ScopeDenied,
+    TokenError,
+    UsageError,
+)
+_BY_CODE = {cls.code: cls for cls in _KNOWN}
 _MESSAGE = 500
 """How much is shown of what is no answer of ours."""
 

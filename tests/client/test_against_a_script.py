@@ -22,7 +22,7 @@ from asgi_realtime import (
     UsageError,
 )
 from asgi_realtime.client import RealtimeClient, ServerUnreachable, UnexpectedAnswer
-from asgi_realtime.errors import InvalidRequest
+from asgi_realtime.errors import InvalidRequest, RunKeptElsewhere
 from tests.client.reading import Surroundings, Told, read
 from tests.client.scripted import END, HOLD, ScriptedServer, answer, chunk, refused, stream
 
@@ -221,6 +221,7 @@ def test_a_long_event_arrives_whole(kind: str) -> None:
         (401, "token_expired", ExpiredToken),
         (403, "forbidden", ScopeDenied),
         (404, "run_not_found", RunNotFound),
+        (404, "run_kept_elsewhere", RunKeptElsewhere),
         (404, "not_found", UnexpectedAnswer),
         (410, "stream_gap", UnexpectedAnswer),
         (422, "invalid", UsageError),

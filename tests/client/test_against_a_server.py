@@ -240,7 +240,7 @@ def test_what_is_not_there_is_not_found(kind: str, site: Site) -> None:
         lambda client: client.subscribe_to_batch("batch_gone"),
     ):
         told = read(kind, site.base_url, token, call)
-        assert type(told.error) is RunNotFound
+        assert isinstance(told.error, RunNotFound)
 
 
 def test_tokens_that_are_not_good_enough(kind: str, site: Site, run: Opened) -> None:
@@ -291,7 +291,7 @@ def test_a_restart_of_a_server_in_memory_loses_its_runs(kind: str) -> None:
             kind, site.base_url, run.token, lambda client: client.read(run.id), on_item=lambda chunk: site.restart()
         )
     assert told.items == ["a"]
-    assert type(told.error) is RunNotFound  # and no end: that would say that this was all
+    assert isinstance(told.error, RunNotFound)  # and no end: that would say that this was all
 
 
 @pytest.mark.redis
