@@ -43,8 +43,8 @@ WATCH = """
 """Put into each page: every EventSource that it makes and how often it connected, every length that the answer had."""
 
 
-@pytest.fixture(scope="module", params=["fastapi_app", "litestar_app"])
-def either_server(request: pytest.FixtureRequest, model: Model) -> Iterator[Server]:
+@pytest.fixture(scope="module", params=["fastapi_app", "litestar_app", "quart_app"])
+def any_server(request: pytest.FixtureRequest, model: Model) -> Iterator[Server]:
     with example(request.param, model.environment) as server:
         yield server
 
@@ -152,12 +152,12 @@ def ask_and_hold(page: Page, server: Server, held: Held) -> str:
     raise AssertionError("the model gave five short answers to a question for a long story")
 
 
-def test_an_answer_comes_token_by_token_and_is_the_output(either_server: Server, page: Page) -> None:
-    open_chat(page, either_server)
+def test_an_answer_comes_token_by_token_and_is_the_output(any_server: Server, page: Page) -> None:
+    open_chat(page, any_server)
     run_id = ask(page)
     wait_for_end(page, "COMPLETED")
 
-    run = load_run(page, either_server, run_id)
+    run = load_run(page, any_server, run_id)
     assert answer(page) == run["output"]["text"]
     assert page.text_content("#progress") == f"{run['metadata']['tokens']} tokens"
     assert page.evaluate("lengths.size") > run["metadata"]["tokens"] / 10  # drawn as it came, and not at the end

@@ -1,16 +1,25 @@
-"""What the examples do around the chat: ports, and where the model comes from."""
+"""What the examples do around the chat: ports, where the model comes from. And the one in Django, which has none."""
 
 from __future__ import annotations
 
 import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
+import httpx
 import pytest
+from playwright.sync_api import Browser, Page
 
 from examples import local_model
 from examples.local_model import ModelMissing, find_model, model_endpoint
 from examples.server import free_socket
+from tests.e2e.conftest import GUARD_S, ROOT
 
 
 def test_a_busy_port_takes_the_next() -> None:
@@ -41,3 +50,92 @@ def test_an_endpoint_of_the_users_own_needs_no_model(monkeypatch: pytest.MonkeyP
     with model_endpoint():
         assert os.environ["OPENAI_BASE_URL"] == "http://127.0.0.1:9/v1"
         assert os.environ["OPENAI_API_KEY"]
+
+
+# The example in Django
+
+
+@contextmanager
+def served(*command: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """Run a command of uvicorn's, which prints its address. It is killed if the test did not end it."""
+    with subprocess.Popen(
+        [sys.executable, "-m", *command],
+        cwd=ROOT,
+        env={**os.environ, "PORT": "0"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        try:
+            assert process.stdout is not None
+            printed = ""
+            while not (found := re.search(r"http://\S+", printed)):
+                line = process.stdout.readline()
+                assert line, f"it ended: {printed}"
+                printed += line
+            yield found[0], process
+        finally:
+            process.kill()
+
+
+@pytest.mark.slow
+@pytest.mark.chromium
+@pytest.mark.timeout(3 * GUARD_S)
+def test_the_page_of_the_django_example(chromium: Browser) -> None:
+    with served("uvicorn", "examples.django_asgi:app", "--port", "0") as (url, process):
+        context = chromium.new_context()
+        context.set_default_timeout(GUARD_S * 1000)
+        errors: list[str] = []
+        context.on("weberror", lambda error: errors.append(str(error.error)))
+        page = context.new_page()
+        page.goto(url)
+        page.fill("#limit", "30")
+        page.keyboard.press("Enter")
+        page.wait_for_selector("#status[data-status=COMPLETED]")
+        page.wait_for_function("document.querySelector('#numbers').textContent.endsWith('29 ')")
+        assert page.text_content("#numbers") == "2 3 5 7 11 13 17 19 23 29 "
+        assert page.text_content("#status") == "COMPLETED: 10 primes"
+        assert page.evaluate("document.querySelector('#progress').value") == 1
+        assert page.is_hidden("#stop")
+
+        page.fill("#limit", "100000")
+        page.keyboard.press("Enter")
+        page.wait_for_function("document.querySelector('#numbers').textContent.length > 100")
+        refuse_a_stranger(chromium, page, url)
+        with page.expect_response(re.compile("/stop/")) as stopping:
+            page.click("#stop")
+        assert stopping.value.status == 204
+        page.wait_for_selector("#status[data-status=CANCELED]")
+        context.close()
+        assert errors == []
+        process.send_signal(signal.SIGINT)
+        printed, _ = process.communicate(timeout=GUARD_S)
+    assert process.returncode in (0, -signal.SIGINT)
+    assert "Traceback" not in printed, printed
+    assert "access_token=eyJ" not in printed
+
+
+def refuse_a_stranger(chromium: Browser, page: Page, url: str) -> None:
+    """Another browser, with a token against forgery of its own, cannot stop the run of this page."""
+    requested = page.evaluate("performance.getEntriesByType('resource').map((entry) => entry.name).join()")
+    run_id = re.findall(r"/runs/(run_\w+)", requested)[-1]
+    stranger = chromium.new_context()
+    token = re.search(r'"x-csrftoken": "(\w+)"', stranger.request.get(url).text())
+    assert token
+    for known in (run_id, "run_that_never_was"):
+        response = stranger.request.post(f"{url}/stop/{known}", headers={"x-csrftoken": token[1]})
+        assert response.status == 404
+    stranger.close()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2 * GUARD_S)
+def test_the_django_example_as_a_module() -> None:
+    with served("examples.django_asgi") as (url, process):
+        assert httpx.get(url, timeout=GUARD_S).status_code == 200
+        assert httpx.post(f"{url}/start", timeout=GUARD_S).status_code == 403  # without the token against forgery
+        assert httpx.get(f"{url}/realtime/v1/health", timeout=GUARD_S).status_code == 200
+        process.send_signal(signal.SIGTERM)
+        printed, _ = process.communicate(timeout=GUARD_S)
+    assert process.returncode in (0, -signal.SIGTERM)
+    assert "Traceback" not in printed, printed
