@@ -1,0 +1,61 @@
+"""What every host of the matrix does with its guest, whatever its own way to have routes and a life.
+
+The variable ENTRY says how it is taken in: `mount` or `middleware`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator
+from typing import Any
+
+import anyio
+
+from asgi_realtime import Realtime, RealtimeMiddleware, Timeouts, hypercorn
+
+realtime = Realtime(secret_key="a key for tests, 32 bytes or more", timeouts=Timeouts(tick=0.05, drain=0.05))
+hypercorn.watch(realtime)
+
+MIDDLEWARE = os.environ.get("ENTRY") == "middleware"
+COMPRESSES = "COMPRESS" in os.environ
+
+
+async def act(body: dict[str, Any]) -> dict[str, Any]:
+    """What the one route of a host of its own does, `POST /do`."""
+    match body:
+        case {"do": "open"}:
+            handle = realtime.pipe(silence(), "silence").handle  # it lives as long as its source
+            return {"id": handle.id, "token": handle.public_access_token}
+        case {"do": "append", "run": str(run_id), "chunk": chunk}:
+            await realtime.append(chunk, run=run_id)
+            return {}
+        case {"do": "count"}:
+            return {"subscribers": len(realtime.subscribers)}
+    raise ValueError(body)
+
+
+async def silence() -> AsyncIterator[str]:
+    await anyio.sleep_forever()
+    yield ""
+
+
+async def host_starts() -> None:
+    """The host's own start-up: the guest is there already."""
+    await realtime.pipe(["started"]).wait_until_complete()
+    tell("the host started")
+
+
+async def host_stops() -> None:
+    """The host's own shutdown: the guest is still there."""
+    assert realtime.engine.supervisor is not None, "the guest left before its host"
+    await realtime.pipe(["stopped"]).wait_until_complete()
+    tell("the host stopped")
+
+
+def tell(line: str) -> None:
+    os.write(1, f"{line}\n".encode())
+
+
+def taken_in(app: Any) -> Any:
+    """The app of a host that has no mounts, or is to be wrapped."""
+    return RealtimeMiddleware(app, realtime)

@@ -1,0 +1,110 @@
+"""The servers of the matrix, started by their command lines as people do."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+
+ROOT = Path(__file__).parent.parent.parent.parent
+GUARD_S = 60.0
+"""Nothing waits longer than this. It is no measure of speed: the machine may be busy."""
+
+# granian with more threads than one panics now and then in a worker that stops, before it tells the app of that.
+SERVERS = {
+    "uvicorn": ["uvicorn", "{app}", "--host", "127.0.0.1", "--port", "{port}", "--workers", "{workers}"],
+    "hypercorn": ["hypercorn", "{app}", "--bind", "127.0.0.1:{port}", "--workers", "{workers}"],
+    "hypercorn-trio": ["hypercorn", "{app}", "-k", "trio", "--bind", "127.0.0.1:{port}", "--workers", "{workers}"],
+    "granian": ["granian", "{app}", "--interface", "asgi", "--host", "127.0.0.1", "--port", "{port}"]
+    + ["--workers", "{workers}", "--no-ws", "--runtime-mode", "st"],
+}
+ROOT_PATH = {
+    "uvicorn": "--root-path",
+    "hypercorn": "--root-path",
+    "hypercorn-trio": "--root-path",
+    "granian": "--url-path-prefix",
+}
+"""How each is told that a proxy in front takes a prefix off."""
+
+
+@dataclass
+class Serving:
+    """A server that answers."""
+
+    process: subprocess.Popen[bytes]
+    url: str
+    log: Path
+
+    def wait(self) -> int:
+        return self.process.wait(timeout=GUARD_S)
+
+    def terminate(self) -> None:
+        """As a supervisor does: the main process gets SIGTERM."""
+        self.process.send_signal(signal.SIGTERM)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as bound:
+        port: int = bound.getsockname()[1]
+        return port
+
+
+@contextmanager
+def serving(
+    server: str,
+    folder: Path,
+    environment: dict[str, str],
+    *options: str,
+    app: str = "tests.e2e.hosts.apps:app",
+    workers: int = 1,
+    cwd: Path = ROOT,
+    health: str = "/realtime/v1/health",
+) -> Iterator[Serving]:
+    """Start a server and wait until the guest in it answers. What is left of it at the end is killed, children too."""
+    port = free_port()
+    command = [part.format(app=app, port=port, workers=workers) for part in SERVERS[server]]
+    if server == "uvicorn" and workers == 1:
+        command = command[:-2]  # with --workers it serves from a child, and --reload refuses the option
+    log = folder / "server.log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", *command, *options],
+            cwd=cwd,
+            env={**os.environ, **environment, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "default"},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    running = Serving(process, f"http://127.0.0.1:{port}", log)
+    try:
+        _until_it_answers(running, health)
+        yield running
+    finally:
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        process.wait()
+        print(log.read_text(errors="replace"))  # noqa: T201 - shown if the test fails
+
+
+def _until_it_answers(running: Serving, health: str) -> None:
+    deadline = time.monotonic() + GUARD_S
+    while True:
+        try:
+            if httpx.get(running.url + health, timeout=GUARD_S).status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        assert running.process.poll() is None, "the server ended"
+        assert time.monotonic() < deadline, "the guest does not answer"
+        time.sleep(0.02)

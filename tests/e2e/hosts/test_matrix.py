@@ -1,0 +1,222 @@
+"""Each host under each server: the guest is found, streams at once, notices who leaves, and leaves when asked.
+
+With the variable HOSTS_TABLE a table of the times that were seen is written there, for docs/deployment.md.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import httpx
+import pytest
+import pytest_asyncio
+
+from asgi_realtime.testing.sse import Event, EventParser
+from tests.e2e.hosts.servers import GUARD_S, ROOT_PATH, Serving, serving
+
+pytestmark = [pytest.mark.slow, pytest.mark.asyncio, pytest.mark.timeout(120)]
+
+STREAMS = 100
+
+
+class Cell(NamedTuple):
+    """One host in one server."""
+
+    host: str
+    server: str
+    entry: str = "middleware"
+    compress: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.host}-{self.server}-{self.entry}" + ("-compressing" if self.compress else "")
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {"HOST": self.host, "ENTRY": self.entry, **({"COMPRESS": "1"} if self.compress else {})}
+
+    @property
+    def redirects_the_bare_prefix(self) -> bool:
+        """Starlette's own mounts do so, before the guest hears of the request."""
+        return self.host in ("starlette", "fastapi") and self.entry == "mount"
+
+
+MOUNTABLE = ("starlette", "fastapi", "litestar", "blacksheep")
+CELLS = [
+    *(Cell(host, "uvicorn", "mount") for host in MOUNTABLE),
+    *(Cell(host, "uvicorn") for host in (*MOUNTABLE, "quart", "falcon", "django", "sanic")),
+    *(
+        Cell(host, server, "mount")
+        for server in ("hypercorn", "granian")
+        for host in ("starlette", "fastapi", "litestar")
+    ),
+    *(Cell(host, server) for server in ("hypercorn", "granian") for host in ("quart", "django")),
+    *(Cell(host, "hypercorn-trio", "mount") for host in ("starlette", "fastapi", "litestar")),
+    Cell("quart_trio", "hypercorn-trio"),
+]
+COMPRESSING = [Cell(host, "uvicorn", "mount", compress=True) for host in ("starlette", "fastapi", "litestar")]
+
+
+@pytest_asyncio.fixture
+async def http() -> AsyncIterator[httpx.AsyncClient]:
+    limits = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(timeout=GUARD_S, limits=limits, headers={"accept-encoding": "gzip"}) as client:
+        yield client
+
+
+async def do(http: httpx.AsyncClient, server: Serving, **body: Any) -> dict[str, Any]:
+    """Call the host's own route."""
+    response = await http.post(f"{server.url}/do", json=body)
+    assert response.status_code == 200, response.text
+    answer: dict[str, Any] = response.json()
+    return answer
+
+
+@dataclass
+class Stream:
+    """An open stream. A body that is cut raises; one that ends does not."""
+
+    response: httpx.Response
+    events: AsyncIterator[Event]
+
+    async def chunk(self) -> Any:
+        return json.loads((await anext(self.events)).data)
+
+    async def rest(self) -> list[Event]:
+        return [event async for event in self.events]
+
+
+async def _events(response: httpx.Response) -> AsyncIterator[Event]:
+    parser = EventParser()
+    async for data in response.aiter_bytes():
+        for event in parser.feed(data):
+            yield event
+
+
+async def subscribe(stack: AsyncExitStack, http: httpx.AsyncClient, server: Serving, run: dict[str, Any]) -> Stream:
+    path = f"/realtime/v1/streams/{run['id']}/default"
+    headers = {"authorization": f"Bearer {run['token']}"}
+    response = await stack.enter_async_context(http.stream("GET", server.url + path, headers=headers))
+    assert response.status_code == 200
+    assert response.headers["content-type"].startswith("text/event-stream")
+    return Stream(response, _events(response))
+
+
+@pytest.mark.parametrize("cell", CELLS, ids=str)
+async def test_guest(cell: Cell, http: httpx.AsyncClient, tmp_path: Path, seen: dict[Cell, str]) -> None:
+    with serving(cell.server, tmp_path, cell.environment) as server:
+        async with asyncio.timeout(GUARD_S):
+            await check_paths(cell, http, server)
+            first_s = await check_a_stream_arrives_as_it_is_written(http, server)
+            await check_who_leaves_is_forgotten(http, server)
+            exit_s = await check_everything_ends_when_asked(cell, http, server)
+        seen[cell] = f"| {cell.host} | {cell.server} | {cell.entry} | {first_s * 1000:.0f} ms | {exit_s:.2f} s |"
+
+
+@pytest.mark.parametrize("cell", COMPRESSING, ids=str)
+async def test_compression_of_the_host_holds_nothing_back(cell: Cell, http: httpx.AsyncClient, tmp_path: Path) -> None:
+    with serving(cell.server, tmp_path, cell.environment) as server:
+        async with asyncio.timeout(GUARD_S):
+            assert (await http.post(f"{server.url}/do", json={"do": "open"})).headers["content-encoding"] == "gzip"
+            await check_a_stream_arrives_as_it_is_written(http, server)
+            await check_who_leaves_is_forgotten(http, server)
+            await check_everything_ends_when_asked(cell, http, server)
+
+
+async def check_paths(cell: Cell, http: httpx.AsyncClient, server: Serving) -> None:
+    for path in ("/realtime", "/realtime/"):
+        response = await http.get(server.url + path)
+        if cell.redirects_the_bare_prefix and path == "/realtime":
+            assert response.status_code == 307
+        else:
+            assert (response.status_code, response.json()["code"]) == (404, "not_found")
+    assert (await http.get(f"{server.url}/realtime/realtime/v1/health")).status_code == 200  # as a client may ask
+    for path in ("/realtimeX", "/realtimeX/v1/health", "/realtime.json"):
+        assert (await http.get(server.url + path)).status_code == 404
+    for path in ("/realtime/v1/runs/a%2Fb", "/realtime/v1/runs/%C3%A9", "/realtime/v1/runs/%20%25"):
+        response = await http.get(server.url + path, headers={"accept": "text/event-stream"})
+        assert response.status_code in (401, 404)
+
+
+async def check_a_stream_arrives_as_it_is_written(http: httpx.AsyncClient, server: Serving) -> float:
+    """Each chunk is here before the next one is written. Returns the seconds to the first."""
+    run = await do(http, server, do="open")
+    async with AsyncExitStack() as stack:
+        stream = await subscribe(stack, http, server, run)  # its head comes before there is a chunk
+        began = time.monotonic()
+        await do(http, server, do="append", run=run["id"], chunk=0)
+        assert await stream.chunk() == 0
+        first_s = time.monotonic() - began
+        for number in range(1, 5):
+            await do(http, server, do="append", run=run["id"], chunk=number)
+            assert await stream.chunk() == number
+    return first_s
+
+
+async def check_who_leaves_is_forgotten(http: httpx.AsyncClient, server: Serving) -> None:
+    run = await do(http, server, do="open")
+    async with AsyncExitStack() as stack:
+        for _ in range(5):
+            await subscribe(stack, http, server, run)
+        while (await do(http, server, do="count"))["subscribers"] < 5:
+            pass
+    while (await do(http, server, do="count"))["subscribers"]:
+        pass
+
+
+async def check_everything_ends_when_asked(cell: Cell, http: httpx.AsyncClient, server: Serving) -> float:
+    """Returns the seconds from SIGTERM to the exit."""
+    run = await do(http, server, do="open")
+    await do(http, server, do="append", run=run["id"], chunk="first")
+    async with AsyncExitStack() as stack:
+        streams = [await subscribe(stack, http, server, run) for _ in range(STREAMS)]
+        for stream in streams:
+            assert await stream.chunk() == "first"
+        began = time.monotonic()
+        server.terminate()
+        for stream in streams:
+            assert [event.event for event in await stream.rest()][-1] == "reconnect"
+        code = await asyncio.to_thread(server.wait)
+        exit_s = time.monotonic() - began
+    assert code in (0, -15)
+    log = server.log.read_text()
+    assert "Traceback" not in log and "was destroyed" not in log
+    if cell.host != "django":  # which has no start-up of its own
+        assert log.index("the host started") < log.index("the host stopped")
+    assert "started on first use" not in log
+    return exit_s
+
+
+PREFIXED = [cell for cell in CELLS if (cell.host, cell.entry) != ("blacksheep", "mount")]
+"""BlackSheep's mounts do not find themselves behind uvicorn's --root-path; its middleware entry does."""
+
+
+@pytest.mark.parametrize("cell", PREFIXED, ids=str)
+async def test_behind_a_proxy_that_takes_a_prefix_off(cell: Cell, http: httpx.AsyncClient, tmp_path: Path) -> None:
+    with serving(cell.server, tmp_path, cell.environment, ROOT_PATH[cell.server], "/api") as server:
+        async with asyncio.timeout(GUARD_S):
+            run = await do(http, server, do="open")
+            await check_a_stream_arrives_as_it_is_written(http, server)
+            headers = {"authorization": f"Bearer {run['token']}"}
+            for path in ("/realtime/api/v3/runs/", "/realtime/realtime/api/v3/runs/"):
+                response = await http.get(server.url + path + run["id"], headers=headers)
+                assert response.json()["id"] == run["id"]
+            if cell.server != "uvicorn":  # which takes it for granted that the proxy took it off
+                assert (await http.get(f"{server.url}/api/realtime/v1/health")).status_code == 200
+            assert (await http.get(f"{server.url}/realtimeX")).status_code == 404
+
+
+@pytest.fixture(scope="module")
+def seen() -> Iterator[dict[Cell, str]]:
+    rows: dict[Cell, str] = {}
+    yield rows
+    if path := os.environ.get("HOSTS_TABLE"):
+        head = ["| host | server | entry | first chunk | SIGTERM with 100 streams to exit |", "|---|---|---|---|---|"]
+        Path(path).write_text("\n".join([*head, *rows.values()]) + "\n")
