@@ -126,11 +126,12 @@ PAGE = """<!doctype html>
 </html>
 """
 
+urlpatterns = [path("", index), path("start", require_POST(start)), path("stop/<run_id>", require_POST(stop))]
 settings.configure(
     SECRET_KEY=SECRET_KEY,
     ALLOWED_HOSTS=["localhost", "127.0.0.1", "[::1]"],
     MIDDLEWARE=["django.middleware.csrf.CsrfViewMiddleware"],
-    ROOT_URLCONF=(path("", index), path("start", require_POST(start)), path("stop/<run_id>", require_POST(stop))),
+    ROOT_URLCONF=__name__,
 )
 # Django has no lifespan: the middleware answers the server's in its place, and starts and stops the library.
 app: Any = RealtimeMiddleware(get_asgi_application(), realtime)
