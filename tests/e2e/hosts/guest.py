@@ -13,7 +13,8 @@ import anyio
 
 from asgi_realtime import Realtime, RealtimeMiddleware, Timeouts, hypercorn
 
-realtime = Realtime(secret_key="a key for tests, 32 bytes or more", timeouts=Timeouts(tick=0.05, drain=0.05))
+SECRET = "a key for tests, 32 bytes or more"
+realtime = Realtime(secret_key=SECRET, timeouts=Timeouts(tick=0.05, drain=0.05))
 hypercorn.watch(realtime)
 
 MIDDLEWARE = os.environ.get("ENTRY") == "middleware"
@@ -32,6 +33,11 @@ async def act(body: dict[str, Any]) -> dict[str, Any]:
         case {"do": "count"}:
             return {"subscribers": len(realtime.subscribers)}
     raise ValueError(body)
+
+
+@realtime.task("waits")
+async def waits() -> None:
+    await anyio.sleep_forever()
 
 
 async def silence() -> AsyncIterator[str]:

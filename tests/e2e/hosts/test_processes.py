@@ -1,0 +1,98 @@
+"""Servers with more than one process: workers, and a reload."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import httpx
+import pytest
+import pytest_asyncio
+
+from asgi_realtime.siblings import WARNING
+from tests.e2e.hosts.servers import GUARD_S, serving
+from tests.e2e.hosts.test_matrix import Stream, do, subscribe
+
+pytestmark = [pytest.mark.slow, pytest.mark.asyncio, pytest.mark.timeout(120)]
+
+HOST = {"HOST": "starlette", "ENTRY": "mount"}
+
+
+@pytest_asyncio.fixture
+async def http() -> AsyncIterator[httpx.AsyncClient]:
+    """A connection for each request, so that each may come to another worker."""
+    async with httpx.AsyncClient(timeout=GUARD_S, headers={"connection": "close"}) as client:
+        yield client
+
+
+def starts(log: str) -> int:
+    return log.count("the host started")
+
+
+@pytest.mark.parametrize("server", ["uvicorn", "hypercorn", "hypercorn-trio", "granian"])
+async def test_workers_on_a_broker_in_memory(server: str, http: httpx.AsyncClient, tmp_path: Path) -> None:
+    """One of two warns; a stream of either ends when the server is told to stop; and who reaches the wrong one hears
+    why its run is not there."""
+    with serving(server, tmp_path, HOST, workers=2) as running:
+        async with asyncio.timeout(GUARD_S), AsyncExitStack() as stack:
+            while starts(running.log.read_text()) < 2:  # noqa: ASYNC110 - of other processes
+                await asyncio.sleep(0.01)
+            answers: set[int] = set()
+            while answers != {200, 404}:
+                run = await do(http, running, do="open")
+                headers = {"authorization": f"Bearer {run['token']}"}
+                response = await http.get(f"{running.url}/realtime/api/v3/runs/{run['id']}", headers=headers)
+                answers.add(response.status_code)
+                if response.status_code == 404:
+                    assert response.json()["code"] == "run_kept_elsewhere"
+            streams: list[Stream] = []
+            while len(streams) < 4:
+                try:
+                    streams.append(await subscribe(stack, http, running, await do(http, running, do="open")))
+                except AssertionError:
+                    continue  # it reached the other worker
+            running.terminate()
+            for stream in streams:
+                assert [event.event for event in await stream.rest()] == ["reconnect"]
+            await asyncio.to_thread(running.wait)
+        log = running.log.read_text()
+        assert log.count(WARNING) == 1
+        assert log.count("the host stopped") == 2
+        assert "Traceback" not in log
+
+
+@pytest.mark.parametrize("server", ["uvicorn", "hypercorn", "granian"])
+async def test_one_worker_gets_no_warning(server: str, http: httpx.AsyncClient, tmp_path: Path) -> None:
+    with serving(server, tmp_path, HOST) as running:
+        async with asyncio.timeout(GUARD_S):
+            await do(http, running, do="open")
+        running.terminate()
+        await asyncio.to_thread(running.wait)
+        assert "several workers" not in running.log.read_text()
+
+
+APP = """
+from tests.e2e.hosts.apps import app
+"""
+
+
+async def test_a_reload_ends_open_streams_and_the_app_is_back(http: httpx.AsyncClient, tmp_path: Path) -> None:
+    """uvicorn waited for them, and the change was not seen before the browser was closed."""
+    module = tmp_path / "reloaded.py"
+    module.write_text(APP)
+    options = ("--reload", "--reload-dir", str(tmp_path), "--app-dir", str(tmp_path))
+    with serving("uvicorn", tmp_path, HOST, *options, app="reloaded:app", cwd=tmp_path) as running:
+        async with asyncio.timeout(GUARD_S), AsyncExitStack() as stack:
+            stream = await subscribe(stack, http, running, await do(http, running, do="open"))
+            module.write_text(f"{APP}# changed\n")
+            assert [event.event for event in await stream.rest()] == ["reconnect"]
+            while starts(running.log.read_text()) < 2:  # noqa: ASYNC110 - of another process
+                await asyncio.sleep(0.01)
+            await do(http, running, do="open")
+        running.terminate()
+        await asyncio.to_thread(running.wait)
+        log = running.log.read_text()
+        assert re.search("Reloading|reload", log) and "several workers" not in log
