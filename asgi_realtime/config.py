@@ -108,6 +108,8 @@ class Limits(_Positive):
     """Open subscriptions in this process."""
     subscribers_per_run: int = 10_000
     subscribers_per_token: int = 10_000
+    probes: int = 20
+    """Streams of `GET /v1/health` that are open at once in this process. They need no token."""
     bodies_per_token: int = 100
     """Requests with a body (POST, PUT) that one public token may have open at once in this process."""
     token_cache: int = 10_000

@@ -9,6 +9,7 @@ from starlette.responses import Response
 
 from asgi_realtime.asgi.answers import error_answer, json_answer, json_bytes_answer
 from asgi_realtime.asgi.auth import authorise, run_resources
+from asgi_realtime.asgi.probe import Probe
 from asgi_realtime.asgi.request import Request
 from asgi_realtime.core.run_json import run_json
 from asgi_realtime.core.scopes import names
@@ -40,8 +41,11 @@ async def cancel_run(request: Request, run_id: str) -> Response:
     return json_answer({"id": run_id})
 
 
-async def health(request: Request) -> Response:
-    """Whether this process takes requests, for load balancers. Needs no token and tells no data."""
+async def health(request: Request) -> Response | Probe:
+    """Whether this process takes requests, for load balancers; or a `Probe`. Needs no token and tells no data."""
+    if request.method == "GET" and request.accepts_event_stream:
+        await request.host.ensure_started()
+        return Probe(request)
     broker = "unavailable"
     try:
         await request.host.ensure_started()

@@ -7,6 +7,9 @@ from collections import Counter
 from asgi_realtime.config import Limits
 from asgi_realtime.errors import LimitExceeded
 
+PROBE = "probe"
+"""What stands in place of a token where none is needed: all probes of the health are counted under it."""
+
 
 class Seats:
     """Counts, and refuses what is over a limit. An empty name is not counted."""
@@ -23,6 +26,8 @@ class Seats:
         limits = self._limits
         _check("this server", self.taken, limits.subscribers)
         _check("this run", self._by_run[run_id] if run_id else 0, limits.subscribers_per_run)
+        if token_id == PROBE:
+            _check("the health of this server", self._by_token[token_id], limits.probes)
         _check("this token", self._by_token[token_id] if token_id else 0, limits.subscribers_per_token)
         self.taken += 1
         if run_id:

@@ -47,6 +47,7 @@ def evened(text: str) -> str:
     text = re.sub(r'^(.*"value":\{"id":"run_"),.*(\},"headers":.*)$', r"\1, …\2", text, flags=re.MULTILINE)
     text = re.sub(r"^(electric-offset: )\d+_0$", r"\1n_0", text, flags=re.MULTILINE)
     text = re.sub(r"^(data: \{\"id\":\"run_\",\"status\":\"\w+\"),.*$", r"\1, …}", text, flags=re.MULTILINE)
+    text = re.sub(r'("sentAt":)\d+', r"\1ms", text)
     return re.sub(r"^(retry: |data: \{\"retry\":)(?!1000$)\d+", r"\1ms", text, flags=re.MULTILINE)
 
 
@@ -265,6 +266,15 @@ async def health() -> str:
         return (await driver.request(realtime, "GET", "/v1/health")).body.decode()
 
 
+async def probe() -> str:
+    async with (
+        make() as realtime,
+        driver.stream(realtime, "GET", "/v1/health", headers={"accept": "text/event-stream"}) as response,
+    ):
+        await response.chunk()  # the comment
+        return (await response.chunk()).decode()
+
+
 async def forbidden() -> str:
     async with chatted() as (realtime, handle):
         token = realtime.create_public_token(scopes={"read": {"runs": ["run_1"]}})
@@ -277,7 +287,7 @@ REAL: dict[str, Callable[[], Awaitable[str]]] = {
     made.__name__: made
     for made in (
         *(stream, unwritten, failed, gap, reconnect, batches, interrupted, feed, shape, refetch, run, input),
-        *(cancel, health, forbidden, triggered, batch, filled, retrieved, metadata, claims),
+        *(cancel, health, probe, forbidden, triggered, batch, filled, retrieved, metadata, claims),
     )
 }
 
@@ -312,6 +322,7 @@ def test_the_table_of_errors_has_the_status_of_each_code() -> None:
         errors.ExpiredToken,
         errors.ScopeDenied,
         errors.RunNotFound,
+        errors.RunKeptElsewhere,
     ]
     raised += [errors.UsageError, errors.RealtimeError, errors.BrokerUnavailable, errors.ServerShutdown]
     raised += [errors.StreamGap, errors.StreamLost, errors.RequestCutOff]
