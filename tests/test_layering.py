@@ -50,7 +50,7 @@ FOREIGN: dict[str, frozenset[str]] = {
     "msgspec": EVERYWHERE,
     "anyio": EVERYWHERE,
     "starlette": frozenset({"asgi"}),
-    "jwt": frozenset({"tokens"}),
+    "jwt": frozenset({"tokens", "cli"}),
     "trio": frozenset({"waiting", "supervisor"}),
     "redis": frozenset({"brokers.redis"}),
     "hiredis": frozenset({"brokers.redis"}),

@@ -1,0 +1,48 @@
+"""The command line: make and explain tokens, follow a run in the terminal, find what stands in the way of streams.
+
+Each command is a module with `add` (its arguments) and `run` (the exit code: 0 well, 1 not, 2 wrong use). Answers go to
+stdout, all else to stderr. Secrets come from the environment or a file, never from arguments: those are seen by every
+user of the machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+import asgi_realtime
+from asgi_realtime.cli import doctor, tail, token
+from asgi_realtime.errors import UsageError
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run a command and exit."""
+    parser = _parser()
+    given = parser.parse_args(arguments)
+    if given.run is None:
+        parser.print_help()
+        sys.exit(0)
+    try:
+        code: int = given.run(given)
+    except UsageError as exc:
+        parser.exit(2, f"{parser.prog}: {exc}\n")
+    except KeyboardInterrupt:
+        code = 130  # as a shell says it of a program that Ctrl-C ended
+    except BrokenPipeError:  # the reader of our output is gone, as with `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    sys.exit(code)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m asgi_realtime", description="Tools for asgi_realtime.")
+    parser.add_argument("--version", action="version", version=asgi_realtime.__version__)
+    parser.set_defaults(run=None)
+    commands = parser.add_subparsers(title="commands", metavar="command")
+    token.add(commands)
+    tail.add(commands)
+    doctor.add(commands)
+    return parser

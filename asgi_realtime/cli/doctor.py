@@ -1,0 +1,83 @@
+"""`doctor URL`: finds what stands between a client and the streams of a server, and says what cures it.
+
+It asks as a browser does. What it sees is the way from this machine: proxies that others pass are not on it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+from urllib.parse import urlsplit
+
+from asgi_realtime.errors import UsageError
+
+
+class Mark(Enum):
+    """How a finding is marked: by a sign and, on a terminal, by a colour."""
+
+    GOOD = ("✓", "32")
+    NOTE = ("!", "33")
+    BAD = ("✗", "31")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report."""
+
+    mark: Mark
+    text: str
+    cure: str = ""
+    ends: bool = False
+    """Nothing else can be looked at."""
+
+
+def add(commands: Any) -> None:
+    parser = commands.add_parser(
+        "doctor",
+        help="find what keeps streams from a browser",
+        description="Ask a server as a browser does: health, HTTP version, a stream, compression, clocks, CORS.",
+    )
+    parser.add_argument(
+        "url", metavar="URL", help="where the Realtime is mounted, such as https://example.com/realtime"
+    )
+    parser.add_argument("--origin", metavar="ORIGIN", help="check CORS for pages of this origin: https://app.example")
+    parser.set_defaults(run=run)
+
+
+def run(given: argparse.Namespace) -> int:
+    parts = urlsplit(given.url)
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+        raise UsageError("URL must be where the Realtime is mounted, such as https://example.com/realtime")
+    try:
+        from asgi_realtime.cli.checks import examine
+    except ModuleNotFoundError as exc:
+        raise UsageError("doctor needs httpx: pip install 'asgi_realtime[client]'") from exc
+    worst = False
+    paint = _painter()
+    for finding in _until_the_end(examine(given.url.rstrip("/"), given.origin)):
+        print(paint(finding), flush=True)  # noqa: T201
+        worst = worst or finding.mark is Mark.BAD
+    return 1 if worst else 0
+
+
+def _until_the_end(findings: Iterator[Finding]) -> Iterator[Finding]:
+    for finding in findings:
+        yield finding
+        if finding.ends:
+            return
+
+
+def _painter() -> Callable[[Finding], str]:
+    colours = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+
+    def paint(finding: Finding) -> str:
+        sign, colour = finding.mark.value
+        told = f"\033[{colour}m{sign}\033[0m" if colours else sign
+        return f"{told} {finding.text}" + (f"\n    {finding.cure}" if finding.cure else "")
+
+    return paint

@@ -1,0 +1,125 @@
+"""`token`: make a public access token, or explain one."""
+
+from __future__ import annotations
+
+import argparse
+import secrets
+import sys
+import time
+from datetime import UTC, datetime
+from typing import Any
+
+import jwt
+
+from asgi_realtime.cli import secret
+from asgi_realtime.config import parse_span
+from asgi_realtime.core.scopes import flatten_scopes
+from asgi_realtime.errors import ExpiredToken, InvalidToken, UsageError
+from asgi_realtime.tokens import PUBLIC_TOKEN_EXPIRES_IN, TokenAuthority, check_columns
+
+_EXAMPLES = """\
+examples:
+  token --read runs:run_1234 --expires-in 1h      reads one run and its streams
+  token --read tags:user:1 --skip payload         reads the runs with a tag, without their payloads
+  token --write inputStreams:run_1234             sends to the inputs of a run
+  token --trigger tasks:chat --one-time           starts one run of a task
+  token --explain -                               reads a token from stdin and says what is in it
+  token --new-secret                              makes a secret key
+"""
+
+
+def add(commands: Any) -> None:
+    parser = commands.add_parser(
+        "token",
+        help="make or explain a token",
+        description="Make a public access token from $REALTIME_SECRET_KEY, or explain one.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    for action in ("read", "write", "trigger"):
+        parser.add_argument(
+            f"--{action}", metavar="TYPE[:ID]", action="append", default=[], help=f"what the token may {action}"
+        )
+    parser.add_argument("--expires-in", default=PUBLIC_TOKEN_EXPIRES_IN, metavar="SPAN", help="such as 15m (default)")
+    parser.add_argument("--one-time", action="store_true", help="good for one request that triggers")
+    parser.add_argument("--skip", metavar="COLUMN", action="append", default=[], help="keep a column of runs back")
+    parser.add_argument("--explain", metavar="TOKEN", help="explain this token, or that on stdin if it is -")
+    parser.add_argument("--new-secret", action="store_true", help="make a secret key for the Realtime")
+    secret.add(parser)
+    parser.set_defaults(run=run)
+
+
+def run(given: argparse.Namespace) -> int:
+    if given.new_secret:
+        print(secrets.token_urlsafe(32))  # noqa: T201
+        return 0
+    if given.explain is not None:
+        return _explain(given)
+    print(_minted(given))  # noqa: T201
+    return 0
+
+
+def _minted(given: argparse.Namespace) -> str:
+    scopes = [f"{action}:{scope}" for action in ("read", "write", "trigger") for scope in getattr(given, action)]
+    if not scopes:
+        raise UsageError("say what the token may do, such as --read runs:run_1234; or --explain a token")
+    return TokenAuthority(secret.need(given)).mint(
+        flatten_scopes(scopes),
+        expires_in_s=parse_span(given.expires_in, name="--expires-in"),
+        one_time=given.one_time,
+        own_id=True,
+        skip_columns=check_columns(given.skip),
+    )
+
+
+def _explain(given: argparse.Namespace) -> int:
+    token = (sys.stdin.read() if given.explain == "-" else given.explain).strip().removeprefix("Bearer ")
+    try:
+        claims = jwt.decode(token, options={"verify_signature": False})
+    except jwt.InvalidTokenError as exc:
+        raise UsageError("that is no token: a JWT has three parts with dots between them") from exc
+    for name, text in _in_words(claims):
+        print(f"{name + ':':12} {text}")  # noqa: T201
+    verdict, usable = _verdict(given, token, claims)
+    print(f"{'verdict:':12} {verdict}")  # noqa: T201
+    return 0 if usable else 1
+
+
+def _in_words(claims: dict[str, Any]) -> list[tuple[str, str]]:
+    scopes = claims.get("scopes")
+    found = [("may", scope) for scope in scopes] if isinstance(scopes, list) else [("may", "nothing: it has no scopes")]
+    found = [(name, str(text)) for name, text in found]
+    if claims.get("otu"):
+        found.append(("good for", "one request that triggers"))
+    realtime = claims.get("realtime")
+    if isinstance(realtime, dict) and realtime.get("skipColumns"):
+        found.append(("keeps back", ", ".join(map(str, realtime["skipColumns"]))))
+    if claims.get("home"):
+        found.append(("made by", f"a process that keeps its runs in its own memory ({claims['home']})"))
+    found += [(name, _moment(claims[key])) for name, key in (("made", "iat"), ("expires", "exp")) if key in claims]
+    return found
+
+
+def _moment(value: Any) -> str:
+    try:
+        moment = datetime.fromtimestamp(value, UTC)
+    except (TypeError, ValueError, OverflowError, OSError):
+        return f"{value!r}, which is no time"
+    away_s = round(value - time.time())
+    told = f"in {away_s} s" if away_s >= 0 else f"{-away_s} s ago"
+    return f"{moment:%Y-%m-%d %H:%M:%S} UTC, {told}"
+
+
+def _verdict(given: argparse.Namespace, token: str, claims: dict[str, Any]) -> tuple[str, bool]:
+    key = secret.find(given)
+    if key is None:
+        expired = isinstance(claims.get("exp"), int | float) and claims["exp"] <= time.time()
+        unknown = f"whether it was signed with your secret key is not known: set ${secret.VARIABLE}"
+        return (f"expired; {unknown}" if expired else unknown), not expired
+    try:
+        TokenAuthority(key).verify(token)
+    except ExpiredToken:
+        return "expired, and otherwise good", False
+    except InvalidToken as exc:
+        return f"refused: {exc}", False
+    return "good", True

@@ -1,0 +1,215 @@
+"""`doctor` at servers that are well, and at such that are not: real ones, with a real nginx between."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+import trustme
+
+from asgi_realtime.cli import checks
+from tests.cli.command import Command
+from tests.e2e.hosts.servers import GUARD_S, Serving, free_port, serving
+from tests.requirements import missing
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(60)]
+
+APP = """
+import time
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.routing import Mount
+from asgi_realtime import Realtime
+
+SECRET = "a key for tests, 32 bytes or more"
+late = Realtime(secret_key=SECRET, cors=["https://app.example"], clock=lambda: time.time() - 300)
+hosted = Starlette(
+    routes=[Mount("/r", Realtime(secret_key=SECRET, cors=None))],
+    middleware=[Middleware(CORSMiddleware, allow_origins=["https://app.example"])],
+)
+realtime = Realtime(secret_key=SECRET)
+app = Starlette(routes=[Mount("/late", late), Mount("/hosted", hosted), Mount("/realtime", realtime)])
+"""
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
+    folder = tmp_path_factory.mktemp("server")
+    (folder / "patient.py").write_text(APP)
+    with serving("uvicorn", folder, {}, "--app-dir", str(folder), app="patient:app", cwd=folder) as running:
+        yield running
+
+
+@contextmanager
+def nginx(folder: Path, port: int, lines: str, *, listen: str = "") -> Iterator[str]:
+    """nginx with a location that passes on to a port of this machine."""
+    program = shutil.which("nginx", path="/usr/sbin:/usr/bin:/usr/local/bin") or missing(
+        "nginx is not installed (on Debian: apt-get install nginx-light)"
+    )
+    own = free_port()
+    folder.mkdir()
+    (folder / "nginx.conf").write_text(
+        f"""
+        daemon off; pid nginx.pid; error_log stderr; worker_processes 1;
+        events {{}}
+        http {{
+          access_log off; client_body_temp_path t; proxy_temp_path t; fastcgi_temp_path t; uwsgi_temp_path t;
+          scgi_temp_path t;
+          server {{
+            listen 127.0.0.1:{own} {listen};
+            location / {{ proxy_pass http://127.0.0.1:{port}; proxy_http_version 1.1; {lines} }}
+          }}
+        }}"""
+    )
+    process = subprocess.Popen([program, "-p", str(folder), "-c", "nginx.conf"], stderr=subprocess.DEVNULL)
+    try:
+        url = f"127.0.0.1:{own}"
+        deadline = time.monotonic() + GUARD_S
+        while True:
+            try:
+                httpx.get(f"{'https' if 'ssl' in listen else 'http'}://{url}/", verify=False)
+                break
+            except httpx.TransportError:
+                assert time.monotonic() < deadline, "nginx does not answer"
+        yield url
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def test_a_server_that_is_well(server: Serving, command: Command) -> None:
+    done = command("doctor", f"{server.url}/realtime", "--origin", "https://app.example")
+    assert (done.code, done.err) == (0, "")
+    assert done.out.splitlines() == [
+        "✓ healthy, broker ok",
+        "! HTTP/1.1: a seventh open stream of a browser waits for one of the others",
+        "    A browser opens six connections to an origin, in all its tabs. Put a proxy with TLS and HTTP/2 in front.",
+        "✓ the stream is not compressed",
+        "✓ 5 events of a stream came one by one, as they were sent",
+        "✓ clocks agree",
+        "✓ CORS: a preflight of https://app.example is admitted",
+        "✓ CORS: pages of https://app.example may read",
+        "✓ CORS: all headers that clients read are exposed",
+    ]
+
+
+def test_a_proxy_that_heeds_us_holds_nothing_back(server: Serving, command: Command, tmp_path: Path) -> None:
+    port = int(server.url.rpartition(":")[2])
+    with nginx(tmp_path / "nginx", port, "proxy_buffering on; gzip on; gzip_proxied any;") as address:
+        done = command("doctor", f"http://{address}/realtime")
+    assert done.code == 0
+    assert "came one by one" in done.out and "not compressed" in done.out
+
+
+def test_a_proxy_that_collects_is_found(server: Serving, command: Command, tmp_path: Path) -> None:
+    port = int(server.url.rpartition(":")[2])
+    lines = "proxy_ignore_headers X-Accel-Buffering; gzip on; gzip_proxied any; gzip_min_length 0; gzip_types *;"
+    with nginx(tmp_path / "nginx", port, lines) as address:
+        done = command("doctor", f"http://{address}/realtime")
+    assert done.code == 1
+    assert "✗ the stream is held back on its way: 5 events came at once" in done.out
+    assert "nginx: proxy_buffering off" in done.out
+
+
+def test_a_proxy_that_compresses_streams_is_found(server: Serving, command: Command, tmp_path: Path) -> None:
+    port = int(server.url.rpartition(":")[2])
+    lines = "gzip on; gzip_proxied any; gzip_min_length 0; gzip_types text/event-stream;"
+    with nginx(tmp_path / "nginx", port, lines) as address:
+        done = command("doctor", f"http://{address}/realtime")
+    assert "! the stream is compressed (gzip)" in done.out
+
+
+def test_a_proxy_that_cuts_is_found(server: Serving, command: Command, tmp_path: Path) -> None:
+    port = int(server.url.rpartition(":")[2])
+    with nginx(tmp_path / "nginx", port, "proxy_read_timeout 100ms;") as address:
+        done = command("doctor", f"http://{address}/realtime")
+    assert done.code == 1
+    assert "✗ a stream broke off" in done.out
+
+
+def test_http_2_is_found_and_a_certificate_that_nobody_trusts(
+    server: Serving, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    authority = trustme.CA()
+    authority.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(str(tmp_path / "cert.pem"))
+    authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    port = int(server.url.rpartition(":")[2])
+    certificate = f"ssl_certificate {tmp_path}/cert.pem; ssl_certificate_key {tmp_path}/cert.pem;"
+    with nginx(tmp_path / "nginx", port, f"}} {certificate} location /x {{", listen="ssl http2") as address:
+        done = command("doctor", f"https://{address}/realtime")
+        assert done.code == 1 and "cannot be reached" in done.out and "certificate" in done.out
+        monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
+        done = command("doctor", f"https://{address}/realtime")
+        assert "✓ HTTP/2: many streams share one connection" in done.out
+
+
+def test_a_clock_that_is_wrong_is_found(server: Serving, command: Command) -> None:
+    done = command("doctor", f"{server.url}/late")
+    assert done.code == 1
+    assert "✗ the server's clock is 300 s behind this machine's" in done.out
+
+
+def test_a_page_that_may_not_read_is_told(server: Serving, command: Command) -> None:
+    done = command("doctor", f"{server.url}/late", "--origin", "https://other.example")
+    assert "✗ CORS: a preflight of https://other.example is refused: the origin is not allowed" in done.out
+    assert "✗ CORS: pages of https://other.example may not read" in done.out
+
+
+def test_the_hosts_own_cors_is_looked_at(server: Serving, command: Command) -> None:
+    done = command("doctor", f"{server.url}/hosted/r", "--origin", "https://app.example")
+    assert done.code == 1
+    assert "not allowed: authorization, last-event-id, trigger-version" in done.out
+    assert "! CORS: pages do not see electric-handle" in done.out
+
+
+@pytest.mark.parametrize(
+    ("path", "told"),
+    [
+        ("", "no Realtime answers at"),
+        ("/hosted", "no Realtime answers at"),
+        ("/realtime/v1/", "no Realtime answers at"),
+    ],
+)
+def test_a_wrong_path_is_told(server: Serving, command: Command, path: str, told: str) -> None:
+    done = command("doctor", server.url + path)
+    assert done.code == 1 and told in done.out
+    assert len(done.out.splitlines()) == 2
+
+
+def test_a_redirect_is_told(server: Serving, command: Command, tmp_path: Path) -> None:
+    port = int(server.url.rpartition(":")[2])
+    with nginx(tmp_path / "nginx", port, "return 301 https://elsewhere.example$request_uri;") as address:
+        done = command("doctor", f"http://{address}/realtime")
+    assert done.code == 1
+    assert "is redirected to https://elsewhere.example/realtime/v1/health" in done.out
+
+
+def test_a_server_that_is_not_there(command: Command) -> None:
+    done = command("doctor", f"http://127.0.0.1:{free_port()}/realtime")
+    assert done.code == 1 and "cannot be reached" in done.out
+
+
+@pytest.mark.parametrize("url", ["realtime", "ftp://a/realtime", "http://a/?x=1"])
+def test_wrong_use(command: Command, url: str) -> None:
+    done = command("doctor", url)
+    assert done.code == 2 and "where the Realtime is mounted" in done.err
+
+
+def test_events_that_came_apart_are_not_bunched() -> None:
+    response = httpx.Response(200)
+    assert checks.Arrivals(response, sent=[0, 0.8], arrived=[5, 5.1]).bunched
+    assert not checks.Arrivals(response, sent=[0, 0.8], arrived=[5, 5.7]).bunched
+    assert not checks.Arrivals(response, sent=[0], arrived=[5]).bunched
+
+
+def test_the_module_is_a_command() -> None:
+    done = subprocess.run([sys.executable, "-m", "asgi_realtime", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "doctor" in done.stdout

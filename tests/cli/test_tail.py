@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from asgi_realtime.cli.tail import Address, read_address
+from asgi_realtime.errors import UsageError
+from tests.cli.command import Command
+from tests.e2e.hosts.guest import SECRET
+from tests.e2e.hosts.servers import Serving, serving
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(60)]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
+    with serving("uvicorn", tmp_path_factory.mktemp("server"), {"HOST": "starlette", "ENTRY": "mount"}) as running:
+        yield running
+
+
+@pytest.fixture(autouse=True)
+def secret(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The key of the server, in place of that of the other commands' tests."""
+    monkeypatch.setenv("REALTIME_SECRET_KEY", SECRET)
+
+
+def do(server: Serving, **body: Any) -> dict[str, Any]:
+    answer: dict[str, Any] = httpx.post(f"{server.url}/do", json=body).raise_for_status().json()
+    return answer
+
+
+def ended(server: Serving, *chunks: Any) -> str:
+    """A run that is over."""
+    run = do(server, do="open")
+    for chunk in chunks:
+        do(server, do="append", run=run["id"], chunk=chunk)
+    cancel = f"{server.url}/realtime/api/v2/runs/{run['id']}/cancel"
+    httpx.post(cancel, headers={"authorization": f"Bearer {SECRET}"}).raise_for_status()
+    run_id: str = run["id"]
+    return run_id
+
+
+def test_chunks_are_printed_as_they_are_text_in_a_line(server: Serving, command: Command) -> None:
+    run_id = ended(server, "Hel", "lo", {"n": 1}, "é")
+    done = command("tail", f"{server.url}/realtime/v1/streams/{run_id}/default")
+    assert done.out == 'Hello\n{"n": 1}\né\n'
+    assert done.code == 1 and done.err.startswith("run_canceled: ")
+    done = command("tail", "--json", "--from", "2", f"{server.url}/realtime/v1/streams/{run_id}/default")
+    assert [json.loads(line) for line in done.out.splitlines()] == [{"n": 1}, "é"]
+
+
+def test_a_run_is_told_state_by_state(server: Serving, command: Command) -> None:
+    run_id = ended(server)
+    done = command("tail", f"{server.url}/realtime/v1/runs/{run_id}")
+    assert done.code == 0
+    assert f"  {run_id}  pipe  CANCELED" in done.out.splitlines()[-1]
+    (line,) = command("tail", "--json", f"{server.url}/realtime/v1/runs/{run_id}").out.splitlines()
+    assert json.loads(line)["id"] == run_id
+
+
+def test_what_is_refused_is_told(server: Serving, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_id = ended(server)
+    done = command("tail", f"{server.url}/realtime/v1/runs/run_unknown?access_token={do(server, do='open')['token']}")
+    assert done.code == 1 and done.err
+    monkeypatch.delenv("REALTIME_SECRET_KEY")
+    done = command("tail", f"{server.url}/realtime/v1/runs/{run_id}")
+    assert done.code == 2 and "there is no token" in done.err
+    monkeypatch.setenv("REALTIME_ACCESS_TOKEN", "x.y.z")
+    done = command("tail", f"{server.url}/realtime/v1/runs/{run_id}")
+    assert done.code == 1 and "invalid_token" in done.err
+
+
+def test_ctrl_c_leaves_quietly(server: Serving) -> None:
+    run = do(server, do="open")
+    do(server, do="append", run=run["id"], chunk="first\n")
+    url = f"{server.url}/realtime/v1/streams/{run['id']}/default?access_token={run['token']}"
+    command = [sys.executable, "-m", "asgi_realtime", "tail", url]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "first\n"
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=30)
+    assert (process.returncode, out, err) == (130, "", "")
+
+
+def test_a_reader_of_its_output_may_leave(server: Serving) -> None:
+    """`| head -1` is no error."""
+    run_id = ended(server, *[{"n": number} for number in range(20)])
+    url = f"{server.url}/realtime/v1/streams/{run_id}/default"
+    command = f"'{sys.executable}' -m asgi_realtime tail '{url}' | head -1"
+    done = subprocess.run(["bash", "-c", command], env={**os.environ}, capture_output=True, text=True, timeout=30)
+    assert done.stdout == '{"n": 0}\n'
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("url", "address"),
+    [
+        (
+            "https://a.example/realtime/v1/streams/run_1/default?access_token=t",
+            Address("https://a.example/realtime", "streams", ("run_1", "default"), "t"),
+        ),
+        ("http://a/x/v1/runs/run_1/", Address("http://a/x", "runs", ("run_1",), None)),
+        ("http://a/v1/runs?tags=a%3A1,b", Address("http://a", "tags", ("a:1", "b"), None)),
+        ("http://a/v1/batches/batch_1", Address("http://a", "batches", ("batch_1",), None)),
+    ],
+)
+def test_addresses(url: str, address: Address) -> None:
+    assert read_address(url) == address
+
+
+@pytest.mark.parametrize("url", ["run_1", "http://a/", "ftp://a/v1/runs/1", "http://a/v1/runs", "http://a/v1/health"])
+def test_addresses_of_anything_else_are_refused(url: str) -> None:
+    with pytest.raises(UsageError, match="no address of a run or a stream"):
+        read_address(url)
+
+
+def test_a_token_that_is_made_admits_to_what_is_asked_for_and_no_more() -> None:
+    assert Address("http://a", "batches", ("batch_1",), None).scope == "read:batch:batch_1"
+    assert Address("http://a", "tags", ("user:1", "b"), None).scope == "read:tags:user:1"

@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+
+import asgi_realtime
+from asgi_realtime.tokens import TokenAuthority
+from tests.cli.command import Command
+from tests.inprocess import SECRET, FakeClock
+
+AUTHORITY = TokenAuthority(SECRET)
+
+
+def test_a_token_is_made_and_alone_on_stdout(command: Command) -> None:
+    done = command(
+        "token", "--read", "runs:run_1", "--read", "tags:user:1", "--write", "inputStreams:run_1", "--skip", "payload"
+    )
+    claims = AUTHORITY.verify(done.out.removesuffix("\n"))
+    assert claims.scopes == ("read:runs:run_1", "read:tags:user:1", "write:inputStreams:run_1")
+    assert claims.skip_columns == ("payload",)
+    assert (done.code, done.err) == (0, "")
+
+
+def test_one_time_tokens_and_their_life(command: Command) -> None:
+    token = command("token", "--trigger", "tasks:chat", "--one-time", "--expires-in", "1h").out.strip()
+    assert AUTHORITY.verify(token).one_time
+    assert "expires:     " in (explained := command("token", "--explain", token)).out
+    assert "good for:    one request that triggers" in explained.out
+
+
+def test_the_secret_key_may_be_in_a_file(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("REALTIME_SECRET_KEY")
+    path = tmp_path / "secret"
+    path.write_text(f"{SECRET}\n")
+    token = command("token", "--read", "runs:run_1", "--secret-key-file", str(path)).out.strip()
+    assert AUTHORITY.verify(token).scopes == ("read:runs:run_1",)
+    done = command("token", "--read", "runs:run_1", "--secret-key-file", str(tmp_path / "none"))
+    assert done.code == 2 and "cannot be read" in done.err
+
+
+def test_a_good_token_is_explained(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    token = AUTHORITY.mint(["read:runs:run_1"], expires_in_s=900)
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{token}\n"))
+    done = command("token", "--explain", "-")
+    assert done.code == 0
+    assert "may:         read:runs:run_1\n" in done.out
+    assert done.out.endswith("verdict:     good\n")
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_an_expired_token_is_told_with_and_without_the_key(
+    command: Command, monkeypatch: pytest.MonkeyPatch, known: bool
+) -> None:
+    token = TokenAuthority(SECRET, clock=FakeClock()).mint(["read:runs:run_1"], expires_in_s=60)
+    if not known:
+        monkeypatch.delenv("REALTIME_SECRET_KEY")
+    done = command("token", "--explain", token)
+    assert done.code == 1
+    assert "verdict:     expired" in done.out
+    assert " s ago\n" in done.out
+
+
+def test_a_token_of_another_key_is_refused_and_unknown_without_a_key(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token = TokenAuthority("another secret that is long enough").mint(["read:runs:run_1"], expires_in_s=900)
+    done = command("token", "--explain", token)
+    assert done.code == 1 and "refused: token has a wrong signature" in done.out
+    monkeypatch.delenv("REALTIME_SECRET_KEY")
+    done = command("token", "--explain", token)
+    assert done.code == 0 and "is not known: set $REALTIME_SECRET_KEY" in done.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["token"], "say what the token may do"),
+        (["token", "--read", "foo"], "unknown type 'foo'"),
+        (["token", "--read", "runs:run_1", "--expires-in", "soon"], "--expires-in is 'soon'"),
+        (["token", "--read", "runs:run_1", "--skip", "id"], "skip_columns has 'id'"),
+        (["token", "--explain", "abc"], "that is no token"),
+        (["nothing"], "invalid choice: 'nothing'"),
+    ],
+)
+def test_wrong_use_is_told_in_a_line(command: Command, arguments: list[str], told: str) -> None:
+    done = command(*arguments)
+    assert (done.code, done.out) == (2, "")
+    assert told in done.err
+
+
+def test_no_secret_key_is_told(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("REALTIME_SECRET_KEY")
+    done = command("token", "--read", "runs:run_1")
+    assert done.code == 2 and "set $REALTIME_SECRET_KEY" in done.err
+
+
+def test_a_new_secret_is_good(command: Command) -> None:
+    TokenAuthority(command("token", "--new-secret").out.strip())
+
+
+def test_help_and_version(command: Command) -> None:
+    assert "doctor" in command().out
+    assert command("--version").out.strip() == asgi_realtime.__version__
