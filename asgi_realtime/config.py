@@ -144,6 +144,14 @@ class Retention(_Positive):
 class Timeouts(_Positive):
     """How long things may take."""
 
+    def __post_init__(self) -> None:
+        _Positive.__post_init__(self)
+        if self.stream_age < self.heartbeat:
+            raise InvalidConfiguration(
+                f"Timeouts.stream_age is {self.stream_age!r}; it must not be less than heartbeat, {self.heartbeat!r}:"
+                " a quiet stream would end before its client has heard anything"
+            )
+
     heartbeat: float = 15.0
     """Silence on a subscription before a comment is sent."""
     poll: float = 20.0

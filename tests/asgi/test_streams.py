@@ -417,7 +417,7 @@ async def test_a_stream_that_is_as_old_as_it_may_be_sends_its_reader_back() -> N
 
 
 async def test_streams_that_were_opened_together_do_not_get_too_old_together() -> None:
-    host = StandIn(timeouts=Timeouts(stream_age=100, heartbeat=1000))
+    host = StandIn(timeouts=Timeouts(stream_age=100, heartbeat=100))
     await host.create()
     async with anyio.create_task_group() as readers:
         for _ in range(40):
