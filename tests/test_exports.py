@@ -10,9 +10,17 @@ import pytest
 
 import asgi_realtime
 import asgi_realtime.brokers
+import asgi_realtime.client
 import asgi_realtime.tasks
+import asgi_realtime.testing
 
-PACKAGES = [asgi_realtime, asgi_realtime.brokers, asgi_realtime.tasks]
+PACKAGES = [
+    asgi_realtime,
+    asgi_realtime.brokers,
+    asgi_realtime.client,
+    asgi_realtime.tasks,
+    asgi_realtime.testing,
+]
 PUBLIC = [(package, name) for package in PACKAGES for name in package.__all__]
 CLASSES = [
     (name, getattr(asgi_realtime, name))
