@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -16,8 +13,8 @@ import trustme
 
 from asgi_realtime.cli import checks
 from tests.cli.command import Command
-from tests.e2e.hosts.servers import GUARD_S, Serving, free_port, serving
-from tests.requirements import missing
+from tests.e2e.hosts.servers import Serving, free_port, serving
+from tests.e2e.proxies import nginx, passing_on_to
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(60)]
 
@@ -48,43 +45,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
         yield running
 
 
-@contextmanager
-def nginx(folder: Path, port: int, lines: str, *, listen: str = "") -> Iterator[str]:
-    """nginx with a location that passes on to a port of this machine."""
-    program = shutil.which("nginx", path="/usr/sbin:/usr/bin:/usr/local/bin") or missing(
-        "nginx is not installed (on Debian: apt-get install nginx-light)"
-    )
-    own = free_port()
-    folder.mkdir()
-    (folder / "nginx.conf").write_text(
-        f"""
-        daemon off; pid nginx.pid; error_log stderr; worker_processes 1;
-        events {{}}
-        http {{
-          access_log off; client_body_temp_path t; proxy_temp_path t; fastcgi_temp_path t; uwsgi_temp_path t;
-          scgi_temp_path t;
-          server {{
-            listen 127.0.0.1:{own} {listen};
-            location / {{ proxy_pass http://127.0.0.1:{port}; proxy_http_version 1.1; {lines} }}
-          }}
-        }}"""
-    )
-    process = subprocess.Popen([program, "-p", str(folder), "-c", "nginx.conf"], stderr=subprocess.DEVNULL)
-    try:
-        url = f"127.0.0.1:{own}"
-        deadline = time.monotonic() + GUARD_S
-        while True:
-            try:
-                httpx.get(f"{'https' if 'ssl' in listen else 'http'}://{url}/", verify=False)
-                break
-            except httpx.TransportError:
-                assert time.monotonic() < deadline, "nginx does not answer"
-        yield url
-    finally:
-        process.terminate()
-        process.wait()
-
-
 def test_a_server_that_is_well(server: Serving, command: Command) -> None:
     done = command("doctor", f"{server.url}/realtime", "--origin", "https://app.example")
     assert (done.code, done.err) == (0, "")
@@ -102,17 +62,17 @@ def test_a_server_that_is_well(server: Serving, command: Command) -> None:
 
 
 def test_a_proxy_that_heeds_us_holds_nothing_back(server: Serving, command: Command, tmp_path: Path) -> None:
-    port = int(server.url.rpartition(":")[2])
-    with nginx(tmp_path / "nginx", port, "proxy_buffering on; gzip on; gzip_proxied any;") as address:
+    with nginx(
+        tmp_path / "nginx", passing_on_to(server.url, "proxy_buffering on; gzip on; gzip_proxied any;")
+    ) as address:
         done = command("doctor", f"http://{address}/realtime")
     assert done.code == 0
     assert "came one by one" in done.out and "not compressed" in done.out
 
 
 def test_a_proxy_that_collects_is_found(server: Serving, command: Command, tmp_path: Path) -> None:
-    port = int(server.url.rpartition(":")[2])
     lines = "proxy_ignore_headers X-Accel-Buffering; gzip on; gzip_proxied any; gzip_min_length 0; gzip_types *;"
-    with nginx(tmp_path / "nginx", port, lines) as address:
+    with nginx(tmp_path / "nginx", passing_on_to(server.url, lines)) as address:
         done = command("doctor", f"http://{address}/realtime")
     assert done.code == 1
     assert "✗ the stream is held back on its way: 5 events came at once" in done.out
@@ -120,16 +80,14 @@ def test_a_proxy_that_collects_is_found(server: Serving, command: Command, tmp_p
 
 
 def test_a_proxy_that_compresses_streams_is_found(server: Serving, command: Command, tmp_path: Path) -> None:
-    port = int(server.url.rpartition(":")[2])
     lines = "gzip on; gzip_proxied any; gzip_min_length 0; gzip_types text/event-stream;"
-    with nginx(tmp_path / "nginx", port, lines) as address:
+    with nginx(tmp_path / "nginx", passing_on_to(server.url, lines)) as address:
         done = command("doctor", f"http://{address}/realtime")
     assert "! the stream is compressed (gzip)" in done.out
 
 
 def test_a_proxy_that_cuts_is_found(server: Serving, command: Command, tmp_path: Path) -> None:
-    port = int(server.url.rpartition(":")[2])
-    with nginx(tmp_path / "nginx", port, "proxy_read_timeout 100ms;") as address:
+    with nginx(tmp_path / "nginx", passing_on_to(server.url, "proxy_read_timeout 100ms;")) as address:
         done = command("doctor", f"http://{address}/realtime")
     assert done.code == 1
     assert "✗ a stream broke off" in done.out
@@ -141,9 +99,8 @@ def test_http_2_is_found_and_a_certificate_that_nobody_trusts(
     authority = trustme.CA()
     authority.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(str(tmp_path / "cert.pem"))
     authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
-    port = int(server.url.rpartition(":")[2])
     certificate = f"ssl_certificate {tmp_path}/cert.pem; ssl_certificate_key {tmp_path}/cert.pem;"
-    with nginx(tmp_path / "nginx", port, f"}} {certificate} location /x {{", listen="ssl http2") as address:
+    with nginx(tmp_path / "nginx", certificate + passing_on_to(server.url), listen="ssl http2") as address:
         done = command("doctor", f"https://{address}/realtime")
         assert done.code == 1 and "cannot be reached" in done.out and "certificate" in done.out
         monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
@@ -185,8 +142,9 @@ def test_a_wrong_path_is_told(server: Serving, command: Command, path: str, told
 
 
 def test_a_redirect_is_told(server: Serving, command: Command, tmp_path: Path) -> None:
-    port = int(server.url.rpartition(":")[2])
-    with nginx(tmp_path / "nginx", port, "return 301 https://elsewhere.example$request_uri;") as address:
+    with nginx(
+        tmp_path / "nginx", passing_on_to(server.url, "return 301 https://elsewhere.example$request_uri;")
+    ) as address:
         done = command("doctor", f"http://{address}/realtime")
     assert done.code == 1
     assert "is redirected to https://elsewhere.example/realtime/v1/health" in done.out

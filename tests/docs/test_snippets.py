@@ -114,6 +114,10 @@ async def check_limits(names: Names, printed: str) -> None:
     assert realtime.timeouts.drain == 10
 
 
+async def check_hypercorn(names: Names, printed: str) -> None:
+    assert names["hypercorn"].watch(names["realtime"]) is False  # it is another server's process
+
+
 async def check_tasks(names: Names, printed: str) -> None:
     assert names["output"] == {"pages": 3}
     record = await names["realtime"].get_run(names["handle"])

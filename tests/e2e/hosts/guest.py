@@ -14,7 +14,9 @@ import anyio
 from asgi_realtime import Realtime, RealtimeMiddleware, Timeouts, hypercorn
 
 SECRET = "a key for tests, 32 bytes or more"
-realtime = Realtime(secret_key=SECRET, timeouts=Timeouts(tick=0.05, drain=0.05))
+realtime = Realtime(
+    secret_key=SECRET, timeouts=Timeouts(tick=0.05, drain=0.05, heartbeat=float(os.environ.get("HEARTBEAT", "15")))
+)
 hypercorn.watch(realtime)
 
 MIDDLEWARE = os.environ.get("ENTRY") == "middleware"
