@@ -48,6 +48,7 @@ def missing(what: str) -> NoReturn:
 @pytest.mark.parametrize("block", [block for block in BLOCKS if block.language in CODE], ids=str)
 def test_every_block_of_code_is_tested(block: Block) -> None:
     kinds = {"program", "worker", "fragment", "sample", "curl", "browser", "conformance", "client", "host", "lines"}
+    kinds |= {"pytest"}
     assert block.kind in kinds
 
 
@@ -116,6 +117,19 @@ async def check_limits(names: Names, printed: str) -> None:
 
 async def check_hypercorn(names: Names, printed: str) -> None:
     assert names["hypercorn"].watch(names["realtime"]) is False  # it is another server's process
+
+
+async def check_client(names: Names, printed: str) -> None:
+    assert printed.splitlines() == ['0 message "Hel"', '1 message "lo"', '2 end {"reason":"complete"}', "200 COMPLETED"]
+
+
+async def check_clock(names: Names, printed: str) -> None:
+    assert printed == "401 token_expired\n"
+
+
+async def check_faults(names: Names, printed: str) -> None:
+    cut = f"GET {names['path']} cut after 1 events"
+    assert printed == f"""['"Hel"'] ['"lo"', '{{"reason":"complete"}}'] ['{cut}']\n"""
 
 
 async def check_tasks(names: Names, printed: str) -> None:
@@ -277,7 +291,10 @@ async def test_fragment(name: str, capsys: pytest.CaptureFixture[str], monkeypat
     async with Realtime(secret_key=SECRET, signals=False) as realtime:
         run = await realtime.get_run(await finished_run(realtime))
         names |= {"realtime": realtime, "run": run, "secret_key": SECRET, "tokens": tokens}
-        names |= {"FastAPI": FastAPI, "app": FastAPI(), "Realtime": Realtime, "os": os}
+        mounted = FastAPI()
+        mounted.mount("/realtime", realtime)
+        names |= {"token": realtime.create_public_token(scopes={"read": {"runs": [run.id]}})}
+        names |= {"FastAPI": FastAPI, "app": mounted, "Realtime": Realtime, "os": os}
         monkeypatch.setenv("REALTIME_SECRET_KEY", SECRET)
         monkeypatch.setenv("REDIS_URL", "redis://127.0.0.1:6379")
         if name in NEEDS:

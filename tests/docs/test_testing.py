@@ -1,0 +1,74 @@
+"""The test that docs/testing.md prints, run by pytest as a reader would."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.docs.blocks import blocks
+
+GUARD_S = 60.0
+
+
+def run_pytest(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "addopts=", *options]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST", "COV"))}
+    (folder / "pytest.ini").write_text("[pytest]\nasyncio_default_fixture_loop_scope = function\n")
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=GUARD_S)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(90)
+def test_the_test_of_a_stream_passes_and_can_fail(tmp_path: Path) -> None:
+    printed = blocks("pytest")["stream"].text
+    lines = printed[printed.index("@pytest") :].splitlines()
+    assert len(lines) - 1 <= 10, "it says: in ten lines"
+    (tmp_path / "app.py").write_text(blocks("program")["smallest"].text)
+    (tmp_path / "test_words.py").write_text(printed)
+    done = run_pytest(tmp_path)
+    assert (done.returncode, done.stdout.splitlines()[-1][:8]) == (0, "1 passed"), done.stdout
+    (tmp_path / "test_words.py").write_text(printed.replace('"Each"', '"Every"'))
+    done = run_pytest(tmp_path)
+    assert done.returncode == 1 and "1 failed" in done.stdout
+
+
+USES = """
+import anyio
+import pytest
+from asgi_realtime.testing import FakeClock
+
+def test_they_are_made_for_each_test(realtime_factory, realtime_clock, realtime_client):
+    assert isinstance(realtime_clock, FakeClock)
+    realtime = realtime_factory(api=False)
+    assert realtime.clock is realtime_clock and not realtime.api
+
+    async def main():
+        async with realtime_factory() as realtime, realtime_client(realtime, lifespan=False) as client:
+            run = realtime.pipe([1, 2]).handle
+            async with client.stream(f"/v1/streams/{run.id}/default", token=run.public_access_token) as stream:
+                assert [event.json() for event in await stream.read_all_events()][:-1] == [1, 2]
+
+    for backend in ("asyncio", "trio"):
+        anyio.run(main, backend=backend)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(90)
+def test_fixtures_are_found_by_pytest_alone(tmp_path: Path) -> None:
+    (tmp_path / "test_uses.py").write_text(USES)
+    done = run_pytest(tmp_path, "-W", "error")
+    assert done.returncode == 0, done.stdout
+    done = run_pytest(tmp_path, "--fixtures")
+    assert "realtime_client" in done.stdout
+
+
+def test_the_plugin_loads_no_extra_into_the_tests_of_others() -> None:
+    heavy = "starlette.testclient hypothesis httpx trio redis fastapi".split()
+    script = f"import sys, asgi_realtime.testing.plugin; print(sorted(set({heavy}) & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
