@@ -12,11 +12,10 @@ import contextvars
 import logging
 import threading
 from collections.abc import Awaitable, Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import anyio
 import anyio.abc
-import anyio.from_thread
 import anyio.lowlevel
 
 from asgi_realtime.errors import ServerShutdown
@@ -25,7 +24,6 @@ from asgi_realtime.waiting import Parking, on_asyncio
 logger = logging.getLogger("asgi_realtime")
 
 Job = Callable[[], Awaitable[None]]
-_R = TypeVar("_R")
 
 
 def cancelled_by_nobody() -> bool:
@@ -53,6 +51,8 @@ class Supervisor:
         self._drain = drain
         self.stopping = False
         self._group: anyio.abc.TaskGroup | None = None
+        self._in_group = 0
+        self._ending = False
         self._queue: list[tuple[contextvars.Context, Job]] = []
         self._work = Parking()
         self._brief: set[asyncio.Task[None]] = set()
@@ -98,11 +98,16 @@ class Supervisor:
         try:
             async with anyio.create_task_group() as group:
                 self._group = group
-                self._start_queued(group)
-                while not self._drained:
-                    await self._work.wait()
+                try:
                     self._start_queued(group)
-                group.cancel_scope.cancel()
+                    while not self._drained:
+                        await self._work.wait()
+                        self._start_queued(group)
+                finally:
+                    group.cancel_scope.cancel()
+                    if self._loop is None:
+                        await self._group_is_empty(group)
+                        self._group = None
         except Exception:  # nothing may leave: on trio it would end the whole program
             logger.exception("the supervisor failed")
         finally:
@@ -117,7 +122,28 @@ class Supervisor:
     def _start_queued(self, group: anyio.abc.TaskGroup) -> None:
         queue, self._queue = self._queue, []
         for context, job in queue:
-            context.run(group.start_soon, self._guarded, job)
+            self._start_in(group, context, job)
+
+    def _start_in(self, group: anyio.abc.TaskGroup, context: contextvars.Context, job: Job) -> None:
+        context.run(group.start_soon, self._guarded_in_group, job)
+        self._in_group += 1
+
+    async def _group_is_empty(self, group: anyio.abc.TaskGroup) -> None:
+        """On trio a group is closed some turns of the loop before whoever left it goes on, and a job that comes in
+        between is an error. So it is left when it is empty. (On asyncio there is no turn in between.)"""
+        self._ending = True
+        with anyio.CancelScope(shield=True):
+            while self._in_group or self._queue:
+                self._start_queued(group)  # what comes late sees its cancellation
+                await self._work.wait()
+
+    async def _guarded_in_group(self, job: Job) -> None:
+        try:
+            await self._guarded(job)
+        finally:
+            self._in_group -= 1
+            if self._ending:
+                self._work.wake()
 
     async def _drain_and_end(self) -> None:
         try:
@@ -144,12 +170,17 @@ class Supervisor:
         """Run a job in a copy of the context of the start, so that nothing of a request leaks into it."""
         self._spawn(self.context.copy(), job)
 
-    def spawn_brief(self, job: Job) -> None:
-        """As `spawn_detached`, for jobs that are short and many: on asyncio a bare task, an eighth of the cost."""
+    def spawn_brief(self, job: Job, context: contextvars.Context | None = None) -> None:
+        """As `spawn_detached`, for jobs that are short and many: on asyncio a bare task, an eighth of the cost.
+
+        With a context it runs in that one, which is the job's from then on.
+        """
+        if context is None:
+            context = self.context.copy()
         if self._loop is None or self._group is None:
-            self.spawn_detached(job)
+            self._spawn(context, job)
             return
-        task = self._loop.create_task(self._guarded(job), context=self.context.copy())
+        task = self._loop.create_task(self._guarded(job), context=context)
         self._brief.add(task)
         task.add_done_callback(self._brief.discard)
 
@@ -158,7 +189,7 @@ class Supervisor:
             self._queue.append((context, job))
             self._work.wake()
         else:
-            context.run(self._group.start_soon, self._guarded, job)
+            self._start_in(self._group, context, job)
 
     def post(self, call: Callable[[], object]) -> None:
         """Make a call on the loop's thread, from any thread or signal handler. Raises RuntimeError if it is gone."""
@@ -174,14 +205,6 @@ class Supervisor:
             call()
         else:
             self.post(call)
-
-    def run_from_thread(self, function: Callable[[], Awaitable[_R]]) -> _R:
-        """Run a coroutine function on the loop and wait for its result; from another thread only."""
-
-        async def call() -> _R:
-            return await function()
-
-        return anyio.from_thread.run(call, token=self._token)
 
     async def shielded(self, function: Callable[[], Awaitable[None]]) -> None:
         """Run a coroutine function here and wait for it. Cancelling the caller does not cancel it."""

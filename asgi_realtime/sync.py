@@ -9,21 +9,26 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Awaitable, Callable, Iterable, Iterator
-from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 import anyio
 import anyio.from_thread
 import anyio.lowlevel
 
 from asgi_realtime.config import Span
+from asgi_realtime.errors import RealtimeError, ServerShutdown
+from asgi_realtime.run import Run, current, current_run
+from asgi_realtime.supervisor import Supervisor
+from asgi_realtime.threadcalls import HeldRun, OwnLoop, ThreadCall
 from asgi_realtime.waiting import on_asyncio
 
 if TYPE_CHECKING:
     from asgi_realtime.core.runs import RunRecord
     from asgi_realtime.handles import BatchHandle, RunHandle
     from asgi_realtime.pipe import PipeResult
+    from asgi_realtime.reading import StreamChunk
     from asgi_realtime.realtime import Realtime, RunLike
     from asgi_realtime.tasks.batches import BatchItem
     from asgi_realtime.tasks.task import Task
@@ -35,14 +40,15 @@ T = TypeVar("T")
 class SyncRealtime:
     """`Realtime`'s calls, blocking. Each raises what the async call raises.
 
-    Raises `RuntimeError` on the thread of the loop itself, where blocking would be a dead-lock, and where no loop runs
-    and the broker is in memory, where nobody would see what is written.
+    Raises `RuntimeError` on the thread of a loop, where blocking would be a dead-lock, and where no loop runs
+    and the broker is in memory, where nobody would see what is written. Raises `ServerShutdown` where the `Realtime` is
+    stopped, or its loop ends, while a call waits.
     """
 
     def __init__(self, realtime: Realtime) -> None:
         self._realtime = realtime
         self._lock = threading.Lock()
-        self._own: _OwnLoop | None = None
+        self._own: OwnLoop | None = None
         self._pid = os.getpid()
 
     @overload
@@ -80,6 +86,11 @@ class SyncRealtime:
         """As `Realtime.send_input`."""
         self._call(lambda: self._realtime.send_input(run, input_id, data))
 
+    def get_input(self, input_id: str, *, timeout: Span | None = None) -> Any:
+        """The next data sent into the current run, as `current_run().input(input_id).get()`."""
+        run = current_run()
+        return self._call(lambda: run.input(input_id).get(timeout=timeout))
+
     def cancel(self, run: RunLike) -> RunRecord:
         """As `Realtime.cancel`."""
         return self._call(lambda: self._realtime.cancel(run))
@@ -97,16 +108,62 @@ class SyncRealtime:
     ) -> Iterator[Any]:
         """As `Realtime.read`."""
 
-        async def begin() -> Any:
-            return self._realtime.read(run, stream, start_index=start_index, timeout=timeout)
+        return self._iterate(lambda: self._realtime.read(run, stream, start_index=start_index, timeout=timeout))
 
-        reader = self._call(begin)
-        while True:
+    @overload
+    def subscribe_to_run(
+        self, run: RunLike, *, stop_on_completion: bool = True, with_streams: Literal[False] = False
+    ) -> Iterator[RunRecord]: ...
+
+    @overload
+    def subscribe_to_run(
+        self, run: RunLike, *, stop_on_completion: bool = True, with_streams: Literal[True]
+    ) -> Iterator[RunRecord | StreamChunk]: ...
+
+    def subscribe_to_run(
+        self, run: RunLike, *, stop_on_completion: bool = True, with_streams: bool = False
+    ) -> Iterator[Any]:
+        """As `Realtime.subscribe_to_run`."""
+        options: dict[str, Any] = {"stop_on_completion": stop_on_completion, "with_streams": with_streams}
+        return self._iterate(lambda: self._realtime.subscribe_to_run(run, **options))
+
+    def subscribe_to_runs_with_tag(
+        self, tags: str | Iterable[str], *, created_within: Span = "24h"
+    ) -> Iterator[RunRecord]:
+        """As `Realtime.subscribe_to_runs_with_tag`."""
+        return self._iterate(lambda: self._realtime.subscribe_to_runs_with_tag(tags, created_within=created_within))
+
+    def subscribe_to_batch(self, batch: str | BatchHandle) -> Iterator[RunRecord]:
+        """As `Realtime.subscribe_to_batch`."""
+        return self._iterate(lambda: self._realtime.subscribe_to_batch(batch))
+
+    @contextmanager
+    def open_run(
+        self, name: str, *, tags: str | Iterable[str] | None = None, metadata: Mapping[str, Any] | None = None
+    ) -> Iterator[Run]:
+        """As `Realtime.open_run`, in a `with`. The body is a thread's, so `cancel(run)` does not interrupt it: it may
+        look at `run.canceled`, what it writes is refused, and leaving raises `RunCanceled`. What is no `Exception`,
+        such as `KeyboardInterrupt`, cancels the run and goes on."""
+        supervisor = self._supervisor()
+        held = HeldRun(supervisor, self._realtime.open_run(name, tags=tags, metadata=metadata))
+        run = self._call(held.enter, supervisor)
+        token = current.set(run)
+        try:
+            yield run
+        except BaseException as exc:
             try:
-                chunk = self._call(lambda: _next(reader))
-            except _End:
-                return
-            yield chunk
+                ended_with = self._call(lambda error=exc: held.leave(error), supervisor)  # type: ignore[misc]
+            except RealtimeError as failure:
+                ended_with = failure
+            if isinstance(exc, Exception) and ended_with is not None and ended_with is not exc:
+                raise ended_with from exc
+            raise
+        else:
+            ended_with = self._call(lambda: held.leave(None), supervisor)
+            if ended_with is not None:
+                raise ended_with
+        finally:
+            current.reset(token)
 
     def close(self) -> None:
         """Stop, if the `Realtime` runs on a loop that these calls made for themselves; that of the host is left alone.
@@ -120,24 +177,34 @@ class SyncRealtime:
                 own.portal.call(self._realtime.stop)
                 own.close()
 
-    def _call(self, function: Callable[[], Awaitable[T]]) -> T:
+    def _call(self, function: Callable[[], Awaitable[T]], supervisor: Supervisor | None = None) -> T:
+        """Make a call on the loop of a supervisor, by default of the one that runs now."""
+        return ThreadCall(supervisor or self._supervisor(), function).make()
+
+    def _iterate(self, begin: Callable[[], AsyncIterator[T]]) -> Iterator[T]:
+        supervisor = self._supervisor()
+
+        async def begun() -> AsyncIterator[T]:
+            return begin()
+
+        items = self._call(begun, supervisor)
+        while True:
+            try:
+                item = self._call(lambda: _next(items), supervisor)
+            except _End:
+                return
+            yield item
+
+    def _supervisor(self) -> Supervisor:
         if _loop_runs_here():
             raise RuntimeError("realtime.sync was called on an event loop's thread: await the async call there")
         supervisor = self._realtime.engine.supervisor
-        portal = self._own_portal() if supervisor is None else None
-        call = _Call(function)
-        try:
-            if supervisor is not None:
-                return supervisor.run_from_thread(call.run)
-            assert portal is not None
-            return portal.call(call.run)
-        except BaseException:
-            if not call.over:  # so it is no error of the call: a signal handler raised here
-                if supervisor is not None:
-                    supervisor.post(call.give_up)
-                elif portal is not None:
-                    portal.start_task_soon(call.give_up)
-            raise
+        if supervisor is None:
+            self._own_portal().call(self._realtime.ensure_started)
+            supervisor = self._realtime.engine.supervisor
+        if supervisor is None:
+            raise ServerShutdown("the server was shut down")
+        return supervisor
 
     def _heed_fork(self) -> None:
         """The threads of a process do not come along into its children."""
@@ -153,72 +220,17 @@ class SyncRealtime:
         self._heed_fork()
         with self._lock:
             if self._own is None:
-                self._own = _OwnLoop()
+                self._own = OwnLoop()
             return self._own.portal
-
-
-class _OwnLoop:
-    """A loop in a daemon thread. (That of anyio's `start_blocking_portal` is waited for at the exit of Python.)"""
-
-    def __init__(self) -> None:
-        self._ready: Future[anyio.from_thread.BlockingPortal] = Future()
-        self._thread = threading.Thread(target=self._run, name="asgi_realtime sync", daemon=True)
-        self._thread.start()
-        self.portal = self._ready.result()
-
-    def _run(self) -> None:
-        try:
-            anyio.run(self._serve)
-        except BaseException as exc:
-            if self._ready.done():
-                raise
-            self._ready.set_exception(exc)
-
-    async def _serve(self) -> None:
-        async with anyio.from_thread.BlockingPortal() as portal:
-            self._ready.set_result(portal)
-            await portal.sleep_until_stopped()
-
-    def close(self) -> None:
-        """Let the loop end, and wait for that."""
-        self.portal.start_task_soon(self.portal.stop)
-        self._thread.join()
-
-
-class _Call(Generic[T]):
-    """A call on the loop for which a thread waits."""
-
-    def __init__(self, function: Callable[[], Awaitable[T]]) -> None:
-        self._function = function
-        self._scope: anyio.CancelScope | None = None
-        self._given_up = False
-        self.over = False
-
-    async def run(self) -> T:
-        with anyio.CancelScope() as scope:
-            self._scope = scope
-            if self._given_up:
-                scope.cancel()
-            try:
-                return await self._function()
-            finally:
-                self.over = True
-        raise RuntimeError("nobody waits for this call any more")
-
-    def give_up(self) -> None:
-        """Nobody waits any more. On the loop's thread."""
-        self._given_up = True
-        if self._scope is not None:
-            self._scope.cancel()
 
 
 class _End(Exception):
     """The end of an iteration, in a form that may leave a coroutine."""
 
 
-async def _next(reader: Any) -> Any:
+async def _next(items: AsyncIterator[T]) -> T:
     try:
-        return await reader.__anext__()
+        return await items.__anext__()
     except StopAsyncIteration:
         raise _End from None
 

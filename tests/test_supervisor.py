@@ -230,30 +230,23 @@ async def test_a_job_that_is_spawned_right_before_the_end_sees_its_cancellation(
     assert told == ["began", "cancelled"]
 
 
-async def test_a_thread_may_run_a_function_on_the_loop_and_gets_its_result() -> None:
-    results: list[object] = []
+async def test_a_call_that_spawns_while_the_last_job_ends_does_no_harm() -> None:
+    """On trio it came between the end of the last job and that of the supervisor, and ended the whole program."""
 
-    async def answer() -> int:
+    async def job() -> None:
+        try:
+            await anyio.sleep(60)
+        finally:
+            supervisor.post(lambda: supervisor.spawn(nothing))
+
+    for _ in range(50):
+        supervisor = Supervisor(context=contextvars.copy_context(), drain=nothing)
+        supervisor.start()
+        supervisor.spawn(job)
         await anyio.lowlevel.checkpoint()
-        return threading.get_ident()
-
-    async def fails() -> None:
-        raise ValueError("on the loop")
-
-    async with supervising() as supervisor:
-
-        def elsewhere() -> None:
-            results.append(supervisor.run_from_thread(answer))
-            try:
-                supervisor.run_from_thread(fails)
-            except ValueError as exc:
-                results.append(str(exc))
-
-        thread = threading.Thread(target=elsewhere)
-        thread.start()
-        await until(lambda: len(results) == 2)
-        thread.join()
-    assert results == [threading.get_ident(), "on the loop"]
+        supervisor.request_stop()
+        await supervisor.wait_ended()
+        await anyio.wait_all_tasks_blocked()
 
 
 async def test_shielded_goes_on_when_its_caller_is_cancelled() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import inspect
 import signal
 import subprocess
 import sys
@@ -15,16 +16,25 @@ import pytest
 
 from asgi_realtime import (
     InvalidPayload,
+    NoCurrentRun,
     Realtime,
     Run,
+    RunCanceled,
     RunFailed,
     RunNotFound,
+    RunRecord,
+    ServerShutdown,
     Status,
+    StreamChunk,
+    StreamClosed,
     TaskError,
     Timeouts,
+    UsageError,
+    current_run,
 )
 from asgi_realtime.brokers.memory import MemoryBroker
 from asgi_realtime.core.runs import run_topic
+from asgi_realtime.sync import SyncRealtime
 from tests.inprocess import make_realtime, until
 
 pytestmark = pytest.mark.anyio
@@ -89,6 +99,181 @@ async def test_a_stream_is_written_and_read_from_a_thread() -> None:
             await in_thread(write)
             assert await run.input("in").get(timeout=5) == {"ok": True}
         assert await in_thread(lambda: list(realtime.sync.read(run))) == ["a", "b", "c", "d"]
+
+
+def test_the_calls_are_those_of_the_async_side() -> None:
+    """What waits is here under the same name and with the same arguments. What does not wait needs no other form."""
+    waits = {
+        name
+        for name, value in vars(Realtime).items()
+        if not name.startswith("_") and inspect.isfunction(value) and is_async(value)
+    }
+    life = {"start", "ensure_started", "stop", "lifespan"}
+    objects = {"writer", "read_as"}  # whose methods are async; `append` and `pipe` do it
+    ours = {
+        name for name, value in vars(SyncRealtime).items() if not name.startswith("_") and inspect.isfunction(value)
+    }
+    assert ours == (waits - life - objects) | {"close", "get_input"}
+    for name in ours - {"close", "get_input", "trigger", "pipe"}:
+        assert list(inspect.signature(getattr(SyncRealtime, name)).parameters) == list(
+            inspect.signature(getattr(Realtime, name)).parameters
+        )
+
+
+def is_async(function: Callable[..., Any]) -> bool:
+    returned = str(inspect.signature(function).return_annotation)
+    return inspect.iscoroutinefunction(function) or any(word in returned for word in ("Async", "Pipe", "StreamScope"))
+
+
+async def test_runs_are_followed_from_a_thread() -> None:
+    realtime = with_tasks()
+
+    def work() -> None:
+        sync = realtime.sync
+        batch = sync.batch_trigger([("double", 1, {"tags": ["a"]}), ("double", 2)])
+        assert {record.id for record in sync.subscribe_to_batch(batch)} == set(batch.runs)
+        states = list(sync.subscribe_to_run(batch.runs[1]))
+        assert (states[-1].status, states[-1].output) == (Status.COMPLETED, 4)
+        tagged = sync.subscribe_to_runs_with_tag("a")
+        assert next(tagged).id == batch.runs[0]
+        piped = sync.pipe(["x", "y"], tags=["b"])
+        assert piped.chunks == 2
+        run = next(sync.subscribe_to_runs_with_tag("b"))
+        seen = list(sync.subscribe_to_run(run, with_streams=True))
+        assert [item.chunk for item in seen if isinstance(item, StreamChunk)] == ["x", "y"]
+        with pytest.raises(RunNotFound):
+            next(sync.subscribe_to_run("run_that_never_was"))
+
+    async with realtime:
+        await in_thread(work)
+
+
+async def test_an_iterator_that_is_left_early_leaves_nothing_behind() -> None:
+    async with make_realtime() as realtime:
+        async with realtime.open_run("r", tags=["a"]) as run:
+
+            def work() -> None:
+                realtime.sync.append("a", run=run)
+                for reader in (
+                    realtime.sync.read(run),
+                    realtime.sync.subscribe_to_run(run),
+                    realtime.sync.subscribe_to_runs_with_tag("a"),
+                ):
+                    for _ in reader:
+                        break
+
+            await in_thread(work)
+            topics: Any = realtime.broker
+            assert not any(len(topic.waiting) for topic in topics._topics.values())
+
+
+async def test_a_thread_has_a_run_open() -> None:
+    async with make_realtime() as realtime:
+
+        def work() -> RunRecord:
+            with realtime.sync.open_run("import", tags=["a"], metadata={"rows": 0}) as run:
+                assert current_run() is run
+                realtime.sync.append("chunk")
+                run.metadata.set("rows", 3)
+                assert realtime.sync.get_run(run).status is Status.EXECUTING
+                run.set_output("done")
+            with pytest.raises(NoCurrentRun):
+                current_run()
+            return realtime.sync.get_run(run)
+
+        record = await in_thread(work)
+        assert (record.status, record.output, record.metadata) == (Status.COMPLETED, "done", {"rows": 3})
+        assert [chunk async for chunk in realtime.read(record)] == ["chunk"]
+        assert realtime.engine.executions == {}
+
+
+@pytest.mark.parametrize("error, status", [(ValueError("no"), Status.FAILED), (KeyboardInterrupt(), Status.CANCELED)])
+async def test_an_exception_ends_the_run_that_a_thread_has_open(error: BaseException, status: Status) -> None:
+    async with make_realtime() as realtime:
+
+        def work() -> RunRecord:
+            with pytest.raises(type(error)) as raised:
+                with realtime.sync.open_run("import") as run:
+                    raise error
+            assert raised.value is error
+            return realtime.sync.get_run(run)
+
+        record = await in_thread(work)
+        assert record.status is status
+        assert realtime.engine.executions == {}
+
+
+async def test_a_run_that_a_thread_has_open_is_canceled_by_others() -> None:
+    async with make_realtime() as realtime:
+
+        def work() -> RunRecord:
+            with pytest.raises(RunCanceled):
+                with realtime.sync.open_run("import") as run:
+                    realtime.sync.cancel(run)
+                    wait_for(lambda: realtime.sync.get_run(run).is_completed)
+                    assert run.canceled
+                    with pytest.raises(StreamClosed):
+                        realtime.sync.append("late")
+            with pytest.raises(RunCanceled) as raised:
+                with realtime.sync.open_run("import") as run:
+                    realtime.sync.cancel(run)
+                    wait_for(lambda: realtime.sync.get_run(run).is_completed)
+                    raise ValueError("on the way out")
+            assert isinstance(raised.value.__cause__, ValueError)
+            return realtime.sync.get_run(run)
+
+        assert (await in_thread(work)).status is Status.CANCELED
+
+
+async def test_a_run_that_a_thread_has_open_ends_with_the_shutdown() -> None:
+    realtime = make_realtime()
+    opened, go = threading.Event(), threading.Event()
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            with realtime.sync.open_run("import"):
+                opened.set()
+                go.wait(GUARD_S)
+        except BaseException as exc:
+            errors.append(exc)
+
+    thread = threading.Thread(target=work)
+    async with realtime:
+        thread.start()
+        await until(opened.is_set)
+    go.set()
+    await until(lambda: not thread.is_alive())
+    assert [type(error) for error in errors] == [ServerShutdown]
+
+
+async def test_a_run_that_cannot_be_opened_raises_why() -> None:
+    async with make_realtime() as realtime:
+
+        def work() -> None:
+            with realtime.sync.open_run("x" * 1000):
+                raise AssertionError("opened")
+
+        with pytest.raises(UsageError):
+            await in_thread(work)
+
+
+async def test_a_def_task_waits_for_input() -> None:
+    realtime = make_realtime()
+
+    @realtime.task("publish")
+    def publish() -> Any:
+        with pytest.raises(TimeoutError):
+            realtime.sync.get_input("nothing", timeout=0.01)
+        return [realtime.sync.get_input("approval", timeout=GUARD_S) for _ in range(2)]
+
+    async with realtime:
+        handle = await realtime.trigger(publish)
+        for answer in ("yes", "no"):
+            await realtime.send_input(handle, "approval", answer)
+        assert await handle.result(timeout=GUARD_S) == ["yes", "no"]
+        with pytest.raises(NoCurrentRun):
+            await in_thread(lambda: realtime.sync.get_input("approval"))
 
 
 async def test_each_raises_what_the_async_call_raises() -> None:

@@ -14,7 +14,7 @@ from asgi_realtime.supervisor import Supervisor
 from asgi_realtime.waiting import Parking
 
 
-def _without_loop(context: contextvars.Context) -> contextvars.Context:
+def without_loop(context: contextvars.Context) -> contextvars.Context:
     """The context without sniffio's note of the running loop, so that the thread may run one of its own."""
     for variable in context:
         if variable.name == "current_async_library_cvar":
@@ -50,7 +50,7 @@ class TaskThreads:
         while self._used >= self._limit:
             await self._freed.wait()
         call = _Call(function)
-        context = _without_loop(contextvars.copy_context())
+        context = without_loop(contextvars.copy_context())
         thread = threading.Thread(target=context.run, args=(self._work, call), name="asgi_realtime task", daemon=True)
         thread.start()
         self._used += 1
