@@ -77,10 +77,11 @@ class AsgiClient:
     ) -> AbstractAsyncContextManager[StreamedResponse]:
         """Ask, and give the response once its head is there: `async with client.stream("/events") as response:`.
 
+        As a browser's EventSource it accepts `text/event-stream`, unless a header says otherwise.
         Leaving it is the client that goes away: the app gets `http.disconnect`, and is cancelled if it takes no notice
         for 2 seconds. Raises `TimeoutError` for an app that does not answer, and what the app raised.
         """
-        sent = self.headers | _lower(headers)
+        sent = {"accept": "text/event-stream", **self.headers, **_lower(headers)}
         token = self.token if token is None else token
         if token is not None:
             sent["authorization"] = f"Bearer {token}"
@@ -103,6 +104,7 @@ class AsgiClient:
     async def request(self, method: str, path: str, *, timeout: float | None = None, **options: Any) -> Response:
         """Ask and read the whole answer. Options are those of `stream`; `timeout` is for all of it."""
         seconds = self.timeout if timeout is None else timeout
+        options["headers"] = {"accept": "*/*", **self.headers, **_lower(options.get("headers"))}
         async with self.stream(path, method=method, timeout=seconds, **options) as streamed:
             body = b""
 

@@ -76,6 +76,7 @@ class StreamedResponse:
         """How long to wait for a chunk or an event that says nothing else, in seconds. None: for ever."""
         self._parser = EventParser()
         self._parsed: deque[Event] = deque()
+        self._beginning = b""
         self._started = anyio.Event()
         self._gone = anyio.Event()
         self._chunks_in, self._chunks = anyio.create_memory_object_stream[bytes](0)
@@ -111,7 +112,9 @@ class StreamedResponse:
         with at_most(seconds, lambda: f"no event came within {seconds:g} s{self._so_far()}"):
             while not self._parsed:
                 try:
-                    self._parsed.extend(self._parser.feed(await self._chunks.receive()))
+                    chunk = await self._chunks.receive()
+                    self._beginning = self._beginning or chunk[:300]
+                    self._parsed.extend(self._parser.feed(chunk))
                 except anyio.EndOfStream:
                     how = "ended" if self.ended else "was cut off"
                     raise anyio.EndOfStream(f"the body {how}{self._so_far()}") from None
@@ -135,11 +138,12 @@ class StreamedResponse:
         return found
 
     def _so_far(self) -> str:
-        shown = ", ".join(f"{event.event} {event.data[:200]!r}" for event in self.events[-5:])
-        earlier = len(self.events) - 5
-        more = f"{earlier} earlier ones, " if earlier > 0 else ""
-        events = f"events {more}{shown}" if shown else "no event"
-        return f"; answered with {self.status}; read so far: {events}; comments: {len(self.comments)}"
+        told = f"; answered with {self.status}; read so far: "
+        if not self.events:
+            return told + (f"no event, but {self._beginning!r}" if self._beginning else "nothing")
+        earlier = max(0, len(self.events) - 5)
+        shown = [f"{event.event} {event.data[:200]!r}" for event in self.events[earlier:]]
+        return f"{told}events {', '.join(([f'{earlier} earlier ones'] if earlier else []) + shown)}"
 
     async def read_until(self, event: str) -> list[Event]:
         """All events up to and with the first of this name. Raises AssertionError if the body ends before."""
