@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -13,8 +14,8 @@ import trustme
 
 from asgi_realtime.cli import checks
 from tests.cli.command import Command
+from tests.e2e import proxies
 from tests.e2e.hosts.servers import Serving, free_port, serving
-from tests.e2e.proxies import nginx, passing_on_to
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(60)]
 
@@ -43,6 +44,20 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
     (folder / "patient.py").write_text(APP)
     with serving("uvicorn", folder, {}, "--app-dir", str(folder), app="patient:app", cwd=folder) as running:
         yield running
+
+
+@contextmanager
+def nginx(folder: Path, server: str, *, listen: str = "") -> Iterator[str]:
+    """A real nginx with this in its one server. Gives its host and port."""
+    folder.mkdir()
+    port = free_port()
+    lines = f"server {{ listen 127.0.0.1:{port} {listen}; {server} }}"
+    with proxies.nginx(folder, lines, port=port):
+        yield f"127.0.0.1:{port}"
+
+
+def passing_on_to(url: str, lines: str = "") -> str:
+    return f"location / {{ proxy_pass {url}; proxy_http_version 1.1; {lines} }}"
 
 
 def test_a_server_that_is_well(server: Serving, command: Command) -> None:

@@ -1,58 +1,222 @@
-"""A real nginx in front of a server of a test."""
+"""Real proxies in front of a real uvicorn: nginx and Caddy of the machine, each with a folder and ports of its own."""
 
 from __future__ import annotations
 
+import os
+import secrets
 import shutil
+import signal
+import socket
+import ssl
 import subprocess
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
+import trustme
 
-from tests.e2e.hosts.servers import GUARD_S, free_port
+from asgi_realtime.testing.sse import Event, EventParser
 from tests.requirements import missing
 
+ROOT = Path(__file__).parent.parent.parent
+GUARD_S = 60.0
+"""Nothing waits longer than this. It is no measure of speed: the machine may be busy."""
 
-def nginx_binary() -> str:
-    found = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin:/usr/local/sbin")
-    if found is None:
-        missing("nginx is not installed (on Debian: apt-get install nginx-light)")
-    return found
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as bound:
+        port: int = bound.getsockname()[1]
+        return port
+
+
+def wait_for(fact: Callable[[], object], what: str) -> None:
+    deadline = time.monotonic() + GUARD_S
+    while not fact():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.02)
+
+
+def listens(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=GUARD_S).close()
+    except OSError:
+        return False
+    return True
 
 
 @contextmanager
-def nginx(folder: Path, server: str, *, listen: str = "") -> Iterator[str]:
-    """Run nginx with what stands in its one `server { … }`. Gives its host and port. `listen`: `ssl http2` for TLS."""
-    port = free_port()
-    folder.mkdir()
-    paths = " ".join(f"{name}_temp_path temp;" for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
-    configuration = f"""
-        daemon off; pid nginx.pid; error_log stderr; events {{}}
-        http {{ access_log off; {paths} server {{ listen 127.0.0.1:{port} {listen}; {server} }} }}
-    """
-    (folder / "nginx.conf").write_text(configuration)
-    command = [nginx_binary(), "-p", str(folder), "-c", "nginx.conf"]
-    with (folder / "log").open("wb") as log, subprocess.Popen(command, stderr=log) as process:
+def running(command: Sequence[str], port: int, log: Path, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a command as a session of its own, once it listens on its port. What is left of it at the end is killed."""
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**os.environ, **environment},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+
+        def answers_or_ended() -> bool:
+            assert process.poll() is None, f"{command[0]} ended"
+            return listens(port)
+
+        wait_for(answers_or_ended, f"{command[0]} does not listen")
+        yield process
+    finally:
         try:
-            _until_it_answers(f"{'https' if 'ssl' in listen else 'http'}://127.0.0.1:{port}/", process, folder)
-            yield f"127.0.0.1:{port}"
-        finally:
-            process.terminate()
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        process.wait()
+        print(log.read_text(errors="replace"))  # noqa: T201 - shown if the test fails
 
 
-def passing_on_to(url: str, lines: str = "") -> str:
-    """All paths go to a server."""
-    return f"location / {{ proxy_pass {url}; proxy_http_version 1.1; {lines} }}"
+@contextmanager
+def app(folder: Path, *options: str, port: int, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
+    command = [sys.executable, "-m", "uvicorn", "tests.e2e.proxied_app:app", "--port", str(port), *options]
+    with running(command, port, folder / "app.log", **environment) as process:
+        yield process
 
 
-def _until_it_answers(url: str, process: subprocess.Popen[bytes], folder: Path) -> None:
-    deadline = time.monotonic() + GUARD_S
-    while True:
-        try:
-            httpx.get(url, verify=False, timeout=GUARD_S)
-            return
-        except httpx.TransportError:
-            assert process.poll() is None, (folder / "log").read_text()
-            assert time.monotonic() < deadline, "nginx does not answer"
+@dataclass(frozen=True)
+class Certificate:
+    """Of localhost, by an authority that only this test trusts."""
+
+    chain: Path
+    key: Path
+    trust: ssl.SSLContext
+
+    @classmethod
+    def make(cls, folder: Path) -> Certificate:
+        authority = trustme.CA()
+        issued = authority.issue_cert("localhost", "127.0.0.1")
+        chain, key = folder / "chain.pem", folder / "key.pem"
+        chain.write_bytes(b"".join(blob.bytes() for blob in issued.cert_chain_pems))
+        issued.private_key_pem.write_to_path(str(key))
+        trust = ssl.create_default_context()
+        authority.configure_trust(trust)
+        return cls(chain, key, trust)
+
+
+NGINX_AROUND = """
+daemon off;
+worker_processes 1;
+error_log {folder}/error.log info;
+pid {folder}/nginx.pid;
+events {{ worker_connections 512; }}
+http {{
+    access_log off;
+    client_body_temp_path {folder}/body;
+    proxy_temp_path {folder}/proxy;
+    fastcgi_temp_path {folder}/fastcgi;
+    uwsgi_temp_path {folder}/uwsgi;
+    scgi_temp_path {folder}/scgi;
+    {http}
+}}
+"""
+"""What a machine has in nginx.conf already, but with everything in a folder of the test."""
+
+
+@contextmanager
+def nginx(folder: Path, http: str, *, port: int) -> Iterator[subprocess.Popen[bytes]]:
+    """Debian's nginx with these lines in its `http` block."""
+    binary = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
+    if binary is None:
+        missing("nginx is not installed (on Debian: apt-get install nginx-light)")
+    config = folder / "nginx.conf"
+    config.write_text(NGINX_AROUND.format(folder=folder, http=http))
+    command = [binary, "-p", str(folder), "-c", str(config), "-e", str(folder / "error.log")]
+    with running(command, port, folder / "nginx.log") as process:
+        yield process
+
+
+@contextmanager
+def caddy(folder: Path, sites: str, *, port: int) -> Iterator[subprocess.Popen[bytes]]:
+    """Debian's Caddy with these sites."""
+    binary = shutil.which("caddy")
+    if binary is None:
+        missing("caddy is not installed (on Debian: apt-get install caddy)")
+    config = folder / "Caddyfile"
+    config.write_text(f"{{\n\tadmin off\n\tauto_https disable_redirects\n}}\n{sites}")
+    command = [binary, "run", "--config", str(config), "--adapter", "caddyfile"]
+    with running(
+        command, port, folder / "caddy.log", XDG_DATA_HOME=str(folder), XDG_CONFIG_HOME=str(folder)
+    ) as process:
+        yield process
+
+
+class Visitor:
+    """Somebody behind the proxy, at an address such as `https://localhost:8443`, with a prefix before all paths."""
+
+    def __init__(self, url: str, trust: ssl.SSLContext | bool = True, *, http2: bool = False) -> None:
+        self.url = url
+        self.http = httpx.Client(verify=trust, http2=http2, timeout=GUARD_S)
+
+    def __enter__(self) -> Visitor:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.http.close()
+
+    def post(self, path: str, **body: Any) -> Any:
+        response = self.http.post(self.url + path, json=body)
+        assert response.status_code == 200, response.text
+        return response.json()
+
+    def count(self) -> int:
+        count: int = self.http.get(f"{self.url}/count").json()["subscribers"]
+        return count
+
+    @contextmanager
+    def stream(
+        self, run: dict[str, str], *, last_event_id: str | None = None, prefix: str = "/realtime", **headers: str
+    ) -> Iterator[Stream]:
+        """Open the stream of a run as an EventSource does."""
+        headers |= {"accept": "text/event-stream", "authorization": f"Bearer {run['token']}"}
+        if last_event_id is not None:
+            headers["last-event-id"] = last_event_id
+        with self.http.stream("GET", f"{self.url}{prefix}/v1/streams/{run['id']}/default", headers=headers) as response:
+            yield Stream(response)
+
+
+class Stream:
+    """A stream as it arrives."""
+
+    def __init__(self, response: httpx.Response) -> None:
+        assert response.status_code == 200, response.status_code
+        self.response = response
+        self.parser = EventParser()
+        self._bodies = response.iter_bytes()
+        self._events: list[Event] = []
+
+    def event(self) -> Event:
+        while not self._events:
+            self._events.extend(self.parser.feed(next(self._bodies)))
+        return self._events.pop(0)
+
+    def wait_for_comments(self, count: int) -> None:
+        while len(self.parser.comments) < count:
+            assert self.parser.feed(next(self._bodies)) == []
+
+    def rest(self) -> list[Event]:
+        """All that comes to the end. Raises `httpx.RemoteProtocolError` if it is cut."""
+        for body in self._bodies:
+            self._events.extend(self.parser.feed(body))
+        return self._events
+
+
+def check_chunks_come_as_they_are_written(visitor: Visitor, **options: str) -> None:
+    """Each chunk is written when the one before was read, so one that is held back anywhere would hold up the test."""
+    run = visitor.post("/open")
+    with visitor.stream(run, **options) as stream:
+        for number in range(5):
+            chunk = f"{number} {secrets.token_hex(4)}"
+            visitor.post("/append", run=run["id"], chunk=chunk)
+            assert stream.event().json() == chunk

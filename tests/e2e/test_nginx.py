@@ -1,133 +1,292 @@
-"""Behind a real nginx, with the configuration that docs/deployment.md prints."""
+"""Behind a real nginx, with the configuration that docs/deployment.md prints: what passes, when, and what cuts it."""
 
 from __future__ import annotations
 
-import asyncio
-import ssl
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AsyncExitStack
-from functools import partial
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
 import pytest
-import pytest_asyncio
-import trustme
+from playwright.sync_api import Browser
 
 from tests.docs.blocks import blocks
-from tests.e2e.hosts.servers import GUARD_S, Serving, serving
-from tests.e2e.hosts.test_matrix import Stream, check_a_stream_arrives_as_it_is_written, do, subscribe
-from tests.e2e.proxies import nginx, passing_on_to
+from tests.e2e.proxies import (
+    GUARD_S,
+    Certificate,
+    Visitor,
+    app,
+    check_chunks_come_as_they_are_written,
+    free_port,
+    nginx,
+    wait_for,
+)
 
-pytestmark = [pytest.mark.slow, pytest.mark.asyncio, pytest.mark.timeout(60)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3 * GUARD_S)]
 
-HOST = {"HOST": "starlette", "ENTRY": "mount"}
-PRINTED = blocks("nginx")
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[Serving]:
-    with serving("uvicorn", tmp_path, HOST) as running:
-        yield running
-
-
-@pytest_asyncio.fixture
-async def http() -> AsyncIterator[httpx.AsyncClient]:
-    limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(timeout=GUARD_S, limits=limits, headers={"accept-encoding": "gzip"}) as client:
-        yield client
+SITE = blocks("nginx")["site"].text
 
 
-def behind(server: Serving, address: str, scheme: str = "http") -> Serving:
-    """The server as it is seen through the proxy."""
-    return Serving(server.process, f"{scheme}://{address}", server.log)
+@dataclass
+class Front:
+    """nginx before an app, and what starts another app behind it."""
+
+    folder: Path
+    certificate: Certificate
+    port: int
+    app_port: int
+
+    @property
+    def url(self) -> str:
+        return f"https://localhost:{self.port}"
+
+    def visitor(self, *, http2: bool = False) -> Visitor:
+        return Visitor(self.url, self.certificate.trust, http2=http2)
 
 
-def printed(name: str, server: Serving) -> str:
-    """A configuration of the document, for this server."""
-    text = PRINTED[name].text
-    assert "http://127.0.0.1:8000" in text
-    return text.replace("http://127.0.0.1:8000", server.url) + f"location = /do {{ proxy_pass {server.url}; }}"
+def site(certificate: Certificate, port: int, app_port: int, changes: dict[str, str]) -> str:
+    """The site of the document, with our ports and files, and with changes, each of which must find its place."""
+    ours = {
+        "127.0.0.1:8000": f"127.0.0.1:{app_port}",
+        "listen 443": f"listen 127.0.0.1:{port}",
+        "/etc/ssl/app/chain.pem": str(certificate.chain),
+        "/etc/ssl/app/key.pem": str(certificate.key),
+    }
+    text = SITE
+    for old, new in (ours | changes).items():
+        assert old in text, f"{old!r} is not in the site"
+        text = text.replace(old, new)
+    return text
 
 
-async def check_all(
-    http: httpx.AsyncClient, server: Serving, proxied: Serving, make: Callable[[], httpx.AsyncClient]
-) -> None:
-    """Chunks come as they are written, a client that leaves is forgotten, and a shutdown is told: 20 streams each."""
-    run = await do(http, server, do="open")
-    async with make() as client, AsyncExitStack() as stack:
-        streams: list[Stream] = [await subscribe(stack, client, proxied, run) for _ in range(20)]
-        for number in range(3):
-            await do(http, server, do="append", run=run["id"], chunk=number)
-            for stream in streams:
-                assert await stream.chunk() == number
-    while (await do(http, server, do="count"))["subscribers"]:
-        pass
-    async with make() as client, AsyncExitStack() as stack:
-        streams = [await subscribe(stack, client, proxied, run) for _ in range(20)]
-        server.terminate()
-        for stream in streams:
-            assert [event.event for event in await stream.rest()][-1] == "reconnect"
+@contextmanager
+def front(folder: Path, changes: dict[str, str] | None = None) -> Iterator[Front]:
+    """An nginx without an app behind it."""
+    found = Front(folder, Certificate.make(folder), free_port(), free_port())
+    with nginx(folder, site(found.certificate, found.port, found.app_port, changes or {}), port=found.port):
+        yield found
 
 
-def client_of(verify: ssl.SSLContext | bool = True, *, http2: bool = False) -> httpx.AsyncClient:
-    limits = httpx.Limits(max_connections=1 if http2 else None)
-    return httpx.AsyncClient(timeout=GUARD_S, limits=limits, http2=http2, verify=verify)
+@contextmanager
+def served(folder: Path, changes: dict[str, str] | None = None, *options: str, **environment: str) -> Iterator[Front]:
+    with front(folder, changes) as found, app(folder, *options, port=found.app_port, **environment):
+        yield found
 
 
-async def test_as_printed(server: Serving, http: httpx.AsyncClient, tmp_path: Path) -> None:
-    with nginx(tmp_path / "nginx", printed("location", server)) as address:
-        async with asyncio.timeout(GUARD_S):
-            await check_all(http, server, behind(server, address), client_of)
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Front]:
+    """The site as printed, for the tests that stop nothing."""
+    with served(tmp_path_factory.mktemp("nginx")) as found:
+        yield found
 
 
-async def test_as_printed_over_http_2(server: Serving, http: httpx.AsyncClient, tmp_path: Path) -> None:
-    """All streams of a client in one connection."""
-    authority = trustme.CA()
-    authority.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(str(tmp_path / "cert.pem"))
-    context = ssl.create_default_context()
-    authority.configure_trust(context)
-    certificate = f"ssl_certificate {tmp_path}/cert.pem; ssl_certificate_key {tmp_path}/cert.pem;"
-    with nginx(tmp_path / "nginx", certificate + printed("location", server), listen="ssl http2") as address:
-        async with asyncio.timeout(GUARD_S):
-            secured = behind(server, address, "https")
-            async with client_of(context, http2=True) as client:
-                assert (await client.get(f"{secured.url}/realtime/v1/health")).http_version == "HTTP/2"
-            await check_all(http, server, secured, partial(client_of, context, http2=True))
+@pytest.mark.parametrize("http2", [False, True], ids=["http1", "http2"])
+def test_chunks_come_as_they_are_written(plain: Front, http2: bool) -> None:
+    with plain.visitor(http2=http2) as visitor:
+        check_chunks_come_as_they_are_written(visitor)
+        version = visitor.http.get(f"{plain.url}/realtime/v1/health").http_version
+        assert version == ("HTTP/2" if http2 else "HTTP/1.1")
 
 
-async def test_a_prefix_that_nginx_takes_off(server: Serving, http: httpx.AsyncClient, tmp_path: Path) -> None:
-    with nginx(tmp_path / "nginx", printed("prefix", server)) as address:
-        async with asyncio.timeout(GUARD_S), AsyncExitStack() as stack:
-            run = await do(http, server, do="open")
-            proxied = behind(server, address)
-            stream = await subscribe(stack, http, proxied, run, prefix="/app/realtime")
-            await do(http, server, do="append", run=run["id"], chunk="a")
-            assert await stream.chunk() == "a"
+def test_many_streams_share_one_connection_of_http2(plain: Front) -> None:
+    with plain.visitor() as host, plain.visitor(http2=True) as visitor, ExitStack() as stack:
+        visitor.http = httpx.Client(
+            verify=plain.certificate.trust, http2=True, timeout=GUARD_S, limits=httpx.Limits(max_connections=1)
+        )
+        run = host.post("/open")
+        streams = [stack.enter_context(visitor.stream(run)) for _ in range(30)]
+        host.post("/append", run=run["id"], chunk="to all")
+        assert [stream.event().json() for stream in streams] == ["to all"] * 30
+        visitor.http.close()
 
 
-async def test_gzip_of_nginx_leaves_streams_alone(server: Serving, http: httpx.AsyncClient, tmp_path: Path) -> None:
-    lines = "gzip on; gzip_proxied any; gzip_min_length 0; proxy_buffering on;"
-    with nginx(tmp_path / "nginx", passing_on_to(server.url, lines)) as address:
-        async with asyncio.timeout(GUARD_S):
-            await check_a_stream_arrives_as_it_is_written(http, behind(server, address))
+def test_a_reader_who_goes_is_noticed_by_the_app(plain: Front) -> None:
+    with plain.visitor() as host, plain.visitor() as visitor:
+        run = host.post("/open")
+        wait_for(lambda: host.count() == 0, "those of other tests are still there")
+        with visitor.stream(run):
+            wait_for(lambda: host.count() == 1, "nobody reads")
+        wait_for(lambda: host.count() == 0, "the app was not told")
 
 
-@pytest.mark.parametrize(("heartbeat", "cut"), [("0.1", False), ("15", True)])
-async def test_nginx_cuts_what_is_silent_for_longer_than_its_time_out(
-    http: httpx.AsyncClient, tmp_path: Path, heartbeat: str, cut: bool
-) -> None:
-    with (
-        serving("uvicorn", tmp_path, {**HOST, "HEARTBEAT": heartbeat}) as server,
-        nginx(tmp_path / "nginx", passing_on_to(server.url, "proxy_read_timeout 1s;")) as address,
-    ):
-        run = await do(http, server, do="open")
-        async with asyncio.timeout(GUARD_S), AsyncExitStack() as stack:
-            stream = await subscribe(stack, http, behind(server, address), run)
-            if cut:
+UNBUFFERED = {"        proxy_buffering off;           # streams to readers\n": ""}
+BUFFERED = {"proxy_buffering off;": "proxy_ignore_headers X-Accel-Buffering; proxy_buffering on;"}
+
+
+def test_the_header_of_the_library_is_enough_against_buffering(tmp_path: Path) -> None:
+    with served(tmp_path, UNBUFFERED) as found, found.visitor() as visitor:
+        check_chunks_come_as_they_are_written(visitor)
+
+
+def test_where_the_header_is_ignored_nothing_arrives_before_the_end(tmp_path: Path) -> None:
+    """What the others would see if nginx buffered: this is how they could fail."""
+    with served(tmp_path, BUFFERED, HEARTBEAT="0.2") as found, found.visitor() as host, found.visitor() as visitor:
+        run = host.post("/open")
+        arrived = threading.Event()
+        events: list[str] = []
+
+        def read() -> None:
+            with visitor.stream(run) as stream:
+                events.append(stream.event().data)
+                arrived.set()
+                events.extend(event.event for event in stream.rest())
+
+        reader = threading.Thread(target=read)
+        reader.start()
+        wait_for(lambda: host.count() == 1, "nobody reads")
+        host.post("/append", run=run["id"], chunk="held back")
+        assert not arrived.wait(1)
+        host.post("/cancel", run=run["id"])
+        reader.join(GUARD_S)
+        assert events == ['"held back"', "end"]
+
+
+HURRIED = {"proxy_read_timeout 75s;": "proxy_read_timeout 1s;"}
+
+
+def test_a_read_timeout_shorter_than_the_heartbeat_cuts_and_the_reader_resumes(tmp_path: Path) -> None:
+    with served(tmp_path, HURRIED) as found, found.visitor() as visitor:
+        run = visitor.post("/open")
+        with visitor.stream(run) as stream:
+            visitor.post("/append", run=run["id"], chunk="first")
+            event = stream.event()
+            with pytest.raises(httpx.RemoteProtocolError):
+                stream.rest()
+        visitor.post("/append", run=run["id"], chunk="meanwhile")
+        with visitor.stream(run, last_event_id=event.id) as stream:
+            assert stream.event().json() == "meanwhile"
+
+
+def test_a_read_timeout_longer_than_the_heartbeat_cuts_nothing(tmp_path: Path) -> None:
+    with served(tmp_path, HURRIED, HEARTBEAT="0.4") as found, found.visitor() as visitor:
+        run = visitor.post("/open")
+        with visitor.stream(run) as stream:
+            stream.wait_for_comments(6)  # which is more than twice the timeout
+            visitor.post("/append", run=run["id"], chunk="still there")
+            assert stream.event().json() == "still there"
+
+
+@pytest.mark.parametrize("types", ["", "gzip_types *;"], ids=["by default", "of all types"])
+def test_gzip_does_not_hold_chunks_back(tmp_path: Path, types: str) -> None:
+    compressing = {"gzip off;": f"gzip on; gzip_proxied any; {types}"}
+    with served(tmp_path, compressing) as found, found.visitor() as visitor:
+        check_chunks_come_as_they_are_written(visitor)
+        with visitor.stream(visitor.post("/open"), **{"accept-encoding": "gzip"}) as stream:
+            encoding = stream.response.headers.get("content-encoding")
+        assert encoding == ("gzip" if types else None)
+
+
+def with_location(location: str) -> dict[str, str]:
+    return {"    location / {": f"{location}\n    location / {{"}
+
+
+STRIPPED = blocks("nginx")["stripped"].text
+KEPT = "location /api/ { proxy_pass http://app; }"
+
+
+def test_a_prefix_that_the_proxy_takes_off(tmp_path: Path) -> None:
+    assert "uvicorn app:app --root-path /api" in STRIPPED
+    with served(tmp_path, with_location(STRIPPED), "--root-path", "/api") as found, found.visitor() as visitor:
+        visitor.url += "/api"
+        check_chunks_come_as_they_are_written(visitor)
+        assert visitor.http.get(f"{found.url}/api/realtimeX").status_code == 404
+
+
+def test_a_prefix_that_the_proxy_leaves(tmp_path: Path) -> None:
+    with served(tmp_path, with_location(KEPT), PREFIX="/api/realtime") as found, found.visitor() as visitor:
+        check_chunks_come_as_they_are_written(visitor, prefix="/api/realtime")
+        assert visitor.http.get(f"{found.url}/realtime/v1/health").status_code == 404
+
+
+def test_an_app_that_is_killed_cuts_the_stream(tmp_path: Path) -> None:
+    with front(tmp_path) as found, found.visitor() as visitor:
+        with app(tmp_path, port=found.app_port) as process:
+            run = visitor.post("/open")
+            with visitor.stream(run) as stream:
+                visitor.post("/append", run=run["id"], chunk="first")
+                stream.event()
+                process.kill()
                 with pytest.raises(httpx.RemoteProtocolError):
-                    await stream.rest()
-                return
-            await asyncio.sleep(1.5)  # longer than nginx waits: that is what the test is about
-            await do(http, server, do="append", run=run["id"], chunk="still here")
-            assert await stream.chunk() == "still here"
+                    stream.rest()
+        assert visitor.http.get(f"{found.url}/realtime/v1/health").status_code == 502
+        with app(tmp_path, port=found.app_port):
+            check_chunks_come_as_they_are_written(visitor)
+
+
+@pytest.mark.parametrize("http2", [False, True], ids=["http1", "http2"])
+def test_an_app_that_is_told_to_stop_ends_its_streams(tmp_path: Path, http2: bool) -> None:
+    with front(tmp_path) as found, app(tmp_path, port=found.app_port) as process:
+        with found.visitor(http2=http2) as visitor:
+            run = visitor.post("/open")
+            with visitor.stream(run) as stream:
+                visitor.post("/append", run=run["id"], chunk="first")
+                stream.event()
+                process.send_signal(signal.SIGTERM)
+                assert [event.event for event in stream.rest()] == ["reconnect"]
+        assert process.wait(GUARD_S) in (0, -signal.SIGTERM)
+
+
+def test_what_a_writer_streams_comes_before_its_request_ends(plain: Front) -> None:
+    with plain.visitor() as visitor:
+        run = visitor.post("/open")
+        read = threading.Event()
+
+        def lines() -> Iterator[bytes]:
+            yield b'"one"\n'
+            assert read.wait(GUARD_S), "the first line is held back until the request ends"
+            yield b'"two"\n'
+
+        answers: list[int] = []
+
+        def write() -> None:
+            headers = {"authorization": "Bearer a key for tests, 32 bytes or more"}
+            path = f"{plain.url}/realtime/v1/streams/{run['id']}/self/default"
+            with plain.visitor() as writer:
+                answers.append(writer.http.post(path, content=lines(), headers=headers).status_code)
+
+        thread = threading.Thread(target=write)
+        with visitor.stream(run) as stream:
+            thread.start()
+            assert stream.event().json() == "one"
+            read.set()
+            assert stream.event().json() == "two"
+        thread.join(GUARD_S)
+        assert answers == [200]
+
+
+OPEN_EIGHT = """
+    async ({ id, token }) => {
+      window.sources = Array.from({ length: 8 }, () =>
+        new EventSource(`/realtime/v1/streams/${id}/default?access_token=${token}`));
+    }
+"""
+OPENED = "sources.filter((source) => source.readyState === EventSource.OPEN).length"
+
+
+@pytest.mark.chromium
+@pytest.mark.parametrize("http2", [False, True], ids=["http1", "http2"])
+def test_a_browser_opens_six_streams_over_http1_and_all_over_http2(
+    tmp_path: Path, chromium: Browser, http2: bool
+) -> None:
+    with served(tmp_path, {} if http2 else {"ssl http2;": "ssl;"}) as found, found.visitor() as host:
+        run = host.post("/open")
+        context = chromium.new_context(ignore_https_errors=True)
+        page = context.new_page()
+        page.goto(found.url)
+        page.evaluate(OPEN_EIGHT, run)
+        expected = 8 if http2 else 6
+        page.wait_for_function(f"({OPENED}) >= {expected}")
+        wait_for(lambda: host.count() == expected, "not all are open")
+        fetched = page.evaluate(
+            "Promise.race([fetch('/').then(() => true), new Promise((no) => setTimeout(no, 1000))])"
+        )
+        assert (fetched, page.evaluate(OPENED), host.count()) == (True if http2 else None, expected, expected)
+        page.evaluate("sources[0].close()")
+        if http2:  # the connection stays, and the app hears of it all the same
+            wait_for(lambda: host.count() == 7, "the app was not told")
+        else:  # the next one has its place
+            page.wait_for_function("sources[6].readyState === EventSource.OPEN")
+        context.close()
