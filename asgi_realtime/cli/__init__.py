@@ -8,6 +8,7 @@ user of the machine.
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -20,6 +21,9 @@ from asgi_realtime.errors import UsageError
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run a command and exit."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without UTF-8 shows "?", and nothing breaks off
     parser = _parser()
     given = parser.parse_args(arguments)
     if given.run is None:

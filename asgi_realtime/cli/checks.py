@@ -18,6 +18,8 @@ from asgi_realtime.core.event_stream import EventParser
 
 TIMEOUT_S = 15.0
 EVENT_STREAM = {"accept": "text/event-stream"}
+ENCODINGS = "gzip, deflate, br, zstd"
+"""What browsers take."""
 
 BUNCHED = 0.5
 """A stream is held back if its events arrive within less than this part of the time in which they were sent."""
@@ -30,7 +32,7 @@ REQUEST_HEADERS = ("authorization", "last-event-id", "trigger-version")
 
 def examine(url: str, origin: str | None) -> Iterator[Finding]:
     """All findings, in an order in which each makes sense after the ones before."""
-    with httpx.Client(timeout=TIMEOUT_S, follow_redirects=False) as http:
+    with httpx.Client(timeout=TIMEOUT_S, follow_redirects=False, verify=ssl.create_default_context()) as http:
         yield from check_health(http, url)
         yield check_version(url)
         yield from check_stream(http, url)
@@ -42,8 +44,7 @@ def check_health(http: httpx.Client, url: str) -> Iterator[Finding]:
     try:
         answer = http.get(f"{url}/v1/health")
     except httpx.HTTPError as exc:
-        cure = "Is the server up, is the port right, does a firewall let it pass?"
-        yield Finding(Mark.BAD, f"{url} cannot be reached: {exc or type(exc).__name__}", cure, ends=True)
+        yield Finding(Mark.BAD, f"{url} cannot be reached: {exc or type(exc).__name__}", _cure_of(exc), ends=True)
         return
     if answer.is_redirect:
         cure = "Use the address that it leads to: an EventSource of another origin does not follow."
@@ -52,19 +53,28 @@ def check_health(http: httpx.Client, url: str) -> Iterator[Finding]:
         return
     try:
         told = answer.json()
-        status = told["status"]
+        status, broker = told["status"], told["broker"]
     except (ValueError, TypeError, KeyError):
         cure = "URL is the origin and the path of the mount. A page of HTML comes from a proxy or from the host app."
         text = f"no Realtime answers at {url}: /v1/health gives {answer.status_code}"
         yield Finding(Mark.BAD, text, cure, ends=True)
         return
     if status == "ok":
-        yield Finding(Mark.GOOD, f"healthy, broker {told['broker']}")
+        yield Finding(Mark.GOOD, f"healthy, broker {broker}")
     else:
         cure = {"closing": "It is shutting down; ask again."}.get(status, "Look into the server's log.")
-        yield Finding(Mark.BAD, f"not healthy: {status}, broker {told.get('broker')}", cure)
+        yield Finding(Mark.BAD, f"not healthy: {status}, broker {broker}", cure)
     for warning in told.get("warnings", []):
         yield Finding(Mark.NOTE, warning)
+
+
+def _cure_of(error: httpx.HTTPError) -> str:
+    if "CERTIFICATE_VERIFY_FAILED" in str(error):
+        return (
+            "Browsers refuse it too, unless they know who signed it. Serve the whole chain, for this name; for a CA of"
+            " your own set SSL_CERT_FILE."
+        )
+    return "Is the server up, is the port right, does a firewall let it pass?"
 
 
 def check_version(url: str) -> Finding:
@@ -113,12 +123,12 @@ class Arrivals:
         return times[-1] - times[0]
 
 
-def read_probe(http: httpx.Client, url: str) -> Arrivals:
+def read_probe(http: httpx.Client, url: str, encodings: str = ENCODINGS) -> Arrivals:
     """Raises `httpx.HTTPError`."""
-    headers = {**EVENT_STREAM, "accept-encoding": "gzip, deflate"}
+    headers = {**EVENT_STREAM, "accept-encoding": encodings}
     with http.stream("GET", f"{url}/v1/health", headers=headers) as response:
         found, parser = Arrivals(response), EventParser()
-        if response.status_code != 200:
+        if response.status_code != 200 or encoding_of(response) not in READABLE:
             return found
         for data in response.iter_bytes():
             at, wall = time.monotonic(), time.time()
@@ -133,13 +143,17 @@ def read_probe(http: httpx.Client, url: str) -> Arrivals:
 
 def check_stream(http: httpx.Client, url: str) -> Iterator[Finding]:
     try:
-        first = read_probe(http, url)
-        found = read_probe(http, url) if first.bunched else first  # once may be this machine's own slowness
+        head = first = read_probe(http, url)
+        if not first.sent and encoding_of(first.response) not in READABLE:
+            first = read_probe(http, url, "identity")
+        found = (
+            read_probe(http, url, first.response.request.headers["accept-encoding"]) if first.bunched else first
+        )  # once may be this machine's own slowness
     except (httpx.HTTPError, ValueError, KeyError) as exc:
         cure = "A proxy may end a connection early; look at its time-outs and its log."
         yield Finding(Mark.BAD, f"a stream broke off: {exc or type(exc).__name__}", cure)
         return
-    yield from _check_head(found.response)
+    yield from _check_head(head.response)
     if not found.sent or not found.ended:
         text = f"no stream comes: {found.response.status_code}, {found.response.headers.get('content-type', 'no type')}"
         yield Finding(Mark.BAD, text, "The server may be of an older version, or a proxy answers in its place.")
@@ -153,8 +167,17 @@ def check_stream(http: httpx.Client, url: str) -> Iterator[Finding]:
     yield check_clock(found)
 
 
+def encoding_of(response: httpx.Response) -> str:
+    encoding: str = response.headers.get("content-encoding", "identity")
+    return encoding.strip().lower()
+
+
+READABLE = frozenset({"identity", "gzip", "deflate"})
+"""What can be read without further packages; of other encodings it is enough to know that they are there."""
+
+
 def _check_head(response: httpx.Response) -> Iterator[Finding]:
-    encoding = response.headers.get("content-encoding", "identity")
+    encoding = encoding_of(response)
     if encoding != "identity":
         cure = (
             "Leave text/event-stream out of the compression of the proxy or the host: each event costs CPU and memory."
@@ -195,6 +218,8 @@ def check_cors(http: httpx.Client, url: str, origin: str) -> Iterator[Finding]:
 
 
 def _check_preflight(preflight: httpx.Response, origin: str) -> Finding:
+    if len(_origins(preflight)) > 1:
+        return _too_many_origins(preflight, "a preflight")
     wrong = [] if preflight.is_success else [f"status {preflight.status_code}"]
     if not _admits(preflight, origin):
         wrong.append("the origin is not allowed")
@@ -212,23 +237,31 @@ def _check_preflight(preflight: httpx.Response, origin: str) -> Finding:
 
 
 def _check_answer(answer: httpx.Response, origin: str) -> Iterator[Finding]:
-    values = answer.headers.get_list("access-control-allow-origin")
-    if len(values) > 1:
-        cure = (
-            "The proxy or the host adds CORS headers too. Let one of them do it: Realtime(cors=None) leaves it to them."
-        )
-        yield Finding(Mark.BAD, f"CORS: access-control-allow-origin comes {len(values)} times", cure)
+    if len(_origins(answer)) > 1:
+        yield _too_many_origins(answer, "an answer")
     elif not _admits(answer, origin):
         yield Finding(Mark.BAD, f"CORS: pages of {origin} may not read", f"Realtime(cors=[{origin!r}])")
     else:
         yield Finding(Mark.GOOD, f"CORS: pages of {origin} may read")
-    missing = [name for name in EXPOSED_HEADERS if name not in _names(answer, "access-control-expose-headers")]
-    if missing:
+    exposed = _names(answer, "access-control-expose-headers")
+    missing = [name for name in EXPOSED_HEADERS if name not in exposed]
+    if missing and "*" not in exposed:  # it stands for all where no credentials are used: Fetch, section 3.3.3
         cure = "expose_headers=asgi_realtime.EXPOSED_HEADERS in the host's own CORS middleware."
         text = f"CORS: pages do not see {', '.join(missing)}, which the clients of Trigger.dev read"
         yield Finding(Mark.NOTE, text, cure)
     else:
         yield Finding(Mark.GOOD, "CORS: all headers that clients read are exposed")
+
+
+def _origins(response: httpx.Response) -> list[str]:
+    """One after the other in one line counts as often as several lines."""
+    return response.headers.get_list("access-control-allow-origin", split_commas=True)
+
+
+def _too_many_origins(response: httpx.Response, what: str) -> Finding:
+    cure = "The proxy or the host adds CORS headers too. Let one of them do it: Realtime(cors=None) leaves it to them."
+    text = f"CORS: {what} has {len(_origins(response))} values of access-control-allow-origin"
+    return Finding(Mark.BAD, text, cure)
 
 
 def _admits(response: httpx.Response, origin: str) -> bool:

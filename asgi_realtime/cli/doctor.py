@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
-from urllib.parse import urlsplit
 
+from asgi_realtime.cli.terminal import split_url
+from asgi_realtime.config import Cors
 from asgi_realtime.errors import UsageError
 
 
@@ -50,9 +51,12 @@ def add(commands: Any) -> None:
 
 
 def run(given: argparse.Namespace) -> int:
-    parts = urlsplit(given.url)
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
-        raise UsageError("URL must be where the Realtime is mounted, such as https://example.com/realtime")
+    expected = "URL must be where the Realtime is mounted, such as https://example.com/realtime"
+    parts = split_url(given.url, expected)
+    if parts.query or parts.fragment:
+        raise UsageError(expected)
+    if given.origin is not None:
+        Cors([given.origin])  # raises for what no browser sends
     try:
         from asgi_realtime.cli.checks import examine
     except ModuleNotFoundError as exc:
@@ -73,11 +77,20 @@ def _until_the_end(findings: Iterator[Finding]) -> Iterator[Finding]:
 
 
 def _painter() -> Callable[[Finding], str]:
+    signs = _can_show("".join(mark.value[0] for mark in Mark))
     colours = sys.stdout.isatty() and "NO_COLOR" not in os.environ
 
     def paint(finding: Finding) -> str:
-        sign, colour = finding.mark.value
+        sign, colour = finding.mark.value if signs else (finding.mark.name, finding.mark.value[1])
         told = f"\033[{colour}m{sign}\033[0m" if colours else sign
         return f"{told} {finding.text}" + (f"\n    {finding.cure}" if finding.cure else "")
 
     return paint
+
+
+def _can_show(text: str) -> bool:
+    try:
+        text.encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
+        return False
+    return True

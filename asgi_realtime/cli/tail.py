@@ -10,9 +10,10 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import parse_qs, unquote
 
 from asgi_realtime.cli import secret
+from asgi_realtime.cli.terminal import harmless, split_url
 from asgi_realtime.errors import RealtimeError, UsageError
 from asgi_realtime.tokens import TokenAuthority
 
@@ -64,23 +65,23 @@ def run(given: argparse.Namespace) -> int:
     logging.getLogger("asgi_realtime.client").setLevel(logging.INFO)
     with SyncRealtimeClient(address.base, _token(given, address)) as client:
         try:
-            _follow(client, address, given)
+            return _follow(client, address, given)
         except UsageError:
             raise
         except RealtimeError as exc:
             sys.stdout.flush()
             print(f"{exc.code}: {exc}", file=sys.stderr)  # noqa: T201
             return 1
-    return 0
 
 
 def read_address(url: str) -> Address:
     """Raises `UsageError` for an address of anything else."""
-    parts = urlsplit(url)
+    expected = f"that is no address of a run or a stream; they look like {_FORMS}"
+    parts = split_url(url, expected)
     mount, marked, rest = parts.path.partition("/v1/")
     query = parse_qs(parts.query)
-    if parts.scheme not in ("http", "https") or not parts.netloc or not marked:
-        raise UsageError(f"that is no address of a run or a stream; they look like {_FORMS}")
+    if not marked:
+        raise UsageError(expected)
     names = tuple(unquote(name) for name in rest.strip("/").split("/"))
     tags = ",".join(query.get("tags", []))
     match names:
@@ -93,7 +94,7 @@ def read_address(url: str) -> Address:
         case ("batches", batch_id):
             kind, names = "batches", (batch_id,)
         case _:
-            raise UsageError(f"that is no address of a run or a stream; they look like {_FORMS}")
+            raise UsageError(expected)
     token = query.get("access_token", [None])[-1]
     return Address(f"{parts.scheme}://{parts.netloc}{mount}", kind, names, token)
 
@@ -112,20 +113,25 @@ def _token(given: argparse.Namespace, address: Address) -> str | Callable[[], st
     return lambda: authority.mint([address.scope], expires_in_s=_TOKEN_LIFE_S, own_id=True)
 
 
-def _follow(client: SyncRealtimeClient, address: Address, given: argparse.Namespace) -> None:
+def _follow(client: SyncRealtimeClient, address: Address, given: argparse.Namespace) -> int:
+    """The exit code: 1 if a run that was followed to its end did not succeed."""
     if address.kind == "streams":
         run_id, key = address.names
         with client.read(run_id, key, start_index=given.start) as chunks:
             _print_chunks(chunks, as_json=given.json)
-        return
+        return 0
     subscribed = {
         "runs": lambda: client.subscribe_to_run(address.names[0]),
         "tags": lambda: client.subscribe_to_runs_with_tag(address.names),
         "batches": lambda: client.subscribe_to_batch(address.names[0]),
     }[address.kind]()
+    unwell: set[str] = set()
     with subscribed as states:
         for state in states:
             print(_as_json(state) if given.json else _line(state), flush=True)  # noqa: T201
+            if state.is_completed and not state.is_success:
+                unwell.add(state.id)
+    return 1 if unwell else 0
 
 
 def _print_chunks(chunks: Iterable[Any], *, as_json: bool) -> None:
@@ -134,10 +140,10 @@ def _print_chunks(chunks: Iterable[Any], *, as_json: bool) -> None:
     try:
         for chunk in chunks:
             if isinstance(chunk, str) and not as_json:
-                sys.stdout.write(chunk)
+                sys.stdout.write(harmless(chunk))
                 in_line = not chunk.endswith("\n") if chunk else in_line
             else:
-                sys.stdout.write("\n" * in_line + json.dumps(chunk, ensure_ascii=False) + "\n")
+                sys.stdout.write("\n" * in_line + harmless(json.dumps(chunk, ensure_ascii=False)) + "\n")
                 in_line = False
             sys.stdout.flush()
     except RealtimeError:
@@ -160,4 +166,4 @@ def _line(state: RunState) -> str:
         told.append(f"{state.error.name}: {state.error.message}")
     elif state.output is not None:
         told.append(f"-> {json.dumps(state.output, ensure_ascii=False)}")
-    return "  ".join(told)
+    return harmless("  ".join(told))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,12 +20,13 @@ from tests.e2e.hosts.servers import Serving, free_port, serving
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(60)]
 
-APP = """
+APP = '''
 import time
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.routing import Mount
+from starlette.responses import JSONResponse
+from starlette.routing import Mount, Route
 from asgi_realtime import Realtime
 
 SECRET = "a key for tests, 32 bytes or more"
@@ -34,8 +36,52 @@ hosted = Starlette(
     middleware=[Middleware(CORSMiddleware, allow_origins=["https://app.example"])],
 )
 realtime = Realtime(secret_key=SECRET)
-app = Starlette(routes=[Mount("/late", late), Mount("/hosted", hosted), Mount("/realtime", realtime)])
-"""
+
+
+def changed(headers):
+    async def app(scope, receive, send):
+        async def sent(message):
+            if message["type"] == "http.response.start":
+                message = {**message, "headers": headers(list(message["headers"]))}
+            await send(message)
+
+        await realtime(scope, receive, sent)
+
+    return app
+
+
+def joined(headers):
+    name = b"access-control-allow-origin"
+    return [(key, value + b", https://app.example" if key == name else value) for key, value in headers]
+
+
+def starred(headers):
+    return [(key, b"*" if key == b"access-control-expose-headers" else value) for key, value in headers]
+
+
+async def foreign(request):
+    return JSONResponse({"status": "ok"})
+
+
+async def compressed(scope, receive, send):
+    """As a proxy that can do Brotli only. What it sends is none, and nobody here could read it."""
+    accepted = dict(scope["headers"])
+    if b"br" not in accepted.get(b"accept-encoding", b"") or b"event-stream" not in accepted.get(b"accept", b""):
+        return await realtime(scope, receive, send)
+    headers = [(b"content-type", b"text/event-stream"), (b"content-encoding", b"br")]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": b"junk"})
+
+
+more = [
+    Mount("/joined", changed(joined)),
+    Mount("/twice", changed(lambda headers: [*headers, (b"access-control-allow-origin", b"https://app.example")])),
+    Mount("/starred", changed(starred)),
+    Mount("/brotli", compressed),
+    Route("/foreign/v1/health", foreign),
+]
+app = Starlette(routes=[*more, Mount("/late", late), Mount("/hosted", hosted), Mount("/realtime", realtime)])
+'''
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +163,7 @@ def test_http_2_is_found_and_a_certificate_that_nobody_trusts(
     certificate = f"ssl_certificate {tmp_path}/cert.pem; ssl_certificate_key {tmp_path}/cert.pem;"
     with nginx(tmp_path / "nginx", certificate + passing_on_to(server.url), listen="ssl http2") as address:
         done = command("doctor", f"https://{address}/realtime")
-        assert done.code == 1 and "cannot be reached" in done.out and "certificate" in done.out
+        assert done.code == 1 and "cannot be reached" in done.out and "Serve the whole chain" in done.out
         monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
         done = command("doctor", f"https://{address}/realtime")
         assert "✓ HTTP/2: many streams share one connection" in done.out
@@ -147,6 +193,7 @@ def test_the_hosts_own_cors_is_looked_at(server: Serving, command: Command) -> N
     [
         ("", "no Realtime answers at"),
         ("/hosted", "no Realtime answers at"),
+        ("/foreign", "no Realtime answers at"),
         ("/realtime/v1/", "no Realtime answers at"),
     ],
 )
@@ -170,10 +217,46 @@ def test_a_server_that_is_not_there(command: Command) -> None:
     assert done.code == 1 and "cannot be reached" in done.out
 
 
-@pytest.mark.parametrize("url", ["realtime", "ftp://a/realtime", "http://a/?x=1"])
+@pytest.mark.parametrize(
+    "url", ["http://[::1/realtime", "http://a:99999/realtime", "realtime", "ftp://a/realtime", "http://a/?x=1"]
+)
 def test_wrong_use(command: Command, url: str) -> None:
     done = command("doctor", url)
     assert done.code == 2 and "where the Realtime is mounted" in done.err
+
+
+def test_an_origin_that_no_browser_sends_is_refused(command: Command) -> None:
+    done = command("doctor", "http://127.0.0.1/realtime", "--origin", "app.example")
+    assert done.code == 2 and "cors origin 'app.example'" in done.err
+
+
+@pytest.mark.parametrize("path", ["/joined", "/twice"])
+def test_two_layers_of_cors_are_found(server: Serving, command: Command, path: str) -> None:
+    """The cure named the origin, which is allowed twice already."""
+    done = command("doctor", server.url + path, "--origin", "https://app.example")
+    assert done.code == 1
+    assert "✗ CORS: a preflight has 2 values of access-control-allow-origin" in done.out
+    assert "✗ CORS: an answer has 2 values of access-control-allow-origin" in done.out
+    assert "Realtime(cors=[" not in done.out
+
+
+def test_a_star_exposes_all_headers(server: Serving, command: Command) -> None:
+    done = command("doctor", f"{server.url}/starred", "--origin", "https://app.example")
+    assert done.code == 0 and "✓ CORS: all headers that clients read are exposed" in done.out
+
+
+def test_a_compression_that_only_browsers_read_is_found(server: Serving, command: Command) -> None:
+    done = command("doctor", f"{server.url}/brotli")
+    assert done.code == 0
+    assert "! the stream is compressed (br)" in done.out and "came one by one" in done.out
+
+
+def test_a_terminal_without_unicode_is_told_in_words(server: Serving) -> None:
+    command = [sys.executable, "-m", "asgi_realtime", "doctor", f"{server.url}/realtime"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("GOOD healthy, broker ok\nNOTE HTTP/1.1: ")
 
 
 def test_events_that_came_apart_are_not_bunched() -> None:

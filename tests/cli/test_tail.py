@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
+from asgi_realtime.cli import terminal
 from asgi_realtime.cli.tail import Address, read_address
 from asgi_realtime.errors import UsageError
 from tests.cli.command import Command
@@ -60,10 +61,19 @@ def test_chunks_are_printed_as_they_are_text_in_a_line(server: Serving, command:
 def test_a_run_is_told_state_by_state(server: Serving, command: Command) -> None:
     run_id = ended(server)
     done = command("tail", f"{server.url}/realtime/v1/runs/{run_id}")
-    assert done.code == 0
+    assert done.code == 1  # it did not complete
     assert f"  {run_id}  pipe  CANCELED" in done.out.splitlines()[-1]
     (line,) = command("tail", "--json", f"{server.url}/realtime/v1/runs/{run_id}").out.splitlines()
     assert json.loads(line)["id"] == run_id
+
+
+def test_a_terminal_does_not_obey_what_a_model_says(
+    server: Serving, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = f"{server.url}/realtime/v1/streams/{ended(server, chr(27) + ']0;owned' + chr(7), 'é')}/default"
+    assert command("tail", url).out == "\x1b]0;owned\x07é\n"
+    monkeypatch.setattr(terminal, "_is_terminal", lambda: True)
+    assert command("tail", url).out == "\N{REPLACEMENT CHARACTER}]0;owned\N{REPLACEMENT CHARACTER}é\n"
 
 
 def test_what_is_refused_is_told(server: Serving, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,7 +127,18 @@ def test_addresses(url: str, address: Address) -> None:
     assert read_address(url) == address
 
 
-@pytest.mark.parametrize("url", ["run_1", "http://a/", "ftp://a/v1/runs/1", "http://a/v1/runs", "http://a/v1/health"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://[::1/v1/runs/x",
+        "http://a:99999/v1/runs/x",
+        "run_1",
+        "http://a/",
+        "ftp://a/v1/runs/1",
+        "http://a/v1/runs",
+        "http://a/v1/health",
+    ],
+)
 def test_addresses_of_anything_else_are_refused(url: str) -> None:
     with pytest.raises(UsageError, match="no address of a run or a stream"):
         read_address(url)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
+import jwt
 import pytest
 
 import asgi_realtime
@@ -70,7 +71,50 @@ def test_a_token_of_another_key_is_refused_and_unknown_without_a_key(
     assert done.code == 1 and "refused: token has a wrong signature" in done.out
     monkeypatch.delenv("REALTIME_SECRET_KEY")
     done = command("token", "--explain", token)
-    assert done.code == 0 and "is not known: set $REALTIME_SECRET_KEY" in done.out
+    assert (
+        done.code == 0
+        and "good, if it was signed with your secret key; to know that set $REALTIME_SECRET_KEY" in done.out
+    )
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"pub": False}, "pub must be true"),
+        ({"iss": "https://other.example"}, "wrong iss"),
+        ({"scopes": "read:runs"}, "no valid scopes"),
+    ],
+)
+def test_claims_are_checked_with_and_without_the_key(
+    command: Command, monkeypatch: pytest.MonkeyPatch, known: bool, changed: dict[str, object], told: str
+) -> None:
+    claims = jwt.decode(AUTHORITY.mint(["read:runs"], expires_in_s=900), options={"verify_signature": False})
+    if not known:
+        monkeypatch.delenv("REALTIME_SECRET_KEY")
+    done = command("token", "--explain", jwt.encode({**claims, **changed}, SECRET))
+    assert done.code == 1 and told in done.out
+
+
+def test_a_token_that_is_not_signed_is_refused_without_the_key(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the key it was called usable."""
+    claims = jwt.decode(AUTHORITY.mint(["read:runs"], expires_in_s=900), options={"verify_signature": False})
+    monkeypatch.delenv("REALTIME_SECRET_KEY")
+    done = command("token", "--explain", jwt.encode(claims, "", algorithm="none"))
+    assert done.code == 1
+    assert "signed with: none" in done.out and "refused: token is not signed" in done.out
+
+
+def test_a_scope_that_admits_nothing_is_told(command: Command) -> None:
+    done = command("token", "--explain", AUTHORITY.mint(["raed:runs"], expires_in_s=900))
+    assert "may:         raed:runs, which is nothing: scope has the unknown action 'raed'" in done.out
+
+
+def test_batches_may_be_admitted(command: Command) -> None:
+    token = command("token", "--batch-trigger", "tasks:chat").out.strip()
+    assert AUTHORITY.verify(token).scopes == ("batchTrigger:tasks:chat",)
 
 
 @pytest.mark.parametrize(

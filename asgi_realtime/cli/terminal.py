@@ -1,0 +1,33 @@
+"""What commands read from a user and show to one: addresses, and text that others wrote."""
+
+from __future__ import annotations
+
+import re
+import sys
+from urllib.parse import SplitResult, urlsplit
+
+from asgi_realtime.errors import UsageError
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def split_url(url: str, expected: str) -> SplitResult:
+    """The parts of an http address. Raises `UsageError`, which says what was expected."""
+    try:
+        parts = urlsplit(url)
+        _ = parts.port
+    except ValueError as exc:
+        raise UsageError(f"{expected}; this one is no URL: {exc}") from None
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise UsageError(expected)
+    return parts
+
+
+def harmless(text: str) -> str:
+    """Text for a terminal, which would obey its escape sequences: they set titles, colours, the clipboard. What goes
+    into a file or another program stays as it is."""
+    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text) if _is_terminal() else text
+
+
+def _is_terminal() -> bool:
+    return sys.stdout.isatty()
