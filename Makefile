@@ -39,7 +39,7 @@ endif
 .DEFAULT_GOAL := help
 .PHONY: demo test check lowest newest bench model lock format clean help
 
-demo: $(DEMO) $(DEMO_MODEL) $(DEMO_PACKAGES)  ## the chat in your browser, with a real language model (APP=litestar, APP=redis_workers)
+demo: $(DEMO) $(DEMO_MODEL) $(DEMO_PACKAGES)  ## the chat in your browser, with a real language model (APP=litestar, APP=quart, APP=redis_workers)
 	@exec $(BIN)/python -m $(DEMO_MODULE)
 
 test: $(DEV) $(NPM_PACKAGES)  ## all tests; what needs Chromium, Node, Redis or the model is skipped without them (ARGS="-k pipe")
