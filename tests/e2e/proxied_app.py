@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import AbstractAsyncContextManager
 
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -16,12 +17,13 @@ PREFIX = os.environ.get("PREFIX", "/realtime")
 
 timeouts = Timeouts(tick=0.05, drain=0.05, heartbeat=HEARTBEAT)
 realtime = Realtime(secret_key="a key for tests, 32 bytes or more", timeouts=timeouts)
-opened: dict[str, Run] = {}
+opened: dict[str, AbstractAsyncContextManager[Run]] = {}
 
 
 async def open_run(request: Request) -> JSONResponse:
-    run = await realtime.open_run("proxied").__aenter__()
-    opened[run.id] = run
+    around = realtime.open_run("proxied")
+    run = await around.__aenter__()
+    opened[run.id] = around
     scopes = {"read": {"runs": [run.id]}, "write": {"inputStreams": [run.id], "runs": [run.id]}}
     return JSONResponse({"id": run.id, "token": realtime.create_public_token(scopes=scopes)})
 
@@ -32,8 +34,8 @@ async def append(request: Request) -> JSONResponse:
     return JSONResponse({})
 
 
-async def cancel(request: Request) -> JSONResponse:
-    await realtime.cancel((await request.json())["run"])
+async def end(request: Request) -> JSONResponse:
+    await opened.pop((await request.json())["run"]).__aexit__(None, None, None)
     return JSONResponse({})
 
 
@@ -42,7 +44,8 @@ async def count(request: Request) -> JSONResponse:
 
 
 async def page(request: Request) -> HTMLResponse:
-    return HTMLResponse("<!doctype html><title>Behind a proxy</title><link rel=icon href='data:,'>")
+    words = "Large enough to be compressed. " * 100
+    return HTMLResponse(f"<!doctype html><title>Behind a proxy</title><link rel=icon href='data:,'><p>{words}")
 
 
 host = Starlette(
@@ -50,7 +53,7 @@ host = Starlette(
         Route("/", page),
         Route("/open", open_run, methods=["POST"]),
         Route("/append", append, methods=["POST"]),
-        Route("/cancel", cancel, methods=["POST"]),
+        Route("/end", end, methods=["POST"]),
         Route("/count", count),
     ]
 )

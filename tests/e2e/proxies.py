@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 import trustme
 
 from asgi_realtime.testing.sse import Event, EventParser
@@ -141,8 +142,8 @@ def nginx(folder: Path, http: str, *, port: int) -> Iterator[subprocess.Popen[by
 def caddy(folder: Path, sites: str, *, port: int) -> Iterator[subprocess.Popen[bytes]]:
     """Debian's Caddy with these sites."""
     binary = shutil.which("caddy")
-    if binary is None:
-        missing("caddy is not installed (on Debian: apt-get install caddy)")
+    if binary is None:  # a second proxy: a machine that has nginx need not have it as well
+        pytest.skip("caddy is not installed (on Debian: apt-get install caddy)")
     config = folder / "Caddyfile"
     config.write_text(f"{{\n\tadmin off\n\tauto_https disable_redirects\n}}\n{sites}")
     command = [binary, "run", "--config", str(config), "--adapter", "caddyfile"]

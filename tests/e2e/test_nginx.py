@@ -139,7 +139,7 @@ def test_where_the_header_is_ignored_nothing_arrives_before_the_end(tmp_path: Pa
         wait_for(lambda: host.count() == 1, "nobody reads")
         host.post("/append", run=run["id"], chunk="held back")
         assert not arrived.wait(1)
-        host.post("/cancel", run=run["id"])
+        host.post("/end", run=run["id"])
         reader.join(GUARD_S)
         assert events == ['"held back"', "end"]
 
