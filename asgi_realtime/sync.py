@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 import anyio
 import anyio.from_thread
 import anyio.lowlevel
+import anyio.to_thread
 
 from asgi_realtime.config import Span
 from asgi_realtime.errors import RealtimeError, ServerShutdown
@@ -176,6 +177,12 @@ class SyncRealtime:
             if own is not None:
                 own.portal.call(self._realtime.stop)
                 own.close()
+
+    async def give_way(self) -> None:
+        """Close the loop that earlier calls made for themselves, since the host's is there now. `Realtime.start` calls
+        this."""
+        if self._own is not None and self._pid == os.getpid():
+            await anyio.to_thread.run_sync(self.close)
 
     def _call(self, function: Callable[[], Awaitable[T]], supervisor: Supervisor | None = None) -> T:
         """Make a call on the loop of a supervisor, by default of the one that runs now."""

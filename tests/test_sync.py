@@ -113,8 +113,8 @@ def test_the_calls_are_those_of_the_async_side() -> None:
     ours = {
         name for name, value in vars(SyncRealtime).items() if not name.startswith("_") and inspect.isfunction(value)
     }
-    assert ours == (waits - life - objects) | {"close", "get_input"}
-    for name in ours - {"close", "get_input", "trigger", "pipe"}:
+    assert ours == (waits - life - objects) | {"close", "get_input", "give_way"}
+    for name in ours - {"close", "get_input", "give_way", "trigger", "pipe"}:
         assert list(inspect.signature(getattr(SyncRealtime, name)).parameters) == list(
             inspect.signature(getattr(Realtime, name)).parameters
         )
@@ -149,22 +149,22 @@ async def test_runs_are_followed_from_a_thread() -> None:
 
 
 async def test_an_iterator_that_is_left_early_leaves_nothing_behind() -> None:
-    async with make_realtime() as realtime:
-        async with realtime.open_run("r", tags=["a"]) as run:
+    async with with_tasks() as realtime:
+        run = await realtime.trigger("double", 1, delay="1h", tags=["a"])  # which nothing of ours follows meanwhile
 
-            def work() -> None:
-                realtime.sync.append("a", run=run)
-                for reader in (
-                    realtime.sync.read(run),
-                    realtime.sync.subscribe_to_run(run),
-                    realtime.sync.subscribe_to_runs_with_tag("a"),
-                ):
-                    for _ in reader:
-                        break
+        def work() -> None:
+            realtime.sync.append("a", run=run)
+            for reader in (
+                realtime.sync.read(run),
+                realtime.sync.subscribe_to_run(run),
+                realtime.sync.subscribe_to_runs_with_tag("a"),
+            ):
+                for _ in reader:
+                    break
 
-            await in_thread(work)
-            topics: Any = realtime.broker
-            assert not any(len(topic.waiting) for topic in topics._topics.values())
+        await in_thread(work)
+        broker: Any = realtime.broker
+        assert not any(len(topic.waiting) for topic in broker._topics.values())
 
 
 async def test_a_thread_has_a_run_open() -> None:
@@ -381,6 +381,23 @@ def test_a_worker_process_has_a_loop_of_its_own() -> None:
     realtime.sync.close()
     assert realtime.engine.supervisor is None
     assert realtime.sync.get_run(handle).output == 42  # begins again
+    realtime.sync.close()
+
+
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+def test_an_app_starts_though_its_module_has_made_calls(backend: str) -> None:
+    """The calls of the module had a loop of their own, and the start on the server's was refused."""
+    realtime = with_tasks(broker=Shared())
+    handle = realtime.sync.trigger("double", 21)
+    assert realtime.sync.result(handle, timeout=5) == 42
+
+    async def serve() -> None:
+        async with realtime:
+            assert (await realtime.get_run(handle)).output == 42
+            assert await in_thread(lambda: realtime.sync.result(realtime.sync.trigger("double", 1), timeout=5)) == 2
+
+    anyio.run(serve, backend=backend)
+    assert realtime.sync.get_run(handle).output == 42
     realtime.sync.close()
 
 
