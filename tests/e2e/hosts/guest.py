@@ -5,7 +5,9 @@ The variable ENTRY says how it is taken in: `mount` or `middleware`.
 
 from __future__ import annotations
 
+import logging
 import os
+import sys
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -19,6 +21,12 @@ realtime = Realtime(
 )
 hypercorn.watch(realtime)
 
+# No server shows what the library says at INFO, where it tells of a start on first use.
+logger = logging.getLogger("asgi_realtime")
+logger.setLevel(logging.INFO)
+logger.addHandler(logging.StreamHandler(sys.stdout))
+logger.propagate = False
+
 MIDDLEWARE = os.environ.get("ENTRY") == "middleware"
 COMPRESSES = "COMPRESS" in os.environ
 
@@ -30,7 +38,7 @@ async def act(body: dict[str, Any]) -> dict[str, Any]:
             handle = realtime.pipe(silence(), "silence").handle  # it lives as long as its source
             return {"id": handle.id, "token": handle.public_access_token}
         case {"do": "append", "run": str(run_id), "chunk": chunk}:
-            await realtime.append(chunk, run=run_id)
+            await realtime.append(chunk, body.get("stream", "default"), run=run_id)
             return {}
         case {"do": "count"}:
             return {"subscribers": len(realtime.subscribers)}
@@ -45,6 +53,18 @@ async def waits() -> None:
 async def silence() -> AsyncIterator[str]:
     await anyio.sleep_forever()
     yield ""
+
+
+async def presence() -> None:
+    """Says when the guest comes and goes."""
+    tell("the guest started")
+    try:
+        await anyio.sleep_forever()
+    finally:
+        tell("the guest stopped")
+
+
+realtime.engine.companions.append(presence)
 
 
 async def host_starts() -> None:

@@ -8,12 +8,14 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
 import httpx
 import pytest
@@ -47,6 +49,12 @@ class Cell(NamedTuple):
     def redirects_the_bare_prefix(self) -> bool:
         """Starlette's own mounts do so, before the guest hears of the request."""
         return self.host in ("starlette", "fastapi") and self.entry == "mount"
+
+    @property
+    def life(self) -> list[str]:
+        """What happens in its log, in this order. Django has no start-up of its own."""
+        own = [] if self.host == "django" else ["the host started", "the host stopped"]
+        return ["the guest started", *own, "the guest stopped"]
 
 
 MOUNTABLE = ("starlette", "fastapi", "litestar", "blacksheep")
@@ -102,9 +110,15 @@ async def _events(response: httpx.Response) -> AsyncIterator[Event]:
 
 
 async def subscribe(
-    stack: AsyncExitStack, http: httpx.AsyncClient, server: Serving, run: dict[str, Any], *, prefix: str = "/realtime"
+    stack: AsyncExitStack,
+    http: httpx.AsyncClient,
+    server: Serving,
+    run: dict[str, Any],
+    *,
+    prefix: str = "/realtime",
+    stream: str = "default",
 ) -> Stream:
-    path = f"{prefix}/v1/streams/{run['id']}/default"
+    path = f"{prefix}/v1/streams/{run['id']}/{quote(stream, safe='')}"
     headers = {"authorization": f"Bearer {run['token']}"}
     response = await stack.enter_async_context(http.stream("GET", server.url + path, headers=headers))
     assert response.status_code == 200
@@ -134,18 +148,31 @@ async def test_compression_of_the_host_holds_nothing_back(cell: Cell, http: http
 
 
 async def check_paths(cell: Cell, http: httpx.AsyncClient, server: Serving) -> None:
-    for path in ("/realtime", "/realtime/"):
+    await check_the_bare_prefix(cell, http, server.url + "/realtime")
+    assert (await http.get(f"{server.url}/realtime/realtime/v1/health")).status_code == 200  # as a client may ask
+    for path in ("/realtimeX", "/realtimeX/v1/health", "/realtime.json"):
         response = await http.get(server.url + path)
-        if cell.redirects_the_bare_prefix and path == "/realtime":
+        assert response.status_code == 404
+        if cell.entry == "middleware":  # what only looks like our prefix is left to the host
+            assert '"code"' not in response.text
+    for run_id, status in (("%C3%A9", 401), ("%20%25", 401), ("a%2Fb", 404)):  # the last is one segment more
+        assert (await http.get(f"{server.url}/realtime/v1/runs/{run_id}")).status_code == status
+    key = "caf\u00e9 100%"
+    run = await do(http, server, do="open")
+    await do(http, server, do="append", run=run["id"], chunk="of a name to be quoted", stream=key)
+    async with AsyncExitStack() as stack:
+        stream = await subscribe(stack, http, server, run, stream=key)
+        assert await stream.chunk() == "of a name to be quoted"
+
+
+async def check_the_bare_prefix(cell: Cell, http: httpx.AsyncClient, url: str) -> None:
+    """It is answered, with a slash at the end and without, and never redirected by us."""
+    for end in ("", "/"):
+        response = await http.get(url + end)
+        if cell.redirects_the_bare_prefix and not end:
             assert response.status_code == 307
         else:
             assert (response.status_code, response.json()["code"]) == (404, "not_found")
-    assert (await http.get(f"{server.url}/realtime/realtime/v1/health")).status_code == 200  # as a client may ask
-    for path in ("/realtimeX", "/realtimeX/v1/health", "/realtime.json"):
-        assert (await http.get(server.url + path)).status_code == 404
-    for path in ("/realtime/v1/runs/a%2Fb", "/realtime/v1/runs/%C3%A9", "/realtime/v1/runs/%20%25"):
-        response = await http.get(server.url + path, headers={"accept": "text/event-stream"})
-        assert response.status_code in (401, 404)
 
 
 async def check_a_stream_arrives_as_it_is_written(http: httpx.AsyncClient, server: Serving) -> float:
@@ -191,8 +218,7 @@ async def check_everything_ends_when_asked(cell: Cell, http: httpx.AsyncClient, 
     assert code in (0, -15)
     log = server.log.read_text()
     assert "Traceback" not in log and "was destroyed" not in log
-    if cell.host != "django":  # which has no start-up of its own
-        assert log.index("the host started") < log.index("the host stopped")
+    assert re.findall("the (?:host|guest) (?:started|stopped)", log) == cell.life
     assert "started on first use" not in log
     return exit_s
 
@@ -201,19 +227,29 @@ PREFIXED = [cell for cell in CELLS if (cell.host, cell.entry) != ("blacksheep", 
 """BlackSheep's mounts do not find themselves behind uvicorn's --root-path; its middleware entry does."""
 
 
+def loses_its_own_routes(cell: Cell) -> bool:
+    """Falcon and Sanic do not take off what uvicorn puts in front; Quart refuses a path without what it was told of."""
+    if cell.server == "uvicorn":
+        return cell.host in ("falcon", "sanic")
+    return cell.host in ("quart", "quart_trio")
+
+
 @pytest.mark.parametrize("cell", PREFIXED, ids=str)
 async def test_behind_a_proxy_that_takes_a_prefix_off(cell: Cell, http: httpx.AsyncClient, tmp_path: Path) -> None:
-    """The guest is found under every path that may arrive, also where the host's own routes are not (Falcon, Sanic,
-    Quart)."""
+    """The guest is found under every path that may arrive, also where the host's own routes are not."""
     # The guest has routes of its own that begin with /api. Litestar takes a root path off wherever it stands in a path.
     taken_off = "/outer" if (cell.host, cell.entry) == ("litestar", "mount") else "/api"
     with serving(cell.server, tmp_path, cell.environment, ROOT_PATH[cell.server], taken_off) as server:
-        prefixes = ["/realtime", "/realtime/realtime"]
+        prefixes = ["/realtime"]
         if cell.server != "uvicorn":  # which takes it for granted that the proxy took it off
             prefixes.append(f"{taken_off}/realtime")
         headers = {"authorization": f"Bearer {SECRET}"}
         async with asyncio.timeout(GUARD_S), AsyncExitStack() as stack:
+            if not loses_its_own_routes(cell):
+                await do(http, server, do="count")
             for prefix in prefixes:
+                await check_the_bare_prefix(cell, http, server.url + prefix)
+            for prefix in (*prefixes, "/realtime/realtime"):
                 url = server.url + prefix
                 answer = await http.post(f"{url}/api/v1/tasks/waits/trigger", json={}, headers=headers)
                 run_id = answer.json()["id"]
