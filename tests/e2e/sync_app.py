@@ -1,0 +1,160 @@
+"""Apps whose routes are sync and use `realtime.sync`, for `test_sync_hosts`. `HOST` names the one to serve.
+
+Annotations are values here: FastAPI reads those of the routes.
+"""
+
+import os
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from asgi_realtime import Realtime, RealtimeMiddleware, Timeouts, hypercorn
+from asgi_realtime.errors import RealtimeError
+
+realtime = Realtime(
+    secret_key="a key for tests, 32 bytes or more",
+    broker=os.environ.get("BROKER", "memory://"),
+    timeouts=Timeouts(tick=0.05, drain=0.05),
+)
+hypercorn.watch(realtime)
+
+
+@realtime.task("double")
+def double(number: int) -> int:
+    realtime.sync.append(number)
+    return number * 2
+
+
+def work(number: int) -> dict[str, Any]:
+    """What the sync route of each host does, on whatever thread it is called."""
+    handle = realtime.sync.trigger(double, number)
+    output = realtime.sync.result(handle, timeout=30)
+    with realtime.sync.open_run("import", tags=["sync"]) as run:
+        realtime.sync.append(output)
+        run.set_output(number)
+    chunks = [*realtime.sync.read(handle), *realtime.sync.read(run)]
+    return {"output": output, "chunks": chunks, "status": realtime.sync.get_run(run).status}
+
+
+def mistake() -> str:
+    """A sync call where an event loop runs."""
+    try:
+        realtime.sync.get_run("run_x")
+    except RuntimeError as exc:
+        return str(exc)
+    raise AssertionError("it was not refused")
+
+
+def wait_in_a_thread() -> str:
+    """Begin to wait for what never comes, in a thread that would keep the process from ending. It tells how it ends."""
+    begun = threading.Event()
+
+    def wait() -> None:
+        try:
+            begun.set()
+            next(realtime.sync.subscribe_to_runs_with_tag("nobody has this tag"))
+        except RealtimeError as exc:
+            os.write(1, f"the thread was told: {type(exc).__name__}\n".encode())
+
+    threading.Thread(target=wait, daemon=False).start()  # or it would be one where the thread of the route is
+    begun.wait()
+    return "begun"
+
+
+def fastapi() -> Any:
+    from fastapi import FastAPI
+
+    app = FastAPI(lifespan=realtime.lifespan)
+    app.mount("/realtime", realtime)
+
+    @app.get("/work/{number}")
+    def do_work(number: int) -> dict[str, Any]:
+        return work(number)
+
+    @app.get("/mistake")
+    async def make_mistake() -> str:
+        return mistake()
+
+    @app.get("/wait")
+    def begin_to_wait() -> str:
+        return wait_in_a_thread()
+
+    return app
+
+
+def starlette() -> Any:
+    from starlette.applications import Starlette
+    from starlette.requests import Request
+    from starlette.responses import JSONResponse
+    from starlette.routing import Mount, Route
+
+    def do_work(request: Request) -> JSONResponse:
+        return JSONResponse(work(request.path_params["number"]))
+
+    async def make_mistake(request: Request) -> JSONResponse:
+        return JSONResponse(mistake())
+
+    def begin_to_wait(request: Request) -> JSONResponse:
+        return JSONResponse(wait_in_a_thread())
+
+    routes = [Route("/work/{number:int}", do_work), Route("/mistake", make_mistake), Route("/wait", begin_to_wait)]
+    return Starlette(routes=[*routes, Mount("/realtime", realtime)], lifespan=realtime.lifespan)
+
+
+def django() -> Any:
+    from django.conf import settings
+    from django.core.asgi import get_asgi_application
+    from django.http import HttpRequest, JsonResponse
+    from django.urls import path
+
+    def do_work(request: HttpRequest, number: int) -> JsonResponse:
+        return JsonResponse(work(number))
+
+    async def make_mistake(request: HttpRequest) -> JsonResponse:
+        return JsonResponse(mistake(), safe=False)
+
+    def begin_to_wait(request: HttpRequest) -> JsonResponse:
+        return JsonResponse(wait_in_a_thread(), safe=False)
+
+    routes = (path("work/<int:number>", do_work), path("mistake", make_mistake), path("wait", begin_to_wait))
+    settings.configure(SECRET_KEY="of the tests", ALLOWED_HOSTS=["*"], ROOT_URLCONF=routes)
+    return RealtimeMiddleware(get_asgi_application(), realtime)
+
+
+def flask() -> Any:
+    from asgiref.wsgi import WsgiToAsgi
+
+    return RealtimeMiddleware(WsgiToAsgi(wsgi()), realtime)  # type: ignore[no-untyped-call]
+
+
+def wsgi() -> Any:
+    """Flask by itself, for a WSGI server."""
+    from flask import Flask, jsonify
+
+    app = Flask(__name__)
+
+    @app.get("/work/<int:number>")
+    def do_work(number: int) -> Any:
+        return jsonify(work(number))
+
+    @app.get("/mistake")
+    def make_mistake() -> Any:
+        return jsonify(mistake())
+
+    @app.get("/wait")
+    def begin_to_wait() -> Any:
+        return jsonify(wait_in_a_thread())
+
+    return app
+
+
+HOSTS: dict[str, Callable[[], Any]] = {
+    "fastapi": fastapi,
+    "starlette": starlette,
+    "django": django,
+    "flask": flask,
+    "wsgi": wsgi,
+}
+
+if "HOST" in os.environ:
+    app = HOSTS[os.environ["HOST"]]()
