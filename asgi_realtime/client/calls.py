@@ -11,7 +11,7 @@ import random
 import re
 import time
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import quote, urlencode, urlsplit
 
 import httpx
@@ -20,6 +20,9 @@ from asgi_realtime.client.attempts import Attempts
 from asgi_realtime.client.following import ChunksFollowing, RunsFollowing
 from asgi_realtime.config import Span, parse_span
 from asgi_realtime.errors import InvalidConfiguration, InvalidToken, UsageError
+from asgi_realtime.reading import StreamChunk
+
+S = TypeVar("S")
 
 CONNECT_TIMEOUT = 10.0
 """Seconds until a server has taken the connection, and the request."""
@@ -152,3 +155,14 @@ def check_tags(tags: str | Iterable[str]) -> list[str]:
         if not tag.strip() or _BAD_IN_TAG.search(tag):
             raise UsageError(f"tag is {tag!r}; it must not be empty, nor have a comma or control characters")
     return given
+
+
+# What a subscription makes of what it follows.
+
+
+def as_it_is(item: S) -> S:
+    return item
+
+
+def chunk_only(item: StreamChunk) -> Any:
+    return item.chunk

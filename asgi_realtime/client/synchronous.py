@@ -17,7 +17,9 @@ from asgi_realtime.client.calls import (
     MOST_OF_A_REFUSAL,
     SILENCE_TIMEOUT,
     ClientBase,
+    as_it_is,
     check_token,
+    chunk_only,
 )
 from asgi_realtime.client.following import Following, Raised
 from asgi_realtime.client.states import RunState
@@ -60,7 +62,7 @@ class SyncRealtimeClient(ClientBase):
 
     def subscribe_to_run(self, run_id: str) -> SyncSubscription[RunState]:
         """The states of a run, the present one first, until it is over. States may be skipped, never the last."""
-        return SyncSubscription(self, self._run(run_id), _as_it_is)
+        return SyncSubscription(self, self._run(run_id), as_it_is)
 
     def subscribe_to_runs_with_tag(
         self, tags: str | Iterable[str], *, created_within: Span | None = None
@@ -69,11 +71,11 @@ class SyncRealtimeClient(ClientBase):
 
         `created_within` is how far back it reaches: 24 h if it is None, and at most.
         """
-        return SyncSubscription(self, self._tagged(tags, created_within), _as_it_is)
+        return SyncSubscription(self, self._tagged(tags, created_within), as_it_is)
 
     def subscribe_to_batch(self, batch_id: str) -> SyncSubscription[RunState]:
         """The runs of a batch, the present state first. Ends when all are over and no more can come."""
-        return SyncSubscription(self, self._batch(batch_id), _as_it_is)
+        return SyncSubscription(self, self._batch(batch_id), as_it_is)
 
     def read(self, run_id: str, stream: str = "default", *, start_index: int = 0) -> SyncSubscription[Any]:
         """The decoded chunks of a stream from `start_index` on, present and to come, none lost and none twice.
@@ -81,13 +83,13 @@ class SyncRealtimeClient(ClientBase):
         Ends when the run completes; raises `RunFailed` or `RunCanceled` after the last chunk if it ended otherwise.
         Raises `StreamGap` if chunks are past their retention; whoever asks again gets the oldest that is kept.
         """
-        return SyncSubscription(self, self._chunks(run_id, stream, start_index), _chunk_only)
+        return SyncSubscription(self, self._chunks(run_id, stream, start_index), chunk_only)
 
     def read_indexed(
         self, run_id: str, stream: str = "default", *, start_index: int = 0
     ) -> SyncSubscription[StreamChunk]:
         """As `read`, each chunk with its index: who keeps that goes on later from `index + 1`."""
-        return SyncSubscription(self, self._chunks(run_id, stream, start_index), _as_it_is)
+        return SyncSubscription(self, self._chunks(run_id, stream, start_index), as_it_is)
 
     def get_run(self, run_id: str) -> RunState:
         """The present state of a run. Tries as long as a subscription does."""
@@ -219,11 +221,3 @@ def _begin(body: Iterator[bytes]) -> bytes:
         if len(begin) >= MOST_OF_A_REFUSAL:
             break
     return begin
-
-
-def _as_it_is(item: S) -> S:
-    return item
-
-
-def _chunk_only(item: StreamChunk) -> Any:
-    return item.chunk

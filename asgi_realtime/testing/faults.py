@@ -6,6 +6,7 @@ is delayed by time: a fault comes after so many events.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -20,12 +21,12 @@ LEAVE_S = 2.0
 
 
 @dataclass(eq=False)
-class _Fault:
+class _Fault(ABC):
     path: str
     times: float
 
-    def describe(self) -> str:
-        raise NotImplementedError
+    @abstractmethod
+    def describe(self) -> str: ...
 
 
 @dataclass(eq=False)

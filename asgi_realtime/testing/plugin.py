@@ -1,6 +1,6 @@
 """The pytest fixtures of `asgi_realtime.testing`, found by pytest through an entry point.
 
-They are sync and return what the test then opens, so they work under pytest-asyncio, anyio's plugin and pytest-trio.
+They are sync and return what the test then opens, so they work under pytest-asyncio and anyio's plugin.
 Nothing happens unless a test asks for one.
 """
 

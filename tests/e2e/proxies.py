@@ -18,21 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import pytest
 import trustme
 
 from asgi_realtime.testing.sse import Event, EventParser
+from tests.e2e.hosts.servers import GUARD_S, ROOT
 from tests.requirements import missing
-
-ROOT = Path(__file__).parent.parent.parent
-GUARD_S = 60.0
-"""Nothing waits longer than this. It is no measure of speed: the machine may be busy."""
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as bound:
-        port: int = bound.getsockname()[1]
-        return port
 
 
 def wait_for(fact: Callable[[], object], what: str) -> None:
@@ -142,8 +132,8 @@ def nginx(folder: Path, http: str, *, port: int) -> Iterator[subprocess.Popen[by
 def caddy(folder: Path, sites: str, *, port: int) -> Iterator[subprocess.Popen[bytes]]:
     """Debian's Caddy with these sites."""
     binary = shutil.which("caddy")
-    if binary is None:  # a second proxy: a machine that has nginx need not have it as well
-        pytest.skip("caddy is not installed (on Debian: apt-get install caddy)")
+    if binary is None:
+        missing("caddy is not installed (on Debian: apt-get install caddy)")
     config = folder / "Caddyfile"
     config.write_text(f"{{\n\tadmin off\n\tauto_https disable_redirects\n}}\n{sites}")
     command = [binary, "run", "--config", str(config), "--adapter", "caddyfile"]

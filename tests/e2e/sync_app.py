@@ -67,7 +67,7 @@ def fastapi() -> Any:
     app = FastAPI(lifespan=realtime.lifespan)
     app.mount("/realtime", realtime)
 
-    @app.get("/work/{number}")
+    @app.get("/job/{number}")
     def do_work(number: int) -> dict[str, Any]:
         return work(number)
 
@@ -97,7 +97,7 @@ def starlette() -> Any:
     def begin_to_wait(request: Request) -> JSONResponse:
         return JSONResponse(wait_in_a_thread())
 
-    routes = [Route("/work/{number:int}", do_work), Route("/mistake", make_mistake), Route("/wait", begin_to_wait)]
+    routes = [Route("/job/{number:int}", do_work), Route("/mistake", make_mistake), Route("/wait", begin_to_wait)]
     return Starlette(routes=[*routes, Mount("/realtime", realtime)], lifespan=realtime.lifespan)
 
 
@@ -116,7 +116,7 @@ def django() -> Any:
     def begin_to_wait(request: HttpRequest) -> JsonResponse:
         return JsonResponse(wait_in_a_thread(), safe=False)
 
-    routes = (path("work/<int:number>", do_work), path("mistake", make_mistake), path("wait", begin_to_wait))
+    routes = (path("job/<int:number>", do_work), path("mistake", make_mistake), path("wait", begin_to_wait))
     settings.configure(SECRET_KEY="of the tests", ALLOWED_HOSTS=["*"], ROOT_URLCONF=routes)
     return RealtimeMiddleware(get_asgi_application(), realtime)
 
@@ -133,7 +133,7 @@ def wsgi() -> Any:
 
     app = Flask(__name__)
 
-    @app.get("/work/<int:number>")
+    @app.get("/job/<int:number>")
     def do_work(number: int) -> Any:
         return jsonify(work(number))
 

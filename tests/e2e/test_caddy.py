@@ -11,16 +11,8 @@ from pathlib import Path
 import pytest
 
 from tests.docs.blocks import blocks
-from tests.e2e.proxies import (
-    GUARD_S,
-    Certificate,
-    Visitor,
-    app,
-    caddy,
-    check_chunks_come_as_they_are_written,
-    free_port,
-    wait_for,
-)
+from tests.e2e.hosts.servers import GUARD_S, free_port
+from tests.e2e.proxies import Certificate, Visitor, app, caddy, check_chunks_come_as_they_are_written, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3 * GUARD_S)]
 

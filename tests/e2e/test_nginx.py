@@ -14,16 +14,8 @@ import pytest
 from playwright.sync_api import Browser
 
 from tests.docs.blocks import blocks
-from tests.e2e.proxies import (
-    GUARD_S,
-    Certificate,
-    Visitor,
-    app,
-    check_chunks_come_as_they_are_written,
-    free_port,
-    nginx,
-    wait_for,
-)
+from tests.e2e.hosts.servers import GUARD_S, free_port
+from tests.e2e.proxies import Certificate, Visitor, app, check_chunks_come_as_they_are_written, nginx, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3 * GUARD_S)]
 

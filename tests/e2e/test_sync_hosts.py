@@ -15,8 +15,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.e2e.hosts.servers import Serving, serving
-from tests.e2e.proxies import GUARD_S, ROOT, free_port, running
+from tests.e2e.hosts.servers import GUARD_S, ROOT, Serving, free_port, serving
+from tests.e2e.proxies import running
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3 * GUARD_S)]
 
@@ -35,7 +35,7 @@ CELLS = [
 
 
 def work(url: str, number: int) -> dict[str, object]:
-    response = httpx.get(f"{url}/work/{number}", timeout=GUARD_S)
+    response = httpx.get(f"{url}/job/{number}", timeout=GUARD_S)
     assert response.status_code == 200, response.text
     answer: dict[str, object] = response.json()
     return answer
@@ -47,8 +47,7 @@ def expected(number: int) -> dict[str, object]:
 
 @contextmanager
 def served(host: str, server: str, folder: Path) -> Iterator[Serving]:
-    options = ["--runtime-mode", "st"] if server == "granian" else []
-    with serving(server, folder, {"HOST": host}, *options, app=APP) as found:
+    with serving(server, folder, {"HOST": host}, app=APP) as found:
         yield found
 
 
