@@ -730,6 +730,10 @@ def leaves(error: BaseException) -> Iterator[BaseException]:
 FAILURES = (AssertionError, TimeoutError, RealtimeError, pytest.fail.Exception)
 
 
+PROPERTIES = {test: test.hypothesis.inner_test for test in vars(conformance).values() if hasattr(test, "hypothesis")}
+"""The properties as they are written, kept before any test runs: anyio's plugin wraps those that run for pytest."""
+
+
 def run_test(name: str, broker: type[MemoryBroker]) -> BaseException | None:
     """Run one test of the suite on asyncio. Returns what it failed with, if it failed."""
     test = getattr(conformance, name)
@@ -749,8 +753,7 @@ def run_test(name: str, broker: type[MemoryBroker]) -> BaseException | None:
 
 def run_property(test: Any, make_broker: Memory) -> None:
     """As anyio's plugin does it for pytest, but content with the first failure instead of looking for the smallest."""
-    before = test.hypothesis.inner_test
-    original = getattr(before, "_anyio_original_func", before)
+    before, original = test.hypothesis.inner_test, PROPERTIES[test]
     failure: BaseException | None = None
 
     def run_example(**example: Any) -> None:
