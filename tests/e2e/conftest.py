@@ -142,9 +142,13 @@ def example(name: str, environment: dict[str, str], *, package: str = "examples"
     ) as process:
         assert process.stdout is not None
         try:
-            line = process.stdout.readline()
-            url = next((word for word in line.split() if word.startswith("http://")), None)
-            assert url is not None, f"{name} printed no address but: {line}{process.stdout.read()}"
+            printed = []
+            for line in process.stdout:  # above it stands a warning where a test has started the same example already
+                printed.append(line)
+                if url := next((word for word in line.split() if word.startswith("http://")), None):
+                    break
+            else:
+                pytest.fail(f"{name} ended and printed no address but: {''.join(printed)}")
             yield Server(process, url)
         finally:
             process.kill()
