@@ -1,7 +1,6 @@
 """What runs between start and stop: the supervisor, the ticker, the executions of this process.
 
-Three ways lead to a start (the host's lifespan, the middleware, the first use) and all end here. One closing event ends
-all subscriptions: set by a signal, by the stop, or by the user.
+Three ways lead to a start (the host's lifespan, the middleware, the first use) and all end here.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ import os
 import secrets
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import Protocol
 
 import anyio
 
@@ -32,29 +30,12 @@ from asgi_realtime.leases import LeaseThread
 from asgi_realtime.run import RelatedRun, Run
 from asgi_realtime.runstore import RunStore
 from asgi_realtime.siblings import Siblings
-from asgi_realtime.signals import ShutdownSignals
 from asgi_realtime.sources import ThreadBudget
+from asgi_realtime.subscribers import Subscribers
 from asgi_realtime.supervisor import Job, Supervisor, logger
 from asgi_realtime.tasks.executor import AttachedExecutor, Executor, InProcessExecutor
 from asgi_realtime.waiting import Parking
 from asgi_realtime.watch import RunWatch
-
-SIGNAL_COUNTS_S = 30.0
-"""How long a signal ends subscriptions if nothing stops after it: a host may have a handler that ignores it."""
-
-
-class Subscriber(Protocol):
-    """An open subscription, as the ticker and the shutdown see it. Neither call suspends or raises."""
-
-    def tick(self, now: float, steady: float) -> None:
-        """Look after heartbeat, expiry and stalled sends.
-
-        `now` is unix seconds of the host's clock, for what expires; `steady` are seconds of a clock that is never set,
-        for spans.
-        """
-
-    def shut_down(self) -> None:
-        """End soon and cleanly, so that the client comes back later."""
 
 
 class Engine:
@@ -75,8 +56,9 @@ class Engine:
         self.limits = limits
         self.timeouts = timeouts
         self.clock = clock
-        self.closing = False
-        self.subscribers: set[Subscriber] = set()
+        self.subscribers = Subscribers(
+            signals=signals, supervisor=lambda: self.supervisor, is_left_alone=lambda: self._lazy
+        )
         self.executions: dict[str, Execution] = {}
         self.threads = ThreadBudget(limits.source_threads)
         self.runs = RunStore(broker, clock=clock, patience_s=timeouts.append, limits=limits, after_end_s=after_end_s)
@@ -89,14 +71,11 @@ class Engine:
         self._debug = debug
         self.companions: list[Job] = []
         """Jobs that run beside everything else from each start to its stop."""
-        self._signals = ShutdownSignals(self.announce_shutdown) if signals else None
         self._supervisor: Supervisor | None = None
         self._lazy = False
         self._ready = False
         self._failure: Exception | None = None
         self._changed = Parking()
-        self._shut_for_good = False
-        self._signals_heard = 0
         self._executor_away = False
         self._siblings = None if broker.shared else Siblings()
 
@@ -169,13 +148,10 @@ class Engine:
         self._lazy = lazy
         self._ready = False
         self._failure = None
-        self.closing = self._shut_for_good = False
-        self.subscribers.clear()
+        self.subscribers.begin()
         self.executions.clear()
         self._watches.clear()
         self._end_leases()
-        if self._signals is not None:
-            self._signals.install()
         supervisor.start()
         for job in (self._serve, *self.companions):
             supervisor.spawn_detached(job)
@@ -236,8 +212,7 @@ class Engine:
             self._end_leases()
             if self._siblings is not None:
                 self._siblings.leave()
-            if self._signals is not None:
-                self._signals.restore()
+            self.subscribers.end()
 
     @asynccontextmanager
     async def _executor_open(self) -> AsyncIterator[None]:
@@ -255,56 +230,9 @@ class Engine:
                 except Exception:
                     logger.exception("the executor could not be stopped")
 
-    def keep_signals(self) -> None:
-        """Put the signal handlers in again, if a server that installs its own late has replaced them."""
-        if self._signals is not None:
-            self._signals.install()
-
-    def begin_shutdown(self) -> None:
-        """End every subscription cleanly, at the next turn of the loop, and every later one until the next start.
-
-        From any thread or signal handler, also one that interrupts this very code; idempotent. It cannot be taken back.
-        """
-        supervisor = self.supervisor
-        if supervisor is not None:
-            supervisor.post(self._shut)
-
-    def _shut(self) -> None:
-        self._shut_for_good = True
-        self._close_subscriptions()
-
-    def announce_shutdown(self) -> None:
-        """The server was told to stop: end every subscription, and if nobody else will stop this, begin with that too.
-
-        From any thread or signal handler; idempotent.
-        """
-        supervisor = self.supervisor
-        if supervisor is not None:
-            supervisor.post(lambda: self._heed_announcement(supervisor))
-
-    def _heed_announcement(self, supervisor: Supervisor) -> None:
-        self._close_subscriptions()
-        if self._lazy:  # nobody else will stop it
-            supervisor.request_stop()
-        else:
-            self._signals_heard += 1
-            heard = self._signals_heard
-            supervisor.spawn_detached(lambda: self._reopen_if_ignored(supervisor, heard))
-
-    async def _reopen_if_ignored(self, supervisor: Supervisor, heard: int) -> None:
-        await anyio.sleep(SIGNAL_COUNTS_S)
-        if heard == self._signals_heard and not supervisor.stopping and not self._shut_for_good:
-            logger.warning("nothing stopped within %g s of a signal: subscriptions are served again", SIGNAL_COUNTS_S)
-            self.closing = False
-
-    def _close_subscriptions(self) -> None:
-        self.closing = True
-        for subscriber in tuple(self.subscribers):
-            subscriber.shut_down()
-
     async def _drain(self) -> None:
         """The shutdown: let what runs end, then end it."""
-        self._close_subscriptions()
+        self.subscribers.close()
         with anyio.move_on_after(self.timeouts.drain):
             await self._fail_waiting()
             while self._busy:

@@ -57,17 +57,12 @@ class Housekeeping:
         engine = self._engine
         while True:
             await anyio.sleep(engine.timeouts.tick)
-            engine.keep_signals()
+            engine.subscribers.look_at_server()
             self.tick()
 
     def tick(self) -> None:
         """Have each subscription look at the time."""
-        now, steady = self._engine.clock(), self._steady()
-        for subscriber in tuple(self._engine.subscribers):
-            try:
-                subscriber.tick(now, steady)
-            except Exception:
-                logger.exception("the ticker failed for %r", subscriber)
+        self._engine.subscribers.tick(self._engine.clock(), self._steady())
 
     async def run_what_is_due(self) -> None:
         await self._at_every_tick(self._look_after_runs)

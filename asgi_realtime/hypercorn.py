@@ -41,7 +41,7 @@ def watch(realtime: Realtime) -> bool:
     async def look() -> None:
         while not is_set():  # noqa: ASYNC110 - of another process
             await anyio.sleep(PERIOD_S)
-        realtime.engine.announce_shutdown()
+        realtime.engine.subscribers.announce_shutdown()
 
     realtime.engine.companions.append(look)
     return True

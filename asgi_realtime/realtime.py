@@ -149,7 +149,7 @@ class Realtime:
 
     def begin_shutdown(self) -> None:
         """End every subscription cleanly; their clients come back later. From any thread; idempotent."""
-        self.engine.begin_shutdown()
+        self.engine.subscribers.begin_shutdown()
 
     async def __aenter__(self) -> Realtime:
         await self.start()
@@ -167,12 +167,12 @@ class Realtime:
     @property
     def closing(self) -> bool:
         """The shutdown has begun."""
-        return self.engine.closing
+        return self.engine.subscribers.closing
 
     @property
     def subscribers(self) -> set[Any]:
         """The open subscriptions of this process."""
-        return self.engine.subscribers
+        return self.engine.subscribers.open
 
     @cached_property
     def _app(self) -> Asgi:

@@ -3,6 +3,9 @@
 The handlers are chained: ours sets things going and calls the one that was there. They are put in at start, only on
 the main thread, never over the default action or "ignore", and taken out again only if they are still in place. A
 server may put in its own after that, so the ticker looks now and then whether ours are still reached.
+
+A server may also stop by itself. uvicorn does (`--limit-max-requests`, or code that sets `should_exit`), and then waits
+for open streams as after a signal, its port closed. Its handlers are methods of the server, so that is in reach.
 """
 
 from __future__ import annotations
@@ -33,6 +36,15 @@ class ShutdownSignals:
             present = signal.getsignal(number)
             if callable(present) and self not in [handler.owner for handler in _chain(present)]:
                 signal.signal(number, _Chained(self, present))
+
+    @property
+    def server_stops(self) -> bool:
+        """Whether the server whose handler ours precedes stops without a signal, as far as that can be seen."""
+        for number in WATCHED:
+            chain = list(_chain(signal.getsignal(number)))
+            if self in [handler.owner for handler in chain]:
+                return _uvicorn_stops(getattr(chain[-1].previous, "__self__", None))
+        return False
 
     def restore(self) -> None:
         """Take the handlers out, as far as they are reached through handlers of this kind only."""
@@ -77,3 +89,12 @@ def _chain(handler: Any) -> Iterator[_Chained]:
     while isinstance(handler, _Chained):
         yield handler
         handler = handler.previous
+
+
+def _uvicorn_stops(server: Any) -> bool:
+    """Whether this is a `uvicorn.Server` that was told to stop, or takes no connections any more."""
+    listeners = getattr(server, "servers", None)
+    if not isinstance(listeners, list):
+        return False
+    told = getattr(server, "should_exit", False) is True
+    return told or (bool(listeners) and not any(listener.is_serving() for listener in listeners))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -23,6 +24,8 @@ class Server:
 
     def __init__(self) -> None:
         self.got: list[int] = []
+        self.should_exit = False
+        self.servers: list[asyncio.Server] = []
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         self.got.append(number)
@@ -62,7 +65,7 @@ async def test_a_signal_that_the_host_ignores_does_not_end_subscriptions_for_eve
     server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The app went on and sent every subscription away, until it was restarted."""
-    monkeypatch.setattr("asgi_realtime.engine.SIGNAL_COUNTS_S", 0.02)
+    monkeypatch.setattr("asgi_realtime.subscribers.ANNOUNCEMENT_COUNTS_S", 0.02)
     async with make_realtime(signals=True) as realtime:
         signal.raise_signal(signal.SIGTERM)
         await until(lambda: realtime.closing)
@@ -73,6 +76,32 @@ async def test_a_signal_that_the_host_ignores_does_not_end_subscriptions_for_eve
         await until(lambda: realtime.closing)
         await anyio.sleep(0.04)
         assert realtime.closing, "begin_shutdown is final"
+
+
+@pytest.mark.anyio
+async def test_a_server_that_stops_by_itself_ends_subscriptions_too(
+    server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """uvicorn waited for open streams without end, and took no new connection."""
+    monkeypatch.setattr("asgi_realtime.subscribers.ANNOUNCEMENT_COUNTS_S", 0.02)
+    async with make_realtime(signals=True) as realtime:
+        realtime.engine.subscribers.look_at_server()
+        await anyio.wait_all_tasks_blocked()
+        assert not realtime.closing
+        server.should_exit = True
+        await until(lambda: realtime.closing)  # the ticker has looked
+        assert realtime.engine.supervisor is not None
+        await anyio.sleep(0.04)
+        assert realtime.closing and not caplog.records, "such a server does not change its mind"
+
+
+@pytest.mark.anyio
+async def test_a_server_that_stops_is_not_asked_if_signals_are_left_alone(server: Server) -> None:
+    server.should_exit = True
+    async with make_realtime(signals=False) as realtime:
+        realtime.engine.subscribers.look_at_server()
+        await anyio.wait_all_tasks_blocked()
+        assert not realtime.closing
 
 
 @pytest.mark.anyio
@@ -167,8 +196,8 @@ async def test_two_that_look_after_their_handlers_do_not_pile_them_up(server: Se
     await second.start()
     chained = installed()
     for _ in range(5):
-        first.engine.keep_signals()
-        second.engine.keep_signals()
+        first.engine.subscribers.look_at_server()
+        second.engine.subscribers.look_at_server()
     assert installed() == chained
     await first.stop()
     await second.stop()
@@ -255,7 +284,7 @@ def test_other_threads_than_the_main_one_leave_signals_alone(server: Server) -> 
 
 def test_a_signal_before_the_start_and_after_the_stop_reaches_the_server_only(server: Server) -> None:
     realtime = make_realtime(signals=True)
-    realtime.engine.announce_shutdown()
+    realtime.engine.subscribers.announce_shutdown()
     assert not realtime.closing
 
 

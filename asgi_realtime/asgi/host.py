@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeVar
 from asgi_realtime.brokers.base import Broker, ChangeMark, StreamKey
 from asgi_realtime.config import Cors, Limits, Timeouts
 from asgi_realtime.core.runs import RunChange, RunRecord
-from asgi_realtime.engine import Subscriber as Subscriber
+from asgi_realtime.subscribers import Subscriber as Subscriber
 from asgi_realtime.tasks.trigger import Tasks
 from asgi_realtime.tokens import TokenAuthority
 
