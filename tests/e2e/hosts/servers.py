@@ -26,12 +26,16 @@ SERVERS = {
     "hypercorn-trio": ["hypercorn", "{app}", "-k", "trio", "--bind", "127.0.0.1:{port}", "--workers", "{workers}"],
     "granian": ["granian", "{app}", "--interface", "asgi", "--host", "127.0.0.1", "--port", "{port}"]
     + ["--workers", "{workers}", "--no-ws", "--runtime-mode", "st"],
+    "gunicorn": ["gunicorn", "{app}", "-k", "asgi", "--bind", "127.0.0.1:{port}", "--workers", "{workers}"],
+    "gunicorn-uvicorn": ["gunicorn", "{app}", "-k", "uvicorn_worker.UvicornWorker", "--bind", "127.0.0.1:{port}"]
+    + ["--workers", "{workers}"],
 }
 ROOT_PATH = {
     "uvicorn": "--root-path",
     "hypercorn": "--root-path",
     "hypercorn-trio": "--root-path",
     "granian": "--url-path-prefix",
+    "gunicorn": "--root-path",
 }
 """How each is told that a proxy in front takes a prefix off."""
 

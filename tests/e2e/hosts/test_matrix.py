@@ -69,6 +69,8 @@ CELLS = [
     *(Cell(host, server) for server in ("hypercorn", "granian") for host in ("quart", "django")),
     *(Cell(host, "hypercorn-trio", "mount") for host in ("starlette", "fastapi", "litestar")),
     Cell("quart_trio", "hypercorn-trio"),
+    *(Cell("fastapi", server, "mount") for server in ("gunicorn", "gunicorn-uvicorn")),
+    *(Cell("django", server) for server in ("gunicorn", "gunicorn-uvicorn")),
 ]
 COMPRESSING = [Cell(host, "uvicorn", "mount", compress=True) for host in ("starlette", "fastapi", "litestar")]
 

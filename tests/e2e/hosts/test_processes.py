@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 
 import httpx
@@ -13,7 +13,7 @@ import pytest
 import pytest_asyncio
 
 from asgi_realtime.siblings import WARNING
-from tests.e2e.hosts.servers import GUARD_S, serving
+from tests.e2e.hosts.servers import GUARD_S, SERVERS, serving
 from tests.e2e.hosts.test_matrix import Stream, do, subscribe
 
 pytestmark = [pytest.mark.slow, pytest.mark.asyncio, pytest.mark.timeout(120)]
@@ -32,7 +32,7 @@ def starts(log: str) -> int:
     return log.count("the host started")
 
 
-@pytest.mark.parametrize("server", ["uvicorn", "hypercorn", "hypercorn-trio", "granian"])
+@pytest.mark.parametrize("server", SERVERS)
 async def test_workers_on_a_broker_in_memory(server: str, http: httpx.AsyncClient, tmp_path: Path) -> None:
     """One of two warns; a stream of either ends when the server is told to stop; and who reaches the wrong one hears
     why its run is not there."""
@@ -64,7 +64,7 @@ async def test_workers_on_a_broker_in_memory(server: str, http: httpx.AsyncClien
         assert "Traceback" not in log
 
 
-@pytest.mark.parametrize("server", ["uvicorn", "hypercorn", "granian"])
+@pytest.mark.parametrize("server", SERVERS)
 async def test_one_worker_gets_no_warning(server: str, http: httpx.AsyncClient, tmp_path: Path) -> None:
     with serving(server, tmp_path, HOST) as running:
         async with asyncio.timeout(GUARD_S):
@@ -72,6 +72,22 @@ async def test_one_worker_gets_no_warning(server: str, http: httpx.AsyncClient, 
         running.terminate()
         await asyncio.to_thread(running.wait)
         assert "several workers" not in running.log.read_text()
+
+
+@pytest.mark.parametrize(
+    ("server", "option"), [("uvicorn", "--limit-max-requests"), ("gunicorn-uvicorn", "--max-requests")]
+)
+async def test_a_worker_that_is_replaced_ends_its_streams(
+    server: str, option: str, http: httpx.AsyncClient, tmp_path: Path
+) -> None:
+    """uvicorn waited for them, and took no new connection before the last reader had gone."""
+    with serving(server, tmp_path, HOST, option, "5") as running:
+        async with asyncio.timeout(GUARD_S), AsyncExitStack() as stack:
+            stream = await subscribe(stack, http, running, await do(http, running, do="open"))
+            while "the host stopped" not in running.log.read_text():
+                with suppress(httpx.TransportError):
+                    await do(http, running, do="count")
+            assert [event.event for event in await stream.rest()] == ["reconnect"]
 
 
 APP = """
