@@ -112,7 +112,8 @@ class Engine:
     @property
     def running(self) -> bool:
         """Whether this runs on the calling loop and the broker is there: nothing is to be waited for."""
-        return self._ready and self._supervisor is not None and self._supervisor.usable
+        supervisor = self._supervisor
+        return self._ready and supervisor is not None and supervisor.usable and not supervisor.ending
 
     def spawn_detached(self, job: Job) -> None:
         """Run a job beside everything else, outside of the caller's context."""
@@ -128,11 +129,17 @@ class Engine:
     # Start and stop
 
     def begin(self, *, lazy: bool = True) -> Supervisor:
-        """Start if this does not run yet, without waiting for it. Raises `RuntimeError` off its loop."""
+        """Start if this does not run yet, without waiting for it.
+
+        Raises `RuntimeError` off its loop, and `ServerShutdown` at the end of a stop: who goes on to use it, again and
+        again, must not keep it from ending.
+        """
         self._heed_fork()
         supervisor = self._supervisor
         if supervisor is not None and not supervisor.ended:
             if supervisor.usable:
+                if supervisor.ending:
+                    raise ServerShutdown("the server was shut down")
                 self._lazy = self._lazy and lazy
                 return supervisor
             if not supervisor.dead:
@@ -166,10 +173,10 @@ class Engine:
 
         Raises what kept it from starting; that is `ServerShutdown` if it was stopped meanwhile.
         """
-        supervisor = self.begin(lazy=lazy)
-        if supervisor.stopping and not lazy:
-            await supervisor.wait_ended()
-            self.begin(lazy=False)
+        present = self.supervisor
+        if present is not None and present.usable and present.stopping and not lazy:
+            await present.wait_ended()
+        self.begin(lazy=lazy)
         while not self._ready:
             if self._failure is not None:
                 raise self._failure

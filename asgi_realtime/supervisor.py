@@ -52,7 +52,8 @@ class Supervisor:
         self.stopping = False
         self._group: anyio.abc.TaskGroup | None = None
         self._in_group = 0
-        self._ending = False
+        self.ending = False
+        """All jobs were cancelled, and whoever comes now has come too late."""
         self._queue: list[tuple[contextvars.Context, Job]] = []
         self._work = Parking()
         self._brief: set[asyncio.Task[None]] = set()
@@ -105,17 +106,13 @@ class Supervisor:
                         self._start_queued(group)
                 finally:
                     group.cancel_scope.cancel()
-                    if self._loop is None:
-                        await self._group_is_empty(group)
-                        self._group = None
+                    await self._all_is_done(group)
+                    self._group = None
+                    self.ended = True  # with no turn of the loop since then, in which a job could come and be lost
         except Exception:  # nothing may leave: on trio it would end the whole program
             logger.exception("the supervisor failed")
         finally:
             self._group = None
-            for task in self._brief:
-                task.cancel()
-            if self._brief:
-                await asyncio.wait(self._brief)
             self.ended = True
             self._ended.wake()
 
@@ -128,21 +125,29 @@ class Supervisor:
         context.run(group.start_soon, self._guarded_in_group, job)
         self._in_group += 1
 
-    async def _group_is_empty(self, group: anyio.abc.TaskGroup) -> None:
-        """On trio a group is closed some turns of the loop before whoever left it goes on, and a job that comes in
-        between is an error. So it is left when it is empty. (On asyncio there is no turn in between.)"""
-        self._ending = True
+    async def _all_is_done(self, group: anyio.abc.TaskGroup) -> None:
+        """Wait for the end of all jobs, of those too that come meanwhile.
+
+        A group is closed some turns of the loop before whoever left it goes on. What comes in between is an error on
+        trio, and on asyncio it waits for a cancellation that nobody delivers any more. So the group is left empty.
+        """
+        self.ending = True
         with anyio.CancelScope(shield=True):
-            while self._in_group or self._queue:
+            while self._in_group or self._queue or self._brief:
                 self._start_queued(group)  # what comes late sees its cancellation
-                await self._work.wait()
+                if self._in_group:
+                    await self._work.wait()
+                else:
+                    for task in self._brief:
+                        task.cancel()
+                    await asyncio.wait(self._brief)
 
     async def _guarded_in_group(self, job: Job) -> None:
         try:
             await self._guarded(job)
         finally:
             self._in_group -= 1
-            if self._ending:
+            if self.ending:
                 self._work.wake()
 
     async def _drain_and_end(self) -> None:

@@ -6,6 +6,7 @@ import logging
 import threading
 import weakref
 from collections.abc import AsyncIterator, Mapping
+from contextlib import suppress
 from contextvars import ContextVar
 from typing import Any
 
@@ -77,6 +78,49 @@ async def test_many_may_start_and_stop_at_once() -> None:
             for _ in range(5):
                 group.start_soon(realtime.stop)
         assert realtime.engine.supervisor is None
+
+
+@pytest.mark.parametrize("turns", range(16))
+@pytest.mark.parametrize("busy", [False, True])
+@pytest.mark.anyio
+async def test_a_pipe_that_comes_at_any_turn_of_a_stop_has_an_end(turns: int, busy: bool) -> None:
+    """In the last turn it hung, and the stop with it, at 100 % CPU."""
+    realtime = make_realtime()
+    async with realtime:
+        if busy:
+            realtime.pipe(["a"])
+        async with anyio.create_task_group() as group:
+            with anyio.fail_after(5):
+                group.start_soon(realtime.stop)
+                for _ in range(turns):
+                    await anyio.lowlevel.checkpoint()
+                with suppress(ServerShutdown):
+                    await realtime.pipe(["x"]).wait_until_complete()
+
+
+@pytest.mark.anyio
+async def test_who_goes_on_to_use_it_does_not_keep_it_from_stopping() -> None:
+    realtime = make_realtime()
+
+    @realtime.task("work")
+    async def work(payload: int) -> int:
+        return payload
+
+    async def use() -> None:
+        while True:
+            with suppress(ServerShutdown):
+                await realtime.trigger(work, 1)
+            await anyio.lowlevel.checkpoint()
+
+    await realtime.start()
+    async with anyio.create_task_group() as group:
+        for _ in range(20):
+            group.start_soon(use)
+        await anyio.sleep(0.05)
+        with anyio.fail_after(5):
+            await realtime.stop()
+        group.cancel_scope.cancel()
+    await realtime.stop()
 
 
 @pytest.mark.anyio
