@@ -191,9 +191,8 @@ class Subscription(AsyncIterator[T], Generic[T]):
     async def _prepare(self) -> httpx.Request:
         """The next request, when it is time for it."""
         client, following = self._client, self._following
-        if following.pause_s:
-            await client._sleep(following.pause_s)
-            following.pause_s = 0.0
+        if pause_s := following.pause_s:
+            await client._sleep(pause_s)
         headers = following.headers(await client._token(following.refused_token))
         return client._http.build_request(
             "GET", client.base_url + following.path, headers=headers, timeout=client._timeout

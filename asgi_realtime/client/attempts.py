@@ -28,7 +28,7 @@ class Attempts:
     def __init__(self, give_up_s: float | None, clock: Callable[[], float], random: Callable[[], float]) -> None:
         self.failures = 0
         self._give_up_s = give_up_s
-        self._clock = clock
+        self.clock = clock
         self._random = random
         self._first_s = _FIRST_S
         self._failing_since: float | None = None
@@ -39,11 +39,11 @@ class Attempts:
         self._first_s = max(retry_ms / 1000, _LEAST_S)
 
     def opened(self) -> None:
-        self._opened_at = self._clock()
+        self._opened_at = self.clock()
 
     def lasted(self) -> bool:
         """Whether the present connection is of use by its age."""
-        return self._clock() - self._opened_at >= STEADY_S
+        return self.clock() - self._opened_at >= STEADY_S
 
     def progressed(self) -> None:
         self.failures = 0
@@ -51,7 +51,7 @@ class Attempts:
 
     def failed(self, at_least_s: float = 0.0) -> float | None:
         """The seconds to wait before the next try, or None to give up; who tries all the same begins anew."""
-        now = self._clock()
+        now = self.clock()
         if self._failing_since is None:
             self._failing_since = now
         pause = max(at_least_s, self._pause())

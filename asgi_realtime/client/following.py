@@ -52,17 +52,22 @@ class Following(ABC, Generic[T]):
         self.path = path
         self.ready: deque[T | Raised] = deque()
         self.over = False
-        self.pause_s = 0.0
         self.last_event_id = last_event_id
         self.refused_token: str | None = None
         """The token that the server did not take, until one is taken."""
         self._attempts = attempts
         self._renewable = renewable
         self._renewed = False
+        self._due = 0.0
         self._token: str | None = None
         self._parser = EventParser()
         self._greeted = False
         self._streaming = False
+
+    @property
+    def pause_s(self) -> float:
+        """What is left of the pause before the next request: who was disturbed in it does not begin it anew."""
+        return max(0.0, self._due - self._attempts.clock())
 
     def headers(self, token: str) -> dict[str, str]:
         """Those of the next request."""
@@ -129,10 +134,10 @@ class Following(ABC, Generic[T]):
         level = logging.WARNING if self._attempts.failures else logging.INFO
         pause = self._attempts.failed(at_least_s)
         if pause is None:
-            self.pause_s = 0.0
+            self._due = 0.0
             self._raise(ServerUnreachable(f"gave up on {self.path}: {reason}"), cause)
             return
-        self.pause_s = pause
+        self._due = self._attempts.clock() + pause
         logger.log(level, "%s: %s; next try in %.1f s", self.path, reason, pause)
 
     def close(self) -> None:
@@ -171,7 +176,7 @@ class Following(ABC, Generic[T]):
             self._raise(error)
         else:
             self._renewed = True
-            self.pause_s = 0.0
+            self._due = 0.0
 
     def _progressed(self) -> None:
         self._renewed = False

@@ -101,7 +101,7 @@ def test_pauses_are_drawn_at_random_and_have_an_end(kind: str, surroundings: Sur
 def test_the_reconnection_time_of_the_server_is_the_first_pause(kind: str, surroundings: Surroundings) -> None:
     with ScriptedServer(stream("retry: 3000"), answer(502), stream("retry: 0"), stream(END)) as server:
         assert ask(kind, server, surroundings).errors == []
-    assert surroundings.pauses == [3, 6, 0.4]
+    assert surroundings.pauses == pytest.approx([3, 6, 0.4])
 
 
 @pytest.mark.parametrize(
@@ -399,6 +399,27 @@ def test_no_token_is_shown(kind: str, surroundings: Surroundings, caplog: pytest
 
 
 # Leaving
+
+
+@pytest.mark.anyio
+async def test_a_pause_goes_on_where_a_timeout_disturbed_it() -> None:
+    with ScriptedServer(answer(503), stream(chunk(0), END)) as server:
+        async with RealtimeClient(server.origin, TOKEN) as client:
+            pauses: list[float] = []
+            now = 0.0
+
+            async def sleep(seconds: float) -> None:
+                nonlocal now
+                pauses.append(seconds)
+                now += 0.75
+                await anyio.sleep_forever() if seconds > 0.75 else await anyio.lowlevel.checkpoint()
+
+            client._sleep, client._clock, client._random = sleep, lambda: now, lambda: 1.0
+            chunks = client.read("run_1")
+            with anyio.move_on_after(0.1):
+                await anext(chunks)
+            assert await anext(chunks) == 0
+    assert pauses == [1, 0.25]
 
 
 @pytest.mark.anyio

@@ -97,9 +97,21 @@ def test_who_never_gives_up_goes_on(clock: Clock) -> None:
     reader = following(clock, give_up_s=None)
     for _ in range(5000):
         reader.lost("gone")
+        assert 0 < reader.pause_s <= 30
         clock.now += reader.pause_s
     assert not reader.ready
-    assert reader.pause_s == 30
+
+
+def test_of_a_pause_that_was_disturbed_the_rest_is_left(clock: Clock) -> None:
+    """Who asks with a time-out shorter than the pause began it anew each time, and never came back."""
+    reader = following(clock)
+    for _ in range(3):
+        reader.lost("gone")
+    assert reader.pause_s == 4
+    clock.now += 1.5
+    assert reader.pause_s == 2.5
+    clock.now += 3
+    assert reader.pause_s == 0
 
 
 def test_a_token_that_is_expired_at_once_is_replaced_once(clock: Clock) -> None:
