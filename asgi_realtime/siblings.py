@@ -21,7 +21,7 @@ logger = logging.getLogger("asgi_realtime")
 
 WARNING = (
     "several workers run this app, and the broker is in memory: each has runs of its own, and a browser that reaches"
-    " another one does not find its run. Run one worker, or give all of them broker='redis://…'"
+    " another one does not find its run. Run one worker, or give all of them broker='redis://…' and the same secret_key"
 )
 
 

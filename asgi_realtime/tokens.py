@@ -214,7 +214,10 @@ def _decode(token: str, secrets: tuple[str, ...]) -> dict[str, Any]:
     try:
         return _decode_with_any(token, secrets)
     except jwt.InvalidSignatureError as exc:
-        raise InvalidToken("token has a wrong signature: it was signed with another secret, or changed") from exc
+        raise InvalidToken(
+            "token has a wrong signature: it was signed with another secret, or changed, or this server made its own"
+            " key anew: another worker, or a restart"
+        ) from exc
     except jwt.InvalidAlgorithmError as exc:
         raise InvalidToken(_algorithm_message(token)) from exc
     except jwt.MissingRequiredClaimError as exc:
