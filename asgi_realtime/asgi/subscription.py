@@ -89,8 +89,8 @@ class Over(Exception):
 
 
 def _reconnect(host: Host, framing: Framing) -> bytes:
-    spread_ms = random.random() * host.timeouts.reconnect * 1000
-    return framing.reconnect(max(MIN_RECONNECT_MS, round(spread_ms)))
+    longest_ms = max(MIN_RECONNECT_MS, round(host.timeouts.reconnect * 1000))
+    return framing.reconnect(random.randint(MIN_RECONNECT_MS, longest_ms))
 
 
 def farewell(host: Host) -> Response:

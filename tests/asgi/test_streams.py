@@ -8,7 +8,7 @@ import anyio.lowlevel
 import pytest
 
 from asgi_realtime.asgi.framing import NativeFraming
-from asgi_realtime.asgi.subscription import MAX_RECONNECT_MS, MIN_RECONNECT_MS
+from asgi_realtime.asgi.subscription import MAX_RECONNECT_MS, MIN_RECONNECT_MS, farewell
 from asgi_realtime.brokers.base import StreamKey
 from asgi_realtime.config import Cors, Limits, Retention, Timeouts
 from asgi_realtime.core.log import End
@@ -16,7 +16,7 @@ from asgi_realtime.core.runs import BatchMember, Status, StreamAdded
 from asgi_realtime.errors import BrokerUnavailable
 from asgi_realtime.livelog import LiveLog
 from asgi_realtime.testing import driver
-from asgi_realtime.testing.sse import Event
+from asgi_realtime.testing.sse import Event, EventParser
 from tests.asgi.standin import SECRET, StandIn
 
 pytestmark = pytest.mark.anyio
@@ -725,6 +725,13 @@ async def test_shutdown_ends_each_stream_with_reconnect_and_a_time_of_its_own(ho
         retries.append(event.retry)
     assert all(250 <= retry <= 3000 for retry in retries)
     assert len(set(retries)) > 10
+
+
+async def test_the_times_to_come_back_are_spread_evenly_over_what_is_allowed() -> None:
+    host = StandIn(timeouts=Timeouts(reconnect=0.3))
+    retries = [EventParser().feed(bytes(farewell(host).body))[0].retry for _ in range(200)]
+    assert set(retries) <= set(range(MIN_RECONNECT_MS, 301))
+    assert retries.count(MIN_RECONNECT_MS) < 40  # one in 51, and not all that would lie below
 
 
 async def test_who_comes_during_the_shutdown_is_told_at_once(host: StandIn) -> None:
