@@ -99,7 +99,7 @@ class Following(ABC, Generic[T]):
         elif status in _NOT_FINAL or status >= 500:
             at_least_s = retry_after(headers.get("retry-after"), headers.get("date"))
             self._come_back(f"the server answered {status}", at_least_s=at_least_s)
-        elif status == 401:
+        elif status in (401, 403):
             self._token_refused(refusal(status, body))
         elif 300 <= status < 400:
             self._raise(redirected(status, headers.get("location", "")))
@@ -151,6 +151,8 @@ class Following(ABC, Generic[T]):
             self._ended(decode(event.data.encode()))
             return False
         if event.event == "reconnect":
+            if self._attempts.lasted():
+                self._progressed()
             self._come_back("the server asks to come back", at_least_s=(event.retry or 0) / 1000)
             return False
         self._progressed()

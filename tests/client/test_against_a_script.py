@@ -330,6 +330,23 @@ def test_a_new_token_that_is_refused_too_is_raised(kind: str, surroundings: Surr
     assert server.tokens == ["token-1", "token-2", "token-3", "token-4"]
 
 
+def test_a_new_token_is_asked_for_when_the_old_one_does_not_admit(
+    kind: str, surroundings: Surroundings, function: Any
+) -> None:
+    """The function may give tokens for the runs that a user has by now."""
+    with ScriptedServer(refused(403, "forbidden", "not this run"), stream(chunk(0), END)) as server:
+        told = ask(kind, server, surroundings, function)
+    assert (told.items, told.errors) == ([0], [])
+    assert server.tokens == ["token-1", "token-2"]
+
+
+def test_a_new_token_that_does_not_admit_either_is_raised(kind: str, surroundings: Surroundings, function: Any) -> None:
+    with ScriptedServer(refused(403, "forbidden", "not this run")) as server:
+        error = ask(kind, server, surroundings, function).error
+    assert type(error) is ScopeDenied
+    assert server.tokens == ["token-1", "token-2"]
+
+
 def test_each_new_token_that_was_of_use_may_be_replaced(kind: str, surroundings: Surroundings, function: Any) -> None:
     answers = [stream(chunk(index), EXPIRED) for index in range(4)]
     with ScriptedServer(*answers, stream(END)) as server:

@@ -93,6 +93,18 @@ def test_a_server_that_only_asks_to_come_back_is_given_up(clock: Clock) -> None:
         pytest.fail("it is asked for ever")
 
 
+def test_a_server_that_ends_each_stream_by_its_age_is_not_given_up(clock: Clock) -> None:
+    """`Timeouts.stream_age` may be so short that a quiet stream has no heartbeat before it is ended."""
+    reader = following(clock)
+    for _ in range(20):
+        connect(reader)
+        clock.now += 15
+        assert not reader.received(b'event: reconnect\nretry: 1000\ndata: {"retry":1000}\n\n')
+        assert reader.pause_s == 1
+        clock.now += reader.pause_s
+    assert not reader.ready
+
+
 def test_who_never_gives_up_goes_on(clock: Clock) -> None:
     reader = following(clock, give_up_s=None)
     for _ in range(5000):
