@@ -48,20 +48,27 @@ class OpenRun:
         execution, interrupt, token = self._execution, self._interrupt, self._token
         assert execution is not None and interrupt is not None and token is not None
         execution.interrupt = None
-        interrupt.__exit__(exc_type, exc, tb)
+        rest: BaseException | None = None
+        try:
+            interrupt.__exit__(exc_type, exc, tb)
+        except BaseException as left:  # on trio: a group of exceptions, less the cancellation that was in it
+            exc = rest = left
+        interrupted = interrupt.interrupted and rest is None
         try:
             current.reset(token)
         except ValueError:
             pass  # left in another task than entered: that one has its own context, nothing is to be undone here
         try:
-            await self._end(execution, exc, interrupted=interrupt.interrupted)
+            await self._end(execution, exc, interrupted=interrupted)
         except RealtimeError as failure:
             if not isinstance(exc, Exception):
                 raise
             logger.error("the end of run %s could not be stored: %s", execution.run.id, failure)  # `exc` goes on
         finally:
             self._on_ended(execution)
-        if execution.stopped_by is not None and (exc is None or interrupt.interrupted):
+        if rest is not None:
+            raise rest
+        if execution.stopped_by is not None and (exc is None or interrupted):
             raise execution.stopped_by from None
 
     async def _end(self, execution: Execution, exc: BaseException | None, *, interrupted: bool) -> RunRecord:

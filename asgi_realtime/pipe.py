@@ -18,7 +18,7 @@ from asgi_realtime.config import Limits, Timeouts
 from asgi_realtime.errors import BrokerUnavailable, RealtimeError, ServerShutdown
 from asgi_realtime.localcopy import LocalCopy, Reader
 from asgi_realtime.sources import ThreadBudget, discard, opened
-from asgi_realtime.supervisor import cancelled_by_nobody
+from asgi_realtime.supervisor import cancelled_by_nobody, is_failure
 from asgi_realtime.waiting import Parking
 from asgi_realtime.writer import YIELD_EVERY, StreamWriter, encode_numbered
 
@@ -168,7 +168,7 @@ class Pipe(Generic[T]):
     def _note(self, cause: BaseException) -> None:
         if isinstance(cause, Exception):
             self.error = cause
-        elif isinstance(cause, SystemExit) or _is_foreign(cause):
+        elif is_failure(cause) or _is_foreign(cause):
             self.error = RuntimeError(f"the source raised {type(cause).__name__}")
             self.error.__cause__ = cause
         else:

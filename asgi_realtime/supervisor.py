@@ -35,6 +35,16 @@ def cancelled_by_nobody() -> bool:
     return task is not None and not task.cancelling()
 
 
+def is_failure(exc: BaseException) -> bool:
+    """Whether code has failed by itself: an exception, `SystemExit`, or a group of such, as task groups raise them.
+
+    What exits in a job ends that job and not the server. What is left is cancellation and `KeyboardInterrupt`.
+    """
+    if isinstance(exc, BaseExceptionGroup):
+        return all(map(is_failure, exc.exceptions))
+    return isinstance(exc, (Exception, SystemExit))
+
+
 def _in_task() -> bool:
     """Whether the calling code may start a task: on asyncio a callback of the loop is in no task, and anyio needs one.
 
@@ -160,12 +170,16 @@ class Supervisor:
     async def _guarded(self, job: Job) -> None:
         try:
             await job()
-        except (Exception, SystemExit):
-            logger.exception("a background job failed: %r", job)
-        except anyio.get_cancelled_exc_class():
-            if not cancelled_by_nobody():
+        except BaseException as exc:
+            cancelled = anyio.get_cancelled_exc_class()
+            if is_failure(exc):
+                logger.exception("a background job failed: %r", job)
+            elif isinstance(exc, cancelled) and cancelled_by_nobody():
+                logger.exception("a background job cancelled itself: %r", job)  # raised, it would cancel all others too
+            elif isinstance(exc, BaseExceptionGroup) and (rest := exc.split(cancelled)[1]) and is_failure(rest):
+                logger.error("a background job failed as it was cancelled: %r", job, exc_info=rest)
+            else:
                 raise
-            logger.exception("a background job cancelled itself: %r", job)  # raised, it would cancel all others too
 
     def spawn(self, job: Job) -> None:
         """Run a job beside everything else, in a copy of the caller's context. Its errors are logged."""

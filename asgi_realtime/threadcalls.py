@@ -18,7 +18,7 @@ import anyio.from_thread
 
 from asgi_realtime.errors import ServerShutdown
 from asgi_realtime.run import Run
-from asgi_realtime.supervisor import Supervisor, cancelled_by_nobody
+from asgi_realtime.supervisor import Supervisor, cancelled_by_nobody, is_failure
 from asgi_realtime.tasks.threads import without_loop
 from asgi_realtime.waiting import Parking
 
@@ -94,11 +94,11 @@ class ThreadCall(Generic[T]):
                 self._end(_shut_down())
                 raise
             self._end(exc)
-        except (Exception, SystemExit) as exc:
+        except BaseException as exc:
+            if not is_failure(exc):  # it ends the loop
+                self._end(_shut_down())
+                raise
             self._end(exc)
-        except BaseException:  # it ends the loop
-            self._end(_shut_down())
-            raise
         else:
             self._end(None)
 
@@ -140,8 +140,7 @@ class HeldRun:
         while self._run is None and not self._is_over:
             await self._changed.wait()
         if self._run is None:
-            assert self._error is not None
-            raise self._error
+            raise self._error or _shut_down()  # the stop came before the run was open
         return self._run
 
     async def leave(self, error: BaseException | None) -> BaseException | None:

@@ -192,6 +192,29 @@ async def test_an_error_of_a_body_that_is_cancelled_goes_on() -> None:
         assert (await ended(realtime, run.id)).status is Status.FAILED
 
 
+async def test_a_body_whose_task_group_fails_as_it_is_cancelled_fails_the_run() -> None:
+    """On trio the run stayed EXECUTING, and held up the stop."""
+
+    async def child() -> None:
+        try:
+            await anyio.sleep_forever()
+        finally:
+            raise ValueError("cleanup")
+
+    async with make_realtime() as realtime:
+        with pytest.raises(ExceptionGroup) as failed:
+            async with realtime.open_run("r") as run:
+                async with anyio.create_task_group() as group:
+                    group.start_soon(child)
+                    await anyio.wait_all_tasks_blocked()
+                    await realtime.cancel(run)
+                    await anyio.sleep_forever()
+        assert str(failed.value.exceptions[0]) == "cleanup"
+        record = await ended(realtime, run.id)
+        assert record.error == RunError("ValueError", "task failed")
+        assert not realtime.engine.executions
+
+
 async def test_it_cannot_be_entered_twice() -> None:
     async with make_realtime() as realtime:
         opened = realtime.open_run("r")

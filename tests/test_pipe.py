@@ -619,14 +619,18 @@ async def test_an_error_of_a_pipe_fails_its_task() -> None:
             await (await realtime.trigger(chat)).result(timeout=5)
 
 
-async def test_an_exit_in_the_source_is_an_error_of_the_source() -> None:
+@pytest.mark.parametrize(
+    ("error", "name"),
+    [(SystemExit(3), "SystemExit"), (BaseExceptionGroup("of a task group", [SystemExit(3)]), "BaseExceptionGroup")],
+)
+async def test_an_exit_in_the_source_is_an_error_of_the_source(error: BaseException, name: str) -> None:
     async def source() -> AsyncIterator[int]:
         yield 0
-        raise SystemExit(3)
+        raise error
 
     async with make() as realtime:
         pipe = realtime.pipe(source())
-        with pytest.raises(RuntimeError, match="the source raised SystemExit"):
+        with pytest.raises(RuntimeError, match=f"the source raised {name}"):
             await pipe.wait_until_complete()
         assert await over(realtime, pipe.run_id) is Status.FAILED
 

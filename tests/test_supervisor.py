@@ -68,7 +68,9 @@ async def test_a_job_that_was_spawned_before_the_begin_runs() -> None:
     await supervisor.wait_ended()
 
 
-@pytest.mark.parametrize("error", [ValueError("job"), SystemExit(3)])
+@pytest.mark.parametrize(
+    "error", [ValueError("job"), SystemExit(3), BaseExceptionGroup("of a task group", [SystemExit(3), ValueError()])]
+)
 async def test_a_job_that_fails_is_logged_and_ends_no_other(
     error: BaseException, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -85,6 +87,27 @@ async def test_a_job_that_fails_is_logged_and_ends_no_other(
         supervisor.spawn(goes_on)
         supervisor.spawn(fails)
         await until(lambda: done)
+
+
+@pytest.mark.parametrize("anyio_backend", ["trio"])  # asyncio itself ends the loop if a task exits
+async def test_a_job_that_fails_as_it_is_cancelled_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    """The cancellation and the failure come in one group, and that ended the program."""
+
+    async def exits() -> None:
+        try:
+            await anyio.sleep_forever()
+        finally:
+            raise SystemExit(3)
+
+    async def job() -> None:
+        async with anyio.create_task_group() as group:
+            group.start_soon(exits)
+            await anyio.sleep_forever()
+
+    async with supervising() as supervisor:
+        supervisor.spawn(job)
+        await anyio.wait_all_tasks_blocked()
+    assert "a background job failed" in caplog.text
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from typing import Any
 
 import anyio
 import pytest
 
-from asgi_realtime import Realtime, ServerShutdown, Timeouts
-from asgi_realtime.threadcalls import ThreadCall
+from asgi_realtime import Realtime, Run, ServerShutdown, Timeouts
+from asgi_realtime.threadcalls import HeldRun, ThreadCall
 from tests.inprocess import GUARD_S, make_realtime, run_without_anyio, until
 
 pytestmark = pytest.mark.anyio
@@ -198,3 +199,21 @@ async def test_an_iterator_of_before_a_restart_is_over() -> None:
         second = Waiting(lambda: next(reader))
         await until(lambda: not second.thread.is_alive())
         assert isinstance(second.outcome, ServerShutdown)
+
+
+async def test_a_run_whose_opening_meets_the_stop_is_not_opened() -> None:
+    """It raised a bare `AssertionError`."""
+    realtime = make_realtime()
+    async with realtime:
+        supervisor = realtime.engine.supervisor
+        assert supervisor is not None
+
+        @asynccontextmanager
+        async def opened() -> AsyncIterator[Run]:
+            supervisor.request_stop()
+            await anyio.sleep_forever()
+            yield NotImplemented
+
+        waiting = Waiting(ThreadCall(supervisor, HeldRun(supervisor, opened()).enter).make)
+        await until(lambda: not waiting.thread.is_alive())
+        assert isinstance(waiting.outcome, ServerShutdown)

@@ -10,7 +10,7 @@ import anyio
 from asgi_realtime.core.runs import RunRecord
 from asgi_realtime.execution import Execution
 from asgi_realtime.run import current
-from asgi_realtime.supervisor import cancelled_by_nobody
+from asgi_realtime.supervisor import cancelled_by_nobody, is_failure
 from asgi_realtime.tasks.task import Task
 from asgi_realtime.tasks.threads import TaskThreads
 
@@ -33,13 +33,18 @@ async def run_task(task: Task[Any, Any], execution: Execution, *, threads: TaskT
                 if output is not None or execution.run.output_json is None:
                     execution.run.set_output(output)
                 return await execution.returned()
-            except (Exception, SystemExit) as exc:  # a task that exits does not end the server
-                return await execution.raised(exc)
+            except BaseException as exc:
+                if not is_failure(exc):
+                    raise
+                return await execution.raised(exc)  # a task that exits does not end the server
         if execution.stopped_by is None and max_duration_s is not None:
             return await execution.timed_out(max_duration_s)
         return await execution.stopped()
-    except anyio.get_cancelled_exc_class() as exc:
-        if cancelled_by_nobody():
+    except BaseException as exc:
+        if execution.ending or isinstance(exc, KeyboardInterrupt | GeneratorExit):
+            raise
+        # On trio a scope takes its cancellation out of a group of exceptions, and what is left comes here.
+        if is_failure(exc) or (isinstance(exc, anyio.get_cancelled_exc_class()) and cancelled_by_nobody()):
             return await execution.raised(exc)
         await execution.stopped()
         raise

@@ -188,16 +188,47 @@ async def test_a_task_that_exits_fails_and_nothing_else_ends() -> None:
     def exits_in_thread() -> None:
         sys.exit("bye")
 
+    @realtime.task("group")
+    async def exits_in_group() -> None:
+        async with anyio.create_task_group():
+            sys.exit("bye")
+
     @realtime.task("other")
     async def other() -> str:
         return "fine"
 
     async with realtime:
-        for task_id in ("async", "def"):
+        for task_id in ("async", "def", "group"):
             record = await ended(realtime, await realtime.trigger(task_id))
             assert record.error == RunError("SystemExit", "task failed")
         assert await (await realtime.trigger(other)).result(timeout=5) == "fine"
-    assert exits is not None and exits_in_thread is not None
+    assert exits is not None and exits_in_thread is not None and exits_in_group is not None
+
+
+async def test_a_canceled_task_that_fails_in_its_clean_up_has_an_end() -> None:
+    """On trio it stayed EXECUTING."""
+    realtime = make_realtime()
+
+    async def child() -> None:
+        try:
+            await anyio.sleep_forever()
+        finally:
+            raise ValueError("closing the connection failed")
+
+    @realtime.task("t")
+    async def task() -> None:
+        async with anyio.create_task_group() as group:
+            group.start_soon(child)
+            await anyio.sleep_forever()
+
+    async with realtime:
+        handle = await realtime.trigger(task)
+        await until(lambda: handle.id in realtime.engine.executions)
+        await anyio.wait_all_tasks_blocked()
+        await realtime.cancel(handle)
+        record = await ended(realtime, handle)
+        assert record.error == RunError("ValueError", "task failed")
+        assert not realtime.engine.executions
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
