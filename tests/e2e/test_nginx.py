@@ -106,6 +106,7 @@ def test_a_reader_who_goes_is_noticed_by_the_app(plain: Front) -> None:
 
 UNBUFFERED = {"        proxy_buffering off;           # streams to readers\n": ""}
 BUFFERED = {"proxy_buffering off;": "proxy_ignore_headers X-Accel-Buffering; proxy_buffering on;"}
+COMPRESSED = {"gzip off;": "gzip on; gzip_types *;"}
 
 
 def test_the_header_of_the_library_is_enough_against_buffering(tmp_path: Path) -> None:
@@ -113,27 +114,49 @@ def test_the_header_of_the_library_is_enough_against_buffering(tmp_path: Path) -
         check_chunks_come_as_they_are_written(visitor)
 
 
-def test_where_the_header_is_ignored_nothing_arrives_before_the_end(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("changes", "http2", "held"),
+    [
+        ({" ssl http2": ""}, False, False),
+        ({}, False, True),
+        ({}, True, False),
+        ({" ssl http2": "", **COMPRESSED}, False, True),
+        (COMPRESSED, False, True),
+        (COMPRESSED, True, True),
+    ],
+    ids=["http1", "http1 with tls", "http2", "http1, gzip", "http1 with tls, gzip", "http2, gzip"],
+)
+def test_where_the_header_is_ignored_a_quiet_stream_may_be_held_to_its_end(
+    tmp_path: Path, changes: dict[str, str], http2: bool, held: bool
+) -> None:
     """What the others would see if nginx buffered: this is how they could fail."""
-    with served(tmp_path, BUFFERED, HEARTBEAT="0.2") as found, found.visitor() as host, found.visitor() as visitor:
-        run = host.post("/open")
-        arrived = threading.Event()
-        events: list[str] = []
+    with served(tmp_path, BUFFERED | changes, HEARTBEAT="0.2") as found:
+        url = found.url if " ssl http2" not in changes else found.url.replace("https", "http")
+        host = Visitor(url, found.certificate.trust)
+        visitor = Visitor(url, found.certificate.trust, http2=http2)
+        with host, visitor:
+            check_a_quiet_stream(host, visitor, held=held)
 
-        def read() -> None:
-            with visitor.stream(run) as stream:
-                events.append(stream.event().data)
-                arrived.set()
-                events.extend(event.event for event in stream.rest())
 
-        reader = threading.Thread(target=read)
-        reader.start()
-        wait_for(lambda: host.count() == 1, "nobody reads")
-        host.post("/append", run=run["id"], chunk="held back")
-        assert not arrived.wait(1)
-        host.post("/end", run=run["id"])
-        reader.join(GUARD_S)
-        assert events == ['"held back"', "end"]
+def check_a_quiet_stream(host: Visitor, visitor: Visitor, *, held: bool) -> None:
+    run = host.post("/open")
+    arrived = threading.Event()
+    events: list[str] = []
+
+    def read() -> None:
+        with visitor.stream(run) as stream:
+            events.append(stream.event().data)
+            arrived.set()
+            events.extend(event.event for event in stream.rest())
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    wait_for(lambda: host.count() == 1, "nobody reads")
+    host.post("/append", run=run["id"], chunk="quiet")
+    assert arrived.wait(1 if held else GUARD_S) is not held
+    host.post("/end", run=run["id"])
+    reader.join(GUARD_S)
+    assert events == ['"quiet"', "end"]
 
 
 HURRIED = {"proxy_read_timeout 75s;": "proxy_read_timeout 1s;"}
