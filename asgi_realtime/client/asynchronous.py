@@ -153,6 +153,7 @@ class Subscription(AsyncIterator[T], Generic[T]):
                     raise StopAsyncIteration
                 await self._advance()
         except BaseException:
+            self._following.left()
             await self._disconnect()
             raise
         item = self._following.ready.popleft()

@@ -1,11 +1,15 @@
 """When to come back after a connection was lost, and when to give up.
 
+The time without progress runs from the first try that brought none, or from the loss of a connection that was of use.
+The last pause is cut to what is left of it, so that there is a try at its end.
+
 Pauses double from failure to failure and begin again after progress. They are drawn at random from the upper half, so
 that the readers of a server that went away do not come back in one moment.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -38,6 +42,16 @@ class Attempts:
         """The reconnection time of the event stream: the pause after a first failure."""
         self._first_s = max(retry_ms / 1000, _LEAST_S)
 
+    def trying(self) -> None:
+        """A request is about to be sent."""
+        if self._failing_since is None:
+            self._failing_since = self.clock()
+
+    def left(self) -> None:
+        """Who reads has gone, for as long as he likes: the time of a try that has not failed does not run on."""
+        if not self.failures:
+            self._failing_since = None
+
     def opened(self) -> None:
         self._opened_at = self.clock()
 
@@ -51,15 +65,21 @@ class Attempts:
 
     def failed(self, at_least_s: float = 0.0) -> float | None:
         """The seconds to wait before the next try, or None to give up; who tries all the same begins anew."""
+        left_s = self._left_s()
+        if left_s < _LEAST_S:
+            self.progressed()
+            return None
+        pause = max(at_least_s, self._pause())
+        self.failures += 1
+        return min(pause, left_s)
+
+    def _left_s(self) -> float:
+        if self._give_up_s is None:
+            return math.inf
         now = self.clock()
         if self._failing_since is None:
             self._failing_since = now
-        pause = max(at_least_s, self._pause())
-        self.failures += 1
-        if self._give_up_s is not None and now + pause - self._failing_since > self._give_up_s:
-            self.progressed()
-            return None
-        return pause
+        return self._failing_since + self._give_up_s - now
 
     def _pause(self) -> float:
         longest = max(MOST_S, self._first_s)

@@ -73,6 +73,7 @@ class Following(ABC, Generic[T]):
         """Those of the next request."""
         self._token = token
         self._streaming = False
+        self._attempts.trying()
         resume = {} if self.last_event_id is None else {"last-event-id": self.last_event_id}
         return {
             "accept": "text/event-stream",
@@ -130,12 +131,24 @@ class Following(ABC, Generic[T]):
             self._progressed()
         self._come_back(reason, cause=cause)
 
-    def _come_back(self, reason: str, *, at_least_s: float = 0.0, cause: Exception | None = None) -> None:
+    def left(self) -> None:
+        """The driver was disturbed, and the connection closed."""
+        self._attempts.left()
+
+    def _come_back(
+        self,
+        reason: str,
+        *,
+        at_least_s: float = 0.0,
+        cause: Exception | None = None,
+        gives_up: RealtimeError | None = None,
+    ) -> None:
+        """Try again after a pause, or raise `gives_up` if that went on for too long."""
         level = logging.WARNING if self._attempts.failures else logging.INFO
         pause = self._attempts.failed(at_least_s)
         if pause is None:
             self._due = 0.0
-            self._raise(ServerUnreachable(f"gave up on {self.path}: {reason}"), cause)
+            self._raise(gives_up or ServerUnreachable(f"gave up on {self.path}: {reason}"), cause)
             return
         self._due = self._attempts.clock() + pause
         logger.log(level, "%s: %s; next try in %.1f s", self.path, reason, pause)
@@ -169,7 +182,14 @@ class Following(ABC, Generic[T]):
             return
         if self._attempts.lasted():
             self._progressed()
-        self._token_refused(ExpiredToken("the access token has expired"))
+        expired = ExpiredToken("the access token has expired")
+        if (
+            self._renewed
+        ):  # a new one, that was taken: whoever gives them had one with little left, and will have others
+            self.refused_token = self._token
+            self._come_back("the access token expired soon after it was taken", gives_up=expired)
+        else:
+            self._token_refused(expired)
 
     def _token_refused(self, error: RealtimeError) -> None:
         self.refused_token = self._token

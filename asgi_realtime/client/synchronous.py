@@ -143,6 +143,7 @@ class SyncSubscription(Iterator[T], Generic[T]):
                     raise StopIteration
                 self._advance()
         except BaseException:
+            self._following.left()
             self._disconnect()
             raise
         item = self._following.ready.popleft()

@@ -138,7 +138,7 @@ def test_a_server_that_stays_away_is_given_up(kind: str, surroundings: Surroundi
     assert told.items == [0]
     assert [type(error) for error in told.errors] == [ServerUnreachable, ServerUnreachable]
     assert str(told.error) == "gave up on /v1/streams/run_1/default: the server answered 503"
-    assert surroundings.pauses == [1, 2, 4, 8, 1, 2, 4, 8]
+    assert surroundings.pauses == [1, 2, 4, 8, 5, 1, 2, 4, 8, 5]
     assert set(server.positions[1:]) == {"0"}
 
 

@@ -75,8 +75,8 @@ def test_a_connection_that_lasted_is_progress(clock: Clock) -> None:
 
 def test_a_server_that_hangs_is_given_up(clock: Clock) -> None:
     reader = following(clock)
-    assert pauses(reader, clock, lasting=45, silent=True)[:2] == [1, 2]
-    (raised,) = reader.ready
+    assert pauses(reader, clock, lasting=45, silent=True)[:2] == [1, 0]
+    raised = reader.ready[0]
     assert isinstance(raised, Raised)
     assert isinstance(raised.error, ServerUnreachable)
 
@@ -105,6 +105,48 @@ def test_a_server_that_ends_each_stream_by_its_age_is_not_given_up(clock: Clock)
     assert not reader.ready
 
 
+def test_a_server_that_takes_requests_and_never_answers_is_given_up_in_time(clock: Clock) -> None:
+    """It was asked for twice `silence_timeout`, though `give_up_after` was long over."""
+    reader = following(clock, give_up_s=10)
+    reader.headers("token")
+    clock.now += 45
+    reader.lost("nothing was heard", silent=True)
+    (raised,) = reader.ready
+    assert isinstance(raised, Raised)
+    assert isinstance(raised.error, ServerUnreachable)
+
+
+def test_the_last_try_is_at_the_end_of_the_time(clock: Clock) -> None:
+    reader = following(clock, give_up_s=10)
+    found = []
+    while not reader.ready:
+        reader.headers("token")
+        reader.answered(503, {"retry-after": "4"}, b"")
+        found.append(reader.pause_s)
+        clock.now += reader.pause_s
+    assert found == [4, 4, 2, 0]
+
+
+def test_a_connection_that_was_of_use_begins_the_time_anew(clock: Clock) -> None:
+    reader = following(clock, give_up_s=10)
+    connect(reader)
+    assert reader.received(HEARTBEAT)
+    clock.now += 1000
+    reader.lost("gone")
+    assert not reader.ready
+    assert reader.pause_s == 1
+
+
+def test_the_time_does_not_run_while_nobody_reads(clock: Clock) -> None:
+    reader = following(clock, give_up_s=10)
+    reader.headers("token")
+    reader.left()
+    clock.now += 1000
+    reader.headers("token")
+    reader.lost("gone")
+    assert not reader.ready
+
+
 def test_who_never_gives_up_goes_on(clock: Clock) -> None:
     reader = following(clock, give_up_s=None)
     for _ in range(5000):
@@ -126,12 +168,18 @@ def test_of_a_pause_that_was_disturbed_the_rest_is_left(clock: Clock) -> None:
     assert reader.pause_s == 0
 
 
-def test_a_token_that_is_expired_at_once_is_replaced_once(clock: Clock) -> None:
-    """A function may give tokens of a clock that is late; that is no loop without a pause."""
+def test_tokens_that_expire_at_once_are_replaced_with_pauses(clock: Clock) -> None:
+    """A function may give what it has kept, with little time left, to a quiet stream: no loop, and no error at once."""
     reader = following(clock)
-    for _ in range(2):
+    found = []
+    while not reader.ready:
         connect(reader)
+        clock.now += 2
         assert not reader.received(EXPIRED)
+        assert reader.refused_token == "token"
+        found.append(reader.pause_s)
+        clock.now += reader.pause_s
+    assert found == [0, 1, 2, 4, 8, 16, 15, 0]
     (raised,) = reader.ready
     assert isinstance(raised, Raised)
     assert isinstance(raised.error, ExpiredToken)
