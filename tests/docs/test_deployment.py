@@ -29,7 +29,7 @@ HOSTS = blocks("host")
 DOCUMENT = (ROOT / "docs" / "deployment.md").read_text("utf-8")
 
 _COMMANDS = re.compile(r"# app\.py, started with: (.+)\n")
-_PORT = {"uvicorn": "--port={}", "hypercorn": "--bind=127.0.0.1:{}", "flask": "--port={}"}
+_PORT = {"uvicorn": "--port={}", "hypercorn": "--bind=127.0.0.1:{}", "flask": "--port={}", "litestar": "--port={}"}
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2 * GUARD_S)]
 
@@ -138,7 +138,7 @@ def test_flask_beside_a_server_of_streams(redis_url: str, tmp_path: Path) -> Non
 
 def test_every_host_has_a_program() -> None:
     asgi = {"fastapi", "starlette", "litestar", "quart", "blacksheep", "falcon", "django", "sanic"}
-    assert set(HOSTS) == asgi | {"flask", "wsgi"}
+    assert set(HOSTS) == asgi | {"litestar_mount", "flask", "wsgi"}
 
 
 def test_the_lines_that_try_a_host(tmp_path: Path) -> None:

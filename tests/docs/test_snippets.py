@@ -273,6 +273,15 @@ async def check_exposed(names: Names, printed: str) -> None:
     await browser_may_read(names)
 
 
+async def check_prefixed(names: Names, printed: str) -> None:
+    for prefix in ("", "/api"):
+        transport = httpx.ASGITransport(names["app"], root_path=prefix)
+        async with httpx.AsyncClient(transport=transport, base_url="http://host") as http:
+            url = (await http.post("/start")).json()
+            assert url.startswith(f"{prefix}/realtime/v1/streams/")
+            assert '"you!"' in (await http.get(url.removeprefix(prefix))).text  # as the proxy does
+
+
 CHECKS: dict[str, Callable[[Names, str], Awaitable[None]]] = {
     name.removeprefix("check_"): check for name, check in globals().items() if name.startswith("check_")
 }

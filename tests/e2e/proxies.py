@@ -103,7 +103,7 @@ error_log {folder}/error.log info;
 pid {folder}/nginx.pid;
 events {{ worker_connections 512; }}
 http {{
-    access_log off;
+    access_log {folder}/access.log;
     client_body_temp_path {folder}/body;
     proxy_temp_path {folder}/proxy;
     fastcgi_temp_path {folder}/fastcgi;

@@ -104,6 +104,19 @@ def test_a_reader_who_goes_is_noticed_by_the_app(plain: Front) -> None:
         wait_for(lambda: host.count() == 0, "the app was not told")
 
 
+def test_no_token_is_in_the_access_log(tmp_path: Path) -> None:
+    with served(tmp_path) as found, found.visitor() as visitor:
+        run = visitor.post("/open")
+        visitor.post("/append", run=run["id"], chunk="one")
+        visitor.post("/end", run=run["id"])
+        path = f"/realtime/v1/streams/{run['id']}/default?access_token={run['token']}"
+        assert '"one"' in visitor.http.get(found.url + path).text
+        visitor.post("/open")
+        log = (tmp_path / "access.log").read_text()
+        assert log.count("POST /open") == 2
+        assert run["token"] not in log
+
+
 UNBUFFERED = {"        proxy_buffering off;           # streams to readers\n": ""}
 BUFFERED = {"proxy_buffering off;": "proxy_ignore_headers X-Accel-Buffering; proxy_buffering on;"}
 COMPRESSED = {"gzip off;": "gzip on; gzip_types *;"}
