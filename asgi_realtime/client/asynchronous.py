@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import suppress
 from types import TracebackType
 from typing import Any, Generic, TypeVar
+from weakref import WeakSet
 
 import anyio
 import httpx
@@ -42,7 +43,7 @@ class RealtimeClient(ClientBase):
     without progress it raises `ServerUnreachable`; with None it never gives up. `connect_timeout` is for one try.
 
     `http` is used for the requests and not closed; so proxies and certificates may be set there. Use the client in
-    `async with`, or `aclose` it.
+    `async with`, or `aclose` it; then its subscriptions end, and new ones raise `UsageError`.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class RealtimeClient(ClientBase):
         self._sleep: Callable[[float], Awaitable[None]] = anyio.sleep
         self._turn = anyio.Lock()
         self._newest: str | None = None
+        self._subscriptions: WeakSet[Subscription[Any]] = WeakSet()
 
     def subscribe_to_run(self, run_id: str) -> Subscription[RunState]:
         """The states of a run, the present one first, until it is over. States may be skipped, never the last."""
@@ -100,10 +102,15 @@ class RealtimeClient(ClientBase):
     async def get_run(self, run_id: str) -> RunState:
         """The present state of a run. Tries as long as a subscription does."""
         async with self.subscribe_to_run(run_id) as states:
-            return await anext(states)
+            async for state in states:
+                return state
+        raise self._no_state()
 
     async def aclose(self) -> None:
-        """Close the connections, those of subscriptions too, unless `http` was given."""
+        """End the subscriptions, those that are read too, and close the connections, unless `http` was given."""
+        self._closed = True
+        for subscription in list(self._subscriptions):
+            await subscription.aclose()
         if self._owns_http:
             await self._http.aclose()
 
@@ -130,7 +137,8 @@ class Subscription(AsyncIterator[T], Generic[T]):
     """What a call of `RealtimeClient` iterates. It connects when it is first asked, and holds a connection to its end.
 
     Whoever leaves early closes it, with `async with` or `aclose`. Cancellation closes the connection and loses nothing,
-    and neither does an error: asked again it goes on where it was, but for an end. For one task at a time.
+    and neither does an error: asked again it goes on where it was, but for an end. For one task at a time; any other
+    may close it, which ends the iteration.
 
     Raises `InvalidToken`, `ExpiredToken`, `ScopeDenied`, `RunNotFound` and others as the server refuses, then
     `ServerUnreachable`, `UnexpectedAnswer`, and what the function for tokens raises.
@@ -142,29 +150,34 @@ class Subscription(AsyncIterator[T], Generic[T]):
         self._shape = shape
         self._response: httpx.Response | None = None
         self._body: AsyncIterator[bytes] | None = None
+        self._closed = False
+        self._wait: anyio.CancelScope | None = None
+        """That of the task that is in `__anext__`."""
+        self._waited: anyio.Event
+        client._subscriptions.add(self)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self._following.path}>"
 
     async def __anext__(self) -> T:
-        try:
-            while not self._following.ready:
-                if self._following.over:
-                    raise StopAsyncIteration
-                await self._advance()
-        except BaseException:
-            self._following.left()
-            await self._disconnect()
-            raise
+        if not self._following.ready:
+            await self._wait_for_more()
+        if self._closed or not self._following.ready:
+            raise StopAsyncIteration
         item = self._following.ready.popleft()
         if isinstance(item, Raised):
             raise item.error
         return self._shape(item)
 
     async def aclose(self) -> None:
-        """Close the connection; nothing comes after that."""
+        """Close the connection; nothing comes after that. Ends the iteration of another task."""
+        self._closed = True
         self._following.close()
-        await self._disconnect()
+        if self._wait is None:
+            await self._disconnect()
+        else:
+            self._wait.cancel()
+            await self._waited.wait()
 
     async def __aenter__(self) -> Subscription[T]:
         return self
@@ -173,6 +186,24 @@ class Subscription(AsyncIterator[T], Generic[T]):
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
         await self.aclose()
+
+    async def _wait_for_more(self) -> None:
+        """Until something is ready, or nothing more will come."""
+        self._waited = anyio.Event()
+        try:
+            with anyio.CancelScope() as self._wait:
+                try:
+                    while not (self._following.ready or self._following.over):
+                        await self._advance()
+                except BaseException:
+                    self._following.left()
+                    await self._disconnect()
+                    raise
+            if self._closed:
+                await self._disconnect()
+        finally:
+            self._wait = None
+            self._waited.set()
 
     async def _advance(self) -> None:
         """One step: to a response, or to the next bytes of it."""

@@ -17,9 +17,10 @@ from urllib.parse import quote, urlencode, urlsplit
 import httpx
 
 from asgi_realtime.client.attempts import Attempts
+from asgi_realtime.client.errors import UnexpectedAnswer
 from asgi_realtime.client.following import ChunksFollowing, RunsFollowing
 from asgi_realtime.config import Span, parse_span
-from asgi_realtime.errors import InvalidConfiguration, InvalidToken, UsageError
+from asgi_realtime.errors import InvalidConfiguration, InvalidToken, RealtimeError, UsageError
 from asgi_realtime.reading import StreamChunk
 
 S = TypeVar("S")
@@ -67,6 +68,7 @@ class ClientBase:
         self._give_up_s = None if give_up_after is None else parse_span(give_up_after, name="give_up_after")
         self._clock: Callable[[], float] = time.monotonic
         self._random: Callable[[], float] = random.random
+        self._closed = False
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.base_url!r})"
@@ -76,7 +78,17 @@ class ClientBase:
         return not isinstance(self._access_token, str)
 
     def _attempts(self) -> Attempts:
+        self._check_open()
         return Attempts(self._give_up_s, self._clock, self._random)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise UsageError("this client is closed")
+
+    def _no_state(self) -> RealtimeError:
+        """Why a feed of a run ended without any."""
+        self._check_open()
+        return UnexpectedAnswer("the server told no state of the run", status=200)
 
     def _runs(self, path: str) -> RunsFollowing:
         return RunsFollowing(path, self._attempts(), renewable=self._renewable)

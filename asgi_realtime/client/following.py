@@ -144,6 +144,8 @@ class Following(ABC, Generic[T]):
         gives_up: RealtimeError | None = None,
     ) -> None:
         """Try again after a pause, or raise `gives_up` if that went on for too long."""
+        if self.over:  # closed while it was read
+            return
         level = logging.WARNING if self._attempts.failures else logging.INFO
         pause = self._attempts.failed(at_least_s)
         if pause is None:
@@ -156,7 +158,6 @@ class Following(ABC, Generic[T]):
     def close(self) -> None:
         """Nothing comes after this."""
         self.over = True
-        self.ready.clear()
 
     def _took(self, event: Event) -> bool:
         """Whether more may follow after this event."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import socket
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Generic, TypeVar
+from weakref import WeakSet
 
 import httpx
 
@@ -34,7 +36,8 @@ S = TypeVar("S")
 class SyncRealtimeClient(ClientBase):
     """As `RealtimeClient`, for threads. `access_token` is a token, or a function that is not async.
 
-    It may be used by many threads, each subscription by one. Use the client in `with`, or `close` it.
+    It may be used by many threads, each subscription by one. Use the client in `with`, or `close` it: then its
+    subscriptions end, and new ones raise `UsageError`.
     """
 
     def __init__(
@@ -56,9 +59,10 @@ class SyncRealtimeClient(ClientBase):
         )
         self._owns_http = http is None
         self._http = http or httpx.Client(limits=httpx.Limits(max_connections=None))
-        self._sleep: Callable[[float], None] = time.sleep
+        self._sleep: Callable[[float, threading.Event], object] = _sleep
         self._turn = threading.Lock()
         self._newest: str | None = None
+        self._subscriptions: WeakSet[SyncSubscription[Any]] = WeakSet()
 
     def subscribe_to_run(self, run_id: str) -> SyncSubscription[RunState]:
         """The states of a run, the present one first, until it is over. States may be skipped, never the last."""
@@ -94,10 +98,15 @@ class SyncRealtimeClient(ClientBase):
     def get_run(self, run_id: str) -> RunState:
         """The present state of a run. Tries as long as a subscription does."""
         with self.subscribe_to_run(run_id) as states:
-            return next(states)
+            for state in states:
+                return state
+        raise self._no_state()
 
     def close(self) -> None:
-        """Close the connections, those of subscriptions too, unless `http` was given."""
+        """End the subscriptions, those that are read too, and close the connections, unless `http` was given."""
+        self._closed = True
+        for subscription in list(self._subscriptions):
+            subscription.close()
         if self._owns_http:
             self._http.close()
 
@@ -124,7 +133,11 @@ class SyncRealtimeClient(ClientBase):
 
 
 class SyncSubscription(Iterator[T], Generic[T]):
-    """What a call of `SyncRealtimeClient` iterates; see `Subscription`. Whoever leaves early closes it, with `with`."""
+    """What a call of `SyncRealtimeClient` iterates; see `Subscription`. Whoever leaves early closes it, with `with`.
+
+    Any thread may close it. The one that reads then ends: at once, or, before the server has answered, after
+    `connect_timeout` or `silence_timeout` at the latest.
+    """
 
     def __init__(self, client: SyncRealtimeClient, following: Following[S], shape: Callable[[S], T]) -> None:
         self._client = client
@@ -132,29 +145,30 @@ class SyncSubscription(Iterator[T], Generic[T]):
         self._shape = shape
         self._response: httpx.Response | None = None
         self._body: Iterator[bytes] | None = None
+        self._closed = threading.Event()
+        self._reading = threading.Lock()
+        """Who has it uses the connection."""
+        client._subscriptions.add(self)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self._following.path}>"
 
     def __next__(self) -> T:
-        try:
-            while not self._following.ready:
-                if self._following.over:
-                    raise StopIteration
-                self._advance()
-        except BaseException:
-            self._following.left()
-            self._disconnect()
-            raise
+        if not self._following.ready:
+            self._wait_for_more()
+        if self._closed.is_set() or not self._following.ready:
+            raise StopIteration
         item = self._following.ready.popleft()
         if isinstance(item, Raised):
             raise item.error
         return self._shape(item)
 
     def close(self) -> None:
-        """Close the connection; nothing comes after that."""
+        """Close the connection; nothing comes after that. Ends the iteration of another thread."""
+        self._closed.set()
         self._following.close()
-        self._disconnect()
+        if not self._leave():
+            self._wake()
 
     def __enter__(self) -> SyncSubscription[T]:
         return self
@@ -164,9 +178,44 @@ class SyncSubscription(Iterator[T], Generic[T]):
     ) -> None:
         self.close()
 
+    def _wait_for_more(self) -> None:
+        """Until something is ready, or nothing more will come."""
+        with self._reading:
+            try:
+                while not (self._following.ready or self._following.over):
+                    self._advance()
+            except BaseException as exc:
+                self._following.left()
+                self._disconnect()
+                if not (self._closed.is_set() and isinstance(exc, Exception)):
+                    raise
+        if self._closed.is_set():  # by a thread that may have found the connection in use
+            self._leave()
+
+    def _leave(self) -> bool:
+        """Disconnect, unless a thread reads."""
+        if not self._reading.acquire(blocking=False):
+            return False
+        try:
+            self._disconnect()
+        finally:
+            self._reading.release()
+        return True
+
+    def _wake(self) -> None:
+        """A thread that waits for bytes hears the end of them. To close a socket would not wake it."""
+        response = self._response
+        stream = None if response is None else response.extensions.get("network_stream")
+        connected = None if stream is None else stream.get_extra_info("socket")
+        if connected is not None:
+            with suppress(OSError):
+                socket.socket.shutdown(connected, socket.SHUT_RDWR)  # of TLS too, without its farewell
+
     def _advance(self) -> None:
         """One step: to a response, or to the next bytes of it."""
         request = self._prepare() if self._body is None else None
+        if self._closed.is_set():
+            return
         try:
             if request is not None:
                 going_on = self._connect(request)
@@ -183,7 +232,7 @@ class SyncSubscription(Iterator[T], Generic[T]):
         """The next request, when it is time for it."""
         client, following = self._client, self._following
         if pause_s := following.pause_s:
-            client._sleep(pause_s)
+            client._sleep(pause_s, self._closed)
         headers = following.headers(client._token(following.refused_token))
         return client._http.build_request(
             "GET", client.base_url + following.path, headers=headers, timeout=client._timeout
@@ -193,6 +242,8 @@ class SyncSubscription(Iterator[T], Generic[T]):
         following = self._following
         response = self._client._http.send(request, stream=True, auth=None, follow_redirects=False)
         self._response, self._body = response, response.iter_bytes()
+        if self._closed.is_set():  # before there was anything that could be woken
+            return False
         if following.takes(response.status_code, response.headers):
             return True
         following.answered(response.status_code, response.headers, _begin(self._body))
@@ -211,6 +262,10 @@ class SyncSubscription(Iterator[T], Generic[T]):
         response, self._response, self._body = self._response, None, None
         if response is not None:
             response.close()
+
+
+def _sleep(seconds: float, closed: threading.Event) -> None:
+    closed.wait(seconds)
 
 
 def _begin(body: Iterator[bytes]) -> bytes:

@@ -25,7 +25,7 @@ class Surroundings:
     now: float = 0.0
     pauses: list[float] = field(default_factory=list)
 
-    def sleep(self, seconds: float) -> None:
+    def sleep(self, seconds: float, closed: object = None) -> None:
         self.pauses.append(seconds)
         self.now += seconds
 

@@ -54,6 +54,7 @@ class ScriptedServer:
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._thread = threading.Thread(target=self._serve, daemon=True)
         self.asked: list[Asked] = []
+        self.was_asked = threading.Event()
         self.left = threading.Event()
         """A client has left an answer that was held."""
         self.origin = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
@@ -92,6 +93,7 @@ class ScriptedServer:
         line, *fields = head.decode().strip().split("\r\n")
         pairs = (field.partition(": ") for field in fields)
         self.asked.append(Asked(line, {name.lower(): value for name, _, value in pairs}))
+        self.was_asked.set()
         told = self._answers.pop(0) if len(self._answers) > 1 else self._answers[0]
         connection.sendall(told.removesuffix(HOLD))
         if told.endswith(HOLD):

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+import threading
+import time
 from typing import Any
 
 import anyio
+import httpx
 import pytest
 
 from asgi_realtime import (
@@ -21,7 +24,7 @@ from asgi_realtime import (
     StreamGap,
     UsageError,
 )
-from asgi_realtime.client import RealtimeClient, ServerUnreachable, UnexpectedAnswer
+from asgi_realtime.client import RealtimeClient, ServerUnreachable, SyncRealtimeClient, UnexpectedAnswer
 from asgi_realtime.errors import InvalidRequest, RunKeptElsewhere
 from tests.client.reading import Surroundings, Told, read
 from tests.client.scripted import END, HOLD, ScriptedServer, answer, chunk, refused, stream
@@ -462,3 +465,68 @@ async def test_a_subscription_that_is_closed_ends() -> None:
             assert await anyio.to_thread.run_sync(server.left.wait, 10)
             assert [item async for item in chunks] == []
             assert TOKEN not in repr(client) + repr(chunks)
+
+
+CLOSES = [
+    lambda client, chunks: client.aclose(),
+    lambda client, chunks: chunks.aclose(),
+    lambda client, chunks: client.close(),
+    lambda client, chunks: chunks.close(),
+]
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("close", CLOSES[:2], ids=["client", "subscription"])
+@pytest.mark.parametrize("told", [stream(chunk(0)) + HOLD, HOLD, answer(503)], ids=["stream", "silence", "pause"])
+async def test_another_task_may_close_what_is_read(close: Any, told: bytes) -> None:
+    """The reader got an error of the connection, or the closing one did, and the connection stayed open."""
+    with ScriptedServer(told) as server:
+        client = RealtimeClient(server.origin, TOKEN)
+        chunks = client.read("run_1")
+        got: list[Any] = []
+
+        async def follow() -> None:
+            got.extend([item async for item in chunks])
+            got.append("ended")
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(follow)
+            assert await anyio.to_thread.run_sync(server.was_asked.wait, 10)
+            await anyio.sleep(0.05)  # until the answer is there
+            with anyio.fail_after(5):
+                await close(client, chunks)
+        if told.endswith(HOLD):
+            assert await anyio.to_thread.run_sync(server.left.wait, 10)
+        await client.aclose()
+    assert got == ([0, "ended"] if b"id: 0" in told else ["ended"])
+
+
+@pytest.mark.parametrize("close", CLOSES[2:], ids=["client", "subscription"])
+@pytest.mark.parametrize("told", [stream(chunk(0)) + HOLD, answer(503)], ids=["stream", "pause"])
+@pytest.mark.parametrize("given", [False, True], ids=["own", "given"])
+def test_another_thread_may_close_what_is_read(close: Any, told: bytes, given: bool) -> None:
+    """The reader was not woken until the next heartbeat, or the end of its pause."""
+    with ScriptedServer(told) as server, httpx.Client() as http:
+        client = SyncRealtimeClient(server.origin, TOKEN, http=http if given else None)
+        client._random = lambda: 1.0
+        chunks = client.read("run_1")
+        got: list[Any] = []
+
+        def follow() -> None:
+            got.extend(chunks)
+            got.append("ended")
+
+        thread = threading.Thread(target=follow, daemon=True)
+        thread.start()
+        assert server.was_asked.wait(10)
+        time.sleep(0.05)  # until the answer is there
+        began = time.monotonic()
+        close(client, chunks)
+        thread.join(10)
+        assert not thread.is_alive()
+        assert time.monotonic() - began < 0.5
+        if told.endswith(HOLD):
+            assert server.left.wait(10)
+        assert not http.is_closed
+        client.close()
+    assert got == ([0, "ended"] if b"id: 0" in told else ["ended"])

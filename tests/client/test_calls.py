@@ -122,8 +122,12 @@ async def test_a_client_closes_only_what_it_has_made() -> None:
         assert not http.is_closed
     own = RealtimeClient(URL, TOKEN)
     await own.aclose()
-    with pytest.raises(RuntimeError, match="closed"):
+    with pytest.raises(UsageError, match="this client is closed"):
         await own.get_run("run_1")
+    with SyncRealtimeClient(URL, TOKEN) as threaded:
+        pass
+    with pytest.raises(UsageError, match="this client is closed"):
+        threaded.read("run_1")
 
 
 def test_names_are_sorted_and_there() -> None:
