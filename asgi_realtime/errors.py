@@ -61,6 +61,14 @@ class RealtimeError(Exception):
     status: ClassVar[int] = 500
     code: ClassVar[str] = "internal"
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As it is, without `__init__`, which for some wants more than `args`: errors go from process to process."""
+        return _as_it_was, (type(self), self.args), self.__dict__
+
+
+def _as_it_was(cls: type[RealtimeError], args: tuple[Any, ...]) -> RealtimeError:
+    return cls.__new__(cls, *args)
+
 
 class UsageError(RealtimeError, ValueError):
     """The caller passed something that is not allowed."""
