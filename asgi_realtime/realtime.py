@@ -136,8 +136,8 @@ class Realtime:
 
     async def start(self) -> None:
         """Start, in the context of the caller. Idempotent; after `stop` it may be started again, on any loop."""
-        await self.sync.give_way()
-        await self.engine.ensure_started(lazy=False)
+        async with self.sync.giving_way():
+            await self.engine.ensure_started(lazy=False)
 
     async def ensure_started(self) -> None:
         """Start on first use, outside of the context of the caller."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 import anyio
@@ -49,6 +49,7 @@ class SyncRealtime:
     def __init__(self, realtime: Realtime) -> None:
         self._realtime = realtime
         self._lock = threading.Lock()
+        self._starting = threading.Lock()  # of the host's start and of one for ourselves, whichever comes first
         self._own: OwnLoop | None = None
         self._pid = os.getpid()
 
@@ -178,11 +179,26 @@ class SyncRealtime:
                 own.portal.call(self._realtime.stop)
                 own.close()
 
-    async def give_way(self) -> None:
-        """Close the loop that earlier calls made for themselves, since the host's is there now. `Realtime.start` calls
-        this."""
-        if self._own is not None and self._pid == os.getpid():
-            await anyio.to_thread.run_sync(self.close)
+    @asynccontextmanager
+    async def giving_way(self) -> AsyncIterator[None]:
+        """The host's start is in here: the loop that earlier calls made for themselves is closed, and threads that need
+        one wait for the host's."""
+        if not self._realtime.broker.shared:  # so there is none
+            yield
+            return
+        self._heed_fork()
+        starting = self._starting
+
+        def begin() -> None:
+            starting.acquire()
+            self.close()
+
+        with anyio.CancelScope(shield=True):  # not among the threads that others may have taken all of, to wait for us
+            await anyio.to_thread.run_sync(begin, limiter=anyio.CapacityLimiter(1))
+        try:
+            yield
+        finally:
+            starting.release()
 
     def _call(self, function: Callable[[], Awaitable[T]], supervisor: Supervisor | None = None) -> T:
         """Make a call on the loop of a supervisor, by default of the one that runs now."""
@@ -205,18 +221,30 @@ class SyncRealtime:
     def _supervisor(self) -> Supervisor:
         if _loop_runs_here():
             raise RuntimeError("realtime.sync was called on an event loop's thread: await the async call there")
-        supervisor = self._realtime.engine.supervisor
-        if supervisor is None:
-            self._own_portal().call(self._realtime.ensure_started)
-            supervisor = self._realtime.engine.supervisor
+        engine = self._realtime.engine
+        if (supervisor := engine.supervisor) is None:
+            self._heed_fork()
+            with self._starting:
+                if engine.supervisor is None:
+                    self._start_for_us()
+            supervisor = engine.supervisor
         if supervisor is None:
             raise ServerShutdown("the server was shut down")
         return supervisor
 
+    def _start_for_us(self) -> None:
+        try:
+            self._own_portal().call(self._realtime.ensure_started)
+        except RuntimeError:
+            if self._realtime.engine.supervisor is None:
+                raise
+            # The host has begun meanwhile, by using it.
+
     def _heed_fork(self) -> None:
         """The threads of a process do not come along into its children."""
         if self._pid != os.getpid():
-            self._lock, self._own, self._pid = threading.Lock(), None, os.getpid()
+            self._lock, self._starting = threading.Lock(), threading.Lock()
+            self._own, self._pid = None, os.getpid()
 
     def _own_portal(self) -> anyio.from_thread.BlockingPortal:
         if not self._realtime.broker.shared:
@@ -224,7 +252,6 @@ class SyncRealtime:
                 "this Realtime does not run in this process and its broker is in memory, so nobody would see this:"
                 " start it with the app first, or use a broker that processes share"
             )
-        self._heed_fork()
         with self._lock:
             if self._own is None:
                 self._own = OwnLoop()

@@ -113,8 +113,8 @@ def test_the_calls_are_those_of_the_async_side() -> None:
     ours = {
         name for name, value in vars(SyncRealtime).items() if not name.startswith("_") and inspect.isfunction(value)
     }
-    assert ours == (waits - life - objects) | {"close", "get_input", "give_way"}
-    for name in ours - {"close", "get_input", "give_way", "trigger", "pipe"}:
+    assert ours == (waits - life - objects) | {"close", "get_input", "giving_way"}
+    for name in ours - {"close", "get_input", "giving_way", "trigger", "pipe"}:
         assert list(inspect.signature(getattr(SyncRealtime, name)).parameters) == list(
             inspect.signature(getattr(Realtime, name)).parameters
         )
@@ -399,6 +399,43 @@ def test_an_app_starts_though_its_module_has_made_calls(backend: str) -> None:
     anyio.run(serve, backend=backend)
     assert realtime.sync.get_run(handle).output == 42
     realtime.sync.close()
+
+
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+def test_a_host_starts_and_stops_while_threads_make_calls(backend: str) -> None:
+    """Some of the starts failed: a thread had begun a loop of its own at that moment."""
+    realtime = with_tasks(broker=Shared())
+    over = threading.Event()
+    seen: list[str] = []
+
+    def use() -> None:
+        while not over.is_set():
+            try:
+                with realtime.sync.open_run("r"):
+                    pass
+            except ServerShutdown:
+                pass
+            except BaseException as exc:
+                seen.append(repr(exc))
+
+    async def host() -> None:
+        for _ in range(30):
+            async with realtime:
+                await anyio.sleep(0.005)
+            await anyio.sleep(0.005)
+
+    threads = [threading.Thread(target=use, daemon=True) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    try:
+        anyio.run(host, backend=backend)
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join(5)
+        realtime.sync.close()
+    assert not any(thread.is_alive() for thread in threads)
+    assert seen == []
 
 
 def test_two_threads_may_begin_at_once() -> None:
