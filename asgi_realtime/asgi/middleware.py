@@ -34,7 +34,7 @@ class RealtimeMiddleware:
         if scope["type"] == "lifespan":
             await _Lifespan(self.realtime, receive, send).run(self.app, scope)
         elif scope["type"] in ("http", "websocket") and self._is_ours(scope):
-            inner = {**scope, "root_path": scope.get("root_path", "") + self.path}
+            inner = {**scope, "root_path": scope.get("root_path", "").rstrip("/") + self.path}
             redact_query(scope)  # this is the one that the server's access log reads
             await self.realtime(inner, receive, send)
         else:
@@ -61,6 +61,7 @@ class _Lifespan:
         self._send = send
         self._begun = False  # lifespan.startup was received
         self._complete = False  # the host answered it
+        self._ending = False  # lifespan.shutdown was received
         self._over = False  # the last message was sent
 
     async def run(self, app: App, scope: Scope) -> None:
@@ -77,7 +78,7 @@ class _Lifespan:
             # Servers go on in this case. If the host took the message it may have meant to fail, which it should say.
             level = logging.WARNING if self._begun else logging.DEBUG
             logger.log(level, "the host app raised on lifespan; serving without its start-up", exc_info=True)
-        if not self._complete and not self._over:
+        if not self._over:  # a host may also answer the start-up and return
             await self._alone()
 
     async def receive(self) -> Message:
@@ -85,6 +86,7 @@ class _Lifespan:
         if message["type"] == "lifespan.startup" and not self._begun:
             self._begun = True
             await self._start()
+        self._ending = message["type"] == "lifespan.shutdown"
         return message
 
     async def send(self, message: Message) -> None:
@@ -103,8 +105,10 @@ class _Lifespan:
                 await self.receive()
         except _StartFailed:
             return
-        await self.send({"type": "lifespan.startup.complete"})
-        await self._receive()
+        if not self._complete:
+            await self.send({"type": "lifespan.startup.complete"})
+        if not self._ending:
+            await self._receive()
         await self.send({"type": "lifespan.shutdown.complete"})
 
     async def _start(self) -> None:

@@ -31,6 +31,7 @@ async def hosts_own(scope: Any, receive: Any, send: Any) -> None:
         ("/realtime/v1/health", "", 200),
         ("/realtime/v1/health", "/api", 200),  # hypercorn, granian: root_path is not in the path
         ("/api/realtime/v1/health", "/api", 200),  # uvicorn: it is
+        ("/api/realtime/v1/health", "/api/", 200),
         ("/realtime/realtime/v1/health", "", 200),
         ("/realtime", "", 404),
         ("/realtime/", "", 404),
@@ -169,6 +170,19 @@ async def test_a_host_that_ignores_lifespan_has_it_answered(host: StandIn) -> No
         return None
 
     assert await live(RealtimeMiddleware(silent, host), host) == ALONE
+
+
+@pytest.mark.parametrize("sees_the_end", [False, True])
+async def test_a_host_that_answers_and_returns_is_stopped_all_the_same(host: StandIn, sees_the_end: bool) -> None:
+    """Runs that it had begun stayed EXECUTING."""
+
+    async def brief(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        await send({"type": "lifespan.startup.complete"})
+        if sees_the_end:
+            await receive()
+
+    assert await live(RealtimeMiddleware(brief, host), host) == ALONE
 
 
 async def test_a_host_that_raises_with_the_message_in_hand_is_logged(
