@@ -73,6 +73,7 @@ class Engine:
         """Jobs that run beside everything else from each start to its stop."""
         self._supervisor: Supervisor | None = None
         self._lazy = False
+        self._had_host = False
         self._ready = False
         self._failure: Exception | None = None
         self._changed = Parking()
@@ -135,6 +136,7 @@ class Engine:
         again, must not keep it from ending.
         """
         self._heed_fork()
+        self._had_host = self._had_host or not lazy
         supervisor = self._supervisor
         if supervisor is not None and not supervisor.ended:
             if supervisor.usable:
@@ -164,7 +166,9 @@ class Engine:
             supervisor.spawn_detached(job)
         if self._in_process is not None:
             self._in_process.restart()
-        if lazy:
+        if lazy and self._had_host:
+            logger.warning("used after its host had stopped it, and started again: nothing but a signal stops it now")
+        elif lazy:
             logger.info("started on first use: put realtime.lifespan or RealtimeMiddleware into the app to stop it too")
         return supervisor
 

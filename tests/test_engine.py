@@ -260,6 +260,12 @@ async def test_lazy_start_says_so_once(caplog: pytest.LogCaptureFixture) -> None
     async with realtime, realtime.open_run("r"):
         pass
     assert caplog.records == []
+    async with realtime.open_run("r"):  # the host is gone
+        pass
+    await realtime.stop()
+    assert [record.message for record in caplog.records] == [
+        "used after its host had stopped it, and started again: nothing but a signal stops it now"
+    ]
 
 
 @pytest.mark.anyio
