@@ -10,7 +10,7 @@ from typing import Any
 
 import anyio
 
-from asgi_realtime.supervisor import Supervisor
+from asgi_realtime.supervisor import Supervisor, is_failure
 from asgi_realtime.testing.driver import App, Message, at_most
 
 
@@ -26,7 +26,7 @@ class Lifespan:
         self._started = anyio.Event()
         self._over = anyio.Event()
         self._refused: list[str] = []
-        self._raised: list[Exception] = []
+        self._raised: list[BaseException] = []
         self._supervisor = Supervisor(context=contextvars.copy_context(), drain=self._over.wait)
 
     async def start(self) -> None:
@@ -68,7 +68,9 @@ class Lifespan:
         scope = {"type": "lifespan", "asgi": {"version": "3.0", "spec_version": "2.0"}, "state": self.state}
         try:
             await self._app(scope, self._receive, self._send)
-        except Exception as exc:
+        except BaseException as exc:
+            if not is_failure(exc):
+                raise
             self._raised.append(exc)
         finally:
             self._started.set()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -122,6 +123,18 @@ async def test_a_start_up_that_fails_raises_what_it_raised() -> None:
         async with AsgiClient(with_lifespan(log, fails_in="start")):
             raise AssertionError("not reached")
     assert log == ["start"]
+
+
+async def test_a_start_up_that_exits_raises_that() -> None:
+    """The app was taken for one without a start-up."""
+
+    async def exits(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        sys.exit("DATABASE_URL is missing")
+
+    with pytest.raises(SystemExit, match="DATABASE_URL"):
+        async with AsgiClient(exits):
+            raise AssertionError("not reached")
 
 
 async def test_a_shutdown_that_fails_raises_unless_the_test_failed_before() -> None:
