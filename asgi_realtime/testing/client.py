@@ -79,7 +79,8 @@ class AsgiClient:
 
         As a browser's EventSource it accepts `text/event-stream`, unless a header says otherwise.
         Leaving it is the client that goes away: the app gets `http.disconnect`, and is cancelled if it takes no notice
-        for 2 seconds. Raises `TimeoutError` for an app that does not answer, and what the app raised.
+        for 2 seconds. Behind a complete answer it may go on, as background tasks do; at the end of the client it is
+        waited for as long. Raises `TimeoutError` for an app that does not answer, and what the app raised.
         """
         sent = {"accept": "text/event-stream", **self.headers, **_lower(headers)}
         token = self.token if token is None else token
@@ -98,7 +99,13 @@ class AsgiClient:
         if self._life is not None:
             scope["state"] = self._life.state.copy()
         return driver.stream(
-            self.app, method, path, scope=scope, body=body, timeout=self.timeout if timeout is None else timeout
+            self.app,
+            method,
+            path,
+            scope=scope,
+            body=body,
+            timeout=self.timeout if timeout is None else timeout,
+            spawn=None if self._life is None else self._life.spawn,
         )
 
     async def request(self, method: str, path: str, *, timeout: float | None = None, **options: Any) -> Response:

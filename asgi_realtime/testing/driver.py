@@ -30,6 +30,9 @@ App = Callable[[Any, Any, Any], Awaitable[None]]
 LEAVE_S = 2.0
 """How long an app may take to notice that its client is gone, before it is cancelled."""
 
+AFTERWARDS_S = 0.1
+"""How long after a complete answer the app is still waited for, so that what it raises then is raised here."""
+
 
 @contextmanager
 def at_most(seconds: float | None, told: Callable[[], str]) -> Iterator[None]:
@@ -226,17 +229,23 @@ async def stream(
     root_path: str = "",
     scope: Scope | None = None,
     timeout: float | None = None,
+    spawn: Callable[[Callable[[], Awaitable[None]]], None] | None = None,
 ) -> AsyncIterator[StreamedResponse]:
     """Send a request; give the response as soon as its head is there. Leaving it early is a disconnect.
 
     What the app raises is raised here. If the body of the `async with` raises as well, that goes on, with the app's
     error as its cause. `timeout`, in seconds, is for the head and then for each wait; it raises `TimeoutError`.
+
+    `spawn` runs the call of the app, which may then go on when its answer is complete, as background tasks do. Without
+    it, it is cancelled after `LEAVE_S`.
     """
     scope = scope or make_scope(method, path, query=query, headers=headers, root_path=root_path)
     response = StreamedResponse(scope, timeout=timeout)
     requests: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
     raised: list[Exception] = []
     failure: BaseException | None = None  # of the caller's block, which a task group would wrap
+    call = anyio.CancelScope()
+    goes_on = False
 
     async def receive() -> Message:
         if requests:
@@ -246,8 +255,11 @@ async def stream(
 
     async def run() -> None:
         try:
-            await app(scope, receive, response._send)
+            with call:
+                await app(scope, receive, response._send)
         except Exception as exc:
+            if goes_on:
+                raise  # into the log, as that of a server
             raised.append(exc)
         finally:
             response._started.set()
@@ -256,7 +268,10 @@ async def stream(
 
     over = anyio.Event()
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(run)
+        if spawn is not None:
+            spawn(run)
+        else:
+            tasks.start_soon(run)
         try:
             with at_most(timeout, lambda: f"{method} {path} was not answered within {timeout:g} s"):
                 await response._started.wait()
@@ -269,9 +284,14 @@ async def stream(
             failure = exc
         finally:
             response.leave()
-            with anyio.move_on_after(LEAVE_S, shield=True):
+            may_go_on = spawn is not None and response.ended
+            with anyio.move_on_after(AFTERWARDS_S if may_go_on else LEAVE_S, shield=True):
                 await over.wait()
-            tasks.cancel_scope.cancel()
+            goes_on = may_go_on and not over.is_set()
+            if not goes_on:
+                call.cancel()
+                with anyio.CancelScope(shield=True):
+                    await over.wait()
     if failure is not None:
         if raised and failure.__cause__ is None:
             failure.__cause__ = raised[0]

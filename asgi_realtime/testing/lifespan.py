@@ -6,12 +6,13 @@ It runs in a task of its own, so that a fixture may start it in one task and end
 from __future__ import annotations
 
 import contextvars
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import anyio
 
 from asgi_realtime.supervisor import Supervisor, is_failure
-from asgi_realtime.testing.driver import App, Message, at_most
+from asgi_realtime.testing.driver import LEAVE_S, App, Message, at_most
 
 
 class Lifespan:
@@ -27,6 +28,7 @@ class Lifespan:
         self._over = anyio.Event()
         self._refused: list[str] = []
         self._raised: list[BaseException] = []
+        self._calls: set[anyio.Event] = set()
         self._supervisor = Supervisor(context=contextvars.copy_context(), drain=self._over.wait)
 
     async def start(self) -> None:
@@ -41,8 +43,25 @@ class Lifespan:
             await self._end(at_once=True)
             raise
 
+    def spawn(self, call: Callable[[], Awaitable[None]]) -> None:
+        """Run a call of the app, until the stop at the latest. What it raises is logged."""
+        done = anyio.Event()
+
+        async def run() -> None:
+            try:
+                await call()
+            finally:
+                self._calls.discard(done)
+                done.set()
+
+        self._calls.add(done)
+        self._supervisor.spawn(run)
+
     async def stop(self) -> None:
-        """Raises what the shutdown raised, or `RuntimeError` with its message."""
+        """Raises what the shutdown raised, or `RuntimeError` with its message. As a server it waits for calls first."""
+        with anyio.move_on_after(LEAVE_S):
+            for done in tuple(self._calls):
+                await done.wait()
         self._stopping.set()
         try:
             with at_most(self._timeout, lambda: f"the app did not shut down within {self._timeout:g} s"):

@@ -10,7 +10,7 @@ from typing import Any
 
 import anyio
 import pytest
-from fastapi import FastAPI, Request
+from fastapi import BackgroundTasks, FastAPI, Request
 from litestar import Litestar
 from quart import Quart
 
@@ -123,6 +123,51 @@ async def test_a_start_up_that_fails_raises_what_it_raised() -> None:
         async with AsgiClient(with_lifespan(log, fails_in="start")):
             raise AssertionError("not reached")
     assert log == ["start"]
+
+
+async def test_background_tasks_go_on_behind_the_answer() -> None:
+    """They were cancelled after two seconds, and the answer came only then."""
+    log: list[str] = []
+    told = anyio.Event()
+
+    async def background() -> None:
+        log.append("begins")
+        await told.wait()
+        await anyio.sleep(0.02)
+        log.append("ends")
+
+    app = FastAPI()
+
+    @app.post("/work")
+    async def work(tasks: BackgroundTasks) -> str:
+        tasks.add_task(background)
+        return "accepted"
+
+    async with AsgiClient(app) as client:
+        assert (await client.post("/work")).json() == "accepted"
+        assert log == ["begins"]
+        told.set()
+    assert log == ["begins", "ends"]
+
+
+async def test_a_background_task_that_fails_late_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    told = anyio.Event()
+
+    async def background() -> None:
+        await told.wait()
+        raise LookupError("no mail server")
+
+    app = FastAPI()
+
+    @app.post("/work")
+    async def work(tasks: BackgroundTasks) -> str:
+        tasks.add_task(background)
+        return "accepted"
+
+    async with AsgiClient(app) as client:
+        await client.post("/work")
+        told.set()
+    assert "no mail server" in caplog.text
 
 
 async def test_a_start_up_that_exits_raises_that() -> None:
