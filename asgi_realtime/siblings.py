@@ -30,12 +30,14 @@ class Siblings:
 
     def __init__(self) -> None:
         self._held: tuple[int, Path] | None = None
+        self._pid = os.getpid()
 
     def look(self) -> None:
         """Warn if another process of the family has the lock. Where there can be no such file, nothing is said."""
         if "PYTEST_XDIST_WORKER" in os.environ:  # its workers have one parent too, and share nothing on purpose
             return
         self.leave()
+        self._pid = os.getpid()
         path = _family()
         try:
             self._held = (_lock(path), path)
@@ -47,11 +49,13 @@ class Siblings:
     def leave(self) -> None:
         """Let another process have the lock. Idempotent."""
         held, self._held = self._held, None
-        if held is not None:
-            file, path = held
+        if held is None:
+            return
+        file, path = held
+        if self._pid == os.getpid():  # in a child by a fork it is the lock of the parent
             with suppress(OSError):
                 path.unlink()
-            os.close(file)
+        os.close(file)
 
 
 def _family() -> Path:

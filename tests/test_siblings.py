@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from asgi_realtime.siblings import WARNING
+from asgi_realtime.siblings import WARNING, Siblings
 from tests.inprocess import make_realtime
 
 PROGRAM = """
@@ -95,3 +95,21 @@ async def test_where_there_can_be_no_lock_nothing_is_said(
     async with make_realtime():
         pass
     assert "several workers" not in caplog.text
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_child_by_a_fork_leaves_the_lock_of_its_parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It removed the file, and the parent's next sibling saw nobody."""
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    siblings = Siblings()
+    siblings.look()
+    (lock,) = tmp_path.glob("*.lock")
+    child = os.fork()
+    if not child:
+        siblings.leave()
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert lock.exists()
+    siblings.leave()
+    assert not lock.exists()
