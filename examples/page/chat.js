@@ -76,7 +76,7 @@ class Feed {
     }
     if (opening !== this.#opening) return;
 
-    const told = new Set();
+    const told = new Set(); // by this connection
     const feed = (this.#source = source("runs", { tags: tag, access_token: token }));
     feed.addEventListener("run", (event) => {
       const run = JSON.parse(event.data);
@@ -86,12 +86,14 @@ class Feed {
     });
     feed.addEventListener("ready", () => {
       this.#retry.succeeded();
-      if (!this.ready) for (const id of runs.keys()) if (!told.has(id)) forgetRun(id); // past their retention
+      // Each `ready` ends a list of all there is: the others are past their retention, or the server restarted without them.
+      for (const id of runs.keys()) if (!told.has(id)) forgetRun(id);
       this.ready = true;
       setFeedState("live");
     });
     feed.addEventListener("end", () => this.#failed()); // a tag's feed ends with its token only
     feed.addEventListener("error", () => {
+      told.clear();
       setFeedState("reconnecting");
       if (feed.readyState === EventSource.CLOSED) this.#failed();
     });

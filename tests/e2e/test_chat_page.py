@@ -198,6 +198,21 @@ def test_a_lost_connection_goes_on_without_a_missing_or_doubled_token(server: Se
         assert answer(page) == load_run(page, server, run_id)["output"]["text"]
 
 
+def test_runs_that_a_restart_has_forgotten_go_off_the_page(model: Model, page: Page, held: Held) -> None:
+    environment = {**model.environment, "REALTIME_SECRET_KEY": "a fixed key for tests, 32 bytes or more"}
+    with example("fastapi_app", environment) as before:
+        open_chat(page, before)
+        ask(page, "Say hello.")
+        wait_for_end(page, "COMPLETED")
+        ask_and_hold(page, before, held)
+        assert page.locator("[data-run]").count() >= 2
+    with example("fastapi_app", {**environment, "PORT": str(before.port)}) as after:
+        assert after.url == before.url
+        page.wait_for_selector("#no-runs")
+        assert page.locator("[data-run]").count() == 0
+        page.wait_for_selector("#note:has-text('The server does not have this run any more.')")
+
+
 def test_stop_ends_the_run_and_keeps_the_partial_answer(server: Server, page: Page, held: Held) -> None:
     open_chat(page, server)
     run_id = ask_and_hold(page, server, held)
