@@ -308,9 +308,12 @@ class Response:
         self.status = streamed.status
         self.headers = streamed.headers
         self.body = body
+        self.ended = streamed.ended
+        """The app ended the body. If not, it is what came before the connection was cut."""
 
     def __repr__(self) -> str:
-        return f"<Response {self.status} {self.body[:200]!r}>"
+        cut = "" if self.ended else " cut off"
+        return f"<Response {self.status} {self.body[:200]!r}{cut}>"
 
     @property
     def text(self) -> str:

@@ -119,3 +119,12 @@ async def test_read_until_says_what_there_was_instead() -> None:
             await response.read_until("b")
         assert response.comments == ["hi"]
         assert [event.event for event in response.events] == ["a"]
+
+
+async def test_a_whole_answer_says_if_it_was_cut() -> None:
+    async def unfinished(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200})
+        await send({"type": "http.response.body", "body": b"half", "more_body": True})
+
+    response = await driver.request(unfinished, "GET", "/")
+    assert (response.ended, repr(response)) == (False, "<Response 200 b'half' cut off>")
