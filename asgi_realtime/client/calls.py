@@ -38,6 +38,7 @@ MOST_OF_A_REFUSAL = 64 * 1024
 """How much is read of an answer that is no stream, in bytes."""
 
 _TOKEN = re.compile(r"[!-~]+")
+_BAD_IN_URL = re.compile(r"[?#\s\x00-\x1f\x7f-\x9f]")
 _BAD_IN_SEGMENT = re.compile(r"[/\\?#\x00-\x1f\x7f]")
 _BAD_IN_TAG = re.compile(r"[,\x00-\x1f\x7f]")
 
@@ -126,11 +127,17 @@ def check_base_url(base_url: str) -> str:
     try:
         parts = urlsplit(base_url)
         _ = parts.port
-    except ValueError as exc:
+        httpx.URL(base_url).host.encode("idna")  # as it is looked up in the end
+    except (ValueError, httpx.InvalidURL) as exc:
         raise InvalidConfiguration(f"base_url is no URL: {exc}") from None
     if parts.username is not None:
         raise InvalidConfiguration("base_url has a user name or password; allowed is an access_token")
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+    if _BAD_IN_URL.search(base_url):
+        raise InvalidConfiguration(
+            "base_url has '?', '#', white space or control characters; allowed are the origin and the mount, like"
+            " https://api.example.com/realtime"
+        )
+    if parts.scheme not in ("http", "https") or not parts.hostname:
         raise InvalidConfiguration(
             f"base_url is {base_url!r}; allowed are the origin and the mount, like https://api.example.com/realtime"
         )
