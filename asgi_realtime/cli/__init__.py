@@ -16,6 +16,7 @@ from typing import NoReturn
 
 import asgi_realtime
 from asgi_realtime.cli import doctor, tail, token
+from asgi_realtime.cli.terminal import harmless
 from asgi_realtime.errors import UsageError
 
 
@@ -32,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     try:
         code: int = given.run(given)
     except UsageError as exc:
-        parser.exit(2, f"{parser.prog}: {exc}\n")
+        parser.exit(2, harmless(f"{parser.prog}: {exc}\n", sys.stderr))
     except KeyboardInterrupt:
         code = 130  # as a shell says it of a program that Ctrl-C ended
     except BrokenPipeError:  # the reader of our output is gone, as with `| head`

@@ -15,6 +15,7 @@ import httpx
 from asgi_realtime.cli.doctor import Finding, Mark
 from asgi_realtime.config import EXPOSED_HEADERS
 from asgi_realtime.core.event_stream import EventParser
+from asgi_realtime.errors import UsageError
 
 TIMEOUT_S = 15.0
 EVENT_STREAM = {"accept": "text/event-stream"}
@@ -43,6 +44,8 @@ def examine(url: str, origin: str | None) -> Iterator[Finding]:
 def check_health(http: httpx.Client, url: str) -> Iterator[Finding]:
     try:
         answer = http.get(f"{url}/v1/health")
+    except (httpx.InvalidURL, UnicodeError) as exc:
+        raise UsageError(f"{url!r} is no URL: {exc}") from None
     except httpx.HTTPError as exc:
         yield Finding(Mark.BAD, f"{url} cannot be reached: {exc or type(exc).__name__}", _cure_of(exc), ends=True)
         return
@@ -154,6 +157,10 @@ def check_stream(http: httpx.Client, url: str) -> Iterator[Finding]:
         yield Finding(Mark.BAD, f"a stream broke off: {exc or type(exc).__name__}", cure)
         return
     yield from _check_head(head.response)
+    if found.response.status_code == 429:
+        text = "no stream could be looked at (429): the server's limit of probes is reached, Limits.probes"
+        yield Finding(Mark.BAD, text, "Others ask it too: try again in a moment.")
+        return
     if not found.sent or not found.ended:
         text = f"no stream comes: {found.response.status_code}, {found.response.headers.get('content-type', 'no type')}"
         yield Finding(Mark.BAD, text, "The server may be of an older version, or a proxy answers in its place.")

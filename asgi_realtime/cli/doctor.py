@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from asgi_realtime.cli.terminal import split_url
+from asgi_realtime.cli.terminal import harmless, split_url
 from asgi_realtime.config import Cors
 from asgi_realtime.errors import UsageError
 
@@ -52,8 +52,8 @@ def add(commands: Any) -> None:
 
 def run(given: argparse.Namespace) -> int:
     expected = "URL must be where the Realtime is mounted, such as https://example.com/realtime"
-    parts = split_url(given.url, expected)
-    if parts.query or parts.fragment:
+    split_url(given.url, expected)
+    if "?" in given.url or "#" in given.url:
         raise UsageError(expected)
     if given.origin is not None:
         Cors([given.origin])  # raises for what no browser sends
@@ -83,7 +83,7 @@ def _painter() -> Callable[[Finding], str]:
     def paint(finding: Finding) -> str:
         sign, colour = finding.mark.value if signs else (finding.mark.name, finding.mark.value[1])
         told = f"\033[{colour}m{sign}\033[0m" if colours else sign
-        return f"{told} {finding.text}" + (f"\n    {finding.cure}" if finding.cure else "")
+        return f"{told} {harmless(finding.text)}" + (f"\n    {harmless(finding.cure)}" if finding.cure else "")
 
     return paint
 

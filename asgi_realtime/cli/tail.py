@@ -6,6 +6,7 @@ import argparse
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, unquote
 
 from asgi_realtime.cli import secret
-from asgi_realtime.cli.terminal import harmless, split_url
+from asgi_realtime.cli.terminal import HarmlessFormatter, harmless, split_url
 from asgi_realtime.errors import RealtimeError, UsageError
 from asgi_realtime.tokens import TokenAuthority
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from asgi_realtime.client import RunState, SyncRealtimeClient
 
 VARIABLE = "REALTIME_ACCESS_TOKEN"
+_TOKEN = re.compile(r"[!-~]+")
 _TOKEN_LIFE_S = 3600.0
 _FORMS = ".../v1/streams/<run>/<key>, .../v1/runs/<run>, .../v1/runs?tags=<tag> or .../v1/batches/<batch>"
 
@@ -61,7 +63,9 @@ def run(given: argparse.Namespace) -> int:
     except ModuleNotFoundError as exc:
         raise UsageError(str(exc)) from exc
     address = read_address(given.url)
-    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(HarmlessFormatter("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("asgi_realtime.client").setLevel(logging.INFO)
     with SyncRealtimeClient(address.base, _token(given, address)) as client:
         try:
@@ -70,7 +74,7 @@ def run(given: argparse.Namespace) -> int:
             raise
         except RealtimeError as exc:
             sys.stdout.flush()
-            print(f"{exc.code}: {exc}", file=sys.stderr)  # noqa: T201
+            print(harmless(f"{exc.code}: {exc}", sys.stderr), file=sys.stderr)  # noqa: T201
             return 1
 
 
@@ -78,30 +82,37 @@ def read_address(url: str) -> Address:
     """Raises `UsageError` for an address of anything else."""
     expected = f"that is no address of a run or a stream; they look like {_FORMS}"
     parts = split_url(url, expected)
-    mount, marked, rest = parts.path.partition("/v1/")
     query = parse_qs(parts.query)
-    if not marked:
-        raise UsageError(expected)
-    names = tuple(unquote(name) for name in rest.strip("/").split("/"))
-    tags = ",".join(query.get("tags", []))
-    match names:
+    tags = tuple(",".join(query.get("tags", [])).split(","))
+    segments = parts.path.rstrip("/").split("/")
+    for at in (at for at in reversed(range(len(segments))) if segments[at] == "v1"):  # the mount may have one too
+        named = _named(tuple(map(unquote, segments[at + 1 :])), tags)
+        if named is not None:
+            base = f"{parts.scheme}://{parts.netloc}{'/'.join(segments[:at])}"
+            return Address(base, *named, query.get("access_token", [None])[-1])
+    raise UsageError(expected)
+
+
+def _named(path: tuple[str, ...], tags: tuple[str, ...]) -> tuple[str, tuple[str, ...]] | None:
+    """The kind and the names, or None if there is nothing of this path."""
+    match path:
         case ("streams", run_id, key):
-            kind, names = "streams", (run_id, key)
+            return "streams", (run_id, key)
         case ("runs", run_id):
-            kind, names = "runs", (run_id,)
-        case ("runs",) if tags:
-            kind, names = "tags", tuple(tags.split(","))
+            return "runs", (run_id,)
+        case ("runs",) if any(tags):
+            return "tags", tags
         case ("batches", batch_id):
-            kind, names = "batches", (batch_id,)
+            return "batches", (batch_id,)
         case _:
-            raise UsageError(expected)
-    token = query.get("access_token", [None])[-1]
-    return Address(f"{parts.scheme}://{parts.netloc}{mount}", kind, names, token)
+            return None
 
 
 def _token(given: argparse.Namespace, address: Address) -> str | Callable[[], str]:
-    found = address.token or os.environ.get(VARIABLE)
+    found = (address.token or os.environ.get(VARIABLE) or "").strip()
     if found:
+        if not _TOKEN.fullmatch(found):
+            raise UsageError(f"the token of the address, or in ${VARIABLE}, has characters that no token has")
         return found
     key = secret.find(given)
     if key is None:
@@ -128,7 +139,7 @@ def _follow(client: SyncRealtimeClient, address: Address, given: argparse.Namesp
     unwell: set[str] = set()
     with subscribed as states:
         for state in states:
-            print(_as_json(state) if given.json else _line(state), flush=True)  # noqa: T201
+            print(harmless(_as_json(state) if given.json else _line(state)), flush=True)  # noqa: T201
             if state.is_completed and not state.is_success:
                 unwell.add(state.id)
     return 1 if unwell else 0
@@ -166,4 +177,4 @@ def _line(state: RunState) -> str:
         told.append(f"{state.error.name}: {state.error.message}")
     elif state.output is not None:
         told.append(f"-> {json.dumps(state.output, ensure_ascii=False)}")
-    return harmless("  ".join(told))
+    return "  ".join(told)

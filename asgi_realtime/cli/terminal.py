@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import sys
+from typing import TextIO
 from urllib.parse import SplitResult, urlsplit
 
 from asgi_realtime.errors import UsageError
@@ -16,6 +18,7 @@ def split_url(url: str, expected: str) -> SplitResult:
     try:
         parts = urlsplit(url)
         _ = parts.port
+        (parts.hostname or "").encode("idna")  # as it is asked for in the end; UnicodeError is a ValueError
     except ValueError as exc:
         raise UsageError(f"{expected}; this one is no URL: {exc}") from None
     if parts.scheme not in ("http", "https") or not parts.hostname:
@@ -23,11 +26,18 @@ def split_url(url: str, expected: str) -> SplitResult:
     return parts
 
 
-def harmless(text: str) -> str:
+def harmless(text: str, stream: TextIO | None = None) -> str:
     """Text for a terminal, which would obey its escape sequences: they set titles, colours, the clipboard. What goes
-    into a file or another program stays as it is."""
-    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text) if _is_terminal() else text
+    into a file or another program stays as it is. `stream` is where it goes: stdout if it is None."""
+    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text) if _is_terminal(stream or sys.stdout) else text
 
 
-def _is_terminal() -> bool:
-    return sys.stdout.isatty()
+class HarmlessFormatter(logging.Formatter):
+    """Of a log that goes to stderr."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return harmless(super().format(record), sys.stderr)
+
+
+def _is_terminal(stream: TextIO) -> bool:
+    return stream.isatty()

@@ -13,8 +13,9 @@ import httpx
 import pytest
 import trustme
 
-from asgi_realtime.cli import checks
+from asgi_realtime.cli import checks, terminal
 from tests.cli.command import Command
+from tests.client.scripted import ScriptedServer, answer
 from tests.e2e import proxies
 from tests.e2e.hosts.servers import Serving, free_port, serving
 
@@ -212,6 +213,24 @@ def test_a_redirect_is_told(server: Serving, command: Command, tmp_path: Path) -
     assert "is redirected to https://elsewhere.example/realtime/v1/health" in done.out
 
 
+def test_a_terminal_does_not_obey_what_a_server_says(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(terminal, "_is_terminal", lambda stream: True)
+    health = b'{"status":"ok","broker":"\\u001b]0;x\\u0007","warnings":["\\u001b[2J"]}'
+    with ScriptedServer(answer(200, health)) as told:
+        out = command("doctor", told.origin).out
+    assert "\x1b" not in out
+    assert "broker \N{REPLACEMENT CHARACTER}]0;x" in out
+
+
+def test_a_server_whose_probes_are_all_taken_is_told(command: Command) -> None:
+    health = answer(200, b'{"status":"ok","broker":"memory"}')
+    with ScriptedServer(health, answer(429)) as told:
+        done = command("doctor", told.origin)
+    assert done.code == 1
+    assert "the server's limit of probes is reached" in done.out
+    assert "a proxy answers in its place" not in done.out
+
+
 def test_a_server_that_is_not_there(command: Command) -> None:
     done = command("doctor", f"http://127.0.0.1:{free_port()}/realtime")
     assert done.code == 1 and "cannot be reached" in done.out
@@ -223,6 +242,12 @@ def test_a_server_that_is_not_there(command: Command) -> None:
 def test_wrong_use(command: Command, url: str) -> None:
     done = command("doctor", url)
     assert done.code == 2 and "where the Realtime is mounted" in done.err
+
+
+@pytest.mark.parametrize("url", ["http://\N{PILE OF POO}.example", "http://xn--a.example", "http://a/\nb"])
+def test_what_only_httpx_takes_for_no_url_is_told(command: Command, url: str) -> None:
+    done = command("doctor", url)
+    assert done.code == 2 and "is no URL" in done.err
 
 
 def test_an_origin_that_no_browser_sends_is_refused(command: Command) -> None:

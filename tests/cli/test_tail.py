@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from asgi_realtime.cli import terminal
 from asgi_realtime.cli.tail import Address, read_address
 from asgi_realtime.errors import UsageError
 from tests.cli.command import Command
+from tests.client.scripted import ScriptedServer, answer
 from tests.e2e.hosts.guest import SECRET
 from tests.e2e.hosts.servers import Serving, serving
 
@@ -72,7 +74,7 @@ def test_a_terminal_does_not_obey_what_a_model_says(
 ) -> None:
     url = f"{server.url}/realtime/v1/streams/{ended(server, chr(27) + ']0;owned' + chr(7), 'é')}/default"
     assert command("tail", url).out == "\x1b]0;owned\x07é\n"
-    monkeypatch.setattr(terminal, "_is_terminal", lambda: True)
+    monkeypatch.setattr(terminal, "_is_terminal", lambda stream: True)
     assert command("tail", url).out == "\N{REPLACEMENT CHARACTER}]0;owned\N{REPLACEMENT CHARACTER}é\n"
 
 
@@ -120,6 +122,10 @@ def test_a_reader_of_its_output_may_leave(server: Serving) -> None:
         ),
         ("http://a/x/v1/runs/run_1/", Address("http://a/x", "runs", ("run_1",), None)),
         ("http://a/v1/runs?tags=a%3A1,b", Address("http://a", "tags", ("a:1", "b"), None)),
+        ("http://a/api/v1/v1/runs/run_1", Address("http://a/api/v1", "runs", ("run_1",), None)),
+        ("http://a/api/v1/realtime/v1/runs/run_1", Address("http://a/api/v1/realtime", "runs", ("run_1",), None)),
+        ("http://a/v1/streams/v1/default", Address("http://a", "streams", ("v1", "default"), None)),
+        ("http://a/v1/streams/run_1/v1", Address("http://a", "streams", ("run_1", "v1"), None)),
         ("http://a/v1/batches/batch_1", Address("http://a", "batches", ("batch_1",), None)),
     ],
 )
@@ -137,11 +143,45 @@ def test_addresses(url: str, address: Address) -> None:
         "ftp://a/v1/runs/1",
         "http://a/v1/runs",
         "http://a/v1/health",
+        "http://a..b/v1/runs/x",
+        f"http://{'a' * 64}.example/v1/runs/x",
     ],
 )
 def test_addresses_of_anything_else_are_refused(url: str) -> None:
     with pytest.raises(UsageError, match="no address of a run or a stream"):
         read_address(url)
+
+
+def test_a_token_of_the_environment_may_have_white_space_around_it(
+    server: Serving, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That of a file has a line end, which ended in a traceback."""
+    run = do(server, do="open")
+    url = f"{server.url}/realtime/v1/runs/run_unknown"
+    monkeypatch.setenv("REALTIME_ACCESS_TOKEN", f" {run['token']}\n")
+    assert command("tail", url).code == 1  # taken, and not for this run
+    monkeypatch.setenv("REALTIME_ACCESS_TOKEN", "a token")
+    done = command("tail", url)
+    assert done.code == 2 and "characters that no token has" in done.err
+    assert "a token" not in done.err
+
+
+def test_a_terminal_does_not_obey_what_a_server_says(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(terminal, "_is_terminal", lambda stream: True)
+    for status, code in ((404, 1), (422, 2)):
+        body = b'{"error":"\\u001b]0;owned\\u0007","code":"%b"}' % {404: b"run_not_found", 422: b"invalid"}[status]
+        with ScriptedServer(answer(status, body)) as told:
+            done = command("tail", f"{told.origin}/v1/runs/run_1")
+        assert done.code == code
+        assert "\N{REPLACEMENT CHARACTER}]0;owned\N{REPLACEMENT CHARACTER}" in done.err
+        assert "\x1b" not in done.err
+
+
+def test_a_terminal_does_not_obey_a_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    record = logging.makeLogRecord({"msg": "\x9b31m"})
+    assert terminal.HarmlessFormatter("%(message)s").format(record) == "\x9b31m"
+    monkeypatch.setattr(terminal, "_is_terminal", lambda stream: stream is sys.stderr)
+    assert terminal.HarmlessFormatter("%(message)s").format(record) == "\N{REPLACEMENT CHARACTER}31m"
 
 
 def test_a_token_that_is_made_admits_to_what_is_asked_for_and_no_more() -> None:

@@ -7,6 +7,7 @@ import jwt
 import pytest
 
 import asgi_realtime
+from asgi_realtime.cli import terminal
 from asgi_realtime.tokens import TokenAuthority
 from tests.cli.command import Command
 from tests.inprocess import SECRET, FakeClock
@@ -110,6 +111,15 @@ def test_a_token_that_is_not_signed_is_refused_without_the_key(
 def test_a_scope_that_admits_nothing_is_told(command: Command) -> None:
     done = command("token", "--explain", AUTHORITY.mint(["raed:runs"], expires_in_s=900))
     assert "may:         raed:runs, which is nothing: scope has the unknown action 'raed'" in done.out
+
+
+def test_a_terminal_does_not_obey_a_token(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    token = jwt.encode({"scopes": ["read:runs:\x1b[31mred"], "exp": 4e9, "iat": 1, "home": "\x1b]0;x\x07"}, SECRET)
+    assert "\x1b[31mred" in command("token", "--explain", token).out
+    monkeypatch.setattr(terminal, "_is_terminal", lambda stream: True)
+    told = command("token", "--explain", token).out
+    assert "\x1b" not in told
+    assert "\N{REPLACEMENT CHARACTER}[31mred" in told
 
 
 def test_batches_may_be_admitted(command: Command) -> None:
