@@ -136,7 +136,8 @@ class SyncSubscription(Iterator[T], Generic[T]):
     """What a call of `SyncRealtimeClient` iterates; see `Subscription`. Whoever leaves early closes it, with `with`.
 
     Any thread may close it. The one that reads then ends: at once, or, before the server has answered, after
-    `connect_timeout` or `silence_timeout` at the latest.
+    `connect_timeout` or `silence_timeout` at the latest; with HTTP/2, which only your own `http` may have, when the
+    next bytes come.
     """
 
     def __init__(self, client: SyncRealtimeClient, following: Following[S], shape: Callable[[S], T]) -> None:
@@ -205,7 +206,9 @@ class SyncSubscription(Iterator[T], Generic[T]):
     def _wake(self) -> None:
         """A thread that waits for bytes hears the end of them. To close a socket would not wake it."""
         response = self._response
-        stream = None if response is None else response.extensions.get("network_stream")
+        if response is None or response.http_version == "HTTP/2":  # that connection is that of others too
+            return
+        stream = response.extensions.get("network_stream")
         connected = None if stream is None else stream.get_extra_info("socket")
         if connected is not None:
             with suppress(OSError):

@@ -237,7 +237,8 @@ def test_a_server_that_is_not_there(command: Command) -> None:
 
 
 @pytest.mark.parametrize(
-    "url", ["http://[::1/realtime", "http://a:99999/realtime", "realtime", "ftp://a/realtime", "http://a/?x=1"]
+    "url",
+    ["http://[::1/realtime", "http://a:99999/realtime", "realtime", "ftp://a/realtime", "http://a/?x=1", "http://a/?"],
 )
 def test_wrong_use(command: Command, url: str) -> None:
     done = command("doctor", url)

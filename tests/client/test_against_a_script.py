@@ -530,3 +530,16 @@ def test_another_thread_may_close_what_is_read(close: Any, told: bytes, given: b
         assert not http.is_closed
         client.close()
     assert got == ([0, "ended"] if b"id: 0" in told else ["ended"])
+
+
+@pytest.mark.parametrize(("version", "cut"), [("HTTP/1.1", True), ("HTTP/2", False)])
+def test_a_connection_that_others_share_is_not_cut(monkeypatch: pytest.MonkeyPatch, version: str, cut: bool) -> None:
+    with ScriptedServer(stream(chunk(0)) + HOLD) as server, SyncRealtimeClient(server.origin, TOKEN) as client:
+        chunks = client.read("run_1")
+        assert next(chunks) == 0
+        monkeypatch.setattr(httpx.Response, "http_version", version)
+        with chunks._reading:  # as a thread has it that waits
+            chunks.close()
+            assert server.left.wait(5 if cut else 0.05) is cut
+        chunks.close()
+        assert server.left.wait(10)
