@@ -184,9 +184,7 @@ class Following(ABC, Generic[T]):
         if self._attempts.lasted():
             self._progressed()
         expired = ExpiredToken("the access token has expired")
-        if (
-            self._renewed
-        ):  # a new one, that was taken: whoever gives them had one with little left, and will have others
+        if self._renewed:  # that was a new one, and was taken: the next may have more time left
             self.refused_token = self._token
             self._come_back("the access token expired soon after it was taken", gives_up=expired)
         else:
