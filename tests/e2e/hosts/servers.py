@@ -37,7 +37,7 @@ ROOT_PATH = {
     "granian": "--url-path-prefix",
     "gunicorn": "--root-path",
 }
-"""How each is told that a proxy in front takes a prefix off."""
+"""How each is told that a proxy in front takes a prefix off. uvicorn's worker for gunicorn has no option for it."""
 
 
 @dataclass

@@ -225,7 +225,7 @@ async def check_everything_ends_when_asked(cell: Cell, http: httpx.AsyncClient, 
     return exit_s
 
 
-PREFIXED = [cell for cell in CELLS if (cell.host, cell.entry) != ("blacksheep", "mount")]
+PREFIXED = [cell for cell in CELLS if cell.server in ROOT_PATH and (cell.host, cell.entry) != ("blacksheep", "mount")]
 """BlackSheep's mounts do not find themselves behind uvicorn's --root-path; its middleware entry does."""
 
 
