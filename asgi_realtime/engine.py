@@ -100,6 +100,7 @@ class Engine:
             return
         self._pid = pid
         self._supervisor = None
+        self._had_host = False
         self._ready = False
         self._changed = Parking()
         self.runs.owner = secrets.token_hex(8)
