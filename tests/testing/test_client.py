@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -125,6 +125,17 @@ async def test_a_start_up_that_fails_raises_what_it_raised() -> None:
     assert log == ["start"]
 
 
+def with_work(background: Callable[[], Awaitable[None]]) -> FastAPI:
+    app = FastAPI()
+
+    @app.post("/work")
+    async def work(tasks: BackgroundTasks) -> str:
+        tasks.add_task(background)
+        return "accepted"
+
+    return app
+
+
 async def test_background_tasks_go_on_behind_the_answer() -> None:
     """They were cancelled after two seconds, and the answer came only then."""
     log: list[str] = []
@@ -136,14 +147,7 @@ async def test_background_tasks_go_on_behind_the_answer() -> None:
         await anyio.sleep(0.02)
         log.append("ends")
 
-    app = FastAPI()
-
-    @app.post("/work")
-    async def work(tasks: BackgroundTasks) -> str:
-        tasks.add_task(background)
-        return "accepted"
-
-    async with AsgiClient(app) as client:
+    async with AsgiClient(with_work(background)) as client:
         assert (await client.post("/work")).json() == "accepted"
         assert log == ["begins"]
         told.set()
@@ -157,14 +161,7 @@ async def test_a_background_task_that_fails_late_is_logged(caplog: pytest.LogCap
         await told.wait()
         raise LookupError("no mail server")
 
-    app = FastAPI()
-
-    @app.post("/work")
-    async def work(tasks: BackgroundTasks) -> str:
-        tasks.add_task(background)
-        return "accepted"
-
-    async with AsgiClient(app) as client:
+    async with AsgiClient(with_work(background)) as client:
         await client.post("/work")
         told.set()
     assert "no mail server" in caplog.text
