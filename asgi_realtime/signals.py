@@ -22,10 +22,15 @@ WATCHED = (signal.SIGTERM, signal.SIGINT)
 
 
 class ShutdownSignals:
-    """Calls `on_signal` from the signal handler of each watched signal, before the handler of the server."""
+    """Calls `on_signal` from the signal handler of each watched signal, before the handler of the server.
 
-    def __init__(self, on_signal: Callable[[], None]) -> None:
+    `in_background` says whether the signal came while a task of ours had the loop. What is handled then is the program's
+    matter, and no code of ours is to be interrupted for it.
+    """
+
+    def __init__(self, on_signal: Callable[[], None], *, in_background: Callable[[], bool]) -> None:
         self._on_signal = on_signal
+        self._in_background = in_background
         self._hearing = False
 
     def install(self) -> None:
@@ -60,15 +65,19 @@ class ShutdownSignals:
                 else:
                     above.previous = handler.previous
 
-    def hear(self, then: Callable[[], object]) -> None:
-        """A signal came. A handler of the server may call an older one of ours: it is told once all the same."""
+    def hear(self, number: int, frame: FrameType | None, then: Handler) -> None:
+        """A signal came, and `then` is to handle it. That may call an older handler of ours: it is told once all the same.
+
+        trio's handler of Ctrl-C raises in the code that it is told of, if that may be interrupted, and else in the main
+        task at its next checkpoint. Without a frame it takes the second way.
+        """
         outermost, self._hearing = not self._hearing, True
         try:
             if outermost:
                 self._on_signal()
         finally:
             try:
-                then()
+                then(number, None if self._in_background() else frame)
             finally:
                 self._hearing = not outermost
 
@@ -81,7 +90,7 @@ class _Chained:
         self.previous = previous
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        self.owner.hear(lambda: self.previous(number, frame))
+        self.owner.hear(number, frame, self.previous)
 
 
 def _chain(handler: Any) -> Iterator[_Chained]:

@@ -41,9 +41,13 @@ class Subscribers:
         self.closing = False
         self._supervisor = supervisor
         self._is_left_alone = is_left_alone
-        self._signals = ShutdownSignals(self.announce_shutdown) if signals else None
+        self._signals = ShutdownSignals(self.announce_shutdown, in_background=self._in_background) if signals else None
         self._announcements = 0
         self._shut_for_good = False
+
+    def _in_background(self) -> bool:
+        supervisor = self._supervisor()
+        return supervisor is not None and supervisor.has_the_loop
 
     def begin(self) -> None:
         """Something starts: nothing is open yet, and signals are heard."""

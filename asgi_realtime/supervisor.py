@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import logging
+import signal
 import threading
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -45,6 +46,13 @@ def is_failure(exc: BaseException) -> bool:
     return isinstance(exc, (Exception, SystemExit))
 
 
+def _is_interrupt(exc: BaseException) -> bool:
+    """Whether this is a `KeyboardInterrupt`, or a group with one in it."""
+    if isinstance(exc, BaseExceptionGroup):
+        return any(map(_is_interrupt, exc.exceptions))
+    return isinstance(exc, KeyboardInterrupt)
+
+
 def _in_task() -> bool:
     """Whether the calling code may start a task: on asyncio a callback of the loop is in no task, and anyio needs one.
 
@@ -73,7 +81,7 @@ class Supervisor:
         self._thread = threading.get_ident()
         self._loop = asyncio.get_running_loop() if on_asyncio() else None
         self._token = anyio.lowlevel.current_token()
-        self._task: object = None
+        self._task: Any = None
 
     def start(self) -> None:
         """Start the supervisor task. Does not wait for it."""
@@ -105,6 +113,21 @@ class Supervisor:
     def on_own_thread(self) -> bool:
         return threading.get_ident() == self._thread
 
+    @property
+    def has_the_loop(self) -> bool:
+        """Whether one of the jobs, or a task that one has started, is what trio runs now. On asyncio never."""
+        if self._loop is not None:
+            return False
+        import trio
+
+        try:
+            task: trio.lowlevel.Task | None = trio.lowlevel.current_task()
+        except RuntimeError:
+            return False
+        while task is not None and task is not self._task:
+            task = None if task.parent_nursery is None else task.parent_nursery.parent_task
+        return task is not None
+
     async def _run(self) -> None:
         try:
             async with anyio.create_task_group() as group:
@@ -121,6 +144,10 @@ class Supervisor:
                     self.ended = True  # with no turn of the loop since then, in which a job could come and be lost
         except Exception:  # nothing may leave: on trio it would end the whole program
             logger.exception("the supervisor failed")
+        except BaseException as exc:
+            if self._loop is not None or not _is_interrupt(exc):
+                raise
+            signal.raise_signal(signal.SIGINT)  # now that nothing of ours runs, it reaches the main task
         finally:
             self._group = None
             self.ended = True

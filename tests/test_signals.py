@@ -205,7 +205,7 @@ async def test_two_that_look_after_their_handlers_do_not_pile_them_up(server: Se
 
 def test_a_handler_that_calls_ours_does_not_make_it_tell_twice(server: Server) -> None:
     told: list[str] = []
-    signals = ShutdownSignals(lambda: told.append("told"))
+    signals = ShutdownSignals(lambda: told.append("told"), in_background=lambda: False)
     signals.install()
     ours = signal.getsignal(signal.SIGTERM)
     assert callable(ours)
@@ -240,7 +240,7 @@ def test_a_loop_that_ends_without_a_stop_takes_its_handlers_along(server: Server
 
 def test_installing_twice_does_not_chain_a_handler_to_itself(server: Server) -> None:
     told: list[str] = []
-    signals = ShutdownSignals(lambda: told.append("told"))
+    signals = ShutdownSignals(lambda: told.append("told"), in_background=lambda: False)
     signals.install()
     signals.install()
     signal.raise_signal(signal.SIGTERM)
@@ -255,7 +255,7 @@ def test_the_server_hears_of_the_signal_even_if_we_fail(server: Server) -> None:
     def fails() -> None:
         raise RuntimeError("the loop is gone")
 
-    signals = ShutdownSignals(fails)
+    signals = ShutdownSignals(fails, in_background=lambda: False)
     signals.install()
     with pytest.raises(RuntimeError):
         signal.raise_signal(signal.SIGTERM)
@@ -265,7 +265,7 @@ def test_the_server_hears_of_the_signal_even_if_we_fail(server: Server) -> None:
 
 def test_other_threads_than_the_main_one_leave_signals_alone(server: Server) -> None:
     def elsewhere() -> None:
-        signals = ShutdownSignals(lambda: None)
+        signals = ShutdownSignals(lambda: None, in_background=lambda: False)
         signals.install()
         signals.restore()
 
@@ -311,3 +311,45 @@ anyio.run(main, backend={backend!r})
         _, errors = process.communicate(timeout=10)
     assert errors.rstrip().endswith("KeyboardInterrupt")
     assert process.returncode == -signal.SIGINT
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signals", [True, False])
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+def test_ctrl_c_in_a_background_task_interrupts_the_main_one(backend: str, nested: bool, signals: bool) -> None:
+    """trio raises where the signal finds the program; in a task of ours that would end as an internal error of trio."""
+    program = f"""
+import signal
+import anyio
+from asgi_realtime import Realtime
+
+realtime = Realtime(secret_key="s" * 32, signals={signals})
+
+async def press():
+    signal.raise_signal(signal.SIGINT)
+
+@realtime.task("report")
+async def report():
+    if {nested}:
+        async with anyio.create_task_group() as group:
+            group.start_soon(press)
+    else:
+        await press()
+    await anyio.sleep(0)
+    print("went on", flush=True)
+
+async def main():
+    try:
+        async with realtime:
+            await realtime.trigger(report)
+            await anyio.sleep(60)
+    finally:
+        print("main left", flush=True)
+
+anyio.run(main, backend={backend!r})
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=15)
+    assert done.stderr.rstrip().endswith("KeyboardInterrupt")
+    assert done.returncode == -signal.SIGINT
+    assert done.stdout.splitlines() == (["went on"] if signals or backend == "asyncio" else []) + ["main left"]
