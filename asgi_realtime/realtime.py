@@ -23,7 +23,7 @@ from asgi_realtime.core.chunks import decode
 from asgi_realtime.core.runs import CancelRequested, RunRecord, run_topic, tag_topic
 from asgi_realtime.core.scopes import flatten_scopes
 from asgi_realtime.engine import Engine
-from asgi_realtime.errors import NoCurrentRun, UsageError
+from asgi_realtime.errors import InvalidConfiguration, NoCurrentRun, UsageError
 from asgi_realtime.execution import Execution
 from asgi_realtime.handles import TOKEN_EXPIRES_IN, BatchHandle, RunHandle, run_scopes
 from asgi_realtime.names import check_key, check_tags, input_stream, stream_name
@@ -44,8 +44,9 @@ from asgi_realtime.sources import check_source
 from asgi_realtime.streams import StreamScope, TypedStream
 from asgi_realtime.sync import SyncRealtime
 from asgi_realtime.tasks import Executor, Task
-from asgi_realtime.tasks.batches import BatchItem, TaskLike
+from asgi_realtime.tasks.batches import BatchItem
 from asgi_realtime.tasks.records import RunOptions
+from asgi_realtime.tasks.task import TaskLike, id_of
 from asgi_realtime.tasks.trigger import Tasks
 from asgi_realtime.tokens import PUBLIC_TOKEN_EXPIRES_IN, Claims, TokenAuthority, check_columns
 from asgi_realtime.writer import encode_within
@@ -203,6 +204,8 @@ class Realtime:
         dataclass, msgspec struct, pydantic model, TypedDict or plain JSON. What it returns is the run's output. The
         result is a `Task`, which can still be called as the plain function. Raises `InvalidConfiguration`.
         """
+        if callable(id):
+            raise InvalidConfiguration(f'a task needs an id: @realtime.task("{getattr(id, "__name__", "report")}")')
 
         def register(function: Callable[..., Any], /) -> Task[..., Any]:
             return self._tasks.register(id, function, max_duration=max_duration, concurrency_limit=concurrency_limit)
@@ -550,8 +553,8 @@ class Realtime:
         expires_in: Span,
         skip_columns: Iterable[str],
     ) -> str:
-        given = [tasks] if isinstance(tasks, str | Task) else list(tasks)
-        ids = [check_key(task if isinstance(task, str) else task.id, self.limits, what="task id") for task in given]
+        given = [tasks] if isinstance(tasks, str) or not isinstance(tasks, Iterable) else tasks
+        ids = [check_key(id_of(task), self.limits, what="task id") for task in given]
         scopes = flatten_scopes({action: {"tasks": ids}})
         return self._mint(scopes, expires_in, one_time=not multiple_use, skip_columns=check_columns(skip_columns))
 

@@ -24,8 +24,8 @@ WATCHED = (signal.SIGTERM, signal.SIGINT)
 class ShutdownSignals:
     """Calls `on_signal` from the signal handler of each watched signal, before the handler of the server.
 
-    `in_background` says whether the signal came while a task of ours had the loop. What is handled then is the program's
-    matter, and no code of ours is to be interrupted for it.
+    `in_background` says whether the signal came while a task of ours had the loop. It is the program's matter all the
+    same, and no code of ours is to be interrupted for it.
     """
 
     def __init__(self, on_signal: Callable[[], None], *, in_background: Callable[[], bool]) -> None:
@@ -66,7 +66,7 @@ class ShutdownSignals:
                     above.previous = handler.previous
 
     def hear(self, number: int, frame: FrameType | None, then: Handler) -> None:
-        """A signal came, and `then` is to handle it. That may call an older handler of ours: it is told once all the same.
+        """A signal came, and `then` handles it. That may call an older handler of ours: it is told once all the same.
 
         trio's handler of Ctrl-C raises in the code that it is told of, if that may be interrupted, and else in the main
         task at its next checkpoint. Without a frame it takes the second way.

@@ -24,9 +24,8 @@ from asgi_realtime.names import new_batch_id
 from asgi_realtime.supervisor import logger
 from asgi_realtime.tasks.launch import Launcher, Once, renamed
 from asgi_realtime.tasks.records import Prepared, RunOptions
-from asgi_realtime.tasks.task import Task
+from asgi_realtime.tasks.task import TaskLike
 
-TaskLike = Task[Any, Any] | str
 BatchItem = tuple[TaskLike, Any] | tuple[TaskLike, Any, Mapping[str, Any]]
 
 _TURN = 20  # runs that are created before others have a turn

@@ -98,6 +98,18 @@ class Task(Generic[P, R]):
         return [run if is_run else payload for _, is_run in self._parameters]
 
 
+TaskLike = Task[Any, Any] | str
+
+
+def id_of(task: TaskLike) -> str:
+    """The id of what names a task. Raises `UsageError`."""
+    if isinstance(task, Task):
+        return task.id
+    if not isinstance(task, str):
+        raise UsageError(f"{task!r} is not a task; allowed are what @realtime.task(id) gives, and that id")
+    return task
+
+
 def decode_as(data: bytes, annotation: Any) -> Any:
     """Decode JSON into a type: dataclass, msgspec, pydantic, TypedDict, or plain. Raises `UsageError`."""
     return decoder_of(annotation)(data)

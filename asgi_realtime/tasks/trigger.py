@@ -20,12 +20,12 @@ from asgi_realtime.errors import InvalidConfiguration, InvalidTransition, Unknow
 from asgi_realtime.handles import BatchHandle, ResultWaiter, RunHandle
 from asgi_realtime.names import check_key
 from asgi_realtime.run import current
-from asgi_realtime.tasks.batches import Batches, BatchItem, TaskLike, check_item
+from asgi_realtime.tasks.batches import Batches, BatchItem, check_item
 from asgi_realtime.tasks.executor import AttachedExecutor, Executor, InProcessExecutor
 from asgi_realtime.tasks.launch import Launcher
 from asgi_realtime.tasks.records import Payload, Prepared, Records, RunOptions
 from asgi_realtime.tasks.runner import run_task
-from asgi_realtime.tasks.task import Task
+from asgi_realtime.tasks.task import Task, TaskLike, id_of
 from asgi_realtime.tasks.threads import TaskThreads
 
 
@@ -98,8 +98,8 @@ class Tasks:
         return None if task is None else task.concurrency_limit
 
     def get(self, task: TaskLike) -> Task[Any, Any]:
-        """The registered task. Raises `UnknownTask`."""
-        task_id = task if isinstance(task, str) else task.id
+        """The registered task. Raises `UnknownTask`, and `UsageError` for what names no task."""
+        task_id = id_of(task)
         found = self._tasks.get(task_id)
         if found is None:
             known = ", ".join(sorted(self._tasks)) or "none"

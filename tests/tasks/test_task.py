@@ -435,6 +435,23 @@ def test_a_task_id_must_fit_into_a_path(task_id: Any, error: type[Exception]) ->
         make_realtime().task(task_id)(nothing)
 
 
+def test_a_decorator_without_an_id_says_what_to_write() -> None:
+    with pytest.raises(InvalidConfiguration, match=r'@realtime\.task\("nothing"\)'):
+        make_realtime().task(nothing)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("task", [nothing, None, 3, b"t"])
+@pytest.mark.anyio
+async def test_what_is_no_task_is_not_triggered(task: Any) -> None:
+    async with make_realtime() as realtime:
+        for call in (realtime.trigger(task), realtime.batch_trigger([(task, None)])):
+            with pytest.raises(UsageError, match=r"is not a task; allowed are what @realtime\.task\(id\) gives"):
+                await call
+        for mint in (realtime.create_trigger_public_token, realtime.create_batch_trigger_public_token):
+            with pytest.raises(UsageError, match=r"is not a task; allowed are"):
+                mint(task)
+
+
 @pytest.mark.parametrize("limit", [0, -1, True, 1.5, "2"])
 def test_a_concurrency_limit_is_a_number_from_1(limit: Any) -> None:
     with pytest.raises(InvalidConfiguration, match="concurrency_limit is .*; it must be 1 or more"):
