@@ -9,10 +9,8 @@ waits for a time), for a few milliseconds mostly; in an async test pass those th
 from __future__ import annotations
 
 import os
-import random
 import shutil
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -28,17 +26,13 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 from redis.retry import Retry
 
+from tests.ports import free_port
+
 T = TypeVar("T")
 
 GUARD_S = 30.0
 """Nothing waits longer than this. It is no measure of speed: the machine may be busy."""
 
-PORTS = range(11000, 21000)
-"""Below the ports that the system gives to outgoing connections, so a server that is away finds its own port again.
-
-The bus of a cluster node is 10,000 higher: below them too, and never the port of another server.
-"""
-BUS = 10_000
 SLOTS = 16384
 
 ClientType = Literal["normal", "pubsub"]
@@ -53,28 +47,6 @@ def until(condition: Callable[[], T], what: str, *, within_s: float = GUARD_S) -
                 return answer
         assert time.monotonic() < deadline, f"after {within_s:g} s still not so: {what}"
         time.sleep(0.005)
-
-
-_given: set[int] = set()
-
-
-def free_port() -> int:
-    """A port that nobody listens on, nor on that of its cluster bus. This process gets each port once."""
-    for port in random.sample(PORTS, len(PORTS)):
-        if port not in _given and _is_free(port) and _is_free(port + BUS):
-            _given.add(port)
-            return port
-    raise RuntimeError(f"no port is free between {PORTS.start} and {PORTS.stop}")
-
-
-def _is_free(port: int) -> bool:
-    with socket.socket() as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind(("127.0.0.1", port))
-        except OSError:
-            return False
-    return True
 
 
 class RedisServer:

@@ -12,7 +12,7 @@ import redis
 from redis.exceptions import AskError, MovedError
 
 from tests import requirements
-from tests.redis_servers import BUS, PORTS, RedisCluster, RedisServer, ReplicaPair, free_port, until
+from tests.redis_servers import RedisCluster, RedisServer, ReplicaPair, until
 from tests.requirements import redis_binary, valkey_binary
 
 pytestmark = pytest.mark.redis
@@ -30,14 +30,6 @@ def fetch(url: str) -> bytes | None:
         value = client.get("kept")
         assert isinstance(value, bytes | None)
         return value
-
-
-def test_ports_are_below_those_of_outgoing_connections_and_no_bus_meets_a_server() -> None:
-    port = free_port()
-    assert port in PORTS
-    assert port + BUS not in PORTS
-    assert PORTS.stop + BUS < 32768
-    assert free_port() != port
 
 
 def test_what_was_acknowledged_outlives_a_kill(server: RedisServer) -> None:

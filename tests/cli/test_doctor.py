@@ -17,7 +17,8 @@ from asgi_realtime.cli import checks, terminal
 from tests.cli.command import Command
 from tests.client.scripted import ScriptedServer, answer
 from tests.e2e import proxies
-from tests.e2e.hosts.servers import Serving, free_port, serving
+from tests.e2e.hosts.servers import Serving, serving
+from tests.ports import free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(60)]
 

@@ -20,6 +20,7 @@ import pytest
 
 from asgi_realtime.testing.sse import Event, EventParser
 from tests.docs.blocks import ROOT, blocks
+from tests.ports import free_port
 from tests.requirements import missing
 
 GUARD_S = 60.0
@@ -32,12 +33,6 @@ _COMMANDS = re.compile(r"# app\.py, started with: (.+)\n")
 _PORT = {"uvicorn": "--port={}", "hypercorn": "--bind=127.0.0.1:{}", "flask": "--port={}", "litestar": "--port={}"}
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2 * GUARD_S)]
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as bound:
-        port: int = bound.getsockname()[1]
-        return port
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 
 from asgi_realtime import Realtime
-from tests.redis_servers import free_port
+from tests.ports import free_port
 
 ROOT = Path(__file__).parent.parent.parent
 SECRET = "secret-key-of-the-tests-with-32-bytes-or-more"

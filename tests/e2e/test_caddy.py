@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from tests.docs.blocks import blocks
-from tests.e2e.hosts.servers import GUARD_S, free_port
+from tests.e2e.hosts.servers import GUARD_S
 from tests.e2e.proxies import Certificate, Visitor, app, caddy, check_chunks_come_as_they_are_written, wait_for
+from tests.ports import free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3 * GUARD_S)]
 

@@ -16,6 +16,7 @@ from playwright.sync_api import Browser, BrowserContext, Page, Request
 
 from examples.local_model import Model
 from tests.e2e.conftest import GUARD_S, Relay, Server, example
+from tests.ports import free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.chromium, pytest.mark.model, pytest.mark.timeout(3 * GUARD_S)]
 
@@ -199,14 +200,15 @@ def test_a_lost_connection_goes_on_without_a_missing_or_doubled_token(server: Se
 
 
 def test_runs_that_a_restart_has_forgotten_go_off_the_page(model: Model, page: Page, held: Held) -> None:
-    environment = {**model.environment, "REALTIME_SECRET_KEY": "a fixed key for tests, 32 bytes or more"}
+    key, port = "a fixed key for tests, 32 bytes or more", str(free_port())
+    environment = {**model.environment, "REALTIME_SECRET_KEY": key, "PORT": port}
     with example("fastapi_app", environment) as before:
         open_chat(page, before)
         ask(page, "Say hello.")
         wait_for_end(page, "COMPLETED")
         ask_and_hold(page, before, held)
         assert page.locator("[data-run]").count() >= 2
-    with example("fastapi_app", {**environment, "PORT": str(before.port)}) as after:
+    with example("fastapi_app", environment) as after:
         assert after.url == before.url
         page.wait_for_selector("#no-runs")
         assert page.locator("[data-run]").count() == 0

@@ -15,8 +15,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.e2e.hosts.servers import GUARD_S, ROOT, Serving, free_port, serving
+from tests.e2e.hosts.servers import GUARD_S, ROOT, Serving, serving
 from tests.e2e.proxies import running
+from tests.ports import free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3 * GUARD_S)]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+
+from tests.ports import free_port
 
 ROOT = Path(__file__).parent.parent.parent.parent
 GUARD_S = 60.0
@@ -56,12 +57,6 @@ class Serving:
         self.process.send_signal(signal.SIGTERM)
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as bound:
-        port: int = bound.getsockname()[1]
-        return port
-
-
 @contextmanager
 def serving(
     server: str,
@@ -78,12 +73,13 @@ def serving(
     command = [part.format(app=app, port=port, workers=workers) for part in SERVERS[server]]
     if server == "uvicorn" and workers == 1:
         command = command[:-2]  # with --workers it serves from a child, and --reload refuses the option
+    outside = {name: value for name, value in os.environ.items() if name != "PYTEST_XDIST_WORKER"}  # it is no test's
     log = folder / "server.log"
     with log.open("wb") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", *command, *options],
             cwd=cwd,
-            env={**os.environ, **environment, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "default"},
+            env={**outside, **environment, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "default"},
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
