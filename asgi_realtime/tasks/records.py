@@ -124,6 +124,8 @@ def check_idempotency_key(key: object, limits: Limits) -> str:
         raise UsageError(f"idempotency_key is {key!r}; allowed is a str that is not empty")
     if len(key) > limits.idempotency_key_length:
         raise LimitExceeded(f"idempotency_key is {len(key)} characters, limit {limits.idempotency_key_length}")
+    if any("\ud800" <= character <= "\udfff" for character in key):
+        raise UsageError(f"idempotency_key {key!r} has half of a surrogate pair, which no encoding has room for")
     return key
 
 

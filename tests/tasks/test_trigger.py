@@ -95,6 +95,7 @@ async def test_a_task_of_another_realtime_is_known_by_its_id_only() -> None:
         ({"idempotency_key": "x" * 513}, LimitExceeded, "idempotency_key is 513 characters, limit 512"),
         ({"idempotency_key": ""}, UsageError, "idempotency_key is ''; allowed is a str that is not empty"),
         ({"idempotency_key": 3}, UsageError, "idempotency_key is 3"),
+        ({"idempotency_key": "a\ud800b"}, UsageError, "has half of a surrogate pair, which no encoding has room for"),
         ({"ttl": "soon"}, UsageError, "ttl is 'soon'"),
         ({"ttl": 0}, UsageError, "ttl is 0; it must be more than zero"),
         ({"delay": -1}, UsageError, "delay is -1; it must be more than zero"),
