@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 
 import pytest
@@ -14,6 +15,16 @@ from tests.requirements import redis_binary, valkey_binary
 def anyio_backend(request: pytest.FixtureRequest) -> str:
     name: str = request.param
     return name
+
+
+@pytest.fixture(autouse=True)
+def log_level_left_as_it_was() -> Iterator[None]:
+    """A host that is made in a test may set it for the whole process, and tests that look at the log would see more."""
+    before = logging.root.level
+    yield
+    after = logging.root.level
+    logging.root.setLevel(before)
+    assert after == before, "the test has changed the level of the root logger"
 
 
 # For tests that do no more than use them: one each for the whole session. Tests keep apart by their prefix.

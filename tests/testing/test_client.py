@@ -283,7 +283,7 @@ async def test_other_frameworks_start_and_answer(anyio_backend_name: str) -> Non
     async def on_startup() -> None:
         log.append("litestar")
 
-    async with AsgiClient(Litestar(on_startup=[on_startup])) as client:
+    async with AsgiClient(Litestar(on_startup=[on_startup], logging_config=None)) as client:
         assert (await client.get("/nothing")).status == 404
     if anyio_backend_name == "asyncio":
         app = Quart("app")
