@@ -42,7 +42,7 @@ endif
 demo: $(DEMO) $(DEMO_MODEL) $(DEMO_PACKAGES)  ## the chat in your browser, with a real language model (APP=litestar, APP=quart, APP=redis_workers)
 	@exec $(BIN)/python -m $(DEMO_MODULE)
 
-test: $(DEV) $(NPM_PACKAGES)  ## all tests; what needs Chromium, Node, Redis or the model is skipped without them (ARGS="-k pipe")
+test: $(DEV) $(NPM_PACKAGES)  ## all tests; what needs Chromium, Node, Redis or the model is skipped without them (ARGS="-k pipe"; ARGS="-n auto --dist loadfile" for all cores)
 	$(BIN)/python -m pytest $(ARGS)
 
 check: $(DEV)  ## format, lint, types, layers, version: what CI runs before the tests
