@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from asgi_realtime.asgi import RealtimeMiddleware, RedactAccessToken
-from asgi_realtime.config import EXPOSED_HEADERS, Cors, Limits, Retention, Timeouts
-from asgi_realtime.core.runs import RunError, RunRecord, Status
-from asgi_realtime.errors import (
+from asgi_realtime.core.config import EXPOSED_HEADERS, Cors, Limits, Retention, Timeouts
+from asgi_realtime.core.errors import (
     BrokerUnavailable,
     EncodingError,
     ExpiredToken,
@@ -34,14 +33,15 @@ from asgi_realtime.errors import (
     UnknownTask,
     UsageError,
 )
-from asgi_realtime.handles import BatchHandle, RunHandle
-from asgi_realtime.pipe import Pipe, PipeResult
-from asgi_realtime.reading import StreamChunk
+from asgi_realtime.core.runs import RunError, RunRecord, Status
+from asgi_realtime.engine.run import Run, current_run
 from asgi_realtime.realtime import Realtime
-from asgi_realtime.run import Run, current_run
-from asgi_realtime.streams import StreamScope, TypedStream
+from asgi_realtime.runs.handles import BatchHandle, RunHandle
+from asgi_realtime.streams.pipe import Pipe, PipeResult
+from asgi_realtime.streams.readers import StreamChunk
 from asgi_realtime.tasks import Executor, Task
 from asgi_realtime.tokens import Claims
+from asgi_realtime.typed import StreamScope, TypedStream
 
 __version__ = "0.1.0"
 

@@ -18,19 +18,20 @@ import anyio
 
 from asgi_realtime.brokers import Broker, open_broker
 from asgi_realtime.brokers.base import InOneProcess, StreamKey
-from asgi_realtime.config import Cors, Limits, Retention, Span, Timeouts, parse_span
 from asgi_realtime.core.chunks import decode
+from asgi_realtime.core.config import Cors, Limits, Retention, Span, Timeouts, parse_span
+from asgi_realtime.core.errors import InvalidConfiguration, NoCurrentRun, UsageError
+from asgi_realtime.core.names import check_key, check_tags, input_stream, stream_name
 from asgi_realtime.core.runs import CancelRequested, RunRecord, run_topic, tag_topic
 from asgi_realtime.core.scopes import flatten_scopes
-from asgi_realtime.engine import Engine
-from asgi_realtime.errors import InvalidConfiguration, NoCurrentRun, UsageError
-from asgi_realtime.execution import Execution
-from asgi_realtime.handles import TOKEN_EXPIRES_IN, BatchHandle, RunHandle, run_scopes
-from asgi_realtime.names import check_key, check_tags, input_stream, stream_name
-from asgi_realtime.openrun import OpenRun
-from asgi_realtime.pipe import Pipe, Source
-from asgi_realtime.producers import Producers
-from asgi_realtime.reading import (
+from asgi_realtime.engine.engine import Engine
+from asgi_realtime.engine.execution import Execution
+from asgi_realtime.engine.open_run import OpenRun
+from asgi_realtime.engine.producers import Producers
+from asgi_realtime.engine.run import Run, current
+from asgi_realtime.runs.handles import TOKEN_EXPIRES_IN, BatchHandle, RunHandle, run_scopes
+from asgi_realtime.streams.pipe import Pipe, Source
+from asgi_realtime.streams.readers import (
     BatchFollower,
     ChunkReader,
     RunWithStreams,
@@ -39,17 +40,16 @@ from asgi_realtime.reading import (
     TopicFollower,
     ended_otherwise,
 )
-from asgi_realtime.run import Run, current
-from asgi_realtime.sources import check_source
-from asgi_realtime.streams import StreamScope, TypedStream
+from asgi_realtime.streams.sources import check_source
+from asgi_realtime.streams.writer import encode_within
 from asgi_realtime.sync import SyncRealtime
 from asgi_realtime.tasks import Executor, Task
 from asgi_realtime.tasks.batches import BatchItem
 from asgi_realtime.tasks.records import RunOptions
+from asgi_realtime.tasks.registry import Tasks
 from asgi_realtime.tasks.task import TaskLike, id_of
-from asgi_realtime.tasks.trigger import Tasks
 from asgi_realtime.tokens import PUBLIC_TOKEN_EXPIRES_IN, Claims, TokenAuthority, check_columns
-from asgi_realtime.writer import encode_within
+from asgi_realtime.typed import StreamScope, TypedStream
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -18,19 +18,19 @@ import anyio.from_thread
 import anyio.lowlevel
 import anyio.to_thread
 
-from asgi_realtime.config import Span
-from asgi_realtime.errors import RealtimeError, ServerShutdown
-from asgi_realtime.run import Run, current, current_run
-from asgi_realtime.supervisor import Supervisor
-from asgi_realtime.threadcalls import HeldRun, OwnLoop, ThreadCall
-from asgi_realtime.waiting import on_asyncio
+from asgi_realtime.core.config import Span
+from asgi_realtime.core.errors import RealtimeError, ServerShutdown
+from asgi_realtime.engine.run import Run, current, current_run
+from asgi_realtime.loop.supervisor import Supervisor
+from asgi_realtime.loop.thread_calls import HeldRun, OwnLoop, ThreadCall
+from asgi_realtime.loop.waiting import on_asyncio
 
 if TYPE_CHECKING:
     from asgi_realtime.core.runs import RunRecord
-    from asgi_realtime.handles import BatchHandle, RunHandle
-    from asgi_realtime.pipe import PipeResult
-    from asgi_realtime.reading import StreamChunk
     from asgi_realtime.realtime import Realtime, RunLike
+    from asgi_realtime.runs.handles import BatchHandle, RunHandle
+    from asgi_realtime.streams.pipe import PipeResult
+    from asgi_realtime.streams.readers import StreamChunk
     from asgi_realtime.tasks.batches import BatchItem
     from asgi_realtime.tasks.task import Task
 

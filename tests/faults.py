@@ -22,10 +22,10 @@ from asgi_realtime.brokers.base import (
     Producer,
     StreamKey,
 )
+from asgi_realtime.brokers.live_log import LiveLog
 from asgi_realtime.core.chunks import decode
+from asgi_realtime.core.errors import BrokerUnavailable
 from asgi_realtime.core.runs import RunRecord
-from asgi_realtime.errors import BrokerUnavailable
-from asgi_realtime.livelog import LiveLog
 
 T = TypeVar("T")
 

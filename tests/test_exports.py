@@ -58,7 +58,7 @@ def test_every_error_that_a_user_may_catch_is_exported() -> None:
         "TokenSpent",
         "VersionConflict",
     }
-    from asgi_realtime import errors
+    from asgi_realtime.core import errors
 
     defined = {
         name for name, value in vars(errors).items() if inspect.isclass(value) and value.__module__ == errors.__name__

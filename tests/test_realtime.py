@@ -298,7 +298,7 @@ async def test_the_run_of_a_lone_pipe_is_checked_before_anything_happens() -> No
 
 @pytest.mark.anyio
 async def test_writers_of_append_are_remembered_up_to_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("asgi_realtime.producers._SHARED_WRITERS", 2)
+    monkeypatch.setattr("asgi_realtime.engine.producers._SHARED_WRITERS", 2)
     async with make_realtime() as realtime, realtime.open_run("r") as run:
         for name in ("a", "b", "c", "a"):
             await realtime.append(name, name)

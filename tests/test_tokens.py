@@ -10,7 +10,7 @@ from typing import Any
 import jwt
 import pytest
 
-from asgi_realtime.errors import ExpiredToken, InvalidConfiguration, InvalidToken, UsageError
+from asgi_realtime.core.errors import ExpiredToken, InvalidConfiguration, InvalidToken, UsageError
 from asgi_realtime.tokens import AUDIENCE, ISSUER, Claims, TokenAuthority
 
 SECRET = "a-secret-of-thirty-two-bytes-or-more"

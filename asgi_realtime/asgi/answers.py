@@ -11,7 +11,7 @@ from typing import Any
 from starlette.responses import Response
 
 from asgi_realtime.core.chunks import encode_value
-from asgi_realtime.errors import RealtimeError, ScopeDenied, TokenError
+from asgi_realtime.core.errors import RealtimeError, ScopeDenied, TokenError
 
 
 def json_bytes_answer(body: bytes, status: int = 200, headers: dict[str, str] | None = None) -> Response:

@@ -13,17 +13,19 @@ from typing import Any
 
 from starlette.responses import Response
 
-from asgi_realtime.asgi import api, batching, changing, feeds, minting, streams, triggering, writing
+from asgi_realtime.asgi import feeds, streams
 from asgi_realtime.asgi.answers import error_answer, refusal
 from asgi_realtime.asgi.cors import cors_headers, preflight_headers
 from asgi_realtime.asgi.host import Host, Receive, Scope, Send
+from asgi_realtime.asgi.limits import Seats
 from asgi_realtime.asgi.open_request import until_shutdown
-from asgi_realtime.asgi.paths import API, Endpoint, resolve
 from asgi_realtime.asgi.request import BODY_METHODS, Request
+from asgi_realtime.asgi.routes import API, Endpoint, resolve
 from asgi_realtime.asgi.rows import RowCache
-from asgi_realtime.asgi.seats import Seats
 from asgi_realtime.asgi.subscription import Finished, Leaving, Subscription, farewell
-from asgi_realtime.errors import BrokerUnavailable, RealtimeError, RunKeptElsewhere, RunNotFound, shown
+from asgi_realtime.asgi.trigger_dev import batching, changing, minting, triggering, writing
+from asgi_realtime.asgi.trigger_dev import runs as api
+from asgi_realtime.core.errors import BrokerUnavailable, RealtimeError, RunKeptElsewhere, RunNotFound, shown
 
 logger = logging.getLogger("asgi_realtime")
 

@@ -13,9 +13,9 @@ from collections.abc import Iterable
 from urllib.parse import unquote_plus
 
 from asgi_realtime.asgi.host import Scope
+from asgi_realtime.core.errors import ScopeDenied, shown
 from asgi_realtime.core.runs import RunRecord
 from asgi_realtime.core.scopes import Resource, admits
-from asgi_realtime.errors import ScopeDenied, shown
 from asgi_realtime.tokens import Claims
 
 PARAMETER = "access_token"

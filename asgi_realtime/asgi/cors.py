@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 
 from asgi_realtime.asgi.host import Headers
-from asgi_realtime.config import EXPOSED_HEADERS, Cors
+from asgi_realtime.core.config import EXPOSED_HEADERS, Cors
 
 EXPOSED = ", ".join(EXPOSED_HEADERS).encode()
 METHODS = b"GET, HEAD, POST, PUT"

@@ -17,12 +17,12 @@ from asgi_realtime.asgi.feed_kinds import Admitted, Feed, admitted, newest, page
 from asgi_realtime.asgi.request import Request
 from asgi_realtime.asgi.subscription import WAITING, Finished, Subscription
 from asgi_realtime.brokers.base import LiveTopic
+from asgi_realtime.brokers.live_log import MAX_BODY
+from asgi_realtime.core.errors import BrokerUnavailable
 from asgi_realtime.core.run_json import run_json, skippable
 from asgi_realtime.core.runs import RunRecord
 from asgi_realtime.core.sse import control_frame
 from asgi_realtime.core.topics import Change, Changes, Cursor
-from asgi_realtime.errors import BrokerUnavailable
-from asgi_realtime.livelog import MAX_BODY
 from asgi_realtime.tokens import Claims
 
 

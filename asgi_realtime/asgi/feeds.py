@@ -10,14 +10,14 @@ from starlette.responses import Response
 from asgi_realtime.asgi.auth import authorise, batch_resources, may, run_resources, tag_resources
 from asgi_realtime.asgi.feed_events import FeedSubscription
 from asgi_realtime.asgi.feed_kinds import BatchFeed, Feed, RunFeed, TagFeed
-from asgi_realtime.asgi.feed_shapes import AskedShape, ShapePoll, asked_shape
 from asgi_realtime.asgi.lookup import find_batch, find_run
 from asgi_realtime.asgi.request import Request
 from asgi_realtime.asgi.subscription import Subscription
+from asgi_realtime.asgi.trigger_dev.feed_shapes import AskedShape, ShapePoll, asked_shape
 from asgi_realtime.brokers.base import LiveTopic
-from asgi_realtime.config import Limits, parse_span
-from asgi_realtime.errors import InvalidRequest, LimitExceeded, UsageError, shown
-from asgi_realtime.names import check_tags
+from asgi_realtime.core.config import Limits, parse_span
+from asgi_realtime.core.errors import InvalidRequest, LimitExceeded, UsageError, shown
+from asgi_realtime.core.names import check_tags
 from asgi_realtime.tokens import Claims
 
 MAX_WINDOW_S = 24 * 3600.0

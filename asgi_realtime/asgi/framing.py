@@ -14,10 +14,10 @@ from typing import Protocol
 import msgspec
 
 from asgi_realtime.asgi.host import Headers
+from asgi_realtime.brokers.live_log import LiveLog, Slice
 from asgi_realtime.core.log import End, Entry
 from asgi_realtime.core.runs import END_REASONS
 from asgi_realtime.core.sse import HEARTBEAT, chunk_frame, comment_frame, control_frame, retry_frame
-from asgi_realtime.livelog import LiveLog, Slice
 
 RETRY_MS = 1000
 """How soon a client comes back after a drop. Said in each response, or a shutdown's value would stay."""

@@ -9,10 +9,10 @@ from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 from asgi_realtime.brokers.base import Broker, ChangeMark, StreamKey
-from asgi_realtime.config import Cors, Limits, Timeouts
+from asgi_realtime.core.config import Cors, Limits, Timeouts
 from asgi_realtime.core.runs import RunChange, RunRecord
-from asgi_realtime.subscribers import Subscriber as Subscriber
-from asgi_realtime.tasks.trigger import Tasks
+from asgi_realtime.engine.subscribers import Subscriber as Subscriber
+from asgi_realtime.tasks.registry import Tasks
 from asgi_realtime.tokens import TokenAuthority
 
 R = TypeVar("R")

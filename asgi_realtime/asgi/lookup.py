@@ -11,11 +11,11 @@ from functools import partial
 from asgi_realtime.asgi.host import Host, Receive
 from asgi_realtime.asgi.request import Request
 from asgi_realtime.asgi.subscription import Leaving, until_disconnect
+from asgi_realtime.core.errors import RunNotFound, shown
 from asgi_realtime.core.runs import RunRecord, batch_topic, run_topic
 from asgi_realtime.core.scopes import names
-from asgi_realtime.errors import RunNotFound, shown
+from asgi_realtime.loop.waiting import make_guard, make_parker
 from asgi_realtime.tokens import Claims
-from asgi_realtime.waiting import make_guard, make_parker
 
 
 class _Wait:

@@ -11,7 +11,7 @@ import logging
 
 from asgi_realtime.asgi.auth import redact_query
 from asgi_realtime.asgi.host import App, HostApp, Message, Receive, Scope, Send
-from asgi_realtime.errors import InvalidConfiguration
+from asgi_realtime.core.errors import InvalidConfiguration
 
 logger = logging.getLogger("asgi_realtime")
 

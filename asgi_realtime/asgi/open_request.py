@@ -16,8 +16,8 @@ from asgi_realtime.asgi.answers import refusal
 from asgi_realtime.asgi.host import Message, Receive
 from asgi_realtime.asgi.request import Request
 from asgi_realtime.asgi.subscription import leaving_answer
-from asgi_realtime.errors import ServerShutdown
-from asgi_realtime.waiting import make_interrupt
+from asgi_realtime.core.errors import ServerShutdown
+from asgi_realtime.loop.waiting import make_interrupt
 
 A = TypeVar("A")
 

@@ -11,12 +11,12 @@ from urllib.parse import parse_qsl
 
 from asgi_realtime.asgi.auth import bearer, redact_query
 from asgi_realtime.asgi.host import Host, Receive, Scope
-from asgi_realtime.errors import InvalidRequest, InvalidToken, LimitExceeded, RequestCutOff, shown
+from asgi_realtime.core.errors import InvalidRequest, InvalidToken, LimitExceeded, RequestCutOff, shown
 from asgi_realtime.tokens import Claims
 
 if TYPE_CHECKING:
+    from asgi_realtime.asgi.limits import Seats
     from asgi_realtime.asgi.rows import RowCache
-    from asgi_realtime.asgi.seats import Seats
 
 EVENT_STREAM = "text/event-stream"
 BODY_METHODS = frozenset({"POST", "PUT"})

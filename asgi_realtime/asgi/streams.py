@@ -16,12 +16,12 @@ from asgi_realtime.asgi.framing import BATCHES, NATIVE, Framing
 from asgi_realtime.asgi.lookup import find_run
 from asgi_realtime.asgi.request import Request
 from asgi_realtime.asgi.subscription import STILL_WAITING, WAITING, Finished, Over, Subscription
+from asgi_realtime.brokers.live_log import MAX_BODY, LiveLog
 from asgi_realtime.core.chunks import encode_value
+from asgi_realtime.core.errors import BrokerUnavailable, InvalidRequest, StreamGap, StreamLost, shown
 from asgi_realtime.core.log import Entry, StreamKey
+from asgi_realtime.core.names import input_stream, stream_name
 from asgi_realtime.core.runs import RunRecord
-from asgi_realtime.errors import BrokerUnavailable, InvalidRequest, StreamGap, StreamLost, shown
-from asgi_realtime.livelog import MAX_BODY, LiveLog
-from asgi_realtime.names import input_stream, stream_name
 from asgi_realtime.tokens import Claims
 
 MAX_SILENCE_S = 600

@@ -23,13 +23,13 @@ from starlette.responses import Response
 from asgi_realtime.asgi.answers import refusal
 from asgi_realtime.asgi.framing import NATIVE, Framing
 from asgi_realtime.asgi.host import Headers, Host, Receive, Scope, Send
+from asgi_realtime.core.errors import BrokerUnavailable
 from asgi_realtime.core.log import End
-from asgi_realtime.errors import BrokerUnavailable
+from asgi_realtime.loop.waiting import Guard, make_guard, make_parker
 from asgi_realtime.tokens import Claims
-from asgi_realtime.waiting import Guard, make_guard, make_parker
 
 if TYPE_CHECKING:
-    from asgi_realtime.asgi.seats import Seats
+    from asgi_realtime.asgi.limits import Seats
 
 logger = logging.getLogger("asgi_realtime")
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from asgi_realtime.brokers.base import Broker
 from asgi_realtime.brokers.memory import Clock, MemoryBroker
-from asgi_realtime.config import Limits, Retention, Timeouts
-from asgi_realtime.errors import InvalidConfiguration
+from asgi_realtime.core.config import Limits, Retention, Timeouts
+from asgi_realtime.core.errors import InvalidConfiguration
 
 REDIS_SCHEMES = ("redis", "rediss", "unix")
 

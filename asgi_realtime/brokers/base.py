@@ -11,11 +11,11 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import NamedTuple, Protocol, runtime_checkable
 
+from asgi_realtime.brokers.live_log import LiveLog
 from asgi_realtime.core.log import End, Entry, Page, Position, Producer, StreamKey
 from asgi_realtime.core.runs import RunRecord
 from asgi_realtime.core.topics import Change, Changes, Cursor
-from asgi_realtime.livelog import LiveLog
-from asgi_realtime.waiting import Parking
+from asgi_realtime.loop.waiting import Parking
 
 MARKS_KEPT = 64
 """How many of a run's newest commits a broker recognises when they are retried, at least."""

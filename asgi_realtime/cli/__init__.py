@@ -17,7 +17,7 @@ from typing import NoReturn
 import asgi_realtime
 from asgi_realtime.cli import doctor, tail, token
 from asgi_realtime.cli.terminal import harmless
-from asgi_realtime.errors import UsageError
+from asgi_realtime.core.errors import UsageError
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

@@ -13,9 +13,9 @@ from urllib.parse import urlsplit
 import httpx
 
 from asgi_realtime.cli.doctor import Finding, Mark
-from asgi_realtime.config import EXPOSED_HEADERS
+from asgi_realtime.core.config import EXPOSED_HEADERS
+from asgi_realtime.core.errors import UsageError
 from asgi_realtime.core.event_stream import EventParser
-from asgi_realtime.errors import UsageError
 
 TIMEOUT_S = 15.0
 EVENT_STREAM = {"accept": "text/event-stream"}

@@ -14,8 +14,8 @@ from enum import Enum
 from typing import Any
 
 from asgi_realtime.cli.terminal import harmless, split_url
-from asgi_realtime.config import Cors
-from asgi_realtime.errors import UsageError
+from asgi_realtime.core.config import Cors
+from asgi_realtime.core.errors import UsageError
 
 
 class Mark(Enum):

@@ -6,7 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
-from asgi_realtime.errors import UsageError
+from asgi_realtime.core.errors import UsageError
 
 VARIABLE = "REALTIME_SECRET_KEY"
 

@@ -15,7 +15,7 @@ from urllib.parse import parse_qs, unquote
 
 from asgi_realtime.cli import secret
 from asgi_realtime.cli.terminal import HarmlessFormatter, harmless, split_url
-from asgi_realtime.errors import RealtimeError, UsageError
+from asgi_realtime.core.errors import RealtimeError, UsageError
 from asgi_realtime.tokens import TokenAuthority
 
 if TYPE_CHECKING:

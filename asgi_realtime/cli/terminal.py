@@ -8,7 +8,7 @@ import sys
 from typing import TextIO
 from urllib.parse import SplitResult, urlsplit
 
-from asgi_realtime.errors import UsageError
+from asgi_realtime.core.errors import UsageError
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 

@@ -16,9 +16,9 @@ import jwt
 
 from asgi_realtime.cli import secret
 from asgi_realtime.cli.terminal import harmless
-from asgi_realtime.config import parse_span
+from asgi_realtime.core.config import parse_span
+from asgi_realtime.core.errors import ExpiredToken, InvalidToken, UsageError
 from asgi_realtime.core.scopes import flatten_scopes
-from asgi_realtime.errors import ExpiredToken, InvalidToken, UsageError
 from asgi_realtime.tokens import PUBLIC_TOKEN_EXPIRES_IN, TokenAuthority, check_columns
 
 _EXAMPLES = """\

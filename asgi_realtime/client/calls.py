@@ -19,9 +19,9 @@ import httpx
 from asgi_realtime.client.attempts import Attempts
 from asgi_realtime.client.errors import UnexpectedAnswer
 from asgi_realtime.client.following import ChunksFollowing, RunsFollowing
-from asgi_realtime.config import Span, parse_span
-from asgi_realtime.errors import InvalidConfiguration, InvalidToken, RealtimeError, UsageError
-from asgi_realtime.reading import StreamChunk
+from asgi_realtime.core.config import Span, parse_span
+from asgi_realtime.core.errors import InvalidConfiguration, InvalidToken, RealtimeError, UsageError
+from asgi_realtime.streams.readers import StreamChunk
 
 S = TypeVar("S")
 

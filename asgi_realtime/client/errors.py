@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from asgi_realtime.core.chunks import decode
-from asgi_realtime.errors import (
+from asgi_realtime.core.errors import (
     ExpiredToken,
     InvalidRequest,
     InvalidToken,

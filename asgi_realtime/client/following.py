@@ -20,10 +20,10 @@ from asgi_realtime.client.attempts import Attempts, retry_after
 from asgi_realtime.client.errors import ServerUnreachable, UnexpectedAnswer, no_stream, redirected, refusal
 from asgi_realtime.client.states import RunState, decode_state
 from asgi_realtime.core.chunks import decode
+from asgi_realtime.core.errors import ExpiredToken, RealtimeError, StreamGap, UsageError
 from asgi_realtime.core.event_stream import Event, EventParser
 from asgi_realtime.core.log import End
-from asgi_realtime.errors import ExpiredToken, RealtimeError, StreamGap, UsageError
-from asgi_realtime.reading import StreamChunk, ended_otherwise
+from asgi_realtime.streams.readers import StreamChunk, ended_otherwise
 
 logger = logging.getLogger("asgi_realtime.client")
 

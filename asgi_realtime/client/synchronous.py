@@ -25,9 +25,9 @@ from asgi_realtime.client.calls import (
 )
 from asgi_realtime.client.following import Following, Raised
 from asgi_realtime.client.states import RunState
-from asgi_realtime.config import Span
-from asgi_realtime.errors import InvalidConfiguration
-from asgi_realtime.reading import StreamChunk
+from asgi_realtime.core.config import Span
+from asgi_realtime.core.errors import InvalidConfiguration
+from asgi_realtime.streams.readers import StreamChunk
 
 T = TypeVar("T")
 S = TypeVar("S")

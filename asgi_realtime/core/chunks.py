@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 import msgspec
 
-from asgi_realtime.errors import EncodingError, UsageError
+from asgi_realtime.core.errors import EncodingError, UsageError
 
 _AS_SENT = frozenset({"openai", "anthropic"})
 """Their models hold every field that the API may send; what it did send are the fields that are set."""

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from asgi_realtime.errors import UsageError, shown
+from asgi_realtime.core.errors import UsageError, shown
 
 PREFIX = "$."
 MISSING: Any = object()

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from asgi_realtime.core.errors import Misplaced, ProducerGap, RealtimeError, StreamClosed, StreamLost
 from asgi_realtime.core.sse import chunk_frame, frame_data
-from asgi_realtime.errors import Misplaced, ProducerGap, RealtimeError, StreamClosed, StreamLost
 
 COMPACT_AFTER = 1024
 """Trimmed slots that may stay at the front of the lists before they are cut off."""

@@ -17,8 +17,8 @@ import msgspec
 
 from asgi_realtime.core import json_paths
 from asgi_realtime.core.chunks import decode, encode_value
+from asgi_realtime.core.errors import LimitExceeded, UsageError
 from asgi_realtime.core.json_paths import Copies
-from asgi_realtime.errors import LimitExceeded, UsageError
 
 MAX_KEY_LENGTH = 128
 

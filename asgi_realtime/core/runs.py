@@ -14,9 +14,9 @@ from typing import Any
 import msgspec
 
 from asgi_realtime.core.chunks import decode, encode_value
+from asgi_realtime.core.errors import InvalidTransition
 from asgi_realtime.core.log import End
 from asgi_realtime.core.metadata import Operation, apply_operations
-from asgi_realtime.errors import InvalidTransition
 
 
 class Status(StrEnum):

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from asgi_realtime.errors import UsageError
+from asgi_realtime.core.errors import UsageError
 
 Resource = tuple[str, str | None]
 """A type and an id; without an id it is the whole type, such as the list of all runs."""

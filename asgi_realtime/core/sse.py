@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 
-from asgi_realtime.errors import UsageError
+from asgi_realtime.core.errors import UsageError
 
 _LINE_BREAK = re.compile(r"[\r\n\0]")  # NUL: an id with it is ignored by the client, and so is the resume point
 _DATA = len(b"data: ")

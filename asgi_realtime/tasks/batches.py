@@ -15,13 +15,13 @@ from typing import Any
 import anyio.lowlevel
 import msgspec
 
-from asgi_realtime.config import Retention, Span
+from asgi_realtime.core.config import Retention, Span
+from asgi_realtime.core.errors import LimitExceeded, RealtimeError, RunNotFound, UsageError
+from asgi_realtime.core.names import new_batch_id
 from asgi_realtime.core.runs import BatchMember, CancelRequested, RunRecord
-from asgi_realtime.engine import Engine
-from asgi_realtime.errors import LimitExceeded, RealtimeError, RunNotFound, UsageError
-from asgi_realtime.handles import BatchHandle, ResultWaiter, batch_scopes
-from asgi_realtime.names import new_batch_id
-from asgi_realtime.supervisor import logger
+from asgi_realtime.engine.engine import Engine
+from asgi_realtime.loop.supervisor import logger
+from asgi_realtime.runs.handles import BatchHandle, ResultWaiter, batch_scopes
 from asgi_realtime.tasks.launch import Launcher, Once, renamed
 from asgi_realtime.tasks.records import Prepared, RunOptions
 from asgi_realtime.tasks.task import TaskLike

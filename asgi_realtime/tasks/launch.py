@@ -14,10 +14,10 @@ from dataclasses import dataclass
 
 import msgspec
 
-from asgi_realtime.config import Retention
+from asgi_realtime.core.config import Retention
+from asgi_realtime.core.errors import RunNotFound, TokenSpent, VersionConflict
 from asgi_realtime.core.runs import RunRecord, Status
-from asgi_realtime.engine import Engine
-from asgi_realtime.errors import RunNotFound, TokenSpent, VersionConflict
+from asgi_realtime.engine.engine import Engine
 from asgi_realtime.tasks.records import Prepared
 
 

@@ -12,12 +12,12 @@ from typing import Any
 
 import msgspec
 
-from asgi_realtime.config import MAX_SPAN_S, Limits, Retention, Span, parse_span
+from asgi_realtime.core.config import MAX_SPAN_S, Limits, Retention, Span, parse_span
+from asgi_realtime.core.errors import LimitExceeded, UsageError
 from asgi_realtime.core.metadata import check_key as check_metadata_key
 from asgi_realtime.core.metadata import check_size, normalize_value
+from asgi_realtime.core.names import check_key, check_tags, new_run_id
 from asgi_realtime.core.runs import RunRecord, Status
-from asgi_realtime.errors import LimitExceeded, UsageError
-from asgi_realtime.names import check_key, check_tags, new_run_id
 from asgi_realtime.tasks.task import Task
 
 

@@ -8,11 +8,11 @@ from typing import Any
 import anyio
 
 from asgi_realtime.core.runs import RunRecord
-from asgi_realtime.execution import Execution
-from asgi_realtime.run import current
-from asgi_realtime.supervisor import cancelled_by_nobody, is_failure
+from asgi_realtime.engine.execution import Execution
+from asgi_realtime.engine.run import current
+from asgi_realtime.loop.supervisor import cancelled_by_nobody, is_failure
+from asgi_realtime.loop.threads import TaskThreads
 from asgi_realtime.tasks.task import Task
-from asgi_realtime.tasks.threads import TaskThreads
 
 
 async def run_task(task: Task[Any, Any], execution: Execution, *, threads: TaskThreads) -> RunRecord:

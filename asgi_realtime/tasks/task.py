@@ -16,8 +16,8 @@ import msgspec
 import msgspec.inspect
 
 from asgi_realtime.core.chunks import decode, encode_value
-from asgi_realtime.errors import EncodingError, InvalidConfiguration, InvalidPayload, LimitExceeded, UsageError
-from asgi_realtime.run import Run
+from asgi_realtime.core.errors import EncodingError, InvalidConfiguration, InvalidPayload, LimitExceeded, UsageError
+from asgi_realtime.engine.run import Run
 
 P = ParamSpec("P")
 R = TypeVar("R")

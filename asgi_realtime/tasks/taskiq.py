@@ -18,9 +18,9 @@ from typing import Any
 
 import anyio
 
-from asgi_realtime.errors import BrokerUnavailable, RunNotFound, UnknownTask
-from asgi_realtime.supervisor import logger
-from asgi_realtime.tasks.executor import ExecutorHost
+from asgi_realtime.core.errors import BrokerUnavailable, RunNotFound, UnknownTask
+from asgi_realtime.engine.executor import ExecutorHost
+from asgi_realtime.loop.supervisor import logger
 
 try:
     from taskiq import AsyncBroker, AsyncTaskiqDecoratedTask, TaskiqEvents, TaskiqState

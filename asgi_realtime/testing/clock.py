@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
-from asgi_realtime.config import Span, parse_span
+from asgi_realtime.core.config import Span, parse_span
 from asgi_realtime.core.scopes import flatten_scopes
 from asgi_realtime.tokens import TokenAuthority
 
 if TYPE_CHECKING:
-    from asgi_realtime.housekeeping import Housekeeping
+    from asgi_realtime.engine.ticker import Housekeeping
     from asgi_realtime.realtime import Realtime
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import anyio
 
-from asgi_realtime.supervisor import Supervisor, is_failure
+from asgi_realtime.loop.supervisor import Supervisor, is_failure
 from asgi_realtime.testing.driver import LEAVE_S, App, Message, at_most
 
 

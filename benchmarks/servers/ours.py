@@ -9,7 +9,7 @@ from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp
 
 from asgi_realtime import Realtime, RealtimeMiddleware, Run
-from asgi_realtime.config import Retention
+from asgi_realtime.core.config import Retention
 from benchmarks.servers.peer import SECRET, Subscription
 
 _RETENTION = Retention(stream_bytes=256 * 1024 * 1024)

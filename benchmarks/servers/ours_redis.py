@@ -11,7 +11,7 @@ from starlette.types import ASGIApp
 from asgi_realtime import Realtime, RealtimeMiddleware
 from asgi_realtime.brokers.redis.broker import PREFIX
 from asgi_realtime.brokers.redis.keys import Keys
-from asgi_realtime.config import Retention
+from asgi_realtime.core.config import Retention
 from asgi_realtime.core.log import StreamKey
 from benchmarks.servers.forwarding import Source
 from benchmarks.servers.peer import SECRET, Subscription

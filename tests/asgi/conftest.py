@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from asgi_realtime.config import Cors
+from asgi_realtime.core.config import Cors
 from tests.asgi.standin import StandIn
 
 

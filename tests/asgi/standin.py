@@ -12,9 +12,11 @@ from asgi_realtime.asgi.app import RealtimeApp
 from asgi_realtime.asgi.host import Subscriber
 from asgi_realtime.brokers.base import Broker, ChangeMark
 from asgi_realtime.brokers.memory import MemoryBroker
-from asgi_realtime.config import Cors, Limits, Retention, Timeouts
 from asgi_realtime.core.chunks import encode_value
+from asgi_realtime.core.config import Cors, Limits, Retention, Timeouts
+from asgi_realtime.core.errors import RunNotFound
 from asgi_realtime.core.log import StreamKey
+from asgi_realtime.core.names import input_stream
 from asgi_realtime.core.runs import (
     BatchMember,
     Finished,
@@ -27,9 +29,7 @@ from asgi_realtime.core.runs import (
     StreamAdded,
     apply,
 )
-from asgi_realtime.errors import RunNotFound
-from asgi_realtime.names import input_stream
-from asgi_realtime.tasks.trigger import Tasks
+from asgi_realtime.tasks.registry import Tasks
 from asgi_realtime.testing.driver import Receive, Scope, Send
 from asgi_realtime.tokens import TokenAuthority
 

@@ -9,9 +9,9 @@ import pytest
 from asgi_realtime import Realtime
 from asgi_realtime.asgi.app import ENDPOINTS
 from asgi_realtime.asgi.host import Host
-from asgi_realtime.asgi.paths import Endpoint
-from asgi_realtime.config import Cors
-from asgi_realtime.errors import BrokerUnavailable, InvalidConfiguration, ServerShutdown
+from asgi_realtime.asgi.routes import Endpoint
+from asgi_realtime.core.config import Cors
+from asgi_realtime.core.errors import BrokerUnavailable, InvalidConfiguration, ServerShutdown
 from asgi_realtime.testing import driver
 from tests.asgi.standin import SECRET, StandIn
 

@@ -5,8 +5,8 @@ import logging
 import pytest
 
 from asgi_realtime.asgi.auth import RedactAccessToken, authorise, bearer, redact_query, run_resources
+from asgi_realtime.core.errors import ScopeDenied
 from asgi_realtime.core.runs import BatchMember, RunRecord, Status
-from asgi_realtime.errors import ScopeDenied
 from asgi_realtime.tokens import Claims
 
 

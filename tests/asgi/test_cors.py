@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from asgi_realtime.asgi.cors import cors_headers, preflight_headers
-from asgi_realtime.config import Cors
+from asgi_realtime.core.config import Cors
 
 
 def test_none_gives_no_headers() -> None:

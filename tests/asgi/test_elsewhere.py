@@ -11,7 +11,7 @@ import pytest
 from asgi_realtime import Realtime
 from asgi_realtime.asgi.app import KEPT_ELSEWHERE
 from asgi_realtime.brokers.memory import MemoryBroker
-from asgi_realtime.handles import RunHandle
+from asgi_realtime.runs.handles import RunHandle
 from asgi_realtime.testing import driver
 from tests.inprocess import GUARD_S, SECRET, make_realtime
 

@@ -7,7 +7,7 @@ import anyio
 import pytest
 
 from asgi_realtime.asgi import feed_events
-from asgi_realtime.config import Cors, Limits, Timeouts
+from asgi_realtime.core.config import Cors, Limits, Timeouts
 from asgi_realtime.core.metadata import Set
 from asgi_realtime.core.run_json import run_json
 from asgi_realtime.core.runs import BatchMember, MetadataChanged, RunChange, RunRecord, Started, Status, TagsAdded

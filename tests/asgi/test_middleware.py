@@ -12,7 +12,7 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Mount, Route
 
 from asgi_realtime.asgi import RealtimeMiddleware
-from asgi_realtime.errors import InvalidConfiguration
+from asgi_realtime.core.errors import InvalidConfiguration
 from asgi_realtime.testing import driver
 from tests.asgi.standin import StandIn
 

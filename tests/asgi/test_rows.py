@@ -7,7 +7,7 @@ import pytest
 
 from asgi_realtime.asgi import rows
 from asgi_realtime.asgi.rows import RowCache
-from asgi_realtime.core import shapes
+from asgi_realtime.asgi.trigger_dev import shapes
 from asgi_realtime.core.run_json import run_json
 from asgi_realtime.core.runs import RunRecord, Status
 from asgi_realtime.core.topics import Change

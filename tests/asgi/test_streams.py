@@ -10,11 +10,11 @@ import pytest
 from asgi_realtime.asgi.framing import NativeFraming
 from asgi_realtime.asgi.subscription import MAX_RECONNECT_MS, MIN_RECONNECT_MS, farewell
 from asgi_realtime.brokers.base import StreamKey
-from asgi_realtime.config import Cors, Limits, Retention, Timeouts
+from asgi_realtime.brokers.live_log import LiveLog
+from asgi_realtime.core.config import Cors, Limits, Retention, Timeouts
+from asgi_realtime.core.errors import BrokerUnavailable
 from asgi_realtime.core.log import End
 from asgi_realtime.core.runs import BatchMember, Status, StreamAdded
-from asgi_realtime.errors import BrokerUnavailable
-from asgi_realtime.livelog import LiveLog
 from asgi_realtime.testing import driver
 from asgi_realtime.testing.sse import Event, EventParser
 from tests.asgi.standin import SECRET, StandIn

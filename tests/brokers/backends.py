@@ -19,11 +19,11 @@ from asgi_realtime.brokers.base import (
     Producer,
     StreamKey,
 )
+from asgi_realtime.brokers.live_log import LiveLog
 from asgi_realtime.brokers.memory import MemoryBroker, _MemoryTopic, _StoredRun
-from asgi_realtime.config import Limits, Retention, Timeouts
+from asgi_realtime.core.config import Limits, Retention, Timeouts
 from asgi_realtime.core.runs import RunRecord, run_topic
 from asgi_realtime.core.topics import TopicIndex
-from asgi_realtime.livelog import LiveLog
 from asgi_realtime.testing.conformance import Backend
 from asgi_realtime.testing.conformance.kit import pause
 

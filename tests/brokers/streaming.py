@@ -20,7 +20,7 @@ from redis.asyncio import Redis
 from asgi_realtime import Limits, Retention, Timeouts
 from asgi_realtime.brokers.base import Broker, Producer, StreamKey
 from asgi_realtime.brokers.redis import RedisBroker
-from asgi_realtime.errors import BrokerUnavailable
+from asgi_realtime.core.errors import BrokerUnavailable
 from asgi_realtime.testing.conformance.kit import (
     COMPLETE,
     Backend,

@@ -14,15 +14,15 @@ import msgspec
 import pytest
 
 from asgi_realtime.brokers.base import ChangeMark, Changes, Cursor, End, Page, Position, Producer, StreamKey
+from asgi_realtime.brokers.live_log import LiveLog
 from asgi_realtime.brokers.memory import MemoryBroker, _MemoryTopic, _StoredRun
+from asgi_realtime.core.errors import RealtimeError, StreamClosed, VersionConflict
 from asgi_realtime.core.log import Log
 from asgi_realtime.core.runs import RunRecord, Status
 from asgi_realtime.core.topics import TopicIndex
-from asgi_realtime.errors import RealtimeError, StreamClosed, VersionConflict
-from asgi_realtime.livelog import LiveLog
+from asgi_realtime.loop.waiting import Parking
 from asgi_realtime.testing import conformance
 from asgi_realtime.testing.conformance.kit import pause
-from asgi_realtime.waiting import Parking
 from tests.brokers.backends import Memory
 
 # Streams

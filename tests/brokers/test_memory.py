@@ -9,10 +9,10 @@ import pytest
 
 from asgi_realtime.brokers import MemoryBroker, open_broker
 from asgi_realtime.brokers.base import Broker, ChangeMark, ImmediateBroker, Position, Producer, StreamKey
-from asgi_realtime.config import Limits, Retention, Timeouts
+from asgi_realtime.core.config import Limits, Retention, Timeouts
+from asgi_realtime.core.errors import InvalidConfiguration, LimitExceeded, ProducerGap, RunNotFound, StreamClosed
 from asgi_realtime.core.log import End
 from asgi_realtime.core.runs import RunRecord, Status
-from asgi_realtime.errors import InvalidConfiguration, LimitExceeded, ProducerGap, RunNotFound, StreamClosed
 from asgi_realtime.testing.conformance.kit import following
 from tests.brokers.backends import Clock, held
 from tests.inprocess import FakeClock

@@ -28,7 +28,8 @@ from asgi_realtime import (
     Timeouts,
 )
 from asgi_realtime.brokers.base import Changes, End, Producer, StreamKey
-from asgi_realtime.brokers.redis import RedisBroker, lingering
+from asgi_realtime.brokers.redis import RedisBroker
+from asgi_realtime.brokers.redis import idle_mirrors as lingering
 from asgi_realtime.brokers.redis.mirror import TopicMirror
 from asgi_realtime.core.runs import Finished, RunError, TagsAdded, apply
 from asgi_realtime.core.sse import chunk_frame
@@ -353,7 +354,7 @@ async def test_a_run_with_a_stream_that_was_lost_is_no_success(
     storage: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nobody wrote to that stream any more, and the run completed without it."""
-    monkeypatch.setattr("asgi_realtime.writer.KEPT_BYTES", 10)
+    monkeypatch.setattr("asgi_realtime.streams.writer.KEPT_BYTES", 10)
     async with storage.realtime() as realtime:
         async with realtime.open_run("r") as run:
             before = await storage.dump()
@@ -398,7 +399,7 @@ async def test_a_run_that_redis_has_lost_altogether_is_stored_again_by_its_owner
 async def test_what_cannot_be_restored_ends_the_stream_as_lost_and_fails_the_run(
     storage: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("asgi_realtime.writer.KEPT_BYTES", 10)
+    monkeypatch.setattr("asgi_realtime.streams.writer.KEPT_BYTES", 10)
     async with storage.realtime() as realtime:
 
         @realtime.task("t")
@@ -579,7 +580,7 @@ async def test_who_writes_while_what_was_lost_is_restored_disturbs_nothing(stora
 
 async def test_a_writer_that_is_quiet_keeps_nothing_for_long(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was acknowledged was kept until the same writer wrote again, and so for ever if its run was over."""
-    monkeypatch.setattr("asgi_realtime.writer.KEPT_S", 0.0)
+    monkeypatch.setattr("asgi_realtime.streams.writer.KEPT_S", 0.0)
     async with storage.realtime() as realtime:
         for _ in range(30):
             async with realtime.open_run("r"):

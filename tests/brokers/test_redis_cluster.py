@@ -16,7 +16,7 @@ from asgi_realtime import Retention, Timeouts
 from asgi_realtime.brokers.base import StreamKey
 from asgi_realtime.brokers.redis import RedisBroker
 from asgi_realtime.brokers.redis import broker as redis_broker
-from asgi_realtime.errors import BrokerUnavailable
+from asgi_realtime.core.errors import BrokerUnavailable
 from asgi_realtime.testing.conformance.kit import COMPLETE, Backend, Reader, new_key
 from tests.brokers.streaming import Log, Streaming, assert_quiet, processes, streaming, until
 from tests.redis_servers import GUARD_S, ClientType, RedisCluster, RedisServer

@@ -9,7 +9,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 import pytest
 
 from asgi_realtime.brokers.redis import RedisBroker
-from asgi_realtime.config import Limits, Retention, Timeouts
+from asgi_realtime.core.config import Limits, Retention, Timeouts
 from asgi_realtime.testing.conformance import *  # noqa: F403
 from asgi_realtime.testing.conformance import Backend, MakeBroker
 

@@ -23,9 +23,9 @@ from asgi_realtime.brokers.base import Producer, StreamKey
 from asgi_realtime.brokers.redis import RedisBroker, schedule
 from asgi_realtime.brokers.redis import broker as redis_broker
 from asgi_realtime.brokers.redis.listener import Listener
-from asgi_realtime.brokers.redis.presence import Presence
+from asgi_realtime.brokers.redis.server_health import Presence
+from asgi_realtime.core.errors import BrokerUnavailable, RunNotFound
 from asgi_realtime.core.runs import DUE_KINDS, Status, tag_topic
-from asgi_realtime.errors import BrokerUnavailable, RunNotFound
 from asgi_realtime.testing.conformance.kit import (
     COMPLETE,
     Backend,

@@ -14,7 +14,7 @@ import pytest
 
 from asgi_realtime.cli import terminal
 from asgi_realtime.cli.tail import Address, read_address
-from asgi_realtime.errors import UsageError
+from asgi_realtime.core.errors import UsageError
 from tests.cli.command import Command
 from tests.client.scripted import ScriptedServer, answer
 from tests.e2e.hosts.guest import SECRET

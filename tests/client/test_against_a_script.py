@@ -24,7 +24,7 @@ from asgi_realtime import (
     UsageError,
 )
 from asgi_realtime.client import RealtimeClient, ServerUnreachable, SyncRealtimeClient, UnexpectedAnswer
-from asgi_realtime.errors import InvalidRequest, RunKeptElsewhere
+from asgi_realtime.core.errors import InvalidRequest, RunKeptElsewhere
 from tests.client.reading import Surroundings, Told, read
 from tests.client.scripted import END, HOLD, ScriptedServer, answer, chunk, refused, stream
 from tests.inprocess import until

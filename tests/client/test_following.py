@@ -10,9 +10,9 @@ import pytest
 from asgi_realtime.client.attempts import Attempts
 from asgi_realtime.client.errors import ServerUnreachable, refusal
 from asgi_realtime.client.following import ChunksFollowing, Raised, RunsFollowing
+from asgi_realtime.core.errors import ExpiredToken, LimitExceeded
 from asgi_realtime.core.run_json import run_json
 from asgi_realtime.core.runs import RunRecord, Status
-from asgi_realtime.errors import ExpiredToken, LimitExceeded
 
 HEARTBEAT = b": heartbeat\n\n"
 CONNECTED = b"retry: 1000\n\n: connected\n\n"

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from openai.types.chat import ChatCompletionChunk
 
 from asgi_realtime.core.chunks import decode, encode_chunk, encode_value, json_line
-from asgi_realtime.errors import EncodingError, UsageError
+from asgi_realtime.core.errors import EncodingError, UsageError
 
 
 class Text(str):

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from asgi_realtime.core import json_paths
+from asgi_realtime.core.errors import UsageError
 from asgi_realtime.core.metadata import (
     Append,
     Delete,
@@ -16,7 +17,6 @@ from asgi_realtime.core.metadata import (
     Set,
     apply_operations,
 )
-from asgi_realtime.errors import UsageError
 
 
 @pytest.mark.parametrize(

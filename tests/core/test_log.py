@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from asgi_realtime.core.errors import ProducerGap, StreamClosed
 from asgi_realtime.core.log import COMPACT_AFTER, End, Entry, Log, Position, Producer
 from asgi_realtime.core.sse import chunk_frame
-from asgi_realtime.errors import ProducerGap, StreamClosed
 
 COMPLETE = End("complete")
 

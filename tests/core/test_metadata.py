@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from asgi_realtime.core.errors import EncodingError, LimitExceeded, UsageError
 from asgi_realtime.core.metadata import (
     Append,
     Delete,
@@ -19,7 +20,6 @@ from asgi_realtime.core.metadata import (
     check_size,
     normalize_value,
 )
-from asgi_realtime.errors import EncodingError, LimitExceeded, UsageError
 
 OLD: dict[str, Any] = {
     "n": 1,

@@ -6,7 +6,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from asgi_realtime.config import parse_span
+from asgi_realtime.core.config import parse_span
 from asgi_realtime.core.run_json import run_json, skippable
 from asgi_realtime.core.runs import BatchMember, RunError, RunRecord, Status
 

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from asgi_realtime.core.errors import InvalidTransition
 from asgi_realtime.core.log import End
 from asgi_realtime.core.metadata import Append, Increment, Set
 from asgi_realtime.core.runs import (
@@ -37,7 +38,6 @@ from asgi_realtime.core.runs import (
     run_topic,
     tag_topic,
 )
-from asgi_realtime.errors import InvalidTransition
 
 NOW = 1_700_000_000_000
 

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
+from asgi_realtime.core.errors import UsageError
 from asgi_realtime.core.scopes import Resource, Scopes, admits, flatten_scopes, names, parse
-from asgi_realtime.errors import UsageError
 
 RUN: tuple[Resource, ...] = (("runs", "run_1"), ("tasks", "chat"), ("tags", "user:1"), ("batch", "batch_1"))
 

@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 import pytest
 
+from asgi_realtime.core.errors import UsageError
 from asgi_realtime.core.sse import HEARTBEAT, chunk_frame, comment_frame, control_frame, frame_data, retry_frame
-from asgi_realtime.errors import UsageError
 from asgi_realtime.testing.sse import Event, EventParser
 
 

@@ -14,9 +14,10 @@ from typing import Any
 import anyio
 import pytest
 
-from asgi_realtime import Cors, Realtime, Retention, Run, RunHandle, TaskError, errors
+from asgi_realtime import Cors, Realtime, Retention, Run, RunHandle, TaskError
 from asgi_realtime.asgi.cors import EXPOSED, METHODS
-from asgi_realtime.core import shapes
+from asgi_realtime.asgi.trigger_dev import shapes
+from asgi_realtime.core import errors
 from asgi_realtime.core.runs import END_REASONS, Status
 from asgi_realtime.testing import driver
 from tests.docs.blocks import ROOT, blocks

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from asgi_realtime import Realtime, RealtimeMiddleware, Timeouts, hypercorn
-from asgi_realtime.errors import RealtimeError
+from asgi_realtime.core.errors import RealtimeError
 
 realtime = Realtime(
     secret_key="a key for tests, 32 bytes or more",

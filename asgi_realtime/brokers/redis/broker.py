@@ -21,19 +21,17 @@ import msgspec
 from redis.asyncio.client import Redis
 
 from asgi_realtime.brokers.base import MARKS_KEPT, ChangeMark, LiveTopic
+from asgi_realtime.brokers.live_log import LiveLog
 from asgi_realtime.brokers.redis import scripts
+from asgi_realtime.brokers.redis.idle_mirrors import Lingering
 from asgi_realtime.brokers.redis.keys import Keys
-from asgi_realtime.brokers.redis.lingering import Lingering
 from asgi_realtime.brokers.redis.listener import Listener
 from asgi_realtime.brokers.redis.mirror import Mirror, StreamMirror, TopicMirror, decode_end
 from asgi_realtime.brokers.redis.schedule import STATES, Schedule
 from asgi_realtime.brokers.redis.servers import Servers, open_client
 from asgi_realtime.brokers.redis.topics import Topics, new_epoch, random_step
-from asgi_realtime.config import Limits, Retention, Timeouts
-from asgi_realtime.core.log import End, Entry, Page, Position, Producer, StreamKey, misplaced
-from asgi_realtime.core.runs import RunRecord, due_times
-from asgi_realtime.core.topics import Changes, Cursor
-from asgi_realtime.errors import (
+from asgi_realtime.core.config import Limits, Retention, Timeouts
+from asgi_realtime.core.errors import (
     BrokerUnavailable,
     LimitExceeded,
     ProducerGap,
@@ -45,8 +43,10 @@ from asgi_realtime.errors import (
     StreamClosed,
     VersionConflict,
 )
-from asgi_realtime.livelog import LiveLog
-from asgi_realtime.waiting import WakeSoon, on_asyncio
+from asgi_realtime.core.log import End, Entry, Page, Position, Producer, StreamKey, misplaced
+from asgi_realtime.core.runs import RunRecord, due_times
+from asgi_realtime.core.topics import Changes, Cursor
+from asgi_realtime.loop.waiting import WakeSoon, on_asyncio
 
 logger = logging.getLogger("asgi_realtime")
 

@@ -17,7 +17,7 @@ from redis.asyncio.connection import AbstractConnection
 from redis.exceptions import ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from asgi_realtime.errors import BrokerUnavailable, ServerShutdown
+from asgi_realtime.core.errors import BrokerUnavailable, ServerShutdown
 
 try:
     from hiredis import pack_command

@@ -20,8 +20,8 @@ from redis.exceptions import MovedError
 
 from asgi_realtime.brokers.redis.link import until_one_ends
 from asgi_realtime.brokers.redis.servers import Address, ServerReporter, Servers, Spawn
-from asgi_realtime.errors import BrokerUnavailable
-from asgi_realtime.waiting import Parking
+from asgi_realtime.core.errors import BrokerUnavailable
+from asgi_realtime.loop.waiting import Parking
 
 _GROUP = 500
 """Channels in one SSUBSCRIBE: a server does nothing else meanwhile."""

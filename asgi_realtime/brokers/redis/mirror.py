@@ -16,14 +16,14 @@ from typing import Any
 
 import msgspec
 
+from asgi_realtime.brokers.live_log import LiveLog
 from asgi_realtime.brokers.redis.keys import Keys, run_of_topic
 from asgi_realtime.brokers.redis.listener import Listener
 from asgi_realtime.brokers.redis.servers import LOOK, Spawn
+from asgi_realtime.core.errors import BrokerUnavailable, RealtimeError, RunNotFound, ServerShutdown
 from asgi_realtime.core.log import End, Entry, Log, Page, StreamKey
 from asgi_realtime.core.topics import Change, Changes, Cursor, TopicIndex
-from asgi_realtime.errors import BrokerUnavailable, RealtimeError, RunNotFound, ServerShutdown
-from asgi_realtime.livelog import LiveLog
-from asgi_realtime.waiting import Parking, WakeSoon
+from asgi_realtime.loop.waiting import Parking, WakeSoon
 
 logger = logging.getLogger("asgi_realtime")
 

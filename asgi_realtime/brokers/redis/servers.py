@@ -36,9 +36,9 @@ from redis.exceptions import (
 )
 
 from asgi_realtime.brokers.redis.link import Command, Link, Lost
-from asgi_realtime.brokers.redis.presence import Presence
 from asgi_realtime.brokers.redis.scripts import Script
-from asgi_realtime.errors import BrokerUnavailable, InvalidConfiguration, ServerShutdown
+from asgi_realtime.brokers.redis.server_health import Presence
+from asgi_realtime.core.errors import BrokerUnavailable, InvalidConfiguration, ServerShutdown
 
 Spawn = Callable[[Coroutine[Any, Any, None]], Any]
 

@@ -6,8 +6,9 @@ import anyio
 import pytest
 
 from asgi_realtime.brokers.base import Broker, LiveTopic, StreamKey
+from asgi_realtime.core.errors import RunNotFound, VersionConflict
 from asgi_realtime.core.runs import BatchMember, RunRecord, Status, run_topic
-from asgi_realtime.errors import RunNotFound, VersionConflict
+from asgi_realtime.loop.waiting import make_parker
 from asgi_realtime.testing.conformance.kit import (
     TIMEOUTS,
     Backend,
@@ -24,7 +25,6 @@ from asgi_realtime.testing.conformance.kit import (
     store,
     versions_in,
 )
-from asgi_realtime.waiting import make_parker
 
 
 @pytest.mark.anyio

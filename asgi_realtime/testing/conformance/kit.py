@@ -22,11 +22,11 @@ import msgspec
 from hypothesis import HealthCheck, settings
 
 from asgi_realtime.brokers.base import Broker, ChangeMark, Changes, Cursor, End, Entry, LiveTopic, StreamKey
-from asgi_realtime.config import Limits, Retention, Timeouts
+from asgi_realtime.brokers.live_log import LiveLog
+from asgi_realtime.core.config import Limits, Retention, Timeouts
 from asgi_realtime.core.runs import RunRecord, Status
 from asgi_realtime.core.sse import chunk_frame
-from asgi_realtime.livelog import LiveLog
-from asgi_realtime.waiting import make_parker
+from asgi_realtime.loop.waiting import make_parker
 
 COMPLETE = End("complete")
 

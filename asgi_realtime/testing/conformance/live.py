@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asgi_realtime.brokers.base import Broker, End, Producer, StreamKey
+from asgi_realtime.brokers.live_log import LiveLog
+from asgi_realtime.core.errors import RunNotFound, StreamClosed
 from asgi_realtime.core.runs import RunError, Status
-from asgi_realtime.errors import RunNotFound, StreamClosed
-from asgi_realtime.livelog import LiveLog
 from asgi_realtime.testing.conformance.kit import (
     COMPLETE,
     PROPERTY,

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asgi_realtime.brokers.base import Broker, End, Position, Producer, StreamKey
-from asgi_realtime.errors import (
+from asgi_realtime.core.errors import (
     LimitExceeded,
     Misplaced,
     ProducerGap,

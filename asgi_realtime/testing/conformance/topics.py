@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asgi_realtime.brokers.base import Broker, Changes, Cursor
+from asgi_realtime.core.errors import VersionConflict
 from asgi_realtime.core.runs import BatchMember, RunRecord, run_topic
-from asgi_realtime.errors import VersionConflict
 from asgi_realtime.testing.conformance.kit import (
     PROPERTY,
     MakeBroker,

@@ -12,7 +12,7 @@ import httpx
 import pytest
 import pytest_asyncio
 
-from asgi_realtime.siblings import WARNING
+from asgi_realtime.engine.siblings import WARNING
 from tests.e2e.hosts.servers import GUARD_S, SERVERS, serving
 from tests.e2e.hosts.test_matrix import Stream, do, subscribe
 

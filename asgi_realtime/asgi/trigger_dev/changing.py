@@ -1,0 +1,180 @@
+"""Changing a run from outside, as a worker of the official package does: its metadata, and its tags."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from typing import Any
+
+import msgspec
+from starlette.responses import Response
+
+from asgi_realtime.asgi.answers import json_answer
+from asgi_realtime.asgi.auth import authorise, run_resources
+from asgi_realtime.asgi.request import Request
+from asgi_realtime.asgi.trigger_dev.credentials import once, require_secret
+from asgi_realtime.asgi.trigger_dev.run_options import read_json
+from asgi_realtime.brokers.base import ChangeMark
+from asgi_realtime.core.errors import LimitExceeded, RealtimeError, RunNotFound, UsageError, shown
+from asgi_realtime.core.metadata import (
+    Append,
+    Delete,
+    Increment,
+    Operation,
+    Remove,
+    Replace,
+    Set,
+    apply_operations,
+    check_size,
+)
+from asgi_realtime.core.names import check_tags
+from asgi_realtime.core.runs import MetadataChanged, RunRecord, TagsAdded
+
+TAGS_BYTES = 64 * 1024
+
+
+class _SetOp(msgspec.Struct, tag="set"):
+    key: str
+    value: Any
+
+    def made(self) -> Operation:
+        return Set(self.key, self.value)
+
+
+class _DeleteOp(msgspec.Struct, tag="delete"):
+    key: str
+
+    def made(self) -> Operation:
+        return Delete(self.key)
+
+
+class _AppendOp(msgspec.Struct, tag="append"):
+    key: str
+    value: Any
+
+    def made(self) -> Operation:
+        return Append(self.key, self.value)
+
+
+class _RemoveOp(msgspec.Struct, tag="remove"):
+    key: str
+    value: Any
+
+    def made(self) -> Operation:
+        return Remove(self.key, self.value)
+
+
+class _IncrementOp(msgspec.Struct, tag="increment"):
+    key: str
+    value: int | float
+
+    def made(self) -> Operation:
+        return Increment(self.key, self.value)
+
+
+class _UpdateOp(msgspec.Struct, tag="update"):
+    value: dict[str, Any]
+
+    def made(self) -> Operation:
+        return Replace(self.value)
+
+
+_Op = _SetOp | _DeleteOp | _AppendOp | _RemoveOp | _IncrementOp | _UpdateOp
+
+
+class MetadataUpdate(msgspec.Struct, rename="camel"):
+    """Changes of the metadata of a run, its parent and its root. `metadata` takes the place of all that there is."""
+
+    metadata: dict[str, Any] | None = None
+    operations: list[_Op] = []
+    parent_operations: list[_Op] = []
+    root_operations: list[_Op] = []
+
+    def check_count(self, limit: int) -> None:
+        """Raises `LimitExceeded`."""
+        count = len(self.operations) + len(self.parent_operations) + len(self.root_operations)
+        if count > limit:
+            raise LimitExceeded(f"the request has {count} operations, limit {limit}; send them in several")
+
+
+class NewTags(msgspec.Struct):
+    tags: str | list[str]
+
+
+async def retrieve_metadata(request: Request, run_id: str) -> Response:
+    claims = request.authenticate()
+    record = await request.host.runs.get(run_id)
+    authorise(claims, "read", run_resources(record))
+    return json_answer({"metadata": {} if "metadata" in claims.skip_columns else record.metadata})
+
+
+async def update_metadata(request: Request, run_id: str) -> Response:
+    """Apply operations in their order: all of them, or none if one cannot be."""
+    record = await _open_run(request, run_id)
+    mark = _mark(request, run_id)
+    limits = request.host.limits
+    update = read_json(await request.body(limits.metadata_update_bytes), MetadataUpdate)
+    update.check_count(limits.metadata_operations)
+    changes = _changes(record, update)
+    runs = await _open_runs(request, record, changes)
+    for run in runs:  # all before any is changed
+        check_size(apply_operations(run.metadata, changes[run.id]), limits.metadata_bytes)
+    for run in runs:
+        try:
+            changed = await request.host.runs.update(run.id, MetadataChanged(tuple(changes[run.id])), mark=mark)
+        except RunNotFound:
+            if run is record:
+                raise
+        else:
+            record = changed if run is record else record
+    return json_answer({"metadata": record.metadata})
+
+
+async def add_tags(request: Request, run_id: str) -> Response:
+    record = await _open_run(request, run_id)
+    given = read_json(await request.body(TAGS_BYTES), NewTags).tags
+    tags = check_tags(given, request.host.limits)
+    check_tags((*record.tags, *tags), request.host.limits)
+    changed = await request.host.runs.update(run_id, TagsAdded(tags))
+    return json_answer({"message": f"run {run_id} has {len(changed.tags)} tags"})
+
+
+async def _open_run(request: Request, run_id: str) -> RunRecord:
+    require_secret(request.authenticate(), "changing a run")
+    record = await request.host.runs.get(run_id)
+    if record.is_completed:
+        raise UsageError(f"run {shown(run_id)} is over ({record.status}) and cannot be changed")
+    return record
+
+
+async def _open_runs(request: Request, record: RunRecord, changes: dict[str, list[Operation]]) -> list[RunRecord]:
+    """The runs that are to be changed, this one first. One that is over or gone is passed over."""
+    others = await request.host.runs.load([run_id for run_id in changes if run_id != record.id])
+    found = [other for other in others if other is not None and not other.is_completed]
+    return [record, *found] if record.id in changes else found
+
+
+def _mark(request: Request, run_id: str) -> ChangeMark | None:
+    """The name of the changes that a request makes, so that it makes them once, however often it is sent."""
+    request_is = once(request, request.authenticate(), f"metadata {run_id}")
+    return None if request_is is None else ChangeMark(hashlib.sha256(request_is.claim.encode()).hexdigest()[:32], 0)
+
+
+def _changes(record: RunRecord, update: MetadataUpdate) -> dict[str, list[Operation]]:
+    """The operations by the run that they are for. Who has no parent is its own, as with the original."""
+    changes: dict[str, list[Operation]] = {}
+
+    def add(run_id: str, name: str, operations: Iterable[_Op]) -> None:
+        for number, operation in enumerate(operations):
+            try:
+                changes.setdefault(run_id, []).append(operation.made())
+            except RealtimeError as exc:
+                exc.args = (f"{name}[{number}]: {exc}",)
+                raise
+
+    if update.metadata is not None:
+        changes[record.id] = [Replace(update.metadata)]
+    add(record.id, "operations", update.operations)
+    add(record.parent_id or record.id, "parentOperations", update.parent_operations)
+    add(record.root_id or record.id, "rootOperations", update.root_operations)
+    return changes

@@ -1,0 +1,88 @@
+"""Tokens for the official SDK: what it needs to sign one itself, and one that is signed here.
+
+With a secret key of ours it signs by itself. Keys of the form `tr_dev_sk_…` it takes for such that cannot, and asks.
+"""
+
+from __future__ import annotations
+
+import re
+
+import msgspec
+from starlette.responses import Response
+
+from asgi_realtime.asgi.answers import json_answer
+from asgi_realtime.asgi.request import Request
+from asgi_realtime.asgi.trigger_dev.credentials import require_secret
+from asgi_realtime.asgi.trigger_dev.run_options import read_json
+from asgi_realtime.core.config import parse_span
+from asgi_realtime.core.errors import InvalidRequest, UsageError, shown
+from asgi_realtime.core.scopes import flatten_scopes
+from asgi_realtime.tokens import PUBLIC_TOKEN_EXPIRES_IN, SUBJECT, check_columns
+
+BODY_BYTES = 64 * 1024
+
+_SPAN = re.compile(
+    r"\+? ?(\d+(?:\.\d+)?) ?"
+    r"(?:(s|secs?|seconds?)|(m|mins?|minutes?)|(h|hrs?|hours?)|(d|days?)|(w|weeks?)|(y|yrs?|years?))(?: from now)?",
+    re.IGNORECASE,
+)
+_MAX_TIME = 1e15  # beyond every limit; a whole number may be too large for a float
+_UNIT_S = (1.0, 60.0, 3600.0, 86400.0, 604800.0, 31557600.0)
+
+
+class _Columns(msgspec.Struct, rename="camel"):
+    skip_columns: list[str] = []
+
+
+class PublicToken(msgspec.Struct, rename="camel"):
+    """The token that is asked for. The time is a span, or unix seconds."""
+
+    scopes: list[str]
+    expiration_time: str | int | float | None = None
+    one_time_use: bool | None = None
+    realtime: _Columns | None = None
+
+
+async def jwt_claims(request: Request) -> Response:
+    """What a token of ours says besides its scopes and times. The body is of no meaning."""
+    require_secret(request.authenticate(), "signing tokens")
+    return json_answer({"sub": SUBJECT, "pub": True})
+
+
+async def public_token(request: Request) -> Response:
+    require_secret(request.authenticate(), "making tokens")
+    wanted = read_json(await request.body(BODY_BYTES), PublicToken)
+    token = request.host.tokens.mint(
+        flatten_scopes(wanted.scopes),
+        expires_in_s=_expires_in_s(wanted.expiration_time, request),
+        one_time=bool(wanted.one_time_use),
+        own_id=True,
+        skip_columns=check_columns(wanted.realtime.skip_columns if wanted.realtime else ()),
+    )
+    return json_answer({"token": token})
+
+
+def _expires_in_s(time: str | int | float | None, request: Request) -> float:
+    if time is None:
+        return parse_span(PUBLIC_TOKEN_EXPIRES_IN)
+    seconds = _span_s(time) if isinstance(time, str) else min(time, _MAX_TIME) - request.host.clock()
+    if seconds <= 0:
+        raise InvalidRequest("expirationTime is over; it must be a span, or unix seconds to come")
+    limit = request.host.limits.token_life
+    if seconds > limit:
+        raise InvalidRequest(f"expirationTime is {seconds:.0f} seconds from now, limit {limit:.0f}")
+    return seconds
+
+
+def _span_s(text: str) -> float:
+    """A span as the official client writes it, which is that of its library for tokens, or as we do."""
+    match = _SPAN.fullmatch(text.strip())
+    if match is None:
+        try:
+            return parse_span(text, name="expirationTime")
+        except UsageError as exc:
+            raise InvalidRequest(
+                f"expirationTime is {shown(text)}; allowed are unix seconds and spans like '1h'"
+            ) from exc
+    number, *units = match.groups()
+    return float(number) * next(unit_s for unit, unit_s in zip(units, _UNIT_S, strict=True) if unit)

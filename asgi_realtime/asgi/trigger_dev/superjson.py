@@ -1,0 +1,267 @@
+"""What the official clients send as `application/super+json`: JSON, and what its texts stand for in JavaScript.
+
+`{"json": …, "meta": {"values": …}}`: the annotations in `values` say which texts are dates, which lists are sets, and
+so on, each at the place of its value. A task gets the plain JSON; the annotations are kept for the official clients
+that read the payload back. Since those throw at an annotation that does not fit, and a run feed with them, whoever may
+trigger a task could end the feeds of others. So every annotation is checked here against the value that it is about,
+and what cannot be checked is dropped: readers get the plain value then. Format: superjson 2.2; some of its versions do
+not escape the dots in the name of an annotated value, so its annotation leads nowhere, or to another value.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import msgspec
+
+from asgi_realtime.core.chunks import decode, encode_value, json_line
+from asgi_realtime.core.errors import UsageError, shown
+
+MAX_DIGITS = 4096
+"""Of one big integer: reading it takes time by the square of that."""
+
+_FORBIDDEN = frozenset({"__proto__", "prototype", "constructor"})
+"""Readers refuse these in the way to a value: they would change the prototypes of all objects."""
+
+_TYPED_ARRAYS = frozenset(
+    {"Int8Array", "Uint8Array", "Uint8ClampedArray", "Int16Array", "Uint16Array", "Int32Array", "Uint32Array"}
+    | {"Float32Array", "Float64Array"}
+)
+_NUMBERS = frozenset({"NaN", "Infinity", "-Infinity", "-0"})
+_ERROR = frozenset({"name", "message"})
+_UNCHECKABLE = frozenset({"regexp"})
+_CONTAINERS = (dict, list)
+_BIG = re.compile(rf"-?[0-9]{{1,{MAX_DIGITS}}}")
+_URL = re.compile(
+    r"(?:https?|wss?|ftp)://(?:(?!xn--)[A-Za-z0-9](?:[A-Za-z0-9_-]*[A-Za-z0-9])?\.)*"
+    r"(?!xn--)[A-Za-z](?:[A-Za-z0-9-]*[A-Za-z0-9])?(?::[0-9]{1,4})?(?:[/?#][\x21-\x7e]*)?",
+    re.IGNORECASE,
+)
+"""URLs that every reader can parse for sure. Others are dropped: the rules for hosts are long."""
+
+_NOWHERE: Any = object()
+"""What is found where nothing is."""
+
+_Path = tuple[str, ...]
+
+
+class _Superjson(msgspec.Struct):
+    json: msgspec.Raw = msgspec.Raw(b"")
+    meta: msgspec.Raw = msgspec.Raw(b"")
+
+
+class Parsed(NamedTuple):
+    """A payload as plain JSON, and the annotations of its values as superjson's `meta`, if it has any."""
+
+    json: bytes
+    meta: bytes | None
+
+
+def parse(text: bytes) -> Parsed:
+    """Take superjson apart. Raises `UsageError` if it is malformed or an annotation does not fit its value."""
+    try:
+        parts = msgspec.json.decode(json_line(text), type=_Superjson)
+    except msgspec.ValidationError as exc:
+        raise UsageError(f"no superjson: {exc}; it must be an object with json and, if needed, meta") from exc
+    json = bytes(parts.json)
+    if not json:
+        raise UsageError('no superjson: "json" is missing')
+    values = _values(bytes(parts.meta))
+    try:
+        kept = _Annotations(decode(json)).checked(values)
+    except RecursionError as exc:
+        raise UsageError("superjson is nested too deeply") from exc
+    return Parsed(json, encode_value({"values": kept}) if kept else None)
+
+
+def _values(meta: bytes) -> Any:
+    """The annotations. What superjson says of equal references is left out: readers get equal copies."""
+    found = decode(meta) if meta else None
+    if found is None:
+        return None
+    if not isinstance(found, dict):
+        raise UsageError("superjson's meta is no object")
+    return found.get("values")
+
+
+class _Annotations:
+    """Walks a tree of annotations along the value that it is about."""
+
+    def __init__(self, value: Any) -> None:
+        self._value = value
+        self._annotated: dict[_Path, int] = {}
+        """Each path with an annotation, and how many of those above it in the tree stand on the way to it."""
+        self._unsure = _unsure_places(value)
+
+    def checked(self, tree: Any) -> Any:
+        """The tree with what is kept of it, or None for nothing."""
+        kept = self._tree(tree, self._value, (), 0)
+        on_the_way = _Ways(self._annotated)
+        for path, above in self._annotated.items():
+            if on_the_way.count(path) != above + 1:
+                raise UsageError(f"superjson annotates {_shown(path)} within what it annotates elsewhere")
+        return kept
+
+    def _tree(self, tree: Any, value: Any, path: _Path, above: int) -> Any:
+        """A node is a list of its type and maybe a dict of what is inside of it; anything between is a dict."""
+        if not tree:
+            return None
+        if isinstance(tree, dict):
+            return self._inner(tree, value, path, above)
+        if not isinstance(tree, list) or len(tree) > 2 or not isinstance((*tree, None)[1], dict | None):
+            raise UsageError(f"superjson's annotation of {_shown(path)} is malformed")
+        if path in self._annotated:
+            raise UsageError(f"superjson annotates {_shown(path)} twice")
+        self._annotated[path] = above
+        inner: dict[str, Any] = tree[1] or {} if len(tree) == 2 else {}
+        children = self._inner(inner, value, path, above + 1)
+        type = self._type(tree[0], value, path, inner)
+        if type is None:
+            return children
+        return [type, children] if children else [type]
+
+    def _inner(self, tree: dict[str, Any], value: Any, path: _Path, above: int) -> dict[str, Any] | None:
+        kept: dict[str, Any] = {}
+        for key, subtree in tree.items():
+            segments = tuple(_segments(key))
+            _check_allowed(segments)
+            around, found = _at(value, segments)
+            if found is _NOWHERE or (id(around), segments[-1]) in self._unsure:
+                continue
+            child = self._tree(subtree, found, path + segments, above)
+            if child is not None:
+                kept[key] = child
+        return kept or None
+
+    def _type(self, type: Any, value: Any, path: _Path, inner: dict[str, Any]) -> Any:
+        """The type to keep, or None if the readers are to get the plain value. Raises if it does not fit."""
+        if type == ["custom", "buffer"]:  # which browsers do not have; it is one of these
+            type = ["typed-array", "Uint8Array"]
+        if isinstance(type, str) and type in _UNCHECKABLE:
+            return None
+        if not _fits(type, value):
+            raise UsageError(f"superjson's annotation of {_shown(path)} does not fit: {_shown_type(type)}")
+        if inner and type not in ("set", "map"):
+            raise UsageError(f"superjson's annotation of {_shown(path)} has others inside: {_shown_type(type)}")
+        if type == "map" and any(isinstance(tree, list) and len([*_segments(key)]) == 1 for key, tree in inner.items()):
+            raise UsageError(f"superjson annotates a whole pair of the map at {_shown(path)}")
+        return None if type == "URL" and not _URL.fullmatch(value) else type
+
+
+class _Ways:
+    """Paths as a tree of their steps, so that finding what stands on the way to one takes a walk along it."""
+
+    def __init__(self, paths: Iterable[_Path]) -> None:
+        self._root: dict[str | None, Any] = {}
+        for path in paths:
+            node = self._root
+            for segment in path:
+                node = node.setdefault(segment, {})
+            node[None] = True
+
+    def count(self, path: _Path) -> int:
+        """How many of the paths are a begin of this one, itself included."""
+        node, found = self._root, int(None in self._root)
+        for segment in path:
+            node = node[segment]
+            found += None in node
+        return found
+
+
+def _fits(type: Any, value: Any) -> bool:
+    match type:
+        case "undefined":
+            return True
+        case "Date" | "URL":
+            return isinstance(value, str)
+        case "bigint":
+            return isinstance(value, str) and _BIG.fullmatch(value) is not None
+        case "number":
+            return isinstance(value, str) and value in _NUMBERS
+        case "Error":
+            return (
+                isinstance(value, dict) and value.keys() <= _ERROR and all(isinstance(v, str) for v in value.values())
+            )
+        case "set":
+            return isinstance(value, list)
+        case "map":
+            return isinstance(value, list) and all(isinstance(pair, list) for pair in value)
+        case ["typed-array", str(name)]:
+            return name in _TYPED_ARRAYS and isinstance(value, list) and all(map(_is_number, value))
+        case _:
+            return False
+
+
+def _segments(key: str) -> Iterator[str]:
+    """The steps that a key stands for: it may be several, joined by dots; a dot in a name has a backslash before it."""
+    segment = ""
+    escaped = False
+    for place, char in enumerate(key):
+        if escaped:
+            escaped = False
+        elif char == "\\" and key[place + 1 : place + 2] == ".":
+            segment += "."
+            escaped = True
+        elif char == ".":
+            yield segment
+            segment = ""
+        else:
+            segment += char
+    yield segment
+
+
+def _check_allowed(segments: _Path) -> None:
+    for segment in segments:
+        if segment in _FORBIDDEN:
+            raise UsageError(f"superjson annotates {segment!r}, which is not allowed")
+
+
+def _at(value: Any, segments: _Path) -> tuple[Any, Any]:
+    """What holds the value that the segments lead to, and that value."""
+    around = _NOWHERE
+    for segment in segments:
+        around = value
+        if isinstance(value, dict):
+            value = value.get(segment, _NOWHERE)
+        elif isinstance(value, list) and _is_index(segment) and int(segment) < len(value):
+            value = value[int(segment)]
+        else:
+            return _NOWHERE, _NOWHERE
+    return around, value
+
+
+def _unsure_places(value: Any) -> set[tuple[int, str]]:
+    """The places that an annotation may lead to though it is about another value, whose name has dots: each as the
+    identity of what holds it, and the last step."""
+    places: set[tuple[int, str]] = set()
+    waiting = [value]
+    while waiting:
+        found = waiting.pop()
+        if isinstance(found, dict):
+            for name in found:
+                if "." in name:
+                    segments = tuple(_segments(name))
+                    places.add((id(_at(found, segments)[0]), segments[-1]))
+            found = found.values()
+        elif not isinstance(found, list):
+            continue
+        waiting.extend(inner for inner in found if isinstance(inner, _CONTAINERS))
+    return places
+
+
+def _is_index(segment: str) -> bool:
+    return segment.isascii() and segment.isdigit() and len(segment) < 10 and str(int(segment)) == segment
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+
+
+def _shown(path: _Path) -> str:
+    return shown(".".join(path)) if path else "the payload"
+
+
+def _shown_type(type: Any) -> str:
+    return shown(type if isinstance(type, str) else encode_value(type).decode())

@@ -1,0 +1,1 @@
+"""What lives between start and stop: executions, ticker, leases, subscribers, shutdown."""

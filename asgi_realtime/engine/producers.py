@@ -1,0 +1,131 @@
+"""The producers of this process: the shared writers behind `append`, and the jobs of pipes.
+
+A pipe's job runs beside a run that is there, or around a run of its own that lives as long as the source.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import anyio
+
+from asgi_realtime.brokers.base import StreamKey
+from asgi_realtime.core.log import HIDDEN_STREAM
+from asgi_realtime.core.runs import RunRecord
+from asgi_realtime.engine.engine import Engine
+from asgi_realtime.engine.run import current
+from asgi_realtime.loop.supervisor import logger
+from asgi_realtime.runs.handles import RunHandle
+from asgi_realtime.streams.pipe import Pipe, Source
+from asgi_realtime.streams.writer import StreamWriter
+
+T = TypeVar("T")
+
+_SHARED_WRITERS = 10_000
+
+
+class Producers:
+    """Makes writers and pipes, and runs the pipes' jobs. `handle` makes the handle of a run."""
+
+    def __init__(self, engine: Engine, *, handle: Callable[[str], RunHandle[Any]]) -> None:
+        self._engine = engine
+        self._handle = handle
+        self._shared: dict[tuple[str, str], StreamWriter] = {}  # by StreamKey
+
+    # Writers
+
+    def writer(self, key: StreamKey) -> StreamWriter:
+        """A writer of its own: one more producer of the stream."""
+        engine = self._engine
+        return StreamWriter(key, broker=engine.broker, runs=engine.runs, spawn=engine.spawn_brief, limits=engine.limits)
+
+    def known(self, run_id: str, stream: object) -> StreamWriter | None:
+        """The shared writer of a user's stream, if it is open and nothing is to be waited for. For the hot path."""
+        if not isinstance(stream, str) or stream.startswith(HIDDEN_STREAM) or not self._engine.running:
+            return None
+        writer = self._shared.get((run_id, stream))
+        return None if writer is None or writer.failure is not None else writer
+
+    async def shared(self, key: StreamKey) -> StreamWriter:
+        """The writer that all single appends to a stream share, so that they keep their order. Opened."""
+        await self._engine.ensure_started()
+        writer = self.writer(key)
+        await writer.open()
+        found = self._shared.get(key)
+        if found is not None and found.failure is None:
+            return found
+        if len(self._shared) >= _SHARED_WRITERS:
+            del self._shared[next(iter(self._shared))]
+        self._shared[key] = writer
+        return writer
+
+    # Pipes
+
+    def pipe_alone(self, source: Source[T], record: RunRecord, stream: str) -> Pipe[T]:
+        """Forward a source in a run of its own, which begins and ends with it."""
+        supervisor = self._engine.begin()
+        pipe = self._pipe(source, StreamKey(record.id, stream))
+        self._engine.runs.announce(record.id)
+        supervisor.spawn(lambda: self._run_around(record, pipe))
+        return pipe
+
+    def pipe_into(self, source: Source[T], key: StreamKey) -> Pipe[T]:
+        """Forward a source into a run that is there, or is being opened."""
+        supervisor = self._engine.begin()
+        pipe = self._pipe(source, key)
+        execution = self._engine.executions.get(key.run)
+        if execution is not None:
+            execution.run.pipes.add(pipe)
+        supervisor.spawn(lambda: self._run_beside(pipe))
+        return pipe
+
+    def _pipe(self, source: Source[T], key: StreamKey) -> Pipe[T]:
+        engine = self._engine
+        return Pipe(
+            source,
+            self.writer(key),
+            handle=lambda: self._handle(key.run),
+            limits=engine.limits,
+            timeouts=engine.timeouts,
+            threads=engine.threads,
+            post=engine.begin().post,
+        )
+
+    async def _run_around(self, record: RunRecord, pipe: Pipe[Any]) -> None:
+        engine = self._engine
+        try:
+            await engine.ensure_started()
+            await engine.runs.create(record)
+            execution = await engine.execution(record)
+        except BaseException as exc:
+            await pipe.fail(exc)
+            raise
+        finally:
+            engine.runs.opened(record.id)
+        execution.run.pipes.add(pipe)
+        current.set(execution.run)
+        try:
+            await pipe.run()
+            await execution.outcome_of(pipe)
+        except anyio.get_cancelled_exc_class():
+            await execution.stopped()
+            raise
+        finally:
+            engine.ended(execution)
+
+    async def _run_beside(self, pipe: Pipe[Any]) -> None:
+        try:
+            await self._engine.ensure_started()
+            await self._engine.runs.present(pipe.run_id)
+        except BaseException as exc:
+            await pipe.fail(exc)
+            raise
+        execution = self._engine.executions.get(pipe.run_id)
+        if execution is not None:
+            execution.run.pipes.add(pipe)
+        await pipe.run()
+        if pipe.unseen_error is None and execution is not None:
+            execution.run.pipes.discard(pipe)
+        elif pipe.unseen_error is not None and execution is None:
+            logger.warning("a pipe into run %s failed: %s", pipe.run_id, pipe.unseen_error)

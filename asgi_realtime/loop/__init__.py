@@ -1,0 +1,1 @@
+"""Everything that knows about asyncio, trio, threads and signals."""

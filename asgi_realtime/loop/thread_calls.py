@@ -1,0 +1,202 @@
+"""Calls that a thread makes on the loop of a `Realtime` and waits for, and a loop for a process that has none.
+
+A call is a job of the supervisor and ends with it, so a thread that waits hears of the shutdown as `ServerShutdown`. A
+loop that is abandoned tells nobody; so who waits also looks now and then whether it is still there.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import threading
+from collections.abc import Awaitable, Callable
+from concurrent.futures import Future
+from contextlib import AbstractAsyncContextManager, suppress
+from typing import Generic, TypeVar
+
+import anyio
+import anyio.from_thread
+
+from asgi_realtime.core.errors import ServerShutdown
+from asgi_realtime.engine.run import Run
+from asgi_realtime.loop.supervisor import Supervisor, cancelled_by_nobody, is_failure
+from asgi_realtime.loop.threads import without_loop
+from asgi_realtime.loop.waiting import Parking
+
+T = TypeVar("T")
+
+LOOK_S = 0.5
+"""How often a thread that waits looks whether the loop is still there."""
+
+
+class ThreadCall(Generic[T]):
+    """One call of a coroutine function on the loop of a supervisor, in a copy of the thread's context."""
+
+    def __init__(self, supervisor: Supervisor, function: Callable[[], Awaitable[T]]) -> None:
+        self._supervisor = supervisor
+        self._function = function
+        self._over = threading.Event()
+        self._results: list[T] = []
+        self._error: BaseException | None = None
+        self._scope: anyio.CancelScope | None = None
+        self._given_up = False
+
+    def make(self) -> T:
+        """Make the call and wait for its result, on a thread that runs no loop.
+
+        An exception that interrupts the thread, such as `KeyboardInterrupt`, cancels the call. Raises what the function
+        raises, `ServerShutdown`, and `RuntimeError` where the loop is this thread's and stands still.
+        """
+        if self._supervisor.on_own_thread and not self._supervisor.dead:
+            raise RuntimeError(
+                "this Realtime was started on an event loop of this thread that does not run now: await the async call"
+                " there, or let the loop run in another thread"
+            )
+        context = without_loop(contextvars.copy_context())
+        try:
+            self._supervisor.post(lambda: self._begin(context))
+        except RuntimeError:  # closed, or at its end
+            raise _shut_down() from None
+        self._wait()
+        if self._error is not None:
+            try:
+                raise self._error
+            finally:
+                self._error = None  # its traceback holds this frame, and this frame the call
+        return self._results[0]
+
+    def _wait(self) -> None:
+        try:
+            while not self._over.wait(LOOK_S):
+                if self._supervisor.ended or self._supervisor.dead:
+                    self._end(_shut_down())
+        except BaseException:  # a signal handler raised here
+            with suppress(RuntimeError):
+                self._supervisor.post(self._give_up)
+            raise
+
+    # On the loop's thread
+
+    def _begin(self, context: contextvars.Context) -> None:
+        if self._supervisor.ended:
+            self._end(_shut_down())
+        else:
+            self._supervisor.spawn_brief(self._run, context)
+
+    async def _run(self) -> None:
+        try:
+            with anyio.CancelScope() as scope:
+                self._scope = scope
+                if self._given_up:
+                    scope.cancel()
+                self._results.append(await self._function())
+        except anyio.get_cancelled_exc_class() as exc:
+            if not cancelled_by_nobody():
+                self._end(_shut_down())
+                raise
+            self._end(exc)
+        except BaseException as exc:
+            if not is_failure(exc):  # it ends the loop
+                self._end(_shut_down())
+                raise
+            self._end(exc)
+        else:
+            self._end(None)
+
+    def _give_up(self) -> None:
+        """Nobody waits any more."""
+        self._given_up = True
+        if self._scope is not None:
+            self._scope.cancel()
+
+    def _end(self, error: BaseException | None) -> None:
+        if not self._over.is_set():
+            self._error = error
+            self._over.set()
+
+
+def _shut_down() -> ServerShutdown:
+    return ServerShutdown("the server was shut down")
+
+
+class HeldRun:
+    """A run that a thread has open. It is entered and left by one job on the loop, and nothing else can be.
+
+    The calls are coroutine functions for `ThreadCall`.
+    """
+
+    def __init__(self, supervisor: Supervisor, opened: AbstractAsyncContextManager[Run]) -> None:
+        self._supervisor = supervisor
+        self._opened = opened
+        self._run: Run | None = None
+        self._error: BaseException | None = None
+        self._scope: anyio.CancelScope | None = None
+        self._is_left = False
+        self._is_over = False
+        self._changed = Parking()
+
+    async def enter(self) -> Run:
+        """Open the run. Raises what `open_run` raises."""
+        self._supervisor.spawn(self._hold)
+        while self._run is None and not self._is_over:
+            await self._changed.wait()
+        if self._run is None:
+            raise self._error or _shut_down()  # the stop came before the run was open
+        return self._run
+
+    async def leave(self, error: BaseException | None) -> BaseException | None:
+        """Leave the run, with the exception of its body if there was one; return the one that the run ended with."""
+        self._is_left = True
+        if self._is_over:  # somebody canceled it, or the server was shut down
+            return self._error
+        if isinstance(error, Exception):
+            self._error = error
+        elif error is not None and self._scope is not None:
+            self._scope.cancel()
+        self._changed.wake()
+        while not self._is_over:
+            await self._changed.wait()
+        return self._error
+
+    async def _hold(self) -> None:
+        try:
+            with anyio.CancelScope() as self._scope:
+                async with self._opened as run:
+                    self._run = run
+                    self._changed.wake()
+                    while not self._is_left:
+                        await self._changed.wait()
+                    if self._error is not None:
+                        raise self._error
+        except Exception as exc:
+            self._error = exc
+        finally:
+            self._is_over = True
+            self._changed.wake()
+
+
+class OwnLoop:
+    """A loop in a daemon thread. (That of anyio's `start_blocking_portal` is waited for at the exit of Python.)"""
+
+    def __init__(self) -> None:
+        self._ready: Future[anyio.from_thread.BlockingPortal] = Future()
+        self._thread = threading.Thread(target=self._run, name="asgi_realtime sync", daemon=True)
+        self._thread.start()
+        self.portal = self._ready.result()
+
+    def _run(self) -> None:
+        try:
+            anyio.run(self._serve)
+        except BaseException as exc:
+            if self._ready.done():
+                raise
+            self._ready.set_exception(exc)
+
+    async def _serve(self) -> None:
+        async with anyio.from_thread.BlockingPortal() as portal:
+            self._ready.set_result(portal)
+            await portal.sleep_until_stopped()
+
+    def close(self) -> None:
+        """Let the loop end, and wait for that."""
+        self.portal.start_task_soon(self.portal.stop)
+        self._thread.join()

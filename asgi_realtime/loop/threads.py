@@ -1,0 +1,78 @@
+"""Threads for `def` tasks: daemons, so that one which blocks does not hold up the exit of its process.
+
+(anyio's worker threads on asyncio are not daemons, and Python waits for those before it exits.)
+"""
+
+from __future__ import annotations
+
+import contextvars
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from asgi_realtime.loop.supervisor import Supervisor
+from asgi_realtime.loop.waiting import Parking
+
+
+def without_loop(context: contextvars.Context) -> contextvars.Context:
+    """The context without sniffio's note of the running loop, so that the thread may run one of its own."""
+    for variable in context:
+        if variable.name == "current_async_library_cvar":
+            context.run(variable.set, None)
+    return context
+
+
+class _Call:
+    """One call in a thread, as the loop sees it."""
+
+    def __init__(self, function: Callable[[], Any]) -> None:
+        self.function = function
+        self.output: Any = None
+        self.error: BaseException | None = None
+        self.over = False
+        self.ended = Parking()
+
+
+class TaskThreads:
+    """Up to `limit` threads; who comes later waits. Belongs to one start of a `Realtime`."""
+
+    def __init__(self, limit: int, supervisor: Supervisor) -> None:
+        self.supervisor = supervisor
+        self._limit = limit
+        self._used = 0
+        self._freed = Parking()
+
+    async def run(self, function: Callable[[], Any]) -> Any:
+        """Call a function in a thread, in a copy of the caller's context.
+
+        Cancelling the caller leaves the thread to itself; it counts until it ends.
+        """
+        while self._used >= self._limit:
+            await self._freed.wait()
+        call = _Call(function)
+        context = without_loop(contextvars.copy_context())
+        thread = threading.Thread(target=context.run, args=(self._work, call), name="asgi_realtime task", daemon=True)
+        thread.start()
+        self._used += 1
+        while not call.over:
+            await call.ended.wait()
+        if call.error is not None:
+            raise call.error
+        return call.output
+
+    def _work(self, call: _Call) -> None:
+        """The thread."""
+        try:
+            call.output = call.function()
+        except BaseException as exc:
+            call.error = exc
+        try:
+            self.supervisor.post(lambda: self._end(call))
+        except RuntimeError:
+            pass  # the loop is gone, and with it whoever waited
+
+    def _end(self, call: _Call) -> None:
+        self._used -= 1
+        call.over = True
+        call.ended.wake()
+        self._freed.wake()

@@ -1,0 +1,1 @@
+"""Writing a stream and reading it back: sources, pipe, writer, local copy, readers."""

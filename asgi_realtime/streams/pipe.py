@@ -1,0 +1,221 @@
+"""`Pipe`: forwards a source to a stream and hands the same objects to the host's own code.
+
+One job makes, reads and closes the source's iterator. Its life is the source's, not the consumer's: leaving the loop
+or dropping the pipe does not stop it, cancelling the run or `aclose()` does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable
+from contextlib import AbstractAsyncContextManager
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
+
+import anyio
+import anyio.lowlevel
+
+from asgi_realtime.core.config import Limits, Timeouts
+from asgi_realtime.core.errors import BrokerUnavailable, RealtimeError, ServerShutdown
+from asgi_realtime.loop.supervisor import cancelled_by_nobody, is_failure
+from asgi_realtime.loop.waiting import Parking
+from asgi_realtime.streams.local_copy import LocalCopy, Reader
+from asgi_realtime.streams.sources import ThreadBudget, discard, opened
+from asgi_realtime.streams.writer import YIELD_EVERY, StreamWriter, encode_numbered
+
+if TYPE_CHECKING:
+    from asgi_realtime.runs.handles import RunHandle
+
+T = TypeVar("T")
+
+Source = AsyncIterable[T] | Iterable[T] | AbstractAsyncContextManager[AsyncIterable[T]]
+
+
+class PipeResult(NamedTuple):
+    """What the broker has acknowledged of a pipe: chunks, their bytes, and the index of the last (None if none)."""
+
+    chunks: int
+    bytes: int
+    last_index: int | None
+
+
+class Pipe(Generic[T]):
+    """A source on its way into a stream. Made by `Realtime.pipe`; forwarding has begun.
+
+    Iterate it for the original objects, unchanged.
+    """
+
+    def __init__(
+        self,
+        source: Source[T],
+        writer: StreamWriter,
+        *,
+        handle: Callable[[], RunHandle[Any]],
+        limits: Limits,
+        timeouts: Timeouts,
+        threads: ThreadBudget,
+        post: Callable[[Callable[[], object]], None],
+    ) -> None:
+        self.run_id = writer.key.run
+        self.stream = writer.key.name
+        self._make_handle = handle
+        self._source = source
+        self._writer = writer
+        self._limits = limits
+        self._timeouts = timeouts
+        self._threads = threads
+        self._post = post
+        self._copy: LocalCopy[T] = LocalCopy(limits.pipe_buffer)
+        self._index = 0
+        self._unwritable = False
+        self._scope: anyio.CancelScope | None = None
+        self._stop_reason: RealtimeError | None = None
+        self._stopped = False
+        self.error: Exception | None = None
+        """What went wrong, with the source or with a chunk of it."""
+        self._error_seen = False
+        self.done = False
+        self._ended = Parking()
+
+    def __repr__(self) -> str:
+        state = "ended" if self.done else "open"
+        return f"<Pipe run={self.run_id} stream={self.stream!r} chunks={self._writer.chunks} {state}>"
+
+    @cached_property
+    def handle(self) -> RunHandle[Any]:
+        """The handle of the pipe's run, with a token that reads it."""
+        return self._make_handle()
+
+    def __aiter__(self) -> AsyncIterator[T]:
+        return Reader(self._copy)
+
+    async def __anext__(self) -> T:
+        """The next original object, for code that calls `anext()` on the pipe itself.
+
+        Between two calls nobody counts as reading: who may fall behind by `limits.pipe_buffer` keeps `aiter(pipe)`.
+        """
+        return await Reader(self._copy).__anext__()
+
+    async def wait_until_complete(self) -> PipeResult:
+        """Wait until the source has ended and the broker has acknowledged every chunk.
+
+        Raises the source's own error, `EncodingError` or `LimitExceeded` for a chunk that could not be forwarded,
+        `BrokerUnavailable` if the broker was away for longer than `timeouts.append`, and `RunCanceled`, `RunFailed` or
+        `ServerShutdown` if the run ended before the source. Cancelling the caller does not stop the pipe.
+        """
+        await self.settled()
+        if self.error is not None:
+            self._error_seen = True
+            raise self.error
+        if self._stop_reason is not None:
+            raise self._stop_reason
+        return self.result
+
+    async def aclose(self) -> None:
+        """Stop forwarding and close the source. What it gave before is in the stream. Idempotent."""
+        self.stop(None)
+        await self.settled()
+
+    @property
+    def result(self) -> PipeResult:
+        """What the broker has acknowledged so far."""
+        return PipeResult(self._writer.chunks, self._writer.bytes, self._writer.last_index)
+
+    @property
+    def unseen_error(self) -> Exception | None:
+        """An error that was raised to nobody yet: it will fail the run."""
+        if self._error_seen or self._copy.error_seen:
+            return None
+        return self.error
+
+    async def settled(self) -> None:
+        """Wait until the pipe has ended, however it did."""
+        self._copy.drain_began()
+        try:
+            while not self.done:
+                await self._ended.wait()
+        finally:
+            self._copy.drain_ended()
+
+    def stop(self, reason: RealtimeError | None) -> None:
+        """Make the job end. A consumer then gets `reason`, or a clean end."""
+        if not self._stopped and not self.done:
+            self._stopped = True
+            self._stop_reason = reason
+            if self._scope is not None:
+                self._scope.cancel()
+
+    async def run(self) -> None:
+        """The job."""
+        try:
+            with anyio.CancelScope() as self._scope:
+                if self._stopped:
+                    self._scope.cancel()
+                await self._forward_all()
+        except BaseException as exc:
+            self._note(exc)
+            if self.error is None:
+                raise
+        finally:
+            with anyio.CancelScope(shield=True):
+                await self._end(self._drain)
+
+    async def fail(self, cause: BaseException) -> None:
+        """The job cannot begin."""
+        self._note(cause)
+        with anyio.CancelScope(shield=True):
+            await self._end(lambda: discard(self._source, close_s=self._timeouts.close))
+
+    def _note(self, cause: BaseException) -> None:
+        if isinstance(cause, Exception):
+            self.error = cause
+        elif is_failure(cause) or _is_foreign(cause):
+            self.error = RuntimeError(f"the source raised {type(cause).__name__}")
+            self.error.__cause__ = cause
+        else:
+            self._stop_reason = ServerShutdown("the server was shut down")
+
+    async def _end(self, last: Callable[[], Awaitable[None]]) -> None:
+        """The local iteration ends now, the pipe after its last act."""
+        self._copy.finish(self.error or self._stop_reason)
+        try:
+            await last()
+        finally:
+            self.done = True
+            self._ended.wake()
+
+    async def _forward_all(self) -> None:
+        async with opened(
+            self._source, threads=self._threads, post=self._post, close_s=self._timeouts.close
+        ) as iterator:
+            await anyio.lowlevel.checkpoint_if_cancelled()
+            await self._writer.open()
+            async for item in iterator:
+                self._forward(item)
+                self._copy.put(item)
+                if self._writer.full:
+                    await self._writer.room()
+                if self._copy.full:
+                    await self._copy.room()
+                if self._index % YIELD_EVERY == 0:
+                    await anyio.lowlevel.checkpoint()
+
+    def _forward(self, item: T) -> None:
+        """Write one item. Without a broker the local iteration goes on; the failure is raised at the end."""
+        data = encode_numbered(item, self._limits.chunk_bytes, key=self._writer.key, index=self._index)
+        self._index += 1
+        if not self._unwritable:
+            try:
+                self._writer.write(data)
+            except BrokerUnavailable:
+                self._unwritable = True
+
+    async def _drain(self) -> None:
+        try:
+            await self._writer.drain()
+        except RealtimeError as exc:
+            self.error = self.error or exc
+
+
+def _is_foreign(exc: BaseException) -> bool:
+    """A cancellation that the source met inside itself and nobody meant for its pipe."""
+    return isinstance(exc, anyio.get_cancelled_exc_class()) and cancelled_by_nobody()

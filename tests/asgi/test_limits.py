@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+import pytest
+
+from asgi_realtime.asgi.limits import Seats
+from asgi_realtime.core.config import Limits
+from asgi_realtime.core.errors import LimitExceeded
+
+
+def test_a_refused_seat_is_not_counted_anywhere() -> None:
+    seats = Seats(Limits(subscribers=3, subscribers_per_run=2, subscribers_per_token=1))
+    seats.take("run_1", "a")
+    for run_id, token_id, limit in (("run_2", "a", 1), ("run_1", "a", 1)):
+        with pytest.raises(LimitExceeded, match=f"limit {limit}") as refused:
+            seats.take(run_id, token_id)
+        assert refused.value.status == 429
+    seats.take("run_1", "")
+    with pytest.raises(LimitExceeded, match="this run has 2 open subscriptions, limit 2"):
+        seats.take("run_1", "b")
+    seats.take("", "b")
+    with pytest.raises(LimitExceeded, match="this server has 3"):
+        seats.take("", "c")
+    assert seats.taken == 3
+
+
+def test_what_is_left_is_forgotten() -> None:
+    seats = Seats(Limits(subscribers_per_run=1))
+    for number in range(5):
+        seats.take("run_1", str(number))
+        seats.leave("run_1", str(number))
+    assert seats.taken == 0
+    assert not seats._by_run and not seats._by_token
+
+
+def test_bodies_are_counted_by_token() -> None:
+    seats = Seats(Limits(bodies_per_token=2))
+    seats.take_body("a")
+    seats.take_body("a")
+    seats.take_body("b")
+    with pytest.raises(LimitExceeded, match="this token has 2 requests open") as refused:
+        seats.take_body("a")
+    assert refused.value.status == 429
+    seats.leave_body("a")
+    seats.take_body("a")
+    assert seats.taken == 0

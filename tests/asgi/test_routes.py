@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import pytest
+
+from asgi_realtime.asgi.routes import Endpoint, Route, resolve
+
+RUN = Route(Endpoint.RUN_FEED, ("run_1",))
+STREAM = Route(Endpoint.STREAM, ("run_1", "default"))
+RETRIEVE = Route(Endpoint.RETRIEVE_RUN, ("run_1",))
+
+
+@pytest.mark.parametrize(
+    ("path", "root_path", "route"),
+    [
+        # the routes themselves, with the app as the root app
+        ("/v1/streams/run_1/default", "", STREAM),
+        ("/v1/streams/run_1/input/approval", "", Route(Endpoint.INPUT, ("run_1", "approval"))),
+        ("/v1/streams/run_1/input", "", Route(Endpoint.STREAM, ("run_1", "input"))),
+        ("/v1/runs/run_1", "", RUN),
+        ("/v1/runs", "", Route(Endpoint.TAG_FEED)),
+        ("/v1/batches/batch_1", "", Route(Endpoint.BATCH_FEED, ("batch_1",))),
+        ("/v1/health", "", Route(Endpoint.HEALTH)),
+        ("/api/v3/runs/run_1", "", RETRIEVE),
+        ("/api/v2/runs/run_1/cancel", "", Route(Endpoint.CANCEL_RUN, ("run_1",))),
+        # mounted at /realtime, in both configurations of the official clients
+        ("/realtime/v1/runs/run_1", "/realtime", RUN),
+        ("/realtime/realtime/v1/runs/run_1", "/realtime", RUN),
+        ("/realtime/api/v3/runs/run_1", "/realtime", RETRIEVE),
+        # the same behind a proxy's prefix, which the server puts into the path or not
+        ("/api/realtime/v1/runs/run_1", "/api/realtime", RUN),
+        ("/realtime/v1/runs/run_1", "/api/realtime", RUN),
+        ("/api/realtime/realtime/v1/runs/run_1", "/api/realtime", RUN),
+        ("/realtime/api/v3/runs/run_1", "/api/realtime", RETRIEVE),
+        ("/live/v1/runs/run_1", "/api/live", RUN),
+        # Litestar: stripped, a slash at the end, root_path unchanged
+        ("/v1/runs/run_1/", "", RUN),
+        ("/realtime/v1/runs/run_1/", "", RUN),
+        ("/api/v3/runs/run_1/", "/api", RETRIEVE),
+        ("/v1/runs/run_1/", "/v1", RUN),
+        # dispatched by hand, with nothing said in root_path
+        ("/realtime/v1/runs/run_1", "", RUN),
+        ("/realtime/realtime/v1/runs/run_1", "", RUN),
+        ("/realtime/api/v3/runs/run_1", "", RETRIEVE),
+        # a run that is called like a part of ours
+        ("/v1/runs/realtime", "", Route(Endpoint.RUN_FEED, ("realtime",))),
+        ("/v1/runs/runs", "/v1/runs", Route(Endpoint.RUN_FEED, ("runs",))),
+    ],
+)
+def test_a_route_is_found_however_the_host_passes_it_on(path: str, root_path: str, route: Route) -> None:
+    assert resolve(path, root_path) == route
+
+
+@pytest.mark.parametrize(
+    ("path", "root_path"),
+    [
+        ("", ""),
+        ("/", ""),
+        ("/realtime", "/realtime"),
+        ("/realtime/", "/realtime"),
+        ("X/", ""),  # Litestar, /realtimeX
+        ("v1/runs/run_1/", ""),  # Litestar, /realtimev1/runs/run_1
+        ("/realtimeX", "/realtim"),  # blacksheep
+        ("/realtimev1/runs/run_1", "/realtime"),
+        ("/realtime/realtime/realtime/v1/runs/run_1", ""),
+        ("/v2/runs/run_1", ""),
+        ("/v1", ""),
+        ("/v1/run", ""),
+        ("/v1//runs", ""),
+        ("/v1/streams/run_1", ""),
+        ("/v1/streams/run_1/a/b/c", ""),
+        ("/v1/streams//default", ""),
+        ("/v1/health/more", ""),
+        ("/api/v1/runs/run_1", ""),
+        ("/api/v2/runs/run_1", ""),
+    ],
+)
+def test_what_only_looks_like_a_route_is_none(path: str, root_path: str) -> None:
+    assert resolve(path, root_path) is None

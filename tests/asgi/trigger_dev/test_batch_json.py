@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from asgi_realtime.asgi.trigger_dev.batch_json import BatchRun, batch_json
+from asgi_realtime.core.runs import TERMINAL, BatchMember, RunRecord, Status
+
+
+def member(index: int, status: Status, *, created_ms: int = 1000, updated_ms: int = 2000) -> RunRecord:
+    return RunRecord(
+        id=f"run_{index}",
+        task="t",
+        status=status,
+        created_at_ms=created_ms,
+        updated_at_ms=updated_ms,
+        batch=BatchMember("batch_1", index, 3),
+    )
+
+
+def told(*members: RunRecord, **known: Any) -> dict[str, Any]:
+    batch: dict[str, Any] = json.loads(batch_json("batch_1", [BatchRun.of(member) for member in members], **known))
+    return batch
+
+
+def test_a_batch_is_told_by_its_runs() -> None:
+    first = member(0, Status.COMPLETED, updated_ms=5000)
+    second = member(1, Status.EXECUTING, created_ms=1500)
+    assert told(first, second) == {
+        "id": "batch_1",
+        "status": "PROCESSING",
+        "createdAt": "1970-01-01T00:00:01.000Z",
+        "updatedAt": "1970-01-01T00:00:05.000Z",
+        "runCount": 3,
+        "runs": ["run_0", "run_1"],
+        "processing": {"errors": [], "completedAt": "1970-01-01T00:00:01.500Z"},
+    }
+
+
+@pytest.mark.parametrize("status", Status)
+def test_a_batch_is_complete_when_all_its_runs_are_over(status: Status) -> None:
+    batch = told(member(0, Status.COMPLETED), member(1, status))
+    assert batch["status"] == ("COMPLETED" if status in TERMINAL else "PROCESSING")
+
+
+def test_what_is_known_besides_stands_for_what_runs_cannot_tell() -> None:
+    assert told(count=2, created_at_ms=7, waits=True, idempotency_key="k") == {
+        "id": "batch_1",
+        "status": "PENDING",
+        "createdAt": "1970-01-01T00:00:00.007Z",
+        "updatedAt": "1970-01-01T00:00:00.007Z",
+        "runCount": 2,
+        "runs": [],
+        "processing": {"errors": []},
+        "idempotencyKey": "k",
+    }
+    batch = told(member(0, Status.QUEUED, updated_ms=1), count=3, created_at_ms=5000)
+    assert (batch["runCount"], batch["runs"]) == (3, ["run_0"])
+    assert batch["createdAt"] == batch["updatedAt"] == batch["processing"]["completedAt"] == "1970-01-01T00:00:05.000Z"
+
+
+@pytest.mark.parametrize(
+    ("members", "status"),
+    [
+        ([], "ABORTED"),
+        ([member(0, Status.COMPLETED)], "PARTIAL_FAILED"),
+        ([member(0, Status.COMPLETED), member(1, Status.QUEUED)], "PROCESSING"),
+    ],
+)
+def test_a_batch_of_which_not_all_runs_were_created_is_never_complete(members: list[RunRecord], status: str) -> None:
+    assert told(*members, count=3, created_at_ms=7, whole=False)["status"] == status

@@ -1,0 +1,651 @@
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import anyio
+import anyio.lowlevel
+import pytest
+
+from asgi_realtime.asgi.trigger_dev import feed_shapes, shapes
+from asgi_realtime.brokers.memory import MemoryBroker
+from asgi_realtime.core.config import Limits, Timeouts
+from asgi_realtime.core.errors import BrokerUnavailable
+from asgi_realtime.core.metadata import Set
+from asgi_realtime.core.runs import BatchMember, MetadataChanged, RunChange, Started, Status
+from asgi_realtime.testing import driver
+from asgi_realtime.testing.driver import Response
+from tests.asgi.standin import StandIn
+
+pytestmark = pytest.mark.anyio
+
+RUN = "/v1/runs/run_1"
+TAGS = "/v1/runs"
+BATCH = "/v1/batches/batch_1"
+UP_TO_DATE = {"headers": {"control": "up-to-date"}}
+MUST_REFETCH = [{"headers": {"control": "must-refetch"}}]
+
+
+class Client:
+    """Asks as the official clients do: first without a cursor, then on from the last answer."""
+
+    def __init__(self, host: StandIn, path: str = RUN, *scopes: str, **query: str) -> None:
+        self.host = host
+        self.path = path
+        self.headers = {**host.headers(*scopes), "trigger-version": "4.8.3"}
+        self.query = query
+        self.handle = ""
+        self.offset = "-1"
+        self.cursor: str | None = None
+
+    def asked(self, *, live: bool) -> dict[str, str]:
+        query = {**self.query, "log": "full", "offset": self.offset}
+        if self.handle:
+            query["handle"] = self.handle
+        if live:
+            query |= {"live": "true", "cursor": self.cursor or ""}
+        return query
+
+    async def get(self, *, live: bool = False) -> Response:
+        """One request; takes the cursor of the answer."""
+        answer = await driver.request(self.host, "GET", self.path, headers=self.headers, query=self.asked(live=live))
+        if answer.status == 200:
+            self.handle, self.offset = answer.headers["electric-handle"], answer.headers["electric-offset"]
+            self.cursor = answer.headers.get("electric-cursor")
+        elif answer.status == 409:
+            self.handle, self.offset = answer.headers["electric-handle"], "-1"
+        return answer
+
+    async def rows(self, *, live: bool = False) -> list[dict[str, Any]]:
+        """The rows of one answer, which must be a good one."""
+        answer = await self.get(live=live)
+        assert answer.status == 200, answer.body
+        messages = json.loads(answer.body)
+        assert messages[-1] == UP_TO_DATE
+        return [message["value"] for message in messages[:-1]]
+
+    @asynccontextmanager
+    async def polling(self) -> AsyncIterator[list[list[dict[str, Any]]]]:
+        """A live poll that is held; what it is answered is in the list once the block is left."""
+        answers: list[list[dict[str, Any]]] = []
+
+        async def poll() -> None:
+            answers.append(await self.rows(live=True))
+
+        with anyio.fail_after(5):
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(poll)
+                await self.host.one_subscriber()
+                await anyio.wait_all_tasks_blocked()
+                assert not answers, "the poll was not held"
+                self.host.tick(0)
+                yield answers
+
+
+def progress(value: float) -> RunChange:
+    return MetadataChanged((Set("progress", value),))
+
+
+def statuses(rows: list[dict[str, Any]]) -> list[str]:
+    return [row["status"] for row in rows]
+
+
+def ids(rows: list[dict[str, Any]]) -> list[str]:
+    return [row["friendlyId"] for row in rows]
+
+
+# The first answer
+
+
+async def test_a_snapshot_on_the_wire(host: StandIn) -> None:
+    record = await host.create(tags=["a"])
+    answer = await Client(host).get()
+    assert answer.status == 200
+    assert answer.body == b"[" + shapes.row(record) + b',\n{"headers":{"control":"up-to-date"}}]'
+    headers = answer.headers
+    assert headers["content-type"] == "application/json"
+    assert headers["cache-control"] == "no-store"
+    assert headers["electric-offset"] == "2_0"
+    assert headers["electric-handle"].endswith(".0")
+    assert headers["electric-up-to-date"]
+    assert headers["electric-schema"] == shapes.schema()
+    assert "electric-cursor" not in headers
+    assert "electric-schema" in headers["access-control-expose-headers"]
+
+
+async def test_a_run_that_is_over_gives_its_state(host: StandIn) -> None:
+    await host.create()
+    await host.finish(output={"text": "hi"})
+    (row,) = await Client(host).rows()
+    assert (row["status"], row["output"]) == ("COMPLETED_SUCCESSFULLY", '{"text":"hi"}')
+    assert row["completedAt"]
+
+
+# Live
+
+
+async def test_a_poll_is_held_and_woken_by_a_change(host: StandIn) -> None:
+    await host.create(executing=False)
+    client = Client(host)
+    assert statuses(await client.rows()) == ["PENDING"]
+    async with client.polling() as answers:
+        await host.change("run_1", Started("me"))
+    assert statuses(answers[0]) == ["EXECUTING"]
+    async with client.polling() as answers:
+        await host.finish(output=1)
+    (row,) = answers[0]
+    assert row["output"] == "1" and row["completedAt"] and row["status"] == "COMPLETED_SUCCESSFULLY"
+
+
+async def test_a_change_between_two_polls_is_told_at_once(host: StandIn) -> None:
+    await host.create()
+    client = Client(host)
+    await client.rows()
+    await host.change("run_1", progress(1))
+    (row,) = await client.rows(live=True)
+    assert row["metadata"] == '{"progress":1}'
+
+
+async def test_several_changes_are_told_as_one_state(host: StandIn) -> None:
+    await host.create(executing=False)
+    client = Client(host)
+    await client.rows()
+    await host.change("run_1", Started("me"))
+    await host.change("run_1", progress(1))
+    await host.finish()
+    assert statuses(await client.rows(live=True)) == ["COMPLETED_SUCCESSFULLY"]
+
+
+async def test_a_poll_with_no_news_ends_after_its_time_and_the_next_one_has_another_url(host: StandIn) -> None:
+    await host.create()
+    client = Client(host)
+    await client.rows()
+    offset, seen = client.offset, set[str | None]()
+    for _ in range(3):
+        async with client.polling() as answers:
+            host.tick(host.timeouts.poll * 0.8)
+            await anyio.wait_all_tasks_blocked()
+            assert not answers
+            host.tick(host.timeouts.poll * 0.4)
+        assert answers == [[]]
+        assert client.offset == offset
+        seen.add(client.cursor)
+    assert len(seen) == 3
+    assert not host.subscribers
+
+
+async def test_the_cursor_differs_even_at_one_instant(host: StandIn) -> None:
+    await host.create()
+    client = Client(host)
+    await client.rows()
+    seen: list[str | None] = []
+    for number in range(3):
+        await host.change("run_1", progress(number))
+        await client.rows(live=True)
+        seen.append(client.cursor)
+    assert seen[0] != seen[1] != seen[2]
+
+
+async def test_a_run_that_changes_all_the_time_is_told_now_and_then(host: StandIn) -> None:
+    host = StandIn(timeouts=Timeouts(gather=0.01))
+    await host.create()
+    client = Client(host)
+    await client.rows()
+    for number in range(feed_shapes.AT_ONCE + 1):
+        await host.change("run_1", progress(number))
+        assert len(await client.rows(live=True)) == 1
+    async with client.polling() as answers:
+        with pytest.MonkeyPatch.context() as patch:
+            slept = anyio.Event()
+            go_on = anyio.Event()
+
+            async def sleep(seconds: float) -> None:
+                assert 0 < seconds <= 0.01
+                slept.set()
+                await go_on.wait()
+
+            patch.setattr(anyio, "sleep", sleep)
+            await host.change("run_1", progress(100))
+            await slept.wait()
+            await host.change("run_1", progress(101))
+            assert not answers
+            go_on.set()
+            while not answers:
+                await anyio.lowlevel.checkpoint()
+    assert [row["metadata"] for row in answers[0]] == ['{"progress":101}']
+
+
+async def test_the_end_of_a_run_is_told_at_once_whatever_came_before(
+    host: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def sleep(seconds: float) -> None:
+        raise AssertionError("it waited")
+
+    await host.create()
+    client = Client(host)
+    await client.rows()
+    for number in range(feed_shapes.AT_ONCE + 1):
+        await host.change("run_1", progress(number))
+        await client.rows(live=True)
+    monkeypatch.setattr(anyio, "sleep", sleep)
+    await host.finish()
+    assert statuses(await client.rows(live=True)) == ["COMPLETED_SUCCESSFULLY"]
+
+
+async def test_a_list_whose_runs_end_all_the_time_is_spaced_too(host: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        slept.append(seconds)
+
+    client = Client(host, TAGS, "read:runs", tags="a")
+    await client.rows()
+    monkeypatch.setattr(anyio, "sleep", sleep)
+    for number in range(feed_shapes.AT_ONCE + 3):
+        await host.create(f"run_{number}", tags=["a"])
+        await host.finish(f"run_{number}")
+        await client.rows(live=True)
+    assert len(slept) == 2
+
+
+async def test_after_a_pause_changes_are_told_at_once_again(host: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def sleep(seconds: float) -> None:
+        raise AssertionError("it waited")
+
+    await host.create()
+    client = Client(host)
+    await client.rows()
+    monkeypatch.setattr(anyio, "sleep", sleep)
+    for number in range(20):
+        if number % feed_shapes.AT_ONCE == 0:
+            host.tick(1)
+        await host.change("run_1", progress(number))
+        await client.rows(live=True)
+
+
+@pytest.mark.parametrize("cursor", ["", "x", "5", "5-", "-5", "9" * 16 + "-9", "999999999999999-999"])
+async def test_a_cursor_from_elsewhere_delays_nothing_for_long(host: StandIn, cursor: str) -> None:
+    host = StandIn(timeouts=Timeouts(gather=0.01))
+    await host.create()
+    client = Client(host)
+    await client.rows()
+    client.cursor = cursor
+    await host.change("run_1", progress(1))
+    assert len(await client.rows(live=True)) == 1
+
+
+async def test_a_request_that_is_not_live_is_answered_at_once(host: StandIn) -> None:
+    await host.create()
+    client = Client(host)
+    await client.rows()
+    assert await client.rows() == []
+    await host.change("run_1", progress(1))
+    assert len(await client.rows()) == 1
+
+
+async def test_a_held_poll_ends_when_its_client_leaves(host: StandIn) -> None:
+    await host.create()
+    client = Client(host)
+    await client.rows()
+    scope = driver.make_scope("GET", RUN, headers=client.headers, query=client.asked(live=True))
+    gone = anyio.Event()
+    asked = [{"type": "http.request", "body": b"", "more_body": False}]
+
+    async def receive() -> driver.Message:
+        if asked:
+            return asked.pop()
+        await gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: driver.Message) -> None:
+        pass
+
+    with anyio.fail_after(5):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(host, scope, receive, send)
+            await host.one_subscriber()
+            gone.set()
+    assert not host.subscribers
+    assert not host.app._seats.taken
+
+
+async def test_a_shutdown_answers_held_polls_with_503(host: StandIn) -> None:
+    await host.create()
+    client = Client(host)
+    await client.rows()
+    answers: list[Response] = []
+
+    async def poll() -> None:
+        answers.append(await client.get(live=True))
+
+    with anyio.fail_after(5):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(poll)
+            await host.one_subscriber()
+            host.begin_shutdown()
+    (answer,) = answers
+    assert (answer.status, json.loads(answer.body)["code"]) == (503, "server_shutdown")
+    assert answer.headers["access-control-allow-origin"] == "*"
+    assert (await client.get(live=True)).status == 503  # and it holds none any more
+
+
+async def test_what_there_is_to_tell_is_told_during_the_shutdown(host: StandIn) -> None:
+    await host.create()
+    client = Client(host)
+    await client.rows()
+    await host.finish()
+    host.begin_shutdown()
+    assert statuses(await client.rows(live=True)) == ["COMPLETED_SUCCESSFULLY"]
+
+
+async def test_a_held_poll_ends_with_its_token(host: StandIn) -> None:
+    await host.create()
+    client = Client(host)
+    client.headers["authorization"] = f"Bearer {host.token(expires_in_s=5)}"
+    await client.rows()
+    answers: list[Response] = []
+
+    async def poll() -> None:
+        answers.append(await client.get(live=True))
+
+    with anyio.fail_after(5):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(poll)
+            await host.one_subscriber()
+            host.tick(5.1)
+    assert (answers[0].status, json.loads(answers[0].body)["code"]) == (401, "token_expired")
+
+
+async def test_polls_that_began_together_do_not_end_together(host: StandIn) -> None:
+    await host.create()
+    ends = set[float]()
+    for _ in range(20):
+        client = Client(host)
+        await client.rows()
+        async with client.polling():
+            poll = await host.one_subscriber()
+            assert isinstance(poll, feed_shapes.ShapePoll)
+            ends.add(poll._hold_s)
+            await host.change("run_1", progress(len(ends)))
+    poll_s = host.timeouts.poll
+    assert len(ends) == 20
+    assert all(0.85 * poll_s <= end <= 1.15 * poll_s for end in ends)
+
+
+async def test_polls_count_as_subscriptions(host: StandIn) -> None:
+    host = StandIn(limits=Limits(subscribers_per_run=1))
+    await host.create()
+    client, other = Client(host), Client(host)
+    await client.rows()
+    await other.rows()
+    async with client.polling():
+        assert (await other.get(live=True)).status == 429
+        await host.finish()
+
+
+# Cursors that are of no use
+
+
+async def test_a_cursor_of_another_epoch_is_told_to_start_over(host: StandIn) -> None:
+    await host.create(tags=["a"])
+    client = Client(host, TAGS, "read:runs", tags="a")
+    await client.rows()
+    host.broker = MemoryBroker(clock=host.clock)  # as after a restart
+    await host.create("run_2", tags=["a"])
+    old = client.handle
+    answer = await client.get(live=True)
+    assert (answer.status, json.loads(answer.body)) == (409, MUST_REFETCH)
+    assert answer.headers["electric-handle"] not in ("", old)
+    assert ids(await client.rows()) == ["run_2"]
+    async with client.polling() as answers:
+        await host.finish("run_2")
+    assert ids(answers[0]) == ["run_2"]
+
+
+@pytest.mark.parametrize(
+    ("handle", "offset"),
+    [("57129943-1767323045678", "1767323045678_3"), ("", "5_0"), ("deadbeef.0", "5_0"), ("same", "99999_0")],
+)
+async def test_a_cursor_that_is_not_ours_is_told_to_start_over(host: StandIn, handle: str, offset: str) -> None:
+    await host.create()
+    client = Client(host)
+    await client.rows()
+    if handle != "same":
+        client.handle = handle
+    client.offset = offset
+    answer = await client.get(live=True)
+    assert (answer.status, json.loads(answer.body)) == (409, MUST_REFETCH)
+    assert len(await client.rows()) == 1
+
+
+@pytest.mark.parametrize("offset", ["", "now", "-2", "5", "x_0", "1_0_0", "1" * 30 + "_0", "٣_٠"])
+async def test_a_malformed_offset_is_400_and_says_what_is_allowed(host: StandIn, offset: str) -> None:
+    await host.create()
+    client = Client(host)
+    client.offset = offset
+    answer = await client.get()
+    assert answer.status == 400
+    assert "offset" in json.loads(answer.body)["error"]
+
+
+async def test_a_position_that_the_topic_has_dropped_is_told_to_start_over(host: StandIn) -> None:
+    host = StandIn(limits=Limits(topic_runs=2))
+    await host.create("run_0", tags=["a"])
+    client = Client(host, TAGS, "read:runs", tags="a")
+    await client.rows()
+    for number in range(1, 4):
+        await host.create(f"run_{number}", tags=["a"])
+    assert (await client.get(live=True)).status == 409
+    assert ids(await client.rows()) == ["run_2", "run_3"]
+
+
+# Lists
+
+
+async def test_a_tag_feed_has_the_runs_with_all_tags_and_those_that_come(host: StandIn) -> None:
+    await host.create("run_1", tags=["a", "b"])
+    await host.create("run_2", tags=["a"])
+    client = Client(host, TAGS, "read:tags:b", tags="b,a")
+    assert ids(await client.rows()) == ["run_1"]
+    async with client.polling() as answers:
+        await host.create("run_3", tags=["a"], executing=False)
+        await anyio.wait_all_tasks_blocked()
+        assert not answers
+        await host.create("run_4", tags=["a", "b"], executing=False)
+    assert ids(answers[0]) == ["run_4"]
+
+
+async def test_a_tag_that_nobody_has_yet_is_waited_for(host: StandIn) -> None:
+    client = Client(host, TAGS, "read:tags:a", tags="a")
+    for _ in range(2):
+        assert await client.rows() == []
+    async with client.polling() as answers:
+        host.tick(host.timeouts.poll * 1.2)
+    assert answers == [[]]
+    await host.create("run_1", tags=["a"])
+    assert ids(await client.rows(live=True)) == ["run_1"]
+    async with client.polling() as answers:
+        await host.finish("run_1")
+    assert ids(answers[0]) == ["run_1"]
+
+
+async def test_the_window_of_a_list_stays_where_the_first_request_put_it(host: StandIn) -> None:
+    await host.create("run_old", tags=["a"], created_ago_s=7200)
+    await host.create("run_new", tags=["a"], created_ago_s=1800)
+    client = Client(host, TAGS, "read:tags:a", tags="a", createdAt="1h")
+    assert ids(await client.rows()) == ["run_new"]
+    host.tick(3600)
+    client.headers = Client(host, TAGS, "read:tags:a").headers  # the other token has expired
+    await host.change("run_old", progress(1))
+    await host.change("run_new", progress(1))
+    assert ids(await client.rows(live=True)) == ["run_new"]
+    assert ids(await Client(host, TAGS, "read:tags:a", tags="a", createdAt="1h").rows()) == []
+
+
+async def test_a_batch_feed_has_its_runs(host: StandIn) -> None:
+    await host.create("run_1", batch=BatchMember("batch_1", 0, 2))
+    await host.create("run_2", batch=BatchMember("batch_1", 1, 2))
+    client = Client(host, BATCH, "read:batch:batch_1")
+    assert ids(await client.rows()) == ["run_1", "run_2"]
+    async with client.polling() as answers:
+        await host.finish("run_2", Status.FAILED, error="no luck")
+    ((row,),) = answers
+    assert json.loads(row["error"])["message"] == "no luck"
+
+
+async def test_a_snapshot_has_the_newest_runs_up_to_the_limit(host: StandIn) -> None:
+    host = StandIn(limits=Limits(feed_runs=2))
+    for number in range(4):
+        await host.create(f"run_{number}", tags=["a"])
+    client = Client(host, TAGS, "read:runs", tags="a")
+    assert ids(await client.rows()) == ["run_2", "run_3"]
+    assert await client.rows() == []
+
+
+@pytest.mark.parametrize("what", ["rows", "bytes"])
+async def test_what_does_not_go_into_one_answer_comes_with_the_next(
+    host: StandIn, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    if what == "rows":
+        monkeypatch.setattr(feed_shapes, "MAX_ROWS", 2)
+    else:
+        monkeypatch.setattr(feed_shapes, "MAX_BYTES", 2000)
+    expected = [f"run_{number}" for number in range(5)]
+    for run_id in expected:
+        await host.create(run_id, tags=["a"], payload="x" * 500, executing=False)
+    client = Client(host, TAGS, "read:runs", tags="a")
+    found = [ids(await client.rows())]
+    while rows := await client.rows():
+        found.append(ids(rows))
+    assert [len(part) for part in found] == [2, 2, 1]
+    assert sum(found, []) == expected
+    for run_id in expected:
+        await host.change(run_id, progress(1))
+    assert [len(await client.rows(live=True)) for _ in range(3)] == [2, 2, 1]
+
+
+# Columns
+
+
+async def test_columns_are_left_out_by_the_query_or_rather_by_the_token(host: StandIn) -> None:
+    await host.create(payload={"secret": 1})
+    client = Client(host, RUN, skipColumns="payload,id,updatedAt,nonsense")
+    answer = await client.get()
+    assert b"secret" not in answer.body
+    (row, _) = json.loads(answer.body)
+    assert row["value"].keys() == json.loads(answer.headers["electric-schema"]).keys()
+    assert {"id", "updatedAt", "output"} <= row["value"].keys()
+    client = Client(host, RUN, skipColumns="output")
+    client.headers["authorization"] = f"Bearer {host.token(skip_columns=['payload'])}"
+    (row,) = await client.rows()
+    assert "payload" not in row and "output" in row
+
+
+async def test_a_row_is_encoded_once_for_all(host: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+
+    def counting(record: Any, *, skip: Any) -> bytes:
+        calls.append(record.version)
+        return real(record, skip=skip)
+
+    real = shapes.row
+    monkeypatch.setattr(shapes, "row", counting)
+    await host.create()
+    clients = [Client(host) for _ in range(3)]
+    for client in clients:
+        await client.rows()
+    assert calls == [2]
+    await host.finish()
+    for client in clients:
+        await client.rows(live=True)
+    assert calls == [2, 3]
+
+
+# Refusals
+
+
+async def test_refusals_come_before_anything_is_held(host: StandIn) -> None:
+    await host.create(tags=["a"])
+    assert (await Client(host, RUN, "read:runs:run_2").get()).status == 403
+    assert (await Client(host, "/v1/runs/run_9", "read:runs").get()).status == 404
+    client = Client(host)
+    client.headers["authorization"] = "Bearer forged"
+    assert (await client.get()).status == 401
+    for query in ({"tags": ""}, {"tags": 'a"'}, {"tags": "a,"}, {"tags": "a", "createdAt": "soon"}):
+        answer = await Client(host, TAGS, "read:runs", **query).get()
+        assert (answer.status, json.loads(answer.body)["code"]) == (400, "invalid_request")
+
+
+async def test_who_waits_for_a_run_at_the_shutdown_is_told_to_come_back(host: StandIn) -> None:
+    answers: list[Response] = []
+
+    async def ask() -> None:
+        answers.append(await Client(host).get())
+
+    with anyio.fail_after(5):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(ask)
+            await host.one_subscriber()
+            host.begin_shutdown()
+    assert answers[0].status == 503
+
+
+async def test_a_token_that_names_the_run_needs_no_look_at_its_record(host: StandIn) -> None:
+    await host.create(payload="x" * 1000)
+    by_id, by_task = Client(host), Client(host, RUN, "read:tasks:chat")
+    await by_id.rows()
+    await by_task.rows()
+
+    async def get(run_id: str) -> Any:
+        raise AssertionError("it was read")
+
+    host.get = get  # type: ignore[method-assign]
+    host.debug = True
+    assert await by_id.rows() == []
+    answer = await by_task.get()
+    assert (answer.status, "it was read" in json.loads(answer.body)["error"]) == (500, True)
+
+
+async def test_a_poll_of_a_run_that_is_gone_starts_over_and_hears_so(host: StandIn) -> None:
+    await host.create()
+    client = Client(host)
+    await client.rows()
+    await host.finish()
+    await host.broker.remove("run_1")
+    assert (await client.get(live=True)).status == 409
+    client.headers = Client(host, RUN, "read:runs").headers  # does not wait for it to appear
+    assert (await client.get()).status == 404
+
+
+async def test_a_shutdown_ends_a_poll_whose_broker_does_not_answer(host: StandIn) -> None:
+    await host.create()
+    client = Client(host)
+    await client.rows()
+    entered = anyio.Event()
+
+    @asynccontextmanager
+    async def follow(topic: str) -> AsyncIterator[Any]:
+        entered.set()
+        await anyio.sleep_forever()
+        yield
+
+    host.broker.follow = follow  # type: ignore[method-assign]
+    answers: list[Response] = []
+
+    async def poll() -> None:
+        answers.append(await client.get(live=True))
+
+    with anyio.fail_after(5):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(poll)
+            await entered.wait()
+            host.begin_shutdown()
+    assert answers[0].status == 503
+
+
+async def test_an_absent_broker_is_503(host: StandIn) -> None:
+    host = StandIn(timeouts=Timeouts())
+    host.start_error = BrokerUnavailable("away")
+    assert (await Client(host).get()).status == 503

@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from asgi_realtime.asgi.trigger_dev.lines import LineSplitter
+from asgi_realtime.core.errors import LimitExceeded
+
+BODY = b'{"a":1}\n\n"two"\r\n  \n[3]\t\n\r\n"last"'
+LINES = [b'{"a":1}', b'"two"', b"[3]", b'"last"']
+
+
+def split(*parts: bytes, max_bytes: int = 100) -> list[bytes]:
+    splitter = LineSplitter(max_bytes)
+    return [line for part in parts for line in splitter.feed(part)] + list(splitter.rest())
+
+
+@pytest.mark.parametrize("end", [b"", b"\n", b"\r\n", b"\n\n"])
+def test_lines_are_the_same_wherever_the_body_is_split(end: bytes) -> None:
+    body = BODY + end
+    for first in range(len(body) + 1):
+        for second in range(first, len(body) + 1):
+            assert split(body[:first], body[first:second], body[second:]) == LINES
+    assert split(*(body[place : place + 1] for place in range(len(body)))) == LINES
+
+
+@given(st.lists(st.binary(max_size=20).map(lambda line: b"<" + line.replace(b"\n", b"") + b">")), st.data())
+def test_lines_come_back_from_any_parts(lines: list[bytes], data: st.DataObject) -> None:
+    body = b"\n".join(lines)
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(body)))))
+    assert split(*(body[a:b] for a, b in zip([0, *cuts], [*cuts, len(body)], strict=True))) == lines
+
+
+def test_a_line_is_given_as_soon_as_its_end_has_come() -> None:
+    splitter = LineSplitter(100)
+    assert list(splitter.feed(b"1\n2")) == [b"1"]
+    assert list(splitter.feed(b"")) == []
+    assert list(splitter.feed(b"3\n")) == [b"23"]
+    assert list(splitter.rest()) == []
+
+
+@pytest.mark.parametrize("end", [b"", b"\n", b"\r\n"])
+def test_a_line_may_be_as_long_as_the_limit(end: bytes) -> None:
+    body = b"x" * 10 + end
+    for place in range(len(body) + 1):
+        assert split(body[:place], body[place:], max_bytes=10) == [b"x" * 10]
+        with pytest.raises(LimitExceeded, match="limit 9") as caught:
+            split(body[:place], body[place:], max_bytes=9)
+        assert caught.value.status == 413
+
+
+def test_a_line_that_is_too_long_is_told_before_its_end_and_after_those_before_it() -> None:
+    splitter = LineSplitter(10)
+    seen: list[bytes] = []
+    with pytest.raises(LimitExceeded):
+        for line in splitter.feed(b"1\n2\n" + b"x" * 11):
+            seen.append(line)  # noqa: PERF402
+    assert seen == [b"1", b"2"]
+    assert list(splitter.feed(b"x" * 10)) == [], "nothing of it is held"
+    with pytest.raises(LimitExceeded):
+        list(splitter.feed(b"x"))

@@ -1,0 +1,861 @@
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+
+import anyio
+import anyio.abc
+import anyio.lowlevel
+import pytest
+
+from asgi_realtime import Limits, Realtime, Timeouts
+from asgi_realtime.asgi.app import RealtimeApp
+from asgi_realtime.brokers.base import Broker, StreamKey
+from asgi_realtime.core.chunks import decode
+from asgi_realtime.core.errors import ServerShutdown
+from asgi_realtime.core.log import HIDDEN_STREAM, End
+from asgi_realtime.streams.writer import CALL_BYTES, CALL_ITEMS
+from asgi_realtime.testing import driver
+from tests.asgi.standin import SECRET as STANDIN_SECRET
+from tests.asgi.standin import StandIn
+from tests.faults import RemoteBroker, until
+from tests.inprocess import SECRET, make_realtime
+
+pytestmark = pytest.mark.anyio
+
+PATH = "/v1/streams/run_1/self/default"
+APPEND = f"{PATH}/append"
+INPUT = "/v1/streams/run_1/input/approval"
+KEY = StreamKey("run_1", "default")
+GUARD_S = 5.0
+
+Host = StandIn | Realtime
+
+
+def headers(host: Host, **more: str) -> dict[str, str]:
+    """Those of the official client in a worker: the secret key, and `client_id` and so on as `X-Client-Id`."""
+    secret = STANDIN_SECRET if isinstance(host, StandIn) else SECRET
+    given = {f"x-{name.replace('_', '-')}": value for name, value in more.items()}
+    return {"authorization": f"Bearer {secret}", "content-type": "application/json", **given}
+
+
+async def send(host: Host, method: str, path: str = PATH, body: bytes = b"", **more: str) -> tuple[int, Any]:
+    """A whole request; returns the status and the JSON."""
+    response = await driver.request(host, method, path, headers=headers(host, **more), body=body)
+    return response.status, json.loads(response.body) if response.body else None
+
+
+async def stored(broker: Broker, key: StreamKey = KEY) -> list[bytes]:
+    return [entry.data for entry in (await broker.read(key, limit=10_000)).entries]
+
+
+class Upload:
+    """A request whose body is sent part by part."""
+
+    def __init__(self) -> None:
+        self.status = 0
+        self.answer: Any = None
+        self.headers: dict[str, str] = {}
+        self.answered = anyio.Event()
+        self._parts_in, self._parts = anyio.create_memory_object_stream[driver.Message](0)
+
+    async def part(self, body: bytes) -> None:
+        """Send a part of the body. Returns once the app has taken it."""
+        await self._message({"type": "http.request", "body": body, "more_body": True})
+
+    async def end(self, body: bytes = b"") -> int:
+        """Send the last part, if the app still takes it, and wait for the answer; returns its status."""
+        with suppress(anyio.BrokenResourceError):
+            await self._message({"type": "http.request", "body": body, "more_body": False})
+        await self.answered.wait()
+        return self.status
+
+    async def cut(self) -> None:
+        """Close the connection, and wait until the app has returned."""
+        await self._message({"type": "http.disconnect"})
+        await self.answered.wait()
+
+    async def _message(self, message: driver.Message) -> None:
+        with anyio.fail_after(GUARD_S):
+            await self._parts_in.send(message)
+
+    async def run(self, app: Host, scope: driver.Scope) -> None:
+        body = b""
+
+        async def respond(message: driver.Message) -> None:
+            nonlocal body
+            if message["type"] == "http.response.start":
+                self.status = message["status"]
+                self.headers = {name.decode(): value.decode() for name, value in message["headers"]}
+            else:
+                body += message.get("body", b"")
+
+        with self._parts:
+            await app(scope, self._parts.receive, respond)
+        self.answer = json.loads(body) if body else None
+        self.answered.set()
+
+
+@asynccontextmanager
+async def upload(host: Host, path: str = PATH, method: str = "POST", **more: str) -> AsyncIterator[Upload]:
+    """A request whose body the block sends. It is to be answered when the block is left."""
+    opened = Upload()
+    scope = driver.make_scope(method, path, headers=headers(host, **more))
+    with anyio.fail_after(GUARD_S):
+        async with anyio.create_task_group() as group, opened._parts_in:
+            group.start_soon(opened.run, host, scope)
+            yield opened
+
+
+async def has(broker: Broker, count: int, key: StreamKey = KEY) -> list[bytes]:
+    """Wait until a stream has so many chunks."""
+    with anyio.fail_after(GUARD_S):
+        while len(found := await stored(broker, key)) < count:
+            await anyio.lowlevel.checkpoint()
+    return found
+
+
+@asynccontextmanager
+async def started(**options: Any) -> AsyncIterator[tuple[Realtime, RemoteBroker, str]]:
+    """A real `Realtime` on a broker that is far away, and a run of it; its stream's key, and the path to write it."""
+    broker = RemoteBroker()
+    async with make_realtime(broker=broker, **options) as realtime, realtime.open_run("chat") as run:
+        try:
+            yield realtime, broker, run.id
+        finally:
+            broker.away = set()
+
+
+def path_of(run_id: str, key: str = "default", target: str = "self") -> str:
+    return f"/v1/streams/{run_id}/{target}/{key}"
+
+
+# Creating a stream
+
+
+async def test_a_stream_is_made_known_before_it_is_written(host: StandIn) -> None:
+    await host.create()
+    for _ in range(2):
+        response = await driver.request(host, "PUT", PATH, headers=headers(host), body=b"whatever")
+        assert (response.status, response.body) == (202, b'{"version":"v1"}')
+        assert not [name for name in response.headers if name.startswith("x-s2")], "the client would write elsewhere"
+        assert response.headers["content-type"] == "application/json"
+    assert (await host.get("run_1")).streams == ("default",)
+
+
+async def test_a_stream_of_no_run_or_of_one_that_is_over_is_not_made(host: StandIn) -> None:
+    assert (await send(host, "PUT"))[0] == 404
+    await host.create()
+    await host.finish()
+    status, answer = await send(host, "PUT")
+    assert (status, answer["code"]) == (400, "invalid_request")
+    assert "'run_1' is over (COMPLETED)" in answer["error"]
+
+
+async def test_a_run_has_so_many_streams() -> None:
+    async with make_realtime(limits=Limits(streams_per_run=2)) as realtime, realtime.open_run("chat") as run:
+        for key in "ab":
+            assert (await send(realtime, "PUT", path_of(run.id, key)))[0] == 202
+        for method, path in (("PUT", ""), ("POST", ""), ("POST", "/append")):
+            status, answer = await send(realtime, method, path_of(run.id, "c") + path, b"1")
+            assert status == 422
+            assert "limit 2" in answer["error"]
+        assert (await send(realtime, "POST", path_of(run.id, "a"), b"1"))[0] == 200
+
+
+# Who may write what
+
+WRITES = [("PUT", PATH), ("POST", PATH), ("HEAD", PATH), ("POST", APPEND)]
+
+
+@pytest.mark.parametrize(("method", "path"), WRITES)
+async def test_streams_are_written_with_the_secret_key_only(host: StandIn, method: str, path: str) -> None:
+    await host.create()
+    public = host.headers("admin", "write:all", "write:inputStreams:run_1")
+    for given, status, code in (
+        ({}, 401, "invalid_token"),
+        ({"authorization": "Bearer nonsense"}, 401, "invalid_token"),
+        (public, 403, "forbidden"),
+    ):
+        response = await driver.request(host, method, path, headers={**given, "x-client-id": "c"}, body=b"1")
+        assert response.status == status
+        if method != "HEAD":
+            assert json.loads(response.body)["code"] == code
+        if status == 403 and method != "HEAD":
+            assert "secret key" in json.loads(response.body)["error"]
+    secret_in_query = await driver.request(host, method, path, query={"access_token": STANDIN_SECRET}, body=b"1")
+    assert secret_in_query.status == 401
+    assert (await host.get("run_1")).streams == ()
+
+
+@pytest.mark.parametrize(("method", "path"), WRITES)
+async def test_a_key_that_is_not_allowed_is_refused(host: StandIn, method: str, path: str) -> None:
+    await host.create()
+    for key in ("$default", "$trigger.input:approval", "k" * 129, "a\\b", "a\rb"):
+        status, _ = await send(host, method, path.replace("default", key), b"1", client_id="c")
+        assert status == 422, key
+    run = await host.get("run_1")
+    assert (run.streams, run.inputs) == ((), ())
+
+
+@pytest.mark.parametrize(("method", "path"), WRITES)
+async def test_the_target_is_the_run_its_parent_or_its_root(method: str, path: str) -> None:
+    async with make_realtime() as realtime:
+        run_ids: dict[str, str] = {}
+
+        @realtime.task("deep")
+        async def deep(depth: int, run: Any) -> None:
+            run_ids[str(depth)] = run.id
+            if depth < 2:
+                await (await realtime.trigger(deep, depth + 1)).result()
+            else:
+                for target in ("self", "parent", "root"):
+                    written = path.replace("run_1/self/default", f"{run.id}/{target}/{target}")
+                    assert (await send(realtime, method, written, b"1", client_id="c"))[0] in (200, 202)
+
+        await (await realtime.trigger(deep, 0)).result()
+        records = [(await realtime.get_run(run_ids[depth])) for depth in "012"]
+        known = ["", "", ""] if method == "HEAD" else ["root", "parent", "self"]
+        assert ["".join(record.streams) for record in records] == known
+
+
+@pytest.mark.parametrize(("method", "path"), WRITES)
+async def test_a_run_at_the_top_is_its_own_root_and_has_no_parent(host: StandIn, method: str, path: str) -> None:
+    await host.create()
+    assert (await send(host, method, path.replace("self", "root"), b"1", client_id="c"))[0] in (200, 202)
+    status, answer = await send(host, method, path.replace("self", "parent"), b"1", client_id="c")
+    assert status == 400
+    assert answer is None or "'run_1' has no parent" in answer["error"]
+    status, answer = await send(host, method, path.replace("self", "child"), b"1", client_id="c")
+    assert status == 400
+    assert answer is None or "'child'; allowed are self, parent, root" in answer["error"]
+
+
+async def test_other_methods_are_refused(host: StandIn) -> None:
+    response = await driver.request(host, "GET", PATH, headers=headers(host))
+    assert (response.status, response.headers["allow"]) == (405, "PUT, POST, HEAD")
+
+
+# Writing
+
+
+async def test_chunks_are_readable_while_the_request_is_open(host: StandIn) -> None:
+    await host.create()
+    async with (
+        upload(host, client_id="c1") as writer,
+        driver.stream(host, "GET", "/v1/streams/run_1/default", headers=host.headers()) as reader,
+    ):
+        await reader.chunk()
+        await writer.part(b'{"token": "a"}\n"b')
+        assert [event.data for event in await reader.read_events()] == ['{"token": "a"}']
+        await writer.part(b'"\n3\n')
+        assert [event.data for event in await reader.read_events()] == ['"b"', "3"]
+        assert await writer.end() == 200
+        assert writer.answer == {"ok": True}
+        assert (await host.get("run_1")).streams == ("default",)
+        await writer.answered.wait()
+        await host.finish()
+        assert [event.event for event in await reader.read_all_events()] == ["end"]
+
+
+BODY = '{"a": 1}\n"ü🙂"\r\n[1,\r 2]\n\nundefined\n"\\ud800"\n0.10000000000000000555'.encode()
+CHUNKS = [b'{"a": 1}', '"ü🙂"'.encode(), b"[1,  2]", b"null", b'"\\ufffd"', b"0.10000000000000000555"]
+
+
+@pytest.mark.parametrize("end", [b"", b"\n"])
+async def test_chunks_are_the_same_wherever_the_body_is_split(host: StandIn, end: bytes) -> None:
+    body = BODY + end
+    for place in range(len(body) + 1):
+        run_id = f"run_{place}"
+        await host.create(run_id)
+        async with upload(host, path_of(run_id), client_id="c") as writer:
+            await writer.part(body[:place])
+            assert await writer.end(body[place:]) == 200
+        assert await stored(host.broker, StreamKey(run_id, "default")) == CHUNKS
+        assert (await head(host, run_id))[1] == str(len(CHUNKS) - 1), "blank lines have no index, others have"
+
+
+async def test_a_body_may_come_byte_by_byte(host: StandIn) -> None:
+    await host.create()
+    async with upload(host) as writer:
+        for place in range(len(BODY)):
+            await writer.part(BODY[place : place + 1])
+        assert await writer.end() == 200
+    assert await stored(host.broker) == CHUNKS
+
+
+async def test_the_lines_of_a_part_are_appended_together_and_before_more_is_read() -> None:
+    async with started() as (realtime, broker, run_id), upload(realtime, path_of(run_id)) as writer:
+        broker.hold = anyio.Event()
+        await writer.part(b"1\n2\n3\n4")
+        with anyio.move_on_after(0.01) as waited:
+            await writer.part(b"5\n")
+        assert waited.cancelled_caught, "a part was taken while the one before was not stored"
+        broker.hold.set()
+        assert await writer.end(b"5\n6\n") == 200
+        assert broker.appends == [3, 2]
+
+
+async def test_a_large_part_goes_out_in_several_calls_and_gives_others_their_turns() -> None:
+    async with started() as (realtime, broker, run_id), upload(realtime, path_of(run_id)) as writer:
+        await writer.part(b"1\n" * (2 * CALL_ITEMS + 3))
+        assert await writer.end((b'"' + b"x" * (CALL_BYTES // 2) + b'"\n') * 3) == 200
+        assert broker.appends == [CALL_ITEMS, CALL_ITEMS, 3, 2, 1]
+
+
+async def test_who_writes_a_large_body_starves_nobody(host: StandIn) -> None:
+    await host.create()
+    turns: list[int] = []
+
+    async def look() -> None:
+        while True:
+            turns.append((await host.broker.read(KEY, limit=1)).next)
+            await anyio.lowlevel.checkpoint()
+
+    async with anyio.create_task_group() as group, upload(host) as writer:
+        group.start_soon(look)
+        assert await writer.end(b"1\n" * (4 * CALL_ITEMS)) == 200
+        group.cancel_scope.cancel()
+    assert set(turns) & {CALL_ITEMS, 2 * CALL_ITEMS, 3 * CALL_ITEMS}, "nobody saw it half done"
+
+
+# Writers that come again
+
+
+async def head(host: Host, run_id: str = "run_1", client_id: str = "c") -> tuple[int, str | None]:
+    response = await driver.request(host, "HEAD", path_of(run_id), headers=headers(host, client_id=client_id))
+    assert response.status != 200 or response.body == b""
+    return response.status, response.headers.get("x-last-chunk-index")
+
+
+async def test_a_writer_asks_where_to_go_on(host: StandIn) -> None:
+    assert (await head(host))[0] == 404
+    await host.create()
+    assert await head(host) == (200, "-1")
+    assert (await host.get("run_1")).streams == (), "to ask makes no stream"
+    await send(host, "POST", body=b"1\n2\n3\n", client_id="c")
+    await send(host, "POST", body=b"4\n", client_id="d")
+    assert (await head(host), await head(host, client_id="d")) == ((200, "2"), (200, "0"))
+    await host.finish()
+    assert await head(host) == (200, "2")
+    assert (await send(host, "HEAD"))[0] == 400, "nobody asks"
+
+
+async def test_what_is_cut_in_the_middle_of_a_line_is_dropped_and_comes_again(host: StandIn) -> None:
+    await host.create()
+    lines = [b'"chunk %d"' % number for number in range(4)]
+    body = b"\n".join(lines) + b"\n"
+    for place in range(len(body) + 1):
+        client_id = f"c{place}"
+        async with upload(host, client_id=client_id) as writer:
+            await writer.part(body[:place])
+            await writer.cut()
+        assert (writer.status, writer.answer["code"]) == (408, "cut_off"), "not a final one, if somebody hears it"
+        status, last = await head(host, client_id=client_id)
+        assert (status, last) == (200, str(body[:place].count(b"\n") - 1))
+        rest = b"".join(line + b"\n" for line in lines[int(last or "") + 1 :])
+        resume = str(int(last or "") + 1)
+        assert (await send(host, "POST", body=rest, client_id=client_id, resume_from_chunk=resume))[0] == 200
+    assert await stored(host.broker) == lines * (len(body) + 1)
+
+
+async def test_lines_that_are_stored_are_skipped(host: StandIn) -> None:
+    await host.create()
+    body = b"0\n1\n2\n3\n4\n"
+    await send(host, "POST", body=body[:6], client_id="c")
+    assert (await send(host, "POST", body=body, client_id="c"))[0] == 200
+    assert (await send(host, "POST", body=body[4:], client_id="c", resume_from_chunk="2"))[0] == 200
+    assert (await send(host, "POST", body=b"", client_id="c", resume_from_chunk="5"))[0] == 200
+    assert await stored(host.broker) == [b"0", b"1", b"2", b"3", b"4"]
+
+
+async def test_a_writer_that_begins_behind_what_is_stored_is_to_ask_again(host: StandIn) -> None:
+    """With a final status it would have given up; with this one the official client asks and sends what is missing."""
+    await host.create()
+    await send(host, "POST", body=b"0\n1\n", client_id="c")
+    status, answer = await send(host, "POST", body=b"5\n", client_id="c", resume_from_chunk="5")
+    assert (status, answer["code"]) == (503, "producer_gap")
+    assert "chunk 5" in answer["error"] and "2 are stored" in answer["error"]
+    assert await head(host) == (200, "1")
+    assert await stored(host.broker) == [b"0", b"1"]
+
+
+async def test_writers_of_one_stream_interleave(host: StandIn) -> None:
+    await host.create()
+    async with upload(host, client_id="a") as one, upload(host, client_id="b") as other, upload(host) as nobody:
+        for number in range(3):
+            for name, writer in (("a", one), ("b", other), ("n", nobody)):
+                await writer.part(f'"{name}{number}"\n'.encode())
+                await has(host.broker, number * 3 + "abn".index(name) + 1)
+        assert await one.end() == 200
+        assert await other.end(b'"last"') == 200
+        assert await nobody.end(b'"very last"') == 200
+    expected = [f'"{name}{number}"'.encode() for number in range(3) for name in "abn"]
+    assert await stored(host.broker) == [*expected, b'"last"', b'"very last"']
+    assert (await head(host, client_id="a"), await head(host, client_id="b")) == ((200, "2"), (200, "3"))
+
+
+async def test_without_a_name_each_request_is_a_writer_of_its_own(host: StandIn) -> None:
+    await host.create()
+    for _ in range(2):
+        assert (await send(host, "POST", body=b"1\n2"))[0] == 200
+    assert await stored(host.broker) == [b"1", b"2"] * 2
+    status, answer = await send(host, "POST", body=b"1", resume_from_chunk="1")
+    assert status == 400
+    assert "X-Client-Id is missing" in answer["error"]
+
+
+@pytest.mark.parametrize("value", ["-1", "1.5", "x", "", " ", "+1", "0x1", "1_0", "²", "9" * 16])
+async def test_a_place_to_go_on_from_is_an_integer(host: StandIn, value: str) -> None:
+    await host.create()
+    status, answer = await send(host, "POST", body=b"1", client_id="c", resume_from_chunk=value)
+    if value:
+        assert status == 400
+        assert "X-Resume-From-Chunk" in answer["error"]
+    else:
+        assert status == 200
+
+
+@pytest.mark.parametrize("value", ["", " ", "a b", "ü", "a\x00b", "a\x7fb", "c" * 129])
+async def test_a_name_is_a_word_of_ascii(host: StandIn, value: str) -> None:
+    await host.create()
+    for name, method, path in (
+        ("client_id", "POST", PATH),
+        ("client_id", "HEAD", PATH),
+        ("part_id", "POST", APPEND),
+        ("trigger_request_idempotency_key", "POST", APPEND),
+        ("trigger_request_idempotency_key", "POST", INPUT),
+    ):
+        status, answer = await send(host, method, path, b'{"data": 1}', **{name: value})
+        assert status == 400
+        assert answer is None or "1 to 128 characters" in answer["error"]
+    assert (await send(host, "POST", body=b"1", client_id="c" * 128))[0] == 200
+    assert await stored(host.broker) == [b"1"]
+    assert await stored(host.broker, StreamKey("run_1", "$trigger.input:approval")) == []
+
+
+# What is refused
+
+
+@pytest.mark.parametrize("bad", [b"{", b'"a', b"NaN", b"1 2", b"\xff", b"'a'", b"Undefined", b"[" * 5000, b"1e999"])
+@pytest.mark.parametrize("end", [b"", b"\n", b"\n4\n"])
+async def test_a_line_that_is_no_json_is_told_with_its_index(host: StandIn, bad: bytes, end: bytes) -> None:
+    await host.create()
+    async with upload(host, client_id="c", resume_from_chunk="0") as writer:
+        await writer.part(b"0\n1\n")
+        assert await writer.end(b"2\n" + bad + end) == 400
+    assert writer.answer["code"] == "invalid_request"
+    assert writer.answer["error"].startswith("chunk 3: ")
+    assert "one JSON value" in writer.answer["error"]
+    assert await stored(host.broker) == [b"0", b"1", b"2"], "what came before is stored"
+    assert await head(host) == (200, "2")
+
+
+async def test_a_chunk_may_be_as_large_as_the_limit() -> None:
+    host = StandIn(limits=Limits(chunk_bytes=10))
+    await host.create()
+    fits = b'"12345678"'
+    assert (await send(host, "POST", body=fits + b"\r\n" + fits))[0] == 200
+    async with upload(host, client_id="c") as writer:
+        await writer.part(b"0\n" + fits[:-1] + b"99")  # the line may go on for ever
+        await writer.answered.wait()
+    assert writer.status == 413
+    assert writer.answer["code"] == "limit_exceeded"
+    assert "chunk 1: " in writer.answer["error"] and "limit 10" in writer.answer["error"]
+    assert await stored(host.broker) == [fits, fits, b"0"]
+
+
+async def test_nothing_more_than_a_line_and_a_part_is_held(host: StandIn) -> None:
+    await host.create()
+    small = StandIn(limits=Limits(chunk_bytes=1000))
+    await small.create()
+    async with upload(small) as writer:
+        for _ in range(10):
+            await writer.part(b"[" + b" " * 99)
+        with anyio.move_on_after(GUARD_S):
+            await writer.part(b" ")
+        await writer.answered.wait()
+    assert writer.status == 413
+
+
+async def test_a_run_that_is_over_is_told_at_once(host: StandIn) -> None:
+    await host.create()
+    await host.finish()
+    async with upload(host, client_id="c") as writer:
+        await writer.answered.wait()  # nothing of the body was read
+    assert writer.status == 400
+    assert "'run_1' is over (COMPLETED)" in writer.answer["error"]
+    assert (await send(host, "POST", path_of("run_2")))[0] == 404
+
+
+async def test_a_run_that_ends_meanwhile_takes_no_further_chunk(host: StandIn) -> None:
+    await host.create()
+    async with upload(host, client_id="c") as writer:
+        await writer.part(b"0\n")
+        await has(host.broker, 1)
+        await host.finish()
+        await writer.part(b"1\n")
+        await writer.answered.wait()
+    assert writer.status == 400
+    assert "takes nothing more" in writer.answer["error"]
+    assert await stored(host.broker) == [b"0"]
+
+
+async def test_who_comes_again_after_the_end_hears_that_everything_is_stored(host: StandIn) -> None:
+    """The answer to the last request may have been lost, and the run be over since."""
+    await host.create()
+    await send(host, "POST", body=b"0\n1\n", client_id="c")
+    await host.finish()
+    assert (await send(host, "POST", body=b"0\n1\n", client_id="c"))[0] == 200
+    assert (await send(host, "POST", body=b"", client_id="c", resume_from_chunk="2"))[0] == 200
+    status, answer = await send(host, "POST", body=b"1\n2\n", client_id="c", resume_from_chunk="1")
+    assert status == 400
+    assert "is over" in answer["error"]
+    assert await stored(host.broker) == [b"0", b"1"]
+
+
+async def test_a_stream_that_was_lost_takes_nothing_more(host: StandIn) -> None:
+    await host.create()
+    await host.broker.append(KEY, [], end=End("lost"))
+    status, answer = await send(host, "POST", body=b"0")
+    assert status == 400
+    assert "ended (lost)" in answer["error"]
+
+
+async def test_a_run_that_is_removed_meanwhile_is_not_found(host: StandIn) -> None:
+    await host.create()
+    async with upload(host, client_id="c") as writer:
+        await writer.part(b"0\n")
+        await has(host.broker, 1)
+        await host.finish()
+        await host.broker.remove("run_1")
+        assert await writer.end(b"1\n") == 404
+
+
+# Shutdown, silence, limits
+
+
+async def gone(host: Host) -> None:
+    """Nothing is left of any request."""
+    assert not host.subscribers
+    app = host.app if isinstance(host, StandIn) else host._app
+    assert isinstance(app, RealtimeApp)
+    seats = app._seats
+    assert (seats.taken, seats._by_run, seats._by_token) == (0, {}, {})
+
+
+async def test_the_shutdown_ends_an_idle_writer_at_once(host: StandIn) -> None:
+    await host.create()
+    async with upload(host, client_id="c") as writer, upload(host, client_id="idle") as idle:
+        await writer.part(b"0\n1")
+        await has(host.broker, 1)
+        await until(lambda: len(host.subscribers) == 2)
+        host.begin_shutdown()
+        await writer.answered.wait()
+        await idle.answered.wait()
+    assert (writer.status, writer.answer["code"]) == (503, "server_shutdown")
+    assert idle.status == 503
+    assert await head(host) == (200, "0"), "the half line was not taken"
+    await gone(host)
+
+
+@pytest.mark.parametrize(("method", "path"), [("PUT", PATH), ("POST", PATH), ("POST", APPEND), ("POST", INPUT)])
+async def test_nothing_begins_after_the_shutdown_began(host: StandIn, method: str, path: str) -> None:
+    await host.create()
+    host.begin_shutdown()
+    async with upload(host, path, method) as writer:
+        await writer.answered.wait()
+    assert (writer.status, writer.answer["code"]) == (503, "server_shutdown")
+    run = await host.get("run_1")
+    assert (run.streams, run.inputs) == ((), ())
+
+
+async def test_the_shutdown_cuts_an_append_off_without_losing_the_count() -> None:
+    async with started() as (realtime, broker, run_id):
+        key = StreamKey(run_id, "default")
+        async with upload(realtime, path_of(run_id), client_id="c") as writer:
+            await writer.part(b"0\n")
+            await has(broker, 1, key)
+            broker.hold = anyio.Event()
+            await writer.part(b"1\n2\n")
+            await anyio.wait_all_tasks_blocked()
+            realtime.begin_shutdown()
+            await writer.answered.wait()
+        assert writer.status == 503
+        broker.hold.set()
+        status, last = await head(realtime, run_id)
+        assert (status, last) == (200, str(len(await stored(broker, key)) - 1))
+
+
+async def test_the_shutdown_ends_who_waits_for_a_broker_that_is_away() -> None:
+    async with started(timeouts=Timeouts(tick=0.01, drain=0.02, append=3600)) as (realtime, broker, run_id):
+        requests = [(path_of(run_id), b"0\n"), (path_of(run_id) + "/append", b"0"), (path_of(run_id, "x"), b"0\n")]
+        broker.away = {"append", "commit"}
+        async with anyio.create_task_group() as group:
+            answers: list[int] = []
+
+            async def write(path: str, body: bytes) -> None:
+                async with upload(realtime, path) as writer:
+                    answers.append(await writer.end(body))
+
+            for path, body in requests:
+                group.start_soon(write, path, body)
+            await until(lambda: broker.failed >= 6 and len(realtime.subscribers) == 3)
+            realtime.begin_shutdown()
+        assert answers == [503] * 3
+        await gone(realtime)
+
+
+async def test_a_broker_that_was_left_meanwhile_is_a_shutdown(host: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    await host.create()
+
+    async def left(*args: Any, **options: Any) -> None:
+        raise ServerShutdown("this Realtime was stopped")
+
+    monkeypatch.setattr(host.broker, "append", left)
+    assert (await send(host, "POST", body=b"1"))[0] == 503
+    assert (await send(host, "POST", APPEND, b"1"))[0] == 503
+
+
+async def test_a_writer_that_is_silent_for_long_is_to_come_again(host: StandIn) -> None:
+    await host.create()
+    assert host.timeouts.writer == 960
+    async with upload(host, client_id="c") as writer:
+        await host.one_subscriber()
+        host.tick(959)
+        host.tick(959)
+        await writer.part(b"0\n")
+        await has(host.broker, 1)
+        host.tick(1)
+        host.tick(959)
+        assert not writer.answered.is_set()
+        host.tick(1)
+        await writer.answered.wait()
+    assert (writer.status, writer.answer["code"]) == (408, "silent")
+    assert "960 s" in writer.answer["error"]
+    await gone(host)
+
+
+async def test_writers_take_seats_and_leave_them() -> None:
+    host = StandIn(limits=Limits(subscribers=2, subscribers_per_run=1))
+    for number in range(1, 4):
+        await host.create(f"run_{number}")
+    async with upload(host) as one, upload(host, path_of("run_2")) as other:
+        await until(lambda: len(host.subscribers) == 2)
+        for run_id, limit in (("run_1", "limit 2"), ("run_3", "limit 2")):
+            status, answer = await send(host, "POST", path_of(run_id), b"1")
+            assert status == 429
+            assert limit in answer["error"]
+        assert (await send(host, "POST", path_of("run_1") + "/append", b"1"))[0] == 200, "it is no open request"
+        assert await one.end(b"{") == 400
+        assert (await send(host, "POST", path_of("run_3"), b"1"))[0] == 200
+        status, answer = await send(host, "POST", path_of("run_2"), b"1")
+        assert status == 429 and "this run" in answer["error"]
+        await other.cut()
+    await gone(host)
+
+
+async def test_the_host_may_cancel_a_writer(host: StandIn) -> None:
+    await host.create()
+    opened = Upload()
+    async with opened._parts_in, anyio.create_task_group() as group:
+        group.start_soon(opened.run, host, driver.make_scope("POST", PATH, headers=headers(host)))
+        await host.one_subscriber()
+        group.cancel_scope.cancel()
+    assert not opened.answered.is_set()
+    await gone(host)
+
+
+# A broker that is away
+
+
+async def test_a_broker_that_is_away_for_a_while_is_waited_for() -> None:
+    async with started() as (realtime, broker, run_id), upload(realtime, path_of(run_id), client_id="c") as writer:
+        await writer.part(b"0\n")
+        await has(broker, 1, StreamKey(run_id, "default"))
+        broker.away = {"append"}
+        await writer.part(b"1\n2\n")
+        await until(lambda: broker.failed >= 2)
+        broker.away = set()
+        assert await writer.end() == 200
+        assert await stored(broker, StreamKey(run_id, "default")) == [b"0", b"1", b"2"]
+
+
+@pytest.mark.parametrize("call", ["load", "append", "commit"])
+async def test_a_broker_that_stays_away_is_503(call: str) -> None:
+    timeouts = Timeouts(tick=0.01, drain=0.02, append=0.01)
+    async with started(timeouts=timeouts) as (realtime, broker, run_id):
+        broker.away = {call}
+        for path, body in ((path_of(run_id), b"1\n"), (path_of(run_id) + "/append", b"1")):
+            status, answer = await send(realtime, "POST", path, body, client_id="c")
+            assert (status, answer["code"]) == (503, "broker_unavailable")
+        broker.away = {"produced"}
+        assert (await head(realtime, run_id))[0] == 503
+
+
+@pytest.mark.parametrize("names", [{}, {"client_id": "c"}])
+async def test_what_was_stored_without_an_answer_is_stored_once(names: dict[str, str]) -> None:
+    async with started() as (realtime, broker, run_id):
+        for path, body in ((path_of(run_id), b"1\n2\n"), (path_of(run_id) + "/append", b"3")):
+            broker.lose_answers = 1
+            assert (await send(realtime, "POST", path, body, **names))[0] == 200
+        assert await stored(broker, StreamKey(run_id, "default")) == [b"1", b"2", b'"3"']
+        broker.lose_answers = 1
+        assert (await send(realtime, "POST", f"/v1/streams/{run_id}/input/in", b'{"data": 1}'))[0] == 200
+        assert await stored(broker, StreamKey(run_id, "$trigger.input:in")) == [b"1"]
+
+
+async def test_a_broker_that_lost_what_it_acknowledged_gets_it_again(host: StandIn) -> None:
+    """As after the failover of a Redis: the writer is sent back to what is there."""
+    await host.create()
+    async with upload(host, client_id="c") as writer:
+        await writer.part(b"0\n1\n2\n")
+        await has(host.broker, 3)
+        fresh = StandIn()
+        await fresh.create()
+        await send(fresh, "POST", body=b"0\n", client_id="c")
+        host.broker = fresh.broker  # a replica that had not got the rest
+        await writer.part(b"3\n")
+        await writer.answered.wait()
+    assert (writer.status, writer.answer["code"]) == (503, "producer_gap")
+    _, last = await head(host)
+    assert last == "0"
+    assert (await send(host, "POST", body=b"1\n2\n3\n", client_id="c", resume_from_chunk="1"))[0] == 200
+    assert await stored(host.broker) == [b"0", b"1", b"2", b"3"]
+
+
+# Single appends
+
+
+@pytest.mark.parametrize("text", ["plain", "", "two\nlines\r", '{"a": 1}', "ü 🙂 \u2028 \ufeff", "\x00"])
+async def test_the_text_of_an_append_is_one_chunk(host: StandIn, text: str) -> None:
+    await host.create()
+    assert await send(host, "POST", APPEND, text.encode()) == (200, {"ok": True})
+    (data,) = await stored(host.broker)
+    assert decode(data) == text
+    assert b"\n" not in data and b"\r" not in data
+    assert (await host.get("run_1")).streams == ("default",)
+
+
+@pytest.mark.parametrize(
+    "again",
+    [
+        {"part_id": "p"},
+        {"trigger_request_idempotency_key": "k"},
+        {"part_id": "p", "trigger_request_idempotency_key": "k"},
+    ],
+)
+async def test_an_append_that_is_retried_is_stored_once(host: StandIn, again: dict[str, str]) -> None:
+    await host.create()
+    for _ in range(3):
+        assert (await send(host, "POST", APPEND, b"1", **again))[0] == 200
+    assert (await send(host, "POST", APPEND, b"2", **{name: value + "2" for name, value in again.items()}))[0] == 200
+    assert (await send(host, "POST", APPEND.replace("default", "other"), b"3", **again))[0] == 200
+    for _ in range(2):
+        await send(host, "POST", APPEND, b"4")
+    assert await stored(host.broker) == [b'"1"', b'"2"', b'"4"', b'"4"']
+    assert await stored(host.broker, StreamKey("run_1", "other")) == [b'"3"']
+    await host.finish()
+    assert (await send(host, "POST", APPEND, b"1", **again))[0] == 200, "it is stored, whatever became of the run"
+    status, answer = await send(host, "POST", APPEND, b"5")
+    assert status == 400
+    assert "COMPLETED" in answer["error"]
+
+
+async def test_the_part_id_of_an_append_is_its_name_before_any_other(host: StandIn) -> None:
+    await host.create()
+    for part, key in (("p", "1"), ("p", "2"), ("q", "1")):
+        await send(host, "POST", APPEND, b"x", part_id=part, trigger_request_idempotency_key=key)
+    assert len(await stored(host.broker)) == 2
+
+
+async def test_an_append_is_text_within_the_limits() -> None:
+    host = StandIn(limits=Limits(append_bytes=10, chunk_bytes=20))
+    await host.create()
+    assert (await send(host, "POST", APPEND, b"1234567890"))[0] == 200
+    status, answer = await send(host, "POST", APPEND, b"12345678901")
+    assert status == 413 and "limit 10" in answer["error"]
+    status, answer = await send(host, "POST", APPEND, b"\x00" * 4)
+    assert status == 413 and "limit 20" in answer["error"], "it is larger as JSON"
+    status, answer = await send(host, "POST", APPEND, b"\xff")
+    assert status == 400 and "UTF-8" in answer["error"]
+    assert await stored(host.broker) == [b'"1234567890"']
+    assert Limits().append_bytes == 512 * 1024
+
+
+async def test_an_append_whose_body_is_cut_off_is_none(host: StandIn) -> None:
+    await host.create()
+    async with upload(host, APPEND) as writer:
+        await writer.part(b"half a ")
+        await writer.cut()
+    assert await stored(host.broker) == []
+    await gone(host)
+
+
+# Inputs
+
+
+async def test_an_input_that_is_retried_is_stored_once(host: StandIn) -> None:
+    await host.create()
+    key = StreamKey("run_1", "$trigger.input:approval")
+    assert key.hidden and key.name.startswith(HIDDEN_STREAM)
+    for body in (b'{"data": 1}', b'{"data": 1}', b'{"data": 2}'):
+        status, answer = await send(host, "POST", INPUT, body, trigger_request_idempotency_key="k")
+        assert (status, answer) == (200, {"ok": True})
+    await send(host, "POST", INPUT, b'{"data": 3}')
+    assert await stored(host.broker, key) == [b"1", b"3"]
+    assert (await host.get("run_1")).inputs == (key.name,)
+
+
+@pytest.mark.parametrize(
+    ("body", "data"),
+    [
+        (b'{"data": 0.10000000000000000555}', b"0.10000000000000000555"),
+        (b'{"other": 1, "data":\r\n{"b": 1,\r\n"a": "\\ud800"}}', b'{"b": 1,  "a": "\\ufffd"}'),
+        (b'{"data": null}', b"null"),
+        (b"{}", b"null"),
+    ],
+)
+async def test_what_is_sent_is_kept_as_it_was_sent(host: StandIn, body: bytes, data: bytes) -> None:
+    await host.create()
+    assert (await send(host, "POST", INPUT, body))[0] == 200
+    assert await stored(host.broker, StreamKey("run_1", "$trigger.input:approval")) == [data]
+
+
+async def test_a_run_gets_what_was_sent_to_it() -> None:
+    async with make_realtime() as realtime, realtime.open_run("chat") as run:
+        path = f"/v1/streams/{run.id}/input/approval"
+        got: list[Any] = []
+
+        async def get() -> None:
+            got.append(await run.input("approval").get())
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(get)
+            await anyio.wait_all_tasks_blocked()
+            assert (await send(realtime, "POST", path, b'{"data": {"yes": [1.5, null]}}'))[0] == 200
+        assert got == [{"yes": [1.5, None]}]
+        await realtime.send_input(run, "approval", "from the host")
+        await send(realtime, "POST", path, b'{"data": "from outside"}')
+        inputs = run.input("approval")
+        assert [await inputs.get(), await inputs.get()] == ["from the host", "from outside"]
+
+
+async def test_a_run_that_is_over_takes_no_input(host: StandIn) -> None:
+    await host.create()
+    await host.finish()
+    status, answer = await send(host, "POST", INPUT, b'{"data": 1}')
+    assert status == 400
+    assert "COMPLETED" in answer["error"]
+
+
+async def test_the_inputs_of_a_run_are_limited() -> None:
+    host = StandIn(limits=Limits(inputs_bytes=10))
+    await host.create()
+    body = b'{"data": "123456"}'
+    assert (await send(host, "POST", INPUT, body, trigger_request_idempotency_key="k"))[0] == 200
+    assert (await send(host, "POST", INPUT, body, trigger_request_idempotency_key="k"))[0] == 200
+    status, answer = await send(host, "POST", INPUT, body)
+    assert status == 429 and "limit 10" in answer["error"]

@@ -1,0 +1,74 @@
+"""The errors as values: what a pool of processes, or a task queue, makes of them."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+
+import asgi_realtime
+import asgi_realtime.client
+from asgi_realtime.client import UnexpectedAnswer
+from asgi_realtime.core.errors import (
+    LimitExceeded,
+    ProducerGap,
+    RealtimeError,
+    RunEnded,
+    StreamGap,
+    TaskError,
+    VersionConflict,
+)
+from asgi_realtime.core.runs import RunRecord, Status
+
+RECORD = RunRecord(id="run_1", task="chat", status=Status.FAILED, created_at_ms=0, updated_at_ms=0)
+MORE: dict[type[RealtimeError], dict[str, Any]] = {
+    LimitExceeded: {"status": 413},
+    ProducerGap: {"expected": 5},
+    RunEnded: {"record": RECORD},
+    StreamGap: {"requested": 0, "first": 5},
+    TaskError: {"data": {"a": [1]}},
+    UnexpectedAnswer: {"status": 404, "code": "not_found"},
+    VersionConflict: {"current": RECORD},
+}
+"""What is given besides the message."""
+
+
+def tree(base: type[RealtimeError]) -> list[type[RealtimeError]]:
+    return [base, *(found for child in base.__subclasses__() for found in tree(child))]
+
+
+PUBLIC = [cls for cls in dict.fromkeys(tree(RealtimeError)) if cls.__module__.startswith("asgi_realtime.")]
+
+
+def made(cls: type[RealtimeError]) -> RealtimeError:
+    return cls("it is so", **next((more for known, more in MORE.items() if issubclass(cls, known)), {}))
+
+
+def test_all_errors_are_tried() -> None:
+    exported = {
+        value
+        for module in (asgi_realtime, asgi_realtime.client)
+        for value in map(vars(module).get, module.__all__)
+        if isinstance(value, type) and issubclass(value, RealtimeError)
+    }
+    assert exported <= set(PUBLIC)
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+@pytest.mark.parametrize("cls", PUBLIC)
+def test_an_error_survives_pickling(cls: type[RealtimeError], protocol: int) -> None:
+    """`StreamGap` and others could not be unpickled, which breaks a whole pool of processes."""
+    error = made(cls)
+    error.add_note("in a worker")
+    found = pickle.loads(pickle.dumps(error, protocol))
+    assert type(found) is cls
+    assert (found.args, vars(found)) == (error.args, vars(error))
+    assert (str(found), found.status, found.code) == (str(error), error.status, error.code)
+
+
+@pytest.mark.parametrize("cls", PUBLIC)
+def test_an_error_can_be_copied(cls: type[RealtimeError]) -> None:
+    error = made(cls)
+    assert vars(copy.copy(error)) == vars(error)

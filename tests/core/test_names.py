@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from asgi_realtime import LimitExceeded, Limits, UsageError
+from asgi_realtime.core.names import (
+    check_key,
+    check_tag,
+    check_tags,
+    input_stream,
+    new_batch_id,
+    new_run_id,
+    stream_name,
+)
+
+LIMITS = Limits(tags=3, tag_length=5, key_length=5)
+
+
+def test_ids_are_random_and_fit_into_a_path() -> None:
+    ids = {new_run_id() for _ in range(1000)} | {new_batch_id() for _ in range(1000)}
+    assert len(ids) == 2000
+    assert {len(one) for one in ids} == {len("run_") + 26, len("batch_") + 26}
+    for one in ids:
+        check_key(one, Limits(), what="run id")
+
+
+@pytest.mark.parametrize(
+    ("given", "tags"),
+    [
+        (None, ()),
+        ("a", ("a",)),
+        (["b", "a", "b"], ("b", "a")),
+        (iter("ab"), ("a", "b")),
+        ([], ()),
+        ("12345", ("12345",)),
+    ],
+)
+def test_tags_keep_their_order_without_repeats(given: Any, tags: tuple[str, ...]) -> None:
+    assert check_tags(given, LIMITS) == tags
+
+
+@pytest.mark.parametrize("tag", ["a b", "user:1", "ä", "日本", "a/b", "#1", "'"])
+def test_tags_may_be_most_text(tag: str) -> None:
+    check_tag(tag, Limits())
+
+
+@pytest.mark.parametrize(
+    ("tags", "error", "message"),
+    [
+        ("123456", LimitExceeded, "tag is 6 characters, limit 5"),
+        (list("abcd"), LimitExceeded, "a run has 4 tags, limit 3"),
+        ("", UsageError, "a tag is empty"),
+        ("  ", UsageError, "a tag is empty"),
+        ([1], UsageError, "a tag is a int; allowed is a str"),
+        ("a\nb", UsageError, "control character"),
+        ("a\x00", UsageError, "control character"),
+        ("a\x7f", UsageError, "control character"),
+        ("a\x85", UsageError, "control character"),
+        ("a,b", UsageError, "a comma"),
+        ('a"b', UsageError, "a double quote"),
+        ("a\\b", UsageError, "a backslash"),
+        ("a\ud800", UsageError, "not allowed"),
+    ],
+)
+def test_tags_that_are_refused(tags: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error) as caught:
+        check_tags(tags, LIMITS)
+    assert message in str(caught.value)
+    assert getattr(caught.value, "status", None) == 422
+
+
+@pytest.mark.parametrize("key", ["a", "a b", "a.b", "...", "ä", "a:b", "a%b", "12345"])
+def test_keys_may_be_what_can_stand_in_a_path(key: str) -> None:
+    assert check_key(key, LIMITS, what="stream key") == key
+
+
+@pytest.mark.parametrize(
+    ("key", "error", "message"),
+    [
+        ("", UsageError, "stream key '' is not allowed"),
+        (".", UsageError, "stream key '.' is not allowed"),
+        ("..", UsageError, "stream key '..' is not allowed"),
+        (1, UsageError, "a stream key is a int; allowed is a str"),
+        (None, UsageError, "a stream key is a NoneType"),
+        ("123456", LimitExceeded, "stream key is 6 characters, limit 5"),
+        *[(f"a{bad}b", UsageError, "has a control character or one of / \\ ? #") for bad in "/\\?#\r\n\x00\x9f\udfff"],
+    ],
+)
+def test_keys_that_are_refused(key: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error) as caught:
+        check_key(key, LIMITS, what="stream key")
+    assert message in str(caught.value)
+
+
+def test_streams_of_our_own_begin_with_a_dollar_and_are_nobody_elses() -> None:
+    assert stream_name("ai", LIMITS) == "ai"
+    assert input_stream("in", LIMITS) == "$trigger.input:in"
+    with pytest.raises(UsageError, match="begins with \\$, which is kept for the library's own streams"):
+        stream_name("$in", LIMITS)
+
+
+@pytest.mark.parametrize("check", [stream_name, input_stream])
+def test_names_of_streams_and_inputs_are_checked(check: Callable[[str, Limits], str]) -> None:
+    with pytest.raises(UsageError):
+        check("a/b", LIMITS)
+    with pytest.raises(LimitExceeded):
+        check("123456", LIMITS)

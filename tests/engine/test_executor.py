@@ -1,0 +1,509 @@
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
+
+import anyio
+import msgspec
+import pytest
+
+from asgi_realtime import LimitExceeded, Realtime, Run, RunError, RunRecord, Status, Timeouts, UnknownTask
+from asgi_realtime.brokers.memory import MemoryBroker
+from asgi_realtime.engine.ticker import Housekeeping
+from asgi_realtime.tasks import ExecutorHost, InProcessExecutor
+from tests.brokers.backends import DistantBroker
+from tests.faults import RemoteBroker
+from tests.inprocess import FakeClock, ended, make_realtime, until
+
+pytestmark = pytest.mark.anyio
+
+
+class Queue:
+    """Takes ids, and nobody executes them."""
+
+    def __init__(self) -> None:
+        self.sent: list[tuple[str, str]] = []
+        self.away = False
+
+    async def enqueue(self, run_id: str, task_id: str) -> None:
+        if self.away:
+            raise ConnectionError("the queue is away")
+        self.sent.append((run_id, task_id))
+
+
+def make_record(realtime: Realtime) -> RunRecord:
+    """A run of the task "t" as `trigger` stores it, before anybody is told."""
+    return msgspec.structs.replace(
+        realtime._tasks.records.opened("t", tags=None, metadata=None),
+        status=Status.QUEUED,
+        owner=None,
+        started_at_ms=None,
+        payload_json=b"null",
+    )
+
+
+async def test_no_more_runs_of_a_task_than_its_limit_run_at_once_and_they_begin_in_order() -> None:
+    realtime = make_realtime()
+    begun: list[int] = []
+    go = anyio.Event()
+    at_once = most = 0
+
+    @realtime.task("t", concurrency_limit=2)
+    async def task(payload: int) -> None:
+        nonlocal at_once, most
+        begun.append(payload)
+        at_once += 1
+        most = max(most, at_once)
+        await go.wait()
+        at_once -= 1
+
+    @realtime.task("other")
+    async def other() -> str:
+        return "beside"
+
+    async with realtime:
+        handles = [await realtime.trigger(task, number) for number in range(6)]
+        await until(lambda: len(begun) == 2)
+        assert await (await realtime.trigger(other)).result(timeout=5) == "beside"
+        states = [(await realtime.get_run(handle)).status for handle in handles]
+        assert states == [Status.EXECUTING] * 2 + [Status.QUEUED] * 4
+        go.set()
+        for handle in handles:
+            await ended(realtime, handle)
+    assert sorted(begun[:2]) == [0, 1]  # two that begin together have no order on trio
+    assert sorted(begun) == list(range(6))
+    assert most == 2
+
+
+async def test_with_a_limit_of_one_runs_are_executed_in_the_order_of_arrival() -> None:
+    realtime = make_realtime()
+    begun: list[int] = []
+
+    @realtime.task("t", concurrency_limit=1)
+    async def task(payload: int) -> None:
+        begun.append(payload)
+        await anyio.lowlevel.checkpoint()
+
+    async with realtime:
+        handles = [await realtime.trigger(task, number) for number in range(10)]
+        for handle in handles:
+            await ended(realtime, handle)
+    assert begun == list(range(10))
+
+
+async def test_a_waiting_run_that_is_canceled_never_begins_and_gives_up_its_place() -> None:
+    realtime = make_realtime()
+    begun: list[str] = []
+    go = anyio.Event()
+
+    @realtime.task("t", concurrency_limit=1)
+    async def task(payload: str) -> None:
+        begun.append(payload)
+        await go.wait()
+
+    async with realtime:
+        first, second, third = [await realtime.trigger(task, name) for name in ("a", "b", "c")]
+        await until(lambda: begun)
+        canceled = await realtime.cancel(second)
+        assert canceled.status is Status.CANCELED
+        assert canceled.completed_at_ms is not None
+        go.set()
+        assert (await ended(realtime, third)).status is Status.COMPLETED
+        assert (await ended(realtime, first)).status is Status.COMPLETED
+        assert (await realtime.get_run(second)) == canceled
+    assert begun == ["a", "c"]
+
+
+async def test_a_queue_adapter_gets_ids_and_calls_execute() -> None:
+    queue = Queue()
+    realtime = make_realtime(executor=queue)
+
+    @realtime.task("t")
+    async def task(payload: int, run: Run) -> int:
+        return payload + 1
+
+    async with realtime:
+        handle = await realtime.trigger(task, 1)
+        assert queue.sent == [(handle.id, "t")]
+        await realtime.execute(handle.id)
+        assert await handle.result(timeout=5) == 2
+
+
+class Refusing:
+    """A queue that is away."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.calls = 0
+        self.error = error or ConnectionError("the queue is away")
+
+    async def enqueue(self, run_id: str, task_id: str) -> None:
+        self.calls += 1
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [ConnectionError("the queue is away"), LimitExceeded("the queue is full")])
+async def test_a_run_that_the_executor_does_not_take_now_waits_for_it(
+    error: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It failed, and who asked again with the same idempotency key got the run that had failed."""
+    clock = FakeClock()
+    broker, queue = MemoryBroker(clock=clock), Queue()
+    refusing, taking = (make_realtime(broker=broker, executor=e, clock=clock) for e in (Refusing(error), queue))
+    for realtime in (refusing, taking):
+        realtime.task("t")(lambda: None)
+    async with refusing:
+        handle = await refusing.trigger("t", idempotency_key="k")
+        again = await refusing.trigger("t", idempotency_key="k")
+        assert (again.id, again.is_cached) == (handle.id, True)
+        other = await refusing.trigger("t")
+        assert (await refusing.get_run(handle)).status is Status.QUEUED
+        await Housekeeping(refusing.engine).once()
+    warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert warnings == ["the executor does not take runs; it is asked again"], "once, and not for each run"
+    async with taking:
+        clock.seconds += taking.timeouts.lease + 0.1
+        await until(lambda: len(queue.sent) == 2)
+        assert sorted(queue.sent) == sorted([(handle.id, "t"), (other.id, "t")])
+
+
+@pytest.mark.parametrize("delay", [None, 5])
+async def test_a_run_that_the_executor_will_never_take_is_failed_and_its_error_is_raised(delay: float | None) -> None:
+    clock = FakeClock()
+    realtime = make_realtime(executor=Refusing(UnknownTask("no queue has the task")), clock=clock)
+
+    @realtime.task("t")
+    async def task() -> None: ...
+
+    async with realtime:
+        if delay is None:
+            with pytest.raises(UnknownTask, match="no queue has the task"):
+                await realtime.trigger(task, tags="x")
+        else:
+            await realtime.trigger(task, tags="x", delay=delay)
+            clock.seconds += delay + 1
+        (change,) = (await realtime.broker.changes("tag:x")).items
+        record = await ended(realtime, change.run_id)
+    assert record.status is Status.FAILED
+    assert record.error == RunError("NotQueued", "the executor does not take such a run")
+
+
+async def test_an_executor_that_fails_does_not_end_the_ticker(caplog: pytest.LogCaptureFixture) -> None:
+    """Whatever was due after that never happened: no leases, no expiry, no heartbeats."""
+    clock = FakeClock()
+    refusing = Refusing()
+    realtime = make_realtime(executor=refusing, clock=clock)
+
+    @realtime.task("t")
+    async def task() -> None: ...
+
+    async with realtime:
+        delayed = await realtime.trigger(task, delay=5)
+        clock.seconds += 6
+        await until(lambda: refusing.calls)
+        expiring = await realtime.trigger(task, delay=5, ttl=1)
+        clock.seconds += 20
+        await ended(realtime, expiring)
+        assert (await realtime.get_run(delayed)).status is Status.QUEUED
+    assert [record.message for record in caplog.records if record.exc_info] == [
+        "the executor does not take runs; it is asked again"
+    ]
+
+
+async def test_a_run_that_the_executor_refused_is_handed_over_when_it_takes_runs_again() -> None:
+    """Nobody was there to be told, and one refusal of a queue that restarted failed every delayed run."""
+    clock = FakeClock()
+    queue = Queue()
+    queue.away = True
+    realtime = make_realtime(executor=queue, clock=clock)
+
+    @realtime.task("t")
+    async def task() -> None: ...
+
+    async with realtime:
+        handles = [await realtime.trigger(task, delay=5) for _ in range(3)]
+        clock.seconds += 6
+        housekeeping = Housekeeping(realtime.engine)
+        for _ in range(3):
+            await housekeeping.once()
+        assert queue.sent == []
+        queue.away = False
+        clock.seconds += realtime.timeouts.lease
+        for _ in range(3):
+            await housekeeping.once()
+        assert sorted(queue.sent) == sorted((handle.id, "t") for handle in handles)
+        clock.seconds += 3 * realtime.timeouts.lease
+        await housekeeping.once()
+        assert len(queue.sent) == 3  # the queue has them now
+
+
+class Silent(Queue):
+    """A queue that does not answer."""
+
+    async def enqueue(self, run_id: str, task_id: str) -> None:
+        if self.away:
+            await anyio.sleep_forever()
+        await super().enqueue(run_id, task_id)
+
+
+async def test_a_queue_that_does_not_answer_is_not_waited_for_without_end() -> None:
+    queue = Silent()
+    queue.away = True
+    realtime = make_realtime(executor=queue, timeouts=Timeouts(append=0.01))
+
+    @realtime.task("t")
+    async def task() -> None: ...
+
+    async with realtime:
+        handle = await realtime.trigger(task)
+        assert (await realtime.get_run(handle)).status is Status.QUEUED
+
+
+async def test_a_queue_that_does_not_answer_keeps_nothing_else_waiting() -> None:
+    clock = FakeClock()
+    queue = Silent()
+    realtime = make_realtime(executor=queue, clock=clock)
+
+    @realtime.task("t")
+    async def task() -> None: ...
+
+    async with realtime:
+        delayed = await realtime.trigger(task, delay=5)
+        expiring = await realtime.trigger(task, ttl=10)
+        queue.away = True
+        clock.seconds += 6
+        with anyio.fail_after(5):
+            async for record in realtime.subscribe_to_run(delayed):
+                if record.status is Status.QUEUED:
+                    break
+        clock.seconds += 6
+        assert (await ended(realtime, expiring)).status is Status.EXPIRED
+
+
+async def test_a_run_whose_process_died_before_it_was_handed_over_is_handed_over_by_another() -> None:
+    """It stayed QUEUED for ever."""
+    clock = FakeClock()
+    broker, queue = MemoryBroker(clock=clock), Queue()
+    dead, alive = (make_realtime(broker=broker, executor=queue, clock=clock) for _ in range(2))
+    async with alive:
+        record = make_record(dead)
+        await dead.runs.create(record)  # and that was its last act
+        await Housekeeping(alive.engine).once()
+        assert queue.sent == []
+        clock.seconds += alive.timeouts.lease + 0.1
+        await Housekeeping(alive.engine).once()
+        assert queue.sent == [(record.id, "t")]
+
+
+async def test_a_run_that_is_handed_over_late_is_put_into_the_queue_by_one_process() -> None:
+    clock = FakeClock()
+    broker, queue = MemoryBroker(clock=clock), Queue()
+    processes = [make_realtime(broker=broker, executor=queue, clock=clock) for _ in range(5)]
+    async with AsyncExitStack() as stack:
+        for realtime in processes:
+            await stack.enter_async_context(realtime)
+        record = make_record(processes[0])
+        await processes[0].runs.create(record)
+        clock.seconds += realtime.timeouts.lease + 0.1
+        for realtime in processes:
+            await Housekeeping(realtime.engine).once()
+        assert queue.sent == [(record.id, "t")]
+
+
+async def test_a_broker_that_cannot_be_told_that_the_queue_has_a_run_is_no_failure() -> None:
+    clock = FakeClock()
+    broker, queue = RemoteBroker(MemoryBroker(clock=clock)), Queue()
+    realtime = make_realtime(broker=broker, executor=queue, clock=clock)
+
+    @realtime.task("t")
+    async def task() -> None: ...
+
+    async with realtime:
+        broker.away = {"enqueued"}
+        handle = await realtime.trigger(task)
+        assert queue.sent == [(handle.id, "t")]
+        broker.away = set()
+        clock.seconds += realtime.timeouts.lease + 0.1
+        await until(lambda: len(queue.sent) == 2)  # once more, which is harmless
+        clock.seconds += realtime.timeouts.lease + 0.1
+        await Housekeeping(realtime.engine).once()
+        assert len(queue.sent) == 2
+
+
+async def test_a_run_that_waits_in_a_process_is_not_taken_by_another_while_it_lives() -> None:
+    clock = FakeClock()
+    broker = MemoryBroker(clock=clock)
+    go = anyio.Event()
+    begun: list[str] = []
+
+    def process(name: str) -> Realtime:
+        realtime = make_realtime(broker=broker, clock=clock)
+
+        @realtime.task("t", concurrency_limit=1)
+        async def task(run: Run) -> str:
+            begun.append(run.id)
+            await go.wait()
+            return name
+
+        return realtime
+
+    one, two = process("one"), process("two")
+    async with one, two:
+        handles = [await one.trigger("t") for _ in range(3)]
+        assert one.engine.held == [handle.id for handle in handles]
+        for _ in range(6):
+            clock.seconds += one.timeouts.lease / 2
+            await Housekeeping(one.engine).once()
+            await Housekeeping(two.engine).once()
+        assert two.engine.held == []
+        assert begun == [handles[0].id]
+        go.set()
+        assert [await handle.result(timeout=5) for handle in handles] == ["one"] * 3
+        assert one.engine.held == []
+
+
+async def test_a_run_that_was_handed_over_twice_runs_once() -> None:
+    clock = FakeClock()
+    broker = DistantBroker(clock=clock)
+    executions: list[str] = []
+
+    def process() -> Realtime:
+        realtime = make_realtime(broker=broker, clock=clock)
+
+        @realtime.task("t")
+        async def task(run: Run) -> str:
+            executions.append(run.id)
+            return "done"
+
+        return realtime
+
+    async with process() as one, process() as two:
+        records = [make_record(one) for _ in range(5)]
+        for record in records:
+            await one.runs.create(record)
+        clock.seconds += one.timeouts.lease + 0.1
+        async with anyio.create_task_group() as group:
+            for realtime in (one, two, one):
+                group.start_soon(Housekeeping(realtime.engine).once)
+        for record in records:
+            assert await one.result(record, timeout=5) == "done"
+    assert sorted(executions) == sorted(record.id for record in records)
+
+
+async def test_a_run_of_a_task_that_is_not_known_here_is_left_to_those_who_know_it() -> None:
+    clock = FakeClock()
+    broker = MemoryBroker(clock=clock)
+    knows, knows_not = (make_realtime(broker=broker, clock=clock) for _ in range(2))
+
+    @knows.task("t")
+    async def task() -> str:
+        return "done"
+
+    record = make_record(knows)
+    async with knows_not:
+        await knows_not.runs.create(record)
+        clock.seconds += knows.timeouts.lease + 0.1
+        await Housekeeping(knows_not.engine).once()
+        assert knows_not.engine.held == []
+        async with knows:
+            assert await knows.result(record, timeout=5) == "done"
+
+
+async def test_a_worker_that_does_not_know_the_task_fails_the_run() -> None:
+    """The queue has given it away, and nobody else would ever begin it."""
+    broker = MemoryBroker()
+    web, worker = (make_realtime(broker=broker, executor=Queue()) for _ in range(2))
+
+    @web.task("t")
+    async def task() -> None: ...
+
+    async with web, worker:
+        handle = await web.trigger(task)
+        with pytest.raises(UnknownTask):
+            await worker.execute(handle.id)
+        record = await web.get_run(handle)
+    assert record.status is Status.FAILED
+    assert record.error == RunError("UnknownTask", "the worker does not know the task")
+
+
+class Attached(Queue):
+    """An executor with a life of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.host: ExecutorHost | None = None
+        self.told: list[str] = []
+        self.failure: Exception | None = None
+
+    def attach(self, host: ExecutorHost) -> None:
+        self.host = host
+
+    async def start(self) -> None:
+        self.told.append("start")
+        if self.failure is not None:
+            raise self.failure
+
+    async def stop(self) -> None:
+        await anyio.lowlevel.checkpoint()
+        self.told.append("stop")
+        if self.failure is not None:
+            raise self.failure
+
+
+async def test_an_executor_may_live_with_its_realtime() -> None:
+    executor = Attached()
+    realtime = make_realtime(executor=executor)
+
+    @realtime.task("t")
+    async def task() -> str:
+        return "done"
+
+    host = executor.host
+    assert host is not None
+    for times in (1, 2):
+        await host.start()
+        handle = await realtime.trigger(task)
+        await host.execute(handle.id)
+        assert await handle.result(timeout=5) == "done"
+        assert executor.told == ["start", "stop"] * (times - 1) + ["start"]
+        await host.stop()
+        assert executor.told == ["start", "stop"] * times
+    assert realtime.engine.supervisor is None
+
+
+async def test_an_executor_that_cannot_start_keeps_the_realtime_from_starting() -> None:
+    executor = Attached()
+    executor.failure = ConnectionError("no queue there")
+    realtime = make_realtime(executor=executor)
+    with pytest.raises(ConnectionError):
+        await realtime.start()
+    executor.failure = None
+    async with realtime:
+        executor.failure = ConnectionError("gone")
+    assert executor.told == ["start", "start", "stop"]
+
+
+async def test_a_run_whose_process_restarts_on_a_dead_loop_leaves_its_place() -> None:
+    spawned: list[Callable[[], Awaitable[None]]] = []
+    begun: list[str] = []
+
+    async def execute(run_id: str) -> None:
+        begun.append(run_id)
+
+    executor = InProcessExecutor(
+        execute,
+        spawn=spawned.append,
+        concurrency_limit={"t": 1}.get,
+        on_end=lambda: None,
+    )
+    await executor.enqueue("run_1", "t")
+    await executor.enqueue("run_2", "t")
+    (lost,) = spawned
+    assert executor.running == ["run_1"]
+    executor.restart()
+    assert executor.running == ["run_2"]
+    await lost()  # ends late, and takes nobody's place
+    assert executor.running == ["run_2"]
+    await spawned[1]()
+    assert executor.running == []
+    assert begun == ["run_1", "run_2"]
+    assert executor.knows("t") and not executor.knows("other")

@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+import anyio
+import pytest
+
+from asgi_realtime import BrokerUnavailable, Realtime, Status, Timeouts
+from asgi_realtime.brokers.base import ThreadRenewal
+from asgi_realtime.brokers.memory import MemoryBroker
+from asgi_realtime.engine.leases import LeaseThread
+from asgi_realtime.engine.ticker import Housekeeping
+from tests.inprocess import make_realtime, until
+
+SHORT = Timeouts(tick=0.01, drain=0.02, lease=0.03)
+NAME = "asgi_realtime leases"
+
+
+class Threaded(MemoryBroker):
+    """Is renewed from a thread. Notes what, and may be away."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.renewed: list[list[str]] = []
+        self.owners: set[str] = set()
+        self.threads: set[str] = set()
+        self.error: Exception | None = None
+        self.asked = 0
+
+    def renew_from_thread(self, run_ids: Sequence[str], *, owner: str) -> None:
+        self.asked += 1
+        self.threads.add(threading.current_thread().name)
+        if self.error is not None:
+            raise self.error
+        self.owners.add(owner)
+        self.renewed.append(list(run_ids))
+        for run_id in run_ids:
+            for kind in ("lease", "enqueue"):
+                if run_id in self._due[kind]:
+                    self._due[kind].set(run_id, self._lease_end())
+
+    async def renew(self, run_ids: Sequence[str], *, owner: str) -> None:
+        raise AssertionError("the thread does that")
+
+
+def lease_threads() -> int:
+    return sum(thread.name == NAME for thread in threading.enumerate())
+
+
+def wait_in_thread(fact: Callable[[], object]) -> None:
+    """Block until something is so."""
+    deadline = time.monotonic() + 10
+    while not fact():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def make(broker: Threaded) -> Realtime:
+    return make_realtime(broker=broker, timeouts=SHORT)
+
+
+def test_a_broker_may_be_renewed_from_a_thread() -> None:
+    assert isinstance(Threaded(), ThreadRenewal)
+    assert not isinstance(MemoryBroker(), ThreadRenewal)
+
+
+@pytest.mark.anyio
+async def test_a_blocked_loop_does_not_crash_its_runs() -> None:
+    """A task that computed for longer than its lease was taken for dead."""
+    broker = Threaded()
+    async with make(broker) as realtime, realtime.open_run("r") as run:
+        renewed = len(broker.renewed)
+        wait_in_thread(lambda: len(broker.renewed) > renewed + 10)  # more than three leases, on the loop's thread
+        await Housekeeping(realtime.engine).once()
+        assert (await realtime.get_run(run)).status is Status.EXECUTING
+    assert broker.threads == {NAME}
+    assert broker.owners == {realtime.runs.owner}
+    assert [run.id] in broker.renewed
+
+
+@pytest.mark.anyio
+async def test_a_run_that_waits_in_this_process_is_renewed_too() -> None:
+    broker = Threaded()
+    realtime = make(broker)
+    go = anyio.Event()
+
+    @realtime.task("t", concurrency_limit=1)
+    async def task() -> None:
+        await go.wait()
+
+    async with realtime:
+        handles = [await realtime.trigger(task) for _ in range(3)]
+        ids = sorted(handle.id for handle in handles)
+        await until(lambda: any(sorted(renewed) == ids for renewed in broker.renewed))
+        go.set()
+        for handle in handles:
+            await handle.result(timeout=5)
+
+
+@pytest.mark.anyio
+async def test_the_thread_is_there_while_there_is_something_to_renew() -> None:
+    broker = Threaded()
+    await until(lambda: not lease_threads())  # that of another test may be on its way out
+    async with make(broker) as realtime:
+        for _ in range(3):
+            async with realtime.open_run("r"):
+                assert lease_threads() == 1
+            await until(lambda: not lease_threads())
+        async with realtime.open_run("r"), realtime.open_run("s"):
+            assert lease_threads() == 1
+    await until(lambda: not lease_threads())
+
+
+@pytest.mark.anyio
+async def test_an_absent_broker_is_reported_once_and_asked_again(caplog: pytest.LogCaptureFixture) -> None:
+    broker = Threaded()
+    async with make(broker) as realtime, realtime.open_run("r"):
+        for error in (BrokerUnavailable("no answer"), ValueError("nonsense")):
+            broker.error = error
+            asked = broker.asked
+            await until(lambda: broker.asked > asked + 3)  # noqa: B023
+            broker.error = None
+            renewed = len(broker.renewed)
+            await until(lambda: len(broker.renewed) > renewed)  # noqa: B023
+    known, unknown = [record for record in caplog.records if "leases" in record.message]
+    assert (known.message, known.exc_info) == ("leases cannot be renewed: no answer", None)
+    assert (unknown.message, bool(unknown.exc_info)) == ("leases cannot be renewed: nonsense", True)
+
+
+def test_who_comes_while_the_thread_is_about_to_end_is_renewed() -> None:
+    """Stress: what is held comes and goes as fast as the thread looks."""
+    broker = Threaded()
+    held: list[str] = []
+    wait_in_thread(lambda: not lease_threads())
+    leases = LeaseThread(broker, lambda: list(held), owner="us", lease_s=0.0003)
+    for number in range(300):
+        run_id = f"run_{number}"
+        held.append(run_id)
+        leases.keep()
+        wait_in_thread(lambda: [run_id] in broker.renewed[-3:])  # noqa: B023
+        held.clear()
+        if number % 3:
+            time.sleep(0)
+    leases.stop()
+    wait_in_thread(lambda: not lease_threads())
+    leases.keep()
+    assert lease_threads() == 0  # it has been stopped

@@ -1,0 +1,391 @@
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
+
+import anyio
+import pytest
+
+from asgi_realtime import (
+    BrokerUnavailable,
+    LimitExceeded,
+    NoCurrentRun,
+    Run,
+    RunCanceled,
+    RunError,
+    RunRecord,
+    Status,
+    TaskError,
+    Timeouts,
+    UsageError,
+    current_run,
+)
+from asgi_realtime.brokers.base import ChangeMark
+from asgi_realtime.brokers.memory import MemoryBroker
+from asgi_realtime.core.errors import ServerShutdown
+from tests.brokers.backends import DistantBroker
+from tests.inprocess import ended, make_realtime, until
+
+pytestmark = pytest.mark.anyio
+
+
+async def test_leaving_completes_the_run_with_what_was_set() -> None:
+    async with make_realtime() as realtime:
+        async with realtime.open_run("report", tags=["user:1"], metadata={"n": 1}) as run:
+            record = await realtime.get_run(run)
+            assert record.status is Status.EXECUTING
+            assert (record.task, record.tags, record.metadata) == ("report", ("user:1",), {"n": 1})
+            assert current_run() is run
+            await realtime.append({"rows": 400}, stream="progress")
+            run.set_output({"rows": 1000})
+        record = await ended(realtime, run.id)
+        assert record.status is Status.COMPLETED
+        assert record.output == {"rows": 1000}
+        assert record.streams == ("progress",)
+        assert realtime.engine.executions == {}
+        with pytest.raises(NoCurrentRun):
+            current_run()
+
+
+async def test_without_an_output_it_completes_with_none() -> None:
+    async with make_realtime() as realtime:
+        async with realtime.open_run("r") as run:
+            pass
+        record = await ended(realtime, run.id)
+    assert record.status is Status.COMPLETED and record.output is None
+
+
+@pytest.mark.parametrize(("error", "message"), [(ValueError("inside"), "task failed"), (TaskError("shown"), "shown")])
+async def test_an_exception_fails_the_run_and_goes_on(error: Exception, message: str) -> None:
+    async with make_realtime() as realtime:
+        with pytest.raises(type(error)) as caught:
+            async with realtime.open_run("r") as run:
+                raise error
+        assert caught.value is error
+        record = await ended(realtime, run.id)
+    assert record.status is Status.FAILED
+    assert record.error == RunError(type(error).__name__, message)
+
+
+async def test_cancellation_by_the_host_cancels_the_run_and_goes_on() -> None:
+    async with make_realtime() as realtime:
+        runs: list[Run] = []
+        with anyio.CancelScope() as scope:
+            async with realtime.open_run("r") as run:
+                runs.append(run)
+                scope.cancel()
+                await anyio.sleep(60)
+        assert scope.cancelled_caught
+        assert (await ended(realtime, runs[0].id)).status is Status.CANCELED
+        assert realtime.engine.executions == {}
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_cancelling_the_task_of_the_host_cancels_the_run_and_the_task() -> None:
+    async with make_realtime() as realtime:
+        runs: list[Run] = []
+
+        async def host() -> None:
+            async with realtime.open_run("r") as run:
+                runs.append(run)
+                await asyncio.sleep(60)
+
+        task = asyncio.get_running_loop().create_task(host())
+        await until(lambda: runs)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert (await ended(realtime, runs[0].id)).status is Status.CANCELED
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_a_host_that_is_cancelled_twice_still_ends_its_run() -> None:
+    """The second cancellation came while pipes were waited for, and the run stayed open."""
+    async with make_realtime() as realtime:
+        runs: list[Run] = []
+        closing = anyio.Event()
+        go = anyio.Event()
+
+        class Source:
+            def __aiter__(self) -> Source:
+                return self
+
+            async def __anext__(self) -> int:
+                await anyio.sleep(60)
+                return 1
+
+            async def aclose(self) -> None:
+                closing.set()
+                await go.wait()
+
+        async def host() -> None:
+            async with realtime.open_run("r") as run:
+                runs.append(run)
+                realtime.pipe(Source())
+                await asyncio.sleep(60)
+
+        task = asyncio.get_running_loop().create_task(host())
+        await until(lambda: runs)
+        await anyio.wait_all_tasks_blocked()
+        task.cancel()
+        await closing.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert (await ended(realtime, runs[0].id)).status is Status.CANCELED
+        go.set()
+
+
+async def test_cancel_cancels_the_body_and_raises_run_canceled() -> None:
+    async with make_realtime() as realtime:
+        reached: list[str] = []
+
+        async def cancel() -> None:
+            await begun.wait()
+            await realtime.cancel(runs[0])
+
+        begun = anyio.Event()
+        runs: list[Run] = []
+        async with anyio.create_task_group() as group:
+            group.start_soon(cancel)
+            with pytest.raises(RunCanceled):
+                async with realtime.open_run("r") as run:
+                    runs.append(run)
+                    begun.set()
+                    try:
+                        await anyio.sleep(60)
+                    finally:
+                        reached.append("cleanup")
+                    reached.append("body")
+            reached.append("after")
+            await anyio.lowlevel.checkpoint()  # nothing of the cancellation is left
+        assert reached == ["cleanup", "after"]
+        assert run.canceled
+        assert (await ended(realtime, run.id)).status is Status.CANCELED
+
+
+async def test_a_body_that_cancels_itself_gets_it_at_its_end_at_the_latest() -> None:
+    async with make_realtime() as realtime:
+        with pytest.raises(RunCanceled):
+            async with realtime.open_run("r") as run:
+                await realtime.cancel(run)
+                run.set_output("ignored")
+        record = await ended(realtime, run.id)
+        assert record.status is Status.CANCELED and record.output is None
+        with pytest.raises(RunCanceled):
+            async with realtime.open_run("r") as run:
+                await realtime.cancel(run)
+                await anyio.sleep(60)
+        await anyio.lowlevel.checkpoint()
+
+
+async def test_an_error_of_a_body_that_is_cancelled_goes_on() -> None:
+    async with make_realtime() as realtime:
+        with pytest.raises(ValueError, match="cleanup"):
+            async with realtime.open_run("r") as run:
+                await realtime.cancel(run)
+                try:
+                    await anyio.sleep(60)
+                finally:
+                    raise ValueError("cleanup")
+        assert (await ended(realtime, run.id)).status is Status.FAILED
+
+
+async def test_a_body_whose_task_group_fails_as_it_is_cancelled_fails_the_run() -> None:
+    """On trio the run stayed EXECUTING, and held up the stop."""
+
+    async def child() -> None:
+        try:
+            await anyio.sleep_forever()
+        finally:
+            raise ValueError("cleanup")
+
+    async with make_realtime() as realtime:
+        with pytest.raises(ExceptionGroup) as failed:
+            async with realtime.open_run("r") as run:
+                async with anyio.create_task_group() as group:
+                    group.start_soon(child)
+                    await anyio.wait_all_tasks_blocked()
+                    await realtime.cancel(run)
+                    await anyio.sleep_forever()
+        assert str(failed.value.exceptions[0]) == "cleanup"
+        record = await ended(realtime, run.id)
+        assert record.error == RunError("ValueError", "task failed")
+        assert not realtime.engine.executions
+
+
+async def test_it_cannot_be_entered_twice() -> None:
+    async with make_realtime() as realtime:
+        opened = realtime.open_run("r")
+        async with opened:
+            with pytest.raises(RuntimeError, match="opened before"):
+                await opened.__aenter__()
+        with pytest.raises(RuntimeError, match="call open_run\\(\\) again"):
+            await opened.__aenter__()
+
+
+async def test_what_is_wrong_with_it_is_said_before_it_opens() -> None:
+    async with make_realtime() as realtime:
+        with pytest.raises(LimitExceeded):
+            realtime.open_run("x" * 129)
+        with pytest.raises(UsageError):
+            realtime.open_run("a/b")
+        with pytest.raises(LimitExceeded):
+            realtime.open_run("r", tags=list("abcdefghijk"))
+        with pytest.raises(UsageError):
+            realtime.open_run("r", metadata={"a\n": 1})
+
+
+async def test_runs_may_be_nested() -> None:
+    async with make_realtime() as realtime, realtime.open_run("outer") as outer:
+        async with realtime.open_run("inner") as inner:
+            assert current_run() is inner
+        assert current_run() is outer
+        assert (await ended(realtime, inner.id)).status is Status.COMPLETED
+        assert (await realtime.get_run(outer)).status is Status.EXECUTING
+
+
+async def test_it_opens_on_first_use() -> None:
+    realtime = make_realtime()
+    async with realtime.open_run("r") as run:
+        run.set_output(1)
+    assert await realtime.result(run) == 1
+    await realtime.stop()
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_it_may_be_left_in_another_task() -> None:
+    """As the generator of a streaming response is, in some hosts."""
+    async with make_realtime() as realtime:
+        runs: list[Run] = []
+
+        async def body() -> AsyncIterator[int]:
+            async with realtime.open_run("r") as run:
+                runs.append(run)
+                yield 1
+                run.set_output("left")
+                yield 2
+
+        iterator = body()
+        loop = asyncio.get_running_loop()
+
+        async def advance() -> Any:
+            return await anext(iterator, None)
+
+        assert [await loop.create_task(advance()) for _ in range(3)] == [1, 2, None]
+        record = await ended(realtime, runs[0].id)
+        assert (record.status, record.output) == (Status.COMPLETED, "left")
+        assert realtime.engine.executions == {}
+
+
+async def test_the_stop_interrupts_the_body_with_server_shutdown() -> None:
+    """On trio the cancellation went on into the host and ended its program."""
+    realtime = make_realtime()
+    await realtime.start()
+    runs: list[Run] = []
+    raised: list[BaseException] = []
+
+    async def host() -> None:
+        try:
+            async with realtime.open_run("r") as run:
+                runs.append(run)
+                await anyio.sleep(60)
+        except ServerShutdown as exc:
+            raised.append(exc)
+        await anyio.lowlevel.checkpoint()
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(host)
+        await until(lambda: runs)
+        await realtime.stop()
+    assert len(raised) == 1
+    record = await realtime.get_run(runs[0].id)
+    await realtime.stop()
+    assert record.status is Status.FAILED
+    assert record.error == RunError("ServerShutdown", "the server was shut down")
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_a_run_that_was_left_open_by_a_task_that_is_gone_does_not_hold_up_the_stop() -> None:
+    """The stop waited five seconds for code that had ended long before."""
+    realtime = make_realtime(timeouts=Timeouts(drain=0.01, cancel=60))
+    runs: list[Run] = []
+
+    async def leave_open() -> None:
+        runs.append(await realtime.open_run("r").__aenter__())
+
+    async with realtime:
+        async with anyio.create_task_group() as group:
+            group.start_soon(leave_open)
+        with anyio.fail_after(10):
+            await realtime.stop()
+    record = await realtime.get_run(runs[0])
+    await realtime.stop()
+    assert (record.status, record.error) == (Status.FAILED, RunError("ServerShutdown", "the server was shut down"))
+
+
+class NoEnd(MemoryBroker):
+    async def commit(
+        self, record: RunRecord, *, expect: int, change: ChangeMark, floors: Mapping[tuple[str, str], int] | None = None
+    ) -> int:
+        if record.is_completed:
+            raise BrokerUnavailable("the broker is away")
+        return await super().commit(record, expect=expect, change=change, floors=floors)
+
+
+async def test_an_end_that_cannot_be_stored_does_not_hide_the_error_of_the_body(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with make_realtime(broker=NoEnd(), timeouts=Timeouts(append=0.01)) as realtime:
+        with pytest.raises(ValueError, match="mine"):
+            async with realtime.open_run("r"):
+                raise ValueError("mine")
+        assert "could not be stored: the broker is away" in caplog.text
+        with pytest.raises(BrokerUnavailable):
+            async with realtime.open_run("r"):
+                pass
+        assert realtime.engine.executions == {}
+
+
+async def test_pipes_are_waited_for_and_cancelled_with_the_waiting() -> None:
+    async with make_realtime() as realtime:
+        go = anyio.Event()
+
+        async def chunks() -> AsyncIterator[int]:
+            yield 1
+            await go.wait()
+            yield 2
+
+        async with anyio.create_task_group() as group:
+
+            async def release() -> None:
+                await anyio.wait_all_tasks_blocked()
+                go.set()
+
+            group.start_soon(release)
+            async with realtime.open_run("r") as run:
+                realtime.pipe(chunks())
+        assert [chunk async for chunk in realtime.read(run)] == [1, 2]
+        assert (await ended(realtime, run.id)).status is Status.COMPLETED
+
+        go = anyio.Event()
+        with anyio.move_on_after(0.02) as scope:
+            async with realtime.open_run("r") as run:
+                pipe = realtime.pipe(chunks())
+        assert scope.cancelled_caught
+        assert (await ended(realtime, run.id)).status is Status.CANCELED
+        assert pipe.result.chunks == 1
+
+
+async def test_it_works_where_every_call_takes_its_time() -> None:
+    async with make_realtime(broker=DistantBroker()) as realtime:
+        async with realtime.open_run("r") as run:
+            run.metadata.set("n", 1)
+            await realtime.append("x")
+        record = await ended(realtime, run.id)
+        assert (record.status, record.metadata) == (Status.COMPLETED, {"n": 1})
+        with pytest.raises(RunCanceled):
+            async with realtime.open_run("r") as run:
+                await realtime.cancel(run)
+                await anyio.sleep(60)

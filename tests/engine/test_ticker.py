@@ -1,0 +1,228 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import anyio
+import pytest
+
+from asgi_realtime import BrokerUnavailable, Realtime, Retention, RunNotFound, Status
+from asgi_realtime.brokers.memory import MemoryBroker
+from asgi_realtime.engine.ticker import Housekeeping
+from tests.brokers.backends import DistantBroker
+from tests.inprocess import FakeClock, ended, make_realtime, until
+
+pytestmark = pytest.mark.anyio
+
+
+async def test_what_is_past_its_retention_is_removed() -> None:
+    clock = FakeClock()
+    realtime = make_realtime(clock=clock, retention=Retention(after_end=60))
+    async with realtime:
+        async with realtime.open_run("r", tags="x") as run:
+            await realtime.append(1)
+        clock.seconds += 59
+        await Housekeeping(realtime.engine).once()
+        assert (await realtime.get_run(run)).is_completed
+        clock.seconds += 2
+        await Housekeeping(realtime.engine).once()
+        with pytest.raises(RunNotFound):
+            await realtime.get_run(run)
+        assert (await realtime.broker.changes("tag:x")).items == []
+
+
+async def test_a_delayed_run_is_begun_by_a_process_that_has_its_task() -> None:
+    """A process without the task took it, could not begin it, and had its ticker ended by that."""
+    clock = FakeClock()
+    broker = MemoryBroker(clock=clock)
+    knows, knows_not = (make_realtime(broker=broker, clock=clock) for _ in range(2))
+
+    @knows.task("t")
+    async def task() -> str:
+        return "done"
+
+    async with knows_not:
+        async with knows:
+            handle = await knows.trigger(task, delay=5)
+        clock.seconds += 6
+        for _ in range(3):
+            await Housekeeping(knows_not.engine).once()
+        assert (await knows_not.get_run(handle)).status is Status.DELAYED
+        async with knows:
+            assert await handle.result(timeout=5) == "done"
+        assert knows_not.engine.supervisor is not None
+
+
+async def test_runs_that_nobody_here_can_begin_do_not_keep_others_waiting() -> None:
+    """A hundred delayed runs of a task of another service, which was down, and no delay of this one was ever over."""
+    clock = FakeClock()
+    broker = MemoryBroker(clock=clock)
+    ours, theirs = (make_realtime(broker=broker, clock=clock) for _ in range(2))
+
+    @ours.task("ours")
+    async def our_task() -> str:
+        return "done"
+
+    @theirs.task("theirs")
+    async def their_task() -> None: ...
+
+    async with theirs:
+        waiting = [await theirs.trigger(their_task, delay=5) for _ in range(250)]
+    async with ours:
+        handles = [await ours.trigger(our_task, delay=6) for _ in range(150)]
+        clock.seconds += 7
+        await Housekeeping(ours.engine).once()
+        for handle in handles:
+            assert await handle.result(timeout=5) == "done"
+        assert (await ours.get_run(waiting[0])).status is Status.DELAYED
+
+
+async def test_of_several_processes_that_begin_a_delayed_run_one_does() -> None:
+    clock = FakeClock()
+    broker = DistantBroker(clock=clock)
+    executions = 0
+
+    def process() -> Realtime:
+        realtime = make_realtime(broker=broker, clock=clock)
+
+        @realtime.task("t")
+        async def task() -> str:
+            nonlocal executions
+            executions += 1
+            return "done"
+
+        return realtime
+
+    async with process() as one, process() as two, process() as three:
+        for _ in range(5):
+            handle = await one.trigger("t", delay=5)
+            clock.seconds += 6
+            async with anyio.create_task_group() as group:
+                for realtime in (one, two, three):
+                    group.start_soon(Housekeeping(realtime.engine).once)
+            assert await handle.result(timeout=5) == "done"
+    assert executions == 5
+
+
+async def test_topics_that_were_not_told_are_told_again() -> None:
+    class Forgetful(DistantBroker):
+        forget = True
+
+        async def tell(self, run_id: str) -> None:
+            if not self.forget:
+                await super().tell(run_id)
+
+    clock = FakeClock()
+    broker = Forgetful(clock=clock)
+    async with make_realtime(broker=broker, clock=clock) as realtime, realtime.open_run("r", tags="x") as run:
+        assert (await broker.changes("tag:x")).items == []
+        broker.forget = False
+        clock.seconds += 2
+        found = realtime.subscribe_to_runs_with_tag("x")
+        with anyio.fail_after(5):
+            assert (await anext(found)).id == run.id
+
+
+class Away(MemoryBroker):
+    """Does not answer what the ticker asks, or answers nonsense."""
+
+    error: Exception | None = None
+    asked = 0
+
+    async def due(self, kind: str, *, limit: int = 100, skip: int = 0) -> list[str]:
+        self.asked += 1
+        if self.error is not None:
+            raise self.error
+        return await super().due(kind, limit=limit, skip=skip)
+
+
+async def test_an_absent_broker_is_reported_once_and_asked_again(caplog: pytest.LogCaptureFixture) -> None:
+    broker = Away()
+    async with make_realtime(broker=broker) as realtime:
+        for _ in range(2):
+            broker.error = BrokerUnavailable("no answer")
+            asked = broker.asked
+            await until(lambda: broker.asked > asked + 3)  # noqa: B023
+            broker.error = None
+            asked = broker.asked
+            await until(lambda: broker.asked > asked + 10)  # noqa: B023
+        async with realtime.open_run("r"):
+            pass
+    assert [record.message for record in caplog.records] == ["the broker is away: no answer"] * 2
+
+
+async def test_the_ticker_outlives_an_error_that_it_does_not_know(caplog: pytest.LogCaptureFixture) -> None:
+    broker = Away()
+    async with make_realtime(broker=broker) as realtime:
+        broker.error = ZeroDivisionError()
+        asked = broker.asked
+        await until(lambda: broker.asked > asked + 3)
+        broker.error = None
+        async with realtime.open_run("r") as run:
+            pass
+        assert (await ended(realtime, run.id)).status is Status.COMPLETED
+    assert "the ticker failed" in caplog.text
+
+
+async def test_a_due_run_that_fails_does_not_hold_up_the_others(caplog: pytest.LogCaptureFixture) -> None:
+    class Picky(MemoryBroker):
+        picky = ""
+
+        async def remove(self, run_id: str) -> None:
+            if run_id == self.picky:
+                raise ValueError("not this one")
+            await super().remove(run_id)
+
+    clock = FakeClock()
+    broker = Picky(clock=clock, retention=Retention(after_end=60))
+    async with make_realtime(broker=broker, clock=clock) as realtime:
+        ids = []
+        for _ in range(3):
+            async with realtime.open_run("r") as run:
+                ids.append(run.id)
+        broker.picky = ids[0]
+        clock.seconds += 61
+        gone: list[bool] = []
+
+        async def look(run_ids: Sequence[str]) -> None:
+            gone.extend(record is None for record in await realtime.runs.load(run_ids))
+
+        with anyio.fail_after(5):
+            while gone != [False, True, True]:
+                gone.clear()
+                await look(ids)
+                await anyio.lowlevel.checkpoint()
+    assert f"run {ids[0]} is due (expiry) and that failed" in caplog.text
+
+
+async def test_housekeeping_of_nothing_is_nothing() -> None:
+    realtime: Realtime = make_realtime()
+    async with realtime:
+        await Housekeeping(realtime.engine).once()
+
+
+class CountingRenewals(MemoryBroker):
+    renewals = 0
+
+    async def renew(self, run_ids: Sequence[str], *, owner: str) -> None:
+        self.renewals += 1
+        await super().renew(run_ids, owner=owner)
+
+
+async def test_leases_are_renewed_three_times_in_their_length_and_not_at_every_tick() -> None:
+    clock = FakeClock()
+    broker = CountingRenewals(clock=clock)
+    realtime = make_realtime(broker=broker, clock=clock)
+    async with realtime, realtime.open_run("r"):
+        housekeeping = Housekeeping(realtime.engine)
+        before = broker.renewals
+        for _ in range(5):
+            await housekeeping.once()
+        assert broker.renewals - before <= 2  # this one's, and that of the ticker
+        before = broker.renewals
+        clock.seconds += realtime.timeouts.lease / 3
+        await housekeeping.once()
+        assert broker.renewals > before
+        before = broker.renewals
+        clock.seconds -= 3600  # the clock was set back
+        await housekeeping.once()
+        assert broker.renewals > before

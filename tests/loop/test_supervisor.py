@@ -1,0 +1,359 @@
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import threading
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import anyio
+import pytest
+
+from asgi_realtime.core.errors import ServerShutdown
+from asgi_realtime.loop.supervisor import Supervisor, cancelled_by_nobody
+from tests.inprocess import run_without_anyio, until
+
+pytestmark = pytest.mark.anyio
+
+
+async def nothing() -> None: ...
+
+
+@asynccontextmanager
+async def supervising(drain: list[str] | None = None) -> AsyncIterator[Supervisor]:
+    async def note() -> None:
+        if drain is not None:
+            drain.append("drained")
+
+    supervisor = Supervisor(context=contextvars.copy_context(), drain=note)
+    supervisor.start()
+    try:
+        yield supervisor
+    finally:
+        supervisor.request_stop()
+        await supervisor.wait_ended()
+
+
+async def test_jobs_run_until_the_stop_which_drains_and_then_cancels() -> None:
+    told: list[str] = []
+
+    async def job() -> None:
+        told.append("began")
+        try:
+            await anyio.sleep(60)
+        finally:
+            told.append("cancelled")
+
+    async with supervising(told) as supervisor:
+        supervisor.spawn(job)
+        await until(lambda: told)
+    assert told == ["began", "drained", "cancelled"]
+    assert supervisor.ended
+    assert not supervisor.usable
+    supervisor.request_stop()
+    await supervisor.wait_ended()
+
+
+async def test_a_job_that_was_spawned_before_the_begin_runs() -> None:
+    done: list[int] = []
+
+    async def job() -> None:
+        done.append(1)
+
+    supervisor = Supervisor(context=contextvars.copy_context(), drain=nothing)
+    supervisor.spawn(job)
+    supervisor.start()
+    await until(lambda: done)
+    supervisor.request_stop()
+    await supervisor.wait_ended()
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("job"), SystemExit(3), BaseExceptionGroup("of a task group", [SystemExit(3), ValueError()])]
+)
+async def test_a_job_that_fails_is_logged_and_ends_no_other(
+    error: BaseException, caplog: pytest.LogCaptureFixture
+) -> None:
+    done: list[int] = []
+
+    async def fails() -> None:
+        raise error
+
+    async def goes_on() -> None:
+        await until(lambda: "a background job failed" in caplog.text)
+        done.append(1)
+
+    async with supervising() as supervisor:
+        supervisor.spawn(goes_on)
+        supervisor.spawn(fails)
+        await until(lambda: done)
+
+
+@pytest.mark.parametrize("anyio_backend", ["trio"])  # asyncio itself ends the loop if a task exits
+async def test_a_job_that_fails_as_it_is_cancelled_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    """The cancellation and the failure come in one group, and that ended the program."""
+
+    async def exits() -> None:
+        try:
+            await anyio.sleep_forever()
+        finally:
+            raise SystemExit(3)
+
+    async def job() -> None:
+        async with anyio.create_task_group() as group:
+            group.start_soon(exits)
+            await anyio.sleep_forever()
+
+    async with supervising() as supervisor:
+        supervisor.spawn(job)
+        await anyio.wait_all_tasks_blocked()
+    assert "a background job failed" in caplog.text
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_a_job_that_cancels_itself_ends_no_other(caplog: pytest.LogCaptureFixture) -> None:
+    """Its task group took it for a cancellation of its own and ended everything."""
+    done: list[int] = []
+
+    async def cancels_itself() -> None:
+        raise asyncio.CancelledError
+
+    async def goes_on() -> None:
+        await until(lambda: "a background job cancelled itself" in caplog.text)
+        done.append(1)
+
+    async with supervising() as supervisor:
+        supervisor.spawn(goes_on)
+        supervisor.spawn(cancels_itself)
+        await until(lambda: done)
+        assert supervisor.usable
+
+
+async def test_a_drain_that_fails_does_not_keep_it_from_ending(caplog: pytest.LogCaptureFixture) -> None:
+    async def fails() -> None:
+        raise ValueError("drain")
+
+    supervisor = Supervisor(context=contextvars.copy_context(), drain=fails)
+    supervisor.start()
+    supervisor.request_stop()
+    with anyio.fail_after(5):
+        await supervisor.wait_ended()
+    assert "a background job failed" in caplog.text
+
+
+async def test_spawn_takes_the_context_of_the_caller_and_spawn_detached_that_of_the_start() -> None:
+    name: contextvars.ContextVar[str] = contextvars.ContextVar("name")
+    seen: list[str] = []
+
+    async def job() -> None:
+        seen.append(name.get())
+        name.set("changed by a job")
+
+    name.set("start")
+    async with supervising() as supervisor:
+        name.set("caller")
+        supervisor.spawn(job)
+        await until(lambda: len(seen) == 1)
+        supervisor.spawn_detached(job)
+        await until(lambda: len(seen) == 2)
+        supervisor.spawn_detached(job)
+        await until(lambda: len(seen) == 3)
+    assert seen == ["caller", "start", "start"]
+    assert name.get() == "caller"
+
+
+async def test_calls_are_made_on_the_thread_of_the_loop() -> None:
+    made: list[int] = []
+    async with supervising() as supervisor:
+        supervisor.post_or_call(lambda: made.append(threading.get_ident()))
+        assert made == [threading.get_ident()]
+
+        def elsewhere() -> None:
+            assert not supervisor.on_own_thread
+            supervisor.post_or_call(lambda: made.append(threading.get_ident()))
+            supervisor.post(lambda: made.append(threading.get_ident()))
+            assert not supervisor.usable
+
+        thread = threading.Thread(target=elsewhere)
+        thread.start()
+        await until(lambda: len(made) == 3)
+        thread.join()
+        supervisor.post(lambda: made.append(0))
+        await until(lambda: len(made) == 4)
+    assert made == [threading.get_ident()] * 3 + [0]
+
+
+async def test_jobs_may_be_spawned_from_callbacks_of_the_loop_and_keep_their_context() -> None:
+    name: contextvars.ContextVar[str] = contextvars.ContextVar("name")
+    seen: list[str] = []
+
+    async def job() -> None:
+        seen.append(name.get())
+
+    name.set("start")
+    async with supervising() as supervisor:
+        context = contextvars.copy_context()
+        context.run(name.set, "callback")
+        supervisor.post(lambda: context.run(supervisor.spawn, job))
+        await until(lambda: len(seen) == 1)
+        supervisor.post(lambda: context.run(supervisor.spawn_detached, job))
+        await until(lambda: len(seen) == 2)
+    assert seen == ["callback", "start"]
+
+
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+def test_jobs_may_be_spawned_from_threads_and_signal_handlers_at_any_time(backend: str) -> None:
+    """In a callback of the loop anyio starts no task (unless a variable of anyio's own runner is about): it was lost.
+
+    So this runs as a server does, without that variable.
+    """
+    told: list[str] = []
+
+    async def note() -> None:
+        told.append("spawned")
+
+    async def drain() -> None:
+        supervisor = made[0]
+        supervisor.post(lambda: supervisor.spawn(note))
+        await until(lambda: len(told) == 2)
+
+    async def main() -> None:
+        supervisor = Supervisor(context=contextvars.copy_context(), drain=drain)
+        made.append(supervisor)
+        supervisor.post(lambda: supervisor.spawn(note))
+        supervisor.start()
+        await until(lambda: told)
+        supervisor.post(supervisor.request_stop)
+        await supervisor.wait_ended()
+
+    made: list[Supervisor] = []
+    run_without_anyio(main, backend)
+    assert told == ["spawned"] * 2
+
+
+async def test_a_job_that_is_spawned_right_before_the_end_sees_its_cancellation() -> None:
+    """Whoever waits for a job must hear of its end, so it may not be dropped from the queue."""
+    told: list[str] = []
+
+    async def job() -> None:
+        told.append("began")
+        try:
+            await anyio.sleep(60)
+        finally:
+            told.append("cancelled")
+
+    async def drain() -> None:
+        supervisor.post(lambda: supervisor.spawn(job))
+        await until(lambda: told)
+
+    supervisor = Supervisor(context=contextvars.copy_context(), drain=drain)
+    supervisor.start()
+    supervisor.request_stop()
+    await supervisor.wait_ended()
+    assert told == ["began", "cancelled"]
+
+
+async def test_a_call_that_spawns_while_the_last_job_ends_does_no_harm() -> None:
+    """On trio it came between the end of the last job and that of the supervisor, and ended the whole program."""
+
+    async def job() -> None:
+        try:
+            await anyio.sleep(60)
+        finally:
+            supervisor.post(lambda: supervisor.spawn(nothing))
+
+    for _ in range(50):
+        supervisor = Supervisor(context=contextvars.copy_context(), drain=nothing)
+        supervisor.start()
+        supervisor.spawn(job)
+        await anyio.lowlevel.checkpoint()
+        supervisor.request_stop()
+        await supervisor.wait_ended()
+        await anyio.wait_all_tasks_blocked()
+
+
+async def test_shielded_goes_on_when_its_caller_is_cancelled() -> None:
+    go = anyio.Event()
+    done: list[str] = []
+
+    async def work() -> None:
+        await go.wait()
+        done.append("done")
+
+    async with supervising() as supervisor:
+        with anyio.move_on_after(0.01) as scope:
+            await supervisor.shielded(work)
+        assert scope.cancelled_caught
+        go.set()
+        await until(lambda: done)
+        await supervisor.shielded(work)
+        assert done == ["done"] * 2
+
+
+async def test_shielded_raises_what_the_function_raises() -> None:
+    async def fails() -> None:
+        raise ValueError("inside")
+
+    async with supervising() as supervisor:
+        with pytest.raises(ValueError, match="inside"):
+            await supervisor.shielded(fails)
+    with pytest.raises(ValueError, match="inside"):  # nothing runs any more: done by the caller itself
+        await supervisor.shielded(fails)
+
+
+async def test_shielded_is_not_waited_for_beyond_the_end() -> None:
+    raised: list[BaseException] = []
+
+    async def work() -> None:
+        await anyio.sleep(60)
+
+    async with anyio.create_task_group() as group, supervising() as supervisor:
+
+        async def caller() -> None:
+            try:
+                await supervisor.shielded(work)
+            except ServerShutdown as exc:
+                raised.append(exc)
+
+        group.start_soon(caller)
+        await anyio.wait_all_tasks_blocked()
+        supervisor.request_stop()
+        await until(lambda: raised)
+
+
+async def test_a_cancellation_that_somebody_asked_for_is_told_from_others() -> None:
+    seen: list[bool] = []
+
+    async def waits() -> None:
+        try:
+            await anyio.sleep(60)
+        finally:
+            seen.append(cancelled_by_nobody())
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(waits)
+        await anyio.wait_all_tasks_blocked()
+        group.cancel_scope.cancel()
+    assert seen == [False]
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_a_supervisor_on_a_closed_loop_is_dead() -> None:
+    made: list[Supervisor] = []
+
+    async def make() -> None:
+        made.append(Supervisor(context=contextvars.copy_context(), drain=nothing))
+
+    def other_loop() -> None:
+        loop = asyncio.new_event_loop()
+        loop.run_until_complete(make())
+        assert not made[0].dead
+        loop.close()
+
+    thread = threading.Thread(target=other_loop)
+    thread.start()
+    thread.join()
+    assert made[0].dead
+    assert not made[0].usable
+    with pytest.raises(RuntimeError):
+        made[0].post(lambda: None)
