@@ -14,10 +14,10 @@ from asgi_realtime.core.errors import (
     InvalidToken,
     LimitExceeded,
     LocalCopyLost,
-    Misplaced,
     NoCurrentRun,
     RealtimeError,
     RequestCutOff,
+    RestoreOutOfOrder,
     RunCanceled,
     RunEnded,
     RunFailed,
@@ -41,7 +41,7 @@ from asgi_realtime.streams.pipe import Pipe, PipeResult
 from asgi_realtime.streams.readers import StreamChunk
 from asgi_realtime.tasks import Executor, Task
 from asgi_realtime.tokens import Claims
-from asgi_realtime.typed import StreamScope, TypedStream
+from asgi_realtime.typed import StreamWriterContext, TypedStream
 
 __version__ = "0.1.0"
 
@@ -61,7 +61,7 @@ __all__ = [
     "LimitExceeded",
     "Limits",
     "LocalCopyLost",
-    "Misplaced",
+    "RestoreOutOfOrder",
     "NoCurrentRun",
     "Pipe",
     "PipeResult",
@@ -88,7 +88,7 @@ __all__ = [
     "StreamClosed",
     "StreamGap",
     "StreamLost",
-    "StreamScope",
+    "StreamWriterContext",
     "Task",
     "TaskError",
     "Timeouts",

@@ -49,7 +49,7 @@ from asgi_realtime.tasks.records import RunOptions
 from asgi_realtime.tasks.registry import Tasks
 from asgi_realtime.tasks.task import TaskLike, id_of
 from asgi_realtime.tokens import PUBLIC_TOKEN_EXPIRES_IN, Claims, TokenAuthority, check_columns
-from asgi_realtime.typed import StreamScope, TypedStream
+from asgi_realtime.typed import StreamWriterContext, TypedStream
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -309,7 +309,7 @@ class Realtime:
         cancellation cancels it and goes on; `cancel(run)` cancels the body and raises `RunCanceled` from the
         `async with`. On asyncio it may be left in another task than it was entered in.
         """
-        record = self._tasks.records.opened(name, tags=tags, metadata=metadata)
+        record = self._tasks.records.new_open_run(name, tags=tags, metadata=metadata)
 
         async def begin() -> Execution:
             await self.ensure_started()
@@ -366,7 +366,7 @@ class Realtime:
         check_source(source)
         name = stream_name(stream, self.limits)
         if run is None and self._current() is None:
-            record = self._tasks.records.opened(task, tags=tags, metadata=metadata)
+            record = self._tasks.records.new_open_run(task, tags=tags, metadata=metadata)
             return self._producers.pipe_alone(source, record, name)
         if tags is not None or metadata is not None:
             raise UsageError("tags= and metadata= are for a run that pipe() opens; this one is there: use run.tags.add")
@@ -395,10 +395,10 @@ class Realtime:
         writer.write(encoded)
         await writer.settled()
 
-    def writer(self, stream: str = "default", *, run: RunLike | None = None) -> StreamScope[Any]:
+    def writer(self, stream: str = "default", *, run: RunLike | None = None) -> StreamWriterContext[Any]:
         """An async context manager to write many chunks: `await writer.write(chunk)`, `writer.merge(source)`."""
         key = StreamKey(self._run_id(run), stream_name(stream, self.limits))
-        return StreamScope(self, self._producers.writer(key), chunk_bytes=self.limits.chunk_bytes)
+        return StreamWriterContext(self, self._producers.writer(key), chunk_bytes=self.limits.chunk_bytes)
 
     def define_stream(self, key: str, chunk_type: type[T1]) -> TypedStream[T1]:
         """A stream under a fixed key whose chunks have a type, with `pipe`, `append`, `writer` and `read`."""

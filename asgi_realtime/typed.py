@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -10,7 +11,6 @@ import anyio
 
 from asgi_realtime.core.config import Span
 from asgi_realtime.core.errors import RealtimeError
-from asgi_realtime.loop.supervisor import logger
 from asgi_realtime.streams.pipe import Pipe, Source
 from asgi_realtime.streams.writer import StreamWriter, encode_numbered
 from asgi_realtime.tasks.task import decode_as
@@ -18,10 +18,12 @@ from asgi_realtime.tasks.task import decode_as
 if TYPE_CHECKING:
     from asgi_realtime.realtime import Realtime, RunLike
 
+logger = logging.getLogger("asgi_realtime")
+
 T = TypeVar("T")
 
 
-class StreamScope(Generic[T]):
+class StreamWriterContext(Generic[T]):
     """Writes chunks and merges sources into one stream. An async context manager made by `Realtime.writer`.
 
     Leaving waits until everything is acknowledged, merged sources included, and raises what went wrong; an exception
@@ -35,7 +37,7 @@ class StreamScope(Generic[T]):
         self._merged: list[Pipe[T]] = []
         self._index = 0
 
-    async def __aenter__(self) -> StreamScope[T]:
+    async def __aenter__(self) -> StreamWriterContext[T]:
         await self._realtime.ensure_started()
         await self._writer.open()
         return self
@@ -96,7 +98,7 @@ class TypedStream(Generic[T]):
         """As `Realtime.append`."""
         await self._realtime.append(chunk, self.key, run=run)
 
-    def writer(self, *, run: RunLike | None = None) -> StreamScope[T]:
+    def writer(self, *, run: RunLike | None = None) -> StreamWriterContext[T]:
         """As `Realtime.writer`."""
         return self._realtime.writer(self.key, run=run)
 

@@ -122,7 +122,9 @@ def test_the_calls_are_those_of_the_async_side() -> None:
 
 def is_async(function: Callable[..., Any]) -> bool:
     returned = str(inspect.signature(function).return_annotation)
-    return inspect.iscoroutinefunction(function) or any(word in returned for word in ("Async", "Pipe", "StreamScope"))
+    return inspect.iscoroutinefunction(function) or any(
+        word in returned for word in ("Async", "Pipe", "StreamWriterContext")
+    )
 
 
 async def test_runs_are_followed_from_a_thread() -> None:

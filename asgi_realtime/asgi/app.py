@@ -17,12 +17,12 @@ from asgi_realtime.asgi import feeds, streams
 from asgi_realtime.asgi.answers import error_answer, refusal
 from asgi_realtime.asgi.cors import cors_headers, preflight_headers
 from asgi_realtime.asgi.host import Host, Receive, Scope, Send
-from asgi_realtime.asgi.limits import Seats
+from asgi_realtime.asgi.limits import SubscriptionLimits
 from asgi_realtime.asgi.open_request import until_shutdown
 from asgi_realtime.asgi.request import BODY_METHODS, Request
 from asgi_realtime.asgi.routes import API, Endpoint, resolve
 from asgi_realtime.asgi.rows import RowCache
-from asgi_realtime.asgi.subscription import Finished, Leaving, Subscription, farewell
+from asgi_realtime.asgi.subscription import Finished, Leaving, Subscription, reconnect_response
 from asgi_realtime.asgi.trigger_dev import batching, changing, minting, triggering, writing
 from asgi_realtime.asgi.trigger_dev import runs as api
 from asgi_realtime.core.errors import BrokerUnavailable, RealtimeError, RunKeptElsewhere, RunNotFound, shown
@@ -70,7 +70,7 @@ class RealtimeApp:
 
     def __init__(self, host: Host) -> None:
         self._host = host
-        self._seats = Seats(host.limits)
+        self._seats = SubscriptionLimits(host.limits)
         self._rows = RowCache(host.runs, max_rows=host.limits.record_cache)
         self._told_of_others = False
 
@@ -153,7 +153,7 @@ class RealtimeApp:
         if isinstance(error, Finished | Leaving):
             return error.answer
         if isinstance(error, BrokerUnavailable) and comes_back:
-            return farewell(self._host)
+            return reconnect_response(self._host)
         if not isinstance(error, RealtimeError) or error.status == 500:
             logger.error("a request failed", exc_info=error)
         return error_answer(error, debug=self._host.debug)

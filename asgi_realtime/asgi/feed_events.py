@@ -65,8 +65,8 @@ class FeedSubscription(Subscription[LiveTopic]):
                     self._heed()
                     await self._write(self._framing.heartbeat)
                     continue  # while that was sent there may have been another alert
-                changed = self._parker.arm()
-                source.waiting.add(self._parker)
+                changed = self._waiter.arm()
+                source.waiting.add(self._waiter)
                 try:
                     changes = await self._changes(source, cursor)
                     if changes.items or changes.snapshot:
@@ -85,7 +85,7 @@ class FeedSubscription(Subscription[LiveTopic]):
                 self._phase = WAITING
                 await changed
         finally:
-            source.waiting.discard(self._parker)
+            source.waiting.discard(self._waiter)
 
     async def _is_gone(self) -> bool:
         """Whether the run of the feed is past its retention, of which a topic does not tell."""

@@ -46,7 +46,7 @@ class Probe(Subscription[None]):
             if number:
                 self._phase = WAITING
                 with anyio.move_on_after(APART_S):
-                    await self._parker.arm()
+                    await self._waiter.arm()
             if self._alert:
                 self._heed()
             sent_at = round(self._host.clock() * 1000)

@@ -11,7 +11,7 @@ PROBE = "probe"
 """What stands in place of a token where none is needed: all probes of the health are counted under it."""
 
 
-class Seats:
+class SubscriptionLimits:
     """Counts, and refuses what is over a limit. An empty name is not counted."""
 
     def __init__(self, limits: Limits) -> None:

@@ -14,20 +14,20 @@ from asgi_realtime.asgi.subscription import Leaving, until_disconnect
 from asgi_realtime.core.errors import RunNotFound, shown
 from asgi_realtime.core.runs import RunRecord, batch_topic, run_topic
 from asgi_realtime.core.scopes import names
-from asgi_realtime.loop.waiting import make_guard, make_parker
+from asgi_realtime.loop.waiting import make_guard, make_waiter
 from asgi_realtime.tokens import Claims
 
 
 class _Wait:
     """A waiting request, as the ticker and the shutdown see it."""
 
-    __slots__ = ("_since", "_wait_s", "over", "parker")
+    __slots__ = ("_since", "_wait_s", "over", "waiter")
 
     def __init__(self, wait_s: float) -> None:
         self._wait_s = wait_s
         self._since: float | None = None  # when the ticker saw this first
         self.over = False
-        self.parker = make_parker()
+        self.waiter = make_waiter()
 
     def tick(self, now: float, steady: float) -> None:
         if self._since is None:
@@ -37,7 +37,7 @@ class _Wait:
 
     def shut_down(self) -> None:
         self.over = True
-        self.parker.wake()
+        self.waiter.wake()
 
 
 async def find_run(request: Request, claims: Claims, run_id: str, *, events: bool) -> RunRecord:
@@ -91,11 +91,11 @@ async def _wait_for(host: Host, topic: str, wait: _Wait, receive: Receive) -> bo
     async with host.broker.follow(topic) as followed, make_guard(partial(until_disconnect, receive)):
         try:
             while not found and not wait.over and not host.closing:
-                changed = wait.parker.arm()
-                followed.waiting.add(wait.parker)
+                changed = wait.waiter.arm()
+                followed.waiting.add(wait.waiter)
                 found = bool((await followed.changes(None, limit=1)).items)
                 if not found:
                     await changed
         finally:
-            followed.waiting.discard(wait.parker)
+            followed.waiting.discard(wait.waiter)
     return found

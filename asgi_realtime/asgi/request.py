@@ -15,7 +15,7 @@ from asgi_realtime.core.errors import InvalidRequest, InvalidToken, LimitExceede
 from asgi_realtime.tokens import Claims
 
 if TYPE_CHECKING:
-    from asgi_realtime.asgi.limits import Seats
+    from asgi_realtime.asgi.limits import SubscriptionLimits
     from asgi_realtime.asgi.rows import RowCache
 
 EVENT_STREAM = "text/event-stream"
@@ -29,7 +29,7 @@ _NAME = re.compile(rb"[\x21-\x7e]{1,128}")
 class Request:
     """Made first thing: with it the access token is out of the scope."""
 
-    def __init__(self, host: Host, seats: Seats, rows: RowCache, scope: Scope, receive: Receive) -> None:
+    def __init__(self, host: Host, seats: SubscriptionLimits, rows: RowCache, scope: Scope, receive: Receive) -> None:
         self.host = host
         self.seats = seats
         self.rows = rows

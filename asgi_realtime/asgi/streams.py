@@ -136,7 +136,7 @@ class StreamSubscription(Subscription[LiveLog]):
         self._after = page.first - 1  # who asked for no position begins with what there is
 
     async def _follow(self, source: LiveLog) -> bytes:
-        framing, parker, cursor, log = self._framing, self._parker, self._after, source.log
+        framing, waiter, cursor, log = self._framing, self._waiter, self._after, source.log
         try:
             while True:
                 if self._alert:
@@ -161,11 +161,11 @@ class StreamSubscription(Subscription[LiveLog]):
                     return framing.interrupted()  # the client comes back and hears what is wrong
                 else:
                     self._after = cursor
-                    source.waiting.add(parker)
+                    source.waiting.add(waiter)
                     self._phase = WAITING
-                    await parker.arm()
+                    await waiter.arm()
         finally:
-            source.waiting.discard(parker)
+            source.waiting.discard(waiter)
 
     async def _is_silent(self, source: LiveLog, cursor: int) -> bool:
         """Whether there is nothing more. The broker is asked: if it is away, or messages of it are late, nothing is

@@ -25,11 +25,11 @@ from asgi_realtime.asgi.framing import NATIVE, Framing
 from asgi_realtime.asgi.host import Headers, Host, Receive, Scope, Send
 from asgi_realtime.core.errors import BrokerUnavailable
 from asgi_realtime.core.log import End
-from asgi_realtime.loop.waiting import Guard, make_guard, make_parker
+from asgi_realtime.loop.waiting import Guard, make_guard, make_waiter
 from asgi_realtime.tokens import Claims
 
 if TYPE_CHECKING:
-    from asgi_realtime.asgi.limits import Seats
+    from asgi_realtime.asgi.limits import SubscriptionLimits
 
 logger = logging.getLogger("asgi_realtime")
 
@@ -77,7 +77,7 @@ class Leaving(Exception):
 
     def __init__(self, host: Host, *, events: bool) -> None:
         super().__init__()
-        self.answer = farewell(host) if events else leaving_answer()
+        self.answer = reconnect_response(host) if events else leaving_answer()
 
 
 class Over(Exception):
@@ -93,7 +93,7 @@ def _reconnect(host: Host, framing: Framing) -> bytes:
     return framing.reconnect(random.randint(MIN_RECONNECT_MS, longest_ms))
 
 
-def farewell(host: Host) -> Response:
+def reconnect_response(host: Host) -> Response:
     """What an EventSource is answered at a shutdown, or while the broker is away: it comes back when a body ends."""
     return Response(NATIVE.preamble("connected") + _reconnect(host, NATIVE), headers=_head(NATIVE))
 
@@ -123,7 +123,7 @@ class Subscription(ABC, Generic[S]):
         "_host",
         "_old",
         "_old_at",
-        "_parker",
+        "_waiter",
         "_phase",
         "_run_id",
         "_seats",
@@ -135,15 +135,15 @@ class Subscription(ABC, Generic[S]):
     _send: Send
 
     def __init__(
-        self, host: Host, seats: Seats, claims: Claims, *, run_id: str = "", framing: Framing = NATIVE
+        self, host: Host, seats: SubscriptionLimits, claims: Claims, *, run_id: str = "", framing: Framing = NATIVE
     ) -> None:
         self._host = host
-        self._seats: Seats | None = seats
+        self._seats: SubscriptionLimits | None = seats
         self._run_id = run_id
         self._token_id = "" if claims.secret else claims.token_id
         self._expires_at = claims.expires_at
         self._framing = framing
-        self._parker = make_parker()
+        self._waiter = make_waiter()
         self._guard: Guard | None = None
         self._alert = False  # something of the following is to be looked at
         self._expired = False
@@ -261,7 +261,7 @@ class Subscription(ABC, Generic[S]):
 
     def _rouse(self) -> None:
         self._alert = True
-        self._parker.wake()
+        self._waiter.wake()
 
     def _check_send(self, steady: float) -> None:
         allowed_s = CLOSING_SEND_S if self._host.closing else self._host.timeouts.send

@@ -15,7 +15,7 @@ from asgi_realtime.brokers.live_log import LiveLog
 from asgi_realtime.core.log import End, Entry, Page, Position, Producer, StreamKey
 from asgi_realtime.core.runs import RunRecord
 from asgi_realtime.core.topics import Change, Changes, Cursor
-from asgi_realtime.loop.waiting import Parking
+from asgi_realtime.loop.waiting import WaitList
 
 MARKS_KEPT = 64
 """How many of a run's newest commits a broker recognises when they are retried, at least."""
@@ -34,7 +34,7 @@ class ChangeMark(NamedTuple):
 class LiveTopic(Protocol):
     """A topic that is followed: ask `changes`, then wait at `waiting`. One for each topic and process."""
 
-    waiting: Parking
+    waiting: WaitList
 
     async def changes(self, cursor: Cursor | None, *, limit: int = 1000) -> Changes:
         """As `Broker.changes`. Raises `BrokerUnavailable` if the topic cannot be followed any more, `ServerShutdown` if
@@ -76,7 +76,7 @@ class Broker(Protocol):
         refused. Raises `RunNotFound`, `StreamClosed` (the stream or its run is over), `ProducerGap`, `LimitExceeded`.
 
         `at` is for a backend that can lose what it acknowledged: the producer writes it again, from the seq where it
-        stood. Raises `StreamLost` if that place is taken, `Misplaced` if the stream has not come to it yet.
+        stood. Raises `StreamLost` if that place is taken, `RestoreOutOfOrder` if the stream has not come to it yet.
         """
         ...
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from asgi_realtime.core.log import End, Entry, Log
-from asgi_realtime.loop.waiting import Parking, WakeSoon
+from asgi_realtime.loop.waiting import WaitList, WakeSoon
 
 MAX_BODY = 64 * 1024
 """Bytes of one joined body: a server's write buffer, so that a stalled reader holds about one of them."""
@@ -34,7 +34,7 @@ class LiveLog:
 
     def __init__(self, log: Log, wakes: WakeSoon | None = None) -> None:
         self.log = log
-        self.waiting = Parking()
+        self.waiting = WaitList()
         self._wakes = wakes or WakeSoon()
         self.readers = 0
         self.failure: Exception | None = None

@@ -21,7 +21,7 @@ from asgi_realtime.core.errors import LimitExceeded, RunNotFound, StreamBehind, 
 from asgi_realtime.core.log import HIDDEN_STREAM, End, Log, Page, Position, Producer, StreamKey
 from asgi_realtime.core.runs import DUE_KINDS, RunRecord, Status, due_times, run_topic
 from asgi_realtime.core.topics import Changes, Cursor, TopicIndex
-from asgi_realtime.loop.waiting import Parking, WakeSoon
+from asgi_realtime.loop.waiting import WaitList, WakeSoon
 
 _RECORD_BYTES = 3072
 """What a stored run costs besides its payload, output, metadata and streams, roughly."""
@@ -60,7 +60,7 @@ class _MemoryTopic:
 
     def __init__(self, index: TopicIndex) -> None:
         self.index = index
-        self.waiting = Parking()
+        self.waiting = WaitList()
         self.followers = 0
 
     async def changes(self, cursor: Cursor | None, *, limit: int = 1000) -> Changes:

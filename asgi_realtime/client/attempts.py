@@ -52,7 +52,7 @@ class Attempts:
         if not self.failures:
             self._failing_since = None
 
-    def opened(self) -> None:
+    def note_open(self) -> None:
         self._opened_at = self.clock()
 
     def lasted(self) -> bool:

@@ -90,7 +90,7 @@ class Following(ABC, Generic[T]):
         self._parser = EventParser()
         self._greeted = False
         self._streaming = True
-        self._attempts.opened()
+        self._attempts.note_open()
         return True
 
     def answered(self, status: int, headers: Mapping[str, str], body: bytes) -> None:

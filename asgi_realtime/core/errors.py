@@ -33,7 +33,7 @@ RealtimeError
 ├── TaskError                   raised by a task: its message is shown to subscribers
 ├── ServerShutdown              a run was stopped because its server stopped
 └── BrokerUnavailable           the environment
-    └── Misplaced               a writer has to wait for others to restore what was lost
+    └── RestoreOutOfOrder               a writer has to wait for others to restore what was lost
 
 `status` is a hint for whoever answers over HTTP and `code` a stable word for programs; the message says what was
 wrong and what is allowed. No message carries a token or a secret.
@@ -303,5 +303,5 @@ class BrokerUnavailable(RealtimeError):
     code = "broker_unavailable"
 
 
-class Misplaced(BrokerUnavailable):
+class RestoreOutOfOrder(BrokerUnavailable):
     """What a writer writes again has its place behind what others lost, and have not written again yet."""

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from asgi_realtime.core.errors import Misplaced, ProducerGap, RealtimeError, StreamClosed, StreamLost
+from asgi_realtime.core.errors import ProducerGap, RealtimeError, RestoreOutOfOrder, StreamClosed, StreamLost
 from asgi_realtime.core.sse import chunk_frame, frame_data
 
 COMPACT_AFTER = 1024
@@ -86,7 +86,7 @@ def misplaced(at: int, following: int) -> RealtimeError:
     """Why an entry that was lost cannot be written again at its place."""
     if at < following:
         return StreamLost(f"entry {at} was lost and its place is taken: the stream is at {following}")
-    return Misplaced(f"entry {at} was lost; those before it, from {following} on, are not there again yet")
+    return RestoreOutOfOrder(f"entry {at} was lost; those before it, from {following} on, are not there again yet")
 
 
 class Log:
@@ -114,7 +114,7 @@ class Log:
 
         With `at` the items have to stand from that seq on. Raises `ProducerGap` if the call leaves a hole in the
         producer's count, `StreamClosed` if the log has ended and an item is new, `StreamLost` if the place of the first
-        new item is taken, `Misplaced` if the log has not come to it yet. The producer's check comes first: a
+        new item is taken, `RestoreOutOfOrder` if the log has not come to it yet. The producer's check comes first: a
         retry of what was stored succeeds on a closed log.
         """
         seq = self.next

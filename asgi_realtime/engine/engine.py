@@ -6,6 +6,7 @@ Three ways lead to a start (the host's lifespan, the middleware, the first use) 
 from __future__ import annotations
 
 import contextvars
+import logging
 import os
 import secrets
 from collections.abc import AsyncIterator, Callable
@@ -30,12 +31,14 @@ from asgi_realtime.engine.leases import LeaseThread
 from asgi_realtime.engine.run import RelatedRun, Run
 from asgi_realtime.engine.siblings import Siblings
 from asgi_realtime.engine.subscribers import Subscribers
-from asgi_realtime.engine.ticker import Housekeeping
+from asgi_realtime.engine.ticker import Ticker
 from asgi_realtime.engine.watch import RunWatch
-from asgi_realtime.loop.supervisor import Job, Supervisor, logger
-from asgi_realtime.loop.waiting import Parking
+from asgi_realtime.loop.supervisor import Job, Supervisor
+from asgi_realtime.loop.waiting import WaitList
 from asgi_realtime.runs.store import RunStore
 from asgi_realtime.streams.sources import ThreadBudget
+
+logger = logging.getLogger("asgi_realtime")
 
 
 class Engine:
@@ -76,7 +79,7 @@ class Engine:
         self._had_host = False
         self._ready = False
         self._failure: Exception | None = None
-        self._changed = Parking()
+        self._changed = WaitList()
         self._executor_away = False
         self._siblings = None if broker.shared else Siblings()
 
@@ -102,7 +105,7 @@ class Engine:
         self._supervisor = None
         self._had_host = False
         self._ready = False
-        self._changed = Parking()
+        self._changed = WaitList()
         self.runs.owner = secrets.token_hex(8)
         if self._in_process is not None:
             self._in_process.forget()
@@ -205,11 +208,11 @@ class Engine:
                 if self._siblings is not None:
                     self._siblings.look()
                 self.keep_leases()
-                housekeeping = Housekeeping(self)
+                ticker = Ticker(self)
                 async with anyio.create_task_group() as group:
-                    group.start_soon(housekeeping.tick_subscribers)
-                    group.start_soon(housekeeping.run_what_is_due)
-                    group.start_soon(housekeeping.hand_over_what_is_due)
+                    group.start_soon(ticker.tick_subscribers)
+                    group.start_soon(ticker.run_what_is_due)
+                    group.start_soon(ticker.hand_over_what_is_due)
         except Exception as exc:
             logger.exception("the broker or the executor cannot be used")
             self._failure = exc
@@ -254,7 +257,7 @@ class Engine:
                 for execution in tuple(self.executions.values()):
                     execution.shut_down()
                     if not execution.reachable():
-                        await execution.stopped()
+                        await execution.finish_stopped()
                         self.ended(execution)
                 if self._busy:
                     await self._changed.wait()

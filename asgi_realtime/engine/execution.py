@@ -7,6 +7,7 @@ metadata that still waited, and the status.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -24,11 +25,12 @@ from asgi_realtime.core.errors import (
 )
 from asgi_realtime.core.runs import Finished, RunError, RunRecord, Status
 from asgi_realtime.engine.run import Run
-from asgi_realtime.loop.supervisor import logger
 from asgi_realtime.runs.store import RunStore
 
 if TYPE_CHECKING:
     from asgi_realtime.streams.pipe import Pipe
+
+logger = logging.getLogger("asgi_realtime")
 
 _HIDDEN_MESSAGE = "task failed"
 _SHOWN = (TaskError, EncodingError, LimitExceeded, StreamLost)
@@ -72,33 +74,33 @@ class Execution:
         for pipe in tuple(self.run.pipes):
             pipe.stop(reason)
 
-    async def returned(self) -> RunRecord:
+    async def finish_returned(self) -> RunRecord:
         """The code of the run is through: wait for its pipes, then end the run."""
         await self._pipes_settled()
         if self.stopped_by is not None:
-            return await self.stopped()
+            return await self.finish_stopped()
         for pipe in self.run.pipes:
             if (error := pipe.unseen_error) is not None:
                 return await self._end(self._failure(error))
         return await self._end(Finished(Status.COMPLETED, output_json=self.run.output_json))
 
-    async def outcome_of(self, pipe: Pipe[Any]) -> RunRecord:
+    async def finish_as_pipe(self, pipe: Pipe[Any]) -> RunRecord:
         """The run lives as long as this pipe, which has ended: end it the same way."""
         if self.stopped_by is None and pipe.error is not None:
-            return await self.raised(pipe.error)
-        return await self.returned()
+            return await self.finish_failed(pipe.error)
+        return await self.finish_returned()
 
-    async def raised(self, error: BaseException) -> RunRecord:
+    async def finish_failed(self, error: BaseException) -> RunRecord:
         """The code of the run failed."""
         return await self._end(self._failure(error))
 
-    async def stopped(self) -> RunRecord:
+    async def finish_stopped(self) -> RunRecord:
         """The code of the run was stopped: by `cancel`, by `shut_down`, or by its host."""
         if isinstance(self.stopped_by, ServerShutdown):
             return await self._end(Finished(Status.FAILED, error=RunError("ServerShutdown", str(self.stopped_by))))
         return await self._end(Finished(Status.CANCELED))
 
-    async def timed_out(self, max_duration_s: float) -> RunRecord:
+    async def finish_timed_out(self, max_duration_s: float) -> RunRecord:
         """The code of the run took longer than it may."""
         message = f"the task took longer than its max_duration of {max_duration_s:g} s"
         return await self._end(Finished(Status.TIMED_OUT, error=RunError("TimedOut", message)))

@@ -5,12 +5,14 @@ The thread is there while this process has runs in hand. It belongs to one start
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Sequence
 
 from asgi_realtime.brokers.base import ThreadRenewal
 from asgi_realtime.core.errors import BrokerUnavailable
-from asgi_realtime.loop.supervisor import logger
+
+logger = logging.getLogger("asgi_realtime")
 
 _PAUSE_S = 1.0
 """Between two tries while the broker is away, at most."""

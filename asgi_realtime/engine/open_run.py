@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextvars
+import logging
 from collections.abc import Awaitable, Callable
 from types import TracebackType
 
@@ -10,8 +11,9 @@ from asgi_realtime.core.errors import RealtimeError
 from asgi_realtime.core.runs import RunRecord
 from asgi_realtime.engine.execution import Execution
 from asgi_realtime.engine.run import Run, current
-from asgi_realtime.loop.supervisor import logger
 from asgi_realtime.loop.waiting import Interrupt, make_interrupt
+
+logger = logging.getLogger("asgi_realtime")
 
 Begin = Callable[[], Awaitable[Execution]]
 
@@ -73,13 +75,13 @@ class OpenRun:
 
     async def _end(self, execution: Execution, exc: BaseException | None, *, interrupted: bool) -> RunRecord:
         if interrupted:
-            return await execution.stopped()
+            return await execution.finish_stopped()
         if isinstance(exc, Exception):
-            return await execution.raised(exc)
+            return await execution.finish_failed(exc)
         if exc is not None:
-            return await execution.stopped()
+            return await execution.finish_stopped()
         try:
-            return await execution.returned()
+            return await execution.finish_returned()
         except BaseException:  # cancelled while waiting for a pipe
-            await execution.stopped()
+            await execution.finish_stopped()
             raise

@@ -5,6 +5,7 @@ A pipe's job runs beside a run that is there, or around a run of its own that li
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -15,10 +16,11 @@ from asgi_realtime.core.log import HIDDEN_STREAM
 from asgi_realtime.core.runs import RunRecord
 from asgi_realtime.engine.engine import Engine
 from asgi_realtime.engine.run import current
-from asgi_realtime.loop.supervisor import logger
 from asgi_realtime.runs.handles import RunHandle
 from asgi_realtime.streams.pipe import Pipe, Source
 from asgi_realtime.streams.writer import StreamWriter
+
+logger = logging.getLogger("asgi_realtime")
 
 T = TypeVar("T")
 
@@ -66,7 +68,7 @@ class Producers:
         """Forward a source in a run of its own, which begins and ends with it."""
         supervisor = self._engine.begin()
         pipe = self._pipe(source, StreamKey(record.id, stream))
-        self._engine.runs.announce(record.id)
+        self._engine.runs.expect_creation(record.id)
         supervisor.spawn(lambda: self._run_around(record, pipe))
         return pipe
 
@@ -102,14 +104,14 @@ class Producers:
             await pipe.fail(exc)
             raise
         finally:
-            engine.runs.opened(record.id)
+            engine.runs.creation_settled(record.id)
         execution.run.pipes.add(pipe)
         current.set(execution.run)
         try:
             await pipe.run()
-            await execution.outcome_of(pipe)
+            await execution.finish_as_pipe(pipe)
         except anyio.get_cancelled_exc_class():
-            await execution.stopped()
+            await execution.finish_stopped()
             raise
         finally:
             engine.ended(execution)
@@ -117,7 +119,7 @@ class Producers:
     async def _run_beside(self, pipe: Pipe[Any]) -> None:
         try:
             await self._engine.ensure_started()
-            await self._engine.runs.present(pipe.run_id)
+            await self._engine.runs.wait_created(pipe.run_id)
         except BaseException as exc:
             await pipe.fail(exc)
             raise

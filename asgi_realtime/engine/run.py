@@ -7,6 +7,7 @@ what is left in the same version as its result. Everything here may be used from
 from __future__ import annotations
 
 import contextvars
+import logging
 import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -31,12 +32,14 @@ from asgi_realtime.core.metadata import (
 )
 from asgi_realtime.core.names import check_tags, input_stream
 from asgi_realtime.core.runs import MetadataChanged, RunChange, RunRecord, TagsAdded
-from asgi_realtime.loop.supervisor import Supervisor, logger
+from asgi_realtime.loop.supervisor import Supervisor
 from asgi_realtime.runs.store import RunStore
 from asgi_realtime.streams.readers import StreamReader, ended_otherwise
 
 if TYPE_CHECKING:
     from asgi_realtime.streams.pipe import Pipe
+
+logger = logging.getLogger("asgi_realtime")
 
 COALESCE_S = 0.05
 """How long a change of metadata or tags may wait for others."""
@@ -107,7 +110,7 @@ class ChangeBuffer:
             if not changes:
                 return
             try:
-                record, refusal = await self._runs.change(self.run_id, *changes)
+                record, refusal = await self._runs.try_change(self.run_id, *changes)
             except BaseException:
                 with self.lock:
                     self._pending[:0] = changes

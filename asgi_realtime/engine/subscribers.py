@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Protocol
 
 import anyio
 
 from asgi_realtime.loop.signals import ShutdownSignals
-from asgi_realtime.loop.supervisor import Supervisor, logger
+from asgi_realtime.loop.supervisor import Supervisor
+
+logger = logging.getLogger("asgi_realtime")
 
 ANNOUNCEMENT_COUNTS_S = 30.0
 """How long an announced shutdown ends subscriptions if none comes: a host may have a handler that ignores signals."""

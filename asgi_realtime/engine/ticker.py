@@ -5,6 +5,7 @@ What is due is the broker's knowledge, so any process may do it; the compare-and
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Awaitable, Callable
@@ -14,10 +15,11 @@ import anyio
 
 from asgi_realtime.core.errors import BrokerUnavailable, InvalidTransition, RunNotFound
 from asgi_realtime.core.runs import Finished, Queued, RunChange, RunError, RunRecord, Status
-from asgi_realtime.loop.supervisor import logger
 
 if TYPE_CHECKING:
     from asgi_realtime.engine.engine import Engine
+
+logger = logging.getLogger("asgi_realtime")
 
 _EXPIRED = Finished(Status.EXPIRED, error=RunError("Expired", "the run was not started within its ttl"))
 _CRASHED = Finished(Status.CRASHED, error=RunError("Crashed", "the process that executed the run is gone"))
@@ -30,11 +32,11 @@ class MovedClock(Protocol):
     def steady(self) -> float:
         """Seconds for spans, which move along."""
 
-    def add_follower(self, follower: Housekeeping) -> None:
+    def add_follower(self, follower: Ticker) -> None:
         """Have it act at once when the clock is moved, for as long as it is alive and `running`."""
 
 
-class Housekeeping:
+class Ticker:
     """The ticker of one start of an engine."""
 
     def __init__(self, engine: Engine) -> None:

@@ -6,15 +6,18 @@ did is looked at, and nothing is asked while nothing happens.
 
 from __future__ import annotations
 
+import logging
+
 import anyio
 
 from asgi_realtime.brokers.base import Broker, LiveTopic
 from asgi_realtime.core.errors import BrokerUnavailable
 from asgi_realtime.core.runs import RunRecord, Status, run_topic
 from asgi_realtime.engine.execution import Execution
-from asgi_realtime.loop.supervisor import logger
-from asgi_realtime.loop.waiting import make_parker
+from asgi_realtime.loop.waiting import make_waiter
 from asgi_realtime.runs.store import RunStore
+
+logger = logging.getLogger("asgi_realtime")
 
 _PAUSE_S = 0.5
 """Between two tries to follow, while the broker is away."""
@@ -59,12 +62,12 @@ class RunWatch:
                 await anyio.sleep(_PAUSE_S)
 
     async def _follow(self, topic: LiveTopic) -> None:
-        parker = make_parker()
+        waiter = make_waiter()
         cursor = None
         try:
             while True:
-                changed = parker.arm()
-                topic.waiting.add(parker)
+                changed = waiter.arm()
+                topic.waiting.add(waiter)
                 changes = await topic.changes(cursor)
                 cursor = changes.cursor
                 newest = max((change.version for change in changes.items), default=None)
@@ -74,7 +77,7 @@ class RunWatch:
                     return
                 await changed
         finally:
-            topic.waiting.discard(parker)
+            topic.waiting.discard(waiter)
 
     async def _is_stopped_by(self, version: int) -> bool:
         if version != self._seen:

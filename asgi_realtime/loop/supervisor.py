@@ -20,7 +20,7 @@ import anyio.abc
 import anyio.lowlevel
 
 from asgi_realtime.core.errors import ServerShutdown
-from asgi_realtime.loop.waiting import Parking, on_asyncio
+from asgi_realtime.loop.waiting import WaitList, on_asyncio
 
 logger = logging.getLogger("asgi_realtime")
 
@@ -73,10 +73,10 @@ class Supervisor:
         self.ending = False
         """All jobs were cancelled, and whoever comes now has come too late."""
         self._queue: list[tuple[contextvars.Context, Job]] = []
-        self._work = Parking()
+        self._work = WaitList()
         self._brief: set[asyncio.Task[None]] = set()
         self._drained = False
-        self._ended = Parking()
+        self._ended = WaitList()
         self.ended = False
         self._thread = threading.get_ident()
         self._loop = asyncio.get_running_loop() if on_asyncio() else None
@@ -257,7 +257,7 @@ class Supervisor:
         if self.ended or (self._group is not None and self._group.cancel_scope.cancel_called):
             await function()
             return
-        done = Parking()
+        done = WaitList()
         outcome: list[Exception | None] = []
 
         async def job() -> None:

@@ -20,7 +20,7 @@ from asgi_realtime.core.errors import ServerShutdown
 from asgi_realtime.engine.run import Run
 from asgi_realtime.loop.supervisor import Supervisor, cancelled_by_nobody, is_failure
 from asgi_realtime.loop.threads import without_loop
-from asgi_realtime.loop.waiting import Parking
+from asgi_realtime.loop.waiting import WaitList
 
 T = TypeVar("T")
 
@@ -132,7 +132,7 @@ class HeldRun:
         self._scope: anyio.CancelScope | None = None
         self._is_left = False
         self._is_over = False
-        self._changed = Parking()
+        self._changed = WaitList()
 
     async def enter(self) -> Run:
         """Open the run. Raises what `open_run` raises."""

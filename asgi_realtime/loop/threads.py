@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from asgi_realtime.loop.supervisor import Supervisor
-from asgi_realtime.loop.waiting import Parking
+from asgi_realtime.loop.waiting import WaitList
 
 
 def without_loop(context: contextvars.Context) -> contextvars.Context:
@@ -30,7 +30,7 @@ class _Call:
         self.output: Any = None
         self.error: BaseException | None = None
         self.over = False
-        self.ended = Parking()
+        self.ended = WaitList()
 
 
 class TaskThreads:
@@ -40,7 +40,7 @@ class TaskThreads:
         self.supervisor = supervisor
         self._limit = limit
         self._used = 0
-        self._freed = Parking()
+        self._freed = WaitList()
 
     async def run(self, function: Callable[[], Any]) -> Any:
         """Call a function in a thread, in a copy of the caller's context.

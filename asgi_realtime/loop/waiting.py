@@ -1,6 +1,6 @@
 """Waiting, once for each loop library: asyncio futures, trio's own events.
 
-A `Parker` is one waiter's seat: whoever has something for it calls `wake`. A `Parking` is a place where many wait for
+A `Waiter` is one waiter's seat: whoever has something for it calls `wake`. A `WaitList` is a place where many wait for
 the same thing. Between the check that finds nothing and `arm()` there must be no `await`; then no wake is lost.
 A `Guard` runs a body beside a watcher of the connection and cancels the body from outside.
 """
@@ -19,7 +19,7 @@ import anyio.abc
 logger = logging.getLogger("asgi_realtime")
 
 
-class Parker(Protocol):
+class Waiter(Protocol):
     """One waiter. It may be woken by anyone on its loop, any number of times."""
 
     def arm(self) -> Awaitable[None]:
@@ -29,7 +29,7 @@ class Parker(Protocol):
         """End the present wait, if there is one. Never raises: one waiter must not keep others from being woken."""
 
 
-class _AsyncioParker:
+class _AsyncioWaiter:
     __slots__ = ("_future", "_loop")
 
     def __init__(self) -> None:
@@ -62,7 +62,7 @@ class _EventWait:
         return self._event.wait().__await__()
 
 
-class _TrioParker:
+class _TrioWaiter:
     __slots__ = ("_event",)
 
     def __init__(self) -> None:
@@ -86,42 +86,42 @@ def on_asyncio() -> bool:
     return True
 
 
-def make_parker() -> Parker:
-    """A parker for the running loop."""
-    return _AsyncioParker() if on_asyncio() else _TrioParker()
+def make_waiter() -> Waiter:
+    """A waiter for the running loop."""
+    return _AsyncioWaiter() if on_asyncio() else _TrioWaiter()
 
 
-class Parking:
+class WaitList:
     """Those who wait for one thing. `wake` wakes all and empties the place."""
 
-    __slots__ = ("_parked",)
+    __slots__ = ("_waiters",)
 
     def __init__(self) -> None:
-        self._parked: dict[Parker, None] = {}  # in the order of coming
+        self._waiters: dict[Waiter, None] = {}  # in the order of coming
 
     def __len__(self) -> int:
-        return len(self._parked)
+        return len(self._waiters)
 
-    def add(self, parker: Parker) -> None:
-        self._parked[parker] = None
+    def add(self, waiter: Waiter) -> None:
+        self._waiters[waiter] = None
 
-    def discard(self, parker: Parker) -> None:
-        self._parked.pop(parker, None)
+    def discard(self, waiter: Waiter) -> None:
+        self._waiters.pop(waiter, None)
 
     def wake(self) -> None:
-        if self._parked:
-            parked, self._parked = self._parked, {}
-            for parker in parked:
-                parker.wake()
+        if self._waiters:
+            parked, self._waiters = self._waiters, {}
+            for waiter in parked:
+                waiter.wake()
 
     async def wait(self) -> None:
-        """Wait for one `wake`, without a parker of one's own."""
-        parker = make_parker()
-        self.add(parker)
+        """Wait for one `wake`, without a waiter of one's own."""
+        waiter = make_waiter()
+        self.add(waiter)
         try:
-            await parker.arm()
+            await waiter.arm()
         finally:
-            self.discard(parker)
+            self.discard(waiter)
 
 
 class WakeSoon:
@@ -136,9 +136,9 @@ class WakeSoon:
 
     def __init__(self) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._places: dict[Parking, None] = {}
+        self._places: dict[WaitList, None] = {}
 
-    def wake(self, place: Parking) -> None:
+    def wake(self, place: WaitList) -> None:
         """Wake the place soon. Who parks meanwhile may be woken for nothing."""
         if not place:
             return

@@ -84,7 +84,7 @@ class OwnedRuns:
         owned = self._runs.get(record.id)
         return owned is not None and record.owner is not None and record.owner != owned.record.owner
 
-    def against(self, run_id: str, stored: RunRecord | None) -> RunRecord | None:
+    def restore_candidate(self, run_id: str, stored: RunRecord | None) -> RunRecord | None:
         """What the run is: the record that is stored, or the one that is to be stored in its place.
 
         The same object if nothing was lost; None if the run is gone for good. What others did after a loss stays: its

@@ -6,6 +6,7 @@ it again to what the other wrote. So several processes may change one run at onc
 
 from __future__ import annotations
 
+import logging
 import secrets
 from collections.abc import Awaitable, Callable, Sequence
 from itertools import count
@@ -28,9 +29,10 @@ from asgi_realtime.core.errors import (
 from asgi_realtime.core.log import StreamKey
 from asgi_realtime.core.metadata import check_size
 from asgi_realtime.core.runs import InputAdded, RunChange, RunRecord, StreamAdded, apply, run_topic
-from asgi_realtime.loop.supervisor import logger
-from asgi_realtime.loop.waiting import Parking, make_parker
+from asgi_realtime.loop.waiting import WaitList, make_waiter
 from asgi_realtime.runs.restoring import OwnedRuns, Writer
+
+logger = logging.getLogger("asgi_realtime")
 
 _R = TypeVar("_R")
 
@@ -57,7 +59,7 @@ class RunStore:
         """This process, as the owner of the runs that it executes and the writer of its commits."""
         self._numbers = count()
         self._known_streams: dict[StreamKey, None] = {}
-        self._opening: dict[str, Parking] = {}
+        self._opening: dict[str, WaitList] = {}
         self.owned = OwnedRuns(lossy=broker.shared, clock=clock, after_end_s=after_end_s)
 
     def now_ms(self) -> int:
@@ -69,23 +71,23 @@ class RunStore:
 
     async def get(self, run_id: str) -> RunRecord:
         """The newest record. Raises `RunNotFound`; a run that this process is about to create is waited for."""
-        await self.present(run_id)
+        await self.wait_created(run_id)
         (record,) = await self._broker.load([run_id])
         if record is None:
             raise RunNotFound(f"no run {shown(run_id)}: it never was, or it is past its retention")
         return record
 
-    def announce(self, run_id: str) -> None:
-        """The run is about to be created: `get` waits until `opened`."""
-        self._opening.setdefault(run_id, Parking())
+    def expect_creation(self, run_id: str) -> None:
+        """The run is about to be created: `get` waits until `creation_settled`."""
+        self._opening.setdefault(run_id, WaitList())
 
-    def opened(self, run_id: str) -> None:
+    def creation_settled(self, run_id: str) -> None:
         """The run was created, or never will be."""
         opening = self._opening.pop(run_id, None)
         if opening is not None:
             opening.wake()
 
-    async def present(self, run_id: str) -> None:
+    async def wait_created(self, run_id: str) -> None:
         """Wait while this process is about to create the run."""
         while (opening := self._opening.get(run_id)) is not None:
             await opening.wait()
@@ -103,14 +105,14 @@ class RunStore:
         it is logged instead. With a `mark` of the caller the same call again changes nothing, as long as the mark is
         among the newest `MARKS_KEPT` of the run.
         """
-        record, refusal = await self.change(run_id, *changes, mark=mark)
+        record, refusal = await self.try_change(run_id, *changes, mark=mark)
         if refusal is not None:
             if not record.is_completed:
                 raise refusal
             logger.warning("a change of run %s was refused: %s", run_id, refusal)
         return record
 
-    async def change(
+    async def try_change(
         self, run_id: str, *changes: RunChange, mark: ChangeMark | None = None
     ) -> tuple[RunRecord, LimitExceeded | None]:
         """As `update`, but returns why a change was left out, if one was."""
@@ -140,7 +142,7 @@ class RunStore:
     async def restored(self, run_id: str) -> RunRecord | None:
         """Store again what the broker has lost of a run that executes here; return what is stored then, if anything."""
         (stored,) = await self.patiently(lambda: self._broker.load([run_id]))
-        record = self.owned.against(run_id, stored)
+        record = self.owned.restore_candidate(run_id, stored)
         if record is None or record is stored:
             return record
         if stored is not None:
@@ -156,9 +158,9 @@ class RunStore:
         if conflict is not None:
             stored = conflict.current
         else:
-            await self.present(run_id)
+            await self.wait_created(run_id)
             (stored,) = await self.patiently(lambda: self._broker.load([run_id]))
-        record = self.owned.against(run_id, stored)
+        record = self.owned.restore_candidate(run_id, stored)
         if record is None:
             raise RunNotFound(f"no run {shown(run_id)}: it never was, or it is past its retention")
         return record, 0 if stored is None else stored.version
@@ -246,19 +248,19 @@ class RunStore:
     async def ended(self, run_id: str) -> RunRecord:
         """Wait until the run is over and return its last record. Raises `RunNotFound`."""
         await self.patiently(lambda: self.get(run_id))
-        parker = make_parker()
+        waiter = make_waiter()
         async with self._broker.follow(run_topic(run_id)) as topic:
             try:
                 while True:
-                    changed = parker.arm()
-                    topic.waiting.add(parker)
+                    changed = waiter.arm()
+                    topic.waiting.add(waiter)
                     await topic.changes(None, limit=1)  # raises if nothing is heard any more
                     record = await self.patiently(lambda: self.get(run_id))
                     if record.is_completed:
                         return record
                     await changed
             finally:
-                topic.waiting.discard(parker)
+                topic.waiting.discard(waiter)
 
 
 def _excess(before: RunRecord, after: RunRecord, limits: Limits) -> LimitExceeded | None:

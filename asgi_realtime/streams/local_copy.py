@@ -10,7 +10,7 @@ from collections import deque
 from typing import Generic, TypeVar
 
 from asgi_realtime.core.errors import LocalCopyLost
-from asgi_realtime.loop.waiting import Parking
+from asgi_realtime.loop.waiting import WaitList
 
 T = TypeVar("T")
 
@@ -26,8 +26,8 @@ class LocalCopy(Generic[T]):
         self._lost = False
         self._finished = False
         self._error: Exception | None = None
-        self._arrived = Parking()
-        self._space = Parking()
+        self._arrived = WaitList()
+        self._space = WaitList()
         self.error_seen = False
         """The source's error was raised to a reader."""
 

@@ -17,9 +17,9 @@ import anyio.lowlevel
 from asgi_realtime.core.config import Limits, Timeouts
 from asgi_realtime.core.errors import BrokerUnavailable, RealtimeError, ServerShutdown
 from asgi_realtime.loop.supervisor import cancelled_by_nobody, is_failure
-from asgi_realtime.loop.waiting import Parking
+from asgi_realtime.loop.waiting import WaitList
 from asgi_realtime.streams.local_copy import LocalCopy, Reader
-from asgi_realtime.streams.sources import ThreadBudget, discard, opened
+from asgi_realtime.streams.sources import ThreadBudget, discard, open_source
 from asgi_realtime.streams.writer import YIELD_EVERY, StreamWriter, encode_numbered
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class Pipe(Generic[T]):
         """What went wrong, with the source or with a chunk of it."""
         self._error_seen = False
         self.done = False
-        self._ended = Parking()
+        self._ended = WaitList()
 
     def __repr__(self) -> str:
         state = "ended" if self.done else "open"
@@ -184,7 +184,7 @@ class Pipe(Generic[T]):
             self._ended.wake()
 
     async def _forward_all(self) -> None:
-        async with opened(
+        async with open_source(
             self._source, threads=self._threads, post=self._post, close_s=self._timeouts.close
         ) as iterator:
             await anyio.lowlevel.checkpoint_if_cancelled()

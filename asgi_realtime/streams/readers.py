@@ -21,7 +21,7 @@ from asgi_realtime.core.chunks import decode
 from asgi_realtime.core.errors import BrokerUnavailable, RunCanceled, RunEnded, RunFailed, RunNotFound, StreamGap
 from asgi_realtime.core.log import End
 from asgi_realtime.core.runs import RunRecord, batch_topic, run_topic
-from asgi_realtime.loop.waiting import Parking, make_parker
+from asgi_realtime.loop.waiting import WaitList, make_waiter
 from asgi_realtime.runs.store import RunStore
 
 T = TypeVar("T")
@@ -89,19 +89,19 @@ class StreamReader(BatchIterator[Entry]):
     async def _fill(self) -> None:
         if self.end is not None:
             raise StopAsyncIteration
-        await self._runs.present(self.key.run)
-        parker = make_parker()
+        await self._runs.wait_created(self.key.run)
+        waiter = make_waiter()
         async with self._broker.live(self.key) as live:
             try:
                 while not (entries := await self._next_entries(live)):
                     if live.end is not None:
                         self.end = live.end
                         raise StopAsyncIteration
-                    live.waiting.add(parker)
+                    live.waiting.add(waiter)
                     with anyio.fail_after(self.timeout_s):
-                        await parker.arm()
+                        await waiter.arm()
             finally:
-                live.waiting.discard(parker)
+                live.waiting.discard(waiter)
             self.after = entries[-1].seq
             self._ready.extend(entries)
             if self.after + 1 >= live.log.next:
@@ -197,12 +197,12 @@ class TopicFollower(BatchIterator[RunRecord]):
     async def _fill(self) -> None:
         if self._stopped:
             raise StopAsyncIteration
-        parker = make_parker()
+        waiter = make_waiter()
         async with self._broker.follow(self._topic) as topic:
             try:
                 while True:
-                    changed = parker.arm()
-                    topic.waiting.add(parker)
+                    changed = waiter.arm()
+                    topic.waiting.add(waiter)
                     changes = await topic.changes(self._cursor, limit=self._limit)
                     if self._run_id is not None:
                         await self._runs.get(self._run_id)
@@ -213,7 +213,7 @@ class TopicFollower(BatchIterator[RunRecord]):
                         raise StopAsyncIteration
                     await changed
             finally:
-                topic.waiting.discard(parker)
+                topic.waiting.discard(waiter)
 
     async def _take(self, changes: Changes) -> None:
         records = await self._runs.load([change.run_id for change in changes.items])
@@ -291,18 +291,18 @@ class RunWithStreams(BatchIterator[RunRecord | StreamChunk]):
         self._after: dict[str, int] = {}
 
     async def _fill(self) -> None:
-        parker = make_parker()
-        places: list[Parking] = []
-        await self._runs.present(self._run_id)
+        waiter = make_waiter()
+        places: list[WaitList] = []
+        await self._runs.wait_created(self._run_id)
         async with AsyncExitStack() as stack:
             topic = await stack.enter_async_context(self._broker.follow(run_topic(self._run_id)))
             places.append(topic.waiting)
             lives: dict[str, LiveLog] = {}
             try:
                 while True:
-                    changed = parker.arm()
+                    changed = waiter.arm()
                     for place in places:
-                        place.add(parker)
+                        place.add(waiter)
                     await topic.changes(None, limit=1)  # raises if nothing is heard any more
                     record = await self._runs.get(self._run_id)
                     for name in record.streams:
@@ -310,14 +310,14 @@ class RunWithStreams(BatchIterator[RunRecord | StreamChunk]):
                             live = await stack.enter_async_context(self._broker.live(StreamKey(self._run_id, name)))
                             lives[name] = live
                             places.append(live.waiting)
-                            live.waiting.add(parker)
+                            live.waiting.add(waiter)
                     await self._take(record, lives)
                     if self._ready:
                         return
                     await changed
             finally:
                 for place in places:
-                    place.discard(parker)
+                    place.discard(waiter)
 
     async def _take(self, record: RunRecord, lives: dict[str, LiveLog]) -> None:
         if self._stop_on_completion and record.is_completed and self._shown == record.version:

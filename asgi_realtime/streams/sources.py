@@ -20,7 +20,7 @@ from typing import Any, Generic, TypeVar
 import anyio
 
 from asgi_realtime.core.errors import InvalidSource, LimitExceeded
-from asgi_realtime.loop.waiting import Parking
+from asgi_realtime.loop.waiting import WaitList
 
 logger = logging.getLogger("asgi_realtime")
 
@@ -78,7 +78,7 @@ class ThreadBudget:
 
 
 @asynccontextmanager
-async def opened(
+async def open_source(
     source: Any, *, threads: ThreadBudget, post: Callable[[Callable[[], object]], None], close_s: float
 ) -> AsyncIterator[AsyncIterator[Any]]:
     """The iterator of a source. Whatever happens in the body, iterator and source are closed behind it.
@@ -88,7 +88,7 @@ async def opened(
     if _is_manager(source):
         async with _entered(source, close_s=close_s) as given:
             check_source(given)
-            async with opened(given, threads=threads, post=post, close_s=close_s) as iterator:
+            async with open_source(given, threads=threads, post=post, close_s=close_s) as iterator:
                 yield iterator
         return
     try:
@@ -199,7 +199,7 @@ class _ThreadIterator(Generic[T]):
         self._stopped = False
         self._ended = False
         self._error: Exception | None = None
-        self._arrived = Parking()
+        self._arrived = WaitList()
         self._awaited = False  # the reader found nothing and is to be woken; each item would cost a call of the loop
         threads.take()
         context = contextvars.copy_context()

@@ -23,14 +23,14 @@ from asgi_realtime.core.errors import (
     BrokerUnavailable,
     EncodingError,
     LimitExceeded,
-    Misplaced,
     ProducerGap,
     RealtimeError,
+    RestoreOutOfOrder,
     RunNotFound,
     StreamClosed,
     StreamLost,
 )
-from asgi_realtime.loop.waiting import Parking
+from asgi_realtime.loop.waiting import WaitList
 from asgi_realtime.runs.store import RunStore
 
 CALL_BYTES = 256 * 1024
@@ -82,7 +82,7 @@ class StreamWriter:
         self._pending_bytes = 0
         self._taken = 0
         self._flushing = False
-        self._progress = Parking()
+        self._progress = WaitList()
         self._kept: deque[_Kept] = deque()
         self._kept_bytes = 0
         self._restoring = anyio.Lock(fast_acquire=True)
@@ -230,7 +230,11 @@ class StreamWriter:
                 for neighbours in _neighbours(kept) if kept else [[]]:
                     await self._restore(neighbours, index)
                     index += len(neighbours)
-            except (ProducerGap, StreamLost, Misplaced):  # more is lost than was kept, or others have written there
+            except (
+                ProducerGap,
+                StreamLost,
+                RestoreOutOfOrder,
+            ):  # more is lost than was kept, or others have written there
                 await self._lose()
             except StreamClosed as exc:
                 self._forget(exc)

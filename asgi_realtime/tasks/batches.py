@@ -8,6 +8,7 @@ its items come in a second request, which may be repeated. What its runs do not 
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,11 +21,12 @@ from asgi_realtime.core.errors import LimitExceeded, RealtimeError, RunNotFound,
 from asgi_realtime.core.names import new_batch_id
 from asgi_realtime.core.runs import BatchMember, CancelRequested, RunRecord
 from asgi_realtime.engine.engine import Engine
-from asgi_realtime.loop.supervisor import logger
 from asgi_realtime.runs.handles import BatchHandle, ResultWaiter, batch_scopes
 from asgi_realtime.tasks.launch import Launcher, Once, renamed
 from asgi_realtime.tasks.records import Prepared, RunOptions
 from asgi_realtime.tasks.task import TaskLike
+
+logger = logging.getLogger("asgi_realtime")
 
 BatchItem = tuple[TaskLike, Any] | tuple[TaskLike, Any, Mapping[str, Any]]
 

@@ -62,7 +62,9 @@ class Records:
         self._now_ms = now_ms
         self._owner = owner
 
-    def opened(self, name: str, *, tags: str | Iterable[str] | None, metadata: Mapping[str, Any] | None) -> RunRecord:
+    def new_open_run(
+        self, name: str, *, tags: str | Iterable[str] | None, metadata: Mapping[str, Any] | None
+    ) -> RunRecord:
         """A run that this process executes from its begin on."""
         now_ms = self._now_ms()
         run_id = new_run_id()
@@ -81,7 +83,7 @@ class Records:
 
     def triggered(self, task: Task[Any, Any], payload: Payload, options: RunOptions) -> Prepared:
         """A run that waits for its task. The payload has been checked against the task."""
-        record = self.opened(task.id, tags=options.tags, metadata=options.metadata)
+        record = self.new_open_run(task.id, tags=options.tags, metadata=options.metadata)
         now_ms = record.created_at_ms
         delay_ms = _delay_ms(options.delay, now_ms)
         ttl_s = None if options.ttl is None else parse_span(options.ttl, name="ttl")

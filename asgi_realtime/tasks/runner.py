@@ -32,21 +32,21 @@ async def run_task(task: Task[Any, Any], execution: Execution, *, threads: TaskT
                 output = await _call(task, execution, threads)
                 if output is not None or execution.run.output_json is None:
                     execution.run.set_output(output)
-                return await execution.returned()
+                return await execution.finish_returned()
             except BaseException as exc:
                 if not is_failure(exc):
                     raise
-                return await execution.raised(exc)  # a task that exits does not end the server
+                return await execution.finish_failed(exc)  # a task that exits does not end the server
         if execution.stopped_by is None and max_duration_s is not None:
-            return await execution.timed_out(max_duration_s)
-        return await execution.stopped()
+            return await execution.finish_timed_out(max_duration_s)
+        return await execution.finish_stopped()
     except BaseException as exc:
         if execution.ending or isinstance(exc, KeyboardInterrupt | GeneratorExit):
             raise
         # On trio a scope takes its cancellation out of a group of exceptions, and what is left comes here.
         if is_failure(exc) or (isinstance(exc, anyio.get_cancelled_exc_class()) and cancelled_by_nobody()):
-            return await execution.raised(exc)
-        await execution.stopped()
+            return await execution.finish_failed(exc)
+        await execution.finish_stopped()
         raise
     finally:
         execution.interrupt = None

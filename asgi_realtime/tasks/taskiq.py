@@ -13,6 +13,7 @@ A run that the queue delivers twice is executed once: whoever comes second finds
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Coroutine
 from typing import Any
 
@@ -20,7 +21,8 @@ import anyio
 
 from asgi_realtime.core.errors import BrokerUnavailable, RunNotFound, UnknownTask
 from asgi_realtime.engine.executor import ExecutorHost
-from asgi_realtime.loop.supervisor import logger
+
+logger = logging.getLogger("asgi_realtime")
 
 try:
     from taskiq import AsyncBroker, AsyncTaskiqDecoratedTask, TaskiqEvents, TaskiqState

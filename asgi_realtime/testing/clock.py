@@ -12,7 +12,7 @@ from asgi_realtime.core.scopes import flatten_scopes
 from asgi_realtime.tokens import TokenAuthority
 
 if TYPE_CHECKING:
-    from asgi_realtime.engine.ticker import Housekeeping
+    from asgi_realtime.engine.ticker import Ticker
     from asgi_realtime.realtime import Realtime
 
 
@@ -27,7 +27,7 @@ class FakeClock:
     def __init__(self, start: float | None = None) -> None:
         self._started_at = time.time() if start is None else start
         self._moved_s = 0.0
-        self._followers: WeakSet[Housekeeping] = WeakSet()
+        self._followers: WeakSet[Ticker] = WeakSet()
 
     def __call__(self) -> float:
         return self._started_at + self._moved_s
@@ -39,7 +39,7 @@ class FakeClock:
         """Seconds for spans: real ones, and what this was moved by."""
         return time.monotonic() + self._moved_s
 
-    def add_follower(self, follower: Housekeeping) -> None:
+    def add_follower(self, follower: Ticker) -> None:
         """Have it act at once when this is moved; what a `Realtime` does with its clock when it starts."""
         self._followers.add(follower)
 

@@ -2,13 +2,13 @@ from __future__ import annotations
 
 import pytest
 
-from asgi_realtime.asgi.limits import Seats
+from asgi_realtime.asgi.limits import SubscriptionLimits
 from asgi_realtime.core.config import Limits
 from asgi_realtime.core.errors import LimitExceeded
 
 
 def test_a_refused_seat_is_not_counted_anywhere() -> None:
-    seats = Seats(Limits(subscribers=3, subscribers_per_run=2, subscribers_per_token=1))
+    seats = SubscriptionLimits(Limits(subscribers=3, subscribers_per_run=2, subscribers_per_token=1))
     seats.take("run_1", "a")
     for run_id, token_id, limit in (("run_2", "a", 1), ("run_1", "a", 1)):
         with pytest.raises(LimitExceeded, match=f"limit {limit}") as refused:
@@ -24,7 +24,7 @@ def test_a_refused_seat_is_not_counted_anywhere() -> None:
 
 
 def test_what_is_left_is_forgotten() -> None:
-    seats = Seats(Limits(subscribers_per_run=1))
+    seats = SubscriptionLimits(Limits(subscribers_per_run=1))
     for number in range(5):
         seats.take("run_1", str(number))
         seats.leave("run_1", str(number))
@@ -33,7 +33,7 @@ def test_what_is_left_is_forgotten() -> None:
 
 
 def test_bodies_are_counted_by_token() -> None:
-    seats = Seats(Limits(bodies_per_token=2))
+    seats = SubscriptionLimits(Limits(bodies_per_token=2))
     seats.take_body("a")
     seats.take_body("a")
     seats.take_body("b")

@@ -8,7 +8,7 @@ import anyio.lowlevel
 import pytest
 
 from asgi_realtime.asgi.framing import NativeFraming
-from asgi_realtime.asgi.subscription import MAX_RECONNECT_MS, MIN_RECONNECT_MS, farewell
+from asgi_realtime.asgi.subscription import MAX_RECONNECT_MS, MIN_RECONNECT_MS, reconnect_response
 from asgi_realtime.brokers.base import StreamKey
 from asgi_realtime.brokers.live_log import LiveLog
 from asgi_realtime.core.config import Cors, Limits, Retention, Timeouts
@@ -729,7 +729,7 @@ async def test_shutdown_ends_each_stream_with_reconnect_and_a_time_of_its_own(ho
 
 async def test_the_times_to_come_back_are_spread_evenly_over_what_is_allowed() -> None:
     host = StandIn(timeouts=Timeouts(reconnect=0.3))
-    retries = [EventParser().feed(bytes(farewell(host).body))[0].retry for _ in range(200)]
+    retries = [EventParser().feed(bytes(reconnect_response(host).body))[0].retry for _ in range(200)]
     assert set(retries) <= set(range(MIN_RECONNECT_MS, 301))
     assert retries.count(MIN_RECONNECT_MS) < 40  # one in 51, and not all that would lie below
 

@@ -20,7 +20,7 @@ from asgi_realtime.core.errors import RealtimeError, StreamClosed, VersionConfli
 from asgi_realtime.core.log import Log
 from asgi_realtime.core.runs import RunRecord, Status
 from asgi_realtime.core.topics import TopicIndex
-from asgi_realtime.loop.waiting import Parking
+from asgi_realtime.loop.waiting import WaitList
 from asgi_realtime.testing import conformance
 from asgi_realtime.testing.conformance.kit import pause
 from tests.brokers.backends import Memory
@@ -601,7 +601,7 @@ class AsksInAnyOrder(MemoryBroker):
 class RemovesInSilence(MemoryBroker):
     def _remove(self, run_id: str) -> None:
         for topic in self._topics.values():
-            topic.waiting = Parking()
+            topic.waiting = WaitList()
         super()._remove(run_id)
 
 

@@ -8,7 +8,7 @@ import pytest
 from asgi_realtime.brokers.live_log import MAX_BODY, LiveLog
 from asgi_realtime.core.log import End, Log
 from asgi_realtime.core.sse import chunk_frame
-from asgi_realtime.loop.waiting import Parker, make_parker
+from asgi_realtime.loop.waiting import Waiter, make_waiter
 
 COMPLETE = End("complete")
 
@@ -93,11 +93,11 @@ def test_entries_come_up_to_a_limit() -> None:
 @pytest.mark.anyio
 async def test_an_entry_an_end_and_a_failure_wake_those_who_wait() -> None:
     live = followed()
-    parker = make_parker()
+    waiter = make_waiter()
 
-    async def woken_by(parker: Parker) -> None:
-        woken = parker.arm()
-        live.waiting.add(parker)
+    async def woken_by(waiter: Waiter) -> None:
+        woken = waiter.arm()
+        live.waiting.add(waiter)
         await woken
 
     def grow() -> None:
@@ -111,7 +111,7 @@ async def test_an_entry_an_end_and_a_failure_wake_those_who_wait() -> None:
     with anyio.fail_after(5):
         for happens in (grow, end, lambda: live.fail(ConnectionError("gone"))):
             async with anyio.create_task_group() as group:
-                group.start_soon(woken_by, parker)
+                group.start_soon(woken_by, waiter)
                 while not len(live.waiting):
                     await anyio.lowlevel.checkpoint()
                 happens()

@@ -23,7 +23,7 @@ from asgi_realtime.brokers.base import Producer, StreamKey
 from asgi_realtime.brokers.redis import RedisBroker, schedule
 from asgi_realtime.brokers.redis import broker as redis_broker
 from asgi_realtime.brokers.redis.listener import Listener
-from asgi_realtime.brokers.redis.server_health import Presence
+from asgi_realtime.brokers.redis.server_health import ServerHealthLog
 from asgi_realtime.core.errors import BrokerUnavailable, RunNotFound
 from asgi_realtime.core.runs import DUE_KINDS, Status, tag_topic
 from asgi_realtime.testing.conformance.kit import (
@@ -565,7 +565,7 @@ async def test_a_stranger_is_a_redis_that_is_away(log: Log, answer: bytes) -> No
 
 
 async def test_what_goes_and_comes_in_a_second_is_one_absence(log: Log) -> None:
-    presence = Presence()
+    presence = ServerHealthLog()
     presence.absent("it")
     for _ in range(100):
         presence.lost("it", "it is away", "nobody knows")
@@ -580,7 +580,7 @@ async def test_what_goes_and_comes_in_a_second_is_one_absence(log: Log) -> None:
 
 
 async def test_a_server_that_has_left_the_cluster_is_not_away_for_ever(log: Log) -> None:
-    presence = Presence()
+    presence = ServerHealthLog()
     presence.absent("it")
     presence.lost("it", "it is away", "nobody knows")
     presence.works("it", "it is back")
@@ -591,7 +591,7 @@ async def test_a_server_that_has_left_the_cluster_is_not_away_for_ever(log: Log)
 
 
 async def test_a_connection_that_breaks_all_the_time_is_told_of_once(log: Log) -> None:
-    presence = Presence()
+    presence = ServerHealthLog()
     for _ in range(100):
         presence.broke("it", "it", "nobody knows")
     assert log.broke == 1

@@ -9,7 +9,7 @@ import pytest
 
 from asgi_realtime import LimitExceeded, Realtime, Run, RunError, RunRecord, Status, Timeouts, UnknownTask
 from asgi_realtime.brokers.memory import MemoryBroker
-from asgi_realtime.engine.ticker import Housekeeping
+from asgi_realtime.engine.ticker import Ticker
 from asgi_realtime.tasks import ExecutorHost, InProcessExecutor
 from tests.brokers.backends import DistantBroker
 from tests.faults import RemoteBroker
@@ -34,7 +34,7 @@ class Queue:
 def make_record(realtime: Realtime) -> RunRecord:
     """A run of the task "t" as `trigger` stores it, before anybody is told."""
     return msgspec.structs.replace(
-        realtime._tasks.records.opened("t", tags=None, metadata=None),
+        realtime._tasks.records.new_open_run("t", tags=None, metadata=None),
         status=Status.QUEUED,
         owner=None,
         started_at_ms=None,
@@ -157,7 +157,7 @@ async def test_a_run_that_the_executor_does_not_take_now_waits_for_it(
         assert (again.id, again.is_cached) == (handle.id, True)
         other = await refusing.trigger("t")
         assert (await refusing.get_run(handle)).status is Status.QUEUED
-        await Housekeeping(refusing.engine).once()
+        await Ticker(refusing.engine).once()
     warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
     assert warnings == ["the executor does not take runs; it is asked again"], "once, and not for each run"
     async with taking:
@@ -222,17 +222,17 @@ async def test_a_run_that_the_executor_refused_is_handed_over_when_it_takes_runs
     async with realtime:
         handles = [await realtime.trigger(task, delay=5) for _ in range(3)]
         clock.seconds += 6
-        housekeeping = Housekeeping(realtime.engine)
+        ticker = Ticker(realtime.engine)
         for _ in range(3):
-            await housekeeping.once()
+            await ticker.once()
         assert queue.sent == []
         queue.away = False
         clock.seconds += realtime.timeouts.lease
         for _ in range(3):
-            await housekeeping.once()
+            await ticker.once()
         assert sorted(queue.sent) == sorted((handle.id, "t") for handle in handles)
         clock.seconds += 3 * realtime.timeouts.lease
-        await housekeeping.once()
+        await ticker.once()
         assert len(queue.sent) == 3  # the queue has them now
 
 
@@ -287,10 +287,10 @@ async def test_a_run_whose_process_died_before_it_was_handed_over_is_handed_over
     async with alive:
         record = make_record(dead)
         await dead.runs.create(record)  # and that was its last act
-        await Housekeeping(alive.engine).once()
+        await Ticker(alive.engine).once()
         assert queue.sent == []
         clock.seconds += alive.timeouts.lease + 0.1
-        await Housekeeping(alive.engine).once()
+        await Ticker(alive.engine).once()
         assert queue.sent == [(record.id, "t")]
 
 
@@ -305,7 +305,7 @@ async def test_a_run_that_is_handed_over_late_is_put_into_the_queue_by_one_proce
         await processes[0].runs.create(record)
         clock.seconds += realtime.timeouts.lease + 0.1
         for realtime in processes:
-            await Housekeeping(realtime.engine).once()
+            await Ticker(realtime.engine).once()
         assert queue.sent == [(record.id, "t")]
 
 
@@ -325,7 +325,7 @@ async def test_a_broker_that_cannot_be_told_that_the_queue_has_a_run_is_no_failu
         clock.seconds += realtime.timeouts.lease + 0.1
         await until(lambda: len(queue.sent) == 2)  # once more, which is harmless
         clock.seconds += realtime.timeouts.lease + 0.1
-        await Housekeeping(realtime.engine).once()
+        await Ticker(realtime.engine).once()
         assert len(queue.sent) == 2
 
 
@@ -352,8 +352,8 @@ async def test_a_run_that_waits_in_a_process_is_not_taken_by_another_while_it_li
         assert one.engine.held == [handle.id for handle in handles]
         for _ in range(6):
             clock.seconds += one.timeouts.lease / 2
-            await Housekeeping(one.engine).once()
-            await Housekeeping(two.engine).once()
+            await Ticker(one.engine).once()
+            await Ticker(two.engine).once()
         assert two.engine.held == []
         assert begun == [handles[0].id]
         go.set()
@@ -383,7 +383,7 @@ async def test_a_run_that_was_handed_over_twice_runs_once() -> None:
         clock.seconds += one.timeouts.lease + 0.1
         async with anyio.create_task_group() as group:
             for realtime in (one, two, one):
-                group.start_soon(Housekeeping(realtime.engine).once)
+                group.start_soon(Ticker(realtime.engine).once)
         for record in records:
             assert await one.result(record, timeout=5) == "done"
     assert sorted(executions) == sorted(record.id for record in records)
@@ -402,7 +402,7 @@ async def test_a_run_of_a_task_that_is_not_known_here_is_left_to_those_who_know_
     async with knows_not:
         await knows_not.runs.create(record)
         clock.seconds += knows.timeouts.lease + 0.1
-        await Housekeeping(knows_not.engine).once()
+        await Ticker(knows_not.engine).once()
         assert knows_not.engine.held == []
         async with knows:
             assert await knows.result(record, timeout=5) == "done"

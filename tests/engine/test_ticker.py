@@ -7,7 +7,7 @@ import pytest
 
 from asgi_realtime import BrokerUnavailable, Realtime, Retention, RunNotFound, Status
 from asgi_realtime.brokers.memory import MemoryBroker
-from asgi_realtime.engine.ticker import Housekeeping
+from asgi_realtime.engine.ticker import Ticker
 from tests.brokers.backends import DistantBroker
 from tests.inprocess import FakeClock, ended, make_realtime, until
 
@@ -21,10 +21,10 @@ async def test_what_is_past_its_retention_is_removed() -> None:
         async with realtime.open_run("r", tags="x") as run:
             await realtime.append(1)
         clock.seconds += 59
-        await Housekeeping(realtime.engine).once()
+        await Ticker(realtime.engine).once()
         assert (await realtime.get_run(run)).is_completed
         clock.seconds += 2
-        await Housekeeping(realtime.engine).once()
+        await Ticker(realtime.engine).once()
         with pytest.raises(RunNotFound):
             await realtime.get_run(run)
         assert (await realtime.broker.changes("tag:x")).items == []
@@ -45,7 +45,7 @@ async def test_a_delayed_run_is_begun_by_a_process_that_has_its_task() -> None:
             handle = await knows.trigger(task, delay=5)
         clock.seconds += 6
         for _ in range(3):
-            await Housekeeping(knows_not.engine).once()
+            await Ticker(knows_not.engine).once()
         assert (await knows_not.get_run(handle)).status is Status.DELAYED
         async with knows:
             assert await handle.result(timeout=5) == "done"
@@ -70,7 +70,7 @@ async def test_runs_that_nobody_here_can_begin_do_not_keep_others_waiting() -> N
     async with ours:
         handles = [await ours.trigger(our_task, delay=6) for _ in range(150)]
         clock.seconds += 7
-        await Housekeeping(ours.engine).once()
+        await Ticker(ours.engine).once()
         for handle in handles:
             assert await handle.result(timeout=5) == "done"
         assert (await ours.get_run(waiting[0])).status is Status.DELAYED
@@ -98,7 +98,7 @@ async def test_of_several_processes_that_begin_a_delayed_run_one_does() -> None:
             clock.seconds += 6
             async with anyio.create_task_group() as group:
                 for realtime in (one, two, three):
-                    group.start_soon(Housekeeping(realtime.engine).once)
+                    group.start_soon(Ticker(realtime.engine).once)
             assert await handle.result(timeout=5) == "done"
     assert executions == 5
 
@@ -197,7 +197,7 @@ async def test_a_due_run_that_fails_does_not_hold_up_the_others(caplog: pytest.L
 async def test_housekeeping_of_nothing_is_nothing() -> None:
     realtime: Realtime = make_realtime()
     async with realtime:
-        await Housekeeping(realtime.engine).once()
+        await Ticker(realtime.engine).once()
 
 
 class CountingRenewals(MemoryBroker):
@@ -213,16 +213,16 @@ async def test_leases_are_renewed_three_times_in_their_length_and_not_at_every_t
     broker = CountingRenewals(clock=clock)
     realtime = make_realtime(broker=broker, clock=clock)
     async with realtime, realtime.open_run("r"):
-        housekeeping = Housekeeping(realtime.engine)
+        ticker = Ticker(realtime.engine)
         before = broker.renewals
         for _ in range(5):
-            await housekeeping.once()
+            await ticker.once()
         assert broker.renewals - before <= 2  # this one's, and that of the ticker
         before = broker.renewals
         clock.seconds += realtime.timeouts.lease / 3
-        await housekeeping.once()
+        await ticker.once()
         assert broker.renewals > before
         before = broker.renewals
         clock.seconds -= 3600  # the clock was set back
-        await housekeeping.once()
+        await ticker.once()
         assert broker.renewals > before

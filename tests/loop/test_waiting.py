@@ -13,7 +13,7 @@ import anyio.lowlevel
 import anyio.to_thread
 import pytest
 
-from asgi_realtime.loop.waiting import Parking, WakeSoon, make_guard, make_interrupt, make_parker, on_asyncio
+from asgi_realtime.loop.waiting import WaitList, WakeSoon, make_guard, make_interrupt, make_waiter, on_asyncio
 
 pytestmark = pytest.mark.anyio
 
@@ -47,44 +47,44 @@ async def test_the_loop_library_is_recognised(anyio_backend: str) -> None:
 
 
 async def test_a_parker_waits_for_the_next_wake() -> None:
-    parker = make_parker()
+    waiter = make_waiter()
     for _ in range(3):
-        woken = parker.arm()
-        parker.wake()
-        parker.wake()
+        woken = waiter.arm()
+        waiter.wake()
+        waiter.wake()
         with anyio.fail_after(5):
             await woken
 
 
 async def test_a_wake_before_arming_does_not_count() -> None:
-    parker = make_parker()
-    parker.wake()
-    woken = parker.arm()
-    parker.wake()
+    waiter = make_waiter()
+    waiter.wake()
+    woken = waiter.arm()
+    waiter.wake()
     with anyio.fail_after(5):
         await woken
-    parker.wake()
+    waiter.wake()
     with anyio.move_on_after(0.01) as scope:
-        await parker.arm()
+        await waiter.arm()
     assert scope.cancelled_caught
 
 
 async def test_what_is_armed_need_not_be_awaited() -> None:
     """Whoever takes a seat, looks again and finds something goes away; on trio that left a coroutine unawaited."""
-    parking, parker = Parking(), make_parker()
-    parker.arm()
-    parking.add(parker)
+    parking, waiter = WaitList(), make_waiter()
+    waiter.arm()
+    parking.add(waiter)
     parking.wake()
-    parker.arm()
+    waiter.arm()
 
 
 async def test_a_parker_can_be_used_again_after_a_cancelled_wait() -> None:
-    parker = make_parker()
+    waiter = make_waiter()
     with anyio.move_on_after(0):
-        await parker.arm()
-    parker.wake()
-    woken = parker.arm()
-    parker.wake()
+        await waiter.arm()
+    waiter.wake()
+    woken = waiter.arm()
+    waiter.wake()
     with anyio.fail_after(5):
         await woken
 
@@ -93,7 +93,7 @@ async def test_a_parker_can_be_used_again_after_a_cancelled_wait() -> None:
 
 
 async def test_a_wake_wakes_all_and_empties_the_place() -> None:
-    parking = Parking()
+    parking = WaitList()
     parking.wake()
     async with anyio.create_task_group() as group:
         for _ in range(5):
@@ -104,7 +104,7 @@ async def test_a_wake_wakes_all_and_empties_the_place() -> None:
 
 
 async def test_who_is_cancelled_while_waiting_leaves_the_place() -> None:
-    parking = Parking()
+    parking = WaitList()
     async with anyio.create_task_group() as staying:
         async with anyio.create_task_group() as leaving:
             leaving.start_soon(parking.wait)
@@ -116,7 +116,7 @@ async def test_who_is_cancelled_while_waiting_leaves_the_place() -> None:
 
 
 async def test_who_is_woken_and_cancelled_at_once_is_cancelled_once() -> None:
-    parking = Parking()
+    parking = WaitList()
     async with anyio.create_task_group() as group:
         group.start_soon(parking.wait)
         await until(lambda: len(parking) == 1)
@@ -126,24 +126,24 @@ async def test_who_is_woken_and_cancelled_at_once_is_cancelled_once() -> None:
 
 
 async def test_a_seat_is_taken_once_and_given_back_at_any_time() -> None:
-    parking, parker = Parking(), make_parker()
-    parking.add(parker)
-    parking.add(parker)
+    parking, waiter = WaitList(), make_waiter()
+    parking.add(waiter)
+    parking.add(waiter)
     assert len(parking) == 1
-    parking.discard(parker)
-    parking.discard(parker)
+    parking.discard(waiter)
+    parking.discard(waiter)
     assert len(parking) == 0
 
 
-def closed_loop_with_a_waiter(*places: Parking) -> None:
+def closed_loop_with_a_waiter(*places: WaitList) -> None:
     """A loop that is closed while one waits at each place."""
 
     async def wait() -> None:
         for place in places:
-            parker = make_parker()
-            waits = asyncio.ensure_future(parker.arm())
+            waiter = make_waiter()
+            waits = asyncio.ensure_future(waiter.arm())
             waits.add_done_callback(lambda _: None)  # as a task that waits
-            place.add(parker)
+            place.add(waiter)
 
     def elsewhere() -> None:
         loop = asyncio.new_event_loop()
@@ -157,7 +157,7 @@ def closed_loop_with_a_waiter(*places: Parking) -> None:
 
 async def test_who_waited_on_a_loop_that_was_closed_keeps_nobody_from_being_woken() -> None:
     """A host that starts a second loop, as test clients do, got "Event loop is closed" out of calls that had worked."""
-    parking = Parking()
+    parking = WaitList()
     closed_loop_with_a_waiter(parking)
     async with anyio.create_task_group() as group:
         group.start_soon(parking.wait)
@@ -169,19 +169,19 @@ async def test_who_waited_on_a_loop_that_was_closed_keeps_nobody_from_being_woke
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
 async def test_an_error_of_a_living_loop_is_raised() -> None:
     """Asyncio's debug mode tells who wakes from a wrong thread; that is a bug and not to be hidden."""
-    parker = make_parker()
+    waiter = make_waiter()
     asyncio.get_running_loop().set_debug(True)
-    waits = asyncio.ensure_future(parker.arm())
+    waits = asyncio.ensure_future(waiter.arm())
     waits.add_done_callback(lambda _: None)
     with pytest.raises(RuntimeError, match="Non-thread-safe"):
-        await anyio.to_thread.run_sync(parker.wake)
+        await anyio.to_thread.run_sync(waiter.wake)
     asyncio.get_running_loop().set_debug(False)
 
 
 # Places that are woken soon
 
 
-class CountedPlace(Parking):
+class CountedPlace(WaitList):
     """Counts how often it was woken."""
 
     __slots__ = ("woken",)
@@ -190,7 +190,7 @@ class CountedPlace(Parking):
         super().__init__()
         self.woken = 0
         for _ in range(waiters):
-            self.add(make_parker())
+            self.add(make_waiter())
 
     def wake(self) -> None:
         self.woken += 1
@@ -206,7 +206,7 @@ async def test_a_place_is_woken_once_for_each_turn_of_the_loop() -> None:
     assert (first.woken, second.woken) == (0, 0)
     await asyncio.sleep(0)
     assert (first.woken, second.woken) == (1, 1)
-    first.add(make_parker())
+    first.add(make_waiter())
     soon.wake(first)
     await asyncio.sleep(0)
     assert (first.woken, second.woken) == (2, 1)
@@ -249,7 +249,7 @@ async def test_on_trio_places_are_woken_at_once() -> None:
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
 async def test_who_waits_on_a_second_loop_is_woken_there() -> None:
     """A loop may be closed before its next turn; what was to be done in that turn is not waited for."""
-    soon, place = WakeSoon(), Parking()
+    soon, place = WakeSoon(), WaitList()
     closed_loop_with_a_waiter(place)
 
     async def wake() -> None:
@@ -274,7 +274,7 @@ async def test_who_waits_on_a_second_loop_is_woken_there() -> None:
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
 async def test_a_place_with_one_from_a_closed_loop_stops_no_other_place() -> None:
     """Readers of other streams were not woken: they had chunks to read and did not hear of them."""
-    soon, stale, sound = WakeSoon(), Parking(), Parking()
+    soon, stale, sound = WakeSoon(), WaitList(), WaitList()
     closed_loop_with_a_waiter(stale)
     async with anyio.create_task_group() as group:
         group.start_soon(sound.wait)

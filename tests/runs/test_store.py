@@ -234,21 +234,21 @@ async def test_a_run_that_is_about_to_be_created_is_waited_for() -> None:
         except RunNotFound:
             got.append("none")
 
-    runs.announce("run_1")
-    runs.announce("run_1")
-    runs.announce("run_2")
+    runs.expect_creation("run_1")
+    runs.expect_creation("run_1")
+    runs.expect_creation("run_2")
     async with anyio.create_task_group() as group:
         group.start_soon(get, "run_1")
         group.start_soon(get, "run_2")
         await anyio.wait_all_tasks_blocked()
         assert got == []
         await runs.create(record())
-        runs.opened("run_1")
+        runs.creation_settled("run_1")
         await until(lambda: got == ["run_1"])
-        runs.opened("run_2")
+        runs.creation_settled("run_2")
     assert got == ["run_1", "none"]
-    runs.opened("run_1")
-    await runs.present("run_1")
+    runs.creation_settled("run_1")
+    await runs.wait_created("run_1")
 
 
 async def test_streams_are_listed_up_to_the_limit() -> None:

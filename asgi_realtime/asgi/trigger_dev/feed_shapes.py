@@ -27,7 +27,7 @@ from asgi_realtime.asgi.trigger_dev.shapes import ShapeCursor
 from asgi_realtime.brokers.base import LiveTopic
 from asgi_realtime.core.errors import ExpiredToken, InvalidRequest, shown
 from asgi_realtime.core.topics import Changes, Cursor
-from asgi_realtime.loop.waiting import make_guard, make_interrupt, make_parker
+from asgi_realtime.loop.waiting import make_guard, make_interrupt, make_waiter
 from asgi_realtime.tokens import Claims
 
 MAX_ROWS = 1000
@@ -116,7 +116,7 @@ class ShapePoll:
         self._skip = shapes.skippable(request.skipped_columns(claims))
         self._interrupt = make_interrupt()
         self._has_gathered = False
-        self._parker = make_parker()
+        self._waiter = make_waiter()
         self._hold_s = host.timeouts.poll * random.uniform(1 - HOLD_JITTER, 1 + HOLD_JITTER)
         self._since: float | None = None  # when the ticker saw this first
         self._is_held_long = False
@@ -148,8 +148,8 @@ class ShapePoll:
     async def _follow(self, topic: LiveTopic, cursor: Cursor) -> Response:
         try:
             while True:
-                changed = self._parker.arm()
-                topic.waiting.add(self._parker)
+                changed = self._waiter.arm()
+                topic.waiting.add(self._waiter)
                 changes = await self._changes(topic, cursor)
                 if changes.snapshot and cursor.position:
                     return self._must_refetch(changes)
@@ -164,7 +164,7 @@ class ShapePoll:
                     return answer
                 await changed
         finally:
-            topic.waiting.discard(self._parker)
+            topic.waiting.discard(self._waiter)
 
     async def _changes(self, topic: LiveTopic, cursor: Cursor | None) -> Changes:
         return await topic.changes(cursor, limit=self._host.limits.topic_runs)
@@ -237,7 +237,7 @@ class ShapePoll:
             self._since = steady
         self._is_held_long = steady - self._since >= self._hold_s
         if self._is_held_long or now >= self._expires_at:
-            self._parker.wake()
+            self._waiter.wake()
 
     def shut_down(self) -> None:
         self._interrupt.interrupt()  # also out of a call to a broker that does not answer

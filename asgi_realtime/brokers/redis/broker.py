@@ -23,7 +23,7 @@ from redis.asyncio.client import Redis
 from asgi_realtime.brokers.base import MARKS_KEPT, ChangeMark, LiveTopic
 from asgi_realtime.brokers.live_log import LiveLog
 from asgi_realtime.brokers.redis import scripts
-from asgi_realtime.brokers.redis.idle_mirrors import Lingering
+from asgi_realtime.brokers.redis.idle_mirrors import IdleMirrors
 from asgi_realtime.brokers.redis.keys import Keys
 from asgi_realtime.brokers.redis.listener import Listener
 from asgi_realtime.brokers.redis.mirror import Mirror, StreamMirror, TopicMirror, decode_end
@@ -115,7 +115,7 @@ class RedisBroker:
         self._names = lru_cache(maxsize=10_000)(self._names_of)
         self._streams: dict[StreamKey, StreamMirror] = {}
         self._topics: dict[str, TopicMirror] = {}
-        self._lingering = Lingering(self._forget_topic)
+        self._lingering = IdleMirrors(self._forget_topic)
         self._jobs: set[asyncio.Task[None]] = set()
         self._wakes = WakeSoon()
         self._quiet = False
@@ -130,7 +130,7 @@ class RedisBroker:
             raise RuntimeError("the Redis broker runs on asyncio only; on trio use the memory broker")
         # Of a loop that was closed without a stop something may be left, and it hears nothing any more.
         self._streams, self._topics, self._jobs = {}, {}, set()
-        self._lingering = Lingering(self._forget_topic)
+        self._lingering = IdleMirrors(self._forget_topic)
         servers = Servers(self._client, timeout_s=self._timeouts.broker, spawn=self._spawn, quiet=self._quiet)
         self._opened = _Open(
             servers,

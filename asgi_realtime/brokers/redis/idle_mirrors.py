@@ -19,7 +19,7 @@ MAX_LINGERING = 1000
 """Of all topics together. What a client asks for may be any name, so it is bounded; the oldest go at once."""
 
 
-class Lingering:
+class IdleMirrors:
     """One timer for all. `let_go` is called with each mirror that was not taken back in time."""
 
     def __init__(self, let_go: Callable[[TopicMirror], None]) -> None:

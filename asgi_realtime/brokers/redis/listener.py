@@ -21,7 +21,7 @@ from redis.exceptions import MovedError
 from asgi_realtime.brokers.redis.link import until_one_ends
 from asgi_realtime.brokers.redis.servers import Address, ServerReporter, Servers, Spawn
 from asgi_realtime.core.errors import BrokerUnavailable
-from asgi_realtime.loop.waiting import Parking
+from asgi_realtime.loop.waiting import WaitList
 
 _GROUP = 500
 """Channels in one SSUBSCRIBE: a server does nothing else meanwhile."""
@@ -60,9 +60,9 @@ class Listener:
         self._silence_s = silence_s
         self._spawn = spawn
         self._hearers: dict[str, dict[Hearer, None]] = {}
-        self._ears: dict[Address, Ear] = {}
-        self._at: dict[str, Ear] = {}
-        self._confirmations: dict[str, Parking] = {}
+        self._ears: dict[Address, PubSubConnection] = {}
+        self._at: dict[str, PubSubConnection] = {}
+        self._confirmations: dict[str, WaitList] = {}
         self._sorting: Any = None
         self._unsorted: dict[str, None] = {}
         self._unsorted_why: Exception | None = None
@@ -111,7 +111,7 @@ class Listener:
             async with asyncio.timeout(self._timeout_s):
                 for channel in channels:
                     while not self._is_confirmed(channel):
-                        await self._confirmations.setdefault(channel, Parking()).wait()
+                        await self._confirmations.setdefault(channel, WaitList()).wait()
         except TimeoutError:
             failure = self._failure()
             reason = "" if failure is None else f": {failure}"
@@ -145,7 +145,9 @@ class Listener:
             del self._unsorted[channel]
             ear = self._ears.get(address)
             if ear is None:
-                ear = self._ears[address] = Ear(self, address, timeout_s=self._timeout_s, silence_s=self._silence_s)
+                ear = self._ears[address] = PubSubConnection(
+                    self, address, timeout_s=self._timeout_s, silence_s=self._silence_s
+                )
                 ear.task = self._spawn(ear.run())
             self._at[channel] = ear
             ear.subscribe(channel)
@@ -206,7 +208,7 @@ class Listener:
         """A connection was lost. On a Cluster its channels may be elsewhere by now."""
         self._servers.look_again()
 
-    def is_needed(self, ear: Ear) -> bool:
+    def is_needed(self, ear: PubSubConnection) -> bool:
         """Whether there is something to listen to at an address that was lost. What is elsewhere goes there."""
         if not ear.address.host:
             return True
@@ -236,7 +238,7 @@ def _slot(channel: str) -> int:
     return key_slot(channel.encode())
 
 
-class Ear:
+class PubSubConnection:
     """The connection to one primary."""
 
     def __init__(self, listener: Listener, address: Address, *, timeout_s: float, silence_s: float) -> None:

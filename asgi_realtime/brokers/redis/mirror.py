@@ -23,7 +23,7 @@ from asgi_realtime.brokers.redis.servers import LOOK, Spawn
 from asgi_realtime.core.errors import BrokerUnavailable, RealtimeError, RunNotFound, ServerShutdown
 from asgi_realtime.core.log import End, Entry, Log, Page, StreamKey
 from asgi_realtime.core.topics import Change, Changes, Cursor, TopicIndex
-from asgi_realtime.loop.waiting import Parking, WakeSoon
+from asgi_realtime.loop.waiting import WaitList, WakeSoon
 
 logger = logging.getLogger("asgi_realtime")
 
@@ -44,7 +44,7 @@ class Mirror(ABC):
         self._listener = listener
         self._joined = False
         self._failure: RealtimeError | None = None
-        self._changed = Parking()
+        self._changed = WaitList()
         self._busy = True  # a job reads, or is about to
         self._reading = True  # messages wait for it
         self._again = False
@@ -311,7 +311,7 @@ class TopicMirror(Mirror):
         spawn: Spawn,
     ) -> None:
         self.topic = topic
-        self.waiting = Parking()
+        self.waiting = WaitList()
         self._run_id = run_of_topic(topic)
         self._read_index = read
         self._ask = ask

@@ -19,7 +19,7 @@ _QUIET_S = 10.0
 """After a broken connection was told of, until the next one is: they may break a hundred times in a second."""
 
 
-class Presence:
+class ServerHealthLog:
     """What does not work now, by what it is: a server that is away, a script that is refused."""
 
     def __init__(self, *, quiet: bool = False) -> None:

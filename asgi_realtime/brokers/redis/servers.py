@@ -37,7 +37,7 @@ from redis.exceptions import (
 
 from asgi_realtime.brokers.redis.link import Command, Link, Lost
 from asgi_realtime.brokers.redis.scripts import Script
-from asgi_realtime.brokers.redis.server_health import Presence
+from asgi_realtime.brokers.redis.server_health import ServerHealthLog
 from asgi_realtime.core.errors import BrokerUnavailable, InvalidConfiguration, ServerShutdown
 
 Spawn = Callable[[Coroutine[Any, Any, None]], Any]
@@ -85,7 +85,7 @@ class Servers:
         self._looked_at = -math.inf
         self._unknown_why = ""
         self._refusals: dict[tuple[Address, object], tuple[Address, str]] = {}
-        self.presence = Presence(quiet=quiet)
+        self.presence = ServerHealthLog(quiet=quiet)
 
     def connection(self, address: Address) -> AbstractConnection:
         """A new connection, not open yet, that waits for answers as long as it has to."""
@@ -329,7 +329,7 @@ class Servers:
 class ServerReporter:
     """What the connections to one server tell the log."""
 
-    def __init__(self, presence: Presence, address: Address, *, of_calls: bool) -> None:
+    def __init__(self, presence: ServerHealthLog, address: Address, *, of_calls: bool) -> None:
         self._presence = presence
         self._of_calls = of_calls
         self._address = address

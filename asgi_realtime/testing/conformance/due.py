@@ -8,7 +8,7 @@ import pytest
 from asgi_realtime.brokers.base import Broker, LiveTopic, StreamKey
 from asgi_realtime.core.errors import RunNotFound, VersionConflict
 from asgi_realtime.core.runs import BatchMember, RunRecord, Status, run_topic
-from asgi_realtime.loop.waiting import make_parker
+from asgi_realtime.loop.waiting import make_waiter
 from asgi_realtime.testing.conformance.kit import (
     TIMEOUTS,
     Backend,
@@ -20,7 +20,7 @@ from asgi_realtime.testing.conformance.kit import (
     new_mark,
     new_record,
     new_tag,
-    opened,
+    open_backend,
     pause,
     store,
     versions_in,
@@ -29,7 +29,7 @@ from asgi_realtime.testing.conformance.kit import (
 
 @pytest.mark.anyio
 async def test_the_first_claim_wins(make_broker: MakeBroker) -> None:
-    async with opened(make_broker) as backend:
+    async with open_backend(make_broker) as backend:
         key = new_tag()
         assert await backend.broker.claim(key, "first", ttl_s=60) == "first"
         assert await backend.peer.claim(key, "second", ttl_s=60) == "first"
@@ -39,7 +39,7 @@ async def test_the_first_claim_wins(make_broker: MakeBroker) -> None:
 
 @pytest.mark.anyio
 async def test_of_concurrent_claims_all_learn_of_one_winner(make_broker: MakeBroker) -> None:
-    async with opened(make_broker) as backend:
+    async with open_backend(make_broker) as backend:
         key = new_tag()
         found: list[str] = []
 
@@ -55,7 +55,7 @@ async def test_of_concurrent_claims_all_learn_of_one_winner(make_broker: MakeBro
 
 @pytest.mark.anyio
 async def test_a_claim_expires_by_the_brokers_clock(make_broker: MakeBroker) -> None:
-    async with opened(make_broker) as backend:
+    async with open_backend(make_broker) as backend:
         key = new_tag()
         await backend.broker.claim(key, "first", ttl_s=1.0)
         await backend.advance(0.5)
@@ -67,7 +67,7 @@ async def test_a_claim_expires_by_the_brokers_clock(make_broker: MakeBroker) -> 
 
 @pytest.mark.anyio
 async def test_what_is_claimed_can_be_asked_for(make_broker: MakeBroker) -> None:
-    async with opened(make_broker) as backend:
+    async with open_backend(make_broker) as backend:
         key = new_tag()
         assert await backend.peer.claimed(key) is None
         assert await backend.broker.claim(key, "first: 1", ttl_s=1.0) == "first: 1", "to ask claims nothing"
@@ -103,7 +103,7 @@ async def _assert_due_after(backend: Backend, kind: str, run: RunRecord, seconds
 
 @pytest.mark.anyio
 async def test_a_delayed_run_is_due_when_its_delay_is_over(make_broker: MakeBroker) -> None:
-    async with opened(make_broker) as backend:
+    async with open_backend(make_broker) as backend:
         run = await create(backend, status=Status.DELAYED, delay_until_ms=backend.now_ms() + 1000)
         await _assert_due_after(backend, "delay", run, 1.0)
         await store(backend.peer, following(run, status=Status.QUEUED))
@@ -112,7 +112,7 @@ async def test_a_delayed_run_is_due_when_its_delay_is_over(make_broker: MakeBrok
 
 @pytest.mark.anyio
 async def test_a_waiting_run_is_due_when_its_ttl_is_over(make_broker: MakeBroker) -> None:
-    async with opened(make_broker) as backend:
+    async with open_backend(make_broker) as backend:
         for status in (Status.DELAYED, Status.QUEUED):
             run = await create(backend, status=status, expires_at_ms=backend.now_ms() + 1000)
             await _assert_due_after(backend, "ttl", run, 1.0)
@@ -122,7 +122,7 @@ async def test_a_waiting_run_is_due_when_its_ttl_is_over(make_broker: MakeBroker
 
 @pytest.mark.anyio
 async def test_a_run_that_has_started_has_no_ttl(make_broker: MakeBroker) -> None:
-    async with opened(make_broker) as backend:
+    async with open_backend(make_broker) as backend:
         run = await create(backend, expires_at_ms=backend.now_ms() + 1000)
         await store(backend.broker, following(run, status=Status.EXECUTING, owner="us"))
         await backend.advance(1.1)
@@ -131,7 +131,7 @@ async def test_a_run_that_has_started_has_no_ttl(make_broker: MakeBroker) -> Non
 
 @pytest.mark.anyio
 async def test_a_cancel_that_nobody_heeds_is_due(make_broker: MakeBroker) -> None:
-    async with opened(make_broker) as backend:
+    async with open_backend(make_broker) as backend:
         run = await create(backend, status=Status.EXECUTING, owner="us")
         run = await store(backend.broker, following(run, cancel_requested_at_ms=backend.now_ms()))
         await _assert_due_after(backend, "cancel", run, TIMEOUTS.cancel)
@@ -141,7 +141,7 @@ async def test_a_cancel_that_nobody_heeds_is_due(make_broker: MakeBroker) -> Non
 
 @pytest.mark.anyio
 async def test_a_run_that_is_over_expires_and_can_be_removed(make_broker: MakeBroker) -> None:
-    async with opened(make_broker, after_end=1.0) as backend:
+    async with open_backend(make_broker, after_end=1.0) as backend:
         run = await store(backend.broker, finished(backend, await create(backend)))
         await _assert_due_after(backend, "expiry", run, 1.0)
         await backend.peer.remove(run.id)
@@ -150,7 +150,7 @@ async def test_a_run_that_is_over_expires_and_can_be_removed(make_broker: MakeBr
 
 @pytest.mark.anyio
 async def test_what_is_due_longest_comes_first_up_to_a_limit(make_broker: MakeBroker) -> None:
-    async with opened(make_broker) as backend:
+    async with open_backend(make_broker) as backend:
         now_ms = backend.now_ms()
         runs = {
             at: (await create(backend, status=Status.DELAYED, delay_until_ms=now_ms + at)).id for at in (500, 100, 300)
@@ -168,7 +168,7 @@ async def test_what_is_due_longest_comes_first_up_to_a_limit(make_broker: MakeBr
 
 @pytest.mark.anyio
 async def test_a_lease_begins_with_the_execution_and_is_due_when_nobody_renews_it(make_broker: MakeBroker) -> None:
-    async with opened(make_broker) as backend:
+    async with open_backend(make_broker) as backend:
         run = await create(backend)
         await backend.advance(TIMEOUTS.lease + 0.1)
         assert await _due(backend, "lease") == [], "nobody owes anything for a run that waits"
@@ -181,7 +181,7 @@ async def test_a_lease_begins_with_the_execution_and_is_due_when_nobody_renews_i
 @pytest.mark.anyio
 async def test_a_change_of_the_run_is_no_renewal(make_broker: MakeBroker) -> None:
     """Any process may add a tag; that says nothing of the owner's health."""
-    async with opened(make_broker) as backend:
+    async with open_backend(make_broker) as backend:
         run = await create(backend, status=Status.EXECUTING, owner="us")
         await backend.advance(TIMEOUTS.lease / 2)
         await store(backend.peer, following(run, tags=(new_tag(),)))
@@ -191,7 +191,7 @@ async def test_a_change_of_the_run_is_no_renewal(make_broker: MakeBroker) -> Non
 
 @pytest.mark.anyio
 async def test_only_the_owner_renews_a_lease(make_broker: MakeBroker) -> None:
-    async with opened(make_broker) as backend:
+    async with open_backend(make_broker) as backend:
         run = await create(backend, status=Status.EXECUTING, owner="us")
         neighbour = await create(backend, status=Status.EXECUTING, owner="us")
         over = await store(
@@ -213,7 +213,7 @@ async def test_only_the_owner_renews_a_lease(make_broker: MakeBroker) -> None:
 
 @pytest.mark.anyio
 async def test_a_queued_run_that_nobody_has_in_hand_is_due(make_broker: MakeBroker) -> None:
-    async with opened(make_broker) as backend:
+    async with open_backend(make_broker) as backend:
         run = await create(backend)
         await _assert_due_after(backend, "enqueue", run, TIMEOUTS.lease)
         await store(backend.peer, following(run, status=Status.EXECUTING, owner="us"))
@@ -227,7 +227,7 @@ async def test_a_queued_run_that_nobody_has_in_hand_is_due(make_broker: MakeBrok
 
 @pytest.mark.anyio
 async def test_a_delayed_run_is_to_be_handed_over_from_the_end_of_its_delay(make_broker: MakeBroker) -> None:
-    async with opened(make_broker) as backend:
+    async with open_backend(make_broker) as backend:
         run = await create(backend, status=Status.DELAYED, delay_until_ms=backend.now_ms() + 1000)
         await backend.broker.enqueued(run.id)  # of no meaning yet
         await backend.advance(TIMEOUTS.lease + 0.1)
@@ -238,7 +238,7 @@ async def test_a_delayed_run_is_to_be_handed_over_from_the_end_of_its_delay(make
 
 @pytest.mark.anyio
 async def test_a_run_that_a_queue_has_is_not_due(make_broker: MakeBroker) -> None:
-    async with opened(make_broker) as backend:
+    async with open_backend(make_broker) as backend:
         run, late, neighbour = [await create(backend) for _ in range(3)]
         await backend.broker.enqueued(run.id)
         await backend.peer.enqueued(run.id)
@@ -257,7 +257,7 @@ async def test_a_run_that_a_queue_has_is_not_due(make_broker: MakeBroker) -> Non
 @pytest.mark.anyio
 async def test_a_run_that_executes_keeps_its_lease_when_its_queue_is_told(make_broker: MakeBroker) -> None:
     """A worker may be faster than the process that put the run into the queue."""
-    async with opened(make_broker) as backend:
+    async with open_backend(make_broker) as backend:
         run = await create(backend)
         await store(backend.peer, following(run, status=Status.EXECUTING, owner="us"))
         await backend.broker.enqueued(run.id)
@@ -266,7 +266,7 @@ async def test_a_run_that_executes_keeps_its_lease_when_its_queue_is_told(make_b
 
 @pytest.mark.anyio
 async def test_whoever_has_a_queued_run_in_hand_renews_it(make_broker: MakeBroker) -> None:
-    async with opened(make_broker) as backend:
+    async with open_backend(make_broker) as backend:
         run, neighbour = await create(backend), await create(backend)
         await backend.advance(TIMEOUTS.lease / 2)
         await store(backend.peer, following(neighbour, tags=(new_tag(),)))  # says nothing of who has it
@@ -286,7 +286,7 @@ async def test_whoever_has_a_queued_run_in_hand_renews_it(make_broker: MakeBroke
 
 @pytest.mark.anyio
 async def test_a_removed_run_is_gone_from_everywhere(make_broker: MakeBroker) -> None:
-    async with opened(make_broker) as backend:
+    async with open_backend(make_broker) as backend:
         tag, early, batch = new_tag(), new_tag(), new_tag()
         run = await create(backend, tags=(early,), batch=BatchMember(batch, 0, 2))
         other = await create(backend, tags=(tag,))
@@ -313,7 +313,7 @@ async def test_a_removed_run_is_gone_from_everywhere(make_broker: MakeBroker) ->
 
 @pytest.mark.anyio
 async def test_a_claim_goes_with_the_run_that_it_stands_for(make_broker: MakeBroker) -> None:
-    async with opened(make_broker) as backend:
+    async with open_backend(make_broker) as backend:
         run = new_record(backend, idempotency_key=new_tag())
         claim = run.claim
         assert claim is not None
@@ -329,7 +329,7 @@ async def test_a_claim_goes_with_the_run_that_it_stands_for(make_broker: MakeBro
 
 @pytest.mark.anyio
 async def test_a_claim_that_stands_for_another_run_stays(make_broker: MakeBroker) -> None:
-    async with opened(make_broker) as backend:
+    async with open_backend(make_broker) as backend:
         run = await create(backend, idempotency_key=new_tag())
         assert run.claim is not None
         await backend.broker.claim(run.claim, "a later run", ttl_s=60)
@@ -340,20 +340,20 @@ async def test_a_claim_that_stands_for_another_run_stays(make_broker: MakeBroker
 
 @pytest.mark.anyio
 async def test_a_removal_wakes_those_who_follow_the_topics_of_the_run(make_broker: MakeBroker) -> None:
-    async with opened(make_broker) as backend:
+    async with open_backend(make_broker) as backend:
         tag = new_tag()
         run = await store(backend.broker, finished(backend, await create(backend, tags=(tag,))))
         waiting: list[LiveTopic] = []
 
         async def wait_for_removal(topic: str) -> None:
-            parker = make_parker()
+            waiter = make_waiter()
             async with backend.peer.follow(topic) as followed:
                 waiting.append(followed)
                 while True:
-                    woken = parker.arm()
-                    followed.waiting.add(parker)
+                    woken = waiter.arm()
+                    followed.waiting.add(waiter)
                     if await backend.peer.load([run.id]) == [None]:
-                        followed.waiting.discard(parker)
+                        followed.waiting.discard(waiter)
                         return
                     await woken
 
@@ -368,7 +368,7 @@ async def test_a_removal_wakes_those_who_follow_the_topics_of_the_run(make_broke
 
 @pytest.mark.anyio
 async def test_a_broker_that_answers_says_so(make_broker: MakeBroker) -> None:
-    async with opened(make_broker) as backend:
+    async with open_backend(make_broker) as backend:
         for broker in backend.processes:
             await broker.ping()
             assert isinstance(broker.shared, bool)

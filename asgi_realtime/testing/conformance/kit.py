@@ -1,7 +1,7 @@
 """What the tests of the suite are written with: the broker under test, a reader, and the art of cancelling.
 
 `Backend` is what a user's fixture gives. `Reader` does what a subscription does, with the same calls. Nothing in here
-sleeps; a test that waits for ever is ended by `opened`.
+sleeps; a test that waits for ever is ended by `open_backend`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from asgi_realtime.brokers.live_log import LiveLog
 from asgi_realtime.core.config import Limits, Retention, Timeouts
 from asgi_realtime.core.runs import RunRecord, Status
 from asgi_realtime.core.sse import chunk_frame
-from asgi_realtime.loop.waiting import make_parker
+from asgi_realtime.loop.waiting import make_waiter
 
 COMPLETE = End("complete")
 
@@ -71,7 +71,7 @@ GUARD_S = 10.0
 
 
 @asynccontextmanager
-async def opened(
+async def open_backend(
     make_broker: MakeBroker,
     *,
     stream_bytes: int = 1024 * 1024,
@@ -252,18 +252,18 @@ async def next_changes(topic: LiveTopic, cursor: Cursor | None, *, limit: int = 
 
     To ask may suspend, so one takes a seat first, asks, and then waits: a change in between is not missed.
     """
-    parker = make_parker()
+    waiter = make_waiter()
     try:
         while True:
-            woken = parker.arm()
-            topic.waiting.add(parker)
+            woken = waiter.arm()
+            topic.waiting.add(waiter)
             changes = await topic.changes(cursor, limit=limit)
             if changes.items:
                 return changes
             cursor = changes.cursor
             await woken
     finally:
-        topic.waiting.discard(parker)
+        topic.waiting.discard(waiter)
 
 
 def versions(changes: Changes) -> dict[str, int]:

@@ -29,7 +29,7 @@ from asgi_realtime.testing.conformance.kit import (
     have,
     items,
     new_key,
-    opened,
+    open_backend,
     pause,
     read_all,
     seqs,
@@ -40,7 +40,7 @@ from asgi_realtime.testing.conformance.kit import (
 
 @pytest.mark.anyio
 async def test_a_reader_gets_history_and_then_what_comes(make_broker: MakeBroker) -> None:
-    async with opened(make_broker) as backend:
+    async with open_backend(make_broker) as backend:
         key = await new_key(backend)
         await backend.broker.append(key, items(3))
         reader = Reader(backend.broker, key)
@@ -56,7 +56,7 @@ async def test_a_reader_gets_history_and_then_what_comes(make_broker: MakeBroker
 
 @pytest.mark.anyio
 async def test_a_reader_may_come_before_the_first_writer(make_broker: MakeBroker) -> None:
-    async with opened(make_broker) as backend:
+    async with open_backend(make_broker) as backend:
         key = await new_key(backend)
         reader = Reader(backend.broker, key)
         async with anyio.create_task_group() as group:
@@ -69,7 +69,7 @@ async def test_a_reader_may_come_before_the_first_writer(make_broker: MakeBroker
 
 @pytest.mark.anyio
 async def test_a_reader_comes_back_where_it_left(make_broker: MakeBroker) -> None:
-    async with opened(make_broker) as backend:
+    async with open_backend(make_broker) as backend:
         key = await new_key(backend)
         await backend.broker.append(key, items(4))
         reader = await Reader(backend.broker, key).run(enough=have(2))
@@ -81,7 +81,7 @@ async def test_a_reader_comes_back_where_it_left(make_broker: MakeBroker) -> Non
 
 @pytest.mark.anyio
 async def test_a_cursor_in_the_middle_and_at_the_end(make_broker: MakeBroker) -> None:
-    async with opened(make_broker) as backend:
+    async with open_backend(make_broker) as backend:
         key = await new_key(backend)
         await backend.broker.append(key, items(5), end=COMPLETE)
         for after in range(-1, 5):
@@ -92,7 +92,7 @@ async def test_a_cursor_in_the_middle_and_at_the_end(make_broker: MakeBroker) ->
 
 @pytest.mark.anyio
 async def test_a_cursor_beyond_the_end_waits_for_its_successor(make_broker: MakeBroker) -> None:
-    async with opened(make_broker) as backend:
+    async with open_backend(make_broker) as backend:
         key = await new_key(backend)
         await backend.broker.append(key, items(2))
         reader = Reader(backend.broker, key, after=4)
@@ -107,7 +107,7 @@ async def test_a_cursor_beyond_the_end_waits_for_its_successor(make_broker: Make
 
 @pytest.mark.anyio
 async def test_every_reader_of_a_stream_gets_everything(make_broker: MakeBroker) -> None:
-    async with opened(make_broker) as backend:
+    async with open_backend(make_broker) as backend:
         key = await new_key(backend)
         readers = [Reader(backend.processes[number % 2], key) for number in range(20)]
         async with anyio.create_task_group() as group:
@@ -181,7 +181,7 @@ async def _interleave(
 async def test_whenever_a_reader_comes_and_leaves_nothing_is_lost_or_doubled(
     make_broker: MakeBroker, writers: list[tuple[bool, list[Call]]], readers: list[tuple[bool, list[Visit]]]
 ) -> None:
-    async with opened(make_broker) as backend:
+    async with open_backend(make_broker) as backend:
         held = backend.held()
         key, reading = await _interleave(backend, writers, readers)
         stored = await read_all(backend.broker, key)
@@ -201,7 +201,7 @@ async def test_whenever_a_reader_comes_and_leaves_nothing_is_lost_or_doubled(
 async def test_whenever_entries_are_trimmed_each_loss_is_reported(
     make_broker: MakeBroker, writers: list[tuple[bool, list[Call]]], readers: list[tuple[bool, list[Visit]]]
 ) -> None:
-    async with opened(make_broker, stream_bytes=60) as backend:
+    async with open_backend(make_broker, stream_bytes=60) as backend:
         _, reading = await _interleave(backend, writers, readers)
         written = 1 + sum(call.items for _, calls in writers for call in calls)
         for reader in reading:
@@ -217,7 +217,7 @@ async def test_whenever_entries_are_trimmed_each_loss_is_reported(
 @pytest.mark.anyio
 async def test_the_end_of_a_run_ends_all_its_streams_at_their_last_entry(make_broker: MakeBroker) -> None:
     """Also those that nobody wrote and somebody reads, and in whatever process."""
-    async with opened(make_broker) as backend:
+    async with open_backend(make_broker) as backend:
         run = await create(backend)
         keys = [StreamKey(run.id, name) for name in ("written", "unread", "followed", "written elsewhere")]
         await backend.broker.append(keys[0], items(3))
@@ -239,7 +239,7 @@ async def test_the_end_of_a_run_ends_all_its_streams_at_their_last_entry(make_br
 
 @pytest.mark.anyio
 async def test_a_stream_that_ended_before_its_run_keeps_its_own_end(make_broker: MakeBroker) -> None:
-    async with opened(make_broker) as backend:
+    async with open_backend(make_broker) as backend:
         run = await create(backend)
         key = StreamKey(run.id, "default")
         await backend.broker.append(key, items(1), end=COMPLETE)
@@ -251,7 +251,7 @@ async def test_a_stream_that_ended_before_its_run_keeps_its_own_end(make_broker:
 @pytest.mark.anyio
 async def test_who_reads_a_terminal_record_can_read_what_was_acknowledged_before(make_broker: MakeBroker) -> None:
     """Writers are cut off by the end of the run; each reader gets exactly what was acknowledged, then the end."""
-    async with opened(make_broker) as backend:
+    async with open_backend(make_broker) as backend:
         run = await create(backend)
         key = StreamKey(run.id, "default")
         acknowledged: list[bytes] = []
@@ -295,7 +295,7 @@ async def test_who_reads_a_terminal_record_can_read_what_was_acknowledged_before
 
 @pytest.mark.anyio
 async def test_a_stream_of_a_run_that_is_over_ends_at_once(make_broker: MakeBroker) -> None:
-    async with opened(make_broker) as backend:
+    async with open_backend(make_broker) as backend:
         run = await create(backend)
         await backend.broker.append(StreamKey(run.id, "written"), items(2))
         await store(backend.broker, finished(backend, run))
@@ -308,7 +308,7 @@ async def test_a_stream_of_a_run_that_is_over_ends_at_once(make_broker: MakeBrok
 @pytest.mark.anyio
 async def test_who_follows_a_stream_of_a_removed_run_still_gets_its_end(make_broker: MakeBroker) -> None:
     """An `end` is told with all that lies before it, so who has it needs nothing of the broker any more."""
-    async with opened(make_broker) as backend:
+    async with open_backend(make_broker) as backend:
         run = await create(backend)
         key = StreamKey(run.id, "default")
         await backend.broker.append(key, items(3))
@@ -330,7 +330,7 @@ async def test_who_follows_a_stream_of_a_removed_run_still_gets_its_end(make_bro
 
 @pytest.mark.anyio
 async def test_who_leaves_leaves_nothing(make_broker: MakeBroker) -> None:
-    async with opened(make_broker) as backend:
+    async with open_backend(make_broker) as backend:
         key = await new_key(backend)
         held = backend.held()
         await backend.broker.append(key, items(3))
@@ -350,7 +350,7 @@ async def test_who_leaves_leaves_nothing(make_broker: MakeBroker) -> None:
 
 @pytest.mark.anyio
 async def test_cancelled_readers_leave_nothing(make_broker: MakeBroker) -> None:
-    async with opened(make_broker) as backend:
+    async with open_backend(make_broker) as backend:
         key = await new_key(backend)
         held = backend.held()
         readers = [Reader(backend.broker, key) for _ in range(10)]
@@ -366,7 +366,7 @@ async def test_cancelled_readers_leave_nothing(make_broker: MakeBroker) -> None:
 
 @pytest.mark.anyio
 async def test_one_who_leaves_takes_nothing_from_the_others(make_broker: MakeBroker) -> None:
-    async with opened(make_broker) as backend:
+    async with open_backend(make_broker) as backend:
         key = await new_key(backend)
         staying = Reader(backend.broker, key)
         async with anyio.create_task_group() as group:
@@ -382,7 +382,7 @@ async def test_one_who_leaves_takes_nothing_from_the_others(make_broker: MakeBro
 
 @pytest.mark.anyio
 async def test_entering_may_be_cancelled_at_every_await(make_broker: MakeBroker) -> None:
-    async with opened(make_broker) as backend:
+    async with open_backend(make_broker) as backend:
         key = await new_key(backend)
         await backend.broker.append(key, items(3))
         held = backend.held()

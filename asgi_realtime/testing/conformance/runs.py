@@ -23,7 +23,7 @@ from asgi_realtime.testing.conformance.kit import (
     new_record,
     new_tag,
     next_changes,
-    opened,
+    open_backend,
     pause,
     store,
     versions,
@@ -33,7 +33,7 @@ from asgi_realtime.testing.conformance.kit import (
 
 @pytest.mark.anyio
 async def test_a_record_comes_back_as_it_was_stored(make_broker: MakeBroker) -> None:
-    async with opened(make_broker) as backend:
+    async with open_backend(make_broker) as backend:
         record = await create(
             backend,
             status=Status.EXECUTING,
@@ -61,7 +61,7 @@ async def test_a_record_comes_back_as_it_was_stored(make_broker: MakeBroker) -> 
 
 @pytest.mark.anyio
 async def test_records_are_loaded_in_the_order_asked(make_broker: MakeBroker) -> None:
-    async with opened(make_broker) as backend:
+    async with open_backend(make_broker) as backend:
         first, second = await create(backend), await create(backend)
         asked = [second.id, "run_that_never_was", first.id, second.id]
         assert await backend.peer.load(asked) == [second, None, first, second]
@@ -70,7 +70,7 @@ async def test_records_are_loaded_in_the_order_asked(make_broker: MakeBroker) ->
 
 @pytest.mark.anyio
 async def test_a_run_is_created_once(make_broker: MakeBroker) -> None:
-    async with opened(make_broker) as backend:
+    async with open_backend(make_broker) as backend:
         record = await create(backend)
         for broker in backend.processes:
             with pytest.raises(VersionConflict) as conflict:
@@ -80,7 +80,7 @@ async def test_a_run_is_created_once(make_broker: MakeBroker) -> None:
 
 @pytest.mark.anyio
 async def test_a_run_that_is_not_there_cannot_be_changed(make_broker: MakeBroker) -> None:
-    async with opened(make_broker) as backend:
+    async with open_backend(make_broker) as backend:
         record = following(new_record(backend))
         with pytest.raises(VersionConflict) as conflict:
             await backend.broker.commit(record, expect=1, change=new_mark())
@@ -90,7 +90,7 @@ async def test_a_run_that_is_not_there_cannot_be_changed(make_broker: MakeBroker
 
 @pytest.mark.anyio
 async def test_a_commit_on_another_version_is_refused_with_the_stored_record(make_broker: MakeBroker) -> None:
-    async with opened(make_broker) as backend:
+    async with open_backend(make_broker) as backend:
         record = await create(backend)
         newest = await store(backend.peer, following(record, metadata={"by": "other"}))
         for expect in (0, 1, 3):
@@ -103,7 +103,7 @@ async def test_a_commit_on_another_version_is_refused_with_the_stored_record(mak
 
 @pytest.mark.anyio
 async def test_a_run_may_be_created_again_in_the_version_that_its_owner_knows(make_broker: MakeBroker) -> None:
-    async with opened(make_broker) as backend:
+    async with open_backend(make_broker) as backend:
         record = following(following(new_record(backend, status=Status.EXECUTING, owner="us")))
         assert await backend.broker.commit(record, expect=0, change=new_mark()) == 3
         assert await backend.peer.load([record.id]) == [record]
@@ -112,7 +112,7 @@ async def test_a_run_may_be_created_again_in_the_version_that_its_owner_knows(ma
 
 @pytest.mark.anyio
 async def test_a_run_does_not_end_before_its_streams_have_what_was_acknowledged(make_broker: MakeBroker) -> None:
-    async with opened(make_broker) as backend:
+    async with open_backend(make_broker) as backend:
         run = await create(backend)
         key = StreamKey(run.id, "s")
         await backend.broker.append(key, [b"1", b"2"], producer=Producer("p", 0))
@@ -128,7 +128,7 @@ async def test_a_run_does_not_end_before_its_streams_have_what_was_acknowledged(
 
 @pytest.mark.anyio
 async def test_nothing_follows_a_terminal_record(make_broker: MakeBroker) -> None:
-    async with opened(make_broker) as backend:
+    async with open_backend(make_broker) as backend:
         over = await store(backend.broker, finished(backend, await create(backend)))
         with pytest.raises(VersionConflict) as conflict:
             await backend.peer.commit(following(over, status=Status.EXECUTING), expect=2, change=new_mark())
@@ -137,7 +137,7 @@ async def test_nothing_follows_a_terminal_record(make_broker: MakeBroker) -> Non
 
 @pytest.mark.anyio
 async def test_of_concurrent_committers_one_wins_each_version(make_broker: MakeBroker) -> None:
-    async with opened(make_broker) as backend:
+    async with open_backend(make_broker) as backend:
         run = await create(backend, metadata={"count": 0})
         won: list[int] = []
 
@@ -168,7 +168,7 @@ async def test_of_concurrent_committers_one_wins_each_version(make_broker: MakeB
 
 @pytest.mark.anyio
 async def test_of_concurrent_creators_one_wins(make_broker: MakeBroker) -> None:
-    async with opened(make_broker) as backend:
+    async with open_backend(make_broker) as backend:
         record = new_record(backend)
         losers: list[RunRecord | None] = []
 
@@ -186,7 +186,7 @@ async def test_of_concurrent_creators_one_wins(make_broker: MakeBroker) -> None:
 
 @pytest.mark.anyio
 async def test_a_retried_commit_changes_nothing(make_broker: MakeBroker) -> None:
-    async with opened(make_broker) as backend:
+    async with open_backend(make_broker) as backend:
         record = new_record(backend)
         created = ChangeMark("writer", 0)
         assert await backend.broker.commit(record, expect=0, change=created) == 1
@@ -200,7 +200,7 @@ async def test_a_retried_commit_changes_nothing(make_broker: MakeBroker) -> None
 @pytest.mark.anyio
 async def test_a_retried_commit_is_recognised_after_later_ones(make_broker: MakeBroker) -> None:
     """A commit whose answer was lost is retried when others, or another task of the same writer, went on."""
-    async with opened(make_broker) as backend:
+    async with open_backend(make_broker) as backend:
         tag = new_tag()
         record = await create(backend, tags=(tag,))
         ours, first = ChangeMark("writer", 7), following(record, metadata={"n": 1})
@@ -219,7 +219,7 @@ async def test_a_retried_commit_is_recognised_after_later_ones(make_broker: Make
 @pytest.mark.anyio
 async def test_a_commit_that_comes_late_is_not_taken_for_a_retry(make_broker: MakeBroker) -> None:
     """Two tasks of one writer commit; the one with the higher number arrives first. The other must learn of it."""
-    async with opened(make_broker) as backend:
+    async with open_backend(make_broker) as backend:
         record = await create(backend)
         newest = following(record, metadata={"by": "second"})
         await backend.broker.commit(newest, expect=1, change=ChangeMark("writer", 2))
@@ -231,7 +231,7 @@ async def test_a_commit_that_comes_late_is_not_taken_for_a_retry(make_broker: Ma
 
 @pytest.mark.anyio
 async def test_marks_of_different_runs_are_different(make_broker: MakeBroker) -> None:
-    async with opened(make_broker) as backend:
+    async with open_backend(make_broker) as backend:
         first, second = new_record(backend), new_record(backend)
         for record in (first, second):
             await backend.broker.commit(record, expect=0, change=ChangeMark("writer", 0))
@@ -240,7 +240,7 @@ async def test_marks_of_different_runs_are_different(make_broker: MakeBroker) ->
 
 @pytest.mark.anyio
 async def test_a_refused_commit_leaves_no_mark(make_broker: MakeBroker) -> None:
-    async with opened(make_broker) as backend:
+    async with open_backend(make_broker) as backend:
         record = await create(backend)
         changed = following(record, metadata={"n": 1})
         mark = new_mark()
@@ -253,7 +253,7 @@ async def test_a_refused_commit_leaves_no_mark(make_broker: MakeBroker) -> None:
 @pytest.mark.anyio
 async def test_record_and_run_topic_change_in_one_step(make_broker: MakeBroker) -> None:
     """Whoever looks: the topic is never behind a record that was loaded before, nor ahead of one loaded after."""
-    async with opened(make_broker) as backend:
+    async with open_backend(make_broker) as backend:
         run = await create(backend)
         over = anyio.Event()
 
@@ -280,7 +280,7 @@ async def test_record_and_run_topic_change_in_one_step(make_broker: MakeBroker) 
 @pytest.mark.anyio
 async def test_a_cancelled_commit_happened_entirely_or_not_at_all(make_broker: MakeBroker) -> None:
     """And if it did, every topic hears of it, though the one who had to tell is gone."""
-    async with opened(make_broker) as backend:
+    async with open_backend(make_broker) as backend:
         held = backend.held()
         for number in count():  # pragma: no branch
             tag, batch = new_tag(), new_tag()
@@ -317,7 +317,7 @@ async def told_at_last(backend: Backend, run_id: str, topics: Sequence[str]) -> 
 
 @pytest.mark.anyio
 async def test_telling_again_is_harmless(make_broker: MakeBroker) -> None:
-    async with opened(make_broker) as backend:
+    async with open_backend(make_broker) as backend:
         tag = new_tag()
         record = await create(backend, tags=(tag,))
         newest = await store(backend.broker, following(record))
@@ -329,7 +329,7 @@ async def test_telling_again_is_harmless(make_broker: MakeBroker) -> None:
 
 @pytest.mark.anyio
 async def test_a_commit_wakes_those_who_follow_the_run(make_broker: MakeBroker) -> None:
-    async with opened(make_broker) as backend:
+    async with open_backend(make_broker) as backend:
         run = await create(backend)
         async with backend.broker.follow(run_topic(run.id)) as topic:
             cursor = (await topic.changes(None)).cursor

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from asgi_realtime.brokers.base import Broker, End, Position, Producer, StreamKey
 from asgi_realtime.core.errors import (
     LimitExceeded,
-    Misplaced,
     ProducerGap,
+    RestoreOutOfOrder,
     RunNotFound,
     StreamClosed,
     StreamLost,
@@ -30,7 +30,7 @@ from asgi_realtime.testing.conformance.kit import (
     have,
     items,
     new_key,
-    opened,
+    open_backend,
     pause,
     read_all,
     seqs,
@@ -45,7 +45,7 @@ CHUNK = b'"' + b"x" * 100 + b'"'
 @pytest.mark.anyio
 async def test_an_input_is_refused_and_never_trimmed(make_broker: MakeBroker) -> None:
     """What was sent into a run was trimmed before the run had read it."""
-    async with opened(make_broker, stream_bytes=2000, inputs_bytes=10_000) as backend:
+    async with open_backend(make_broker, stream_bytes=2000, inputs_bytes=10_000) as backend:
         run = await create(backend)
         one, other = (StreamKey(run.id, f"$input {name}") for name in ("one", "other"))
         for number in range(8):
@@ -61,7 +61,7 @@ async def test_an_input_is_refused_and_never_trimmed(make_broker: MakeBroker) ->
 
 @pytest.mark.anyio
 async def test_entries_come_back_in_order_with_seqs_from_zero(make_broker: MakeBroker) -> None:
-    async with opened(make_broker) as backend:
+    async with open_backend(make_broker) as backend:
         key = await new_key(backend)
         assert await backend.broker.append(key, [b'"a"']) == Position(0, 1)
         assert await backend.peer.append(key, [b'"b"', b'{"c": 1}']) == Position(2, 3)
@@ -73,7 +73,7 @@ async def test_entries_come_back_in_order_with_seqs_from_zero(make_broker: MakeB
 
 @pytest.mark.anyio
 async def test_data_comes_back_byte_for_byte(make_broker: MakeBroker) -> None:
-    async with opened(make_broker) as backend:
+    async with open_backend(make_broker) as backend:
         key = await new_key(backend, name="a b/ü:{1}")
         chunks = [b"null", b'""', b'"id: 7"', b'"data: "', '"ü \u2028 🙂"'.encode(), b'"' + b"x" * 200_000 + b'"']
         await backend.broker.append(key, chunks)
@@ -82,7 +82,7 @@ async def test_data_comes_back_byte_for_byte(make_broker: MakeBroker) -> None:
 
 @pytest.mark.anyio
 async def test_entries_carry_the_time_of_their_append(make_broker: MakeBroker) -> None:
-    async with opened(make_broker) as backend:
+    async with open_backend(make_broker) as backend:
         key = await new_key(backend)
         before_ms = backend.now_ms()
         await backend.broker.append(key, items(1))
@@ -94,7 +94,7 @@ async def test_entries_carry_the_time_of_their_append(make_broker: MakeBroker) -
 
 @pytest.mark.anyio
 async def test_an_append_of_nothing_changes_nothing(make_broker: MakeBroker) -> None:
-    async with opened(make_broker) as backend:
+    async with open_backend(make_broker) as backend:
         key = await new_key(backend)
         assert await backend.broker.append(key, []) == Position(-1, 0)
         await backend.broker.append(key, items(2))
@@ -104,7 +104,7 @@ async def test_an_append_of_nothing_changes_nothing(make_broker: MakeBroker) -> 
 
 @pytest.mark.anyio
 async def test_concurrent_appends_are_serialised_and_never_interleaved(make_broker: MakeBroker) -> None:
-    async with opened(make_broker) as backend:
+    async with open_backend(make_broker) as backend:
         key = await new_key(backend)
         positions: list[tuple[int, Position]] = []
 
@@ -131,7 +131,7 @@ async def test_concurrent_appends_are_serialised_and_never_interleaved(make_brok
 
 @pytest.mark.anyio
 async def test_no_reader_sees_part_of_an_append(make_broker: MakeBroker) -> None:
-    async with opened(make_broker) as backend:
+    async with open_backend(make_broker) as backend:
         key = await new_key(backend)
         reader = Reader(backend.broker, key)
         lengths: list[int] = []
@@ -163,7 +163,7 @@ async def test_no_reader_sees_part_of_an_append(make_broker: MakeBroker) -> None
 
 @pytest.mark.anyio
 async def test_streams_know_nothing_of_each_other(make_broker: MakeBroker) -> None:
-    async with opened(make_broker) as backend:
+    async with open_backend(make_broker) as backend:
         key = await new_key(backend)
         sibling = StreamKey(key.run, "sibling")
         stranger = await new_key(backend)
@@ -176,13 +176,13 @@ async def test_streams_know_nothing_of_each_other(make_broker: MakeBroker) -> No
 
 @pytest.mark.anyio
 async def test_a_stream_that_nobody_wrote_is_empty(make_broker: MakeBroker) -> None:
-    async with opened(make_broker) as backend:
+    async with open_backend(make_broker) as backend:
         assert await backend.broker.read(await new_key(backend)) == ([], 0, 0, None)
 
 
 @pytest.mark.anyio
 async def test_a_run_that_never_was_has_no_streams(make_broker: MakeBroker) -> None:
-    async with opened(make_broker) as backend:
+    async with open_backend(make_broker) as backend:
         with pytest.raises(RunNotFound):
             await backend.broker.append(UNKNOWN, items(1))
         with pytest.raises(RunNotFound):
@@ -197,7 +197,7 @@ async def test_a_run_that_never_was_has_no_streams(make_broker: MakeBroker) -> N
 
 @pytest.mark.anyio
 async def test_pages_are_read_after_a_cursor_up_to_a_limit(make_broker: MakeBroker) -> None:
-    async with opened(make_broker) as backend:
+    async with open_backend(make_broker) as backend:
         key = await new_key(backend)
         await backend.broker.append(key, items(10), end=COMPLETE)
 
@@ -219,7 +219,7 @@ async def test_pages_are_read_after_a_cursor_up_to_a_limit(make_broker: MakeBrok
 
 @pytest.mark.anyio
 async def test_an_end_comes_with_the_last_append(make_broker: MakeBroker) -> None:
-    async with opened(make_broker) as backend:
+    async with open_backend(make_broker) as backend:
         key = await new_key(backend)
         end = End("failed", "the model went away")
         assert await backend.broker.append(key, items(2), end=end) == Position(1, 2)
@@ -229,7 +229,7 @@ async def test_an_end_comes_with_the_last_append(make_broker: MakeBroker) -> Non
 
 @pytest.mark.anyio
 async def test_an_ended_stream_takes_nothing_more(make_broker: MakeBroker) -> None:
-    async with opened(make_broker) as backend:
+    async with open_backend(make_broker) as backend:
         key = await new_key(backend)
         await backend.broker.append(key, items(1), end=COMPLETE)
         for broker in backend.processes:
@@ -244,7 +244,7 @@ async def test_an_ended_stream_takes_nothing_more(make_broker: MakeBroker) -> No
 
 @pytest.mark.anyio
 async def test_the_first_end_stays(make_broker: MakeBroker) -> None:
-    async with opened(make_broker) as backend:
+    async with open_backend(make_broker) as backend:
         key = await new_key(backend)
         await backend.broker.append(key, items(1), end=COMPLETE)
         assert await backend.peer.append(key, [], end=End("failed")) == Position(0, 1)
@@ -253,7 +253,7 @@ async def test_the_first_end_stays(make_broker: MakeBroker) -> None:
 
 @pytest.mark.anyio
 async def test_an_end_without_an_entry_is_as_durable(make_broker: MakeBroker) -> None:
-    async with opened(make_broker) as backend:
+    async with open_backend(make_broker) as backend:
         key = await new_key(backend)
         assert await backend.broker.append(key, [], end=COMPLETE) == Position(-1, 0)
         reader = await Reader(backend.peer, key).run()  # a reader who comes and goes takes nothing along
@@ -265,7 +265,7 @@ async def test_an_end_without_an_entry_is_as_durable(make_broker: MakeBroker) ->
 
 @pytest.mark.anyio
 async def test_concurrent_appends_and_an_end_leave_exactly_what_was_acknowledged(make_broker: MakeBroker) -> None:
-    async with opened(make_broker) as backend:
+    async with open_backend(make_broker) as backend:
         key = await new_key(backend)
         acknowledged: list[bytes] = []
         refused: list[bytes] = []
@@ -296,7 +296,7 @@ async def test_concurrent_appends_and_an_end_leave_exactly_what_was_acknowledged
 
 @pytest.mark.anyio
 async def test_a_run_that_is_over_takes_no_append(make_broker: MakeBroker) -> None:
-    async with opened(make_broker) as backend:
+    async with open_backend(make_broker) as backend:
         run = await create(backend)
         written, fresh = StreamKey(run.id, "written"), StreamKey(run.id, "fresh")
         await backend.broker.append(written, items(2))
@@ -316,7 +316,7 @@ async def test_a_run_that_is_over_takes_no_append(make_broker: MakeBroker) -> No
 
 @pytest.mark.anyio
 async def test_a_retried_append_stores_nothing_twice(make_broker: MakeBroker) -> None:
-    async with opened(make_broker) as backend:
+    async with open_backend(make_broker) as backend:
         key = await new_key(backend)
         assert await backend.broker.append(key, items(2), producer=Producer("p", 0)) == Position(1, 2)
         await backend.broker.append(key, [b'"other"'])
@@ -326,7 +326,7 @@ async def test_a_retried_append_stores_nothing_twice(make_broker: MakeBroker) ->
 
 @pytest.mark.anyio
 async def test_of_an_append_that_overlaps_only_the_new_part_is_stored(make_broker: MakeBroker) -> None:
-    async with opened(make_broker) as backend:
+    async with open_backend(make_broker) as backend:
         key = await new_key(backend)
         await backend.broker.append(key, items(3), producer=Producer("p", 0))
         assert await backend.peer.append(key, items(4, start=1), producer=Producer("p", 1)) == Position(4, 5)
@@ -335,7 +335,7 @@ async def test_of_an_append_that_overlaps_only_the_new_part_is_stored(make_broke
 
 @pytest.mark.anyio
 async def test_a_hole_in_the_count_of_a_producer_is_refused(make_broker: MakeBroker) -> None:
-    async with opened(make_broker) as backend:
+    async with open_backend(make_broker) as backend:
         key = await new_key(backend)
         for stored in (0, 2):
             with pytest.raises(ProducerGap) as refusal:
@@ -348,7 +348,7 @@ async def test_a_hole_in_the_count_of_a_producer_is_refused(make_broker: MakeBro
 
 @pytest.mark.anyio
 async def test_producers_count_for_themselves_and_for_each_stream(make_broker: MakeBroker) -> None:
-    async with opened(make_broker) as backend:
+    async with open_backend(make_broker) as backend:
         key = await new_key(backend)
         sibling = StreamKey(key.run, "sibling")
         await backend.broker.append(key, items(2), producer=Producer("p", 0))
@@ -363,7 +363,7 @@ async def test_producers_count_for_themselves_and_for_each_stream(make_broker: M
 @pytest.mark.anyio
 async def test_the_count_of_a_producer_can_be_asked_for(make_broker: MakeBroker) -> None:
     """A writer that comes back, maybe at another process, goes on behind what is stored."""
-    async with opened(make_broker) as backend:
+    async with open_backend(make_broker) as backend:
         key = await new_key(backend)
         sibling, inputs = StreamKey(key.run, "sibling"), StreamKey(key.run, "$input")
         assert await backend.broker.produced(key, "p") == 0
@@ -385,7 +385,7 @@ async def test_the_count_of_a_producer_can_be_asked_for(make_broker: MakeBroker)
 
 @pytest.mark.anyio
 async def test_the_count_of_a_producer_outlives_its_entries_and_the_run(make_broker: MakeBroker) -> None:
-    async with opened(make_broker, stream_bytes=200) as backend:
+    async with open_backend(make_broker, stream_bytes=200) as backend:
         run = await create(backend)
         key = StreamKey(run.id, "default")
         await backend.broker.append(key, [CHUNK] * 10, producer=Producer("p", 0))
@@ -400,7 +400,7 @@ async def test_the_count_of_a_producer_outlives_its_entries_and_the_run(make_bro
 
 @pytest.mark.anyio
 async def test_a_retry_of_the_ending_append_succeeds(make_broker: MakeBroker) -> None:
-    async with opened(make_broker) as backend:
+    async with open_backend(make_broker) as backend:
         key = await new_key(backend)
         producer = Producer("p", 0)
         first = await backend.broker.append(key, items(2), producer=producer, end=COMPLETE)
@@ -412,7 +412,7 @@ async def test_a_retry_of_the_ending_append_succeeds(make_broker: MakeBroker) ->
 
 @pytest.mark.anyio
 async def test_a_retry_succeeds_when_the_run_is_over_meanwhile(make_broker: MakeBroker) -> None:
-    async with opened(make_broker) as backend:
+    async with open_backend(make_broker) as backend:
         run = await create(backend)
         key = StreamKey(run.id, "default")
         first = await backend.broker.append(key, items(2), producer=Producer("p", 0))
@@ -423,7 +423,7 @@ async def test_a_retry_succeeds_when_the_run_is_over_meanwhile(make_broker: Make
 
 @pytest.mark.anyio
 async def test_the_same_append_from_several_sides_is_stored_once(make_broker: MakeBroker) -> None:
-    async with opened(make_broker) as backend:
+    async with open_backend(make_broker) as backend:
         key = await new_key(backend)
         positions: list[Position] = []
 
@@ -444,7 +444,7 @@ async def test_whatever_producers_retry_each_item_is_stored_once(
     make_broker: MakeBroker, calls: list[tuple[int, int, int, bool]]
 ) -> None:
     """Each call: a producer, the place in its count, the number of items, and which process writes."""
-    async with opened(make_broker) as backend:
+    async with open_backend(make_broker) as backend:
         key = await new_key(backend)
         stored = dict.fromkeys(range(3), 0)
         expected: list[bytes] = []
@@ -464,14 +464,14 @@ async def test_whatever_producers_retry_each_item_is_stored_once(
 
 @pytest.mark.anyio
 async def test_what_was_lost_is_written_again_at_its_place_or_not_at_all(make_broker: MakeBroker) -> None:
-    async with opened(make_broker) as backend:
+    async with open_backend(make_broker) as backend:
         key = await new_key(backend)
         await backend.broker.append(key, items(3), producer=Producer("p", 0))
         again = await backend.peer.append(key, items(5), producer=Producer("p", 0), at=0)
         assert again == Position(4, 5), "what is there was skipped, and the rest stands behind it"
         with pytest.raises(StreamLost):
             await backend.broker.append(key, items(1), producer=Producer("p", 5), at=4)
-        with pytest.raises(Misplaced):  # those before it have to be restored first
+        with pytest.raises(RestoreOutOfOrder):  # those before it have to be restored first
             await backend.broker.append(key, items(1), producer=Producer("p", 5), at=7, end=COMPLETE)
         with pytest.raises(ProducerGap):
             await backend.broker.append(key, [], producer=Producer("p", 6))
@@ -484,7 +484,7 @@ async def test_what_was_lost_is_written_again_at_its_place_or_not_at_all(make_br
 
 @pytest.mark.anyio
 async def test_retention_takes_the_oldest_entries_and_never_the_position(make_broker: MakeBroker) -> None:
-    async with opened(make_broker, stream_bytes=1000) as backend:
+    async with open_backend(make_broker, stream_bytes=1000) as backend:
         key = await new_key(backend)
         for _ in range(50):
             await backend.broker.append(key, [CHUNK])
@@ -498,7 +498,7 @@ async def test_retention_takes_the_oldest_entries_and_never_the_position(make_br
 
 @pytest.mark.anyio
 async def test_the_last_entry_stays_whatever_its_size(make_broker: MakeBroker) -> None:
-    async with opened(make_broker, stream_bytes=50) as backend:
+    async with open_backend(make_broker, stream_bytes=50) as backend:
         key = await new_key(backend)
         await backend.broker.append(key, [CHUNK])
         await backend.broker.append(key, [CHUNK, b'"last"'])
@@ -511,7 +511,7 @@ async def test_the_last_entry_stays_whatever_its_size(make_broker: MakeBroker) -
 
 @pytest.mark.anyio
 async def test_a_retry_of_what_was_trimmed_is_still_recognised(make_broker: MakeBroker) -> None:
-    async with opened(make_broker, stream_bytes=200) as backend:
+    async with open_backend(make_broker, stream_bytes=200) as backend:
         key = await new_key(backend)
         first = await backend.broker.append(key, [CHUNK] * 10, producer=Producer("p", 0))
         await backend.broker.append(key, [CHUNK] * 10)
@@ -521,7 +521,7 @@ async def test_a_retry_of_what_was_trimmed_is_still_recognised(make_broker: Make
 
 @pytest.mark.anyio
 async def test_a_reader_behind_the_retained_part_is_told(make_broker: MakeBroker) -> None:
-    async with opened(make_broker, stream_bytes=1000) as backend:
+    async with open_backend(make_broker, stream_bytes=1000) as backend:
         key = await new_key(backend)
         await backend.broker.append(key, [CHUNK] * 3)
         early = await Reader(backend.peer, key).run(enough=have(3))
@@ -540,7 +540,7 @@ async def test_a_reader_behind_the_retained_part_is_told(make_broker: MakeBroker
 
 @pytest.mark.anyio
 async def test_a_cancelled_append_happened_entirely_or_not_at_all(make_broker: MakeBroker) -> None:
-    async with opened(make_broker) as backend:
+    async with open_backend(make_broker) as backend:
         held = backend.held()
         for number in count():  # pragma: no branch
             key = await new_key(backend)

@@ -25,7 +25,7 @@ from asgi_realtime.testing.conformance.kit import (
     new_mark,
     new_tag,
     next_changes,
-    opened,
+    open_backend,
     pause,
     store,
     until_parked,
@@ -36,7 +36,7 @@ from asgi_realtime.testing.conformance.kit import (
 
 @pytest.mark.anyio
 async def test_a_run_is_in_all_its_topics_when_the_commit_returns(make_broker: MakeBroker) -> None:
-    async with opened(make_broker) as backend:
+    async with open_backend(make_broker) as backend:
         tag, other, batch = new_tag(), new_tag(), new_tag()
         run = await create(backend, tags=(tag, other), batch=BatchMember(batch, 0, 1))
         newest = await store(backend.peer, following(run))
@@ -47,7 +47,7 @@ async def test_a_run_is_in_all_its_topics_when_the_commit_returns(make_broker: M
 
 @pytest.mark.anyio
 async def test_a_tag_that_is_added_later_hears_of_the_run_from_then_on(make_broker: MakeBroker) -> None:
-    async with opened(make_broker) as backend:
+    async with open_backend(make_broker) as backend:
         tag = new_tag()
         run = await create(backend)
         assert await versions_in(backend.broker, f"tag:{tag}") == {}
@@ -57,7 +57,7 @@ async def test_a_tag_that_is_added_later_hears_of_the_run_from_then_on(make_brok
 
 @pytest.mark.anyio
 async def test_a_topic_that_nobody_told_is_empty(make_broker: MakeBroker) -> None:
-    async with opened(make_broker) as backend:
+    async with open_backend(make_broker) as backend:
         held = backend.held()
         changes = await backend.broker.changes(f"tag:{new_tag()}")
         assert (changes.items, changes.snapshot) == ([], True)
@@ -66,7 +66,7 @@ async def test_a_topic_that_nobody_told_is_empty(make_broker: MakeBroker) -> Non
 
 @pytest.mark.anyio
 async def test_an_empty_snapshot_is_a_place_to_go_on_from(make_broker: MakeBroker) -> None:
-    async with opened(make_broker) as backend:
+    async with open_backend(make_broker) as backend:
         tag = new_tag()
         before = (await backend.broker.changes(f"tag:{tag}")).cursor
         run = await create(backend, tags=(tag,))
@@ -75,7 +75,7 @@ async def test_an_empty_snapshot_is_a_place_to_go_on_from(make_broker: MakeBroke
 
 @pytest.mark.anyio
 async def test_changes_come_in_the_order_of_each_runs_last_change(make_broker: MakeBroker) -> None:
-    async with opened(make_broker) as backend:
+    async with open_backend(make_broker) as backend:
         tag = new_tag()
         runs = [await create(backend, tags=(tag,)) for _ in range(4)]
         await store(backend.broker, following(runs[1]))
@@ -89,7 +89,7 @@ async def test_changes_come_in_the_order_of_each_runs_last_change(make_broker: M
 
 @pytest.mark.anyio
 async def test_a_reader_behind_gets_the_newest_of_each_changed_run_once(make_broker: MakeBroker) -> None:
-    async with opened(make_broker) as backend:
+    async with open_backend(make_broker) as backend:
         tag = new_tag()
         busy, idle, late = [await create(backend, tags=(tag,)) for _ in range(3)]
         cursor = (await backend.broker.changes(f"tag:{tag}")).cursor
@@ -105,7 +105,7 @@ async def test_a_reader_behind_gets_the_newest_of_each_changed_run_once(make_bro
 
 @pytest.mark.anyio
 async def test_a_long_way_is_gone_in_pages_that_miss_nothing(make_broker: MakeBroker) -> None:
-    async with opened(make_broker) as backend:
+    async with open_backend(make_broker) as backend:
         tag = new_tag()
         start = (await create(backend, tags=(tag,))).id
         cursor = (await backend.broker.changes(f"tag:{tag}")).cursor
@@ -122,7 +122,7 @@ async def test_a_long_way_is_gone_in_pages_that_miss_nothing(make_broker: MakeBr
 
 @pytest.mark.anyio
 async def test_a_limited_snapshot_has_the_newest_runs(make_broker: MakeBroker) -> None:
-    async with opened(make_broker) as backend:
+    async with open_backend(make_broker) as backend:
         tag = new_tag()
         runs = [await create(backend, tags=(tag,)) for _ in range(6)]
         snapshot = await backend.broker.changes(f"tag:{tag}", limit=2)
@@ -133,7 +133,7 @@ async def test_a_limited_snapshot_has_the_newest_runs(make_broker: MakeBroker) -
 
 @pytest.mark.anyio
 async def test_a_cursor_of_no_use_gets_a_snapshot_and_never_a_wait(make_broker: MakeBroker) -> None:
-    async with opened(make_broker) as backend:
+    async with open_backend(make_broker) as backend:
         tag = new_tag()
         run = await create(backend, tags=(tag,))
         epoch, position = (await backend.broker.changes(f"tag:{tag}")).cursor
@@ -150,7 +150,7 @@ async def test_a_cursor_of_no_use_gets_a_snapshot_and_never_a_wait(make_broker: 
 
 @pytest.mark.anyio
 async def test_a_topic_keeps_its_newest_runs_and_a_reader_before_them_gets_a_snapshot(make_broker: MakeBroker) -> None:
-    async with opened(make_broker, topic_runs=5) as backend:
+    async with open_backend(make_broker, topic_runs=5) as backend:
         tag = new_tag()
         first = await create(backend, tags=(tag,))
         early = (await backend.broker.changes(f"tag:{tag}")).cursor
@@ -167,7 +167,7 @@ async def test_a_topic_keeps_its_newest_runs_and_a_reader_before_them_gets_a_sna
 @pytest.mark.anyio
 async def test_a_topic_and_another_of_the_same_name_have_different_epochs(make_broker: MakeBroker) -> None:
     """A position must not be taken for one of an index that is gone."""
-    async with opened(make_broker) as backend:
+    async with open_backend(make_broker) as backend:
         tag = new_tag()
         run = await create(backend, tags=(tag,))
         old = (await backend.broker.changes(f"tag:{tag}")).cursor
@@ -183,7 +183,7 @@ async def test_a_topic_and_another_of_the_same_name_have_different_epochs(make_b
 
 @pytest.mark.anyio
 async def test_a_follower_hears_of_changes_from_every_process(make_broker: MakeBroker) -> None:
-    async with opened(make_broker) as backend:
+    async with open_backend(make_broker) as backend:
         tag = new_tag()
         feed = Feed(backend.broker, f"tag:{tag}")
         for number in range(6):
@@ -236,7 +236,7 @@ async def test_whenever_a_feed_begins_it_misses_no_change(
     make_broker: MakeBroker, runs: list[list[tuple[int, bool]]], feeds: list[tuple[int, bool, int]]
 ) -> None:
     """Each run changes in a task of its own, after so many steps and in that process; each feed begins at its time."""
-    async with opened(make_broker) as backend:
+    async with open_backend(make_broker) as backend:
         held = backend.held()
         tag = new_tag()
         created = [await create(backend) for _ in runs]
@@ -270,7 +270,7 @@ async def test_whenever_a_feed_begins_it_misses_no_change(
 @pytest.mark.anyio
 async def test_no_older_version_replaces_a_newer_one_under_concurrent_committers(make_broker: MakeBroker) -> None:
     """Many commits of one run on many topics, from both sides, while tellers tell again: versions only grow."""
-    async with opened(make_broker) as backend:
+    async with open_backend(make_broker) as backend:
         tags = tuple(new_tag() for _ in range(4))
         run = await create(backend, tags=tags)
         feeds = [Feed(broker, f"tag:{tag}") for tag in tags for broker in backend.processes]
@@ -306,7 +306,7 @@ async def test_no_older_version_replaces_a_newer_one_under_concurrent_committers
 
 @pytest.mark.anyio
 async def test_who_leaves_a_topic_leaves_nothing(make_broker: MakeBroker) -> None:
-    async with opened(make_broker) as backend:
+    async with open_backend(make_broker) as backend:
         tag = new_tag()
         held = backend.held()
         async with anyio.create_task_group() as group:
@@ -326,7 +326,7 @@ async def _follow(broker: Broker, tag: str) -> None:
 
 @pytest.mark.anyio
 async def test_following_may_be_cancelled_at_every_await(make_broker: MakeBroker) -> None:
-    async with opened(make_broker) as backend:
+    async with open_backend(make_broker) as backend:
         tag = new_tag()
         await create(backend, tags=(tag,))
         held = backend.held()
