@@ -18,9 +18,6 @@ from asgi_realtime.core.errors import (
     RealtimeError,
     RequestCutOff,
     RestoreOutOfOrder,
-    RunCanceled,
-    RunEnded,
-    RunFailed,
     RunKeptElsewhere,
     RunNotFound,
     ScopeDenied,
@@ -33,6 +30,7 @@ from asgi_realtime.core.errors import (
     UnknownTask,
     UsageError,
 )
+from asgi_realtime.core.run_errors import RunCanceled, RunEnded, RunFailed
 from asgi_realtime.core.runs import RunError, RunRecord, Status
 from asgi_realtime.engine.run import Run, current_run
 from asgi_realtime.realtime import Realtime

@@ -20,9 +20,10 @@ import anyio.to_thread
 
 from asgi_realtime.core.config import Span
 from asgi_realtime.core.errors import RealtimeError, ServerShutdown
+from asgi_realtime.engine.held_run import HeldRun
 from asgi_realtime.engine.run import Run, current, current_run
 from asgi_realtime.loop.supervisor import Supervisor
-from asgi_realtime.loop.thread_calls import HeldRun, OwnLoop, ThreadCall
+from asgi_realtime.loop.thread_calls import OwnLoop, ThreadCall
 from asgi_realtime.loop.waiting import on_asyncio
 
 if TYPE_CHECKING:

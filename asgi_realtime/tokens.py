@@ -19,8 +19,8 @@ from typing import Any
 
 import jwt
 
-from asgi_realtime.asgi.trigger_dev.shapes import SKIPPABLE_COLUMNS
 from asgi_realtime.core.errors import ExpiredToken, InvalidConfiguration, InvalidToken, UsageError, shown
+from asgi_realtime.core.run_columns import SKIPPABLE_COLUMNS
 
 ISSUER = "https://id.trigger.dev"
 AUDIENCE = "https://api.trigger.dev"

@@ -58,10 +58,13 @@ def test_every_error_that_a_user_may_catch_is_exported() -> None:
         "TokenSpent",
         "VersionConflict",
     }
-    from asgi_realtime.core import errors
+    from asgi_realtime.core import errors, run_errors
 
     defined = {
-        name for name, value in vars(errors).items() if inspect.isclass(value) and value.__module__ == errors.__name__
+        name
+        for module in (errors, run_errors)
+        for name, value in vars(module).items()
+        if inspect.isclass(value) and value.__module__ == module.__name__
     }
     assert defined - own <= set(asgi_realtime.__all__)
 

@@ -1,15 +1,17 @@
-"""Imports of the package go downward only, and each foreign package is imported where it is needed and nowhere else.
+"""Imports of the package point down the list of packages, form no cycle, and load foreign packages only where needed.
 
-The source is parsed, so an import inside a function counts. Blocks under `if TYPE_CHECKING:` do not: they are for
-readers and for mypy, and bind nothing at run time.
+The source is parsed, so an import inside a function counts, and so does one under `if TYPE_CHECKING:`. A type that
+would need an upward import is a `Protocol` instead.
 """
 
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,30 +22,42 @@ import asgi_realtime
 ROOT = Path(asgi_realtime.__file__).parent
 PACKAGE = "asgi_realtime"
 
-IN_PROCESS = "the in-process API"
-LAYERS: tuple[frozenset[str], ...] = (
-    frozenset({"errors", "config"}),
-    frozenset({"core"}),
-    frozenset({"tokens", "waiting", "livelog", "brokers"}),
-    frozenset({IN_PROCESS}),
-    frozenset({"asgi"}),
-    frozenset({"client", "testing"}),
-    frozenset({"cli", "__main__"}),
+TOP = "top level"
+DOOR = "asgi (app and routes)"
+FACE = "__init__"
+LAYERS = (
+    "core",
+    "loop",
+    "brokers",
+    "runs",
+    "streams",
+    "engine",
+    "tasks",
+    TOP,
+    "asgi",
+    "asgi.trigger_dev",
+    DOOR,
+    "client",
+    "testing",
+    "cli",
+    FACE,
 )
-"""From the bottom upward. A module may import its own layer and those before it. The two last stand on top: only the
-command line uses what is in the one before it, and nobody uses the command line.
+"""From the bottom up. A module may import its own layer and the layers before it."""
 
-Whatever is not named is of the in-process API: `pipe`, `handles`, `realtime`, `tasks` and what they are made of.
-"""
+APPLICATIONS = ("client", "testing", "cli")
+"""Built on top of everything else. Only the command line imports one of the others, `client`."""
 
-UPWARD = {("realtime", "asgi")}
-"""`Realtime` is itself the ASGI app, so it makes the app of the layer above when first called: in a function only."""
+DOORS = ("asgi", "asgi.app", "asgi.routes")
+"""The modules of `asgi` that join the generic endpoints and those of the Trigger.dev dialect into one app."""
+
+UPWARD = {("realtime", "asgi.app")}
+"""`Realtime` is itself the ASGI app, so it imports that app when first called: inside a function only."""
 
 NOT_IN_CORE = frozenset(
     "asyncio concurrent contextvars http logging multiprocessing os random secrets selectors signal socket ssl "
     "subprocess threading time urllib".split()
 )
-"""Core has no loop, no thread, no clock, no dice and no I/O: what depends on them is an argument."""
+"""Core has no event loop, thread, clock, randomness or I/O: it takes what depends on them as arguments."""
 
 EVERYWHERE = frozenset({""})
 FOREIGN: dict[str, frozenset[str]] = {
@@ -51,7 +65,7 @@ FOREIGN: dict[str, frozenset[str]] = {
     "anyio": EVERYWHERE,
     "starlette": frozenset({"asgi"}),
     "jwt": frozenset({"tokens", "cli"}),
-    "trio": frozenset({"waiting", "supervisor"}),
+    "trio": frozenset({"loop"}),
     "redis": frozenset({"brokers.redis"}),
     "hiredis": frozenset({"brokers.redis"}),
     "taskiq": frozenset({"tasks.taskiq"}),
@@ -60,14 +74,14 @@ FOREIGN: dict[str, frozenset[str]] = {
     "pytest": frozenset({"testing"}),
     "hypothesis": frozenset({"testing"}),
 }
-"""Which modules (with what is in them) may import a package that is not ours and not Python's."""
+"""The modules, including their submodules, that may import a package from outside the standard library."""
 
 NOT_IN_CORE |= FOREIGN.keys() - {"msgspec"}
 
 
 class Import(NamedTuple):
     module: str
-    """Who imports, without the package's name; empty for the package's own face."""
+    """The importing module without the package's name; empty for the package itself."""
     target: str
     line: int
     in_function: bool
@@ -84,26 +98,17 @@ def module_name(path: Path) -> str:
 SOURCES = {module_name(path): path for path in sorted(ROOT.rglob("*.py"))}
 
 
-def is_type_checking(node: ast.AST) -> bool:
-    return isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
-
-
 def walk(node: ast.AST, in_function: bool = False) -> Iterator[tuple[ast.Import | ast.ImportFrom, bool]]:
-    """Every import statement that can run, and whether it stands in a function."""
+    """Yield every import statement, and whether it is inside a function."""
     if isinstance(node, ast.Import | ast.ImportFrom):
         yield node, in_function
-    if is_type_checking(node):
-        assert isinstance(node, ast.If)
-        for statement in node.orelse:
-            yield from walk(statement, in_function)
-        return
     inside = in_function or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
     for child in ast.iter_child_nodes(node):
         yield from walk(child, inside)
 
 
 def targets(node: ast.Import | ast.ImportFrom, module: str, is_package: bool) -> Iterator[str]:
-    """The absolute names of the imported modules; `from a import b` names `a.b` where that is a module."""
+    """Yield the absolute names of the imported modules; `from a import b` yields `a.b` if that is a module."""
     if isinstance(node, ast.Import):
         yield from (alias.name for alias in node.names)
         return
@@ -134,25 +139,46 @@ def all_imports() -> list[Import]:
 
 
 def own_target(found: Import) -> str | None:
-    """The imported module of ours without the package's name, or None if it is foreign."""
+    """The imported module of this package without the package's name, or None if it is foreign."""
     package, _, rest = found.target.partition(".")
     return rest if package == PACKAGE else None
 
 
-def layer_of(module: str) -> int:
+def layer_of(module: str) -> str:
+    if not module:
+        return FACE
+    if module in DOORS:
+        return DOOR
+    if module == "asgi.trigger_dev" or module.startswith("asgi.trigger_dev."):
+        return "asgi.trigger_dev"
+    if module == "__main__":
+        return "cli"
     top = module.partition(".")[0]
-    named = [height for height, names in enumerate(LAYERS) if top in names]
-    return named[0] if named else next(height for height, names in enumerate(LAYERS) if IN_PROCESS in names)
+    return top if top in LAYERS else TOP
 
 
 def is_upward(found: Import) -> bool:
     target = own_target(found)
-    if not target or not found.module:  # `__version__` and the like; the face re-exports from all layers but the last
+    if not target:  # foreign, or `__version__`
         return False
-    source_top, target_top = found.module.partition(".")[0], target.partition(".")[0]
-    if (source_top, target_top) in UPWARD:
-        return not found.in_function
-    return layer_of(target) > layer_of(found.module)
+    if (found.module, target) in UPWARD and found.in_function:
+        return False
+    return LAYERS.index(layer_of(target)) > LAYERS.index(layer_of(found.module))
+
+
+def find_cycle(imports: list[Import]) -> list[str]:
+    """The modules of one import cycle, in order; empty if there is none."""
+    graph: dict[str, set[str]] = {}
+    for found in imports:
+        target = own_target(found)
+        # A package's `__init__` runs before any of its modules, so importing from it is the only edge that counts here.
+        if target and target != found.module and (found.module, target) not in UPWARD:
+            graph.setdefault(found.module, set()).add(target)
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as exc:
+        return [str(module) for module in exc.args[1]]
+    return []
 
 
 def is_impure(found: Import) -> bool:
@@ -167,17 +193,29 @@ def is_misplaced(found: Import) -> bool:
     return not any(place in ("", found.module) or found.module.startswith(f"{place}.") for place in places)
 
 
-def test_imports_go_downward_only() -> None:
+def test_every_package_is_a_layer() -> None:
+    packages = {module for module, path in SOURCES.items() if module and path.name == "__init__.py"}
+    assert {package for package in packages if "." not in package} <= set(LAYERS)
+
+
+def test_imports_point_downward() -> None:
     assert [str(found) for found in all_imports() if is_upward(found)] == []
 
 
-def test_nobody_imports_what_stands_on_top() -> None:
-    *_, on_top, command_line = LAYERS
+def test_there_is_no_import_cycle() -> None:
+    assert find_cycle(all_imports()) == []
+
+
+def test_the_only_exceptions_are_imports_that_exist() -> None:
+    assert UPWARD <= {(found.module, own_target(found)) for found in all_imports() if found.in_function}
+
+
+def test_nothing_imports_an_application() -> None:
     intruders = []
     for found in all_imports():
-        source, target = found.module.partition(".")[0], (own_target(found) or "").partition(".")[0]
-        allowed = {source} | (command_line | {"client"} if source in command_line else set())
-        if target in on_top | command_line and target not in allowed:
+        source, target = layer_of(found.module), layer_of(own_target(found) or "")
+        allowed = source == target or (source, target) == ("cli", "client")
+        if own_target(found) and target in APPLICATIONS and not allowed:
             intruders.append(str(found))
     assert intruders == []
 
@@ -188,6 +226,22 @@ def test_core_is_pure() -> None:
 
 def test_foreign_packages_are_imported_only_where_they_are_needed() -> None:
     assert [str(found) for found in all_imports() if is_misplaced(found)] == []
+
+
+def test_each_package_says_in_one_sentence_what_it_holds() -> None:
+    layers = [module for module, path in SOURCES.items() if path.name == "__init__.py" and module in LAYERS]
+    for module in layers:
+        docstring = ast.get_docstring(ast.parse(SOURCES[module].read_text())) or ""
+        assert re.fullmatch(r"[A-Z`].+\.", docstring), module
+
+
+def test_the_architecture_page_shows_the_packages_in_this_order() -> None:
+    page = (ROOT.parent / "docs" / "architecture.md").read_text()
+    places = [
+        page.find(f"`{layer.replace('.', '/')}/`") for layer in LAYERS if (ROOT / layer.replace(".", "/")).is_dir()
+    ]
+    assert -1 not in places
+    assert places == sorted(places)
 
 
 def test_importing_the_package_loads_no_extra() -> None:
@@ -203,20 +257,33 @@ def test_importing_the_package_loads_no_extra() -> None:
     [
         ("core.log", "from asgi_realtime.core.errors import StreamClosed", False),
         ("core.log", "from asgi_realtime.brokers.live_log import LiveLog", True),
-        ("core.log", "from ..livelog import LiveLog", True),
-        ("core.log", "from .. import livelog", True),
+        ("core.log", "from ..brokers.live_log import LiveLog", True),
+        ("core.log", "from ..brokers import live_log", True),
         ("core.log", "from .sse import frame", False),
         ("core.log", "def f():\n    import asgi_realtime.streams.pipe", True),
-        ("core.log", "if TYPE_CHECKING:\n    from asgi_realtime.streams.pipe import Pipe", False),
-        ("core.log", "if TYPE_CHECKING:\n    pass\nelse:\n    import asgi_realtime.streams.pipe", True),
-        ("realtime", "from asgi_realtime.asgi.app import App", True),
-        ("realtime", "def f():\n    from asgi_realtime.asgi.app import App", False),
-        ("tasks.decorator", "def f():\n    from asgi_realtime.asgi.app import App", True),
+        ("core.log", "if TYPE_CHECKING:\n    from asgi_realtime.streams.pipe import Pipe", True),
+        ("streams.pipe", "from asgi_realtime.runs.handles import RunHandle", False),
+        ("runs.handles", "from asgi_realtime.streams.pipe import Pipe", True),
+        ("asgi.streams", "from asgi_realtime.asgi.trigger_dev.shapes import schema", True),
+        ("asgi.routes", "from asgi_realtime.asgi.trigger_dev.shapes import schema", False),
+        ("asgi.streams", "from asgi_realtime.asgi.app import RealtimeApp", True),
+        ("realtime", "from asgi_realtime.asgi.app import RealtimeApp", True),
+        ("realtime", "def f():\n    from asgi_realtime.asgi.app import RealtimeApp", False),
+        ("tasks.registry", "def f():\n    from asgi_realtime.asgi.app import RealtimeApp", True),
     ],
 )
-def test_the_check_itself_finds_upward_imports(module: str, source: str, wrong: bool) -> None:
+def test_the_check_finds_upward_imports(module: str, source: str, wrong: bool) -> None:
     found = read_imports(module, source, is_package=False)
     assert any(is_upward(one) for one in found) is wrong
+
+
+def test_the_check_finds_cycles() -> None:
+    there = read_imports("engine.run", "from asgi_realtime.engine.ticker import Ticker", is_package=False)
+    back = read_imports(
+        "engine.ticker", "if TYPE_CHECKING:\n    from asgi_realtime.engine.run import Run", is_package=False
+    )
+    assert find_cycle(there) == []
+    assert set(find_cycle(there + back)) == {"engine.run", "engine.ticker"}
 
 
 @pytest.mark.parametrize(
@@ -226,14 +293,14 @@ def test_the_check_itself_finds_upward_imports(module: str, source: str, wrong: 
         ("brokers.redis.link", "import hiredis", False),
         ("brokers.memory", "import redis.asyncio", True),
         ("tasks.taskiq", "import taskiq", False),
-        ("tasks.executor", "import taskiq", True),
+        ("engine.executor", "import taskiq", True),
         ("core.log", "import msgspec", False),
         ("core.log", "import numpy", True),
-        ("pipe", "import starlette", True),
-        ("pipe", "import json", False),
+        ("streams.pipe", "import starlette", True),
+        ("streams.pipe", "import json", False),
     ],
 )
-def test_the_check_itself_finds_misplaced_packages(module: str, source: str, wrong: bool) -> None:
+def test_the_check_finds_misplaced_packages(module: str, source: str, wrong: bool) -> None:
     assert any(is_misplaced(one) for one in read_imports(module, source, is_package=False)) is wrong
 
 
@@ -244,8 +311,8 @@ def test_the_check_itself_finds_misplaced_packages(module: str, source: str, wro
         ("core.log", "def f():\n    from time import monotonic", True),
         ("core.log", "import msgspec", False),
         ("core.log", "from datetime import datetime", False),
-        ("livelog", "import time", False),
+        ("brokers.live_log", "import time", False),
     ],
 )
-def test_the_check_itself_finds_what_core_may_not_import(module: str, source: str, wrong: bool) -> None:
+def test_the_check_finds_what_core_may_not_import(module: str, source: str, wrong: bool) -> None:
     assert any(is_impure(one) for one in read_imports(module, source, is_package=False)) is wrong

@@ -13,7 +13,7 @@ from typing import Any
 
 from starlette.responses import Response
 
-from asgi_realtime.asgi import feeds, streams
+from asgi_realtime.asgi import feeds, health, streams
 from asgi_realtime.asgi.answers import error_answer, refusal
 from asgi_realtime.asgi.cors import cors_headers, preflight_headers
 from asgi_realtime.asgi.host import Host, Receive, Scope, Send
@@ -23,8 +23,7 @@ from asgi_realtime.asgi.request import BODY_METHODS, Request
 from asgi_realtime.asgi.routes import API, Endpoint, resolve
 from asgi_realtime.asgi.rows import RowCache
 from asgi_realtime.asgi.subscription import Finished, Leaving, Subscription, reconnect_response
-from asgi_realtime.asgi.trigger_dev import batching, changing, minting, triggering, writing
-from asgi_realtime.asgi.trigger_dev import runs as api
+from asgi_realtime.asgi.trigger_dev import batching, changing, minting, runs, triggering, writing
 from asgi_realtime.core.errors import BrokerUnavailable, RealtimeError, RunKeptElsewhere, RunNotFound, shown
 
 logger = logging.getLogger("asgi_realtime")
@@ -43,13 +42,13 @@ ENDPOINTS: dict[Endpoint, dict[str, Callable[..., Awaitable[Answer]]]] = {
     Endpoint.RUN_FEED: {"GET": feeds.run_feed},
     Endpoint.TAG_FEED: {"GET": feeds.tag_feed},
     Endpoint.BATCH_FEED: {"GET": feeds.batch_feed},
-    Endpoint.HEALTH: {"GET": api.health, "HEAD": api.health},
+    Endpoint.HEALTH: {"GET": health.health, "HEAD": health.health},
     Endpoint.TRIGGER: {"POST": triggering.trigger},
     Endpoint.CREATE_BATCH: {"POST": batching.create_batch},
     Endpoint.BATCH_ITEMS: {"POST": batching.fill_batch},
     Endpoint.RETRIEVE_BATCH: {"GET": batching.retrieve_batch},
-    Endpoint.RETRIEVE_RUN: {"GET": api.retrieve_run},
-    Endpoint.CANCEL_RUN: {"POST": api.cancel_run},
+    Endpoint.RETRIEVE_RUN: {"GET": runs.retrieve_run},
+    Endpoint.CANCEL_RUN: {"POST": runs.cancel_run},
     Endpoint.UPDATE_METADATA: {"GET": changing.retrieve_metadata, "PUT": changing.update_metadata},
     Endpoint.ADD_TAGS: {"POST": changing.add_tags},
     Endpoint.JWT_CLAIMS: {"POST": minting.jwt_claims},

@@ -19,7 +19,7 @@ from asgi_realtime.asgi.subscription import WAITING, Finished, Subscription
 from asgi_realtime.brokers.base import LiveTopic
 from asgi_realtime.brokers.live_log import MAX_BODY
 from asgi_realtime.core.errors import BrokerUnavailable
-from asgi_realtime.core.run_json import run_json, skippable
+from asgi_realtime.core.run_json import run_json, skippable_fields
 from asgi_realtime.core.runs import RunRecord
 from asgi_realtime.core.sse import control_frame
 from asgi_realtime.core.topics import Change, Changes, Cursor
@@ -37,7 +37,7 @@ class FeedSubscription(Subscription[LiveTopic]):
         self._limits = request.host.limits
         self._feed = feed
         self._cursor = Cursor.parse(request.last_event_id or "")
-        self._skip = skippable(request.skipped_columns(claims))
+        self._skip = skippable_fields(request.skipped_columns(claims))
         self._first: Changes | None = None
 
     def _open(self) -> AbstractAsyncContextManager[LiveTopic]:

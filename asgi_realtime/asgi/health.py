@@ -7,19 +7,26 @@ docs/protocol.md, section 9.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Any
 
 import anyio
+from starlette.responses import Response
 
+from asgi_realtime.asgi.answers import json_answer
 from asgi_realtime.asgi.limits import PROBE
 from asgi_realtime.asgi.request import Request
 from asgi_realtime.asgi.subscription import WAITING, Subscription
 from asgi_realtime.core.chunks import encode_value
+from asgi_realtime.core.errors import BrokerUnavailable
 from asgi_realtime.core.log import End
 from asgi_realtime.core.sse import control_frame
 from asgi_realtime.tokens import Claims
+
+logger = logging.getLogger("asgi_realtime")
 
 EVENTS = 5
 APART_S = 0.2
@@ -57,3 +64,24 @@ class Probe(Subscription[None]):
 @asynccontextmanager
 async def _nothing() -> AsyncIterator[None]:
     yield
+
+
+async def health(request: Request) -> Response | Probe:
+    """Whether this process takes requests, for load balancers; or a `Probe`. Needs no token and tells no data."""
+    if request.method == "GET" and request.accepts_event_stream:
+        await request.host.ensure_started()
+        return Probe(request)
+    broker = "unavailable"
+    try:
+        await request.host.ensure_started()
+        await request.host.broker.ping()
+        broker = "ok"
+    except BrokerUnavailable:
+        pass  # expected of a broker that is away
+    except Exception:
+        logger.warning("the broker cannot be used", exc_info=True)
+    status = "closing" if request.host.closing else broker
+    told: dict[str, Any] = {"status": status, "broker": broker}
+    if request.host.broker.warnings:
+        told["warnings"] = request.host.broker.warnings
+    return json_answer(told, 200 if status == "ok" else 503)

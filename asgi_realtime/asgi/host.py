@@ -6,16 +6,15 @@ The one direction is `Host`, the other `Subscriber`. Everything here runs on the
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 from asgi_realtime.brokers.base import Broker, ChangeMark, StreamKey
 from asgi_realtime.core.config import Cors, Limits, Timeouts
 from asgi_realtime.core.runs import RunChange, RunRecord
 from asgi_realtime.engine.subscribers import Subscriber as Subscriber
+from asgi_realtime.loop.retry import Retry
 from asgi_realtime.tasks.registry import Tasks
 from asgi_realtime.tokens import TokenAuthority
-
-R = TypeVar("R")
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -49,8 +48,9 @@ class WritableRuns(Runs, Protocol):
         """Make sure that the run lists the stream or input. Raises `RunNotFound`, `LimitExceeded`."""
         ...
 
-    async def patiently(self, call: Callable[[], Awaitable[R]], /) -> R:
-        """Repeat a call that may be repeated while the broker is away, for a while."""
+    @property
+    def retry(self) -> Retry:
+        """Repeats a call while the broker is unavailable, for up to `timeouts.append`."""
         ...
 
 

@@ -17,8 +17,9 @@ from asgi_realtime.brokers.base import MARKS_KEPT, ChangeMark, LiveTopic
 from asgi_realtime.brokers.live_log import LiveLog
 from asgi_realtime.core.chunks import encode_value
 from asgi_realtime.core.config import Limits, Retention, Timeouts
-from asgi_realtime.core.errors import LimitExceeded, RunNotFound, StreamBehind, VersionConflict
+from asgi_realtime.core.errors import LimitExceeded, RunNotFound, StreamBehind
 from asgi_realtime.core.log import HIDDEN_STREAM, End, Log, Page, Position, Producer, StreamKey
+from asgi_realtime.core.run_errors import VersionConflict
 from asgi_realtime.core.runs import DUE_KINDS, RunRecord, Status, due_times, run_topic
 from asgi_realtime.core.topics import Changes, Cursor, TopicIndex
 from asgi_realtime.loop.waiting import WaitList, WakeSoon

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from asgi_realtime.cli.doctor import Finding, Mark
+from asgi_realtime.cli.findings import Finding, Mark
 from asgi_realtime.core.config import EXPOSED_HEADERS
 from asgi_realtime.core.errors import UsageError
 from asgi_realtime.core.event_stream import EventParser

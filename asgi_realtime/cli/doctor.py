@@ -9,32 +9,12 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from enum import Enum
 from typing import Any
 
+from asgi_realtime.cli.findings import Finding, Mark
 from asgi_realtime.cli.terminal import harmless, split_url
 from asgi_realtime.core.config import Cors
 from asgi_realtime.core.errors import UsageError
-
-
-class Mark(Enum):
-    """How a finding is marked: by a sign and, on a terminal, by a colour."""
-
-    GOOD = ("✓", "32")
-    NOTE = ("!", "33")
-    BAD = ("✗", "31")
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One line of the report."""
-
-    mark: Mark
-    text: str
-    cure: str = ""
-    ends: bool = False
-    """Nothing else can be looked at."""
 
 
 def add(commands: Any) -> None:

@@ -19,7 +19,7 @@ RealtimeError
 ├── RunNotFound
 │   └── RunKeptElsewhere        it is in the memory of another process
 ├── LocalCopyLost
-├── RunEnded                    how a run ended, raised to whoever waits for its result
+├── RunEnded                    how a run ended, raised to its waiters; see run_errors.py
 │   ├── RunFailed
 │   └── RunCanceled
 ├── StateError                  an operation that the present state does not allow
@@ -28,12 +28,12 @@ RealtimeError
 │   ├── StreamGap               entries that a reader asked for are past their retention
 │   ├── StreamBehind            a stream is shorter than what its broker had acknowledged
 │   ├── StreamLost              entries that were acknowledged are lost, and cannot be written again
-│   ├── VersionConflict
+│   ├── VersionConflict         a concurrent change was stored first; in run_errors.py, as RunEnded
 │   └── ProducerGap
 ├── TaskError                   raised by a task: its message is shown to subscribers
 ├── ServerShutdown              a run was stopped because its server stopped
 └── BrokerUnavailable           the environment
-    └── RestoreOutOfOrder               a writer has to wait for others to restore what was lost
+    └── RestoreOutOfOrder       a writer has to wait for others to restore what was lost
 
 `status` is a hint for whoever answers over HTTP and `code` a stable word for programs; the message says what was
 wrong and what is allowed. No message carries a token or a secret.
@@ -41,11 +41,7 @@ wrong and what is allowed. No message carries a token or a secret.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
-
-if TYPE_CHECKING:
-    from asgi_realtime.core.runs import RunRecord
-
+from typing import Any, ClassVar
 
 _SHOWN = 80
 
@@ -190,28 +186,6 @@ class LocalCopyLost(RealtimeError):
     code = "local_copy_lost"
 
 
-class RunEnded(RealtimeError):
-    """A run ended without a result. `record` is its last state, if it is known."""
-
-    code = "run_ended"
-
-    def __init__(self, message: str, *, record: RunRecord | None = None) -> None:
-        super().__init__(message)
-        self.record = record
-
-
-class RunFailed(RunEnded):
-    """The run ended FAILED, CRASHED, EXPIRED or TIMED_OUT."""
-
-    code = "run_failed"
-
-
-class RunCanceled(RunEnded):
-    """The run was canceled."""
-
-    code = "run_canceled"
-
-
 class StateError(RealtimeError):
     """The present state of a run or stream does not allow this."""
 
@@ -253,16 +227,6 @@ class StreamLost(StateError):
     """Entries that the broker had acknowledged are lost, and cannot be written again where they stood."""
 
     code = "stream_lost"
-
-
-class VersionConflict(StateError):
-    """A compare-and-set found another version. `current` is the stored record."""
-
-    code = "version_conflict"
-
-    def __init__(self, message: str, *, current: RunRecord | None = None) -> None:
-        super().__init__(message)
-        self.current = current
 
 
 class ProducerGap(StateError):

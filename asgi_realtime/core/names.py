@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import secrets
 from collections.abc import Iterable
 
 from asgi_realtime.core.config import Limits
@@ -14,15 +13,6 @@ INPUT_PREFIX = "$trigger.input:"
 
 _BAD_IN_TAG = re.compile(r'[\x00-\x1f\x7f-\x9f\\",\ud800-\udfff]')
 _BAD_IN_KEY = re.compile(r"[\x00-\x1f\x7f-\x9f/?#\\\ud800-\udfff]")
-
-
-def new_run_id() -> str:
-    """A random run id that is never used again."""
-    return f"run_{secrets.token_hex(13)}"
-
-
-def new_batch_id() -> str:
-    return f"batch_{secrets.token_hex(13)}"
 
 
 def check_tags(tags: str | Iterable[str] | None, limits: Limits) -> tuple[str, ...]:

@@ -37,7 +37,7 @@ _SKIPPABLE = frozenset(
 )
 
 
-def skippable(columns: Iterable[str]) -> tuple[str, ...]:
+def skippable_fields(columns: Iterable[str]) -> tuple[str, ...]:
     """Those of the fields and columns that may be left out, each once, in one order: what a cache may keep."""
     return tuple(sorted(_SKIPPABLE.intersection(columns)))
 

@@ -13,16 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 
-from asgi_realtime.core.errors import (
-    EncodingError,
-    LimitExceeded,
-    RealtimeError,
-    RunCanceled,
-    RunFailed,
-    ServerShutdown,
-    StreamLost,
-    TaskError,
-)
+from asgi_realtime.core.errors import EncodingError, LimitExceeded, RealtimeError, ServerShutdown, StreamLost, TaskError
+from asgi_realtime.core.run_errors import RunCanceled, RunFailed
 from asgi_realtime.core.runs import Finished, RunError, RunRecord, Status
 from asgi_realtime.engine.run import Run
 from asgi_realtime.runs.store import RunStore

@@ -17,7 +17,7 @@ import anyio
 from asgi_realtime.brokers.base import Broker, StreamKey
 from asgi_realtime.core.chunks import decode, encode_value
 from asgi_realtime.core.config import Limits, Span, parse_span
-from asgi_realtime.core.errors import BrokerUnavailable, LimitExceeded, NoCurrentRun, RunEnded, RunNotFound
+from asgi_realtime.core.errors import BrokerUnavailable, LimitExceeded, NoCurrentRun, RunNotFound
 from asgi_realtime.core.metadata import (
     Append,
     Delete,
@@ -31,6 +31,7 @@ from asgi_realtime.core.metadata import (
     normalize_value,
 )
 from asgi_realtime.core.names import check_tags, input_stream
+from asgi_realtime.core.run_errors import RunEnded
 from asgi_realtime.core.runs import MetadataChanged, RunChange, RunRecord, TagsAdded
 from asgi_realtime.loop.supervisor import Supervisor
 from asgi_realtime.runs.store import RunStore

@@ -10,17 +10,15 @@ import contextvars
 import threading
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
-from contextlib import AbstractAsyncContextManager, suppress
+from contextlib import suppress
 from typing import Generic, TypeVar
 
 import anyio
 import anyio.from_thread
 
 from asgi_realtime.core.errors import ServerShutdown
-from asgi_realtime.engine.run import Run
 from asgi_realtime.loop.supervisor import Supervisor, cancelled_by_nobody, is_failure
 from asgi_realtime.loop.threads import without_loop
-from asgi_realtime.loop.waiting import WaitList
 
 T = TypeVar("T")
 
@@ -116,62 +114,6 @@ class ThreadCall(Generic[T]):
 
 def _shut_down() -> ServerShutdown:
     return ServerShutdown("the server was shut down")
-
-
-class HeldRun:
-    """A run that a thread has open. It is entered and left by one job on the loop, and nothing else can be.
-
-    The calls are coroutine functions for `ThreadCall`.
-    """
-
-    def __init__(self, supervisor: Supervisor, opened: AbstractAsyncContextManager[Run]) -> None:
-        self._supervisor = supervisor
-        self._opened = opened
-        self._run: Run | None = None
-        self._error: BaseException | None = None
-        self._scope: anyio.CancelScope | None = None
-        self._is_left = False
-        self._is_over = False
-        self._changed = WaitList()
-
-    async def enter(self) -> Run:
-        """Open the run. Raises what `open_run` raises."""
-        self._supervisor.spawn(self._hold)
-        while self._run is None and not self._is_over:
-            await self._changed.wait()
-        if self._run is None:
-            raise self._error or _shut_down()  # the stop came before the run was open
-        return self._run
-
-    async def leave(self, error: BaseException | None) -> BaseException | None:
-        """Leave the run, with the exception of its body if there was one; return the one that the run ended with."""
-        self._is_left = True
-        if self._is_over:  # somebody canceled it, or the server was shut down
-            return self._error
-        if isinstance(error, Exception):
-            self._error = error
-        elif error is not None and self._scope is not None:
-            self._scope.cancel()
-        self._changed.wake()
-        while not self._is_over:
-            await self._changed.wait()
-        return self._error
-
-    async def _hold(self) -> None:
-        try:
-            with anyio.CancelScope() as self._scope:
-                async with self._opened as run:
-                    self._run = run
-                    self._changed.wake()
-                    while not self._is_left:
-                        await self._changed.wait()
-                    if self._error is not None:
-                        raise self._error
-        except Exception as exc:
-            self._error = exc
-        finally:
-            self._is_over = True
-            self._changed.wake()
 
 
 class OwnLoop:

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from itertools import count
-from typing import TypeVar
 
 import anyio
 import msgspec
@@ -18,23 +17,16 @@ import msgspec
 from asgi_realtime.brokers.base import Broker, ChangeMark
 from asgi_realtime.core.chunks import encode_value
 from asgi_realtime.core.config import Limits, Retention
-from asgi_realtime.core.errors import (
-    BrokerUnavailable,
-    LimitExceeded,
-    RunNotFound,
-    StreamBehind,
-    VersionConflict,
-    shown,
-)
+from asgi_realtime.core.errors import BrokerUnavailable, LimitExceeded, RunNotFound, StreamBehind, shown
 from asgi_realtime.core.log import StreamKey
 from asgi_realtime.core.metadata import check_size
+from asgi_realtime.core.run_errors import VersionConflict
 from asgi_realtime.core.runs import InputAdded, RunChange, RunRecord, StreamAdded, apply, run_topic
+from asgi_realtime.loop.retry import Retry
 from asgi_realtime.loop.waiting import WaitList, make_waiter
 from asgi_realtime.runs.restoring import OwnedRuns, Writer
 
 logger = logging.getLogger("asgi_realtime")
-
-_R = TypeVar("_R")
 
 _KNOWN_STREAMS = 10_000
 
@@ -53,7 +45,7 @@ class RunStore:
     ) -> None:
         self._broker = broker
         self._clock = clock
-        self._patience_s = patience_s
+        self.retry = Retry(patience_s)
         self._limits = limits
         self.owner = secrets.token_hex(8)
         """This process, as the owner of the runs that it executes and the writer of its commits."""
@@ -95,7 +87,7 @@ class RunStore:
     async def create(self, record: RunRecord) -> None:
         """Store a new run. Raises `VersionConflict` if there is one with this id."""
         mark = self._mark()
-        await self.patiently(lambda: self._broker.commit(record, expect=0, change=mark))
+        await self.retry(lambda: self._broker.commit(record, expect=0, change=mark))
 
     async def update(self, run_id: str, *changes: RunChange, mark: ChangeMark | None = None) -> RunRecord:
         """Apply the changes to the newest record and store it, as one version; return the record.
@@ -141,7 +133,7 @@ class RunStore:
 
     async def restored(self, run_id: str) -> RunRecord | None:
         """Store again what the broker has lost of a run that executes here; return what is stored then, if anything."""
-        (stored,) = await self.patiently(lambda: self._broker.load([run_id]))
+        (stored,) = await self.retry(lambda: self._broker.load([run_id]))
         record = self.owned.restore_candidate(run_id, stored)
         if record is None or record is stored:
             return record
@@ -159,7 +151,7 @@ class RunStore:
             stored = conflict.current
         else:
             await self.wait_created(run_id)
-            (stored,) = await self.patiently(lambda: self._broker.load([run_id]))
+            (stored,) = await self.retry(lambda: self._broker.load([run_id]))
         record = self.owned.restore_candidate(run_id, stored)
         if record is None:
             raise RunNotFound(f"no run {shown(run_id)}: it never was, or it is past its retention")
@@ -203,38 +195,23 @@ class RunStore:
 
     async def claim(self, key: str, value: str, *, ttl_s: float) -> str:
         """As `Broker.claim`."""
-        return await self.patiently(lambda: self._broker.claim(key, value, ttl_s=ttl_s))
+        return await self.retry(lambda: self._broker.claim(key, value, ttl_s=ttl_s))
 
     async def claimed(self, key: str) -> str | None:
         """As `Broker.claimed`."""
-        return await self.patiently(lambda: self._broker.claimed(key))
+        return await self.retry(lambda: self._broker.claimed(key))
 
     async def _commit(self, record: RunRecord, *, expect: int, mark: ChangeMark | None = None) -> int:
         """Store a version; return its number, or another if the mark says that this was stored before."""
         change = mark or self._mark()
         floors = self.owned.floors(record)
-        version = await self.patiently(lambda: self._broker.commit(record, expect=expect, change=change, floors=floors))
+        version = await self.retry(lambda: self._broker.commit(record, expect=expect, change=change, floors=floors))
         if version == record.version:
             self.owned.stored(record)
         return version
 
     def _mark(self) -> ChangeMark:
         return ChangeMark(self.owner, next(self._numbers))
-
-    async def patiently(self, call: Callable[[], Awaitable[_R]]) -> _R:
-        """Repeat a call that may be repeated while the broker is away, up to the patience of this store."""
-        deadline: float | None = None
-        pause_s = 0.05
-        while True:
-            try:
-                return await call()
-            except BrokerUnavailable:
-                now = anyio.current_time()
-                deadline = now + self._patience_s if deadline is None else deadline
-                if now + pause_s > deadline:
-                    raise
-            await anyio.sleep(pause_s)
-            pause_s = min(pause_s * 2, 2.0)
 
     async def add_stream(self, key: StreamKey) -> None:
         """Make sure that the run lists the stream or input. Raises `RunNotFound`, `LimitExceeded`."""
@@ -247,7 +224,7 @@ class RunStore:
 
     async def ended(self, run_id: str) -> RunRecord:
         """Wait until the run is over and return its last record. Raises `RunNotFound`."""
-        await self.patiently(lambda: self.get(run_id))
+        await self.retry(lambda: self.get(run_id))
         waiter = make_waiter()
         async with self._broker.follow(run_topic(run_id)) as topic:
             try:
@@ -255,7 +232,7 @@ class RunStore:
                     changed = waiter.arm()
                     topic.waiting.add(waiter)
                     await topic.changes(None, limit=1)  # raises if nothing is heard any more
-                    record = await self.patiently(lambda: self.get(run_id))
+                    record = await self.retry(lambda: self.get(run_id))
                     if record.is_completed:
                         return record
                     await changed

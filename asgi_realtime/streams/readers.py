@@ -18,8 +18,9 @@ import anyio
 from asgi_realtime.brokers.base import Broker, Changes, Cursor, Entry, StreamKey
 from asgi_realtime.brokers.live_log import LiveLog
 from asgi_realtime.core.chunks import decode
-from asgi_realtime.core.errors import BrokerUnavailable, RunCanceled, RunEnded, RunFailed, RunNotFound, StreamGap
+from asgi_realtime.core.errors import BrokerUnavailable, RunNotFound, StreamGap
 from asgi_realtime.core.log import End
+from asgi_realtime.core.run_errors import RunCanceled, RunEnded, RunFailed
 from asgi_realtime.core.runs import RunRecord, batch_topic, run_topic
 from asgi_realtime.loop.waiting import WaitList, make_waiter
 from asgi_realtime.runs.store import RunStore
@@ -51,7 +52,7 @@ class BatchIterator(AsyncIterator[T], Generic[T]):
         while not self._ready:
             if self._begin is not None:
                 await self._begin()
-            await self._runs.patiently(self._fill)
+            await self._runs.retry(self._fill)
         return self._ready.popleft()
 
     @abstractmethod

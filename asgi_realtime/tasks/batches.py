@@ -18,10 +18,10 @@ import msgspec
 
 from asgi_realtime.core.config import Retention, Span
 from asgi_realtime.core.errors import LimitExceeded, RealtimeError, RunNotFound, UsageError
-from asgi_realtime.core.names import new_batch_id
 from asgi_realtime.core.runs import BatchMember, CancelRequested, RunRecord
 from asgi_realtime.engine.engine import Engine
 from asgi_realtime.runs.handles import BatchHandle, ResultWaiter, batch_scopes
+from asgi_realtime.runs.ids import new_batch_id
 from asgi_realtime.tasks.launch import Launcher, Once, renamed
 from asgi_realtime.tasks.records import Prepared, RunOptions
 from asgi_realtime.tasks.task import TaskLike

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import msgspec
 
 from asgi_realtime.core.config import Retention
-from asgi_realtime.core.errors import RunNotFound, TokenSpent, VersionConflict
+from asgi_realtime.core.errors import RunNotFound, TokenSpent
+from asgi_realtime.core.run_errors import VersionConflict
 from asgi_realtime.core.runs import RunRecord, Status
 from asgi_realtime.engine.engine import Engine
 from asgi_realtime.tasks.records import Prepared

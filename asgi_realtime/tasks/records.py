@@ -16,8 +16,9 @@ from asgi_realtime.core.config import MAX_SPAN_S, Limits, Retention, Span, parse
 from asgi_realtime.core.errors import LimitExceeded, UsageError
 from asgi_realtime.core.metadata import check_key as check_metadata_key
 from asgi_realtime.core.metadata import check_size, normalize_value
-from asgi_realtime.core.names import check_key, check_tags, new_run_id
+from asgi_realtime.core.names import check_key, check_tags
 from asgi_realtime.core.runs import RunRecord, Status
+from asgi_realtime.runs.ids import new_run_id
 from asgi_realtime.tasks.task import Task
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import count
 from typing import Any, TypeVar, cast
 
@@ -29,6 +29,7 @@ from asgi_realtime.core.runs import (
     StreamAdded,
     apply,
 )
+from asgi_realtime.loop.retry import Retry
 from asgi_realtime.tasks.registry import Tasks
 from asgi_realtime.testing.driver import Receive, Scope, Send
 from asgi_realtime.tokens import TokenAuthority
@@ -76,6 +77,7 @@ class StandIn:
         self.broker: Broker = MemoryBroker(limits=self.limits, retention=retention, clock=self.clock)
         self.tokens = TokenAuthority(SECRET, clock=self.clock)
         self.runs = self
+        self.retry = Retry(0.0)
         self.calls: list[str] = []
         self.start_error: Exception | None = None
         self.stop_error: Exception | None = None
@@ -127,9 +129,6 @@ class StandIn:
 
     async def update(self, run_id: str, /, *changes: RunChange, mark: ChangeMark | None = None) -> RunRecord:
         return await self.change(run_id, *changes)
-
-    async def patiently(self, call: Callable[[], Awaitable[R]], /) -> R:
-        return await call()
 
     # What tests do
 

@@ -16,8 +16,9 @@ import pytest
 from asgi_realtime.brokers.base import ChangeMark, Changes, Cursor, End, Page, Position, Producer, StreamKey
 from asgi_realtime.brokers.live_log import LiveLog
 from asgi_realtime.brokers.memory import MemoryBroker, _MemoryTopic, _StoredRun
-from asgi_realtime.core.errors import RealtimeError, StreamClosed, VersionConflict
+from asgi_realtime.core.errors import RealtimeError, StreamClosed
 from asgi_realtime.core.log import Log
+from asgi_realtime.core.run_errors import VersionConflict
 from asgi_realtime.core.runs import RunRecord, Status
 from asgi_realtime.core.topics import TopicIndex
 from asgi_realtime.loop.waiting import WaitList

@@ -11,15 +11,8 @@ import pytest
 import asgi_realtime
 import asgi_realtime.client
 from asgi_realtime.client import UnexpectedAnswer
-from asgi_realtime.core.errors import (
-    LimitExceeded,
-    ProducerGap,
-    RealtimeError,
-    RunEnded,
-    StreamGap,
-    TaskError,
-    VersionConflict,
-)
+from asgi_realtime.core.errors import LimitExceeded, ProducerGap, RealtimeError, StreamGap, TaskError
+from asgi_realtime.core.run_errors import RunEnded, VersionConflict
 from asgi_realtime.core.runs import RunRecord, Status
 
 RECORD = RunRecord(id="run_1", task="chat", status=Status.FAILED, created_at_ms=0, updated_at_ms=0)

@@ -6,15 +6,8 @@ from typing import Any
 import pytest
 
 from asgi_realtime import LimitExceeded, Limits, UsageError
-from asgi_realtime.core.names import (
-    check_key,
-    check_tag,
-    check_tags,
-    input_stream,
-    new_batch_id,
-    new_run_id,
-    stream_name,
-)
+from asgi_realtime.core.names import check_key, check_tag, check_tags, input_stream, stream_name
+from asgi_realtime.runs.ids import new_batch_id, new_run_id
 
 LIMITS = Limits(tags=3, tag_length=5, key_length=5)
 

@@ -7,7 +7,7 @@ import msgspec
 import pytest
 
 from asgi_realtime.core.config import parse_span
-from asgi_realtime.core.run_json import run_json, skippable
+from asgi_realtime.core.run_json import run_json, skippable_fields
 from asgi_realtime.core.runs import BatchMember, RunError, RunRecord, Status
 
 REQUIRED = {
@@ -116,13 +116,13 @@ def test_what_identifies_a_run_cannot_be_skipped() -> None:
 
 
 def test_only_what_may_be_left_out_is_kept_of_a_wish() -> None:
-    assert skippable(("output", "nonsense", "id", "runTags", "output")) == ("output", "runTags")
+    assert skippable_fields(("output", "nonsense", "id", "runTags", "output")) == ("output", "runTags")
     failed = msgspec.structs.replace(FULL, status=Status.FAILED, error=RunError("E", "m"))
     expired = msgspec.structs.replace(FULL, status=Status.EXPIRED)
     for record in (FULL, failed, expired):
         shown = as_dict(record)
-        assert all(as_dict(record, skip=[name]) == shown for name in shown if not skippable([name]))
-        assert all(as_dict(record, skip=[name]) != shown for name in shown if skippable([name]) and shown[name])
+        assert all(as_dict(record, skip=[name]) == shown for name in shown if not skippable_fields([name]))
+        assert all(as_dict(record, skip=[name]) != shown for name in shown if skippable_fields([name]) and shown[name])
 
 
 @pytest.mark.parametrize(

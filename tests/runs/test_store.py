@@ -11,8 +11,9 @@ from asgi_realtime import BrokerUnavailable, LimitExceeded, RunNotFound, RunReco
 from asgi_realtime.brokers.base import MARKS_KEPT, ChangeMark, StreamKey
 from asgi_realtime.brokers.memory import MemoryBroker
 from asgi_realtime.core.config import Limits
-from asgi_realtime.core.errors import InvalidTransition, VersionConflict
+from asgi_realtime.core.errors import InvalidTransition
 from asgi_realtime.core.metadata import Append, Delete, Increment, Set
+from asgi_realtime.core.run_errors import VersionConflict
 from asgi_realtime.core.runs import Finished, MetadataChanged, Started, TagsAdded
 from asgi_realtime.runs.store import RunStore
 from tests.brokers.backends import DistantBroker

@@ -31,13 +31,12 @@ from asgi_realtime.core.errors import (
     InvalidSource,
     LimitExceeded,
     LocalCopyLost,
-    RunCanceled,
-    RunFailed,
     RunNotFound,
     ServerShutdown,
     StreamClosed,
     UsageError,
 )
+from asgi_realtime.core.run_errors import RunCanceled, RunFailed
 from asgi_realtime.core.runs import Status
 from asgi_realtime.streams.pipe import Pipe, PipeResult
 from asgi_realtime.streams.writer import YIELD_EVERY

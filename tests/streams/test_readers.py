@@ -15,7 +15,8 @@ from asgi_realtime import Realtime
 from asgi_realtime.brokers import MemoryBroker
 from asgi_realtime.brokers.base import StreamKey
 from asgi_realtime.core.config import Limits, Retention, Timeouts
-from asgi_realtime.core.errors import RunCanceled, RunFailed, RunNotFound, StreamGap, UsageError
+from asgi_realtime.core.errors import RunNotFound, StreamGap, UsageError
+from asgi_realtime.core.run_errors import RunCanceled, RunFailed
 from asgi_realtime.core.runs import RunRecord, Status, run_topic
 from asgi_realtime.streams.readers import StreamChunk
 from tests.faults import RemoteBroker, make, others, steps, stored, take, until

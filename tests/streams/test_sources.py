@@ -19,7 +19,8 @@ import anyio.to_thread
 import pytest
 
 from asgi_realtime.core.config import Limits, Timeouts
-from asgi_realtime.core.errors import EncodingError, InvalidSource, LimitExceeded, RunCanceled, ServerShutdown
+from asgi_realtime.core.errors import EncodingError, InvalidSource, LimitExceeded, ServerShutdown
+from asgi_realtime.core.run_errors import RunCanceled
 from asgi_realtime.core.runs import Status
 from asgi_realtime.streams.sources import THREAD_AHEAD
 from tests.faults import make, others, steps, stored, until

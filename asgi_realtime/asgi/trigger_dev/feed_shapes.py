@@ -113,7 +113,7 @@ class ShapePoll:
         self._expires_at = claims.expires_at
         self._feed = feed
         self._asked = asked
-        self._skip = shapes.skippable(request.skipped_columns(claims))
+        self._skip = shapes.skippable_columns(request.skipped_columns(claims))
         self._interrupt = make_interrupt()
         self._has_gathered = False
         self._waiter = make_waiter()

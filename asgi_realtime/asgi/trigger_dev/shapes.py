@@ -15,6 +15,7 @@ from typing import NamedTuple
 import msgspec
 
 from asgi_realtime.core.chunks import encode_value
+from asgi_realtime.core.run_columns import SKIPPABLE_COLUMNS
 from asgi_realtime.core.runs import RunRecord, Status
 
 WIRE_STATUS: dict[Status, str] = {
@@ -115,14 +116,8 @@ _COLUMNS: dict[str, tuple[str, Encode]] = {
 }
 """Each column: its type, and how a run fills it. A column of numbers or booleans must not be null."""
 
-KEPT_COLUMNS = frozenset({"id", "friendlyId", "taskIdentifier", "status", "createdAt", "updatedAt"})
-"""What a client cannot do without."""
 
-SKIPPABLE_COLUMNS = tuple(name for name in _COLUMNS if name not in KEPT_COLUMNS)
-"""What a client may ask to be left out, and a token may keep from it."""
-
-
-def skippable(columns: Iterable[str]) -> tuple[str, ...]:
+def skippable_columns(columns: Iterable[str]) -> tuple[str, ...]:
     """Those of the columns that there are and that may be left out, in the order of the schema."""
     asked = frozenset(columns)
     return tuple(name for name in SKIPPABLE_COLUMNS if name in asked)
@@ -140,7 +135,7 @@ def _column(kind: str) -> dict[str, str | int]:
 def row(record: RunRecord, *, skip: Collection[str] = ()) -> bytes:
     """One run as a change message: JSON that replaces whatever a client holds of this run.
 
-    `skip` is what `skippable` gave.
+    `skip` is what `skippable_columns` returned.
     """
     value = {name: encode(record) for name, (_, encode) in _COLUMNS.items() if name not in skip}
     message = {"key": f'"public"."TaskRun"/"{record.id}"', "value": value, "headers": {"operation": "insert"}}

@@ -263,7 +263,7 @@ async def _append(host: Host, record: RunRecord, key: StreamKey, items: Sequence
     """Append, waiting for a broker that is away. What the producer has stored before is skipped, whatever the state of
     the run. Raises `InvalidRequest` if the run is over."""
     try:
-        await host.runs.patiently(lambda: host.broker.append(key, items, producer=producer))
+        await host.runs.retry(lambda: host.broker.append(key, items, producer=producer))
     except StreamClosed as exc:
         if record.is_completed:
             raise _over(record) from exc

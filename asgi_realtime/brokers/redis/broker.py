@@ -41,9 +41,9 @@ from asgi_realtime.core.errors import (
     StateError,
     StreamBehind,
     StreamClosed,
-    VersionConflict,
 )
 from asgi_realtime.core.log import End, Entry, Page, Position, Producer, StreamKey, misplaced
+from asgi_realtime.core.run_errors import VersionConflict
 from asgi_realtime.core.runs import RunRecord, due_times
 from asgi_realtime.core.topics import Changes, Cursor
 from asgi_realtime.loop.waiting import WakeSoon, on_asyncio

@@ -6,7 +6,8 @@ import anyio
 import pytest
 
 from asgi_realtime.brokers.base import Broker, LiveTopic, StreamKey
-from asgi_realtime.core.errors import RunNotFound, VersionConflict
+from asgi_realtime.core.errors import RunNotFound
+from asgi_realtime.core.run_errors import VersionConflict
 from asgi_realtime.core.runs import BatchMember, RunRecord, Status, run_topic
 from asgi_realtime.loop.waiting import make_waiter
 from asgi_realtime.testing.conformance.kit import (

@@ -10,7 +10,8 @@ import anyio
 import pytest
 
 from asgi_realtime.brokers.base import MARKS_KEPT, Broker, ChangeMark, Producer, StreamKey
-from asgi_realtime.core.errors import StreamBehind, VersionConflict
+from asgi_realtime.core.errors import StreamBehind
+from asgi_realtime.core.run_errors import VersionConflict
 from asgi_realtime.core.runs import BatchMember, RunError, RunRecord, Status, run_topic
 from asgi_realtime.testing.conformance.kit import (
     Backend,

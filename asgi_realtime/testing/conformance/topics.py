@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asgi_realtime.brokers.base import Broker, Changes, Cursor
-from asgi_realtime.core.errors import VersionConflict
+from asgi_realtime.core.run_errors import VersionConflict
 from asgi_realtime.core.runs import BatchMember, RunRecord, run_topic
 from asgi_realtime.testing.conformance.kit import (
     PROPERTY,

@@ -8,6 +8,7 @@ import pytest
 
 from asgi_realtime.asgi.trigger_dev import shapes
 from asgi_realtime.asgi.trigger_dev.shapes import ShapeCursor
+from asgi_realtime.core.run_columns import REQUIRED_COLUMNS, RUN_COLUMNS
 from asgi_realtime.core.runs import RunError, RunRecord, Status
 
 QUEUED = RunRecord(
@@ -43,8 +44,9 @@ def columns(record: RunRecord, skip: tuple[str, ...] = ()) -> dict[str, Any]:
 def test_every_value_is_text_or_null_and_numbers_are_never_null(record: RunRecord) -> None:
     row = columns(record)
     assert all(value is None or isinstance(value, str) for value in row.values())
-    assert not [name for name in NUMBERS | shapes.KEPT_COLUMNS if row[name] is None]
+    assert not [name for name in NUMBERS | REQUIRED_COLUMNS if row[name] is None]
     assert row.keys() == json.loads(shapes.schema()).keys()
+    assert tuple(row) == RUN_COLUMNS
 
 
 def test_a_full_record() -> None:
@@ -120,7 +122,7 @@ def test_a_payload_that_javascript_sent_goes_back_as_it_was() -> None:
 
 def test_columns_are_left_out_but_those_that_clients_need() -> None:
     asked = ("output", "id", "payload", "updatedAt", "unknown", "payload")
-    skip = shapes.skippable(asked)
+    skip = shapes.skippable_columns(asked)
     assert skip == ("payload", "output")
     assert columns(FULL).keys() - columns(FULL, skip).keys() == {"payload", "output"}
     assert json.loads(shapes.schema(skip=skip)).keys() == columns(FULL, skip).keys()

@@ -1,0 +1,38 @@
+"""The errors that carry a run record; `errors.py` shows their place in the tree and must not depend on runs."""
+
+from __future__ import annotations
+
+from asgi_realtime.core.errors import RealtimeError, StateError
+from asgi_realtime.core.runs import RunRecord
+
+
+class RunEnded(RealtimeError):
+    """A run ended without a result. `record` is its last state, if it is known."""
+
+    code = "run_ended"
+
+    def __init__(self, message: str, *, record: RunRecord | None = None) -> None:
+        super().__init__(message)
+        self.record = record
+
+
+class RunFailed(RunEnded):
+    """The run ended FAILED, CRASHED, EXPIRED or TIMED_OUT."""
+
+    code = "run_failed"
+
+
+class RunCanceled(RunEnded):
+    """The run was canceled."""
+
+    code = "run_canceled"
+
+
+class VersionConflict(StateError):
+    """A compare-and-set found another version. `current` is the stored record."""
+
+    code = "version_conflict"
+
+    def __init__(self, message: str, *, current: RunRecord | None = None) -> None:
+        super().__init__(message)
+        self.current = current
