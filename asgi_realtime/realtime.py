@@ -106,7 +106,7 @@ class Realtime:
         self.api = api
         self.debug = debug
         self.clock = clock
-        self.tokens = TokenAuthority(secret_key or "", cache_size=self.limits.token_cache, clock=clock, home=self._home)
+        self.tokens = TokenAuthority(secret_key or "", clock=clock, home=self._home)
         if isinstance(broker, str):
             broker = open_broker(
                 broker, limits=self.limits, retention=self.retention, timeouts=self.timeouts, clock=clock

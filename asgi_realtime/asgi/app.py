@@ -70,7 +70,7 @@ class RealtimeApp:
     def __init__(self, host: Host) -> None:
         self._host = host
         self._seats = SubscriptionLimits(host.limits)
-        self._rows = RowCache(host.runs, max_rows=host.limits.record_cache)
+        self._rows = RowCache(host.runs)
         self._told_of_others = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -7,6 +7,12 @@ from collections import Counter
 from asgi_realtime.core.config import Limits
 from asgi_realtime.core.errors import LimitExceeded
 
+MAX_PROBES = 20
+"""Streams of `GET /v1/health` open at once in this process. They need no token."""
+
+MAX_BODIES_PER_TOKEN = 100
+"""Requests with a body (POST, PUT) that one public token can have open at once in this process."""
+
 PROBE = "probe"
 """What stands in place of a token where none is needed: all probes of the health are counted under it."""
 
@@ -27,7 +33,7 @@ class SubscriptionLimits:
         _check("this server", self.taken, limits.subscribers)
         _check("this run", self._by_run[run_id] if run_id else 0, limits.subscribers_per_run)
         if token_id == PROBE:
-            _check("the health of this server", self._by_token[token_id], limits.probes)
+            _check("the health of this server", self._by_token[token_id], MAX_PROBES)
         _check("this token", self._by_token[token_id] if token_id else 0, limits.subscribers_per_token)
         self.taken += 1
         if run_id:
@@ -44,9 +50,10 @@ class SubscriptionLimits:
 
     def take_body(self, token_id: str) -> None:
         """Count one open request with a body. Raises `LimitExceeded` (429) and then counts nothing."""
-        limit = self._limits.bodies_per_token
-        if self._bodies[token_id] >= limit:
-            raise LimitExceeded(f"this token has {limit} requests open that send a body, the limit", status=429)
+        if self._bodies[token_id] >= MAX_BODIES_PER_TOKEN:
+            raise LimitExceeded(
+                f"this token has {MAX_BODIES_PER_TOKEN} requests open that send a body, the limit", status=429
+            )
         self._bodies[token_id] += 1
 
     def leave_body(self, token_id: str) -> None:

@@ -12,6 +12,8 @@ from asgi_realtime.core.topics import Change
 MAX_BYTES = 64 * 1024 * 1024
 """Of all rows that are kept: a record's payload and output may be of many megabytes."""
 
+MAX_ROWS = 10_000
+
 _ROW_BYTES = 2048
 
 
@@ -37,7 +39,7 @@ class _Row:
 class RowCache:
     """The newest rows by run, at most `max_rows` of them and at most `MAX_BYTES`, roughly; the least used go first."""
 
-    def __init__(self, runs: Runs, *, max_rows: int) -> None:
+    def __init__(self, runs: Runs, *, max_rows: int = MAX_ROWS) -> None:
         self._runs = runs
         self._max_rows = max_rows
         self._rows: dict[str, _Row] = {}  # in the order of use

@@ -38,6 +38,9 @@ S = TypeVar("S")
 MIN_RECONNECT_MS = 250
 """Nobody comes back at once: the server is still going down."""
 
+SHUTDOWN_RECONNECT_MS = 3000
+"""Subscribers disconnected by a shutdown spread their reconnects over this time."""
+
 MAX_RECONNECT_MS = 1000
 """When one comes back that only got too old."""
 
@@ -88,14 +91,13 @@ class Over(Exception):
         self.last = last
 
 
-def _reconnect(host: Host, framing: Framing) -> bytes:
-    longest_ms = max(MIN_RECONNECT_MS, round(host.timeouts.reconnect * 1000))
-    return framing.reconnect(random.randint(MIN_RECONNECT_MS, longest_ms))
+def _reconnect(framing: Framing) -> bytes:
+    return framing.reconnect(random.randint(MIN_RECONNECT_MS, SHUTDOWN_RECONNECT_MS))
 
 
 def reconnect_response(host: Host) -> Response:
     """What an EventSource is answered at a shutdown, or while the broker is away: it comes back when a body ends."""
-    return Response(NATIVE.preamble("connected") + _reconnect(host, NATIVE), headers=_head(NATIVE))
+    return Response(NATIVE.preamble("connected") + _reconnect(NATIVE), headers=_head(NATIVE))
 
 
 def leaving_answer() -> Response:
@@ -176,7 +178,7 @@ class Subscription(ABC, Generic[S]):
                         return  # the peer is gone; only some servers say so
                     except BrokerUnavailable as exc:  # the broker says so once, and not each of its readers
                         logger.debug("a subscription has to come back: %s", exc)
-                        last = _reconnect(self._host, self._framing)
+                        last = _reconnect(self._framing)
                     except Exception:
                         logger.exception("a subscription failed; its client will resume")
                         last = self._framing.interrupted()
@@ -224,7 +226,7 @@ class Subscription(ABC, Generic[S]):
         if self._expired:
             return self._framing.end(End("token_expired"), None)
         if self._host.closing:
-            return _reconnect(self._host, self._framing)
+            return _reconnect(self._framing)
         if self._old:
             return self._framing.reconnect(random.randint(MIN_RECONNECT_MS, MAX_RECONNECT_MS))
         return None

@@ -158,7 +158,7 @@ def check_stream(http: httpx.Client, url: str) -> Iterator[Finding]:
         return
     yield from _check_head(head.response)
     if found.response.status_code == 429:
-        text = "no stream could be looked at (429): the server's limit of probes is reached, Limits.probes"
+        text = "no stream could be looked at (429): the server's limit of probes is reached"
         yield Finding(Mark.BAD, text, "Others ask it too: try again in a moment.")
         return
     if not found.sent or not found.ended:

@@ -70,10 +70,6 @@ class Limits(_Positive):
     output_bytes: int = 10 * 1024 * 1024
     metadata_bytes: int = 256 * 1024
     """All metadata of one run, encoded."""
-    metadata_update_bytes: int = 1024 * 1024
-    """Changes of metadata that come over HTTP, in one request."""
-    metadata_operations: int = 1000
-    """So many of them: each may go through all the metadata."""
     append_bytes: int = 512 * 1024
     """The text of one append over HTTP."""
     input_bytes: int = 1024 * 1024
@@ -108,14 +104,8 @@ class Limits(_Positive):
     """Open subscriptions in this process."""
     subscribers_per_run: int = 10_000
     subscribers_per_token: int = 10_000
-    probes: int = 20
-    """Streams of `GET /v1/health` that are open at once in this process. They need no token."""
-    bodies_per_token: int = 100
-    """Requests with a body (POST, PUT) that one public token may have open at once in this process."""
-    token_cache: int = 10_000
     token_life: float = 30 * 24 * 3600.0
     """Seconds that a token may last which is asked for over HTTP."""
-    record_cache: int = 10_000
     mirror_bytes: int = 1024 * 1024
     """Of each stream that is followed, in this process, when the broker is elsewhere; older chunks are read from it."""
 
@@ -156,9 +146,6 @@ class Timeouts(_Positive):
     """Silence on a subscription before a comment is sent."""
     poll: float = 20.0
     """How long a poll of the official clients is held when there is nothing to tell, within 15 %."""
-    gather: float = 0.25
-    """How far apart a client's polls are answered while its runs change all the time. The end of the one run that a
-    feed is about is told at once."""
     receive: float = 30.0
     """Silence of a client while its request's body is on its way."""
     send: float = 30.0
@@ -186,8 +173,6 @@ class Timeouts(_Positive):
     """How old an open subscription may become, less up to 15 % so that those opened together do not end together. Then
     it ends as at a shutdown and its client resumes: so a deploy is nothing new, and connections do not stay for ever on
     the servers that were there first."""
-    reconnect: float = 3.0
-    """Subscribers that a shutdown ended come back spread over this time."""
 
 
 EXPOSED_HEADERS = (

@@ -21,6 +21,9 @@ from asgi_realtime.core.runs import RunRecord, Status
 from asgi_realtime.engine.engine import Engine
 from asgi_realtime.tasks.records import Prepared
 
+MAX_REMEMBERED_RUNS = 10_000
+"""Runs created by this process whose ids it remembers, so that a repeated request does not create one again."""
+
 
 @dataclass(frozen=True, slots=True)
 class Once:
@@ -128,7 +131,7 @@ class Launcher:
 
     def _remember(self, run_id: str) -> None:
         self._made[run_id] = None
-        if len(self._made) > self._engine.limits.record_cache:
+        if len(self._made) > MAX_REMEMBERED_RUNS:
             del self._made[next(iter(self._made))]
 
     async def claim_key(self, claim: str, run_id: str, *, ttl_s: float) -> tuple[str, RunRecord | None]:

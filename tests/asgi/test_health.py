@@ -6,7 +6,7 @@ import anyio
 import pytest
 
 from asgi_realtime.asgi import health as probe
-from asgi_realtime.core.config import Limits
+from asgi_realtime.asgi import limits
 from asgi_realtime.testing import driver
 from tests.asgi.standin import StandIn
 
@@ -44,8 +44,8 @@ async def test_who_leaves_is_forgotten(host: StandIn) -> None:
     assert not host.subscribers
 
 
-async def test_few_are_open_at_once() -> None:
-    host = StandIn(limits=Limits(probes=1))
+async def test_few_are_open_at_once(host: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "MAX_PROBES", 1)
     async with driver.stream(host, "GET", PATH, headers=HEADERS) as response:
         refused = await driver.request(host, "GET", PATH, headers=HEADERS)
         assert refused.status == 429

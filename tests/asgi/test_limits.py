@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 
+from asgi_realtime.asgi import limits
 from asgi_realtime.asgi.limits import SubscriptionLimits
 from asgi_realtime.core.config import Limits
 from asgi_realtime.core.errors import LimitExceeded
@@ -32,8 +33,9 @@ def test_what_is_left_is_forgotten() -> None:
     assert not seats._by_run and not seats._by_token
 
 
-def test_bodies_are_counted_by_token() -> None:
-    seats = SubscriptionLimits(Limits(bodies_per_token=2))
+def test_bodies_are_counted_by_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "MAX_BODIES_PER_TOKEN", 2)
+    seats = SubscriptionLimits(Limits())
     seats.take_body("a")
     seats.take_body("a")
     seats.take_body("b")

@@ -10,7 +10,8 @@ from typing import Any
 import anyio
 import pytest
 
-from asgi_realtime import Limits, Realtime, Timeouts
+from asgi_realtime import Realtime, Timeouts
+from asgi_realtime.asgi import limits
 from asgi_realtime.testing import driver
 from tests.asgi.standin import StandIn
 from tests.inprocess import SECRET, make_realtime
@@ -115,8 +116,10 @@ async def test_only_silence_of_the_client_counts(host: StandIn) -> None:
     assert sender.status == 200
 
 
-async def test_a_public_token_may_have_so_many_open_and_leaves_its_places(host: StandIn) -> None:
-    host = StandIn(limits=Limits(bodies_per_token=2))
+async def test_a_public_token_may_have_so_many_open_and_leaves_its_places(
+    host: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "MAX_BODIES_PER_TOKEN", 2)
     await host.create()
     token = host.token("write:inputStreams:run_1")
     senders = [Sender(host, "POST", "/v1/streams/run_1/input/approval", token) for _ in range(3)]

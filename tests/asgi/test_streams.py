@@ -7,6 +7,7 @@ import anyio
 import anyio.lowlevel
 import pytest
 
+from asgi_realtime.asgi import subscription
 from asgi_realtime.asgi.framing import NativeFraming
 from asgi_realtime.asgi.subscription import MAX_RECONNECT_MS, MIN_RECONNECT_MS, reconnect_response
 from asgi_realtime.brokers.base import StreamKey
@@ -727,8 +728,10 @@ async def test_shutdown_ends_each_stream_with_reconnect_and_a_time_of_its_own(ho
     assert len(set(retries)) > 10
 
 
-async def test_the_times_to_come_back_are_spread_evenly_over_what_is_allowed() -> None:
-    host = StandIn(timeouts=Timeouts(reconnect=0.3))
+async def test_the_times_to_come_back_are_spread_evenly_over_what_is_allowed(
+    host: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(subscription, "SHUTDOWN_RECONNECT_MS", 300)
     retries = [EventParser().feed(bytes(reconnect_response(host).body))[0].retry for _ in range(200)]
     assert set(retries) <= set(range(MIN_RECONNECT_MS, 301))
     assert retries.count(MIN_RECONNECT_MS) < 40  # one in 51, and not all that would lie below

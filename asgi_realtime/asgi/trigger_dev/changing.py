@@ -32,6 +32,12 @@ from asgi_realtime.core.runs import MetadataChanged, RunRecord, TagsAdded
 
 TAGS_BYTES = 64 * 1024
 
+MAX_UPDATE_BYTES = 1024 * 1024
+"""Metadata changes in one request."""
+
+MAX_OPERATIONS = 1000
+"""Metadata operations in one request; each can traverse the whole metadata."""
+
 
 class _SetOp(msgspec.Struct, tag="set"):
     key: str
@@ -113,8 +119,8 @@ async def update_metadata(request: Request, run_id: str) -> Response:
     record = await _open_run(request, run_id)
     mark = _mark(request, run_id)
     limits = request.host.limits
-    update = read_json(await request.body(limits.metadata_update_bytes), MetadataUpdate)
-    update.check_count(limits.metadata_operations)
+    update = read_json(await request.body(MAX_UPDATE_BYTES), MetadataUpdate)
+    update.check_count(MAX_OPERATIONS)
     changes = _changes(record, update)
     runs = await _open_runs(request, record, changes)
     for run in runs:  # all before any is changed

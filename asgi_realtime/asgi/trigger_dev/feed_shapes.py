@@ -42,6 +42,9 @@ AT_ONCE = 5
 
 CLOSELY_MS = 1000
 
+SPACING_S = 0.25
+"""Delay between answers to a client whose runs change all the time."""
+
 _OFFSET = re.compile(r"[0-9]{1,18}_[0-9]{1,18}")
 _RHYTHM = re.compile(r"([0-9]{1,15})-([0-9]{1,9})")
 _SNAPSHOT = "-1"
@@ -187,7 +190,7 @@ class ShapePoll:
         about is told at once: the client is done with it."""
         if self._has_gathered or not self._asked.live or (self._feed.run_id and found[-1][1].is_completed):
             return False
-        early_s = self._asked.rhythm.early_s(self._now_ms(), self._host.timeouts.gather)
+        early_s = self._asked.rhythm.early_s(self._now_ms(), SPACING_S)
         self._has_gathered = True
         if early_s:
             await anyio.sleep(early_s)

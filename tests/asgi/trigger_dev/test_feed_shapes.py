@@ -188,8 +188,10 @@ async def test_the_cursor_differs_even_at_one_instant(host: StandIn) -> None:
     assert seen[0] != seen[1] != seen[2]
 
 
-async def test_a_run_that_changes_all_the_time_is_told_now_and_then(host: StandIn) -> None:
-    host = StandIn(timeouts=Timeouts(gather=0.01))
+async def test_a_run_that_changes_all_the_time_is_told_now_and_then(
+    host: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feed_shapes, "SPACING_S", 0.01)
     await host.create()
     client = Client(host)
     await client.rows()
@@ -266,8 +268,10 @@ async def test_after_a_pause_changes_are_told_at_once_again(host: StandIn, monke
 
 
 @pytest.mark.parametrize("cursor", ["", "x", "5", "5-", "-5", "9" * 16 + "-9", "999999999999999-999"])
-async def test_a_cursor_from_elsewhere_delays_nothing_for_long(host: StandIn, cursor: str) -> None:
-    host = StandIn(timeouts=Timeouts(gather=0.01))
+async def test_a_cursor_from_elsewhere_delays_nothing_for_long(
+    host: StandIn, cursor: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feed_shapes, "SPACING_S", 0.01)
     await host.create()
     client = Client(host)
     await client.rows()
