@@ -20,7 +20,7 @@ async def watch() -> None:
     from examples.celery_worker.tasks import realtime, words  # once the environment says where Redis is
 
     async with realtime:
-        handle = await realtime.trigger(words, "Each word comes from a process of Celery as soon as it is there.")
+        handle = await realtime.trigger(words, "Each word comes from a process of Celery as soon as it is produced.")
         async for word in realtime.read(handle):
             print(word, end=" ", flush=True)
         print(f"\nprocess {os.getpid()} read what another has done: {await handle.result()}")

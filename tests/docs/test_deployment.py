@@ -25,7 +25,7 @@ from tests.requirements import missing
 
 GUARD_S = 60.0
 SECRET = "a secret that is long enough for the tests"
-WORDS = "Each word is sent as soon as it is there.".split()
+WORDS = "Each word is sent as soon as it is produced.".split()
 HOSTS = blocks("host")
 DOCUMENT = (ROOT / "docs" / "deployment.md").read_text("utf-8")
 

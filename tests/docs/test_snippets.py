@@ -29,7 +29,7 @@ from tests.docs.blocks import BLOCKS, CODE, ROOT, Block, blocks
 from tests.docs.programs import completions_endpoint, served
 
 SECRET = "a secret that is long enough for the tests"
-WORDS = "Each word is sent as soon as it is there.".split()
+WORDS = "Each word is sent as soon as it is produced.".split()
 
 FRAGMENTS = blocks("fragment")
 PROGRAMS = blocks("program")
