@@ -17,6 +17,7 @@ from asgi_realtime.asgi.feed_kinds import Admitted, Feed, admitted, newest, page
 from asgi_realtime.asgi.request import Request
 from asgi_realtime.asgi.subscription import WAITING, Finished, Subscription
 from asgi_realtime.brokers.base import LiveTopic
+from asgi_realtime.brokers.following import Follower
 from asgi_realtime.brokers.live_log import MAX_BODY
 from asgi_realtime.core.errors import BrokerUnavailable
 from asgi_realtime.core.run_json import run_json, skippable_fields
@@ -59,16 +60,14 @@ class FeedSubscription(Subscription[LiveTopic]):
             self._heed()
         await self._tell(changes)
         cursor = changes.cursor
-        try:
+        with Follower(source, waiter=self._waiter) as follower:
             while True:
                 if self._alert:
                     self._heed()
                     await self._write(self._framing.heartbeat)
                     continue  # while that was sent there may have been another alert
-                changed = self._waiter.arm()
-                source.waiting.add(self._waiter)
                 try:
-                    changes = await self._changes(source, cursor)
+                    changes = await follower.changes(cursor, limit=self._limits.topic_runs)
                     if changes.items or changes.snapshot:
                         await self._tell(changes)
                         cursor = changes.cursor
@@ -83,9 +82,7 @@ class FeedSubscription(Subscription[LiveTopic]):
                 except BrokerUnavailable:
                     pass  # the cursor is where it was, and the broker wakes those who follow when it is back
                 self._phase = WAITING
-                await changed
-        finally:
-            source.waiting.discard(self._waiter)
+                await follower.wait()
 
     async def _is_gone(self) -> bool:
         """Whether the run of the feed is past its retention, of which a topic does not tell."""

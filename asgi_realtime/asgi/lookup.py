@@ -11,6 +11,7 @@ from functools import partial
 from asgi_realtime.asgi.host import Host, Receive
 from asgi_realtime.asgi.request import Request
 from asgi_realtime.asgi.subscription import Leaving, until_disconnect
+from asgi_realtime.brokers.following import following
 from asgi_realtime.core.errors import RunNotFound, shown
 from asgi_realtime.core.runs import RunRecord, batch_topic, run_topic
 from asgi_realtime.core.scopes import names
@@ -88,14 +89,12 @@ async def _appeared(request: Request, claims: Claims, topic: str, *, events: boo
 
 async def _wait_for(host: Host, topic: str, wait: _Wait, receive: Receive) -> bool:
     found = False
-    async with host.broker.follow(topic) as followed, make_guard(partial(until_disconnect, receive)):
-        try:
-            while not found and not wait.over and not host.closing:
-                changed = wait.waiter.arm()
-                followed.waiting.add(wait.waiter)
-                found = bool((await followed.changes(None, limit=1)).items)
-                if not found:
-                    await changed
-        finally:
-            followed.waiting.discard(wait.waiter)
+    async with (
+        following(host.broker, topic, waiter=wait.waiter) as follower,
+        make_guard(partial(until_disconnect, receive)),
+    ):
+        while not found and not wait.over and not host.closing:
+            found = bool((await follower.changes(None, limit=1)).items)
+            if not found:
+                await follower.wait()
     return found

@@ -10,11 +10,11 @@ import logging
 
 import anyio
 
-from asgi_realtime.brokers.base import Broker, LiveTopic
+from asgi_realtime.brokers.base import Broker
+from asgi_realtime.brokers.following import Follower, following
 from asgi_realtime.core.errors import BrokerUnavailable
 from asgi_realtime.core.runs import RunRecord, Status, run_topic
 from asgi_realtime.engine.execution import Execution
-from asgi_realtime.loop.waiting import make_waiter
 from asgi_realtime.runs.store import RunStore
 
 logger = logging.getLogger("asgi_realtime")
@@ -52,8 +52,8 @@ class RunWatch:
         with self._scope:
             while True:
                 try:
-                    async with self._broker.follow(run_topic(self._run_id)) as topic:
-                        await self._follow(topic)
+                    async with following(self._broker, run_topic(self._run_id)) as follower:
+                        await self._follow(follower)
                     return
                 except BrokerUnavailable:
                     pass  # the ticker says so
@@ -61,23 +61,17 @@ class RunWatch:
                     logger.exception("run %s cannot be followed", self._run_id)
                 await anyio.sleep(_PAUSE_S)
 
-    async def _follow(self, topic: LiveTopic) -> None:
-        waiter = make_waiter()
+    async def _follow(self, follower: Follower) -> None:
         cursor = None
-        try:
-            while True:
-                changed = waiter.arm()
-                topic.waiting.add(waiter)
-                changes = await topic.changes(cursor)
-                cursor = changes.cursor
-                newest = max((change.version for change in changes.items), default=None)
-                if newest is None and changes.snapshot:
-                    newest = self._seen + 1  # the topic is gone, and with it the run
-                if newest is not None and await self._is_stopped_by(newest):
-                    return
-                await changed
-        finally:
-            topic.waiting.discard(waiter)
+        while True:
+            changes = await follower.changes(cursor)
+            cursor = changes.cursor
+            newest = max((change.version for change in changes.items), default=None)
+            if newest is None and changes.snapshot:
+                newest = self._seen + 1  # the topic is gone, and with it the run
+            if newest is not None and await self._is_stopped_by(newest):
+                return
+            await follower.wait()
 
     async def _is_stopped_by(self, version: int) -> bool:
         if version != self._seen:

@@ -15,6 +15,7 @@ import anyio
 import msgspec
 
 from asgi_realtime.brokers.base import Broker, ChangeMark
+from asgi_realtime.brokers.following import following
 from asgi_realtime.core.chunks import encode_value
 from asgi_realtime.core.config import Limits, Retention
 from asgi_realtime.core.errors import BrokerUnavailable, LimitExceeded, RunNotFound, StreamBehind, shown
@@ -23,7 +24,7 @@ from asgi_realtime.core.metadata import check_size
 from asgi_realtime.core.run_errors import VersionConflict
 from asgi_realtime.core.runs import InputAdded, RunChange, RunRecord, StreamAdded, apply, run_topic
 from asgi_realtime.loop.retry import Retry
-from asgi_realtime.loop.waiting import WaitList, make_waiter
+from asgi_realtime.loop.waiting import WaitList
 from asgi_realtime.runs.restoring import OwnedRuns, Writer
 
 logger = logging.getLogger("asgi_realtime")
@@ -225,19 +226,13 @@ class RunStore:
     async def ended(self, run_id: str) -> RunRecord:
         """Wait until the run is over and return its last record. Raises `RunNotFound`."""
         await self.retry(lambda: self.get(run_id))
-        waiter = make_waiter()
-        async with self._broker.follow(run_topic(run_id)) as topic:
-            try:
-                while True:
-                    changed = waiter.arm()
-                    topic.waiting.add(waiter)
-                    await topic.changes(None, limit=1)  # raises if nothing is heard any more
-                    record = await self.retry(lambda: self.get(run_id))
-                    if record.is_completed:
-                        return record
-                    await changed
-            finally:
-                topic.waiting.discard(waiter)
+        async with following(self._broker, run_topic(run_id)) as follower:
+            while True:
+                await follower.changes(None, limit=1)  # raises if nothing is heard any more
+                record = await self.retry(lambda: self.get(run_id))
+                if record.is_completed:
+                    return record
+                await follower.wait()
 
 
 def _excess(before: RunRecord, after: RunRecord, limits: Limits) -> LimitExceeded | None:

@@ -16,13 +16,13 @@ from typing import Any, Generic, TypeVar
 import anyio
 
 from asgi_realtime.brokers.base import Broker, Changes, Cursor, Entry, StreamKey
+from asgi_realtime.brokers.following import following
 from asgi_realtime.brokers.live_log import LiveLog
 from asgi_realtime.core.chunks import decode
 from asgi_realtime.core.errors import BrokerUnavailable, RunNotFound, StreamGap
 from asgi_realtime.core.log import End
 from asgi_realtime.core.run_errors import RunCanceled, RunEnded, RunFailed
 from asgi_realtime.core.runs import RunRecord, batch_topic, run_topic
-from asgi_realtime.loop.waiting import WaitList, make_waiter
 from asgi_realtime.runs.store import RunStore
 
 T = TypeVar("T")
@@ -91,18 +91,13 @@ class StreamReader(BatchIterator[Entry]):
         if self.end is not None:
             raise StopAsyncIteration
         await self._runs.wait_created(self.key.run)
-        waiter = make_waiter()
         async with self._broker.live(self.key) as live:
-            try:
-                while not (entries := await self._next_entries(live)):
-                    if live.end is not None:
-                        self.end = live.end
-                        raise StopAsyncIteration
-                    live.waiting.add(waiter)
-                    with anyio.fail_after(self.timeout_s):
-                        await waiter.arm()
-            finally:
-                live.waiting.discard(waiter)
+            while not (entries := await self._next_entries(live)):
+                if live.end is not None:
+                    self.end = live.end
+                    raise StopAsyncIteration
+                with anyio.fail_after(self.timeout_s):
+                    await live.waiting.wait()
             self.after = entries[-1].seq
             self._ready.extend(entries)
             if self.after + 1 >= live.log.next:
@@ -198,23 +193,17 @@ class TopicFollower(BatchIterator[RunRecord]):
     async def _fill(self) -> None:
         if self._stopped:
             raise StopAsyncIteration
-        waiter = make_waiter()
-        async with self._broker.follow(self._topic) as topic:
-            try:
-                while True:
-                    changed = waiter.arm()
-                    topic.waiting.add(waiter)
-                    changes = await topic.changes(self._cursor, limit=self._limit)
-                    if self._run_id is not None:
-                        await self._runs.get(self._run_id)
-                    await self._take(changes)
-                    if self._ready:
-                        return
-                    if self._stopped:
-                        raise StopAsyncIteration
-                    await changed
-            finally:
-                topic.waiting.discard(waiter)
+        async with following(self._broker, self._topic) as follower:
+            while True:
+                changes = await follower.changes(self._cursor, limit=self._limit)
+                if self._run_id is not None:
+                    await self._runs.get(self._run_id)
+                await self._take(changes)
+                if self._ready:
+                    return
+                if self._stopped:
+                    raise StopAsyncIteration
+                await follower.wait()
 
     async def _take(self, changes: Changes) -> None:
         records = await self._runs.load([change.run_id for change in changes.items])
@@ -292,33 +281,22 @@ class RunWithStreams(BatchIterator[RunRecord | StreamChunk]):
         self._after: dict[str, int] = {}
 
     async def _fill(self) -> None:
-        waiter = make_waiter()
-        places: list[WaitList] = []
         await self._runs.wait_created(self._run_id)
         async with AsyncExitStack() as stack:
-            topic = await stack.enter_async_context(self._broker.follow(run_topic(self._run_id)))
-            places.append(topic.waiting)
+            follower = await stack.enter_async_context(following(self._broker, run_topic(self._run_id)))
             lives: dict[str, LiveLog] = {}
-            try:
-                while True:
-                    changed = waiter.arm()
-                    for place in places:
-                        place.add(waiter)
-                    await topic.changes(None, limit=1)  # raises if nothing is heard any more
-                    record = await self._runs.get(self._run_id)
-                    for name in record.streams:
-                        if name not in lives:
-                            live = await stack.enter_async_context(self._broker.live(StreamKey(self._run_id, name)))
-                            lives[name] = live
-                            places.append(live.waiting)
-                            live.waiting.add(waiter)
-                    await self._take(record, lives)
-                    if self._ready:
-                        return
-                    await changed
-            finally:
-                for place in places:
-                    place.discard(waiter)
+            while True:
+                await follower.changes(None, limit=1)  # raises if nothing is heard any more
+                record = await self._runs.get(self._run_id)
+                for name in record.streams:
+                    if name not in lives:
+                        live = await stack.enter_async_context(self._broker.live(StreamKey(self._run_id, name)))
+                        lives[name] = live
+                        follower.add(live.waiting)
+                await self._take(record, lives)
+                if self._ready:
+                    return
+                await follower.wait()
 
     async def _take(self, record: RunRecord, lives: dict[str, LiveLog]) -> None:
         if self._stop_on_completion and record.is_completed and self._shown == record.version:

@@ -13,7 +13,7 @@ from asgi_realtime.core.config import Limits, Retention, Timeouts
 from asgi_realtime.core.errors import InvalidConfiguration, LimitExceeded, ProducerGap, RunNotFound, StreamClosed
 from asgi_realtime.core.log import End
 from asgi_realtime.core.runs import RunRecord, Status
-from asgi_realtime.testing.conformance.kit import following
+from asgi_realtime.testing.conformance.kit import next_version
 from tests.brokers.backends import Clock, held
 from tests.inprocess import FakeClock
 
@@ -36,7 +36,7 @@ async def create(broker: Broker, run_id: str, **fields: object) -> RunRecord:
 
 
 async def finish(broker: Broker, run: RunRecord, *, at_ms: int = 0, **fields: object) -> RunRecord:
-    ended = following(run, status=Status.COMPLETED, completed_at_ms=at_ms, **fields)
+    ended = next_version(run, status=Status.COMPLETED, completed_at_ms=at_ms, **fields)
     await broker.commit(ended, expect=run.version, change=ChangeMark(run.id, run.version))
     return ended
 
@@ -160,7 +160,7 @@ async def test_metadata_is_counted() -> None:
     broker = MemoryBroker(retention=Retention(total_bytes=100_000))
     for number in range(30):
         run = await create(broker, f"run {number}", metadata={"a": "x" * 5000})
-        run = following(run, metadata={"a": "x" * 10_000})
+        run = next_version(run, metadata={"a": "x" * 10_000})
         await broker.commit(run, expect=1, change=ChangeMark("w", number))
         await finish(broker, run, at_ms=number)
         assert broker.size <= 100_000
@@ -343,7 +343,7 @@ async def test_a_time_that_is_set_forth_and_back_is_due_once() -> None:
     now_ms = int(clock() * 1000)
     run = await create(broker, "a", status=Status.DELAYED, delay_until_ms=now_ms + 1000)
     for at_ms in (now_ms + 2000, now_ms + 1000):
-        run = following(run, delay_until_ms=at_ms)
+        run = next_version(run, delay_until_ms=at_ms)
         await broker.commit(run, expect=run.version - 1, change=ChangeMark("w", run.version))
     await clock.advance(3)
     assert await broker.due("delay") == ["a"]
@@ -354,7 +354,7 @@ async def test_the_marks_of_a_run_are_bounded() -> None:
     broker = MemoryBroker()
     run = await create(broker, "a")
     for number in range(200):
-        run = following(run)
+        run = next_version(run)
         await broker.commit(run, expect=run.version - 1, change=ChangeMark("w", number))
     assert len(broker._runs["a"].marks) == 64
 

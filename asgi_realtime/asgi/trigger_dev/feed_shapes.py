@@ -25,6 +25,7 @@ from asgi_realtime.asgi.subscription import leaving_answer, until_disconnect
 from asgi_realtime.asgi.trigger_dev import shapes
 from asgi_realtime.asgi.trigger_dev.shapes import ShapeCursor
 from asgi_realtime.brokers.base import LiveTopic
+from asgi_realtime.brokers.following import Follower
 from asgi_realtime.core.errors import ExpiredToken, InvalidRequest, shown
 from asgi_realtime.core.topics import Changes, Cursor
 from asgi_realtime.loop.waiting import make_guard, make_interrupt, make_waiter
@@ -149,11 +150,9 @@ class ShapePoll:
         return await self._follow(topic, Cursor(asked.cursor.epoch, asked.cursor.position))
 
     async def _follow(self, topic: LiveTopic, cursor: Cursor) -> Response:
-        try:
+        with Follower(topic, waiter=self._waiter) as follower:
             while True:
-                changed = self._waiter.arm()
-                topic.waiting.add(self._waiter)
-                changes = await self._changes(topic, cursor)
+                changes = await follower.changes(cursor, limit=self._host.limits.topic_runs)
                 if changes.snapshot and cursor.position:
                     return self._must_refetch(changes)
                 if changes.snapshot and changes.items:  # there was nothing at its position, and now there is
@@ -165,9 +164,7 @@ class ShapePoll:
                 answer = self._answer(found, cursor) if found else self._verdict(cursor)
                 if answer is not None:
                     return answer
-                await changed
-        finally:
-            topic.waiting.discard(self._waiter)
+                await follower.wait()
 
     async def _changes(self, topic: LiveTopic, cursor: Cursor | None) -> Changes:
         return await topic.changes(cursor, limit=self._host.limits.topic_runs)

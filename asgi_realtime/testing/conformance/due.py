@@ -5,22 +5,22 @@ from __future__ import annotations
 import anyio
 import pytest
 
-from asgi_realtime.brokers.base import Broker, LiveTopic, StreamKey
+from asgi_realtime.brokers.base import Broker, StreamKey
+from asgi_realtime.brokers.following import Follower, following
 from asgi_realtime.core.errors import RunNotFound
 from asgi_realtime.core.run_errors import VersionConflict
 from asgi_realtime.core.runs import BatchMember, RunRecord, Status, run_topic
-from asgi_realtime.loop.waiting import make_waiter
 from asgi_realtime.testing.conformance.kit import (
     TIMEOUTS,
     Backend,
     MakeBroker,
     create,
     finished,
-    following,
     items,
     new_mark,
     new_record,
     new_tag,
+    next_version,
     open_backend,
     pause,
     store,
@@ -107,7 +107,7 @@ async def test_a_delayed_run_is_due_when_its_delay_is_over(make_broker: MakeBrok
     async with open_backend(make_broker) as backend:
         run = await create(backend, status=Status.DELAYED, delay_until_ms=backend.now_ms() + 1000)
         await _assert_due_after(backend, "delay", run, 1.0)
-        await store(backend.peer, following(run, status=Status.QUEUED))
+        await store(backend.peer, next_version(run, status=Status.QUEUED))
         assert await _due(backend, "delay") == []
 
 
@@ -117,7 +117,7 @@ async def test_a_waiting_run_is_due_when_its_ttl_is_over(make_broker: MakeBroker
         for status in (Status.DELAYED, Status.QUEUED):
             run = await create(backend, status=status, expires_at_ms=backend.now_ms() + 1000)
             await _assert_due_after(backend, "ttl", run, 1.0)
-            await store(backend.peer, following(run, status=Status.EXPIRED, completed_at_ms=backend.now_ms()))
+            await store(backend.peer, next_version(run, status=Status.EXPIRED, completed_at_ms=backend.now_ms()))
             assert await _due(backend, "ttl") == []
 
 
@@ -125,7 +125,7 @@ async def test_a_waiting_run_is_due_when_its_ttl_is_over(make_broker: MakeBroker
 async def test_a_run_that_has_started_has_no_ttl(make_broker: MakeBroker) -> None:
     async with open_backend(make_broker) as backend:
         run = await create(backend, expires_at_ms=backend.now_ms() + 1000)
-        await store(backend.broker, following(run, status=Status.EXECUTING, owner="us"))
+        await store(backend.broker, next_version(run, status=Status.EXECUTING, owner="us"))
         await backend.advance(1.1)
         assert await _due(backend, "ttl") == []
 
@@ -134,9 +134,9 @@ async def test_a_run_that_has_started_has_no_ttl(make_broker: MakeBroker) -> Non
 async def test_a_cancel_that_nobody_heeds_is_due(make_broker: MakeBroker) -> None:
     async with open_backend(make_broker) as backend:
         run = await create(backend, status=Status.EXECUTING, owner="us")
-        run = await store(backend.broker, following(run, cancel_requested_at_ms=backend.now_ms()))
+        run = await store(backend.broker, next_version(run, cancel_requested_at_ms=backend.now_ms()))
         await _assert_due_after(backend, "cancel", run, TIMEOUTS.cancel)
-        await store(backend.peer, following(run, status=Status.CANCELED, completed_at_ms=backend.now_ms()))
+        await store(backend.peer, next_version(run, status=Status.CANCELED, completed_at_ms=backend.now_ms()))
         assert await _due(backend, "cancel") == []
 
 
@@ -173,9 +173,9 @@ async def test_a_lease_begins_with_the_execution_and_is_due_when_nobody_renews_i
         run = await create(backend)
         await backend.advance(TIMEOUTS.lease + 0.1)
         assert await _due(backend, "lease") == [], "nobody owes anything for a run that waits"
-        run = await store(backend.broker, following(run, status=Status.EXECUTING, owner="us"))
+        run = await store(backend.broker, next_version(run, status=Status.EXECUTING, owner="us"))
         await _assert_due_after(backend, "lease", run, TIMEOUTS.lease)
-        await store(backend.peer, following(run, status=Status.CRASHED, completed_at_ms=backend.now_ms()))
+        await store(backend.peer, next_version(run, status=Status.CRASHED, completed_at_ms=backend.now_ms()))
         assert await _due(backend, "lease") == []
 
 
@@ -185,7 +185,7 @@ async def test_a_change_of_the_run_is_no_renewal(make_broker: MakeBroker) -> Non
     async with open_backend(make_broker) as backend:
         run = await create(backend, status=Status.EXECUTING, owner="us")
         await backend.advance(TIMEOUTS.lease / 2)
-        await store(backend.peer, following(run, tags=(new_tag(),)))
+        await store(backend.peer, next_version(run, tags=(new_tag(),)))
         await backend.advance(TIMEOUTS.lease / 2 + 0.1)
         assert await _due(backend, "lease") == [run.id]
 
@@ -217,11 +217,11 @@ async def test_a_queued_run_that_nobody_has_in_hand_is_due(make_broker: MakeBrok
     async with open_backend(make_broker) as backend:
         run = await create(backend)
         await _assert_due_after(backend, "enqueue", run, TIMEOUTS.lease)
-        await store(backend.peer, following(run, status=Status.EXECUTING, owner="us"))
+        await store(backend.peer, next_version(run, status=Status.EXECUTING, owner="us"))
         assert await _due(backend, "enqueue") == []
         assert await _due(backend, "lease") == [], "its lease begins when it does"
         canceled = await create(backend)
-        await store(backend.peer, following(canceled, status=Status.CANCELED, completed_at_ms=backend.now_ms()))
+        await store(backend.peer, next_version(canceled, status=Status.CANCELED, completed_at_ms=backend.now_ms()))
         await backend.advance(TIMEOUTS.lease + 0.1)
         assert await _due(backend, "enqueue") == []
 
@@ -233,7 +233,7 @@ async def test_a_delayed_run_is_to_be_handed_over_from_the_end_of_its_delay(make
         await backend.broker.enqueued(run.id)  # of no meaning yet
         await backend.advance(TIMEOUTS.lease + 0.1)
         assert await _due(backend, "enqueue") == []
-        run = await store(backend.broker, following(run, status=Status.QUEUED))
+        run = await store(backend.broker, next_version(run, status=Status.QUEUED))
         await _assert_due_after(backend, "enqueue", run, TIMEOUTS.lease)
 
 
@@ -249,7 +249,7 @@ async def test_a_run_that_a_queue_has_is_not_due(make_broker: MakeBroker) -> Non
         await backend.peer.enqueued(late.id)
         assert await _due(backend, "enqueue") == [neighbour.id]
 
-        await store(backend.peer, following(run, tags=(new_tag(),)))
+        await store(backend.peer, next_version(run, tags=(new_tag(),)))
         await backend.broker.renew([run.id], owner="us")
         await backend.advance(TIMEOUTS.lease + 0.1)
         assert await _due(backend, "enqueue") == [neighbour.id], "neither makes it due again"
@@ -260,7 +260,7 @@ async def test_a_run_that_executes_keeps_its_lease_when_its_queue_is_told(make_b
     """A worker may be faster than the process that put the run into the queue."""
     async with open_backend(make_broker) as backend:
         run = await create(backend)
-        await store(backend.peer, following(run, status=Status.EXECUTING, owner="us"))
+        await store(backend.peer, next_version(run, status=Status.EXECUTING, owner="us"))
         await backend.broker.enqueued(run.id)
         await _assert_due_after(backend, "lease", run, TIMEOUTS.lease)
 
@@ -270,7 +270,7 @@ async def test_whoever_has_a_queued_run_in_hand_renews_it(make_broker: MakeBroke
     async with open_backend(make_broker) as backend:
         run, neighbour = await create(backend), await create(backend)
         await backend.advance(TIMEOUTS.lease / 2)
-        await store(backend.peer, following(neighbour, tags=(new_tag(),)))  # says nothing of who has it
+        await store(backend.peer, next_version(neighbour, tags=(new_tag(),)))  # says nothing of who has it
         await backend.peer.renew([run.id], owner="anyone")
         await backend.advance(TIMEOUTS.lease / 2 + 0.1)
         assert await _due(backend, "enqueue") == [neighbour.id]
@@ -278,7 +278,7 @@ async def test_whoever_has_a_queued_run_in_hand_renews_it(make_broker: MakeBroke
         assert await _due(backend, "enqueue") == []
         await backend.advance(TIMEOUTS.lease / 2)
         assert await _due(backend, "enqueue") == [run.id]
-        await store(backend.broker, following(run, status=Status.EXECUTING, owner="us"))
+        await store(backend.broker, next_version(run, status=Status.EXECUTING, owner="us"))
         assert await _due(backend, "enqueue") == []
 
 
@@ -306,7 +306,7 @@ async def test_a_removed_run_is_gone_from_everywhere(make_broker: MakeBroker) ->
             assert await versions_in(backend.broker, topic) == {}
         assert await versions_in(backend.broker, f"tag:{tag}") == {other.id: 1}
         with pytest.raises(VersionConflict) as conflict:
-            await backend.broker.commit(following(run), expect=run.version, change=new_mark())
+            await backend.broker.commit(next_version(run), expect=run.version, change=new_mark())
         assert conflict.value.current is None
         await backend.broker.tell(run.id)
         assert await versions_in(backend.broker, f"tag:{early}") == {}
@@ -344,19 +344,15 @@ async def test_a_removal_wakes_those_who_follow_the_topics_of_the_run(make_broke
     async with open_backend(make_broker) as backend:
         tag = new_tag()
         run = await store(backend.broker, finished(backend, await create(backend, tags=(tag,))))
-        waiting: list[LiveTopic] = []
+        waiting: list[Follower] = []
 
         async def wait_for_removal(topic: str) -> None:
-            waiter = make_waiter()
-            async with backend.peer.follow(topic) as followed:
-                waiting.append(followed)
-                while True:
-                    woken = waiter.arm()
-                    followed.waiting.add(waiter)
-                    if await backend.peer.load([run.id]) == [None]:
-                        followed.waiting.discard(waiter)
-                        return
-                    await woken
+            async with following(backend.peer, topic) as follower:
+                waiting.append(follower)
+                await follower.changes(None)
+                while await backend.peer.load([run.id]) != [None]:
+                    await follower.wait()
+                    await follower.changes(None)
 
         async with anyio.create_task_group() as group:
             for topic in (run_topic(run.id), f"tag:{tag}"):

@@ -22,11 +22,11 @@ import msgspec
 from hypothesis import HealthCheck, settings
 
 from asgi_realtime.brokers.base import Broker, ChangeMark, Changes, Cursor, End, Entry, LiveTopic, StreamKey
+from asgi_realtime.brokers.following import Follower
 from asgi_realtime.brokers.live_log import LiveLog
 from asgi_realtime.core.config import Limits, Retention, Timeouts
 from asgi_realtime.core.runs import RunRecord, Status
 from asgi_realtime.core.sse import chunk_frame
-from asgi_realtime.loop.waiting import make_waiter
 
 COMPLETE = End("complete")
 
@@ -107,14 +107,14 @@ def new_mark() -> ChangeMark:
     return ChangeMark(secrets.token_hex(8), 0)
 
 
-def following(record: RunRecord, **fields: Any) -> RunRecord:
+def next_version(record: RunRecord, **fields: Any) -> RunRecord:
     """The next version of a record."""
     return msgspec.structs.replace(record, **{"version": record.version + 1, **fields})
 
 
 def finished(backend: Backend, record: RunRecord, **fields: Any) -> RunRecord:
     """The next version of a record, COMPLETED."""
-    return following(record, status=Status.COMPLETED, completed_at_ms=backend.now_ms(), **fields)
+    return next_version(record, status=Status.COMPLETED, completed_at_ms=backend.now_ms(), **fields)
 
 
 async def create(backend: Backend, **fields: Any) -> RunRecord:
@@ -248,22 +248,12 @@ async def until_parked(place: LiveLog | LiveTopic, count: int = 1) -> None:
 
 
 async def next_changes(topic: LiveTopic, cursor: Cursor | None, *, limit: int = 1000) -> Changes:
-    """The changes after a cursor, as soon as there are any.
-
-    To ask may suspend, so one takes a seat first, asks, and then waits: a change in between is not missed.
-    """
-    waiter = make_waiter()
-    try:
-        while True:
-            woken = waiter.arm()
-            topic.waiting.add(waiter)
-            changes = await topic.changes(cursor, limit=limit)
-            if changes.items:
-                return changes
+    """The changes after a cursor, as soon as there are any."""
+    with Follower(topic) as follower:
+        while not (changes := await follower.changes(cursor, limit=limit)).items:
             cursor = changes.cursor
-            await woken
-    finally:
-        topic.waiting.discard(waiter)
+            await follower.wait()
+    return changes
 
 
 def versions(changes: Changes) -> dict[str, int]:

@@ -25,10 +25,10 @@ from asgi_realtime.testing.conformance.kit import (
     create,
     data,
     finished,
-    following,
     have,
     items,
     new_key,
+    next_version,
     open_backend,
     pause,
     read_all,
@@ -228,7 +228,7 @@ async def test_the_end_of_a_run_ends_all_its_streams_at_their_last_entry(make_br
             for reader in readers:
                 group.start_soon(reader.run)
             await pause(10)
-            failed = following(
+            failed = next_version(
                 run, status=Status.FAILED, completed_at_ms=backend.now_ms(), error=RunError("TaskError", "out of luck")
             )
             await store(backend.peer, failed)
@@ -243,7 +243,7 @@ async def test_a_stream_that_ended_before_its_run_keeps_its_own_end(make_broker:
         run = await create(backend)
         key = StreamKey(run.id, "default")
         await backend.broker.append(key, items(1), end=COMPLETE)
-        await store(backend.broker, following(run, status=Status.CANCELED, completed_at_ms=backend.now_ms()))
+        await store(backend.broker, next_version(run, status=Status.CANCELED, completed_at_ms=backend.now_ms()))
         assert (await Reader(backend.peer, key).run()).end == COMPLETE
         assert (await backend.broker.read(key)).end == COMPLETE
 

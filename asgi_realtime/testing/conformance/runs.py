@@ -19,11 +19,11 @@ from asgi_realtime.testing.conformance.kit import (
     cancelled_at,
     create,
     finished,
-    following,
     new_mark,
     new_record,
     new_tag,
     next_changes,
+    next_version,
     open_backend,
     pause,
     store,
@@ -82,7 +82,7 @@ async def test_a_run_is_created_once(make_broker: MakeBroker) -> None:
 @pytest.mark.anyio
 async def test_a_run_that_is_not_there_cannot_be_changed(make_broker: MakeBroker) -> None:
     async with open_backend(make_broker) as backend:
-        record = following(new_record(backend))
+        record = next_version(new_record(backend))
         with pytest.raises(VersionConflict) as conflict:
             await backend.broker.commit(record, expect=1, change=new_mark())
         assert conflict.value.current is None
@@ -93,9 +93,9 @@ async def test_a_run_that_is_not_there_cannot_be_changed(make_broker: MakeBroker
 async def test_a_commit_on_another_version_is_refused_with_the_stored_record(make_broker: MakeBroker) -> None:
     async with open_backend(make_broker) as backend:
         record = await create(backend)
-        newest = await store(backend.peer, following(record, metadata={"by": "other"}))
+        newest = await store(backend.peer, next_version(record, metadata={"by": "other"}))
         for expect in (0, 1, 3):
-            stale = following(record, version=expect + 1, metadata={"by": "us"})
+            stale = next_version(record, version=expect + 1, metadata={"by": "us"})
             with pytest.raises(VersionConflict) as conflict:
                 await backend.broker.commit(stale, expect=expect, change=new_mark())
             assert conflict.value.current == newest
@@ -105,10 +105,10 @@ async def test_a_commit_on_another_version_is_refused_with_the_stored_record(mak
 @pytest.mark.anyio
 async def test_a_run_may_be_created_again_in_the_version_that_its_owner_knows(make_broker: MakeBroker) -> None:
     async with open_backend(make_broker) as backend:
-        record = following(following(new_record(backend, status=Status.EXECUTING, owner="us")))
+        record = next_version(next_version(new_record(backend, status=Status.EXECUTING, owner="us")))
         assert await backend.broker.commit(record, expect=0, change=new_mark()) == 3
         assert await backend.peer.load([record.id]) == [record]
-        await store(backend.peer, following(record))
+        await store(backend.peer, next_version(record))
 
 
 @pytest.mark.anyio
@@ -132,7 +132,7 @@ async def test_nothing_follows_a_terminal_record(make_broker: MakeBroker) -> Non
     async with open_backend(make_broker) as backend:
         over = await store(backend.broker, finished(backend, await create(backend)))
         with pytest.raises(VersionConflict) as conflict:
-            await backend.peer.commit(following(over, status=Status.EXECUTING), expect=2, change=new_mark())
+            await backend.peer.commit(next_version(over, status=Status.EXECUTING), expect=2, change=new_mark())
         assert conflict.value.current == over
 
 
@@ -146,7 +146,7 @@ async def test_of_concurrent_committers_one_wins_each_version(make_broker: MakeB
             record = run
             for _ in range(times):
                 while True:
-                    changed = following(record, metadata={"count": record.metadata["count"] + 1})
+                    changed = next_version(record, metadata={"count": record.metadata["count"] + 1})
                     await pause(1)
                     try:
                         won.append(await broker.commit(changed, expect=record.version, change=new_mark()))
@@ -192,7 +192,7 @@ async def test_a_retried_commit_changes_nothing(make_broker: MakeBroker) -> None
         created = ChangeMark("writer", 0)
         assert await backend.broker.commit(record, expect=0, change=created) == 1
         assert await backend.peer.commit(record, expect=0, change=created) == 1
-        changed = following(record, metadata={"n": 1})
+        changed = next_version(record, metadata={"n": 1})
         assert await backend.broker.commit(changed, expect=1, change=ChangeMark("writer", 1)) == 2
         assert await backend.broker.commit(changed, expect=1, change=ChangeMark("writer", 1)) == 2
         assert await backend.broker.load([record.id]) == [changed]
@@ -204,11 +204,11 @@ async def test_a_retried_commit_is_recognised_after_later_ones(make_broker: Make
     async with open_backend(make_broker) as backend:
         tag = new_tag()
         record = await create(backend, tags=(tag,))
-        ours, first = ChangeMark("writer", 7), following(record, metadata={"n": 1})
+        ours, first = ChangeMark("writer", 7), next_version(record, metadata={"n": 1})
         assert await backend.broker.commit(first, expect=1, change=ours) == 2
         newest = first
         for number in range(MARKS_KEPT - 1):
-            newest = following(newest, metadata={"n": number})
+            newest = next_version(newest, metadata={"n": number})
             mark = ChangeMark(("writer", "other")[number % 2], 100 + number)
             await backend.peer.commit(newest, expect=newest.version - 1, change=mark)
         assert await backend.broker.commit(first, expect=1, change=ours) == 2
@@ -222,10 +222,10 @@ async def test_a_commit_that_comes_late_is_not_taken_for_a_retry(make_broker: Ma
     """Two tasks of one writer commit; the one with the higher number arrives first. The other must learn of it."""
     async with open_backend(make_broker) as backend:
         record = await create(backend)
-        newest = following(record, metadata={"by": "second"})
+        newest = next_version(record, metadata={"by": "second"})
         await backend.broker.commit(newest, expect=1, change=ChangeMark("writer", 2))
         with pytest.raises(VersionConflict) as conflict:
-            late = following(record, metadata={"by": "first"})
+            late = next_version(record, metadata={"by": "first"})
             await backend.broker.commit(late, expect=1, change=ChangeMark("writer", 1))
         assert conflict.value.current == newest
 
@@ -243,10 +243,10 @@ async def test_marks_of_different_runs_are_different(make_broker: MakeBroker) ->
 async def test_a_refused_commit_leaves_no_mark(make_broker: MakeBroker) -> None:
     async with open_backend(make_broker) as backend:
         record = await create(backend)
-        changed = following(record, metadata={"n": 1})
+        changed = next_version(record, metadata={"n": 1})
         mark = new_mark()
         with pytest.raises(VersionConflict):
-            await backend.broker.commit(following(changed), expect=2, change=mark)
+            await backend.broker.commit(next_version(changed), expect=2, change=mark)
         assert await backend.broker.commit(changed, expect=1, change=mark) == 2
         assert await backend.broker.load([record.id]) == [changed]
 
@@ -273,7 +273,7 @@ async def test_record_and_run_topic_change_in_one_step(make_broker: MakeBroker) 
                 group.start_soon(look, broker)
             record = run
             for _ in range(20):
-                record = await store(backend.peer, following(record))
+                record = await store(backend.peer, next_version(record))
                 await pause(1)
             over.set()
 
@@ -286,7 +286,7 @@ async def test_a_cancelled_commit_happened_entirely_or_not_at_all(make_broker: M
         for number in count():  # pragma: no branch
             tag, batch = new_tag(), new_tag()
             record = await create(backend, tags=(tag,), batch=BatchMember(batch, 0, 1))
-            changed, mark = following(record, metadata={"n": 1}), new_mark()
+            changed, mark = next_version(record, metadata={"n": 1}), new_mark()
             was_over = await cancelled_at(number, backend.broker.commit(changed, expect=1, change=mark))
             topics = [run_topic(record.id), *record.topics]
             assert await told_at_last(backend, record.id, topics) in (record, changed), f"cancelled at {number}"
@@ -321,7 +321,7 @@ async def test_telling_again_is_harmless(make_broker: MakeBroker) -> None:
     async with open_backend(make_broker) as backend:
         tag = new_tag()
         record = await create(backend, tags=(tag,))
-        newest = await store(backend.broker, following(record))
+        newest = await store(backend.broker, next_version(record))
         for broker in backend.processes:
             await broker.tell(record.id)
             await broker.tell("run_that_never_was")
@@ -337,7 +337,7 @@ async def test_a_commit_wakes_those_who_follow_the_run(make_broker: MakeBroker) 
             record = run
             for _ in range(5):
                 async with anyio.create_task_group() as group:
-                    record = following(record)
+                    record = next_version(record)
                     group.start_soon(store, backend.peer, record)
                     changes = await next_changes(topic, cursor)
                     while versions(changes) != {run.id: record.version}:

@@ -21,10 +21,10 @@ from asgi_realtime.testing.conformance.kit import (
     cancelled_at,
     create,
     finished,
-    following,
     new_mark,
     new_tag,
     next_changes,
+    next_version,
     open_backend,
     pause,
     store,
@@ -39,7 +39,7 @@ async def test_a_run_is_in_all_its_topics_when_the_commit_returns(make_broker: M
     async with open_backend(make_broker) as backend:
         tag, other, batch = new_tag(), new_tag(), new_tag()
         run = await create(backend, tags=(tag, other), batch=BatchMember(batch, 0, 1))
-        newest = await store(backend.peer, following(run))
+        newest = await store(backend.peer, next_version(run))
         for broker in backend.processes:
             for topic in (run_topic(run.id), f"tag:{tag}", f"tag:{other}", f"batch:{batch}"):
                 assert await versions_in(broker, topic) == {run.id: newest.version}
@@ -51,7 +51,7 @@ async def test_a_tag_that_is_added_later_hears_of_the_run_from_then_on(make_brok
         tag = new_tag()
         run = await create(backend)
         assert await versions_in(backend.broker, f"tag:{tag}") == {}
-        await store(backend.broker, following(run, tags=(tag,)))
+        await store(backend.broker, next_version(run, tags=(tag,)))
         assert await versions_in(backend.broker, f"tag:{tag}") == {run.id: 2}
 
 
@@ -78,8 +78,8 @@ async def test_changes_come_in_the_order_of_each_runs_last_change(make_broker: M
     async with open_backend(make_broker) as backend:
         tag = new_tag()
         runs = [await create(backend, tags=(tag,)) for _ in range(4)]
-        await store(backend.broker, following(runs[1]))
-        await store(backend.peer, following(runs[0]))
+        await store(backend.broker, next_version(runs[1]))
+        await store(backend.peer, next_version(runs[0]))
         changes = await backend.broker.changes(f"tag:{tag}")
         assert [change.run_id for change in changes.items] == [runs[number].id for number in (2, 3, 1, 0)]
         positions = [change.position for change in changes.items]
@@ -94,8 +94,8 @@ async def test_a_reader_behind_gets_the_newest_of_each_changed_run_once(make_bro
         busy, idle, late = [await create(backend, tags=(tag,)) for _ in range(3)]
         cursor = (await backend.broker.changes(f"tag:{tag}")).cursor
         for _ in range(5):
-            busy = await store(backend.peer, following(busy))
-        late = await store(backend.broker, following(late))
+            busy = await store(backend.peer, next_version(busy))
+        late = await store(backend.broker, next_version(late))
         changes = await backend.broker.changes(f"tag:{tag}", after=cursor)
         assert not changes.snapshot
         assert versions(changes) == {busy.id: 6, late.id: 2}, "and nothing of the one that did not change"
@@ -191,7 +191,7 @@ async def test_a_follower_hears_of_changes_from_every_process(make_broker: MakeB
             async with anyio.create_task_group() as group:
                 group.start_soon(feed.run, {run.id: 2})
                 await pause(number * 3)
-                await store(backend.processes[number % 2], following(run, tags=(tag,)))
+                await store(backend.processes[number % 2], next_version(run, tags=(tag,)))
         assert len(feed.rows) == 6
 
 
@@ -244,10 +244,10 @@ async def test_whenever_a_feed_begins_it_misses_no_change(
         reading = [(Feed(backend.processes[elsewhere], f"tag:{tag}"), late, limit) for late, elsewhere, limit in feeds]
 
         async def change(record: RunRecord, changes: list[tuple[int, bool]]) -> None:
-            record = await store(backend.broker, following(record, tags=(tag,)))
+            record = await store(backend.broker, next_version(record, tags=(tag,)))
             for late, elsewhere in changes:
                 await pause(late)
-                record = await store(backend.processes[elsewhere], following(record))
+                record = await store(backend.processes[elsewhere], next_version(record))
 
         async def read(feed: Feed, late: int, limit: int) -> None:
             await pause(late)
@@ -284,7 +284,7 @@ async def test_no_older_version_replaces_a_newer_one_under_concurrent_committers
         async def change(broker: Broker) -> None:
             record = run
             while record.version <= committed:
-                changed = following(record)
+                changed = next_version(record)
                 try:
                     await broker.commit(changed, expect=record.version, change=new_mark())
                 except VersionConflict as conflict:
