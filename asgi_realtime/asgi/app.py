@@ -23,7 +23,7 @@ from asgi_realtime.asgi.request import BODY_METHODS, Request
 from asgi_realtime.asgi.routes import API, Endpoint, resolve
 from asgi_realtime.asgi.rows import RowCache
 from asgi_realtime.asgi.subscription import Finished, Leaving, Subscription, reconnect_response
-from asgi_realtime.asgi.trigger_dev import batching, changing, minting, runs, triggering, writing
+from asgi_realtime.asgi.trigger_dev import batches, metadata, runs, stream_writers, tokens
 from asgi_realtime.core.errors import BrokerUnavailable, RealtimeError, RunKeptElsewhere, RunNotFound, shown
 
 logger = logging.getLogger("asgi_realtime")
@@ -33,27 +33,27 @@ Answer = Response | Subscription[Any]
 ENDPOINTS: dict[Endpoint, dict[str, Callable[..., Awaitable[Answer]]]] = {
     Endpoint.STREAM: {"GET": streams.stream},
     Endpoint.WRITE_STREAM: {
-        "PUT": writing.create_stream,
-        "POST": writing.write_stream,
-        "HEAD": writing.last_index,
+        "PUT": stream_writers.create_stream,
+        "POST": stream_writers.write_stream,
+        "HEAD": stream_writers.last_index,
     },
-    Endpoint.APPEND: {"POST": writing.append},
-    Endpoint.INPUT: {"GET": streams.tail_input, "POST": writing.send_input},
+    Endpoint.APPEND: {"POST": stream_writers.append},
+    Endpoint.INPUT: {"GET": streams.tail_input, "POST": stream_writers.send_input},
     Endpoint.RUN_FEED: {"GET": feeds.run_feed},
     Endpoint.TAG_FEED: {"GET": feeds.tag_feed},
     Endpoint.BATCH_FEED: {"GET": feeds.batch_feed},
     Endpoint.HEALTH: {"GET": health.health, "HEAD": health.health},
-    Endpoint.TRIGGER: {"POST": triggering.trigger},
-    Endpoint.CREATE_BATCH: {"POST": batching.create_batch},
-    Endpoint.BATCH_ITEMS: {"POST": batching.fill_batch},
-    Endpoint.RETRIEVE_BATCH: {"GET": batching.retrieve_batch},
+    Endpoint.TRIGGER: {"POST": runs.trigger},
+    Endpoint.CREATE_BATCH: {"POST": batches.create_batch},
+    Endpoint.BATCH_ITEMS: {"POST": batches.fill_batch},
+    Endpoint.RETRIEVE_BATCH: {"GET": batches.retrieve_batch},
     Endpoint.RETRIEVE_RUN: {"GET": runs.retrieve_run},
     Endpoint.CANCEL_RUN: {"POST": runs.cancel_run},
-    Endpoint.UPDATE_METADATA: {"GET": changing.retrieve_metadata, "PUT": changing.update_metadata},
-    Endpoint.ADD_TAGS: {"POST": changing.add_tags},
-    Endpoint.JWT_CLAIMS: {"POST": minting.jwt_claims},
-    Endpoint.PUBLIC_TOKENS: {"POST": minting.public_token},
-    Endpoint.PACKETS: {"GET": triggering.packets, "PUT": triggering.packets},
+    Endpoint.UPDATE_METADATA: {"GET": metadata.retrieve_metadata, "PUT": metadata.update_metadata},
+    Endpoint.ADD_TAGS: {"POST": runs.add_tags},
+    Endpoint.JWT_CLAIMS: {"POST": tokens.jwt_claims},
+    Endpoint.PUBLIC_TOKENS: {"POST": tokens.public_token},
+    Endpoint.PACKETS: {"GET": runs.packets, "PUT": runs.packets},
 }
 """What answers which method. Called with the request and the route's parameters."""
 
@@ -115,7 +115,9 @@ class RealtimeApp:
         try:
             if request.method not in BODY_METHODS:
                 return await endpoint(request, *route.params)
-            silence_s = self._host.timeouts.writer if endpoint is writing.write_stream else self._host.timeouts.receive
+            silence_s = (
+                self._host.timeouts.writer if endpoint is stream_writers.write_stream else self._host.timeouts.receive
+            )
             return await until_shutdown(request, partial(endpoint, request, *route.params), silence_s=silence_s)
         except RunNotFound as exc:
             if request.is_from_elsewhere:

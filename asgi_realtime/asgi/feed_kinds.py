@@ -1,7 +1,7 @@
 """The kinds of run feeds: one run, the runs with some tags, or the runs of a batch; and finding their runs.
 
 A feed follows one topic. Which of the runs that this tells of belong to the feed, and when the feed is over, is said
-here; how it is told to a client is the matter of `feed_events` and `feed_shapes`.
+here; how it is told to a client is the matter of `feed_events` and `shape_polls`.
 """
 
 from __future__ import annotations

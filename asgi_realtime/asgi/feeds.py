@@ -13,7 +13,7 @@ from asgi_realtime.asgi.feed_kinds import BatchFeed, Feed, RunFeed, TagFeed
 from asgi_realtime.asgi.lookup import find_batch, find_run
 from asgi_realtime.asgi.request import Request
 from asgi_realtime.asgi.subscription import Subscription
-from asgi_realtime.asgi.trigger_dev.feed_shapes import AskedShape, ShapePoll, asked_shape
+from asgi_realtime.asgi.trigger_dev.shape_polls import AskedShape, ShapePoll, asked_shape
 from asgi_realtime.brokers.base import LiveTopic
 from asgi_realtime.core.config import Limits, parse_span
 from asgi_realtime.core.errors import InvalidRequest, LimitExceeded, UsageError, shown

@@ -9,7 +9,7 @@ from asgi_realtime.asgi.auth import authorise, run_resources
 from asgi_realtime.asgi.host import Host
 from asgi_realtime.asgi.request import REQUEST_KEY, Request
 from asgi_realtime.core.config import MAX_SPAN_S, parse_span
-from asgi_realtime.core.errors import ScopeDenied, UnknownTask, shown
+from asgi_realtime.core.errors import ScopeDenied, UnknownTask, UsageError, shown
 from asgi_realtime.core.runs import RunRecord
 from asgi_realtime.core.scopes import admits
 from asgi_realtime.runs.handles import TOKEN_EXPIRES_IN, run_scopes
@@ -84,3 +84,13 @@ async def find_parent(request: Request, claims: Claims, run_id: str | None) -> R
         return None
     authorise(claims, "write", [("runs", run_id)])
     return await request.host.runs.get(run_id)
+
+
+async def open_run(request: Request, run_id: str) -> RunRecord:
+    """The run that a request changes, which takes the secret key. Raises `ScopeDenied`, `RunNotFound`, `UsageError` if
+    the run is over."""
+    require_secret(request.authenticate(), "changing a run")
+    record = await request.host.runs.get(run_id)
+    if record.is_completed:
+        raise UsageError(f"run {shown(run_id)} is over ({record.status}) and cannot be changed")
+    return record

@@ -1,426 +1,736 @@
-"""Streams as the official clients read them: the batch framing, and what a clean end of a body may mean."""
-
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import anyio
+import anyio.lowlevel
 import pytest
 
-from asgi_realtime.asgi.framing import BATCHES
-from asgi_realtime.brokers.base import StreamKey
-from asgi_realtime.brokers.live_log import LiveLog
-from asgi_realtime.core.chunks import encode_value
-from asgi_realtime.core.config import Limits, Retention
-from asgi_realtime.core.errors import BrokerUnavailable
-from asgi_realtime.core.log import End, Entry, Log, Page
-from asgi_realtime.core.runs import Status
+from asgi_realtime import Limits, Realtime, Retention, RunRecord, Status, Timeouts
+from asgi_realtime.brokers.base import Broker
+from asgi_realtime.brokers.memory import MemoryBroker
+from asgi_realtime.core.errors import LimitExceeded
+from asgi_realtime.core.runs import BatchMember
 from asgi_realtime.testing import driver
-from asgi_realtime.testing.driver import StreamedResponse
-from asgi_realtime.testing.sse import Event
-from tests.asgi.standin import NOW, StandIn
+from asgi_realtime.testing.sse import EventParser
+from tests.asgi.official import Answer, call, count_runs, create_batch, fill_batch, item, lines, with_tasks
+from tests.brokers.backends import DistantBroker
+from tests.inprocess import GUARD_S, SECRET, FakeClock, ended
 
 pytestmark = pytest.mark.anyio
 
-PATH = "/v1/streams/run_1/default"
-
-
-@asynccontextmanager
-async def reading(host: StandIn, path: str = PATH, **more: str) -> AsyncIterator[StreamedResponse]:
-    headers = host.headers(trigger_version="4.8.3", accept="text/event-stream", **more)
-    with anyio.fail_after(5):
-        async with driver.stream(host, "GET", path, headers=headers) as response:
-            yield response
-
-
-def records(events: list[Event]) -> list[dict[str, Any]]:
-    return [record for event in events if event.event == "batch" for record in json.loads(event.data)["records"]]
-
-
-def chunks(events: list[Event]) -> list[Any]:
-    return [json.loads(record["body"])["data"] for record in records(events)]
-
-
-async def read_all(host: StandIn, **more: str) -> list[Event]:
-    async with reading(host, **more) as response:
-        assert response.status == 200
-        return await response.read_all_events()
-
-
-# The framing
-
-
-async def test_chunks_on_the_wire(host: StandIn) -> None:
-    await host.create()
-    await host.append("Hel", {"token": "lo"})
-    await host.finish()
-    async with reading(host) as response:
-        assert response.status == 200
-        assert response.headers["x-stream-version"] == "v2"
-        assert response.headers["content-type"] == "text/event-stream; charset=utf-8"
-        assert "x-stream-version" in response.headers["access-control-expose-headers"]
-        body = await response.read()
-    comment, batch, rest = body.split(b"\n\n")
-    assert (comment, rest) == (b": connected", b"")
-    assert batch == (
-        b'event: batch\ndata: {"records":['
-        b'{"seq_num":0,"timestamp":%d,"body":"{\\"data\\":\\"Hel\\",\\"id\\":\\"0\\"}","headers":[]},'
-        b'{"seq_num":1,"timestamp":%d,"body":"{\\"data\\":{\\"token\\":\\"lo\\"},\\"id\\":\\"1\\"}","headers":[]}]}'
-    ) % (NOW * 1000, NOW * 1000)
-
-
-async def test_a_client_without_the_version_header_gets_native_events(host: StandIn) -> None:
-    await host.create()
-    await host.append("x")
-    await host.finish()
-    async with driver.stream(host, "GET", PATH, headers=host.headers()) as response:
-        assert "x-stream-version" not in response.headers
-        assert [event.event for event in await response.read_all_events()] == ["message", "end"]
-
-
-@pytest.mark.parametrize("chunk", ["", 'q"q\\', "\u2028\u2029", "é😀", None, 1e300, [{}], {"data": 1, "id": "x"}, True])
-async def test_every_chunk_survives_the_wrapping(host: StandIn, chunk: Any) -> None:
-    await host.create()
-    await host.append(chunk)
-    await host.finish()
-    assert chunks(await read_all(host)) == [chunk]
-
-
-async def test_chunks_come_as_they_are_written(host: StandIn) -> None:
-    await host.create()
-    async with reading(host) as response:
-        for number in range(3):
-            await host.append(number)
-            assert chunks(await response.read_events()) == [number]
-            host.tick(1)
-        await host.finish()
-        assert await response.read_all_events() == []
-        assert response.ended
-    seen = records(response.events)
-    assert [record["seq_num"] for record in seen] == [0, 1, 2]
-    assert [record["timestamp"] for record in seen] == [round((NOW + second) * 1000) for second in range(3)]
-
-
-def test_a_body_is_made_once_for_the_readers_at_one_place() -> None:
-    live = LiveLog(Log())
-    live.log.append([encode_value("x")], 1)
-    body = BATCHES.take(live, -1)
-    assert body is not None and BATCHES.take(live, -1) is body
-    native = live.take(-1)
-    assert native is not None and native.body == b'id: 0\ndata: "x"\n\n'
-    live.log.append([encode_value("y")], 2)
-    again = BATCHES.take(live, -1)
-    assert again is not None and again.last == 1
-    assert BATCHES.take(live, 1) is None
-
-
-def test_a_body_has_no_more_chunks_than_a_native_one() -> None:
-    live = LiveLog(Log())
-    live.log.append([encode_value("x" * 1000) for _ in range(200)], 1)
-    cursor, found = -1, 0
-    while (piece := BATCHES.take(live, cursor)) is not None:
-        native = live.take(cursor)
-        assert native is not None and native.last == piece.last
-        cursor, found = piece.last, found + 1
-    assert cursor == 199 and found > 1
-
-
-def test_entries_that_are_read_from_elsewhere_look_the_same() -> None:
-    live = LiveLog(Log())
-    live.log.append([encode_value("x"), encode_value("y")], 5)
-    piece = BATCHES.take(live, -1)
-    assert piece is not None
-    assert BATCHES.encode([Entry(0, b'"x"', 5), Entry(1, b'"y"', 5)]) == piece.body
-
-
-# Positions
-
-
-@pytest.mark.parametrize(("last", "expected"), [("0", [1, 2]), ("1", [2]), ("2", [])])
-async def test_a_resume_goes_on_behind_the_last_chunk(host: StandIn, last: str, expected: list[int]) -> None:
-    await host.create()
-    await host.append(0, 1, 2)
-    await host.finish()
-    assert chunks(await read_all(host, last_event_id=last)) == expected
-
-
-@pytest.mark.parametrize("last", ["3", "99"])
-async def test_behind_the_end_it_is_an_empty_200(host: StandIn, last: str) -> None:
-    await host.create()
-    await host.append(0, 1, 2)
-    await host.finish()
-    async with reading(host, last_event_id=last) as response:
-        assert response.status == 200
-        assert response.headers["x-stream-version"] == "v2"
-        assert response.headers["content-type"].startswith("text/event-stream")
-        assert await response.read() == b""
-
-
-async def test_latest_begins_at_the_end(host: StandIn) -> None:
-    await host.create()
-    await host.append(0, 1)
-    async with reading(host, x_trigger_stream_start="latest") as response:
-        await response.chunk()
-        await host.append(2)
-        assert chunks(await response.read_events()) == [2]
-        await host.finish()
-        assert await response.read_all_events() == []
-
-
-async def test_a_position_is_stronger_than_latest(host: StandIn) -> None:
-    await host.create()
-    await host.append(0, 1)
-    await host.finish()
-    assert chunks(await read_all(host, x_trigger_stream_start="latest", last_event_id="0")) == [1]
-    assert chunks(await read_all(host, x_trigger_stream_start="latest")) == []
-
-
-async def test_a_position_before_what_is_kept_is_410(host: StandIn) -> None:
-    host = StandIn(retention=Retention(stream_bytes=60))
-    await host.create()
-    for number in range(20):
-        await host.append(number)
-    async with reading(host, last_event_id="2") as response:
-        assert response.status == 410
-        error = json.loads(await response.read())
-    assert error["code"] == "stream_gap" and "chunk 3 is past its retention" in error["error"]
-
-
-async def test_who_names_no_position_begins_with_what_is_kept(host: StandIn) -> None:
-    host = StandIn(retention=Retention(stream_bytes=60))
-    await host.create()
-    for number in range(20):
-        await host.append(number)
-    await host.finish()
-    events = await read_all(host)
-    first = records(events)[0]["seq_num"]
-    assert first > 0
-    assert chunks(events) == list(range(first, 20))
-
-
-async def test_a_gap_in_the_middle_makes_the_client_come_back_and_hear_of_it(host: StandIn) -> None:
-    host = StandIn(retention=Retention(stream_bytes=60))
-    await host.create()
-    await host.append("first")
-    async with reading(host) as response:
-        events = await response.read_events()
-        for number in range(20):  # in one go, so that the reader does not get a turn
-            await host.broker.append(StreamKey("run_1", "default"), [encode_value(number)])
-        events += await response.read_all_events()
-        assert response.ended
-    assert [event.event for event in events][-1] == "error"
-    last = records(events)[-1]["seq_num"]
-    async with reading(host, last_event_id=str(last)) as response:
-        assert response.status == 410
-
-
-@pytest.mark.parametrize("last", ["x", "-1", "1.5", "1" * 19])
-async def test_a_malformed_position_is_400(host: StandIn, last: str) -> None:
-    await host.create()
-    async with reading(host, last_event_id=last) as response:
-        assert response.status == 400
-
-
-# Ends
-
-
-@pytest.mark.parametrize("status", [Status.COMPLETED, Status.FAILED, Status.CANCELED, Status.CRASHED, Status.TIMED_OUT])
-async def test_the_end_of_a_run_is_a_clean_end(host: StandIn, status: Status) -> None:
-    await host.create()
-    await host.append("x")
-    await host.finish(status=status, error=None if status is Status.COMPLETED else "no luck")
-    assert [event.event for event in await read_all(host)] == ["batch"]
-
-
-async def test_what_is_lost_is_never_a_clean_end(host: StandIn) -> None:
-    await host.create()
-    await host.append("x")
-    await host.broker.append(StreamKey("run_1", "default"), [], end=End("lost", "entries were lost"))
-    assert [event.event for event in await read_all(host)] == ["batch", "error"]
-    for last in ("0", "5"):
-        async with reading(host, last_event_id=last) as response:
-            assert response.status == 409  # which is final for them
-            assert json.loads(await response.read())["code"] == "stream_lost"
-
-
-async def test_a_shutdown_makes_the_client_come_back(host: StandIn) -> None:
-    await host.create()
-    await host.append("x")
-    async with reading(host) as response:
-        assert chunks(await response.read_events()) == ["x"]
-        host.begin_shutdown()
-        (event,) = await response.read_all_events()
-        assert event.event == "error"
-        assert response.ended
-
-
-async def test_a_stream_that_is_read_to_its_end_ends_cleanly_at_a_shutdown(host: StandIn) -> None:
-    await host.create()
-    await host.append("x")
-    await host.finish()
-    host.begin_shutdown()
-    assert [event.event for event in await read_all(host)] == ["error"]
-    assert await read_all(host, last_event_id="0") == []
-
-
-async def test_an_expired_token_makes_the_client_come_back_for_its_401(host: StandIn) -> None:
-    await host.create()
-    async with reading(host) as response:
-        await response.chunk()
-        host.tick(901)
-        (event,) = await response.read_all_events()
-    assert event.event == "error"
-
-
-async def test_a_log_that_cannot_be_followed_is_no_clean_end(host: StandIn) -> None:
-    await host.create()
-    async with reading(host) as response:
-        await response.chunk()
-        async with host.broker.live(StreamKey("run_1", "default")) as live:
-            live.fail(BrokerUnavailable("away"))
-            (event,) = await response.read_all_events()
-    assert event.event == "error"
-
-
-async def test_an_absent_broker_and_a_shutdown_before_the_head_are_503(host: StandIn) -> None:
-    host.begin_shutdown()
-    async with reading(host) as response:
-        assert response.status == 503
-    host = StandIn()
-    host.start_error = BrokerUnavailable("away")
-    async with reading(host) as response:
-        assert response.status == 503
-
-
-# Silence
-
-
-async def test_the_body_ends_after_as_much_silence_as_was_asked_for(host: StandIn) -> None:
-    await host.create()
-    async with reading(host, timeout_seconds="20") as response:
-        await response.chunk()
-        host.tick(12)
-        await host.append("x")
-        assert chunks(await response.read_events()) == ["x"]
-        host.tick(1)
-        host.tick(18)
-        assert await response.chunk() == b": heartbeat\n\n"  # which is no news
-        await anyio.wait_all_tasks_blocked()
-        assert not response.ended
-        host.tick(2)
-        assert await response.read_all_events() == []
-        assert response.ended
-
-
-@pytest.mark.parametrize("broker_has", ["more", "no answer", "nothing"])
-async def test_silence_is_no_end_if_the_broker_has_more_or_does_not_answer(host: StandIn, broker_has: str) -> None:
-    await host.create()
-    await host.append("x")
-    async with reading(host, timeout_seconds="20") as response:
-        await response.read_events()
-        await anyio.wait_all_tasks_blocked()
-
-        async def read(key: StreamKey, *, after: int = -1, limit: int = 500) -> Page:
-            if broker_has == "no answer":
-                raise BrokerUnavailable("away")
-            entries = [Entry(1, b'"late"', 0)] if broker_has == "more" else []
-            return Page(entries, 0, 1 + len(entries), None)
-
-        host.broker.read = read  # type: ignore[method-assign]
-        host.tick(0)
-        host.tick(10)
-        host.tick(10)
-        if broker_has == "more":
-            assert await response.chunk() == b": heartbeat\n\n"
-            await host.append("late")
-            assert chunks(await response.read_events()) == ["late"]
-        else:
-            kinds = [event.event for event in await response.read_all_events()]
-            assert kinds == ([] if broker_has == "nothing" else ["error"])
-            assert response.ended
-
-
-async def test_setting_the_clock_ends_no_stream(host: StandIn) -> None:
-    await host.create()
-    async with reading(host, timeout_seconds="20") as response:
-        await response.chunk()
-        await anyio.wait_all_tasks_blocked()
-        for steady in (0.0, 0.5, 1.0):
-            for subscriber in tuple(host.subscribers):
-                subscriber.tick(host.now + 100 * steady, steady)
-        await anyio.wait_all_tasks_blocked()
-        assert not response.ended
-
-
-async def test_a_reader_ahead_of_the_stream_hears_only_silence(host: StandIn) -> None:
-    await host.create()
-    await host.append("x")
-    async with reading(host, timeout_seconds="20", last_event_id="99") as response:
-        await response.chunk()
-        await anyio.wait_all_tasks_blocked()
-        host.tick(1)
-        host.tick(20)
-        assert await response.read_all_events() == []
-        assert response.ended
-
-
-async def test_without_it_the_stream_is_waited_for(host: StandIn) -> None:
-    await host.create()
-    async with reading(host) as response:
-        await response.chunk()
-        for _ in range(7):
-            await anyio.wait_all_tasks_blocked()
-            host.tick(60)
-            host.tick(60)
-            assert await response.chunk() == b": heartbeat\n\n"
-
-
-@pytest.mark.parametrize("seconds", ["0", "601", "-1", "x", "1.5", "", "9" * 30])
-async def test_a_malformed_silence_is_400(host: StandIn, seconds: str) -> None:
-    await host.create()
-    async with reading(host, timeout_seconds=seconds) as response:
-        assert response.status == 400
-        assert "1 to 600" in json.loads(await response.read())["error"]
-
-
-@pytest.mark.parametrize("seconds", ["1", "600"])
-async def test_the_borders_are_taken(host: StandIn, seconds: str) -> None:
-    await host.create()
-    async with reading(host, timeout_seconds=seconds) as response:
-        assert response.status == 200
-
-
-# Inputs
-
-
-async def test_inputs_are_read_in_the_same_framing(host: StandIn) -> None:
-    await host.create()
-    await host.send_input("run_1", "approval", {"yes": True})
-    await host.finish()
-    async with reading(host, "/v1/streams/run_1/input/approval") as response:
-        assert chunks(await response.read_all_events()) == [{"yes": True}]
-
-
-async def test_what_this_process_does_not_hold_is_framed_alike() -> None:
-    host = StandIn(limits=Limits())
-    await host.create()
-    await host.append(*range(1200))
-    await host.finish()
-    live_class = LiveLog
-    async with host.broker.live(StreamKey("run_1", "default")) as live:
-        assert isinstance(live, live_class)
-        first, live.log.first = live.log.first, 1100  # as a mirror that begins later
-        broker_read = host.broker.read
-
-        async def read(key: StreamKey, *, after: int = -1, limit: int = 500) -> Any:
-            live.log.first = first
-            try:
-                return await broker_read(key, after=after, limit=limit)
-            finally:
-                live.log.first = 1100
-
-        host.broker.read = read  # type: ignore[method-assign]
-        assert chunks(await read_all(host)) == list(range(1200))
+BATCHES = "/api/v3/batches"
+UP_TO_DATE = {"headers": {"control": "up-to-date"}}
+
+
+async def batch_of(realtime: Realtime, *items: Any, token: str = SECRET, **more: Any) -> str:
+    """Create a batch and fill it; return its id."""
+    created = await create_batch(realtime, len(items), token=token, **more)
+    assert created.status == 202, created.json
+    batch_id: str = created.json["id"]
+    filled = await fill_batch(realtime, batch_id, lines(*items), token=token)
+    assert (filled.status, filled.json["sealed"]) == (200, True), filled.json
+    return batch_id
+
+
+async def retrieve(realtime: Realtime, batch_id: str, *, token: str = SECRET) -> Answer:
+    return await call(realtime, "GET", f"/api/v2/batches/{batch_id}", token=token)
+
+
+async def members(realtime: Realtime, batch_id: str) -> list[RunRecord]:
+    """The runs of a batch, in their order."""
+    changes = await realtime.broker.changes(f"batch:{batch_id}")
+    records = await realtime.runs.load([change.run_id for change in changes.items])
+    return sorted((record for record in records if record and record.batch), key=lambda record: record.batch.index)  # type: ignore[union-attr]
+
+
+# Two steps
+
+
+async def test_a_batch_is_created_and_then_filled() -> None:
+    async with with_tasks() as realtime:
+        created = await create_batch(realtime, 3, taskIdentifiers=["echo", "number"])
+        batch_id = created.json["id"]
+        assert (created.status, created.json) == (202, {"id": batch_id, "runCount": 3, "isCached": False})
+        assert batch_id.startswith("batch_")
+        assert realtime.verify_token(created.token).scopes == (f"read:batch:{batch_id}",)
+        body = lines(item(0, "a"), item(1, 2, "number"), item(2, None, tags=["x"]))
+        filled = await fill_batch(realtime, batch_id, body)
+        assert (filled.status, filled.json) == (
+            200,
+            {"id": batch_id, "itemsAccepted": 3, "itemsDeduplicated": 0, "sealed": True},
+        )
+        records = await members(realtime, batch_id)
+        assert [record.batch for record in records] == [BatchMember(batch_id, index, 3) for index in range(3)]
+        assert [record.payload for record in records] == ["a", 2, None]
+        assert [(await ended(realtime, record.id)).output for record in records] == ["a", 2, None]
+        assert await count_runs(realtime, "tag:x") == 1
+        run = await call(realtime, "GET", f"/api/v3/runs/{records[0].id}", token=created.token)
+        assert (run.status, run.json["batchId"], run.json["triggerFunction"]) == (200, batch_id, "batchTrigger")
+
+
+async def test_items_are_started_in_the_order_of_their_indexes() -> None:
+    async with with_tasks() as realtime:
+        batch_id = await batch_of(realtime, item(2, "c"), item(0, "a"), item(1, "b"))
+        assert [record.payload for record in await members(realtime, batch_id)] == ["a", "b", "c"]
+
+
+async def test_others_have_a_turn_while_a_long_batch_is_checked() -> None:
+    async with with_tasks() as realtime:
+        batch_id = (await create_batch(realtime, 100)).json["id"]
+        turns = 0
+        filling = True
+
+        async def look() -> None:
+            nonlocal turns
+            while filling:
+                turns += 1
+                await anyio.lowlevel.checkpoint()
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(look)
+            body = lines(*(item(index, index) for index in range(99)), item(99, "text", "number"))
+            assert (await fill_batch(realtime, batch_id, body)).status == 422
+            filling = False
+        assert turns >= 4
+
+
+async def test_lines_may_come_in_any_form() -> None:
+    async with with_tasks() as realtime:
+        batch_id = (await create_batch(realtime, 2)).json["id"]
+        body = b"\r\n" + lines(item(0, "\u2028 \ud83d\ude00")) + b"\n\n" + lines(item(1, "b"))[:-1]
+        assert (await fill_batch(realtime, batch_id, body)).json["sealed"]
+        assert [record.payload for record in await members(realtime, batch_id)] == ["\u2028 \U0001f600", "b"]
+
+
+async def test_the_feed_of_a_batch_ends_with_its_runs() -> None:
+    async with with_tasks() as realtime:
+        created = await create_batch(realtime, 3)
+        headers = {"authorization": f"Bearer {created.token}", "accept": "text/event-stream"}
+        batch_id = created.json["id"]
+        body = lines(*(item(index, index) for index in range(3)))
+        async with anyio.create_task_group() as group:
+            group.start_soon(fill_batch, realtime, batch_id, body)
+            response = await driver.request(realtime, "GET", f"/v1/batches/{batch_id}", headers=headers)
+        events = EventParser().feed(response.body)
+        assert (events[-1].event, json.loads(events[-1].data)) == ("end", {"reason": "complete"})
+        last = {
+            run["id"]: run["status"] for run in (json.loads(event.data) for event in events if event.event == "run")
+        }
+        assert last == {record.id: "COMPLETED" for record in await members(realtime, batch_id)}
+
+
+# Batches that have no runs of their own
+
+Made = Callable[[Realtime], Awaitable[str]]
+
+
+async def over_http(realtime: Realtime) -> str:
+    return await batch_of(realtime, item(0, 1, "open", idempotencyKey="k0"), item(1, 1, "open", idempotencyKey="k1"))
+
+
+async def in_process(realtime: Realtime) -> str:
+    items: list[Any] = [("open", 1, {"idempotency_key": f"k{index}"}) for index in range(2)]
+    return (await realtime.batch_trigger(items)).id
+
+
+def with_open_task(**options: Any) -> tuple[Realtime, anyio.Event]:
+    """As `with_tasks`, and a task "open" whose runs go on until the event."""
+    realtime, gate = with_tasks(**options), anyio.Event()
+
+    @realtime.task("open")
+    async def open_task(payload: Any) -> None:
+        await gate.wait()
+
+    return realtime, gate
+
+
+@pytest.mark.parametrize("make", [over_http, in_process])
+async def test_a_batch_of_earlier_runs_is_told_by_those(make: Made) -> None:
+    """It was COMPLETED while they went on, and in process 404."""
+    realtime, gate = with_open_task()
+    async with realtime:
+        earlier = [(await realtime.trigger("open", 1, idempotency_key=f"k{index}")).id for index in range(2)]
+        batch_id = await make(realtime)
+        told = (await retrieve(realtime, batch_id)).json
+        assert (told["status"], told["runs"], told["runCount"]) == ("PROCESSING", earlier, 2)
+        gate.set()
+        for run_id in earlier:
+            await ended(realtime, run_id)
+        assert (await retrieve(realtime, batch_id)).json["status"] == "COMPLETED"
+
+
+@pytest.mark.parametrize("make", [over_http, in_process])
+async def test_the_feeds_of_a_batch_of_earlier_runs_are_empty_and_over(make: Made) -> None:
+    """They were 404, with which the official client is silent for ever."""
+    realtime, gate = with_open_task(timeouts=Timeouts(poll=0.01, tick=0.01))
+    async with realtime:
+        for index in range(2):
+            await realtime.trigger("open", 1, idempotency_key=f"k{index}")
+        batch_id = await make(realtime)
+        path, headers = f"/v1/batches/{batch_id}", {"authorization": f"Bearer {SECRET}"}
+        feed = await driver.request(realtime, "GET", path, headers=headers | {"accept": "text/event-stream"})
+        events = EventParser().feed(feed.body)
+        assert [(event.event, event.data) for event in events] == [
+            ("ready", '{"count":0}'),
+            ("end", '{"reason":"complete"}'),
+        ]
+        last = headers | {"accept": "text/event-stream", "last-event-id": events[-1].id or ""}
+        assert (await driver.request(realtime, "GET", path, headers=last)).status == 204
+        shape = await driver.request(realtime, "GET", path, query="offset=-1", headers=headers)
+        assert (shape.status, json.loads(shape.body)) == (200, [UP_TO_DATE])
+        query = f"offset={shape.headers['electric-offset']}&handle={shape.headers['electric-handle']}&live=true"
+        held = await driver.request(realtime, "GET", path, query=query, headers=headers)
+        assert (held.status, json.loads(held.body)) == (200, [UP_TO_DATE])
+        assert [record async for record in realtime.subscribe_to_batch(batch_id)] == []
+        gate.set()
+
+
+async def test_a_batch_that_is_not_filled_yet_has_a_feed() -> None:
+    async with with_tasks() as realtime:
+        batch_id = (await create_batch(realtime, 2)).json["id"]
+        followed = realtime.subscribe_to_batch(batch_id)
+        statuses: dict[Any, Status] = {}
+
+        async def follow() -> None:
+            async for record in followed:
+                statuses[record.payload] = record.status
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(follow)
+            headers = {"authorization": f"Bearer {SECRET}", "accept": "text/event-stream"}
+            async with driver.stream(realtime, "GET", f"/v1/batches/{batch_id}", headers=headers) as stream:
+                assert stream.status == 200
+                await fill_batch(realtime, batch_id, lines(item(0, "a"), item(1, "b")))
+                events = EventParser().feed(await stream.read())
+        assert (events[-1].event, events[-1].data) == ("end", '{"reason":"complete"}')
+        assert statuses == {"a": Status.COMPLETED, "b": Status.COMPLETED}
+
+
+# Half a batch
+
+
+class Refuses(MemoryBroker):
+    """Takes so many runs, and no more."""
+
+    room = 2
+
+    async def commit(self, record: RunRecord, *, expect: int, **more: Any) -> int:
+        if expect == 0:
+            if self.room == 0:
+                raise LimitExceeded("there is no room", status=503)
+            self.room -= 1
+        return await super().commit(record, expect=expect, **more)
+
+
+async def test_a_batch_that_stays_half_filled_is_never_complete() -> None:
+    """An hour later it was, with three runs of which two were there; and its feed stayed open."""
+    clock = FakeClock()
+    async with with_tasks(clock=clock, broker=Refuses(clock=clock)) as realtime:
+        batch_id = (await create_batch(realtime, 3)).json["id"]
+        assert (await fill_batch(realtime, batch_id, lines(*(item(n, n) for n in range(3))))).status == 503
+        started = [record.id for record in await members(realtime, batch_id)]
+        for run_id in started:
+            await ended(realtime, run_id)
+        assert (await retrieve(realtime, batch_id)).json["status"] == "PENDING"
+        clock.seconds += 3601
+        told = (await retrieve(realtime, batch_id)).json
+        assert (told["status"], told["runCount"], told["runs"]) == ("PARTIAL_FAILED", 3, started)
+        headers = {"authorization": f"Bearer {SECRET}", "accept": "text/event-stream"}
+        feed = await driver.request(realtime, "GET", f"/v1/batches/{batch_id}", headers=headers)
+        assert [event.event for event in EventParser().feed(feed.body)] == ["run", "run", "ready", "end"]
+
+
+async def test_a_batch_that_was_never_filled_is_aborted() -> None:
+    clock = FakeClock()
+    async with with_tasks(clock=clock) as realtime:
+        batch_id = (await create_batch(realtime, 3)).json["id"]
+        clock.seconds += 3601
+        assert (await retrieve(realtime, batch_id)).json["status"] == "ABORTED"
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "message"),
+    [
+        (b"{", 400, "malformed"),
+        (b"[]", 400, "Expected `object`"),
+        (b"{}", 400, "Object missing required field `runCount`"),
+        (b'{"runCount": "3"}', 400, "Expected `int`, got `str` - at `$.runCount`"),
+        (b'{"runCount": 1.5}', 400, "Expected `int`"),
+        (b'{"runCount": 0}', 422, "a batch is empty; it needs at least one run"),
+        (b'{"runCount": -1}', 422, "a batch is empty"),
+        (b'{"runCount": 4}', 422, "a batch has 4 runs, limit 3"),
+        (b'{"runCount": 1, "taskIdentifiers": ["nope"]}', 404, "no task 'nope' is registered"),
+        (b'{"runCount": 1, "taskIdentifiers": "echo"}', 400, "Expected `array | null`"),
+        (b'{"runCount": 1, "idempotencyKey": ""}', 422, "idempotency_key is ''"),
+        (b'{"runCount": 1, "idempotencyKey": "%b"}' % (b"x" * 513), 422, "513 characters, limit 512"),
+        (b'{"runCount": 1, "parentRunId": "run_nope"}', 404, "no run 'run_nope'"),
+        (b'{"runCount": 1}' + b" " * 71_000, 413, "limit 70912"),
+    ],
+)
+async def test_a_batch_that_cannot_be_is_not_created(body: bytes, status: int, message: str) -> None:
+    async with with_tasks(limits=Limits(batch_runs=3)) as realtime:
+        answer = await call(realtime, "POST", BATCHES, body)
+        assert answer.status == status
+        assert message in answer.error
+        assert (await create_batch(realtime, 3)).status == 202
+
+
+GOOD = item(0, 1, tags="seen")
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "message"),
+    [
+        (lines(GOOD) + b"{", 400, "line 2 is malformed: not valid JSON"),
+        (lines(GOOD) + b"[]", 400, "line 2 does not fit: Expected `object`"),
+        (lines(GOOD, {"index": "1", "task": "echo"}), 400, "line 2 does not fit: Expected `int`"),
+        (lines(GOOD) + b"\xff", 400, "line 2 is malformed"),
+        (lines(GOOD, {"task": "echo"}), 422, "line 2 has the index -1; the batch has 2 runs, from 0"),
+        (lines(GOOD, item(2, 1)), 422, "line 2 has the index 2; the batch has 2 runs, from 0"),
+        (lines(GOOD, item(1, 1), item(2, 1)), 422, "line 3 has the index 2; the batch has 2 runs"),
+        (lines(GOOD, item(0, 2)), 422, "line 2 has the index 0, as another line before it"),
+        (lines(GOOD, {"index": 1}), 400, "item 1: task is missing"),
+        (lines(GOOD, item(1, 1, "nope")), 404, "item 1: no task 'nope' is registered"),
+        (lines(GOOD, item(1, "text", "number")), 422, "item 1: the payload of task 'number' does not fit int"),
+        (lines(GOOD, item(1, 1, ttl="soon")), 422, "item 1: ttl is 'soon'"),
+        (lines(GOOD, item(1, 1, payloadType="text/plain")), 400, "item 1: the payload is of the type text/plain"),
+        (lines(GOOD, item(1, "x", payloadType="application/store")), 413, "item 1: the official client takes payloads"),
+        (lines(GOOD, item(1, "x" * 200)), 413, "item 1: the payload is 202 bytes, limit 200"),
+        (lines(GOOD) + b"\n" * 8, 413, "the body has 9 line breaks, limit 8 for a batch of 2 runs"),
+        (lines(GOOD, item(1, 1)) + b" " * 66_200 + b"{}", 413, "a line is at least 66202 bytes, limit 66136"),
+        (lines(GOOD, item(1, "x" * 100_000)), 413, "limit 100000"),
+    ],
+)
+async def test_one_bad_item_and_nothing_is_started(body: bytes, status: int, message: str) -> None:
+    async with with_tasks(limits=Limits(payload_bytes=200, metadata_bytes=100, batch_bytes=100_000)) as realtime:
+        batch_id = (await create_batch(realtime, 2)).json["id"]
+        answer = await fill_batch(realtime, batch_id, body)
+        assert answer.status == status
+        assert message in answer.error
+        assert await count_runs(realtime, "tag:seen") == 0
+        assert (await fill_batch(realtime, batch_id, lines(GOOD, item(1, 1)))).status == 200
+
+
+async def test_items_that_are_missing_are_asked_for_and_nothing_is_started() -> None:
+    async with with_tasks() as realtime:
+        batch_id = (await create_batch(realtime, 2)).json["id"]
+        for body in (b"", b"\n", lines(GOOD), lines(GOOD, GOOD)):
+            answer = await fill_batch(realtime, batch_id, body)
+            assert (answer.status, answer.json) == (
+                200,
+                {
+                    "id": batch_id,
+                    "itemsAccepted": 0,
+                    "itemsDeduplicated": 0,
+                    "sealed": False,
+                    "enqueuedCount": 0,
+                    "expectedCount": 2,
+                },
+            )
+        assert await count_runs(realtime, "tag:seen") == 0
+
+
+async def test_a_line_that_comes_twice_is_one_item() -> None:
+    async with with_tasks() as realtime:
+        batch_id = (await create_batch(realtime, 2)).json["id"]
+        answer = await fill_batch(realtime, batch_id, lines(GOOD, item(1, 1), GOOD))
+        assert (answer.status, answer.json["itemsAccepted"]) == (200, 2)
+
+
+async def test_items_of_no_batch_are_404() -> None:
+    clock = FakeClock()
+    async with with_tasks(clock=clock) as realtime:
+        for batch_id in ("batch_nope", "batch_nope:sealed", "x" * 300):
+            answer = await fill_batch(realtime, batch_id, lines(GOOD))
+            assert (answer.status, answer.json["code"]) == (404, "run_not_found")
+        in_process = await realtime.batch_trigger([("echo", 1)])
+        assert (await fill_batch(realtime, in_process.id, lines(GOOD))).status == 404
+        batch_id = (await create_batch(realtime, 1)).json["id"]
+        clock.seconds += 3601
+        assert (await fill_batch(realtime, batch_id, lines(GOOD))).status == 404
+        assert await count_runs(realtime, "tag:seen") == 0
+
+
+async def test_a_body_that_is_cut_off_starts_nothing() -> None:
+    async with with_tasks() as realtime:
+        batch_id = (await create_batch(realtime, 1)).json["id"]
+        messages: list[Any] = [
+            {"type": "http.request", "body": lines(GOOD), "more_body": True},
+            {"type": "http.disconnect"},
+        ]
+        sent: list[Any] = []
+
+        async def receive() -> Any:
+            return messages.pop(0)
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        headers = {"authorization": f"Bearer {SECRET}"}
+        await realtime(driver.make_scope("POST", f"{BATCHES}/{batch_id}/items", headers=headers), receive, send)
+        assert sent[0]["status"] == 408
+        assert await count_runs(realtime, "tag:seen") == 0
+
+
+# Who may
+
+
+async def test_a_batch_needs_a_scope_for_every_task() -> None:
+    async with with_tasks() as realtime:
+        token = realtime.create_public_token(scopes=["*:runs:run_1"])
+        assert (await create_batch(realtime, 1, token=token)).status == 403
+        assert (await create_batch(realtime, 1, token=token, taskIdentifiers=[])).status == 403
+        assert (await driver.request(realtime, "POST", BATCHES)).status == 401
+        assert (await driver.request(realtime, "POST", f"{BATCHES}/x/items")).status == 401
+        for scope in ("trigger:tasks:echo", "read:runs", "write:runs"):
+            token = realtime.create_public_token(scopes=[scope])
+            assert (await create_batch(realtime, 1, token=token)).status == 403
+            assert (await fill_batch(realtime, "batch_x", b"", token=token)).status == 403
+        token = realtime.create_public_token(scopes=["batchTrigger:tasks:echo"])
+        assert (await create_batch(realtime, 1, token=token, taskIdentifiers=["echo", "number"])).status == 403
+        assert (await create_batch(realtime, 1, token=token)).status == 403, "it does not say which tasks"
+        created = await create_batch(realtime, 2, token=token, taskIdentifiers=["echo"])
+        assert created.status == 202
+        answer = await fill_batch(realtime, created.json["id"], lines(GOOD, item(1, 1, "number")), token=token)
+        assert answer.status == 403
+        assert "item 1: " in answer.error and "'batchTrigger:tasks:number'" in answer.error
+        assert await count_runs(realtime, "tag:seen") == 0
+        assert (await fill_batch(realtime, created.json["id"], lines(GOOD, item(1, 1)), token=token)).status == 200
+        for scope in ("batchTrigger:tasks", "batchTrigger:all", "admin"):
+            token = realtime.create_public_token(scopes=[scope])
+            await batch_of(realtime, item(0, 1), item(1, 1, "number"), token=token)
+
+
+async def test_the_runs_of_a_batch_may_have_a_parent() -> None:
+    async with with_tasks() as realtime, realtime.open_run("parent") as parent:
+        batch_id = await batch_of(realtime, item(0, 1), item(1, 2), parentRunId=parent.id)
+        assert [(record.parent_id, record.depth) for record in await members(realtime, batch_id)] == [
+            (parent.id, 1)
+        ] * 2
+        token = realtime.create_public_token(scopes=["batchTrigger:tasks"])
+        answer = await create_batch(realtime, 1, token=token, parentRunId=parent.id)
+        assert answer.status == 403
+        assert f"'write:runs:{parent.id}'" in answer.error
+
+
+def batch_token(realtime: Realtime, *scopes: str) -> str:
+    """As `auth.createBatchTriggerPublicToken` makes one."""
+    return realtime.tokens.mint(scopes or ["batchTrigger:tasks:echo"], expires_in_s=900, one_time=True)
+
+
+async def test_a_one_time_token_makes_one_batch() -> None:
+    async with with_tasks() as realtime:
+        token = batch_token(realtime)
+        refused = await create_batch(realtime, 0, token=token, key="a", taskIdentifiers=["echo"])
+        assert refused.status == 422, "and that spends nothing"
+        created = await create_batch(realtime, 1, token=token, key="a", taskIdentifiers=["echo"])
+        assert created.status == 202
+        again = await create_batch(realtime, 1, token=token, key="a", taskIdentifiers=["echo"])
+        assert (again.status, again.json) == (202, created.json)
+        for key in ("b", None):
+            other = await create_batch(realtime, 1, token=token, key=key, taskIdentifiers=["echo"])
+            assert (other.status, other.json["code"]) == (422, "token_spent")
+        for _ in range(2):
+            assert (await fill_batch(realtime, created.json["id"], lines(GOOD), token=token)).status == 200
+        assert await count_runs(realtime, "tag:seen") == 1
+
+
+async def test_a_batch_is_filled_by_who_created_it() -> None:
+    """Whoever may batch the task and had the id of a batch could fill it, and its owner was told that all is there."""
+    async with with_tasks() as realtime:
+        owner, other = (realtime.create_public_token(scopes=["batchTrigger:tasks:echo"]) for _ in range(2))
+        spent = batch_token(realtime)
+        await batch_of(realtime, item(0, 1), token=spent, taskIdentifiers=["echo"])
+        batch_id = (await create_batch(realtime, 1, token=owner, taskIdentifiers=["echo"])).json["id"]
+        for token in (other, spent, batch_token(realtime)):
+            answer = await fill_batch(realtime, batch_id, lines(GOOD), token=token)
+            assert (answer.status, answer.json["code"]) == (403, "forbidden")
+        assert await count_runs(realtime, "tag:seen") == 0
+        answer = await fill_batch(realtime, batch_id, lines(GOOD), token=owner)
+        assert (answer.status, answer.json["itemsAccepted"]) == (200, 1)
+        assert (await fill_batch(realtime, batch_id, lines(GOOD), token=SECRET)).status == 200
+
+
+async def test_a_one_time_token_makes_a_batch_or_a_run_and_not_both() -> None:
+    async with with_tasks() as realtime:
+        for first, second in (("batch", "run"), ("run", "batch")):
+            token = batch_token(realtime, "batchTrigger:tasks:echo", "trigger:tasks:echo")
+            made: list[int] = []
+            for what in (first, second):
+                if what == "run":
+                    path = "/api/v1/tasks/echo/trigger"
+                    made.append((await call(realtime, "POST", path, {"payload": 1}, token=token, key="a")).status)
+                else:
+                    answer = await create_batch(realtime, 1, token=token, key="a", taskIdentifiers=["echo"])
+                    made.append(answer.status)
+            assert made[1] == 422 and made[0] in (200, 202)
+
+
+# Sent again
+
+
+async def test_items_that_are_sent_again_make_no_run_twice() -> None:
+    executions: list[int] = []
+    realtime = with_tasks()
+
+    @realtime.task("count")
+    async def count(payload: int) -> None:
+        executions.append(payload)
+
+    async with realtime:
+        batch_id = (await create_batch(realtime, 3)).json["id"]
+        body = lines(*(item(index, index, "count") for index in range(3)))
+        counts = [(await fill_batch(realtime, batch_id, body)).json for _ in range(3)]
+        assert [(answer["itemsAccepted"], answer["itemsDeduplicated"]) for answer in counts] == [(3, 0), (0, 3), (0, 3)]
+        for record in await members(realtime, batch_id):
+            await ended(realtime, record.id)
+            await realtime.broker.remove(record.id)
+        assert (await fill_batch(realtime, batch_id, body)).json["sealed"]
+        assert await count_runs(realtime, f"batch:{batch_id}") == 0
+    assert sorted(executions) == [0, 1, 2]
+
+
+class Full(MemoryBroker):
+    """Takes so many runs, and then no more for once."""
+
+    room = 2
+
+    async def commit(self, record: RunRecord, *, expect: int, **more: Any) -> int:
+        if expect == 0:
+            if self.room == 0:
+                self.room = 100
+                raise LimitExceeded("there is no room", status=503)
+            self.room -= 1
+        return await super().commit(record, expect=expect, **more)
+
+
+@pytest.mark.parametrize("keys", [False, True])
+async def test_what_failed_half_way_is_completed_by_the_same_request(keys: bool) -> None:
+    executions: list[int] = []
+    broker = Full()
+    realtime = with_tasks(broker=broker)
+
+    @realtime.task("count")
+    async def count(payload: int) -> None:
+        executions.append(payload)
+
+    async with realtime:
+        batch_id = (await create_batch(realtime, 5)).json["id"]
+        body = lines(*(item(n, n, "count", **({"idempotencyKey": f"k{n}"} if keys else {})) for n in range(5)))
+        answer = await fill_batch(realtime, batch_id, body)
+        assert (answer.status, answer.error) == (503, "there is no room")
+        started = await members(realtime, batch_id)
+        assert len(started) == 2
+        assert (await retrieve(realtime, batch_id)).json["status"] == "PENDING"
+        await ended(realtime, started[0].id)
+        await broker.remove(started[0].id)  # a full memory broker drops what has ended
+        answer = await fill_batch(realtime, batch_id, body)
+        assert answer.json == {"id": batch_id, "itemsAccepted": 3, "itemsDeduplicated": 2, "sealed": True}
+        records = await members(realtime, batch_id)
+        assert [record.batch for record in records] == [BatchMember(batch_id, n, 5) for n in range(1, 5)]
+        for record in records:
+            await ended(realtime, record.id)
+    assert sorted(executions) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("make_broker", [MemoryBroker, DistantBroker])
+async def test_items_that_are_sent_twice_at_once_make_no_run_twice(make_broker: Callable[[], Broker]) -> None:
+    async with with_tasks(broker=make_broker()) as realtime:
+        batch_id = (await create_batch(realtime, 4)).json["id"]
+        body = lines(*(item(n, n, **({"idempotencyKey": f"k{n}"} if n % 2 else {})) for n in range(4)))
+        accepted: list[int] = []
+
+        async def fill() -> None:
+            answer = await fill_batch(realtime, batch_id, body)
+            assert answer.status == 200
+            accepted.append(answer.json["itemsAccepted"])
+
+        async with anyio.create_task_group() as group:
+            for _ in range(4):
+                group.start_soon(fill)
+        assert sum(accepted) == 4
+        assert [record.payload for record in await members(realtime, batch_id)] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_two_processes_on_redis_make_no_run_twice(redis_url: str) -> None:
+    async with with_tasks(broker=redis_url) as one, with_tasks(broker=redis_url) as other:
+        created = await create_batch(one, 10)
+        batch_id = created.json["id"]
+        body = lines(*(item(n, n) for n in range(10)))
+        accepted: list[int] = []
+
+        async def fill(realtime: Realtime) -> None:
+            accepted.append((await fill_batch(realtime, batch_id, body)).json["itemsAccepted"])
+
+        async with anyio.create_task_group() as group:
+            for realtime in (one, other, one, other):
+                group.start_soon(fill, realtime)
+        assert sum(accepted) == 10
+        assert [record.batch for record in await members(other, batch_id)] == [
+            BatchMember(batch_id, n, 10) for n in range(10)
+        ]
+        assert (await retrieve(other, batch_id, token=created.token)).json["runCount"] == 10
+
+
+# Idempotency keys
+
+
+async def test_a_batch_under_a_key_is_cached_once_it_is_complete() -> None:
+    async with with_tasks() as realtime:
+        first = await create_batch(realtime, 2, idempotencyKey="key")
+        again = await create_batch(realtime, 2, idempotencyKey="key")
+        assert again.json == first.json, "nobody would send its items if it were told that they are there"
+        batch_id = first.json["id"]
+        assert (await fill_batch(realtime, batch_id, lines(item(0, 1), item(1, 2)))).json["sealed"]
+        cached = await create_batch(realtime, 2, idempotencyKey="key")
+        assert cached.json == {"id": batch_id, "runCount": 2, "isCached": True}
+        assert realtime.verify_token(cached.token).scopes == (f"read:batch:{batch_id}",)
+        assert (await create_batch(realtime, 7, idempotencyKey="key")).json == cached.json
+        assert (await create_batch(realtime, 2, idempotencyKey="other")).json["id"] != batch_id
+
+
+async def test_an_open_batch_under_a_key_has_its_number_of_runs() -> None:
+    async with with_tasks() as realtime:
+        token = batch_token(realtime, "batchTrigger:tasks")
+        await create_batch(realtime, 2, token=token, key="a", idempotencyKey="key")
+        answer = await create_batch(realtime, 3, token=token, key="a", idempotencyKey="key")
+        assert answer.status == 422
+        assert "with 2 runs, not 3" in answer.error
+
+
+async def test_a_key_of_a_batch_outlives_the_time_for_its_items() -> None:
+    clock = FakeClock()
+    async with with_tasks(clock=clock) as realtime:
+        first = await create_batch(realtime, 1, idempotencyKey="key")
+        clock.seconds += 3601
+        again = await create_batch(realtime, 1, idempotencyKey="key")
+        assert again.json == first.json
+        assert (await fill_batch(realtime, first.json["id"], lines(item(0, 1)))).json["sealed"]
+
+
+async def test_keys_of_batches_belong_to_who_uses_them() -> None:
+    """Who guessed a key had a token for the batch into which somebody else's items came."""
+    async with with_tasks() as realtime:
+        tokens = [realtime.create_public_token(scopes=["batchTrigger:tasks"]) for _ in range(2)]
+        ids = {
+            (await create_batch(realtime, 1, token=token, idempotencyKey="key")).json["id"]
+            for token in (*tokens, SECRET)
+        }
+        assert len(ids) == 3
+
+
+async def test_an_item_whose_key_stands_for_a_run_is_that_run() -> None:
+    async with with_tasks() as realtime:
+        before = await realtime.trigger("echo", "before", idempotency_key="k1")
+        items = [
+            item(0, "a", idempotencyKey="k0"),
+            item(1, "b", idempotencyKey="k1"),
+            item(2, "c", idempotencyKey="k0"),
+            item(3, "d"),
+        ]
+        batch_id = (await create_batch(realtime, 4)).json["id"]
+        answer = await fill_batch(realtime, batch_id, lines(*items))
+        assert answer.json == {"id": batch_id, "itemsAccepted": 2, "itemsDeduplicated": 2, "sealed": True}
+        first, last = await members(realtime, batch_id)
+        assert (first.payload, first.batch) == ("a", BatchMember(batch_id, 0, 2))
+        assert (last.payload, last.batch) == ("d", BatchMember(batch_id, 1, 2)), "so that its feed ends"
+        told = (await retrieve(realtime, batch_id)).json
+        assert told["runs"] == [first.id, before.id, first.id, last.id]
+        assert told["runCount"] == 4
+        again = await fill_batch(realtime, batch_id, lines(*items))
+        assert again.json == {"id": batch_id, "itemsAccepted": 0, "itemsDeduplicated": 4, "sealed": True}
+
+
+async def test_a_batch_of_runs_that_are_all_there_is_complete() -> None:
+    async with with_tasks() as realtime:
+        before = await realtime.trigger("echo", 1, idempotency_key="k")
+        batch_id = await batch_of(realtime, item(0, 1, idempotencyKey="k"))
+        told = (await retrieve(realtime, batch_id)).json
+        assert (told["status"], told["runs"], told["runCount"]) == ("COMPLETED", [before.id], 1)
+
+
+# Retrieve
+
+
+async def test_a_batch_is_retrieved_as_it_stands() -> None:
+    clock = FakeClock()
+    async with with_tasks(clock=clock) as realtime:
+        created = await create_batch(realtime, 2, idempotencyKey="key")
+        batch_id = created.json["id"]
+        told = (await retrieve(realtime, batch_id, token=created.token)).json
+        assert told == {
+            "id": batch_id,
+            "status": "PENDING",
+            "createdAt": "2023-11-14T22:13:20.000Z",
+            "updatedAt": "2023-11-14T22:13:20.000Z",
+            "runCount": 2,
+            "runs": [],
+            "processing": {"errors": []},
+            "idempotencyKey": "key",
+        }
+        clock.seconds += 1
+        await fill_batch(realtime, batch_id, lines(item(0, 1), item(1, 2, delay="1m")))
+        first, second = await members(realtime, batch_id)
+        await ended(realtime, first.id)
+        told = (await retrieve(realtime, batch_id)).json
+        assert (told["status"], told["runs"]) == ("PROCESSING", [first.id, second.id])
+        assert told["createdAt"] == "2023-11-14T22:13:20.000Z"
+        assert told["processing"] == {"errors": [], "completedAt": "2023-11-14T22:13:21.000Z"}
+        await realtime.cancel(second.id)
+        clock.seconds += 3600
+        told = (await retrieve(realtime, batch_id)).json
+        assert (told["status"], told["runCount"], told["idempotencyKey"]) == ("COMPLETED", 2, "key")
+        assert (told["createdAt"], told["updatedAt"]) == ("2023-11-14T22:13:20.000Z", "2023-11-14T22:13:21.000Z")
+
+
+async def test_a_batch_that_was_triggered_in_process_is_retrieved_too() -> None:
+    async with with_tasks() as realtime:
+        batch = await realtime.batch_trigger([("echo", number) for number in range(3)])
+        await batch.results(timeout=GUARD_S)
+        told = (await retrieve(realtime, batch.id, token=batch.public_access_token)).json
+        assert (told["status"], told["runs"], told["runCount"]) == ("COMPLETED", batch.runs, 3)
+
+
+async def test_items_with_one_key_are_one_run_also_in_process() -> None:
+    async with with_tasks() as realtime:
+        items: list[Any] = [("echo", number, {"idempotency_key": "k"}) for number in range(2)]
+        batch = await realtime.batch_trigger(items)
+        told = (await retrieve(realtime, batch.id)).json
+        assert (told["runs"], told["runCount"]) == (batch.runs, 2)
+        assert len(set(batch.runs)) == 1
+        assert len([record async for record in realtime.subscribe_to_batch(batch)]) >= 1
+
+
+async def test_runs_that_are_past_their_retention_are_left_out() -> None:
+    async with with_tasks(retention=Retention(after_end=3600)) as realtime:
+        batch_id = await batch_of(realtime, item(0, 1), item(1, 2))
+        first, second = await members(realtime, batch_id)
+        for record in (first, second):
+            assert (await ended(realtime, record.id)).status is Status.COMPLETED
+        await realtime.broker.remove(first.id)
+        told = (await retrieve(realtime, batch_id)).json
+        assert (told["status"], told["runs"], told["runCount"]) == ("COMPLETED", [second.id], 2)
+
+
+async def test_who_may_retrieve_a_batch() -> None:
+    async with with_tasks() as realtime:
+        batch_id = await batch_of(realtime, item(0, 1))
+        assert (await driver.request(realtime, "GET", f"/api/v2/batches/{batch_id}")).status == 401
+        for scope, status in (
+            ("read:batch:x", 403),
+            ("read:tags", 403),
+            (f"read:batch:{batch_id}", 200),
+            ("read:runs", 200),
+        ):
+            token = realtime.create_public_token(scopes=[scope])
+            assert (await retrieve(realtime, batch_id, token=token)).status == status
+        for nobody in ("batch_nope", "batch_nope:sealed"):
+            answer = await retrieve(realtime, nobody)
+            assert (answer.status, answer.json["code"]) == (404, "run_not_found")

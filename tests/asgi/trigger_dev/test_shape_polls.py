@@ -9,7 +9,7 @@ import anyio
 import anyio.lowlevel
 import pytest
 
-from asgi_realtime.asgi.trigger_dev import feed_shapes, shapes
+from asgi_realtime.asgi.trigger_dev import shape_polls, shapes
 from asgi_realtime.brokers.memory import MemoryBroker
 from asgi_realtime.core.config import Limits, Timeouts
 from asgi_realtime.core.errors import BrokerUnavailable
@@ -191,11 +191,11 @@ async def test_the_cursor_differs_even_at_one_instant(host: StandIn) -> None:
 async def test_a_run_that_changes_all_the_time_is_told_now_and_then(
     host: StandIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(feed_shapes, "SPACING_S", 0.01)
+    monkeypatch.setattr(shape_polls, "SPACING_S", 0.01)
     await host.create()
     client = Client(host)
     await client.rows()
-    for number in range(feed_shapes.AT_ONCE + 1):
+    for number in range(shape_polls.AT_ONCE + 1):
         await host.change("run_1", progress(number))
         assert len(await client.rows(live=True)) == 1
     async with client.polling() as answers:
@@ -228,7 +228,7 @@ async def test_the_end_of_a_run_is_told_at_once_whatever_came_before(
     await host.create()
     client = Client(host)
     await client.rows()
-    for number in range(feed_shapes.AT_ONCE + 1):
+    for number in range(shape_polls.AT_ONCE + 1):
         await host.change("run_1", progress(number))
         await client.rows(live=True)
     monkeypatch.setattr(anyio, "sleep", sleep)
@@ -245,7 +245,7 @@ async def test_a_list_whose_runs_end_all_the_time_is_spaced_too(host: StandIn, m
     client = Client(host, TAGS, "read:runs", tags="a")
     await client.rows()
     monkeypatch.setattr(anyio, "sleep", sleep)
-    for number in range(feed_shapes.AT_ONCE + 3):
+    for number in range(shape_polls.AT_ONCE + 3):
         await host.create(f"run_{number}", tags=["a"])
         await host.finish(f"run_{number}")
         await client.rows(live=True)
@@ -261,7 +261,7 @@ async def test_after_a_pause_changes_are_told_at_once_again(host: StandIn, monke
     await client.rows()
     monkeypatch.setattr(anyio, "sleep", sleep)
     for number in range(20):
-        if number % feed_shapes.AT_ONCE == 0:
+        if number % shape_polls.AT_ONCE == 0:
             host.tick(1)
         await host.change("run_1", progress(number))
         await client.rows(live=True)
@@ -271,7 +271,7 @@ async def test_after_a_pause_changes_are_told_at_once_again(host: StandIn, monke
 async def test_a_cursor_from_elsewhere_delays_nothing_for_long(
     host: StandIn, cursor: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(feed_shapes, "SPACING_S", 0.01)
+    monkeypatch.setattr(shape_polls, "SPACING_S", 0.01)
     await host.create()
     client = Client(host)
     await client.rows()
@@ -370,7 +370,7 @@ async def test_polls_that_began_together_do_not_end_together(host: StandIn) -> N
         await client.rows()
         async with client.polling():
             poll = await host.one_subscriber()
-            assert isinstance(poll, feed_shapes.ShapePoll)
+            assert isinstance(poll, shape_polls.ShapePoll)
             ends.add(poll._hold_s)
             await host.change("run_1", progress(len(ends)))
     poll_s = host.timeouts.poll
@@ -513,9 +513,9 @@ async def test_what_does_not_go_into_one_answer_comes_with_the_next(
     host: StandIn, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     if what == "rows":
-        monkeypatch.setattr(feed_shapes, "MAX_ROWS", 2)
+        monkeypatch.setattr(shape_polls, "MAX_ROWS", 2)
     else:
-        monkeypatch.setattr(feed_shapes, "MAX_BYTES", 2000)
+        monkeypatch.setattr(shape_polls, "MAX_BYTES", 2000)
     expected = [f"run_{number}" for number in range(5)]
     for run_id in expected:
         await host.create(run_id, tags=["a"], payload="x" * 500, executing=False)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from asgi_realtime import BrokerUnavailable, Limits, Realtime, Run, RunRecord, Timeouts
-from asgi_realtime.asgi.trigger_dev import changing
+from asgi_realtime.asgi.trigger_dev import metadata as metadata_endpoints
 from asgi_realtime.brokers.memory import MemoryBroker
 from asgi_realtime.testing import driver
 from tests.asgi.official import Answer, call, count_runs, with_tasks
@@ -109,7 +109,7 @@ async def test_a_parent_that_is_gone_keeps_nothing_from_its_child() -> None:
 async def test_one_bad_operation_and_nothing_is_applied(
     bad: Any, status: int, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(changing, "MAX_UPDATE_BYTES", 4000)
+    monkeypatch.setattr(metadata_endpoints, "MAX_UPDATE_BYTES", 4000)
     async with opened({"text": "t"}, limits=Limits(metadata_bytes=1000)) as (realtime, run):
         for name in ("operations", "parentOperations", "rootOperations"):
             answer = await update(realtime, run.id, {name: [op("set", "ok", 1), bad]})
@@ -164,7 +164,7 @@ async def test_a_request_that_is_sent_again_changes_once() -> None:
 async def test_the_operations_of_a_request_are_counted(
     counts: tuple[int, int, int], status: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(changing, "MAX_OPERATIONS", 3)
+    monkeypatch.setattr(metadata_endpoints, "MAX_OPERATIONS", 3)
     async with opened() as (realtime, run):
         names = ("operations", "parentOperations", "rootOperations")
         body = {name: [op("increment", "n", 1)] * count for name, count in zip(names, counts, strict=True)}

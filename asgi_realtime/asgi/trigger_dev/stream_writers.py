@@ -19,7 +19,7 @@ from asgi_realtime.asgi.auth import authorise
 from asgi_realtime.asgi.host import Host
 from asgi_realtime.asgi.request import REQUEST_KEY, Request
 from asgi_realtime.asgi.trigger_dev.credentials import require_secret
-from asgi_realtime.asgi.trigger_dev.lines import LineSplitter
+from asgi_realtime.asgi.trigger_dev.ndjson import LineSplitter
 from asgi_realtime.brokers.base import Producer, StreamKey
 from asgi_realtime.core.chunks import json_line
 from asgi_realtime.core.errors import (

@@ -13,7 +13,7 @@ from starlette.responses import Response
 from asgi_realtime.asgi.answers import json_answer
 from asgi_realtime.asgi.request import Request
 from asgi_realtime.asgi.trigger_dev.credentials import require_secret
-from asgi_realtime.asgi.trigger_dev.run_options import read_json
+from asgi_realtime.asgi.trigger_dev.run_requests import read_json
 from asgi_realtime.core.config import parse_span
 from asgi_realtime.core.errors import InvalidRequest, UsageError, shown
 from asgi_realtime.core.scopes import flatten_scopes

@@ -12,10 +12,10 @@ from starlette.responses import Response
 from asgi_realtime.asgi.answers import json_answer
 from asgi_realtime.asgi.auth import authorise, run_resources
 from asgi_realtime.asgi.request import Request
-from asgi_realtime.asgi.trigger_dev.credentials import once, require_secret
-from asgi_realtime.asgi.trigger_dev.run_options import read_json
+from asgi_realtime.asgi.trigger_dev.credentials import once, open_run
+from asgi_realtime.asgi.trigger_dev.run_requests import read_json
 from asgi_realtime.brokers.base import ChangeMark
-from asgi_realtime.core.errors import LimitExceeded, RealtimeError, RunNotFound, UsageError, shown
+from asgi_realtime.core.errors import LimitExceeded, RealtimeError, RunNotFound
 from asgi_realtime.core.metadata import (
     Append,
     Delete,
@@ -27,10 +27,7 @@ from asgi_realtime.core.metadata import (
     apply_operations,
     check_size,
 )
-from asgi_realtime.core.names import check_tags
-from asgi_realtime.core.runs import MetadataChanged, RunRecord, TagsAdded
-
-TAGS_BYTES = 64 * 1024
+from asgi_realtime.core.runs import MetadataChanged, RunRecord
 
 MAX_UPDATE_BYTES = 1024 * 1024
 """Metadata changes in one request."""
@@ -103,10 +100,6 @@ class MetadataUpdate(msgspec.Struct, rename="camel"):
             raise LimitExceeded(f"the request has {count} operations, limit {limit}; send them in several")
 
 
-class NewTags(msgspec.Struct):
-    tags: str | list[str]
-
-
 async def retrieve_metadata(request: Request, run_id: str) -> Response:
     claims = request.authenticate()
     record = await request.host.runs.get(run_id)
@@ -116,7 +109,7 @@ async def retrieve_metadata(request: Request, run_id: str) -> Response:
 
 async def update_metadata(request: Request, run_id: str) -> Response:
     """Apply operations in their order: all of them, or none if one cannot be."""
-    record = await _open_run(request, run_id)
+    record = await open_run(request, run_id)
     mark = _mark(request, run_id)
     limits = request.host.limits
     update = read_json(await request.body(MAX_UPDATE_BYTES), MetadataUpdate)
@@ -134,23 +127,6 @@ async def update_metadata(request: Request, run_id: str) -> Response:
         else:
             record = changed if run is record else record
     return json_answer({"metadata": record.metadata})
-
-
-async def add_tags(request: Request, run_id: str) -> Response:
-    record = await _open_run(request, run_id)
-    given = read_json(await request.body(TAGS_BYTES), NewTags).tags
-    tags = check_tags(given, request.host.limits)
-    check_tags((*record.tags, *tags), request.host.limits)
-    changed = await request.host.runs.update(run_id, TagsAdded(tags))
-    return json_answer({"message": f"run {run_id} has {len(changed.tags)} tags"})
-
-
-async def _open_run(request: Request, run_id: str) -> RunRecord:
-    require_secret(request.authenticate(), "changing a run")
-    record = await request.host.runs.get(run_id)
-    if record.is_completed:
-        raise UsageError(f"run {shown(run_id)} is over ({record.status}) and cannot be changed")
-    return record
 
 
 async def _open_runs(request: Request, record: RunRecord, changes: dict[str, list[Operation]]) -> list[RunRecord]:

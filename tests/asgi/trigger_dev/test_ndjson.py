@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asgi_realtime.asgi.trigger_dev.lines import LineSplitter
+from asgi_realtime.asgi.trigger_dev.ndjson import LineSplitter
 from asgi_realtime.core.errors import LimitExceeded
 
 BODY = b'{"a":1}\n\n"two"\r\n  \n[3]\t\n\r\n"last"'

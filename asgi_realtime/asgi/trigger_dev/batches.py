@@ -19,8 +19,8 @@ from asgi_realtime.asgi.host import Host
 from asgi_realtime.asgi.request import Request
 from asgi_realtime.asgi.trigger_dev.batch_json import BatchRun, batch_json
 from asgi_realtime.asgi.trigger_dev.credentials import check_task, find_parent, handle_token, once
-from asgi_realtime.asgi.trigger_dev.lines import LineSplitter
-from asgi_realtime.asgi.trigger_dev.run_options import (
+from asgi_realtime.asgi.trigger_dev.ndjson import LineSplitter
+from asgi_realtime.asgi.trigger_dev.run_requests import (
     OPTIONS_BYTES,
     Body,
     given_options,

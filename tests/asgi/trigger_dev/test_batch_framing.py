@@ -1,0 +1,426 @@
+"""Streams as the official clients read them: the batch framing, and what a clean end of a body may mean."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import anyio
+import pytest
+
+from asgi_realtime.asgi.framing import BATCHES
+from asgi_realtime.brokers.base import StreamKey
+from asgi_realtime.brokers.live_log import LiveLog
+from asgi_realtime.core.chunks import encode_value
+from asgi_realtime.core.config import Limits, Retention
+from asgi_realtime.core.errors import BrokerUnavailable
+from asgi_realtime.core.log import End, Entry, Log, Page
+from asgi_realtime.core.runs import Status
+from asgi_realtime.testing import driver
+from asgi_realtime.testing.driver import StreamedResponse
+from asgi_realtime.testing.sse import Event
+from tests.asgi.standin import NOW, StandIn
+
+pytestmark = pytest.mark.anyio
+
+PATH = "/v1/streams/run_1/default"
+
+
+@asynccontextmanager
+async def reading(host: StandIn, path: str = PATH, **more: str) -> AsyncIterator[StreamedResponse]:
+    headers = host.headers(trigger_version="4.8.3", accept="text/event-stream", **more)
+    with anyio.fail_after(5):
+        async with driver.stream(host, "GET", path, headers=headers) as response:
+            yield response
+
+
+def records(events: list[Event]) -> list[dict[str, Any]]:
+    return [record for event in events if event.event == "batch" for record in json.loads(event.data)["records"]]
+
+
+def chunks(events: list[Event]) -> list[Any]:
+    return [json.loads(record["body"])["data"] for record in records(events)]
+
+
+async def read_all(host: StandIn, **more: str) -> list[Event]:
+    async with reading(host, **more) as response:
+        assert response.status == 200
+        return await response.read_all_events()
+
+
+# The framing
+
+
+async def test_chunks_on_the_wire(host: StandIn) -> None:
+    await host.create()
+    await host.append("Hel", {"token": "lo"})
+    await host.finish()
+    async with reading(host) as response:
+        assert response.status == 200
+        assert response.headers["x-stream-version"] == "v2"
+        assert response.headers["content-type"] == "text/event-stream; charset=utf-8"
+        assert "x-stream-version" in response.headers["access-control-expose-headers"]
+        body = await response.read()
+    comment, batch, rest = body.split(b"\n\n")
+    assert (comment, rest) == (b": connected", b"")
+    assert batch == (
+        b'event: batch\ndata: {"records":['
+        b'{"seq_num":0,"timestamp":%d,"body":"{\\"data\\":\\"Hel\\",\\"id\\":\\"0\\"}","headers":[]},'
+        b'{"seq_num":1,"timestamp":%d,"body":"{\\"data\\":{\\"token\\":\\"lo\\"},\\"id\\":\\"1\\"}","headers":[]}]}'
+    ) % (NOW * 1000, NOW * 1000)
+
+
+async def test_a_client_without_the_version_header_gets_native_events(host: StandIn) -> None:
+    await host.create()
+    await host.append("x")
+    await host.finish()
+    async with driver.stream(host, "GET", PATH, headers=host.headers()) as response:
+        assert "x-stream-version" not in response.headers
+        assert [event.event for event in await response.read_all_events()] == ["message", "end"]
+
+
+@pytest.mark.parametrize("chunk", ["", 'q"q\\', "\u2028\u2029", "é😀", None, 1e300, [{}], {"data": 1, "id": "x"}, True])
+async def test_every_chunk_survives_the_wrapping(host: StandIn, chunk: Any) -> None:
+    await host.create()
+    await host.append(chunk)
+    await host.finish()
+    assert chunks(await read_all(host)) == [chunk]
+
+
+async def test_chunks_come_as_they_are_written(host: StandIn) -> None:
+    await host.create()
+    async with reading(host) as response:
+        for number in range(3):
+            await host.append(number)
+            assert chunks(await response.read_events()) == [number]
+            host.tick(1)
+        await host.finish()
+        assert await response.read_all_events() == []
+        assert response.ended
+    seen = records(response.events)
+    assert [record["seq_num"] for record in seen] == [0, 1, 2]
+    assert [record["timestamp"] for record in seen] == [round((NOW + second) * 1000) for second in range(3)]
+
+
+def test_a_body_is_made_once_for_the_readers_at_one_place() -> None:
+    live = LiveLog(Log())
+    live.log.append([encode_value("x")], 1)
+    body = BATCHES.take(live, -1)
+    assert body is not None and BATCHES.take(live, -1) is body
+    native = live.take(-1)
+    assert native is not None and native.body == b'id: 0\ndata: "x"\n\n'
+    live.log.append([encode_value("y")], 2)
+    again = BATCHES.take(live, -1)
+    assert again is not None and again.last == 1
+    assert BATCHES.take(live, 1) is None
+
+
+def test_a_body_has_no_more_chunks_than_a_native_one() -> None:
+    live = LiveLog(Log())
+    live.log.append([encode_value("x" * 1000) for _ in range(200)], 1)
+    cursor, found = -1, 0
+    while (piece := BATCHES.take(live, cursor)) is not None:
+        native = live.take(cursor)
+        assert native is not None and native.last == piece.last
+        cursor, found = piece.last, found + 1
+    assert cursor == 199 and found > 1
+
+
+def test_entries_that_are_read_from_elsewhere_look_the_same() -> None:
+    live = LiveLog(Log())
+    live.log.append([encode_value("x"), encode_value("y")], 5)
+    piece = BATCHES.take(live, -1)
+    assert piece is not None
+    assert BATCHES.encode([Entry(0, b'"x"', 5), Entry(1, b'"y"', 5)]) == piece.body
+
+
+# Positions
+
+
+@pytest.mark.parametrize(("last", "expected"), [("0", [1, 2]), ("1", [2]), ("2", [])])
+async def test_a_resume_goes_on_behind_the_last_chunk(host: StandIn, last: str, expected: list[int]) -> None:
+    await host.create()
+    await host.append(0, 1, 2)
+    await host.finish()
+    assert chunks(await read_all(host, last_event_id=last)) == expected
+
+
+@pytest.mark.parametrize("last", ["3", "99"])
+async def test_behind_the_end_it_is_an_empty_200(host: StandIn, last: str) -> None:
+    await host.create()
+    await host.append(0, 1, 2)
+    await host.finish()
+    async with reading(host, last_event_id=last) as response:
+        assert response.status == 200
+        assert response.headers["x-stream-version"] == "v2"
+        assert response.headers["content-type"].startswith("text/event-stream")
+        assert await response.read() == b""
+
+
+async def test_latest_begins_at_the_end(host: StandIn) -> None:
+    await host.create()
+    await host.append(0, 1)
+    async with reading(host, x_trigger_stream_start="latest") as response:
+        await response.chunk()
+        await host.append(2)
+        assert chunks(await response.read_events()) == [2]
+        await host.finish()
+        assert await response.read_all_events() == []
+
+
+async def test_a_position_is_stronger_than_latest(host: StandIn) -> None:
+    await host.create()
+    await host.append(0, 1)
+    await host.finish()
+    assert chunks(await read_all(host, x_trigger_stream_start="latest", last_event_id="0")) == [1]
+    assert chunks(await read_all(host, x_trigger_stream_start="latest")) == []
+
+
+async def test_a_position_before_what_is_kept_is_410(host: StandIn) -> None:
+    host = StandIn(retention=Retention(stream_bytes=60))
+    await host.create()
+    for number in range(20):
+        await host.append(number)
+    async with reading(host, last_event_id="2") as response:
+        assert response.status == 410
+        error = json.loads(await response.read())
+    assert error["code"] == "stream_gap" and "chunk 3 is past its retention" in error["error"]
+
+
+async def test_who_names_no_position_begins_with_what_is_kept(host: StandIn) -> None:
+    host = StandIn(retention=Retention(stream_bytes=60))
+    await host.create()
+    for number in range(20):
+        await host.append(number)
+    await host.finish()
+    events = await read_all(host)
+    first = records(events)[0]["seq_num"]
+    assert first > 0
+    assert chunks(events) == list(range(first, 20))
+
+
+async def test_a_gap_in_the_middle_makes_the_client_come_back_and_hear_of_it(host: StandIn) -> None:
+    host = StandIn(retention=Retention(stream_bytes=60))
+    await host.create()
+    await host.append("first")
+    async with reading(host) as response:
+        events = await response.read_events()
+        for number in range(20):  # in one go, so that the reader does not get a turn
+            await host.broker.append(StreamKey("run_1", "default"), [encode_value(number)])
+        events += await response.read_all_events()
+        assert response.ended
+    assert [event.event for event in events][-1] == "error"
+    last = records(events)[-1]["seq_num"]
+    async with reading(host, last_event_id=str(last)) as response:
+        assert response.status == 410
+
+
+@pytest.mark.parametrize("last", ["x", "-1", "1.5", "1" * 19])
+async def test_a_malformed_position_is_400(host: StandIn, last: str) -> None:
+    await host.create()
+    async with reading(host, last_event_id=last) as response:
+        assert response.status == 400
+
+
+# Ends
+
+
+@pytest.mark.parametrize("status", [Status.COMPLETED, Status.FAILED, Status.CANCELED, Status.CRASHED, Status.TIMED_OUT])
+async def test_the_end_of_a_run_is_a_clean_end(host: StandIn, status: Status) -> None:
+    await host.create()
+    await host.append("x")
+    await host.finish(status=status, error=None if status is Status.COMPLETED else "no luck")
+    assert [event.event for event in await read_all(host)] == ["batch"]
+
+
+async def test_what_is_lost_is_never_a_clean_end(host: StandIn) -> None:
+    await host.create()
+    await host.append("x")
+    await host.broker.append(StreamKey("run_1", "default"), [], end=End("lost", "entries were lost"))
+    assert [event.event for event in await read_all(host)] == ["batch", "error"]
+    for last in ("0", "5"):
+        async with reading(host, last_event_id=last) as response:
+            assert response.status == 409  # which is final for them
+            assert json.loads(await response.read())["code"] == "stream_lost"
+
+
+async def test_a_shutdown_makes_the_client_come_back(host: StandIn) -> None:
+    await host.create()
+    await host.append("x")
+    async with reading(host) as response:
+        assert chunks(await response.read_events()) == ["x"]
+        host.begin_shutdown()
+        (event,) = await response.read_all_events()
+        assert event.event == "error"
+        assert response.ended
+
+
+async def test_a_stream_that_is_read_to_its_end_ends_cleanly_at_a_shutdown(host: StandIn) -> None:
+    await host.create()
+    await host.append("x")
+    await host.finish()
+    host.begin_shutdown()
+    assert [event.event for event in await read_all(host)] == ["error"]
+    assert await read_all(host, last_event_id="0") == []
+
+
+async def test_an_expired_token_makes_the_client_come_back_for_its_401(host: StandIn) -> None:
+    await host.create()
+    async with reading(host) as response:
+        await response.chunk()
+        host.tick(901)
+        (event,) = await response.read_all_events()
+    assert event.event == "error"
+
+
+async def test_a_log_that_cannot_be_followed_is_no_clean_end(host: StandIn) -> None:
+    await host.create()
+    async with reading(host) as response:
+        await response.chunk()
+        async with host.broker.live(StreamKey("run_1", "default")) as live:
+            live.fail(BrokerUnavailable("away"))
+            (event,) = await response.read_all_events()
+    assert event.event == "error"
+
+
+async def test_an_absent_broker_and_a_shutdown_before_the_head_are_503(host: StandIn) -> None:
+    host.begin_shutdown()
+    async with reading(host) as response:
+        assert response.status == 503
+    host = StandIn()
+    host.start_error = BrokerUnavailable("away")
+    async with reading(host) as response:
+        assert response.status == 503
+
+
+# Silence
+
+
+async def test_the_body_ends_after_as_much_silence_as_was_asked_for(host: StandIn) -> None:
+    await host.create()
+    async with reading(host, timeout_seconds="20") as response:
+        await response.chunk()
+        host.tick(12)
+        await host.append("x")
+        assert chunks(await response.read_events()) == ["x"]
+        host.tick(1)
+        host.tick(18)
+        assert await response.chunk() == b": heartbeat\n\n"  # which is no news
+        await anyio.wait_all_tasks_blocked()
+        assert not response.ended
+        host.tick(2)
+        assert await response.read_all_events() == []
+        assert response.ended
+
+
+@pytest.mark.parametrize("broker_has", ["more", "no answer", "nothing"])
+async def test_silence_is_no_end_if_the_broker_has_more_or_does_not_answer(host: StandIn, broker_has: str) -> None:
+    await host.create()
+    await host.append("x")
+    async with reading(host, timeout_seconds="20") as response:
+        await response.read_events()
+        await anyio.wait_all_tasks_blocked()
+
+        async def read(key: StreamKey, *, after: int = -1, limit: int = 500) -> Page:
+            if broker_has == "no answer":
+                raise BrokerUnavailable("away")
+            entries = [Entry(1, b'"late"', 0)] if broker_has == "more" else []
+            return Page(entries, 0, 1 + len(entries), None)
+
+        host.broker.read = read  # type: ignore[method-assign]
+        host.tick(0)
+        host.tick(10)
+        host.tick(10)
+        if broker_has == "more":
+            assert await response.chunk() == b": heartbeat\n\n"
+            await host.append("late")
+            assert chunks(await response.read_events()) == ["late"]
+        else:
+            kinds = [event.event for event in await response.read_all_events()]
+            assert kinds == ([] if broker_has == "nothing" else ["error"])
+            assert response.ended
+
+
+async def test_setting_the_clock_ends_no_stream(host: StandIn) -> None:
+    await host.create()
+    async with reading(host, timeout_seconds="20") as response:
+        await response.chunk()
+        await anyio.wait_all_tasks_blocked()
+        for steady in (0.0, 0.5, 1.0):
+            for subscriber in tuple(host.subscribers):
+                subscriber.tick(host.now + 100 * steady, steady)
+        await anyio.wait_all_tasks_blocked()
+        assert not response.ended
+
+
+async def test_a_reader_ahead_of_the_stream_hears_only_silence(host: StandIn) -> None:
+    await host.create()
+    await host.append("x")
+    async with reading(host, timeout_seconds="20", last_event_id="99") as response:
+        await response.chunk()
+        await anyio.wait_all_tasks_blocked()
+        host.tick(1)
+        host.tick(20)
+        assert await response.read_all_events() == []
+        assert response.ended
+
+
+async def test_without_it_the_stream_is_waited_for(host: StandIn) -> None:
+    await host.create()
+    async with reading(host) as response:
+        await response.chunk()
+        for _ in range(7):
+            await anyio.wait_all_tasks_blocked()
+            host.tick(60)
+            host.tick(60)
+            assert await response.chunk() == b": heartbeat\n\n"
+
+
+@pytest.mark.parametrize("seconds", ["0", "601", "-1", "x", "1.5", "", "9" * 30])
+async def test_a_malformed_silence_is_400(host: StandIn, seconds: str) -> None:
+    await host.create()
+    async with reading(host, timeout_seconds=seconds) as response:
+        assert response.status == 400
+        assert "1 to 600" in json.loads(await response.read())["error"]
+
+
+@pytest.mark.parametrize("seconds", ["1", "600"])
+async def test_the_borders_are_taken(host: StandIn, seconds: str) -> None:
+    await host.create()
+    async with reading(host, timeout_seconds=seconds) as response:
+        assert response.status == 200
+
+
+# Inputs
+
+
+async def test_inputs_are_read_in_the_same_framing(host: StandIn) -> None:
+    await host.create()
+    await host.send_input("run_1", "approval", {"yes": True})
+    await host.finish()
+    async with reading(host, "/v1/streams/run_1/input/approval") as response:
+        assert chunks(await response.read_all_events()) == [{"yes": True}]
+
+
+async def test_what_this_process_does_not_hold_is_framed_alike() -> None:
+    host = StandIn(limits=Limits())
+    await host.create()
+    await host.append(*range(1200))
+    await host.finish()
+    live_class = LiveLog
+    async with host.broker.live(StreamKey("run_1", "default")) as live:
+        assert isinstance(live, live_class)
+        first, live.log.first = live.log.first, 1100  # as a mirror that begins later
+        broker_read = host.broker.read
+
+        async def read(key: StreamKey, *, after: int = -1, limit: int = 500) -> Any:
+            live.log.first = first
+            try:
+                return await broker_read(key, after=after, limit=limit)
+            finally:
+                live.log.first = 1100
+
+        host.broker.read = read  # type: ignore[method-assign]
+        assert chunks(await read_all(host)) == list(range(1200))
