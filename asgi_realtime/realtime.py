@@ -314,9 +314,9 @@ class Realtime:
         async def begin() -> Execution:
             await self.ensure_started()
             await self.runs.create(record)
-            return await self.engine.execution(record)
+            return await self.engine.executions.start(record)
 
-        return OpenRun(begin, self.engine.ended)
+        return OpenRun(begin, self.engine.executions.remove)
 
     async def cancel(self, run: RunLike) -> RunRecord:
         """Cancel a run, from any process. A waiting run is CANCELED at once; a running one is asked to stop.

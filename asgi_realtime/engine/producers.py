@@ -99,7 +99,7 @@ class Producers:
         try:
             await engine.ensure_started()
             await engine.runs.create(record)
-            execution = await engine.execution(record)
+            execution = await engine.executions.start(record)
         except BaseException as exc:
             await pipe.fail(exc)
             raise
@@ -114,7 +114,7 @@ class Producers:
             await execution.finish_stopped()
             raise
         finally:
-            engine.ended(execution)
+            engine.executions.remove(execution)
 
     async def _run_beside(self, pipe: Pipe[Any]) -> None:
         try:

@@ -72,7 +72,7 @@ class Subscribers:
             except Exception:
                 logger.exception("the ticker failed for %r", subscriber)
 
-    def look_at_server(self) -> None:
+    def check_server(self) -> None:
         """Hear of a shutdown that came without a signal, and be there for one if the server has replaced handlers."""
         if self._signals is None:
             return

@@ -1,23 +1,26 @@
-"""The one ticker of a process: heartbeats, expiry and stalled sends of subscriptions, and whatever runs are due.
+"""The ticker of a process: it ticks the open subscriptions, and does what is due for runs.
 
-What is due is the broker's knowledge, so any process may do it; the compare-and-set behind each change lets only one.
+The broker knows what is due, and any process can do it: the compare-and-set behind each change lets one succeed.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import anyio
 
+from asgi_realtime.brokers.base import Broker
+from asgi_realtime.core.config import Timeouts
 from asgi_realtime.core.errors import BrokerUnavailable, InvalidTransition, RunNotFound
 from asgi_realtime.core.runs import Finished, Queued, RunChange, RunError, RunRecord, Status
-
-if TYPE_CHECKING:
-    from asgi_realtime.engine.engine import Engine
+from asgi_realtime.engine.dispatch import Dispatcher
+from asgi_realtime.engine.executions import Executions
+from asgi_realtime.engine.leases import Leases
+from asgi_realtime.engine.subscribers import Subscribers
+from asgi_realtime.runs.store import RunStore
 
 logger = logging.getLogger("asgi_realtime")
 
@@ -30,96 +33,104 @@ class MovedClock(Protocol):
     """A clock that a test moves: see `asgi_realtime.testing.FakeClock`."""
 
     def steady(self) -> float:
-        """Seconds for spans, which move along."""
+        """Seconds for spans; they advance with the clock."""
 
     def add_follower(self, follower: Ticker) -> None:
-        """Have it act at once when the clock is moved, for as long as it is alive and `running`."""
+        """Tick the follower whenever the clock is moved, for as long as it is alive and `running`."""
 
 
 class Ticker:
-    """The ticker of one start of an engine."""
+    """The ticker of one start of an engine, made of the engine's parts. `is_running`: whether it runs on this loop."""
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self._broker_away = False
-        self._renewed_at = -math.inf
+    def __init__(
+        self,
+        broker: Broker,
+        runs: RunStore,
+        *,
+        executions: Executions,
+        dispatcher: Dispatcher,
+        leases: Leases,
+        subscribers: Subscribers,
+        timeouts: Timeouts,
+        clock: Callable[[], float],
+        is_running: Callable[[], bool],
+    ) -> None:
+        self._broker = broker
+        self._runs = runs
+        self._executions = executions
+        self._dispatcher = dispatcher
+        self._leases = leases
+        self._subscribers = subscribers
+        self._timeouts = timeouts
+        self._clock = clock
+        self._is_running = is_running
+        self._unavailable = False
         self._refused = False
-        """The executor refused a run in this pass: others wait for the next."""
+        """The executor refused a run in this pass; the others wait for the next."""
         self._steady: Callable[[], float] = time.monotonic
-        if isinstance(engine.clock, MovedClock):
-            self._steady = engine.clock.steady
-            engine.clock.add_follower(self)
+        if isinstance(clock, MovedClock):
+            self._steady = clock.steady
+            clock.add_follower(self)
 
     @property
     def running(self) -> bool:
-        """The engine runs on the calling loop."""
-        return self._engine.running
+        """Whether the engine runs on the calling loop."""
+        return self._is_running()
 
-    async def tick_subscribers(self) -> None:
-        engine = self._engine
-        while True:
-            await anyio.sleep(engine.timeouts.tick)
-            engine.subscribers.look_at_server()
-            self.tick()
+    async def run(self) -> None:
+        """Tick until cancelled. An executor that does not respond delays nothing else."""
+        async with anyio.create_task_group() as group:
+            group.start_soon(self._tick_subscribers)
+            group.start_soon(self._at_every_tick, self._maintain_runs)
+            group.start_soon(self._at_every_tick, self._dispatch_runs)
+
+    async def once(self) -> None:
+        """Do everything that is due now for runs."""
+        await self._maintain_runs()
+        await self._dispatch_runs()
 
     def tick(self) -> None:
-        """Have each subscription look at the time."""
-        self._engine.subscribers.tick(self._engine.clock(), self._steady())
+        """Tick each open subscription."""
+        self._subscribers.tick(self._clock(), self._steady())
 
-    async def run_what_is_due(self) -> None:
-        await self._at_every_tick(self._look_after_runs)
-
-    async def hand_over_what_is_due(self) -> None:
-        """Beside the rest: a queue that does not answer keeps nothing else waiting."""
-        await self._at_every_tick(self._hand_over_runs)
+    async def _tick_subscribers(self) -> None:
+        while True:
+            await anyio.sleep(self._timeouts.tick)
+            self._subscribers.check_server()
+            self.tick()
 
     async def _at_every_tick(self, act: Callable[[], Awaitable[None]]) -> None:
         while True:
-            await anyio.sleep(self._engine.timeouts.tick)
+            await anyio.sleep(self._timeouts.tick)
             try:
                 await act()
-                self._broker_away = False
+                self._unavailable = False
             except BrokerUnavailable as exc:
-                if not self._broker_away:
-                    logger.warning("the broker is away: %s", exc)
-                self._broker_away = True
+                if not self._unavailable:
+                    logger.warning("the broker is unavailable: %s", exc)
+                self._unavailable = True
             except Exception:
                 logger.exception("the ticker failed")
 
-    async def once(self) -> None:
-        """Do all that is due now."""
-        await self._look_after_runs()
-        await self._hand_over_runs()
+    async def _maintain_runs(self) -> None:
+        self._executions.watch()
+        await self._leases.renew_if_due()  # before expiring leases: a blocked loop must not crash its own runs
+        await self._each_due("ttl", lambda run_id: self._change(run_id, _EXPIRED))
+        await self._each_due("lease", lambda run_id: self._change(run_id, _CRASHED))
+        await self._each_due("cancel", lambda run_id: self._change(run_id, Finished(Status.CANCELED)))
+        await self._each_due("untold", self._broker.tell)
+        await self._each_due("expiry", self._broker.remove)
 
-    async def _hand_over_runs(self) -> None:
+    async def _dispatch_runs(self) -> None:
         self._refused = False
-        await self._each("delay", self._queue)
-        await self._each("enqueue", self._hand_over)
+        await self._each_due("delay", self._queue)
+        await self._each_due("enqueue", self._dispatch_again)
 
-    async def _look_after_runs(self) -> None:
-        engine = self._engine
-        engine.watch_executions()
-        if engine.held and not engine.renews_from_thread:
-            await self._renew()  # before looking for expired leases: a blocked loop must not crash its own runs
-        await self._each("ttl", lambda run_id: self._change(run_id, _EXPIRED))
-        await self._each("lease", lambda run_id: self._change(run_id, _CRASHED))
-        await self._each("cancel", lambda run_id: self._change(run_id, Finished(Status.CANCELED)))
-        await self._each("untold", engine.broker.tell)
-        await self._each("expiry", engine.broker.remove)
-
-    async def _renew(self) -> None:
-        engine = self._engine
-        now = engine.clock()  # unlike the loop's time it goes on while the machine sleeps, as leases do
-        if not 0 <= now - self._renewed_at < engine.timeouts.lease / 3:
-            await engine.broker.renew(engine.held, owner=engine.owner)
-            self._renewed_at = now
-            engine.runs.owned.renewed()
-
-    async def _each(self, kind: str, act: Callable[[str], Awaitable[object]]) -> None:
-        """Act on each run that is due, once: what stays due, such as a task that only others know, is passed over."""
+    async def _each_due(self, kind: str, act: Callable[[str], Awaitable[object]]) -> None:
+        """Act on each due run once. A run that stays due, such as one of a task only others know, is skipped."""
         seen: set[str] = set()
         skip = 0
-        while run_ids := await self._engine.broker.due(kind, skip=skip):
+        while run_ids := await self._broker.due(kind, skip=skip):
             fresh = [run_id for run_id in run_ids if run_id not in seen]
             for run_id in fresh:
                 await self._try(kind, act, run_id)
@@ -132,30 +143,29 @@ class Ticker:
             await act(run_id)
         except BrokerUnavailable:
             raise
-        except Exception:  # of an executor, as a rule; the others have their turn all the same
-            logger.exception("run %s is due (%s) and that failed", run_id, kind)
+        except Exception:  # raised by an executor, as a rule; it must not delay the other runs
+            logger.exception("run %s is due (%s), and acting on it failed", run_id, kind)
 
     async def _queue(self, run_id: str) -> None:
-        engine = self._engine
-        (record,) = await engine.runs.load([run_id])
-        if record is None or not engine.takes(record.task):
-            return  # a process that has the task does it
+        """Queue and dispatch a run whose delay has passed, if this process has its task."""
+        (record,) = await self._runs.load([run_id])
+        if record is None or not self._dispatcher.accepts(record.task):
+            return
         record = await self._change(run_id, Queued())
         if record is not None and record.status is Status.QUEUED and not self._refused:
-            self._refused = not await engine.hand_over(record)
+            self._refused = not await self._dispatcher.dispatch(record)
 
-    async def _hand_over(self, run_id: str) -> None:
-        """Hand over a run whose process was gone before it did, or whose queue refused it."""
-        engine = self._engine
-        (record,) = await engine.runs.load([run_id])
-        if record is None or record.status is not Status.QUEUED or not engine.takes(record.task):
+    async def _dispatch_again(self, run_id: str) -> None:
+        """Dispatch a run whose process died before it did, or whose executor refused it."""
+        (record,) = await self._runs.load([run_id])
+        if record is None or record.status is not Status.QUEUED or not self._dispatcher.accepts(record.task):
             return
         if not self._refused:
-            await engine.broker.renew([run_id], owner=engine.owner)  # so that others leave it to us, for a lease
-            self._refused = not await engine.hand_over(record)
+            await self._broker.renew([run_id], owner=self._runs.owner)  # for one lease, other processes leave it alone
+            self._refused = not await self._dispatcher.dispatch(record)
 
     async def _change(self, run_id: str, change: RunChange) -> RunRecord | None:
         try:
-            return await self._engine.runs.update(run_id, change)
+            return await self._runs.update(run_id, change)
         except (InvalidTransition, RunNotFound):
-            return None  # somebody else was faster
+            return None  # another process was faster

@@ -126,7 +126,7 @@ class Launcher:
             return conflict.current, True
         self._remember(record.id)
         if record.status is Status.QUEUED:
-            await self._engine.hand_over(record)
+            await self._engine.dispatcher.dispatch(record)
         return record, False
 
     def _remember(self, run_id: str) -> None:

@@ -59,11 +59,11 @@ class Tasks:
         )
         self._tasks: dict[str, Task[Any, Any]] = {}
         self._threads: TaskThreads | None = None
-        engine.executor = executor or InProcessExecutor(
+        engine.dispatcher.executor = executor or InProcessExecutor(
             self.execute,
             spawn=engine.spawn_detached,
             concurrency_limit=self._concurrency_limit,
-            on_end=engine.wake,
+            on_end=lambda: engine.executions.changed.wake(),
         )
         if isinstance(executor, AttachedExecutor):
             executor.attach(self)
@@ -164,8 +164,12 @@ class Tasks:
         try:
             task = self.get((await self._runs.get(run_id)).task)
         except UnknownTask as exc:
-            if not isinstance(self._engine.executor, InProcessExecutor):  # the queue does not have it any more
-                await self._engine.end_waiting(run_id, RunError("UnknownTask", "the worker does not know the task"))
+            if not isinstance(
+                self._engine.dispatcher.executor, InProcessExecutor
+            ):  # the queue does not have it any more
+                await self._engine.dispatcher.fail_unstarted(
+                    run_id, RunError("UnknownTask", "the worker does not know the task")
+                )
             raise exc
         try:
             record = await self._runs.update(run_id, Started(self._engine.owner))
@@ -173,11 +177,11 @@ class Tasks:
             return
         if record.is_completed:
             return
-        execution = await self._engine.execution(record)
+        execution = await self._engine.executions.start(record)
         try:
             await run_task(task, execution, threads=self._task_threads())
         finally:
-            self._engine.ended(execution)
+            self._engine.executions.remove(execution)
 
     def _task_threads(self) -> TaskThreads:
         supervisor = self._engine.begin()

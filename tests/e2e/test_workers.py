@@ -187,7 +187,7 @@ async def test_a_worker_that_is_stopped_fails_what_it_cannot_finish(stage: Stage
 
 async def test_the_id_of_a_run_that_is_gone_does_no_harm_to_the_queue(stage: Stage) -> None:
     stage.start_worker()
-    executor: Any = stage.realtime.engine.executor
+    executor: Any = stage.realtime.engine.dispatcher.executor
     await executor.enqueue("run_that_never_was", "quick")
     assert await (await stage.realtime.trigger("quick", 7)).result() == 7
     await until(lambda: not stage.pending())

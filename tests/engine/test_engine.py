@@ -688,10 +688,11 @@ async def test_a_child_of_a_fork_is_another_owner_and_leaves_what_runs_to_its_pa
             await realtime.trigger(task)
         await until(lambda: realtime.engine.executions)
         engine, owner = realtime.engine, realtime.engine.owner
-        supervisor = engine.supervisor
-        assert supervisor is not None and len(engine.held) == 2
+        start = engine._start
+        assert start is not None and len(engine.held) == 2
         engine._pid = -1  # what a child sees: the memory of its parent, under another pid
         assert engine.supervisor is None
         assert engine.owner != owner
-        assert isinstance(engine.executor, InProcessExecutor) and engine.executor.held == []
-        engine._supervisor = supervisor
+        assert isinstance(engine.dispatcher.executor, InProcessExecutor)
+        assert engine.held == []
+        engine._start = start

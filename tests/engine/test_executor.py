@@ -9,7 +9,6 @@ import pytest
 
 from asgi_realtime import LimitExceeded, Realtime, Run, RunError, RunRecord, Status, Timeouts, UnknownTask
 from asgi_realtime.brokers.memory import MemoryBroker
-from asgi_realtime.engine.ticker import Ticker
 from asgi_realtime.tasks import ExecutorHost, InProcessExecutor
 from tests.brokers.backends import DistantBroker
 from tests.faults import RemoteBroker
@@ -157,9 +156,9 @@ async def test_a_run_that_the_executor_does_not_take_now_waits_for_it(
         assert (again.id, again.is_cached) == (handle.id, True)
         other = await refusing.trigger("t")
         assert (await refusing.get_run(handle)).status is Status.QUEUED
-        await Ticker(refusing.engine).once()
+        await refusing.engine.make_ticker().once()
     warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
-    assert warnings == ["the executor does not take runs; it is asked again"], "once, and not for each run"
+    assert warnings == ["the executor does not accept runs; the ticker retries"], "once, and not for each run"
     async with taking:
         clock.seconds += taking.timeouts.lease + 0.1
         await until(lambda: len(queue.sent) == 2)
@@ -205,7 +204,7 @@ async def test_an_executor_that_fails_does_not_end_the_ticker(caplog: pytest.Log
         await ended(realtime, expiring)
         assert (await realtime.get_run(delayed)).status is Status.QUEUED
     assert [record.message for record in caplog.records if record.exc_info] == [
-        "the executor does not take runs; it is asked again"
+        "the executor does not accept runs; the ticker retries"
     ]
 
 
@@ -222,7 +221,7 @@ async def test_a_run_that_the_executor_refused_is_handed_over_when_it_takes_runs
     async with realtime:
         handles = [await realtime.trigger(task, delay=5) for _ in range(3)]
         clock.seconds += 6
-        ticker = Ticker(realtime.engine)
+        ticker = realtime.engine.make_ticker()
         for _ in range(3):
             await ticker.once()
         assert queue.sent == []
@@ -287,10 +286,10 @@ async def test_a_run_whose_process_died_before_it_was_handed_over_is_handed_over
     async with alive:
         record = make_record(dead)
         await dead.runs.create(record)  # and that was its last act
-        await Ticker(alive.engine).once()
+        await alive.engine.make_ticker().once()
         assert queue.sent == []
         clock.seconds += alive.timeouts.lease + 0.1
-        await Ticker(alive.engine).once()
+        await alive.engine.make_ticker().once()
         assert queue.sent == [(record.id, "t")]
 
 
@@ -305,7 +304,7 @@ async def test_a_run_that_is_handed_over_late_is_put_into_the_queue_by_one_proce
         await processes[0].runs.create(record)
         clock.seconds += realtime.timeouts.lease + 0.1
         for realtime in processes:
-            await Ticker(realtime.engine).once()
+            await realtime.engine.make_ticker().once()
         assert queue.sent == [(record.id, "t")]
 
 
@@ -325,7 +324,7 @@ async def test_a_broker_that_cannot_be_told_that_the_queue_has_a_run_is_no_failu
         clock.seconds += realtime.timeouts.lease + 0.1
         await until(lambda: len(queue.sent) == 2)  # once more, which is harmless
         clock.seconds += realtime.timeouts.lease + 0.1
-        await Ticker(realtime.engine).once()
+        await realtime.engine.make_ticker().once()
         assert len(queue.sent) == 2
 
 
@@ -352,8 +351,8 @@ async def test_a_run_that_waits_in_a_process_is_not_taken_by_another_while_it_li
         assert one.engine.held == [handle.id for handle in handles]
         for _ in range(6):
             clock.seconds += one.timeouts.lease / 2
-            await Ticker(one.engine).once()
-            await Ticker(two.engine).once()
+            await one.engine.make_ticker().once()
+            await two.engine.make_ticker().once()
         assert two.engine.held == []
         assert begun == [handles[0].id]
         go.set()
@@ -383,7 +382,7 @@ async def test_a_run_that_was_handed_over_twice_runs_once() -> None:
         clock.seconds += one.timeouts.lease + 0.1
         async with anyio.create_task_group() as group:
             for realtime in (one, two, one):
-                group.start_soon(Ticker(realtime.engine).once)
+                group.start_soon(realtime.engine.make_ticker().once)
         for record in records:
             assert await one.result(record, timeout=5) == "done"
     assert sorted(executions) == sorted(record.id for record in records)
@@ -402,7 +401,7 @@ async def test_a_run_of_a_task_that_is_not_known_here_is_left_to_those_who_know_
     async with knows_not:
         await knows_not.runs.create(record)
         clock.seconds += knows.timeouts.lease + 0.1
-        await Ticker(knows_not.engine).once()
+        await knows_not.engine.make_ticker().once()
         assert knows_not.engine.held == []
         async with knows:
             assert await knows.result(record, timeout=5) == "done"

@@ -11,7 +11,6 @@ from asgi_realtime import BrokerUnavailable, Realtime, Status, Timeouts
 from asgi_realtime.brokers.base import ThreadRenewal
 from asgi_realtime.brokers.memory import MemoryBroker
 from asgi_realtime.engine.leases import LeaseThread
-from asgi_realtime.engine.ticker import Ticker
 from tests.inprocess import make_realtime, until
 
 SHORT = Timeouts(tick=0.01, drain=0.02, lease=0.03)
@@ -73,7 +72,7 @@ async def test_a_blocked_loop_does_not_crash_its_runs() -> None:
     async with make(broker) as realtime, realtime.open_run("r") as run:
         renewed = len(broker.renewed)
         wait_in_thread(lambda: len(broker.renewed) > renewed + 10)  # more than three leases, on the loop's thread
-        await Ticker(realtime.engine).once()
+        await realtime.engine.make_ticker().once()
         assert (await realtime.get_run(run)).status is Status.EXECUTING
     assert broker.threads == {NAME}
     assert broker.owners == {realtime.runs.owner}

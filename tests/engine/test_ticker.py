@@ -7,7 +7,6 @@ import pytest
 
 from asgi_realtime import BrokerUnavailable, Realtime, Retention, RunNotFound, Status
 from asgi_realtime.brokers.memory import MemoryBroker
-from asgi_realtime.engine.ticker import Ticker
 from tests.brokers.backends import DistantBroker
 from tests.inprocess import FakeClock, ended, make_realtime, until
 
@@ -21,10 +20,10 @@ async def test_what_is_past_its_retention_is_removed() -> None:
         async with realtime.open_run("r", tags="x") as run:
             await realtime.append(1)
         clock.seconds += 59
-        await Ticker(realtime.engine).once()
+        await realtime.engine.make_ticker().once()
         assert (await realtime.get_run(run)).is_completed
         clock.seconds += 2
-        await Ticker(realtime.engine).once()
+        await realtime.engine.make_ticker().once()
         with pytest.raises(RunNotFound):
             await realtime.get_run(run)
         assert (await realtime.broker.changes("tag:x")).items == []
@@ -45,7 +44,7 @@ async def test_a_delayed_run_is_begun_by_a_process_that_has_its_task() -> None:
             handle = await knows.trigger(task, delay=5)
         clock.seconds += 6
         for _ in range(3):
-            await Ticker(knows_not.engine).once()
+            await knows_not.engine.make_ticker().once()
         assert (await knows_not.get_run(handle)).status is Status.DELAYED
         async with knows:
             assert await handle.result(timeout=5) == "done"
@@ -70,7 +69,7 @@ async def test_runs_that_nobody_here_can_begin_do_not_keep_others_waiting() -> N
     async with ours:
         handles = [await ours.trigger(our_task, delay=6) for _ in range(150)]
         clock.seconds += 7
-        await Ticker(ours.engine).once()
+        await ours.engine.make_ticker().once()
         for handle in handles:
             assert await handle.result(timeout=5) == "done"
         assert (await ours.get_run(waiting[0])).status is Status.DELAYED
@@ -98,7 +97,7 @@ async def test_of_several_processes_that_begin_a_delayed_run_one_does() -> None:
             clock.seconds += 6
             async with anyio.create_task_group() as group:
                 for realtime in (one, two, three):
-                    group.start_soon(Ticker(realtime.engine).once)
+                    group.start_soon(realtime.engine.make_ticker().once)
             assert await handle.result(timeout=5) == "done"
     assert executions == 5
 
@@ -147,7 +146,7 @@ async def test_an_absent_broker_is_reported_once_and_asked_again(caplog: pytest.
             await until(lambda: broker.asked > asked + 10)  # noqa: B023
         async with realtime.open_run("r"):
             pass
-    assert [record.message for record in caplog.records] == ["the broker is away: no answer"] * 2
+    assert [record.message for record in caplog.records] == ["the broker is unavailable: no answer"] * 2
 
 
 async def test_the_ticker_outlives_an_error_that_it_does_not_know(caplog: pytest.LogCaptureFixture) -> None:
@@ -191,13 +190,13 @@ async def test_a_due_run_that_fails_does_not_hold_up_the_others(caplog: pytest.L
                 gone.clear()
                 await look(ids)
                 await anyio.lowlevel.checkpoint()
-    assert f"run {ids[0]} is due (expiry) and that failed" in caplog.text
+    assert f"run {ids[0]} is due (expiry), and acting on it failed" in caplog.text
 
 
 async def test_housekeeping_of_nothing_is_nothing() -> None:
     realtime: Realtime = make_realtime()
     async with realtime:
-        await Ticker(realtime.engine).once()
+        await realtime.engine.make_ticker().once()
 
 
 class CountingRenewals(MemoryBroker):
@@ -213,7 +212,7 @@ async def test_leases_are_renewed_three_times_in_their_length_and_not_at_every_t
     broker = CountingRenewals(clock=clock)
     realtime = make_realtime(broker=broker, clock=clock)
     async with realtime, realtime.open_run("r"):
-        ticker = Ticker(realtime.engine)
+        ticker = realtime.engine.make_ticker()
         before = broker.renewals
         for _ in range(5):
             await ticker.once()

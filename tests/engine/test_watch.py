@@ -110,8 +110,8 @@ async def test_what_a_process_does_itself_is_not_looked_at() -> None:
     broker = Counting()
     async with make_realtime(broker=broker) as realtime, realtime.open_run("r") as run:
         await realtime.append(0)
-        await until(lambda: realtime.engine._watches)
-        own = next(iter(realtime.engine._watches.values()))
+        await until(lambda: realtime.engine.executions._watches)
+        own = next(iter(realtime.engine.executions._watches.values()))
         await until(lambda: own._seen == 2 and broker._topics[run_topic(run.id)].waiting)  # of the new stream it asks
         for number in range(20):
             run.metadata.set("n", number)
@@ -197,4 +197,4 @@ async def test_nothing_is_left_of_a_run_that_is_over() -> None:
                 pass
             await realtime.pipe([1, 2]).wait_until_complete()
         await until(lambda: not held(broker) and len(anyio.get_running_tasks()) == tasks)
-        assert realtime.engine._watches == {}
+        assert realtime.engine.executions._watches == {}

@@ -85,7 +85,7 @@ async def test_a_server_that_stops_by_itself_ends_subscriptions_too(
     """uvicorn waited for open streams without end, and took no new connection."""
     monkeypatch.setattr("asgi_realtime.engine.subscribers.ANNOUNCEMENT_COUNTS_S", 0.02)
     async with make_realtime(signals=True) as realtime:
-        realtime.engine.subscribers.look_at_server()
+        realtime.engine.subscribers.check_server()
         await anyio.wait_all_tasks_blocked()
         assert not realtime.closing
         server.should_exit = True
@@ -99,7 +99,7 @@ async def test_a_server_that_stops_by_itself_ends_subscriptions_too(
 async def test_a_server_that_stops_is_not_asked_if_signals_are_left_alone(server: Server) -> None:
     server.should_exit = True
     async with make_realtime(signals=False) as realtime:
-        realtime.engine.subscribers.look_at_server()
+        realtime.engine.subscribers.check_server()
         await anyio.wait_all_tasks_blocked()
         assert not realtime.closing
 
@@ -196,8 +196,8 @@ async def test_two_that_look_after_their_handlers_do_not_pile_them_up(server: Se
     await second.start()
     chained = installed()
     for _ in range(5):
-        first.engine.subscribers.look_at_server()
-        second.engine.subscribers.look_at_server()
+        first.engine.subscribers.check_server()
+        second.engine.subscribers.check_server()
     assert installed() == chained
     await first.stop()
     await second.stop()

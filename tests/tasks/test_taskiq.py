@@ -136,7 +136,7 @@ async def test_a_queue_that_is_away_at_the_start_is_started_with_the_first_run_t
     assert queue.ups == ["up"] * 3 + ["down"]
     assert [record.message for record in caplog.records] == [
         "the taskiq broker cannot be started yet: nobody there",
-        "the executor does not take runs; it is asked again",
+        "the executor does not accept runs; the ticker retries",
     ]
 
 

@@ -1,0 +1,129 @@
+"""Handing QUEUED runs to the executor, and failing runs that will never start.
+
+A run is stored before it is dispatched, and it stays due (`Broker.due("enqueue")`) until the broker knows that an
+executor has it. So a crash or a refusal between the two steps only delays the run: the ticker of some process
+dispatches it again. Dispatching a run twice is harmless, because executing begins with the change from QUEUED to
+EXECUTING, which succeeds once.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+import anyio
+
+from asgi_realtime.brokers.base import Broker
+from asgi_realtime.core.config import Timeouts
+from asgi_realtime.core.errors import BrokerUnavailable, InvalidTransition, LimitExceeded, RunNotFound, UsageError
+from asgi_realtime.core.runs import Finished, RunError, RunRecord, Status
+from asgi_realtime.engine.executor import AttachedExecutor, Executor, InProcessExecutor
+from asgi_realtime.runs.store import RunStore
+
+logger = logging.getLogger("asgi_realtime")
+
+
+class Dispatcher:
+    """Dispatches runs to `executor`, which `Tasks` sets. `on_held` is called when this process holds one more run."""
+
+    def __init__(self, broker: Broker, runs: RunStore, *, timeouts: Timeouts, on_held: Callable[[], None]) -> None:
+        self.executor: Executor | None = None
+        self._broker = broker
+        self._runs = runs
+        self._timeouts = timeouts
+        self._on_held = on_held
+        self._refused = False
+        """The executor refused the newest run, and the log says so."""
+
+    @property
+    def in_process(self) -> InProcessExecutor | None:
+        """The executor, if it executes runs in this process."""
+        return self.executor if isinstance(self.executor, InProcessExecutor) else None
+
+    @property
+    def held(self) -> list[str]:
+        """The runs that wait or execute in this process, by the executor's knowledge. Thread-safe."""
+        return [] if self.in_process is None else self.in_process.held
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether the executor of this process has started runs that have not ended."""
+        return self.in_process is not None and bool(self.in_process.running)
+
+    def accepts(self, task_id: str) -> bool:
+        """Whether the executor can execute runs of this task. A queue's executor accepts every task."""
+        return self.in_process is None or self.in_process.knows(task_id)
+
+    async def dispatch(self, record: RunRecord) -> bool:
+        """Hand a QUEUED run to the executor; return False if the executor cannot accept it now.
+
+        In that case the run stays QUEUED and due, and the ticker of any process retries. Raises `UsageError` if the
+        executor will never accept the run, which is then FAILED. `LimitExceeded` counts as temporary.
+        """
+        try:
+            await self._enqueue(record)
+        except Exception as exc:  # an executor is foreign code: it can raise anything
+            if isinstance(exc, UsageError) and not isinstance(exc, LimitExceeded):
+                await self.fail_unstarted(record.id, RunError("NotQueued", "the executor does not take such a run"))
+                raise
+            if not self._refused:
+                logger.warning("the executor does not accept runs; the ticker retries", exc_info=True)
+            self._refused = True
+            return False
+        self._refused = False
+        return True
+
+    async def _enqueue(self, record: RunRecord) -> None:
+        assert self.executor is not None
+        with anyio.fail_after(self._timeouts.append):
+            await self.executor.enqueue(record.id, record.task)
+        if self.in_process is not None:
+            self._on_held()
+            return
+        try:
+            await self._broker.enqueued(record.id)
+        except BrokerUnavailable as exc:
+            logger.info("run %s is in the queue and will be enqueued again: %s", record.id, exc)
+
+    async def fail_unstarted(self, run_id: str, error: RunError) -> None:
+        """Fail a run that has not started, if that is still so."""
+        try:
+            await self._runs.update(run_id, Finished(Status.FAILED, error=error))
+        except (InvalidTransition, RunNotFound, BrokerUnavailable) as exc:
+            logger.info("run %s could not be failed: %s", run_id, exc)
+
+    async def fail_waiting(self) -> None:
+        """Fail the runs that wait in this process, because the server is shutting down."""
+        if self.in_process is not None:
+            for run_id in self.in_process.take_waiting():
+                await self.fail_unstarted(run_id, RunError("ServerShutdown", "the server was shut down"))
+
+    # Life
+
+    def restart(self) -> None:
+        """A new start begins, possibly on another event loop: start the runs that wait in this process."""
+        if self.in_process is not None:
+            self.in_process.restart()
+
+    def forget(self) -> None:
+        """This is a forked child: every run belongs to the parent."""
+        if self.in_process is not None:
+            self.in_process.forget()
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Start and stop an executor that is attached to this `Realtime`. Raises what its `start` raises."""
+        executor = self.executor
+        if not isinstance(executor, AttachedExecutor):
+            yield
+            return
+        await executor.start()
+        try:
+            yield
+        finally:
+            with anyio.move_on_after(self._timeouts.close, shield=True):
+                try:
+                    await executor.stop()
+                except Exception:
+                    logger.exception("the executor could not be stopped")

@@ -1,0 +1,123 @@
+"""The runs that this process executes now.
+
+An execution is registered once its run is EXECUTING and owned by this process, and removed once the run has ended.
+While it is registered this process renews the lease of its run, restores what a broker loses of it, and shuts it down
+when the server stops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+
+from asgi_realtime.brokers.base import Broker
+from asgi_realtime.core.config import Limits
+from asgi_realtime.core.runs import RunRecord
+from asgi_realtime.engine.execution import Execution
+from asgi_realtime.engine.run import RelatedRun, Run
+from asgi_realtime.engine.watch import RunWatch
+from asgi_realtime.loop.supervisor import Supervisor
+from asgi_realtime.loop.waiting import WaitList
+from asgi_realtime.runs.store import RunStore
+
+
+class Executions(Mapping[str, Execution]):
+    """Executions by run id. `supervisor` returns the one that runs, starting it if needed; `on_held` is called when
+    this process holds one more run."""
+
+    def __init__(
+        self,
+        broker: Broker,
+        runs: RunStore,
+        *,
+        limits: Limits,
+        debug: bool,
+        supervisor: Callable[[], Supervisor],
+        on_held: Callable[[], None],
+    ) -> None:
+        self.changed = WaitList()
+        """Woken when an execution starts or ends."""
+        self._broker = broker
+        self._runs = runs
+        self._limits = limits
+        self._debug = debug
+        self._supervisor = supervisor
+        self._on_held = on_held
+        self._by_id: dict[str, Execution] = {}
+        self._watches: dict[Execution, RunWatch] = {}
+
+    def __getitem__(self, run_id: str) -> Execution:
+        return self._by_id[run_id]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._by_id)
+
+    def __len__(self) -> int:
+        return len(self._by_id)
+
+    @property
+    def ids(self) -> list[str]:
+        """The ids of the runs. Thread-safe: the copy is made in one step."""
+        return list(self._by_id)
+
+    async def start(self, record: RunRecord) -> Execution:
+        """Register the execution of a run that is EXECUTING and owned by this process."""
+        supervisor = self._supervisor()
+        related = await self._related(record, supervisor)
+        run = Run(
+            record,
+            runs=self._runs,
+            supervisor=supervisor,
+            limits=self._limits,
+            broker=self._broker,
+            parent=related.get(record.parent_id or ""),
+            root=related.get(record.root_id or ""),
+        )
+        execution = self._by_id[record.id] = Execution(run, runs=self._runs, debug=self._debug)
+        self._runs.owned.own(record)
+        self._on_held()
+        self.changed.wake()
+        return execution
+
+    async def _related(self, record: RunRecord, supervisor: Supervisor) -> dict[str, RelatedRun]:
+        """The parent and the root of a run, as far as they exist."""
+        ids = [run_id for run_id in (record.parent_id, record.root_id) if run_id is not None and run_id != record.id]
+        return {
+            found.id: RelatedRun(found, runs=self._runs, supervisor=supervisor, limits=self._limits)
+            for found in await self._runs.load(ids)
+            if found is not None
+        }
+
+    def watch(self) -> None:
+        """Watch each execution for changes that other processes make to its run.
+
+        The ticker calls this, so an execution that is shorter than a tick costs no watch.
+        """
+        for execution in self._by_id.values():
+            if execution not in self._watches:
+                watch = self._watches[execution] = RunWatch(execution, broker=self._broker, runs=self._runs)
+                self._supervisor().spawn_detached(watch.run)
+
+    def remove(self, execution: Execution) -> None:
+        """Remove an execution whose run has ended. Idempotent."""
+        run_id = execution.run.id
+        if self._by_id.get(run_id) is execution:
+            del self._by_id[run_id]
+            self._runs.owned.disown(run_id)
+        watch = self._watches.pop(execution, None)
+        if watch is not None:
+            watch.end()
+        self.changed.wake()
+
+    async def shut_down(self) -> None:
+        """Stop the code of every execution. A run that has no code to stop is ended here."""
+        for execution in tuple(self._by_id.values()):
+            execution.shut_down()
+            if not execution.reachable():
+                await execution.finish_stopped()
+                self.remove(execution)
+
+    def clear(self) -> None:
+        """Forget all executions: those of a loop that was abandoned, or of the parent of a forked process."""
+        self._by_id.clear()
+        self._watches.clear()
+        self.changed = WaitList()
