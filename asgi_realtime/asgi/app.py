@@ -14,14 +14,14 @@ from typing import Any
 from starlette.responses import Response
 
 from asgi_realtime.asgi import feeds, health, streams
-from asgi_realtime.asgi.answers import error_answer, refusal
 from asgi_realtime.asgi.cors import cors_headers, preflight_headers
 from asgi_realtime.asgi.host import Host, Receive, Scope, Send
 from asgi_realtime.asgi.limits import SubscriptionLimits
 from asgi_realtime.asgi.open_request import until_shutdown
 from asgi_realtime.asgi.request import BODY_METHODS, Request
+from asgi_realtime.asgi.responses import error_response, exception_response
 from asgi_realtime.asgi.routes import API, Endpoint, resolve
-from asgi_realtime.asgi.rows import RowCache
+from asgi_realtime.asgi.run_cache import RunCache
 from asgi_realtime.asgi.subscription import Finished, Leaving, Subscription, reconnect_response
 from asgi_realtime.asgi.trigger_dev import batches, metadata, runs, stream_writers, tokens
 from asgi_realtime.core.errors import BrokerUnavailable, RealtimeError, RunKeptElsewhere, RunNotFound, shown
@@ -69,14 +69,14 @@ class RealtimeApp:
 
     def __init__(self, host: Host) -> None:
         self._host = host
-        self._seats = SubscriptionLimits(host.limits)
-        self._rows = RowCache(host.runs)
+        self.subscription_limits = SubscriptionLimits(host.limits)
+        self._run_cache = RunCache(host.runs)
         self._told_of_others = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             answer: Answer | None = None
-            request = Request(self._host, self._seats, self._rows, scope, receive)
+            request = Request(self._host, self.subscription_limits, self._run_cache, scope, receive)
             origin = request.header(b"origin")
             comes_back = _comes_back(request)
             try:
@@ -103,13 +103,13 @@ class RealtimeApp:
             return answer
         route = resolve(scope["path"], scope.get("root_path", ""))
         if route is None or (route.endpoint in API and not self._host.api):
-            return refusal(404, "not_found", f"nothing is served at {shown(scope['path'])}")
+            return error_response(404, "not_found", f"nothing is served at {shown(scope['path'])}")
         methods = ENDPOINTS.get(route.endpoint, {})
         endpoint = methods.get(request.method)
         if endpoint is None:
             allowed = ", ".join(methods)
             message = f"{request.method[:80]} is not allowed here; allowed: {allowed}"
-            return refusal(405, "method_not_allowed", message, {"allow": allowed})
+            return error_response(405, "method_not_allowed", message, {"allow": allowed})
         if route.endpoint is not Endpoint.HEALTH:  # which tells how the start went
             await self._ensure_started()
         try:
@@ -157,7 +157,7 @@ class RealtimeApp:
             return reconnect_response(self._host)
         if not isinstance(error, RealtimeError) or error.status == 500:
             logger.error("a request failed", exc_info=error)
-        return error_answer(error, debug=self._host.debug)
+        return exception_response(error, debug=self._host.debug)
 
     async def _lifespan(self, receive: Receive, send: Send) -> None:
         """Only the root app of a server gets here; a mount gets no lifespan."""

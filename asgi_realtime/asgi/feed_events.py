@@ -30,11 +30,11 @@ from asgi_realtime.tokens import Claims
 class FeedSubscription(Subscription[LiveTopic]):
     """Sends the runs of a feed."""
 
-    __slots__ = ("_cursor", "_feed", "_first", "_limits", "_rows", "_skip")
+    __slots__ = ("_cursor", "_feed", "_first", "_limits", "_run_cache", "_skip")
 
     def __init__(self, request: Request, claims: Claims, feed: Feed) -> None:
-        super().__init__(request.host, request.seats, claims, run_id=feed.run_id)
-        self._rows = request.rows
+        super().__init__(request.host, request.subscription_limits, claims, run_id=feed.run_id)
+        self._run_cache = request.run_cache
         self._limits = request.host.limits
         self._feed = feed
         self._cursor = Cursor.parse(request.last_event_id or "")
@@ -107,15 +107,15 @@ class FeedSubscription(Subscription[LiveTopic]):
 
     async def _tell_snapshot(self, changes: Changes) -> None:
         """The newest runs of the feed, those that changed last at the end; then `ready`."""
-        found = await newest(self._feed, self._rows, changes.items, limit=self._limits.feed_runs)
+        found = await newest(self._feed, self._run_cache, changes.items, limit=self._limits.feed_runs)
         ready = control_frame("ready", msgspec.json.encode({"count": len(found)}), id=str(changes.cursor))
         await self._send_frames(chain((self._frame(record, None) for _, record in found), (ready,)))
 
     async def _admitted(self, page: Sequence[Change]) -> list[Admitted]:
-        return await admitted(self._feed, self._rows, page)
+        return await admitted(self._feed, self._run_cache, page)
 
     def _frame(self, record: RunRecord, cursor: Cursor | None) -> bytes:
-        json = self._rows.encoded(record, run_json, self._skip)
+        json = self._run_cache.encoded(record, run_json, self._skip)
         return control_frame("run", json, id=None if cursor is None else str(cursor))
 
     async def _send_frames(self, frames: Iterable[bytes]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from typing import Protocol
 
-from asgi_realtime.asgi.rows import RowCache
+from asgi_realtime.asgi.run_cache import RunCache
 from asgi_realtime.core.log import End
 from asgi_realtime.core.runs import RunRecord, batch_topic, run_topic, tag_topic
 from asgi_realtime.core.topics import Change
@@ -111,9 +111,9 @@ class BatchFeed:
         return End("complete") if self._complete and not self._open else None
 
 
-async def admitted(feed: Feed, rows: RowCache, page: Sequence[Change]) -> list[Admitted]:
+async def admitted(feed: Feed, run_cache: RunCache, page: Sequence[Change]) -> list[Admitted]:
     """The changes that belong to the feed, with the records behind them."""
-    records = await rows.records(page)
+    records = await run_cache.records(page)
     found = [
         (change, record)
         for change, record in zip(page, records, strict=True)
@@ -124,11 +124,11 @@ async def admitted(feed: Feed, rows: RowCache, page: Sequence[Change]) -> list[A
     return found
 
 
-async def newest(feed: Feed, rows: RowCache, items: Sequence[Change], *, limit: int) -> list[Admitted]:
+async def newest(feed: Feed, run_cache: RunCache, items: Sequence[Change], *, limit: int) -> list[Admitted]:
     """The runs of a snapshot that changed last, at most `limit`; in the order of their changes."""
     found: list[Admitted] = []
     for page in pages(items[::-1]):
-        found += await admitted(feed, rows, page)
+        found += await admitted(feed, run_cache, page)
         if len(found) >= limit:
             break
     return found[:limit][::-1]

@@ -16,9 +16,9 @@ from typing import Any
 import anyio
 from starlette.responses import Response
 
-from asgi_realtime.asgi.answers import json_answer
 from asgi_realtime.asgi.limits import PROBE
 from asgi_realtime.asgi.request import Request
+from asgi_realtime.asgi.responses import json_response
 from asgi_realtime.asgi.subscription import WAITING, Subscription
 from asgi_realtime.core.chunks import encode_value
 from asgi_realtime.core.errors import BrokerUnavailable
@@ -40,7 +40,7 @@ class Probe(Subscription[None]):
     __slots__ = ()
 
     def __init__(self, request: Request) -> None:
-        super().__init__(request.host, request.seats, _NOBODY)
+        super().__init__(request.host, request.subscription_limits, _NOBODY)
 
     def _open(self) -> AbstractAsyncContextManager[None]:
         return _nothing()
@@ -84,4 +84,4 @@ async def health(request: Request) -> Response | Probe:
     told: dict[str, Any] = {"status": status, "broker": broker}
     if request.host.broker.warnings:
         told["warnings"] = request.host.broker.warnings
-    return json_answer(told, 200 if status == "ok" else 503)
+    return json_response(told, 200 if status == "ok" else 503)

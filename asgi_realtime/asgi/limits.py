@@ -25,30 +25,30 @@ class SubscriptionLimits:
         self._by_run: Counter[str] = Counter()
         self._by_token: Counter[str] = Counter()
         self._bodies: Counter[str] = Counter()
-        self.taken = 0
+        self.open = 0
 
-    def take(self, run_id: str, token_id: str) -> None:
+    def acquire(self, run_id: str, token_id: str) -> None:
         """Count one subscription more. Raises `LimitExceeded` (429) and then counts nothing."""
         limits = self._limits
-        _check("this server", self.taken, limits.subscribers)
+        _check("this server", self.open, limits.subscribers)
         _check("this run", self._by_run[run_id] if run_id else 0, limits.subscribers_per_run)
         if token_id == PROBE:
             _check("the health of this server", self._by_token[token_id], MAX_PROBES)
         _check("this token", self._by_token[token_id] if token_id else 0, limits.subscribers_per_token)
-        self.taken += 1
+        self.open += 1
         if run_id:
             self._by_run[run_id] += 1
         if token_id:
             self._by_token[token_id] += 1
 
-    def leave(self, run_id: str, token_id: str) -> None:
+    def release(self, run_id: str, token_id: str) -> None:
         """Count one less, with the names it was taken with."""
-        self.taken -= 1
+        self.open -= 1
         for counter, name in ((self._by_run, run_id), (self._by_token, token_id)):
             if name:
                 _uncount(counter, name)
 
-    def take_body(self, token_id: str) -> None:
+    def acquire_body(self, token_id: str) -> None:
         """Count one open request with a body. Raises `LimitExceeded` (429) and then counts nothing."""
         if self._bodies[token_id] >= MAX_BODIES_PER_TOKEN:
             raise LimitExceeded(
@@ -56,7 +56,7 @@ class SubscriptionLimits:
             )
         self._bodies[token_id] += 1
 
-    def leave_body(self, token_id: str) -> None:
+    def release_body(self, token_id: str) -> None:
         _uncount(self._bodies, token_id)
 
 

@@ -75,13 +75,13 @@ async def _appeared(request: Request, claims: Claims, topic: str, *, events: boo
     """
     host, token_id = request.host, "" if claims.secret else claims.token_id
     wait = _Wait(host.timeouts.find)
-    request.seats.take("", token_id)
+    request.subscription_limits.acquire("", token_id)
     host.subscribers.add(wait)
     try:
         found = await _wait_for(host, topic, wait, request.receive)
     finally:
         host.subscribers.discard(wait)
-        request.seats.leave("", token_id)
+        request.subscription_limits.release("", token_id)
     if not found and host.closing:
         raise Leaving(host, events=events)
     return found

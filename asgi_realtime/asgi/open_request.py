@@ -12,10 +12,10 @@ from typing import TypeVar
 
 from starlette.responses import Response
 
-from asgi_realtime.asgi.answers import refusal
 from asgi_realtime.asgi.host import Message, Receive
 from asgi_realtime.asgi.request import Request
-from asgi_realtime.asgi.subscription import leaving_answer
+from asgi_realtime.asgi.responses import error_response
+from asgi_realtime.asgi.subscription import shutdown_response
 from asgi_realtime.core.errors import ServerShutdown
 from asgi_realtime.loop.waiting import make_interrupt
 
@@ -75,7 +75,7 @@ async def until_shutdown(request: Request, answer: Callable[[], Awaitable[A]], *
         pass  # the broker was left before this request was
     finally:
         host.subscribers.discard(opened)
-        request.leave_seat()
+        request.release_body()
     if opened.silent:
-        return refusal(408, "silent", f"nothing came for {silence_s:g} s; send again what is not confirmed")
-    return leaving_answer()
+        return error_response(408, "silent", f"nothing came for {silence_s:g} s; send again what is not confirmed")
+    return shutdown_response()

@@ -16,7 +16,7 @@ from asgi_realtime.tokens import Claims
 
 if TYPE_CHECKING:
     from asgi_realtime.asgi.limits import SubscriptionLimits
-    from asgi_realtime.asgi.rows import RowCache
+    from asgi_realtime.asgi.run_cache import RunCache
 
 EVENT_STREAM = "text/event-stream"
 BODY_METHODS = frozenset({"POST", "PUT"})
@@ -29,17 +29,19 @@ _NAME = re.compile(rb"[\x21-\x7e]{1,128}")
 class Request:
     """Made first thing: with it the access token is out of the scope."""
 
-    def __init__(self, host: Host, seats: SubscriptionLimits, rows: RowCache, scope: Scope, receive: Receive) -> None:
+    def __init__(
+        self, host: Host, subscription_limits: SubscriptionLimits, run_cache: RunCache, scope: Scope, receive: Receive
+    ) -> None:
         self.host = host
-        self.seats = seats
-        self.rows = rows
+        self.subscription_limits = subscription_limits
+        self.run_cache = run_cache
         self.receive = receive
         self.method: str = scope["method"]
         self._headers: list[tuple[bytes, bytes]] = scope["headers"]
         self._query_token = redact_query(scope)
         self._query: bytes = scope.get("query_string", b"")
         self._parameters: dict[str, str] | None = None
-        self._seat = ""
+        self._body_token_id = ""
         self.claims: Claims | None = None
         """What the credential says, once it was verified."""
 
@@ -69,8 +71,8 @@ class Request:
         if credential or self.method != "GET":
             claims = self.host.tokens.authenticate(credential)
             if self.method in BODY_METHODS and not claims.secret:
-                self.seats.take_body(claims.token_id)
-                self._seat = claims.token_id
+                self.subscription_limits.acquire_body(claims.token_id)
+                self._body_token_id = claims.token_id
             return claims
         if self.host.tokens.is_secret(self._query_token):
             raise InvalidToken("the secret key must not stand in a URL; send it as `Authorization: Bearer …`")
@@ -81,11 +83,11 @@ class Request:
         """Whether its token is of a process that keeps its runs in its own memory, and not of this one."""
         return self.claims is not None and self.host.tokens.is_from_elsewhere(self.claims)
 
-    def leave_seat(self) -> None:
+    def release_body(self) -> None:
         """The request is answered."""
-        if self._seat:
-            self.seats.leave_body(self._seat)
-            self._seat = ""
+        if self._body_token_id:
+            self.subscription_limits.release_body(self._body_token_id)
+            self._body_token_id = ""
 
     @property
     def last_event_id(self) -> str | None:

@@ -94,7 +94,7 @@ class StreamSubscription(Subscription[LiveLog]):
     __slots__ = ("_after", "_comment", "_hides_error", "_key", "_latest", "_quiet", "_seen", "_seen_at", "_silence_s")
 
     def __init__(self, request: Request, claims: Claims, record: RunRecord, name: str, asked: AskedStream) -> None:
-        super().__init__(request.host, request.seats, claims, run_id=record.id, framing=asked.framing)
+        super().__init__(request.host, request.subscription_limits, claims, run_id=record.id, framing=asked.framing)
         self._key = StreamKey(record.id, name)
         self._after = asked.after
         self._latest = asked.latest

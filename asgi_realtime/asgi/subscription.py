@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 from starlette.responses import Response
 
-from asgi_realtime.asgi.answers import refusal
 from asgi_realtime.asgi.framing import NATIVE, Framing
 from asgi_realtime.asgi.host import Headers, Host, Receive, Scope, Send
+from asgi_realtime.asgi.responses import error_response
 from asgi_realtime.core.errors import BrokerUnavailable
 from asgi_realtime.core.log import End
 from asgi_realtime.loop.waiting import Guard, make_guard, make_waiter
@@ -80,7 +80,7 @@ class Leaving(Exception):
 
     def __init__(self, host: Host, *, events: bool) -> None:
         super().__init__()
-        self.answer = reconnect_response(host) if events else leaving_answer()
+        self.answer = reconnect_response(host) if events else shutdown_response()
 
 
 class Over(Exception):
@@ -100,9 +100,9 @@ def reconnect_response(host: Host) -> Response:
     return Response(NATIVE.preamble("connected") + _reconnect(NATIVE), headers=_head(NATIVE))
 
 
-def leaving_answer() -> Response:
+def shutdown_response() -> Response:
     """The answer to everybody else at a shutdown."""
-    return refusal(503, "server_shutdown", "the server is shutting down; try again")
+    return error_response(503, "server_shutdown", "the server is shutting down; try again")
 
 
 def _head(framing: Framing) -> dict[str, str]:
@@ -128,7 +128,7 @@ class Subscription(ABC, Generic[S]):
         "_waiter",
         "_phase",
         "_run_id",
-        "_seats",
+        "_subscription_limits",
         "_send",
         "_since",
         "_token_id",
@@ -137,10 +137,16 @@ class Subscription(ABC, Generic[S]):
     _send: Send
 
     def __init__(
-        self, host: Host, seats: SubscriptionLimits, claims: Claims, *, run_id: str = "", framing: Framing = NATIVE
+        self,
+        host: Host,
+        subscription_limits: SubscriptionLimits,
+        claims: Claims,
+        *,
+        run_id: str = "",
+        framing: Framing = NATIVE,
     ) -> None:
         self._host = host
-        self._seats: SubscriptionLimits | None = seats
+        self._subscription_limits: SubscriptionLimits | None = subscription_limits
         self._run_id = run_id
         self._token_id = "" if claims.secret else claims.token_id
         self._expires_at = claims.expires_at
@@ -157,9 +163,9 @@ class Subscription(ABC, Generic[S]):
         """More headers for the head, such as those of CORS."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        seats = self._seats
-        assert seats is not None, "a subscription answers once"
-        seats.take(self._run_id, self._token_id)
+        limits = self._subscription_limits
+        assert limits is not None, "a subscription answers once"
+        limits.acquire(self._run_id, self._token_id)
         self._send = send
         self._host.subscribers.add(self)
         self._alert = self._host.closing  # a shutdown that begins later calls `shut_down`
@@ -190,7 +196,7 @@ class Subscription(ABC, Generic[S]):
         finally:
             self._host.subscribers.discard(self)
             self._guard = None
-            self._leave_seat()
+            self._release()
 
     @abstractmethod
     def _open(self) -> AbstractAsyncContextManager[S]:
@@ -270,10 +276,10 @@ class Subscription(ABC, Generic[S]):
         if steady - self._since >= allowed_s and self._guard is not None:
             self._guard.cancel()
             # Not left to the loop: there are servers whose send() cannot be cancelled.
-            self._leave_seat()
+            self._release()
             self._host.subscribers.discard(self)
 
-    def _leave_seat(self) -> None:
-        seats, self._seats = self._seats, None
-        if seats is not None:
-            seats.leave(self._run_id, self._token_id)
+    def _release(self) -> None:
+        limits, self._subscription_limits = self._subscription_limits, None
+        if limits is not None:
+            limits.release(self._run_id, self._token_id)

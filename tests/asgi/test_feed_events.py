@@ -649,5 +649,5 @@ async def test_a_disconnect_leaves_nothing_behind(host: StandIn) -> None:
     async with host.broker.follow("tag:a") as topic:
         assert len(topic.waiting) == 0
     assert not host.subscribers
-    assert host.app._seats.taken == 0
+    assert host.app.subscription_limits.open == 0
     assert len(anyio.get_running_tasks()) == before

@@ -9,39 +9,39 @@ from asgi_realtime.core.errors import LimitExceeded
 
 
 def test_a_refused_seat_is_not_counted_anywhere() -> None:
-    seats = SubscriptionLimits(Limits(subscribers=3, subscribers_per_run=2, subscribers_per_token=1))
-    seats.take("run_1", "a")
+    counts = SubscriptionLimits(Limits(subscribers=3, subscribers_per_run=2, subscribers_per_token=1))
+    counts.acquire("run_1", "a")
     for run_id, token_id, limit in (("run_2", "a", 1), ("run_1", "a", 1)):
         with pytest.raises(LimitExceeded, match=f"limit {limit}") as refused:
-            seats.take(run_id, token_id)
+            counts.acquire(run_id, token_id)
         assert refused.value.status == 429
-    seats.take("run_1", "")
+    counts.acquire("run_1", "")
     with pytest.raises(LimitExceeded, match="this run has 2 open subscriptions, limit 2"):
-        seats.take("run_1", "b")
-    seats.take("", "b")
+        counts.acquire("run_1", "b")
+    counts.acquire("", "b")
     with pytest.raises(LimitExceeded, match="this server has 3"):
-        seats.take("", "c")
-    assert seats.taken == 3
+        counts.acquire("", "c")
+    assert counts.open == 3
 
 
 def test_what_is_left_is_forgotten() -> None:
-    seats = SubscriptionLimits(Limits(subscribers_per_run=1))
+    counts = SubscriptionLimits(Limits(subscribers_per_run=1))
     for number in range(5):
-        seats.take("run_1", str(number))
-        seats.leave("run_1", str(number))
-    assert seats.taken == 0
-    assert not seats._by_run and not seats._by_token
+        counts.acquire("run_1", str(number))
+        counts.release("run_1", str(number))
+    assert counts.open == 0
+    assert not counts._by_run and not counts._by_token
 
 
 def test_bodies_are_counted_by_token(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "MAX_BODIES_PER_TOKEN", 2)
-    seats = SubscriptionLimits(Limits())
-    seats.take_body("a")
-    seats.take_body("a")
-    seats.take_body("b")
+    counts = SubscriptionLimits(Limits())
+    counts.acquire_body("a")
+    counts.acquire_body("a")
+    counts.acquire_body("b")
     with pytest.raises(LimitExceeded, match="this token has 2 requests open") as refused:
-        seats.take_body("a")
+        counts.acquire_body("a")
     assert refused.value.status == 429
-    seats.leave_body("a")
-    seats.take_body("a")
-    assert seats.taken == 0
+    counts.release_body("a")
+    counts.acquire_body("a")
+    assert counts.open == 0

@@ -138,4 +138,4 @@ async def test_a_public_token_may_have_so_many_open_and_leaves_its_places(
             tasks.start_soon(again.run)
             await again.send(b'{"data": 1}', more=False)
     assert again.status == 200
-    assert not host.app._seats._bodies
+    assert not host.app.subscription_limits._bodies

@@ -475,7 +475,7 @@ async def test_a_run_that_never_comes_is_404_after_a_while(host: StandIn) -> Non
         response = await driver.request(host, "GET", PATH, headers=host.headers())
     assert response.status == 404
     assert not host.subscribers
-    assert host.app._seats.taken == 0
+    assert host.app.subscription_limits.open == 0
 
 
 async def test_waiting_for_a_run_ends_with_the_shutdown(host: StandIn) -> None:
@@ -568,7 +568,7 @@ async def test_a_reader_that_does_not_read_is_dropped_and_costs_nothing() -> Non
         host.tick(1)
         await anyio.wait_all_tasks_blocked()
         assert not host.subscribers
-        assert host.app._seats.taken == 0
+        assert host.app.subscription_limits.open == 0
         assert not response.ended  # a cut body: the client resumes
     await no_readers(host)
 
@@ -594,11 +594,11 @@ async def test_a_stalled_send_that_cannot_be_cancelled_gives_its_seat_back() -> 
         await anyio.wait_all_tasks_blocked()
         host.tick()
         host.tick(30)
-        assert host.app._seats.taken == 0
+        assert host.app.subscription_limits.open == 0
         release.set()
         await anyio.wait_all_tasks_blocked()
         assert not host.subscribers
-        assert host.app._seats.taken == 0
+        assert host.app.subscription_limits.open == 0
         tasks.cancel_scope.cancel()
 
 
@@ -636,7 +636,7 @@ async def no_readers(host: StandIn) -> None:
         assert live.readers == 1
         assert len(live.waiting) == 0
     assert not host.subscribers
-    assert host.app._seats.taken == 0
+    assert host.app.subscription_limits.open == 0
 
 
 async def test_a_disconnect_leaves_nothing_behind(host: StandIn) -> None:

@@ -13,10 +13,10 @@ import anyio.lowlevel
 import msgspec
 from starlette.responses import Response
 
-from asgi_realtime.asgi.answers import json_answer, json_bytes_answer
 from asgi_realtime.asgi.auth import authorise, batch_resources
 from asgi_realtime.asgi.host import Host
 from asgi_realtime.asgi.request import Request
+from asgi_realtime.asgi.responses import json_bytes_response, json_response
 from asgi_realtime.asgi.trigger_dev.batch_json import BatchRun, batch_json
 from asgi_realtime.asgi.trigger_dev.credentials import check_task, find_parent, handle_token, once
 from asgi_realtime.asgi.trigger_dev.ndjson import LineSplitter
@@ -93,7 +93,7 @@ async def create_batch(request: Request) -> Response:
     )
     told = {"id": batch.id, "runCount": batch.count, "isCached": batch.is_cached}
     headers = {"x-trigger-jwt": handle_token(request.host, claims, batch_scopes(batch.id))}
-    return json_answer(told, 202, headers)
+    return json_response(told, 202, headers)
 
 
 async def fill_batch(request: Request, batch_id: str) -> Response:
@@ -111,10 +111,10 @@ async def fill_batch(request: Request, batch_id: str) -> Response:
     items = await _prepared(request, claims, batch, lines)
     if len(items) < batch.count:
         missing = {"enqueuedCount": 0, "expectedCount": batch.count}
-        return json_answer({"id": batch_id, "itemsAccepted": 0, "itemsDeduplicated": 0, "sealed": False} | missing)
+        return json_response({"id": batch_id, "itemsAccepted": 0, "itemsDeduplicated": 0, "sealed": False} | missing)
     sealed = await batches.fill(batch_id, batch, items)
     told = {"id": batch_id, "itemsAccepted": sealed.accepted, "itemsDeduplicated": sealed.deduplicated}
-    return json_answer(told | {"sealed": True})
+    return json_response(told | {"sealed": True})
 
 
 def _check_may_batch(claims: Claims) -> None:
@@ -205,12 +205,12 @@ async def retrieve_batch(request: Request, batch_id: str) -> Response:
         found = await _load_runs(host, [change.run_id for change in changes.items])
         if not found:
             raise RunNotFound(f"no batch {shown(batch_id)}: it never was, or it is past its retention")
-        return json_bytes_answer(batch_json(batch_id, sorted(found.values(), key=lambda run: run.index)))
+        return json_bytes_response(batch_json(batch_id, sorted(found.values(), key=lambda run: run.index)))
     run_ids = known.run_ids(batch_id)
     found = await _load_runs(host, list(dict.fromkeys(run_ids)))
     last_id = known.last_id(batch_id)
     whole = known.sealed or last_id is None or last_id in found
-    return json_bytes_answer(
+    return json_bytes_response(
         batch_json(
             batch_id,
             [found[run_id] for run_id in run_ids if run_id in found],

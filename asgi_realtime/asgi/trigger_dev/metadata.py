@@ -9,9 +9,9 @@ from typing import Any
 import msgspec
 from starlette.responses import Response
 
-from asgi_realtime.asgi.answers import json_answer
 from asgi_realtime.asgi.auth import authorise, run_resources
 from asgi_realtime.asgi.request import Request
+from asgi_realtime.asgi.responses import json_response
 from asgi_realtime.asgi.trigger_dev.credentials import once, open_run
 from asgi_realtime.asgi.trigger_dev.run_requests import read_json
 from asgi_realtime.brokers.base import ChangeMark
@@ -104,7 +104,7 @@ async def retrieve_metadata(request: Request, run_id: str) -> Response:
     claims = request.authenticate()
     record = await request.host.runs.get(run_id)
     authorise(claims, "read", run_resources(record))
-    return json_answer({"metadata": {} if "metadata" in claims.skip_columns else record.metadata})
+    return json_response({"metadata": {} if "metadata" in claims.skip_columns else record.metadata})
 
 
 async def update_metadata(request: Request, run_id: str) -> Response:
@@ -126,7 +126,7 @@ async def update_metadata(request: Request, run_id: str) -> Response:
                 raise
         else:
             record = changed if run is record else record
-    return json_answer({"metadata": record.metadata})
+    return json_response({"metadata": record.metadata})
 
 
 async def _open_runs(request: Request, record: RunRecord, changes: dict[str, list[Operation]]) -> list[RunRecord]:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import msgspec
 from starlette.responses import Response
 
-from asgi_realtime.asgi.answers import error_answer, json_answer, json_bytes_answer
 from asgi_realtime.asgi.auth import authorise, run_resources
 from asgi_realtime.asgi.request import Request
+from asgi_realtime.asgi.responses import exception_response, json_bytes_response, json_response
 from asgi_realtime.asgi.trigger_dev.credentials import (
     check_task,
     find_parent,
@@ -60,7 +60,7 @@ async def trigger(request: Request, task_id: str) -> Response:
     prepared = tasks.prepare_json(task_id, payload, options, parent=parent, token_id=token_id)
     record, is_cached = await tasks.launcher.launch(prepared, once=request_is)
     token = handle_token(request.host, claims, granted(claims, record))
-    return json_answer({"id": record.id, "isCached": is_cached}, headers={"x-trigger-jwt": token})
+    return json_response({"id": record.id, "isCached": is_cached}, headers={"x-trigger-jwt": token})
 
 
 def parent_id(options: Options) -> str | None:
@@ -87,12 +87,12 @@ async def retrieve_run(request: Request, run_id: str) -> Response:
     except RunNotFound as exc:
         if request.is_from_elsewhere:
             raise
-        answer = error_answer(exc)
+        answer = exception_response(exc)
         if run_id in names(claims.scopes, "read", "runs"):  # it may be on its way to the broker: the client asks again
             answer.headers["x-should-retry"] = "true"
         return answer
     authorise(claims, "read", run_resources(record))
-    return json_bytes_answer(run_json(record, skip=claims.skip_columns))
+    return json_bytes_response(run_json(record, skip=claims.skip_columns))
 
 
 async def cancel_run(request: Request, run_id: str) -> Response:
@@ -100,7 +100,7 @@ async def cancel_run(request: Request, run_id: str) -> Response:
     record = await request.host.runs.get(run_id)
     authorise(claims, "write", [("runs", record.id)])
     await request.host.cancel(run_id)
-    return json_answer({"id": run_id})
+    return json_response({"id": run_id})
 
 
 async def add_tags(request: Request, run_id: str) -> Response:
@@ -109,4 +109,4 @@ async def add_tags(request: Request, run_id: str) -> Response:
     tags = check_tags(given, request.host.limits)
     check_tags((*record.tags, *tags), request.host.limits)
     changed = await request.host.runs.update(run_id, TagsAdded(tags))
-    return json_answer({"message": f"run {run_id} has {len(changed.tags)} tags"})
+    return json_response({"message": f"run {run_id} has {len(changed.tags)} tags"})

@@ -18,10 +18,10 @@ from typing import NamedTuple
 import anyio
 from starlette.responses import Response
 
-from asgi_realtime.asgi.answers import json_bytes_answer
 from asgi_realtime.asgi.feed_kinds import Admitted, Feed, admitted, newest, pages
 from asgi_realtime.asgi.request import EVENT_STREAM, Request
-from asgi_realtime.asgi.subscription import leaving_answer, until_disconnect
+from asgi_realtime.asgi.responses import json_bytes_response
+from asgi_realtime.asgi.subscription import shutdown_response, until_disconnect
 from asgi_realtime.asgi.trigger_dev import shapes
 from asgi_realtime.asgi.trigger_dev.shapes import ShapeCursor
 from asgi_realtime.brokers.base import LiveTopic
@@ -110,8 +110,8 @@ class ShapePoll:
     def __init__(self, request: Request, claims: Claims, feed: Feed, asked: AskedShape) -> None:
         host = request.host
         self._host = host
-        self._rows = request.rows
-        self._seats = request.seats
+        self._run_cache = request.run_cache
+        self._subscription_limits = request.subscription_limits
         self._receive = request.receive
         self._token_id = "" if claims.secret else claims.token_id
         self._expires_at = claims.expires_at
@@ -127,7 +127,7 @@ class ShapePoll:
 
     async def answer(self) -> Response:
         """Raises `ExpiredToken` once the token has expired, `BrokerUnavailable`, `LimitExceeded`."""
-        self._seats.take(self._feed.run_id, self._token_id)
+        self._subscription_limits.acquire(self._feed.run_id, self._token_id)
         self._host.subscribers.add(self)
         try:
             with self._interrupt:
@@ -138,8 +138,8 @@ class ShapePoll:
                     return await self._find(topic)
         finally:
             self._host.subscribers.discard(self)
-            self._seats.leave(self._feed.run_id, self._token_id)
-        return leaving_answer()  # or the client has left, and hears nothing
+            self._subscription_limits.release(self._feed.run_id, self._token_id)
+        return shutdown_response()  # or the client has left, and hears nothing
 
     async def _find(self, topic: LiveTopic) -> Response:
         asked = self._asked
@@ -170,14 +170,14 @@ class ShapePoll:
         return await topic.changes(cursor, limit=self._host.limits.topic_runs)
 
     async def _snapshot(self, changes: Changes) -> Response:
-        found = await newest(self._feed, self._rows, changes.items, limit=self._host.limits.feed_runs)
+        found = await newest(self._feed, self._run_cache, changes.items, limit=self._host.limits.feed_runs)
         return self._answer(found, changes.cursor)
 
     async def _found(self, changes: Changes) -> list[Admitted]:
         """The changes that are of this feed, at least as many as go into one answer."""
         found: list[Admitted] = []
         for page in pages(changes.items):
-            found += await admitted(self._feed, self._rows, page)
+            found += await admitted(self._feed, self._run_cache, page)
             if len(found) > MAX_ROWS:
                 break
         return found
@@ -196,7 +196,7 @@ class ShapePoll:
     def _verdict(self, cursor: Cursor) -> Response | None:
         """The answer to a poll that there is nothing for, unless it is to be held on."""
         if self._host.closing:
-            return leaving_answer()
+            return shutdown_response()
         if self._host.clock() >= self._expires_at:
             raise ExpiredToken("token has expired")
         return None if self._asked.live and not self._is_held_long else self._answer([], cursor)
@@ -208,12 +208,12 @@ class ShapePoll:
         for change, record in found:
             if size >= MAX_BYTES or len(rows) == MAX_ROWS:
                 break
-            rows.append(self._rows.encoded(record, shapes.row, self._skip))
+            rows.append(self._run_cache.encoded(record, shapes.row, self._skip))
             size += len(rows[-1])
             position = change.position
         if len(rows) < len(found):
             cursor = Cursor(cursor.epoch, position)
-        return json_bytes_answer(shapes.body(rows), headers=self._headers(cursor))
+        return json_bytes_response(shapes.body(rows), headers=self._headers(cursor))
 
     def _headers(self, cursor: Cursor) -> dict[str, str]:
         """What the clients require, and that the answer is complete in itself: else they ask once more, for nothing."""
@@ -228,7 +228,7 @@ class ShapePoll:
 
     def _must_refetch(self, changes: Changes) -> Response:
         handle = ShapeCursor(changes.cursor.epoch, self._feed.floor_ms, 0).handle
-        return json_bytes_answer(shapes.MUST_REFETCH, 409, {"electric-handle": handle})
+        return json_bytes_response(shapes.MUST_REFETCH, 409, {"electric-handle": handle})
 
     # What the host calls
 

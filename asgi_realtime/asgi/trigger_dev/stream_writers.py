@@ -14,10 +14,10 @@ import anyio.lowlevel
 import msgspec
 from starlette.responses import Response
 
-from asgi_realtime.asgi.answers import json_answer, refusal
 from asgi_realtime.asgi.auth import authorise
 from asgi_realtime.asgi.host import Host
 from asgi_realtime.asgi.request import REQUEST_KEY, Request
+from asgi_realtime.asgi.responses import error_response, json_response
 from asgi_realtime.asgi.trigger_dev.credentials import require_secret
 from asgi_realtime.asgi.trigger_dev.ndjson import LineSplitter
 from asgi_realtime.brokers.base import Producer, StreamKey
@@ -56,7 +56,7 @@ async def create_stream(request: Request, run_id: str, target: str, key: str) ->
         raise _over(record)
 
     await request.host.runs.add_stream(stream)
-    return json_answer({"version": "v1"}, 202)  # "v1" tells the client to write here and not to an S2 store
+    return json_response({"version": "v1"}, 202)  # "v1" tells the client to write here and not to an S2 store
 
 
 async def write_stream(request: Request, run_id: str, target: str, key: str) -> Response:
@@ -68,7 +68,7 @@ async def write_stream(request: Request, run_id: str, target: str, key: str) -> 
         raise _over(record)  # at once; one that is done may hear that everything is stored
 
     body = _Body(host, record, stream, producer, start)
-    request.seats.take(record.id, "")
+    request.subscription_limits.acquire(record.id, "")
     try:
         await host.runs.add_stream(stream)
         await body.read(request)
@@ -76,10 +76,10 @@ async def write_stream(request: Request, run_id: str, target: str, key: str) -> 
         # Of a failure that it does not take for final the client asks by HEAD where to go on. 503 is such a one, and so
         # it sends again what it has and the broker has not, as after a failover. 409 would end the writer.
         told = f"chunk {body.index} cannot follow: of this writer {gap.expected} are stored; go on from there"
-        return refusal(503, gap.code, told)
+        return error_response(503, gap.code, told)
     finally:
-        request.seats.leave(record.id, "")
-    return json_answer({"ok": True})
+        request.subscription_limits.release(record.id, "")
+    return json_response({"ok": True})
 
 
 async def last_index(request: Request, run_id: str, target: str, key: str) -> Response:
@@ -256,7 +256,7 @@ async def _append_once(request: Request, record: RunRecord, key: StreamKey, item
             break
     await request.host.runs.add_stream(key)
     await _append(request.host, record, key, [item], Producer(producer, 0))
-    return json_answer({"ok": True})
+    return json_response({"ok": True})
 
 
 async def _append(host: Host, record: RunRecord, key: StreamKey, items: Sequence[bytes], producer: Producer) -> None:

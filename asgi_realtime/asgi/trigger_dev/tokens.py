@@ -10,8 +10,8 @@ import re
 import msgspec
 from starlette.responses import Response
 
-from asgi_realtime.asgi.answers import json_answer
 from asgi_realtime.asgi.request import Request
+from asgi_realtime.asgi.responses import json_response
 from asgi_realtime.asgi.trigger_dev.credentials import require_secret
 from asgi_realtime.asgi.trigger_dev.run_requests import read_json
 from asgi_realtime.core.config import parse_span
@@ -46,7 +46,7 @@ class PublicToken(msgspec.Struct, rename="camel"):
 async def jwt_claims(request: Request) -> Response:
     """What a token of ours says besides its scopes and times. The body is of no meaning."""
     require_secret(request.authenticate(), "signing tokens")
-    return json_answer({"sub": SUBJECT, "pub": True})
+    return json_response({"sub": SUBJECT, "pub": True})
 
 
 async def public_token(request: Request) -> Response:
@@ -59,7 +59,7 @@ async def public_token(request: Request) -> Response:
         own_id=True,
         skip_columns=check_columns(wanted.realtime.skip_columns if wanted.realtime else ()),
     )
-    return json_answer({"token": token})
+    return json_response({"token": token})
 
 
 def _expires_in_s(time: str | int | float | None, request: Request) -> float:

@@ -312,7 +312,7 @@ async def test_a_held_poll_ends_when_its_client_leaves(host: StandIn) -> None:
             await host.one_subscriber()
             gone.set()
     assert not host.subscribers
-    assert not host.app._seats.taken
+    assert not host.app.subscription_limits.open
 
 
 async def test_a_shutdown_answers_held_polls_with_503(host: StandIn) -> None:

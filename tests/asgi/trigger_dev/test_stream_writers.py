@@ -542,8 +542,8 @@ async def gone(host: Host) -> None:
     assert not host.subscribers
     app = host.app if isinstance(host, StandIn) else host._app
     assert isinstance(app, RealtimeApp)
-    seats = app._seats
-    assert (seats.taken, seats._by_run, seats._by_token) == (0, {}, {})
+    counts = app.subscription_limits
+    assert (counts.open, counts._by_run, counts._by_token) == (0, {}, {})
 
 
 async def test_the_shutdown_ends_an_idle_writer_at_once(host: StandIn) -> None:
@@ -638,7 +638,7 @@ async def test_a_writer_that_is_silent_for_long_is_to_come_again(host: StandIn) 
     await gone(host)
 
 
-async def test_writers_take_seats_and_leave_them() -> None:
+async def test_writers_count_as_subscriptions_while_they_are_open() -> None:
     host = StandIn(limits=Limits(subscribers=2, subscribers_per_run=1))
     for number in range(1, 4):
         await host.create(f"run_{number}")

@@ -36,7 +36,7 @@ class _Row:
         self.size = _ROW_BYTES + len(record.payload_json or b"") + len(record.output_json or b"")
 
 
-class RowCache:
+class RunCache:
     """The newest rows by run, at most `max_rows` of them and at most `MAX_BYTES`, roughly; the least used go first."""
 
     def __init__(self, runs: Runs, *, max_rows: int = MAX_ROWS) -> None:

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import msgspec
 import pytest
 
-from asgi_realtime.asgi import rows
-from asgi_realtime.asgi.rows import RowCache
+from asgi_realtime.asgi import run_cache
+from asgi_realtime.asgi.run_cache import RunCache
 from asgi_realtime.asgi.trigger_dev import shapes
 from asgi_realtime.core.run_json import run_json
 from asgi_realtime.core.runs import RunRecord, Status
@@ -48,7 +48,7 @@ def change(run_id: str, version: int) -> Change:
 
 async def test_a_version_is_loaded_once() -> None:
     runs = Runs()
-    cache = RowCache(runs, max_rows=10)
+    cache = RunCache(runs, max_rows=10)
     first = runs.put("a", 1)
     assert await cache.records([change("a", 1), change("gone", 1)]) == [first, None]
     assert await cache.records([change("a", 1)]) == [first]
@@ -63,7 +63,7 @@ async def test_a_version_is_loaded_once() -> None:
 
 async def test_a_form_is_of_the_record_that_is_asked_for() -> None:
     runs = Runs()
-    cache = RowCache(runs, max_rows=10)
+    cache = RunCache(runs, max_rows=10)
     first = runs.put("a", 1)
     await cache.records([change("a", 1)])
     assert cache.encoded(first, run_json) is cache.encoded(first, run_json)
@@ -73,7 +73,7 @@ async def test_a_form_is_of_the_record_that_is_asked_for() -> None:
 
 async def test_each_form_is_encoded_once_and_counted() -> None:
     runs = Runs()
-    cache = RowCache(runs, max_rows=10)
+    cache = RunCache(runs, max_rows=10)
     record = runs.put("a", 1, b'"text"')
     await cache.records([change("a", 1)])
     before = cache._size
@@ -86,7 +86,7 @@ async def test_each_form_is_encoded_once_and_counted() -> None:
 
 async def test_only_a_few_forms_of_a_row_are_kept() -> None:
     runs = Runs()
-    cache = RowCache(runs, max_rows=10)
+    cache = RunCache(runs, max_rows=10)
     record = runs.put("a", 1)
     await cache.records([change("a", 1)])
     for number in range(10):
@@ -96,7 +96,7 @@ async def test_only_a_few_forms_of_a_row_are_kept() -> None:
 
 async def test_the_least_used_go_first() -> None:
     runs = Runs()
-    cache = RowCache(runs, max_rows=2)
+    cache = RunCache(runs, max_rows=2)
     for run_id in "abc":
         runs.put(run_id, 1)
     await cache.records([change("a", 1), change("b", 1)])
@@ -108,9 +108,9 @@ async def test_the_least_used_go_first() -> None:
 
 
 async def test_bytes_are_bounded_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rows, "MAX_BYTES", 100_000)
+    monkeypatch.setattr(run_cache, "MAX_BYTES", 100_000)
     runs = Runs()
-    cache = RowCache(runs, max_rows=1000)
+    cache = RunCache(runs, max_rows=1000)
     for number in range(10):
         runs.put(str(number), 1, b'"%b"' % (b"x" * 20_000))
         await cache.records([change(str(number), 1)])
@@ -124,7 +124,7 @@ async def test_bytes_are_bounded_too(monkeypatch: pytest.MonkeyPatch) -> None:
 
 async def test_a_slower_load_does_not_put_an_older_version_back() -> None:
     runs = Runs()
-    cache = RowCache(runs, max_rows=10)
+    cache = RunCache(runs, max_rows=10)
     old = runs.put("a", 1)
 
     class Racing(Runs):
