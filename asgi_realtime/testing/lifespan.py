@@ -10,9 +10,10 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import anyio
+from starlette.types import Message
 
 from asgi_realtime.loop.supervisor import Supervisor, is_failure
-from asgi_realtime.testing.driver import LEAVE_S, App, Message, at_most
+from asgi_realtime.testing.driver import LEAVE_S, App, at_most
 
 
 class Lifespan:

@@ -6,15 +6,15 @@ import json
 from typing import Any
 
 from asgi_realtime import Realtime
-from asgi_realtime.testing import driver
+from asgi_realtime.testing import AsgiClient, Response
 from tests.inprocess import SECRET, make_realtime
 
 
 class Answer:
     """An answer, with its JSON."""
 
-    def __init__(self, response: driver.Response) -> None:
-        self.status = response.status
+    def __init__(self, response: Response) -> None:
+        self.status = response.status_code
         self.headers = response.headers
         self.json: Any = json.loads(response.body)
 
@@ -37,7 +37,7 @@ async def call(
     if key is not None:
         headers["x-trigger-request-idempotency-key"] = key
     data = body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
-    return Answer(await driver.request(app, method, path, headers=headers, body=data))
+    return Answer(await AsgiClient(app).request(method, path, headers=headers, body=data))
 
 
 async def trigger(

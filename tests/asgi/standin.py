@@ -7,6 +7,7 @@ from itertools import count
 from typing import Any, TypeVar, cast
 
 import anyio.lowlevel
+from starlette.types import Receive, Scope, Send
 
 from asgi_realtime.asgi.app import RealtimeApp
 from asgi_realtime.asgi.host import Subscriber
@@ -31,7 +32,6 @@ from asgi_realtime.core.runs import (
 )
 from asgi_realtime.loop.retry import Retry
 from asgi_realtime.tasks.registry import Tasks
-from asgi_realtime.testing.driver import Receive, Scope, Send
 from asgi_realtime.tokens import TokenAuthority
 
 SECRET = "a secret that is long enough for the tests"

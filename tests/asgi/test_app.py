@@ -12,7 +12,8 @@ from asgi_realtime.asgi.host import Host
 from asgi_realtime.asgi.routes import Endpoint
 from asgi_realtime.core.config import Cors
 from asgi_realtime.core.errors import BrokerUnavailable, InvalidConfiguration, ServerShutdown
-from asgi_realtime.testing import driver
+from asgi_realtime.testing import AsgiClient
+from asgi_realtime.testing.driver import make_scope
 from tests.asgi.standin import SECRET, StandIn
 
 pytestmark = pytest.mark.anyio
@@ -32,8 +33,8 @@ async def test_the_real_thing_is_a_host() -> None:
         await realtime.append("a", run=run)
         token = realtime.create_public_token(scopes={"read": {"runs": [run.id]}})
         headers = {"authorization": f"Bearer {token}"}
-        async with driver.stream(realtime, "GET", f"/v1/streams/{run.id}/default", headers=headers) as response:
-            assert response.status == 200
+        async with AsgiClient(realtime).stream(f"/v1/streams/{run.id}/default", headers=headers) as response:
+            assert response.status_code == 200
             (event,) = await response.read_until("message")
             assert event.data == '"a"'
             realtime.begin_shutdown()
@@ -45,8 +46,8 @@ async def test_the_real_thing_is_a_host() -> None:
 
 @pytest.mark.parametrize("path", ["/", "/realtime", "/v2/runs/run_1", "/favicon.ico", "/v1/streams/run_1/a/b/c"])
 async def test_an_unknown_path_is_404(host: StandIn, path: str) -> None:
-    response = await driver.request(host, "GET", path)
-    assert response.status == 404
+    response = await AsgiClient(host).get(path)
+    assert response.status_code == 404
     assert json.loads(response.body)["code"] == "not_found"
     assert response.headers["content-type"] == "application/json"
     assert response.headers["access-control-allow-origin"] == "*"
@@ -65,8 +66,8 @@ async def test_an_unknown_path_is_404(host: StandIn, path: str) -> None:
 async def test_a_wrong_method_is_405_with_those_that_are_allowed(
     host: StandIn, method: str, path: str, allow: str
 ) -> None:
-    response = await driver.request(host, method, path)
-    assert response.status == 405
+    response = await AsgiClient(host).request(method, path)
+    assert response.status_code == 405
     assert response.headers["allow"] == allow
     assert response.headers["access-control-allow-origin"] == "*"
 
@@ -74,11 +75,9 @@ async def test_a_wrong_method_is_405_with_those_that_are_allowed(
 async def test_without_the_api_everything_under_it_is_404() -> None:
     host = StandIn(api=False)
     await host.create()
-    assert (await driver.request(host, "GET", "/api/v3/runs/run_1", headers=host.headers())).status == 404
-    assert (
-        await driver.request(host, "POST", "/api/v2/runs/run_1/cancel", headers=host.headers("admin"))
-    ).status == 404
-    assert (await driver.request(host, "GET", "/v1/health")).status == 200
+    assert (await AsgiClient(host).get("/api/v3/runs/run_1", headers=host.headers())).status_code == 404
+    assert (await AsgiClient(host).post("/api/v2/runs/run_1/cancel", headers=host.headers("admin"))).status_code == 404
+    assert (await AsgiClient(host).get("/v1/health")).status_code == 200
 
 
 async def test_an_unexpected_error_is_a_500_that_tells_nothing(
@@ -88,20 +87,20 @@ async def test_an_unexpected_error_is_a_500_that_tells_nothing(
         raise ValueError("password=1234")
 
     monkeypatch.setattr(host, "get", get)
-    response = await driver.request(host, "GET", STREAM, headers=host.headers())
-    assert response.status == 500
+    response = await AsgiClient(host).get(STREAM, headers=host.headers())
+    assert response.status_code == 500
     assert json.loads(response.body) == {"error": "internal error", "code": "internal"}
     assert response.headers["access-control-allow-origin"] == "*"
     assert "password=1234" in caplog.text
     host.debug = True
-    response = await driver.request(host, "GET", STREAM, headers=host.headers())
+    response = await AsgiClient(host).get(STREAM, headers=host.headers())
     assert "password=1234" in json.loads(response.body)["error"]
 
 
 async def test_a_broker_that_is_away_is_503_and_no_noise(host: StandIn, caplog: pytest.LogCaptureFixture) -> None:
     host.start_error = BrokerUnavailable("the broker does not answer")
-    response = await driver.request(host, "GET", STREAM, headers=host.headers())
-    assert response.status == 503
+    response = await AsgiClient(host).get(STREAM, headers=host.headers())
+    assert response.status_code == 503
     assert json.loads(response.body)["code"] == "broker_unavailable"
     assert not caplog.records
 
@@ -110,18 +109,18 @@ async def test_a_broker_that_is_away_is_503_and_no_noise(host: StandIn, caplog: 
 async def test_an_event_source_comes_back_to_a_broker_that_is_away(host: StandIn, path: str) -> None:
     """After a 503 it never did, and the page stood still when the broker was there again."""
     host.start_error = BrokerUnavailable("the broker does not answer")
-    async with driver.stream(host, "GET", path, headers=host.feed_headers()) as response:
-        assert response.status == 200
+    async with AsgiClient(host).stream(path, headers=host.feed_headers()) as response:
+        assert response.status_code == 200
         assert [event.event for event in await response.read_all_events()] == ["reconnect"]
     official = {**host.feed_headers(), "trigger-version": "4.8.3"}  # it takes a clean end for a complete stream
-    assert (await driver.request(host, "GET", path, headers=official)).status == 503
+    assert (await AsgiClient(host).get(path, headers=official)).status_code == 503
 
 
 async def test_a_start_that_fails_is_503_without_its_words(host: StandIn, caplog: pytest.LogCaptureFixture) -> None:
     """A broker that could not be entered gave 500, so that clients took it for a bug and did not try again."""
     host.start_error = OSError("no route to 10.0.0.1")
-    response = await driver.request(host, "GET", STREAM, headers=host.headers())
-    assert response.status == 503
+    response = await AsgiClient(host).get(STREAM, headers=host.headers())
+    assert response.status_code == 503
     assert json.loads(response.body) == {"error": "the server could not start; try later", "code": "broker_unavailable"}
     assert "10.0.0.1" in caplog.text
 
@@ -133,8 +132,8 @@ async def test_a_send_that_fails_does_not_escape(host: StandIn) -> None:
     async def send(message: Any) -> None:
         raise OSError("gone")
 
-    await host(driver.make_scope("GET", "/v1/health"), never, send)
-    await host(driver.make_scope("GET", STREAM), never, send)
+    await host(make_scope("GET", "/v1/health"), never, send)
+    await host(make_scope("GET", STREAM), never, send)
 
 
 async def test_a_204_that_cannot_be_sent_is_not_answered_again(host: StandIn) -> None:
@@ -150,7 +149,7 @@ async def test_a_204_that_cannot_be_sent_is_not_answered_again(host: StandIn) ->
         sent.append(message)
         raise RuntimeError("the server refuses")
 
-    await host(driver.make_scope("GET", STREAM, headers=host.headers(last_event_id="7")), never, send)
+    await host(make_scope("GET", STREAM, headers=host.headers(last_event_id="7")), never, send)
     assert [message.get("status") for message in sent] == [204]
 
 
@@ -179,8 +178,8 @@ async def test_an_error_does_not_repeat_a_request_of_any_length(
 ) -> None:
     """A run id of 60 KB came back whole in the error, and so into the logs and pages that show it."""
     host.runs.get = Realtime(secret_key=SECRET).runs.get  # type: ignore[method-assign]  # with its own words
-    response = await driver.request(host, method, path, query=query, headers=host.feed_headers("read:runs:run_1"))
-    assert response.status >= 400
+    response = await AsgiClient(host).request(method, path, query=query, headers=host.feed_headers("read:runs:run_1"))
+    assert response.status_code >= 400
     assert len(response.body) < 300
 
 
@@ -191,14 +190,14 @@ async def test_a_token_in_the_query_is_taken_on_get_and_redacted_in_place(host: 
     await host.create()
     token = host.token()
     query = f"a=1&access_token={token}&last_event_id=0"
-    async with driver.stream(host, "GET", STREAM, query=query) as response:
-        assert response.status == 200
+    async with AsgiClient(host).stream(STREAM, query=query) as response:
+        assert response.status_code == 200
         assert response.scope["query_string"] == b"a=1&access_token=REDACTED&last_event_id=0"
 
 
 async def test_a_token_is_redacted_in_refused_requests_too(host: StandIn) -> None:
     for method, path in (("GET", STREAM), ("POST", STREAM), ("GET", "/nowhere"), ("OPTIONS", STREAM)):
-        response = await driver.request(host, method, path, query="access_token=abc")
+        response = await AsgiClient(host).request(method, path, query="access_token=abc")
         assert response.scope["query_string"] == b"access_token=REDACTED"
         assert b"abc" not in response.body
 
@@ -206,23 +205,23 @@ async def test_a_token_is_redacted_in_refused_requests_too(host: StandIn) -> Non
 async def test_a_token_in_the_query_is_not_taken_on_post(host: StandIn) -> None:
     await host.create()
     query = {"access_token": host.token("write:all")}
-    response = await driver.request(host, "POST", "/v1/streams/run_1/input/a", query=query, body=b'{"data":1}')
-    assert response.status == 401
+    response = await AsgiClient(host).post("/v1/streams/run_1/input/a", query=query, body=b'{"data":1}')
+    assert response.status_code == 401
 
 
 async def test_the_header_wins_over_the_query(host: StandIn) -> None:
     await host.create()
     good, bad = host.token(), host.token("read:runs:run_2")
     headers = {"authorization": f"Bearer {bad}"}
-    response = await driver.request(host, "GET", STREAM, headers=headers, query={"access_token": good})
-    assert response.status == 403
+    response = await AsgiClient(host).get(STREAM, headers=headers, query={"access_token": good})
+    assert response.status_code == 403
 
 
 @pytest.mark.parametrize("credential", ["", "Bearer", "Bearer ", "Bearer abc", "Basic abc", "Bearer a.b.c", "Bearer ä"])
 async def test_a_malformed_credential_is_401(host: StandIn, credential: str) -> None:
     await host.create()
-    response = await driver.request(host, "GET", STREAM, headers={"authorization": credential})
-    assert response.status == 401
+    response = await AsgiClient(host).get(STREAM, headers={"authorization": credential})
+    assert response.status_code == 401
     assert response.headers["access-control-allow-origin"] == "*"
 
 
@@ -230,11 +229,11 @@ async def test_foreign_and_expired_tokens_are_401(host: StandIn) -> None:
     await host.create()
     expired = host.headers()
     host.now += 901
-    response = await driver.request(host, "GET", STREAM, headers=expired)
-    assert (response.status, json.loads(response.body)["code"]) == (401, "token_expired")
+    response = await AsgiClient(host).get(STREAM, headers=expired)
+    assert (response.status_code, json.loads(response.body)["code"]) == (401, "token_expired")
     foreign = Realtime(secret_key="another secret, which is long enough").create_public_token(scopes=["read:runs"])
-    response = await driver.request(host, "GET", STREAM, headers={"authorization": f"Bearer {foreign}"})
-    assert (response.status, json.loads(response.body)["code"]) == (401, "invalid_token")
+    response = await AsgiClient(host).get(STREAM, headers={"authorization": f"Bearer {foreign}"})
+    assert (response.status_code, json.loads(response.body)["code"]) == (401, "invalid_token")
 
 
 # CORS
@@ -247,8 +246,8 @@ async def test_a_preflight_is_answered_before_anything_else(host: StandIn) -> No
         "access-control-request-method": "GET",
         "access-control-request-headers": "authorization,last-event-id",
     }
-    response = await driver.request(host, "OPTIONS", STREAM, headers=headers)
-    assert (response.status, response.body) == (204, b"")
+    response = await AsgiClient(host).request("OPTIONS", STREAM, headers=headers)
+    assert (response.status_code, response.body) == (204, b"")
     assert response.headers["access-control-allow-origin"] == "*"
     assert response.headers["access-control-allow-headers"] == "authorization,last-event-id"
     assert response.headers["access-control-allow-methods"] == "GET, HEAD, POST, PUT"
@@ -261,26 +260,26 @@ async def test_only_listed_origins_may_read() -> None:
     await host.create()
     preflight = {"access-control-request-method": "GET", "access-control-request-headers": "authorization"}
     for origin, allowed in (("https://b.example", "https://b.example"), ("https://evil.example", None), ("null", None)):
-        response = await driver.request(host, "OPTIONS", STREAM, headers={"origin": origin, **preflight})
+        response = await AsgiClient(host).request("OPTIONS", STREAM, headers={"origin": origin, **preflight})
         assert response.headers.get("access-control-allow-origin") == allowed
         assert "Origin" in response.headers["vary"]
-        async with driver.stream(host, "GET", STREAM, headers=host.headers(origin=origin)) as answer:
+        async with AsgiClient(host).stream(STREAM, headers=host.headers(origin=origin)) as answer:
             assert answer.headers.get("access-control-allow-origin") == allowed
             assert answer.headers["vary"] == "Origin"
-    response = await driver.request(host, "GET", "/v1/health")
+    response = await AsgiClient(host).get("/v1/health")
     assert response.headers["vary"] == "Origin"
 
 
 async def test_without_cors_there_are_no_headers_and_no_preflight() -> None:
     host = StandIn()
     headers = {"origin": "https://app.example", "access-control-request-method": "GET"}
-    response = await driver.request(host, "OPTIONS", STREAM, headers=headers)
-    assert response.status == 405
+    response = await AsgiClient(host).request("OPTIONS", STREAM, headers=headers)
+    assert response.status_code == 405
     assert not [name for name in response.headers if name.startswith("access-control")]
 
 
 async def test_what_pages_have_to_read_is_exposed(host: StandIn) -> None:
-    response = await driver.request(host, "GET", "/v1/health")
+    response = await AsgiClient(host).get("/v1/health")
     exposed = response.headers["access-control-expose-headers"].split(", ")
     assert {"electric-handle", "electric-offset", "electric-schema", "electric-cursor"} <= set(exposed)
     assert {"x-trigger-jwt", "x-stream-version", "x-ratelimit-reset", "x-should-retry"} <= set(exposed)
@@ -333,16 +332,16 @@ async def test_a_stop_that_fails_is_told_to_the_server(host: StandIn, caplog: py
 
 async def test_a_secret_key_in_a_url_is_refused(host: StandIn) -> None:
     await host.create()
-    response = await driver.request(host, "GET", "/api/v3/runs/run_1", query={"access_token": SECRET})
-    assert response.status == 401
+    response = await AsgiClient(host).get("/api/v3/runs/run_1", query={"access_token": SECRET})
+    assert response.status_code == 401
     assert "must not stand in a URL" in json.loads(response.body)["error"]
     assert SECRET not in response.body.decode()
 
 
 async def test_no_answer_to_head_has_a_body_whatever_it_says(host: StandIn) -> None:
     for path, status in (("/v1/health", 200), ("/v1/streams/run_1/self/default", 401), ("/v1/runs", 405)):
-        response = await driver.request(host, "HEAD", path)
-        assert (response.status, response.body) == (status, b"")
+        response = await AsgiClient(host).request("HEAD", path)
+        assert (response.status_code, response.body) == (status, b"")
         assert int(response.headers["content-length"]) > 0
 
 
@@ -350,6 +349,6 @@ async def test_a_stop_under_a_request_is_no_bug_and_is_not_logged_as_one(
     host: StandIn, caplog: pytest.LogCaptureFixture
 ) -> None:
     host.start_error = ServerShutdown("stopped")
-    response = await driver.request(host, "GET", "/v1/runs", headers=host.headers())
-    assert response.status == 503
+    response = await AsgiClient(host).get("/v1/runs", headers=host.headers())
+    assert response.status_code == 503
     assert not [record for record in caplog.records if record.levelname == "ERROR"]

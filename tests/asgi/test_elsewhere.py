@@ -12,7 +12,7 @@ from asgi_realtime import Realtime
 from asgi_realtime.asgi.app import KEPT_ELSEWHERE
 from asgi_realtime.brokers.memory import MemoryBroker
 from asgi_realtime.runs.handles import RunHandle
-from asgi_realtime.testing import driver
+from asgi_realtime.testing import AsgiClient
 from tests.inprocess import GUARD_S, SECRET, make_realtime
 
 pytestmark = pytest.mark.anyio
@@ -22,8 +22,8 @@ REFUSED = {"error": KEPT_ELSEWHERE, "code": "run_kept_elsewhere"}
 
 async def refused(realtime: Realtime, method: str, path: str, token: str) -> dict[str, Any]:
     headers = {"authorization": f"Bearer {token}", "accept": "text/event-stream"}
-    response = await driver.request(realtime, method, path, headers=headers)
-    assert response.status == 404
+    response = await AsgiClient(realtime).request(method, path, headers=headers)
+    assert response.status_code == 404
     answer: dict[str, Any] = json.loads(response.body)
     return answer
 
@@ -70,8 +70,8 @@ async def test_a_run_that_is_here_is_read_with_any_token() -> None:
     async with make_realtime(broker=broker) as again:
         for token in (handle.public_access_token, foreign):
             headers = {"authorization": f"Bearer {token}"}
-            response = await driver.request(again, "GET", f"/v1/streams/{handle.id}/default", headers=headers)
-            assert response.status == 200
+            response = await AsgiClient(again).get(f"/v1/streams/{handle.id}/default", headers=headers)
+            assert response.status_code == 200
 
 
 async def test_a_run_that_is_past_its_retention_here_is_not_said_to_be_elsewhere() -> None:
@@ -80,5 +80,5 @@ async def test_a_run_that_is_past_its_retention_here_is_not_said_to_be_elsewhere
         await realtime.broker.remove(handle.id)
         for path in (f"/api/v3/runs/{handle.id}", f"/v1/streams/{handle.id}/default"):
             headers = {"authorization": f"Bearer {realtime.create_public_token(scopes={'read': {'tags': ['x']}})}"}
-            response = await driver.request(realtime, "GET", path, headers=headers)
+            response = await AsgiClient(realtime).get(path, headers=headers)
             assert json.loads(response.body)["code"] == "run_not_found"

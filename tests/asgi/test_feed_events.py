@@ -12,8 +12,7 @@ from asgi_realtime.core.metadata import Set
 from asgi_realtime.core.run_json import run_json
 from asgi_realtime.core.runs import BatchMember, MetadataChanged, RunChange, RunRecord, Started, Status, TagsAdded
 from asgi_realtime.core.topics import Cursor
-from asgi_realtime.testing import driver
-from asgi_realtime.testing.sse import Event
+from asgi_realtime.testing import AsgiClient, Event
 from tests.asgi.standin import StandIn
 
 pytestmark = pytest.mark.anyio
@@ -45,8 +44,8 @@ def progress(value: float) -> RunChange:
 
 async def test_a_run_feed_on_the_wire(host: StandIn) -> None:
     await host.create()
-    async with driver.stream(host, "GET", RUN, headers=host.feed_headers()) as response:
-        assert response.status == 200
+    async with AsgiClient(host).stream(RUN, headers=host.feed_headers()) as response:
+        assert response.status_code == 200
         assert response.headers["content-type"].startswith("text/event-stream")
         assert (await response.chunk()).startswith(b"retry: 1000\n\n: ")
         snapshot = await response.chunk()
@@ -65,7 +64,7 @@ async def test_a_run_feed_on_the_wire(host: StandIn) -> None:
 
 async def test_each_change_is_told_with_its_id(host: StandIn) -> None:
     await host.create(executing=False)
-    async with driver.stream(host, "GET", RUN, headers=host.feed_headers()) as response:
+    async with AsgiClient(host).stream(RUN, headers=host.feed_headers()) as response:
         snapshot = await response.read_until("ready")
         assert [event.id for event in snapshot] == [None, snapshot[-1].id]
         await host.change("run_1", progress(0.5))
@@ -81,7 +80,7 @@ async def test_each_change_is_told_with_its_id(host: StandIn) -> None:
 async def test_a_run_that_is_over_gives_its_state_and_ends(host: StandIn) -> None:
     await host.create()
     await host.finish(status=Status.FAILED, error="no luck")
-    async with driver.stream(host, "GET", RUN, headers=host.feed_headers()) as response:
+    async with AsgiClient(host).stream(RUN, headers=host.feed_headers()) as response:
         events = await response.read_all_events()
     assert kinds(events) == ["run", "ready", "end"]
     assert json.loads(events[-1].data) == {"reason": "failed", "error": "no luck"}
@@ -90,24 +89,24 @@ async def test_a_run_that_is_over_gives_its_state_and_ends(host: StandIn) -> Non
 async def test_coming_back_behind_the_end_is_204(host: StandIn) -> None:
     await host.create()
     await host.finish()
-    async with driver.stream(host, "GET", RUN, headers=host.feed_headers()) as response:
+    async with AsgiClient(host).stream(RUN, headers=host.feed_headers()) as response:
         await response.read_all_events()
         last = response.last_event_id
     assert last
-    again = await driver.request(host, "GET", RUN, headers=host.feed_headers(last_event_id=last))
-    assert again.status == 204
-    again = await driver.request(host, "GET", RUN, headers=host.feed_headers(), query={"last_event_id": last})
-    assert again.status == 204
+    again = await AsgiClient(host).get(RUN, headers=host.feed_headers(last_event_id=last))
+    assert again.status_code == 204
+    again = await AsgiClient(host).get(RUN, headers=host.feed_headers(), query={"last_event_id": last})
+    assert again.status_code == 204
 
 
 async def test_resume_tells_the_news_only_and_no_ready(host: StandIn) -> None:
     await host.create()
-    async with driver.stream(host, "GET", RUN, headers=host.feed_headers()) as response:
+    async with AsgiClient(host).stream(RUN, headers=host.feed_headers()) as response:
         await response.read_until("ready")
         last = response.last_event_id or ""
     await host.change("run_1", progress(0.1))
     await host.finish()
-    async with driver.stream(host, "GET", RUN, headers=host.feed_headers(last_event_id=last)) as response:
+    async with AsgiClient(host).stream(RUN, headers=host.feed_headers(last_event_id=last)) as response:
         events = await response.read_all_events()
     assert kinds(events) == ["run", "end"]
     assert statuses(events) == ["COMPLETED"]
@@ -115,10 +114,10 @@ async def test_resume_tells_the_news_only_and_no_ready(host: StandIn) -> None:
 
 async def test_resume_without_news_waits(host: StandIn) -> None:
     await host.create()
-    async with driver.stream(host, "GET", RUN, headers=host.feed_headers()) as response:
+    async with AsgiClient(host).stream(RUN, headers=host.feed_headers()) as response:
         await response.read_until("ready")
         last = response.last_event_id or ""
-    async with driver.stream(host, "GET", RUN, headers=host.feed_headers(last_event_id=last)) as response:
+    async with AsgiClient(host).stream(RUN, headers=host.feed_headers(last_event_id=last)) as response:
         await response.chunk()
         await anyio.wait_all_tasks_blocked()
         await host.finish()
@@ -128,23 +127,23 @@ async def test_resume_without_news_waits(host: StandIn) -> None:
 @pytest.mark.parametrize("last", ["foreign.1", "nonsense", "12", ".", "x.y", "e" * 500 + ".3"])
 async def test_a_foreign_or_malformed_id_gives_a_new_snapshot(host: StandIn, last: str) -> None:
     await host.create()
-    async with driver.stream(host, "GET", RUN, headers=host.feed_headers(last_event_id=last)) as response:
-        assert response.status == 200
+    async with AsgiClient(host).stream(RUN, headers=host.feed_headers(last_event_id=last)) as response:
+        assert response.status_code == 200
         assert kinds(await response.read_until("ready")) == ["run", "ready"]
 
 
 async def test_an_id_beyond_the_topics_position_gives_a_new_snapshot(host: StandIn) -> None:
     await host.create()
-    async with driver.stream(host, "GET", RUN, headers=host.feed_headers()) as response:
+    async with AsgiClient(host).stream(RUN, headers=host.feed_headers()) as response:
         ready = (await response.read_until("ready"))[-1].id or ""
     beyond = ready.rpartition(".")[0] + ".999"
-    async with driver.stream(host, "GET", RUN, headers=host.feed_headers(last_event_id=beyond)) as response:
+    async with AsgiClient(host).stream(RUN, headers=host.feed_headers(last_event_id=beyond)) as response:
         assert kinds(await response.read_until("ready")) == ["run", "ready"]
 
 
 async def test_who_is_behind_gets_the_newest_state(host: StandIn) -> None:
     await host.create()
-    async with driver.stream(host, "GET", RUN, headers=host.feed_headers()) as response:
+    async with AsgiClient(host).stream(RUN, headers=host.feed_headers()) as response:
         await response.read_until("ready")
         await host.change("run_1", progress(0.1))
         await anyio.wait_all_tasks_blocked()  # it stands in the send of that
@@ -165,14 +164,14 @@ async def test_a_run_feed_waits_for_the_run_that_its_token_names(host: StandIn) 
             await host.create()
 
         tasks.start_soon(appear)
-        async with driver.stream(host, "GET", RUN, headers=host.feed_headers()) as response:
+        async with AsgiClient(host).stream(RUN, headers=host.feed_headers()) as response:
             assert kinds(await response.read_until("ready")) == ["run", "ready"]
 
 
 async def test_the_feed_of_a_run_that_is_removed_ends(host: StandIn) -> None:
     """A run that was evicted while somebody watched it left a page that waited for ever."""
     await host.create()
-    async with driver.stream(host, "GET", RUN, headers=host.feed_headers()) as response:
+    async with AsgiClient(host).stream(RUN, headers=host.feed_headers()) as response:
         await response.read_until("ready")
         await host.finish()
         await host.broker.remove("run_1")
@@ -185,10 +184,10 @@ async def test_the_feed_of_a_run_that_is_removed_ends(host: StandIn) -> None:
 
 
 async def test_refusals_of_a_run_feed(host: StandIn) -> None:
-    assert (await driver.request(host, "GET", RUN)).status == 401
-    assert (await driver.request(host, "GET", RUN, headers=host.feed_headers("read:runs"))).status == 404
+    assert (await AsgiClient(host).get(RUN)).status_code == 401
+    assert (await AsgiClient(host).get(RUN, headers=host.feed_headers("read:runs"))).status_code == 404
     await host.create()
-    assert (await driver.request(host, "GET", RUN, headers=host.feed_headers("read:runs:run_2"))).status == 403
+    assert (await AsgiClient(host).get(RUN, headers=host.feed_headers("read:runs:run_2"))).status_code == 403
 
 
 @pytest.mark.parametrize("accept", ["application/json", "*/*", None])
@@ -197,8 +196,8 @@ async def test_without_the_accept_header_and_an_offset_it_is_400_and_names_both(
 ) -> None:
     await host.create()
     headers = host.headers() if accept is None else host.headers(accept=accept)
-    response = await driver.request(host, "GET", RUN, headers=headers)
-    assert response.status == 400
+    response = await AsgiClient(host).get(RUN, headers=headers)
+    assert response.status_code == 400
     error = json.loads(response.body)["error"]
     assert "Accept: text/event-stream" in error and "?offset=-1" in error
 
@@ -211,12 +210,12 @@ async def test_columns_that_the_token_forbids_are_left_out(host: StandIn) -> Non
     await host.change("run_1", progress(1))
     token = host.token(skip_columns=["payload", "metadata", "runTags"])
     headers = {"accept": "text/event-stream", "authorization": f"Bearer {token}"}
-    async with driver.stream(host, "GET", RUN, headers=headers, query={"skipColumns": "error"}) as response:
+    async with AsgiClient(host).stream(RUN, headers=headers, query={"skipColumns": "error"}) as response:
         (run, _) = await response.read_until("ready")
         assert b"secret" not in run.data.encode()
         assert "metadata" not in json.loads(run.data)
         assert json.loads(run.data)["tags"] == []
-    async with driver.stream(host, "GET", RUN, headers=host.feed_headers()) as response:
+    async with AsgiClient(host).stream(RUN, headers=host.feed_headers()) as response:
         (run, _) = await response.read_until("ready")
         assert json.loads(run.data)["payload"] == {"secret": 1}
 
@@ -224,7 +223,7 @@ async def test_columns_that_the_token_forbids_are_left_out(host: StandIn) -> Non
 async def test_columns_may_be_left_out_on_request(host: StandIn) -> None:
     await host.create(payload=1)
     query = {"skipColumns": "payload,output"}
-    async with driver.stream(host, "GET", RUN, headers=host.feed_headers(), query=query) as response:
+    async with AsgiClient(host).stream(RUN, headers=host.feed_headers(), query=query) as response:
         (run, _) = await response.read_until("ready")
     assert "payload" not in json.loads(run.data)
 
@@ -233,7 +232,7 @@ async def test_an_error_that_is_left_out_is_not_told_by_the_end_either(host: Sta
     await host.create()
     await host.finish(status=Status.FAILED, error="the secret reason")
     headers = {"accept": "text/event-stream", "authorization": f"Bearer {host.token(skip_columns=['error'])}"}
-    async with driver.stream(host, "GET", RUN, headers=headers) as response:
+    async with AsgiClient(host).stream(RUN, headers=headers) as response:
         body = await response.read()
     assert b"secret" not in body and b'data: {"reason":"failed"}' in body
 
@@ -249,11 +248,11 @@ async def test_a_row_is_encoded_once_for_all(host: StandIn, monkeypatch: pytest.
     await host.create()
     headers = host.feed_headers()
     for _ in range(3):
-        async with driver.stream(host, "GET", RUN, headers=headers) as response:
+        async with AsgiClient(host).stream(RUN, headers=headers) as response:
             await response.read_until("ready")
     assert encoded == ["run_1"]
     await host.finish()
-    async with driver.stream(host, "GET", RUN, headers=headers) as response:
+    async with AsgiClient(host).stream(RUN, headers=headers) as response:
         await response.read_all_events()
     assert encoded == ["run_1", "run_1"]
 
@@ -263,8 +262,8 @@ async def test_a_row_is_encoded_once_for_all(host: StandIn, monkeypatch: pytest.
 
 async def tag_snapshot(host: StandIn, tags: str, scope: str = "read:runs", **query: str) -> list[Event]:
     headers = host.feed_headers(scope)
-    async with driver.stream(host, "GET", TAGS, headers=headers, query={"tags": tags, **query}) as response:
-        assert response.status == 200, await response.read()
+    async with AsgiClient(host).stream(TAGS, headers=headers, query={"tags": tags, **query}) as response:
+        assert response.status_code == 200, await response.read()
         return await response.read_until("ready")
 
 
@@ -280,7 +279,7 @@ async def test_a_tag_feed_has_the_runs_with_all_of_the_tags(host: StandIn) -> No
 
 async def test_new_runs_and_changes_come_and_others_do_not(host: StandIn) -> None:
     query = {"tags": "a,b"}
-    async with driver.stream(host, "GET", TAGS, headers=host.feed_headers("read:tags"), query=query) as response:
+    async with AsgiClient(host).stream(TAGS, headers=host.feed_headers("read:tags"), query=query) as response:
         (ready,) = await response.read_until("ready")
         assert json.loads(ready.data) == {"count": 0}
         await host.create("run_1", tags=["a"])
@@ -302,7 +301,7 @@ async def test_a_tag_feed_resumes(host: StandIn) -> None:
     await host.finish("run_1")
     await host.create("run_3", tags=["a"])
     headers = host.feed_headers("read:tags:a", last_event_id=last)
-    async with driver.stream(host, "GET", TAGS, headers=headers, query={"tags": "a"}) as response:
+    async with AsgiClient(host).stream(TAGS, headers=headers, query={"tags": "a"}) as response:
         events = await response.read_events()
     assert runs(events) == ["run_1", "run_3"]
     assert [event.id is not None for event in events] == [True, True]
@@ -312,14 +311,14 @@ async def test_resume_from_every_position_of_a_tag_feed(host: StandIn) -> None:
     headers = host.feed_headers("read:tags:a")
     query = {"tags": "a"}
     ids: list[str] = []
-    async with driver.stream(host, "GET", TAGS, headers=headers, query=query) as response:
+    async with AsgiClient(host).stream(TAGS, headers=headers, query=query) as response:
         ids.append((await response.read_until("ready"))[-1].id or "")
         for number in range(5):
             await host.create(f"run_{number}", tags=["a"], executing=False)
             ids.append((await response.read_events())[-1].id or "")
     for seen, last in enumerate(ids[:-1]):
         more = {**headers, "last-event-id": last}
-        async with driver.stream(host, "GET", TAGS, headers=more, query=query) as response:
+        async with AsgiClient(host).stream(TAGS, headers=more, query=query) as response:
             assert runs(await response.read_events()) == [f"run_{number}" for number in range(seen, 5)]
 
 
@@ -330,7 +329,7 @@ async def test_a_position_that_was_trimmed_gives_a_new_snapshot() -> None:
     for number in range(1, 6):
         await host.create(f"run_{number}", tags=["a"], executing=False)
     headers = host.feed_headers("read:runs", last_event_id=last)
-    async with driver.stream(host, "GET", TAGS, headers=headers, query={"tags": "a"}) as response:
+    async with AsgiClient(host).stream(TAGS, headers=headers, query={"tags": "a"}) as response:
         events = await response.read_until("ready")
     assert runs(events) == ["run_3", "run_4", "run_5"]
 
@@ -338,7 +337,7 @@ async def test_a_position_that_was_trimmed_gives_a_new_snapshot() -> None:
 async def test_who_is_overtaken_by_trimming_gets_a_new_snapshot() -> None:
     host = StandIn(limits=Limits(topic_runs=3))
     headers = host.feed_headers("read:runs")
-    async with driver.stream(host, "GET", TAGS, headers=headers, query={"tags": "a"}) as response:
+    async with AsgiClient(host).stream(TAGS, headers=headers, query={"tags": "a"}) as response:
         await response.read_until("ready")
         await host.create("run_0", tags=["a"], executing=False)
         await anyio.wait_all_tasks_blocked()
@@ -363,7 +362,7 @@ async def test_a_large_snapshot_is_complete_and_comes_in_bodies_of_bounded_size(
     for number in range(1200):
         await host.create(f"run_{number}", tags=["a"], executing=False, payload="x" * 300)
     headers = host.feed_headers("read:runs")
-    async with driver.stream(host, "GET", TAGS, headers=headers, query={"tags": "a"}) as response:
+    async with AsgiClient(host).stream(TAGS, headers=headers, query={"tags": "a"}) as response:
         bodies = [await response.chunk()]
         while b"event: ready" not in bodies[-1]:
             bodies.append(await response.chunk())
@@ -383,7 +382,7 @@ async def test_created_at_is_a_window(host: StandIn) -> None:
 async def test_an_old_run_does_not_come_in_by_a_change(host: StandIn) -> None:
     await host.create("run_old", tags=["a"], created_ago_s=7200)
     query = {"tags": "a", "createdAt": "1h"}
-    async with driver.stream(host, "GET", TAGS, headers=host.feed_headers("read:runs"), query=query) as response:
+    async with AsgiClient(host).stream(TAGS, headers=host.feed_headers("read:runs"), query=query) as response:
         assert kinds(await response.read_until("ready")) == ["ready"]
         await host.finish("run_old")
         await host.create("run_new", tags=["a"], executing=False)
@@ -409,8 +408,8 @@ async def test_an_old_run_does_not_come_in_by_a_change(host: StandIn) -> None:
     ],
 )
 async def test_bad_queries_are_refused(host: StandIn, query: dict[str, str], status: int, words: str) -> None:
-    response = await driver.request(host, "GET", TAGS, headers=host.feed_headers("read:runs"), query=query)
-    assert response.status == status
+    response = await AsgiClient(host).get(TAGS, headers=host.feed_headers("read:runs"), query=query)
+    assert response.status_code == status
     assert words in json.loads(response.body)["error"]
 
 
@@ -432,8 +431,8 @@ async def test_tags_at_the_limit_are_fine(host: StandIn) -> None:
 )
 async def test_who_may_read_a_list(host: StandIn, scope: str, status: int) -> None:
     headers = host.feed_headers(scope)
-    async with driver.stream(host, "GET", TAGS, headers=headers, query={"tags": "a,b"}) as response:
-        assert response.status == status
+    async with AsgiClient(host).stream(TAGS, headers=headers, query={"tags": "a,b"}) as response:
+        assert response.status_code == status
 
 
 # Batches
@@ -447,7 +446,7 @@ async def create_batch(host: StandIn, count: int = 3) -> None:
 async def test_a_batch_feed_ends_when_all_runs_are_over(host: StandIn) -> None:
     await create_batch(host)
     await host.finish("run_0")
-    async with driver.stream(host, "GET", BATCH, headers=host.feed_headers(BATCH_SCOPE)) as response:
+    async with AsgiClient(host).stream(BATCH, headers=host.feed_headers(BATCH_SCOPE)) as response:
         assert set(runs(await response.read_until("ready"))) == {"run_0", "run_1", "run_2"}
         await host.finish("run_1", Status.CANCELED)
         assert statuses(await response.read_events()) == ["CANCELED"]
@@ -462,7 +461,7 @@ async def test_a_batch_feed_ends_when_all_runs_are_over(host: StandIn) -> None:
 async def test_a_batch_that_is_not_yet_complete_does_not_end(host: StandIn) -> None:
     await host.create("run_0", batch=BatchMember("batch_1", 0, 2))
     await host.finish("run_0")
-    async with driver.stream(host, "GET", BATCH, headers=host.feed_headers(BATCH_SCOPE)) as response:
+    async with AsgiClient(host).stream(BATCH, headers=host.feed_headers(BATCH_SCOPE)) as response:
         await response.read_until("ready")
         await anyio.wait_all_tasks_blocked()
         assert not response.ended
@@ -477,7 +476,7 @@ async def test_a_batch_that_is_not_yet_complete_does_not_end(host: StandIn) -> N
 @pytest.mark.parametrize("missed", [0, 1, 2, 3])
 async def test_a_resumed_batch_feed_tells_what_was_missed_and_ends(host: StandIn, missed: int) -> None:
     await create_batch(host)
-    async with driver.stream(host, "GET", BATCH, headers=host.feed_headers(BATCH_SCOPE)) as response:
+    async with AsgiClient(host).stream(BATCH, headers=host.feed_headers(BATCH_SCOPE)) as response:
         await response.read_until("ready")
         for index in range(3 - missed):
             await host.finish(f"run_{index}")
@@ -486,9 +485,9 @@ async def test_a_resumed_batch_feed_tells_what_was_missed_and_ends(host: StandIn
     for index in range(3 - missed, 3):
         await host.finish(f"run_{index}")
     headers = host.feed_headers(BATCH_SCOPE, last_event_id=last)
-    async with driver.stream(host, "GET", BATCH, headers=headers) as response:
+    async with AsgiClient(host).stream(BATCH, headers=headers) as response:
         if not missed:
-            assert response.status == 204
+            assert response.status_code == 204
             return
         events = await response.read_all_events()
     assert runs(events) == [f"run_{index}" for index in range(3 - missed, 3)]
@@ -500,7 +499,7 @@ async def test_the_end_of_a_batch_is_seen_beyond_the_snapshots_limit() -> None:
     await create_batch(host, 5)
     for index in range(5):
         await host.finish(f"run_{index}")
-    async with driver.stream(host, "GET", BATCH, headers=host.feed_headers(BATCH_SCOPE)) as response:
+    async with AsgiClient(host).stream(BATCH, headers=host.feed_headers(BATCH_SCOPE)) as response:
         events = await response.read_all_events()
     assert kinds(events) == ["run", "run", "ready", "end"]
 
@@ -510,7 +509,7 @@ async def test_a_batch_feed_ends_without_the_runs_that_are_past_their_retention(
     await create_batch(host, 2)
     await host.finish("run_0")
     await host.broker.remove("run_0")
-    async with driver.stream(host, "GET", BATCH, headers=host.feed_headers(BATCH_SCOPE)) as response:
+    async with AsgiClient(host).stream(BATCH, headers=host.feed_headers(BATCH_SCOPE)) as response:
         await response.read_until("ready")
         await host.finish("run_1")
         with anyio.fail_after(5):
@@ -518,12 +517,12 @@ async def test_a_batch_feed_ends_without_the_runs_that_are_past_their_retention(
 
 
 async def test_refusals_of_a_batch_feed(host: StandIn) -> None:
-    assert (await driver.request(host, "GET", BATCH)).status == 401
+    assert (await AsgiClient(host).get(BATCH)).status_code == 401
     await create_batch(host)
-    response = await driver.request(host, "GET", BATCH, headers=host.feed_headers("read:batch:batch_2"))
-    assert response.status == 403
-    async with driver.stream(host, "GET", BATCH, headers=host.feed_headers("read:runs")) as feed:
-        assert feed.status == 200
+    response = await AsgiClient(host).get(BATCH, headers=host.feed_headers("read:batch:batch_2"))
+    assert response.status_code == 403
+    async with AsgiClient(host).stream(BATCH, headers=host.feed_headers("read:runs")) as feed:
+        assert feed.status_code == 200
 
 
 async def test_an_unknown_batch_is_waited_for_and_then_404(host: StandIn) -> None:
@@ -536,8 +535,8 @@ async def test_an_unknown_batch_is_waited_for_and_then_404(host: StandIn) -> Non
             host.tick(5)
 
         tasks.start_soon(pass_time)
-        response = await driver.request(host, "GET", BATCH, headers=host.feed_headers(BATCH_SCOPE))
-    assert response.status == 404
+        response = await AsgiClient(host).get(BATCH, headers=host.feed_headers(BATCH_SCOPE))
+    assert response.status_code == 404
     assert not host.subscribers
 
 
@@ -545,8 +544,8 @@ async def test_who_asks_for_a_batch_during_the_shutdown_is_told_to_come_back(hos
     """A batch that is there was answered with 404 while the server went down."""
     await create_batch(host)
     host.begin_shutdown()
-    response = await driver.request(host, "GET", BATCH, headers=host.feed_headers(BATCH_SCOPE))
-    assert response.status == 200
+    response = await AsgiClient(host).get(BATCH, headers=host.feed_headers(BATCH_SCOPE))
+    assert response.status_code == 200
     assert b"event: reconnect\n" in response.body
 
 
@@ -557,7 +556,7 @@ async def test_a_feed_has_heartbeats_and_ends_with_its_token() -> None:
     host = StandIn(timeouts=Timeouts(heartbeat=15), cors=Cors())
     await host.create()
     headers = {"accept": "text/event-stream", "authorization": f"Bearer {host.token(expires_in_s=60)}"}
-    async with driver.stream(host, "GET", RUN, headers=headers) as response:
+    async with AsgiClient(host).stream(RUN, headers=headers) as response:
         await response.read_until("ready")
         last = response.last_event_id
         await anyio.wait_all_tasks_blocked()
@@ -574,7 +573,7 @@ async def test_a_shutdown_while_a_heartbeat_is_sent_is_heard() -> None:
     """The reader was left waiting for the next heartbeat, and the server could not exit."""
     host = StandIn(timeouts=Timeouts(heartbeat=15))
     await host.create()
-    async with driver.stream(host, "GET", RUN, headers=host.feed_headers()) as response:
+    async with AsgiClient(host).stream(RUN, headers=host.feed_headers()) as response:
         await response.read_until("ready")
         await anyio.wait_all_tasks_blocked()
         host.tick()
@@ -589,7 +588,7 @@ async def test_a_shutdown_while_a_heartbeat_is_sent_is_heard() -> None:
 
 async def test_a_feed_ends_with_reconnect_at_shutdown(host: StandIn) -> None:
     await host.create()
-    async with driver.stream(host, "GET", RUN, headers=host.feed_headers()) as response:
+    async with AsgiClient(host).stream(RUN, headers=host.feed_headers()) as response:
         await response.read_until("ready")
         await anyio.wait_all_tasks_blocked()
         host.begin_shutdown()
@@ -601,7 +600,7 @@ async def test_a_feed_ends_with_reconnect_at_shutdown(host: StandIn) -> None:
 async def test_who_comes_during_the_shutdown_is_told_at_once(host: StandIn) -> None:
     await host.create()
     host.begin_shutdown()
-    async with driver.stream(host, "GET", RUN, headers=host.feed_headers()) as response:
+    async with AsgiClient(host).stream(RUN, headers=host.feed_headers()) as response:
         assert kinds(await response.read_all_events()) == ["reconnect"]
 
 
@@ -609,7 +608,7 @@ async def test_a_large_snapshot_does_not_hold_up_the_shutdown(host: StandIn) -> 
     for number in range(20):
         await host.create(f"run_{number}", tags=["a"], executing=False, payload="x" * 40_000)
     headers = host.feed_headers("read:runs")
-    async with driver.stream(host, "GET", TAGS, headers=headers, query={"tags": "a"}) as response:
+    async with AsgiClient(host).stream(TAGS, headers=headers, query={"tags": "a"}) as response:
         await response.read_until("run")
         host.begin_shutdown()
         events = await response.read_all_events()
@@ -621,7 +620,7 @@ async def test_a_large_snapshot_does_not_hold_up_the_shutdown(host: StandIn) -> 
 async def test_a_stalled_feed_is_dropped() -> None:
     host = StandIn(timeouts=Timeouts(send=30))
     await host.create()
-    async with driver.stream(host, "GET", RUN, headers=host.feed_headers()):
+    async with AsgiClient(host).stream(RUN, headers=host.feed_headers()):
         await anyio.wait_all_tasks_blocked()
         host.tick()
         host.tick(30)
@@ -632,9 +631,9 @@ async def test_a_stalled_feed_is_dropped() -> None:
 async def test_a_feed_counts_as_a_subscription() -> None:
     host = StandIn(limits=Limits(subscribers=1))
     await host.create()
-    async with driver.stream(host, "GET", RUN, headers=host.feed_headers()):
-        response = await driver.request(host, "GET", RUN, headers=host.feed_headers())
-        assert response.status == 429
+    async with AsgiClient(host).stream(RUN, headers=host.feed_headers()):
+        response = await AsgiClient(host).get(RUN, headers=host.feed_headers())
+        assert response.status_code == 429
 
 
 async def test_a_disconnect_leaves_nothing_behind(host: StandIn) -> None:
@@ -643,7 +642,7 @@ async def test_a_disconnect_leaves_nothing_behind(host: StandIn) -> None:
     before = len(anyio.get_running_tasks())
     for _ in range(20):
         headers = host.feed_headers("read:runs")
-        async with driver.stream(host, "GET", TAGS, headers=headers, query={"tags": "a"}) as response:
+        async with AsgiClient(host).stream(TAGS, headers=headers, query={"tags": "a"}) as response:
             await response.read_until("ready")
     await anyio.wait_all_tasks_blocked()
     async with host.broker.follow("tag:a") as topic:

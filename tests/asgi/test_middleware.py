@@ -13,7 +13,7 @@ from starlette.routing import Mount, Route
 
 from asgi_realtime.asgi import RealtimeMiddleware
 from asgi_realtime.core.errors import InvalidConfiguration
-from asgi_realtime.testing import driver
+from asgi_realtime.testing import AsgiClient
 from tests.asgi.standin import StandIn
 
 pytestmark = pytest.mark.anyio
@@ -39,23 +39,23 @@ async def hosts_own(scope: Any, receive: Any, send: Any) -> None:
 )
 async def test_what_is_under_the_path_is_ours(host: StandIn, path: str, root_path: str, status: int) -> None:
     app = RealtimeMiddleware(hosts_own, host)
-    response = await driver.request(app, "GET", path, root_path=root_path)
-    assert response.status == status
+    response = await AsgiClient(app, root_path=root_path).get(path)
+    assert response.status_code == status
     assert response.headers["content-type"] == "application/json"
     assert response.scope["root_path"] == root_path  # ours is a copy
 
 
 @pytest.mark.parametrize("path", ["/", "/realtimeX", "/realtimeX/v1/health", "/v1/health", "/x/realtime/v1/health"])
 async def test_all_else_is_the_hosts(host: StandIn, path: str) -> None:
-    response = await driver.request(RealtimeMiddleware(hosts_own, host), "GET", path)
+    response = await AsgiClient(RealtimeMiddleware(hosts_own, host)).get(path)
     assert response.body.decode() == f"host {path} "
 
 
 async def test_another_path(host: StandIn) -> None:
     app = RealtimeMiddleware(hosts_own, host, path="/live/feed/")
-    assert (await driver.request(app, "GET", "/live/feed/v1/health")).status == 200
-    assert (await driver.request(app, "GET", "/live/feed/v1/health", root_path="/api")).status == 200
-    assert (await driver.request(app, "GET", "/realtime/v1/health")).body.startswith(b"host")
+    assert (await AsgiClient(app).get("/live/feed/v1/health")).status_code == 200
+    assert (await AsgiClient(app, root_path="/api").get("/live/feed/v1/health")).status_code == 200
+    assert (await AsgiClient(app).get("/realtime/v1/health")).body.startswith(b"host")
 
 
 @pytest.mark.parametrize("path", ["", "/", "//", "realtime", "/a?b", "/a#b"])
@@ -68,13 +68,13 @@ async def test_the_outer_scope_is_redacted_and_the_token_works(host: StandIn) ->
     await host.create()
     app = RealtimeMiddleware(hosts_own, host)
     query = f"access_token={host.token()}&x=1"
-    async with driver.stream(app, "GET", "/realtime/v1/streams/run_1/default", query=query) as response:
-        assert response.status == 200
+    async with AsgiClient(app).stream("/realtime/v1/streams/run_1/default", query=query) as response:
+        assert response.status_code == 200
         assert response.scope["query_string"] == b"access_token=REDACTED&x=1"
 
 
 async def test_the_hosts_own_query_is_left_alone(host: StandIn) -> None:
-    response = await driver.request(RealtimeMiddleware(hosts_own, host), "GET", "/", query="access_token=abc")
+    response = await AsgiClient(RealtimeMiddleware(hosts_own, host)).get("/", query="access_token=abc")
     assert response.scope["query_string"] == b"access_token=abc"
 
 
@@ -138,8 +138,8 @@ async def test_we_start_before_the_host_and_stop_after_it(host: StandIn) -> None
 async def test_add_middleware_does_the_same(host: StandIn) -> None:
     app = starlette(host)
     app.add_middleware(RealtimeMiddleware, realtime=host)
-    assert (await driver.request(app, "GET", "/realtime/v1/health")).status == 200
-    assert (await driver.request(app, "GET", "/")).body == b"index"
+    assert (await AsgiClient(app).get("/realtime/v1/health")).status_code == 200
+    assert (await AsgiClient(app).get("/")).body == b"index"
     assert await live(app, host) == [*ORDER, ">shutdown.complete"]
 
 
@@ -254,16 +254,16 @@ async def test_mounted_in_starlette_and_fastapi(host: StandIn, prefix: str, root
     fastapi.mount(prefix, host)
     for app in (Starlette(routes=[Mount(prefix, host)]), fastapi):
         for path in ("/v1/health", "/realtime/v1/health"):
-            response = await driver.request(app, "GET", root_path + prefix + path, root_path=root_path)
-            assert response.status == 200, (path, root_path)
-        response = await driver.request(app, "GET", prefix + "/v1/health", root_path=root_path)
-        assert response.status == 200
+            response = await AsgiClient(app, root_path=root_path).get(root_path + prefix + path)
+            assert response.status_code == 200, (path, root_path)
+        response = await AsgiClient(app, root_path=root_path).get(prefix + "/v1/health")
+        assert response.status_code == 200
 
 
 async def test_a_query_token_is_redacted_through_a_mount(host: StandIn) -> None:
     await host.create()
     app = Starlette(routes=[Mount("/realtime", host)])
     query = {"access_token": host.token()}
-    async with driver.stream(app, "GET", "/realtime/v1/streams/run_1/default", query=query) as response:
-        assert response.status == 200
+    async with AsgiClient(app).stream("/realtime/v1/streams/run_1/default", query=query) as response:
+        assert response.status_code == 200
         assert response.scope["query_string"] == b"access_token=REDACTED"

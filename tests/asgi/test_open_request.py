@@ -9,10 +9,11 @@ from typing import Any
 
 import anyio
 import pytest
+from starlette.types import Message
 
 from asgi_realtime import Realtime, Timeouts
 from asgi_realtime.asgi import limits
-from asgi_realtime.testing import driver
+from asgi_realtime.testing.driver import make_scope
 from tests.asgi.standin import StandIn
 from tests.inprocess import SECRET, make_realtime
 
@@ -24,16 +25,16 @@ class Sender:
 
     def __init__(self, app: Any, method: str, path: str, token: str) -> None:
         self._app = app
-        self._scope = driver.make_scope(method, path, headers={"authorization": f"Bearer {token}"})
-        self._send, self._receive = anyio.create_memory_object_stream[driver.Message](10)
-        self._messages: list[driver.Message] = []
+        self._scope = make_scope(method, path, headers={"authorization": f"Bearer {token}"})
+        self._send, self._receive = anyio.create_memory_object_stream[Message](10)
+        self._messages: list[Message] = []
         self.answered = anyio.Event()
 
     async def send(self, body: bytes, *, more: bool = True) -> None:
         await self._send.send({"type": "http.request", "body": body, "more_body": more})
 
     async def run(self) -> None:
-        async def take(message: driver.Message) -> None:
+        async def take(message: Message) -> None:
             self._messages.append(message)
 
         with self._send, self._receive:

@@ -16,8 +16,8 @@ from asgi_realtime.core.config import Cors, Limits, Retention, Timeouts
 from asgi_realtime.core.errors import BrokerUnavailable
 from asgi_realtime.core.log import End
 from asgi_realtime.core.runs import BatchMember, Status, StreamAdded
-from asgi_realtime.testing import driver
-from asgi_realtime.testing.sse import Event, EventParser
+from asgi_realtime.testing import AsgiClient, Event, EventParser
+from asgi_realtime.testing.driver import make_scope
 from tests.asgi.standin import SECRET, StandIn
 
 pytestmark = pytest.mark.anyio
@@ -32,8 +32,8 @@ def data(events: list[Event]) -> list[Any]:
 async def read(host: StandIn, last_event_id: str | None = None, path: str = PATH) -> list[Event]:
     """All events of a stream that ends."""
     more = {} if last_event_id is None else {"last-event-id": last_event_id}
-    async with driver.stream(host, "GET", path, headers={**host.headers(), **more}) as response:
-        assert response.status == 200
+    async with AsgiClient(host).stream(path, headers={**host.headers(), **more}) as response:
+        assert response.status_code == 200
         return await response.read_all_events()
 
 
@@ -42,8 +42,8 @@ async def read(host: StandIn, last_event_id: str | None = None, path: str = PATH
 
 async def test_head_and_first_body_come_at_once(host: StandIn) -> None:
     await host.create()
-    async with driver.stream(host, "GET", PATH, headers=host.headers()) as response:
-        assert response.status == 200
+    async with AsgiClient(host).stream(PATH, headers=host.headers()) as response:
+        assert response.status_code == 200
         assert response.headers["content-type"] == "text/event-stream; charset=utf-8"
         assert response.headers["cache-control"] == "no-cache, no-transform"
         assert response.headers["x-accel-buffering"] == "no"
@@ -58,7 +58,7 @@ async def test_the_comment_names_the_streams_that_the_run_has_if_nobody_wrote_th
     await host.create()
     await host.append("x", key="other")
     await host.append("x", key='tricky"\n')
-    async with driver.stream(host, "GET", PATH, headers=host.headers()) as response:
+    async with AsgiClient(host).stream(PATH, headers=host.headers()) as response:
         first = await response.chunk()
     assert b'stream "default" is not written yet; this run has ["other","tricky\\"\\n"]' in first
 
@@ -66,7 +66,7 @@ async def test_the_comment_names_the_streams_that_the_run_has_if_nobody_wrote_th
 async def test_the_comment_is_short_for_a_stream_that_is_there(host: StandIn) -> None:
     await host.create()
     await host.append("x")
-    async with driver.stream(host, "GET", PATH, headers=host.headers()) as response:
+    async with AsgiClient(host).stream(PATH, headers=host.headers()) as response:
         assert await response.chunk() == b"retry: 1000\n\n: connected\n\n"
 
 
@@ -77,7 +77,7 @@ async def test_chunks_then_the_end_on_the_wire(host: StandIn) -> None:
     await host.create()
     await host.append("a", {"b": 1})
     await host.finish()
-    async with driver.stream(host, "GET", PATH, headers=host.headers()) as response:
+    async with AsgiClient(host).stream(PATH, headers=host.headers()) as response:
         body = await response.read()
         assert response.ended
     assert body == (
@@ -89,7 +89,7 @@ async def test_chunks_then_the_end_on_the_wire(host: StandIn) -> None:
 
 async def test_chunks_come_as_they_are_written(host: StandIn) -> None:
     await host.create()
-    async with driver.stream(host, "GET", PATH, headers=host.headers()) as response:
+    async with AsgiClient(host).stream(PATH, headers=host.headers()) as response:
         await response.chunk()
         await host.append("a")
         assert await response.chunk() == b'id: 0\ndata: "a"\n\n'
@@ -124,8 +124,8 @@ async def test_resume_behind_the_end_of_a_finished_stream_is_204(host: StandIn, 
     await host.create()
     await host.append(*range(5))
     await host.finish()
-    response = await driver.request(host, "GET", PATH, headers=host.headers(last_event_id=last_event_id))
-    assert (response.status, response.body) == (204, b"")
+    response = await AsgiClient(host).get(PATH, headers=host.headers(last_event_id=last_event_id))
+    assert (response.status_code, response.body) == (204, b"")
     assert response.headers["access-control-allow-origin"] == "*"
 
 
@@ -137,24 +137,24 @@ async def test_who_is_ahead_of_a_stream_that_was_lost_is_told(host: StandIn) -> 
     assert [json.loads(event.data) for event in await read(host, "7")] == [
         {"reason": "lost", "error": "entries were lost"}
     ]
-    response = await driver.request(host, "GET", PATH, headers=host.headers(last_event_id="3"))
-    assert response.status == 204
+    response = await AsgiClient(host).get(PATH, headers=host.headers(last_event_id="3"))
+    assert response.status_code == 204
 
 
 async def test_an_empty_stream_ends_and_an_event_source_that_comes_back_is_stopped(host: StandIn) -> None:
     await host.create()
     await host.finish()
-    async with driver.stream(host, "GET", PATH, headers=host.headers()) as response:
+    async with AsgiClient(host).stream(PATH, headers=host.headers()) as response:
         (end,) = await response.read_all_events()
     assert (end.event, end.id) == ("end", "0")
-    again = await driver.request(host, "GET", PATH, headers=host.headers(last_event_id="0"))
-    assert again.status == 204
+    again = await AsgiClient(host).get(PATH, headers=host.headers(last_event_id="0"))
+    assert again.status_code == 204
 
 
 async def test_beyond_the_end_of_an_open_stream_it_waits(host: StandIn) -> None:
     await host.create()
     await host.append(0)
-    async with driver.stream(host, "GET", PATH, headers=host.headers(last_event_id="2")) as response:
+    async with AsgiClient(host).stream(PATH, headers=host.headers(last_event_id="2")) as response:
         await response.chunk()
         await host.append(1, 2)
         await host.append(3)
@@ -164,7 +164,7 @@ async def test_beyond_the_end_of_an_open_stream_it_waits(host: StandIn) -> None:
 async def test_a_stream_that_ends_before_the_position_is_ended(host: StandIn) -> None:
     await host.create()
     await host.append(0)
-    async with driver.stream(host, "GET", PATH, headers=host.headers(last_event_id="7")) as response:
+    async with AsgiClient(host).stream(PATH, headers=host.headers(last_event_id="7")) as response:
         await response.chunk()
         await host.finish()
         (end,) = await response.read_all_events()
@@ -176,9 +176,9 @@ async def test_the_query_resumes_as_well_and_the_header_wins(host: StandIn) -> N
     await host.append(*range(5))
     await host.finish()
     query = {"last_event_id": "3"}
-    async with driver.stream(host, "GET", PATH, headers=host.headers(), query=query) as response:
+    async with AsgiClient(host).stream(PATH, headers=host.headers(), query=query) as response:
         assert data(await response.read_all_events()) == [4]
-    async with driver.stream(host, "GET", PATH, headers=host.headers(last_event_id="1"), query=query) as response:
+    async with AsgiClient(host).stream(PATH, headers=host.headers(last_event_id="1"), query=query) as response:
         assert data(await response.read_all_events()) == [2, 3, 4]
 
 
@@ -192,8 +192,8 @@ async def test_an_empty_last_event_id_is_none(host: StandIn) -> None:
 @pytest.mark.parametrize("last_event_id", ["-1", "1.0", "x", "1 2", "+1", "9" * 19, "١", "abc.5", "0x1"])
 async def test_a_last_event_id_that_is_no_number_is_400_before_any_head(host: StandIn, last_event_id: str) -> None:
     await host.create()
-    response = await driver.request(host, "GET", PATH, headers=host.headers(), query={"last_event_id": last_event_id})
-    assert response.status == 400
+    response = await AsgiClient(host).get(PATH, headers=host.headers(), query={"last_event_id": last_event_id})
+    assert response.status_code == 400
     assert json.loads(response.body)["code"] == "invalid_request"
     assert response.headers["access-control-allow-origin"] == "*"
 
@@ -203,7 +203,7 @@ async def test_a_long_catch_up_is_complete_and_in_order(host: StandIn) -> None:
     chunks = [f"{number} " + "x" * 200 for number in range(2000)]
     await host.append(*chunks)
     await host.finish()
-    async with driver.stream(host, "GET", PATH, headers=host.headers()) as response:
+    async with AsgiClient(host).stream(PATH, headers=host.headers()) as response:
         bodies = [chunk async for chunk in response]
     assert max(map(len, bodies)) <= 64 * 1024
     assert len(bodies) < 15  # joined
@@ -248,7 +248,7 @@ async def test_a_gap_is_told_to_a_new_reader_too() -> None:
 async def test_a_reader_that_is_overtaken_by_retention_is_told() -> None:
     host = small()
     await host.create()
-    async with driver.stream(host, "GET", PATH, headers=host.headers()) as response:
+    async with AsgiClient(host).stream(PATH, headers=host.headers()) as response:
         await response.chunk()
         await host.append("first")
         await anyio.wait_all_tasks_blocked()  # the reader stands in send() with the first chunk
@@ -276,7 +276,7 @@ async def test_a_log_that_fails_ends_the_body_without_an_end_event(host: StandIn
         enter(live)
 
     monkeypatch.setattr(LiveLog, "enter", entering)
-    async with driver.stream(host, "GET", PATH, headers=host.headers()) as response:
+    async with AsgiClient(host).stream(PATH, headers=host.headers()) as response:
         await response.read_until("message")
         lives[0].fail(BrokerUnavailable("gone"))
         assert await response.read_all_events() == []
@@ -286,19 +286,19 @@ async def test_a_log_that_fails_ends_the_body_without_an_end_event(host: StandIn
 async def test_a_run_that_is_removed_ends_its_readers(host: StandIn) -> None:
     await host.create()
     await host.append("a")
-    async with driver.stream(host, "GET", PATH, headers=host.headers()) as response:
+    async with AsgiClient(host).stream(PATH, headers=host.headers()) as response:
         await response.read_until("message")
         await host.broker.remove("run_1")
         assert await response.read_all_events() == []
-    again = await driver.request(host, "GET", PATH, headers=host.headers("read:runs"))
-    assert again.status == 404
+    again = await AsgiClient(host).get(PATH, headers=host.headers("read:runs"))
+    assert again.status_code == 404
 
 
 async def test_a_run_that_is_removed_when_it_is_over_ends_its_readers_for_good(host: StandIn) -> None:
     """A run that was evicted as it ended looked like a lost connection, and coming back gave 404."""
     await host.create()
     await host.append("a")
-    async with driver.stream(host, "GET", PATH, headers=host.headers()) as response:
+    async with AsgiClient(host).stream(PATH, headers=host.headers()) as response:
         await response.chunk()
         await host.finish()
         await host.broker.remove("run_1")
@@ -316,8 +316,8 @@ async def test_a_run_that_is_gone_between_finding_and_following_is_404(host: Sta
         return record
 
     monkeypatch.setattr(host, "get", get)
-    response = await driver.request(host, "GET", PATH, headers=host.headers())
-    assert response.status == 404
+    response = await AsgiClient(host).get(PATH, headers=host.headers())
+    assert response.status_code == 404
 
 
 async def test_an_error_of_the_broker_in_mid_stream_ends_the_body(
@@ -326,7 +326,7 @@ async def test_an_error_of_the_broker_in_mid_stream_ends_the_body(
     await host.create()
     await host.append("a")
     monkeypatch.setattr(NativeFraming, "take", lambda framing, live, after: 1 / 0)
-    async with driver.stream(host, "GET", PATH, headers=host.headers()) as response:
+    async with AsgiClient(host).stream(PATH, headers=host.headers()) as response:
         assert await response.read_all_events() == []
         assert response.ended
     assert "its client will resume" in caplog.text
@@ -341,29 +341,29 @@ async def test_an_error_of_the_broker_in_mid_stream_ends_the_body(
 )
 async def test_any_scope_on_one_of_the_runs_names_admits(host: StandIn, scope: str) -> None:
     await host.create(tags=["x", "user:1"], batch=BatchMember("batch_1", 0, 1))
-    async with driver.stream(host, "GET", PATH, headers=host.headers(scope)) as response:
-        assert response.status == 200
+    async with AsgiClient(host).stream(PATH, headers=host.headers(scope)) as response:
+        assert response.status_code == 200
 
 
 async def test_the_secret_key_admits(host: StandIn) -> None:
     await host.create()
-    async with driver.stream(host, "GET", PATH, headers={"authorization": f"Bearer {SECRET}"}) as response:
-        assert response.status == 200
+    async with AsgiClient(host).stream(PATH, headers={"authorization": f"Bearer {SECRET}"}) as response:
+        assert response.status_code == 200
 
 
 async def test_a_token_for_another_run_is_403(host: StandIn) -> None:
     await host.create()
-    response = await driver.request(host, "GET", PATH, headers=host.headers("read:runs:run_2"))
+    response = await AsgiClient(host).get(PATH, headers=host.headers("read:runs:run_2"))
     body = json.loads(response.body)
-    assert response.status == 403
+    assert response.status_code == 403
     assert body["param"] == "access_token"
     assert "read:runs:run_1" in body["error"]
     assert response.headers["access-control-allow-origin"] == "*"
 
 
 async def test_no_token_is_401_even_for_a_run_that_is_not_there(host: StandIn) -> None:
-    response = await driver.request(host, "GET", PATH)
-    assert response.status == 401
+    response = await AsgiClient(host).get(PATH)
+    assert response.status_code == 401
     assert response.headers["www-authenticate"] == "Bearer"
     assert response.headers["access-control-allow-origin"] == "*"
     assert set(json.loads(response.body)) == {"error", "code"}
@@ -374,14 +374,14 @@ async def test_a_token_that_expires_ends_the_stream_where_it_stands() -> None:
     await host.create()
     await host.append("a")
     headers = {"authorization": f"Bearer {host.token(expires_in_s=60)}"}
-    async with driver.stream(host, "GET", PATH, headers=headers) as response:
+    async with AsgiClient(host).stream(PATH, headers=headers) as response:
         await response.read_until("message")
         host.tick(59)
         host.tick(1)
         (*_, end) = await response.read_all_events()
         assert response.last_event_id == "0"  # so that a new token resumes where the old one stopped
     assert (end.event, json.loads(end.data)) == ("end", {"reason": "token_expired"})
-    assert (await driver.request(host, "GET", PATH, headers=headers)).status == 401
+    assert (await AsgiClient(host).get(PATH, headers=headers)).status_code == 401
 
 
 async def test_expiry_ends_a_reader_that_is_never_through() -> None:
@@ -389,7 +389,7 @@ async def test_expiry_ends_a_reader_that_is_never_through() -> None:
     await host.create()
     await host.append(*["x" * 60_000] * 20)
     headers = {"authorization": f"Bearer {host.token(expires_in_s=60)}"}
-    async with driver.stream(host, "GET", PATH, headers=headers) as response:
+    async with AsgiClient(host).stream(PATH, headers=headers) as response:
         await response.read_until("message")
         host.tick(61)
         events = await response.read_all_events()
@@ -401,7 +401,7 @@ async def test_a_stream_that_is_as_old_as_it_may_be_sends_its_reader_back() -> N
     host = StandIn(timeouts=Timeouts(stream_age=100))
     await host.create()
     await host.append("a")
-    async with driver.stream(host, "GET", PATH, headers=host.headers()) as response:
+    async with AsgiClient(host).stream(PATH, headers=host.headers()) as response:
         await response.read_until("message")
         host.tick()
         host.tick(84)
@@ -412,7 +412,7 @@ async def test_a_stream_that_is_as_old_as_it_may_be_sends_its_reader_back() -> N
         assert (event.event, event.id) == ("reconnect", "1")
         assert event.retry is not None and MIN_RECONNECT_MS <= event.retry <= MAX_RECONNECT_MS
         assert response.ended
-    async with driver.stream(host, "GET", PATH, headers=host.headers(last_event_id="1")) as response:
+    async with AsgiClient(host).stream(PATH, headers=host.headers(last_event_id="1")) as response:
         await host.append("c")
         assert [event.data for event in await response.read_events()] == ['"c"']
 
@@ -438,8 +438,8 @@ async def test_streams_that_were_opened_together_do_not_get_too_old_together() -
 
 
 async def test_an_unknown_run_is_404_at_once_unless_the_token_names_it(host: StandIn) -> None:
-    response = await driver.request(host, "GET", PATH, headers=host.headers("read:runs"))
-    assert response.status == 404
+    response = await AsgiClient(host).get(PATH, headers=host.headers("read:runs"))
+    assert response.status_code == 404
     assert json.loads(response.body)["code"] == "run_not_found"
 
 
@@ -452,8 +452,8 @@ async def test_a_run_that_the_token_names_is_waited_for(host: StandIn) -> None:
             await host.create()
 
         tasks.start_soon(appear)
-        async with driver.stream(host, "GET", PATH, headers=host.headers()) as response:
-            assert response.status == 200
+        async with AsgiClient(host).stream(PATH, headers=host.headers()) as response:
+            assert response.status_code == 200
             await response.chunk()
             await host.append("a")
             assert data(await response.read_events()) == ["a"]
@@ -472,8 +472,8 @@ async def test_a_run_that_never_comes_is_404_after_a_while(host: StandIn) -> Non
             host.tick(0.1)
 
         tasks.start_soon(wait)
-        response = await driver.request(host, "GET", PATH, headers=host.headers())
-    assert response.status == 404
+        response = await AsgiClient(host).get(PATH, headers=host.headers())
+    assert response.status_code == 404
     assert not host.subscribers
     assert host.app.subscription_limits.open == 0
 
@@ -488,18 +488,18 @@ async def test_waiting_for_a_run_ends_with_the_shutdown(host: StandIn) -> None:
             host.begin_shutdown()
 
         tasks.start_soon(shut_down)
-        async with driver.stream(host, "GET", PATH, headers=host.headers()) as response:
-            assert (response.status, response.headers["content-type"]) == (200, "text/event-stream; charset=utf-8")
+        async with AsgiClient(host).stream(PATH, headers=host.headers()) as response:
+            assert (response.status_code, response.headers["content-type"]) == (200, "text/event-stream; charset=utf-8")
             assert [event.event for event in await response.read_all_events()] == ["reconnect"]
     assert not host.subscribers
 
 
 async def test_who_asks_for_an_unknown_run_during_the_shutdown_is_told_to_come_back(host: StandIn) -> None:
     host.begin_shutdown()
-    response = await driver.request(host, "GET", PATH, headers=host.headers())
-    assert (response.status, response.headers["access-control-allow-origin"]) == (200, "*")
+    response = await AsgiClient(host).get(PATH, headers=host.headers())
+    assert (response.status_code, response.headers["access-control-allow-origin"]) == (200, "*")
     assert response.body.startswith(b"retry: 1000\n\n: connected\n\nevent: reconnect\n")
-    assert (await driver.request(host, "GET", PATH, headers=host.headers("read:runs"))).status == 404
+    assert (await AsgiClient(host).get(PATH, headers=host.headers("read:runs"))).status_code == 404
 
 
 async def test_waiting_for_a_run_ends_when_the_client_leaves(host: StandIn) -> None:
@@ -511,7 +511,7 @@ async def test_waiting_for_a_run_ends_when_the_client_leaves(host: StandIn) -> N
     async def send(message: Any) -> None:
         sent.append(message)
 
-    await host(driver.make_scope("GET", PATH, headers=host.headers()), gone, send)
+    await host(make_scope("GET", PATH, headers=host.headers()), gone, send)
     assert not host.subscribers
     assert sent[0]["status"] == 404
 
@@ -522,7 +522,7 @@ async def test_waiting_for_a_run_ends_when_the_client_leaves(host: StandIn) -> N
 async def test_silence_is_broken_by_a_heartbeat() -> None:
     host = StandIn(timeouts=Timeouts(heartbeat=15))
     await host.create()
-    async with driver.stream(host, "GET", PATH, headers=host.headers()) as response:
+    async with AsgiClient(host).stream(PATH, headers=host.headers()) as response:
         await response.chunk()
         await anyio.wait_all_tasks_blocked()
         host.tick()  # sees that something was sent
@@ -541,7 +541,7 @@ async def test_a_shutdown_while_a_heartbeat_is_sent_is_heard() -> None:
     """The reader was left waiting for the next heartbeat, and the server could not exit."""
     host = StandIn(timeouts=Timeouts(heartbeat=15))
     await host.create()
-    async with driver.stream(host, "GET", PATH, headers=host.headers()) as response:
+    async with AsgiClient(host).stream(PATH, headers=host.headers()) as response:
         await response.chunk()
         await anyio.wait_all_tasks_blocked()
         host.tick()
@@ -557,7 +557,7 @@ async def test_a_shutdown_while_a_heartbeat_is_sent_is_heard() -> None:
 async def test_a_reader_that_does_not_read_is_dropped_and_costs_nothing() -> None:
     host = StandIn(timeouts=Timeouts(send=30))
     await host.create()
-    async with driver.stream(host, "GET", PATH, headers=host.headers()) as response:
+    async with AsgiClient(host).stream(PATH, headers=host.headers()) as response:
         await anyio.wait_all_tasks_blocked()  # in the send of the first body
         host.tick()
         for _ in range(50):
@@ -588,7 +588,7 @@ async def test_a_stalled_send_that_cannot_be_cancelled_gives_its_seat_back() -> 
     async def never() -> Any:
         await anyio.sleep_forever()
 
-    scope = driver.make_scope("GET", PATH, headers=host.headers())
+    scope = make_scope("GET", PATH, headers=host.headers())
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(shielding, scope, never, None)
         await anyio.wait_all_tasks_blocked()
@@ -608,7 +608,7 @@ async def test_a_slow_reader_is_not_dropped_while_it_reads() -> None:
     await host.create()
     await host.append(*["x" * 60_000] * 5)
     await host.finish()
-    async with driver.stream(host, "GET", PATH, headers=host.headers()) as response:
+    async with AsgiClient(host).stream(PATH, headers=host.headers()) as response:
         events: list[Event] = []
         while not response.ended:
             await anyio.wait_all_tasks_blocked()
@@ -621,8 +621,8 @@ async def test_a_slow_reader_is_not_dropped_while_it_reads() -> None:
 async def test_one_stalled_reader_does_not_delay_another(host: StandIn) -> None:
     await host.create()
     headers = host.headers()
-    async with driver.stream(host, "GET", PATH, headers=headers):
-        async with driver.stream(host, "GET", PATH, headers=headers) as reader:
+    async with AsgiClient(host).stream(PATH, headers=headers):
+        async with AsgiClient(host).stream(PATH, headers=headers) as reader:
             await reader.chunk()
             for number in range(20):
                 await host.append(number)
@@ -644,7 +644,7 @@ async def test_a_disconnect_leaves_nothing_behind(host: StandIn) -> None:
     await host.append("a")
     await anyio.wait_all_tasks_blocked()
     before = len(anyio.get_running_tasks())
-    async with driver.stream(host, "GET", PATH, headers=host.headers()) as response:
+    async with AsgiClient(host).stream(PATH, headers=host.headers()) as response:
         await response.read_until("message")
         await anyio.wait_all_tasks_blocked()
         assert len(host.subscribers) == 1
@@ -655,7 +655,7 @@ async def test_a_disconnect_leaves_nothing_behind(host: StandIn) -> None:
 async def test_a_disconnect_while_sending_leaves_nothing_behind(host: StandIn) -> None:
     await host.create()
     await host.append("a")
-    async with driver.stream(host, "GET", PATH, headers=host.headers()):
+    async with AsgiClient(host).stream(PATH, headers=host.headers()):
         await anyio.wait_all_tasks_blocked()
     await no_readers(host)
 
@@ -668,7 +668,7 @@ async def test_a_thousand_connections_come_and_go(host: StandIn) -> None:
     await anyio.wait_all_tasks_blocked()
     before = len(anyio.get_running_tasks())
     for number in range(1000):
-        async with driver.stream(host, "GET", PATH, headers=headers) as response:
+        async with AsgiClient(host).stream(PATH, headers=headers) as response:
             for _ in range(number % 4):
                 await response.chunk() if number % 4 < 3 else await anyio.lowlevel.checkpoint()
     await no_readers(host)
@@ -689,7 +689,7 @@ async def test_an_oserror_of_send_is_a_disconnect(
         if message.get("body"):
             raise error
 
-    await host(driver.make_scope("GET", PATH, headers=host.headers()), never, send)
+    await host(make_scope("GET", PATH, headers=host.headers()), never, send)
     await no_readers(host)
     assert not caplog.records
 
@@ -697,7 +697,7 @@ async def test_an_oserror_of_send_is_a_disconnect(
 async def test_the_hosts_cancellation_passes_and_leaves_nothing_behind(host: StandIn) -> None:
     await host.create()
     with anyio.CancelScope() as scope:
-        async with driver.stream(host, "GET", PATH, headers=host.headers()) as response:
+        async with AsgiClient(host).stream(PATH, headers=host.headers()) as response:
             await response.chunk()
             await anyio.wait_all_tasks_blocked()
             scope.cancel()
@@ -713,7 +713,7 @@ async def test_shutdown_ends_each_stream_with_reconnect_and_a_time_of_its_own(ho
     retries: list[int] = []
     for _ in range(40):
         host.closing = False
-        async with driver.stream(host, "GET", PATH, headers=headers) as response:
+        async with AsgiClient(host).stream(PATH, headers=headers) as response:
             await response.read_until("message")
             await anyio.wait_all_tasks_blocked()
             host.begin_shutdown()
@@ -741,14 +741,14 @@ async def test_who_comes_during_the_shutdown_is_told_at_once(host: StandIn) -> N
     await host.create()
     await host.append(*["x" * 60_000] * 20)
     host.begin_shutdown()
-    async with driver.stream(host, "GET", PATH, headers=host.headers()) as response:
-        assert response.status == 200
+    async with AsgiClient(host).stream(PATH, headers=host.headers()) as response:
+        assert response.status_code == 200
         assert [event.event for event in await response.read_all_events()] == ["reconnect"]
 
 
 async def test_a_stream_that_is_through_ends_for_good_at_shutdown(host: StandIn) -> None:
     await host.create()
-    async with driver.stream(host, "GET", PATH, headers=host.headers()) as response:
+    async with AsgiClient(host).stream(PATH, headers=host.headers()) as response:
         await response.chunk()
         await anyio.wait_all_tasks_blocked()
         await host.finish()
@@ -758,7 +758,7 @@ async def test_a_stream_that_is_through_ends_for_good_at_shutdown(host: StandIn)
 
 async def test_a_stalled_reader_does_not_hold_up_the_shutdown(host: StandIn) -> None:
     await host.create()
-    async with driver.stream(host, "GET", PATH, headers=host.headers()):
+    async with AsgiClient(host).stream(PATH, headers=host.headers()):
         await anyio.wait_all_tasks_blocked()
         host.begin_shutdown()
         host.tick()
@@ -772,8 +772,8 @@ async def test_a_stalled_reader_does_not_hold_up_the_shutdown(host: StandIn) -> 
 
 
 async def limited(host: StandIn, headers: dict[str, str] | None = None, path: str = PATH) -> dict[str, Any]:
-    response = await driver.request(host, "GET", path, headers=headers or host.headers())
-    assert response.status == 429
+    response = await AsgiClient(host).get(path, headers=headers or host.headers())
+    assert response.status_code == 429
     body: dict[str, Any] = json.loads(response.body)
     assert body["code"] == "limit_exceeded"
     return body
@@ -782,10 +782,10 @@ async def limited(host: StandIn, headers: dict[str, str] | None = None, path: st
 async def test_subscriptions_are_limited_in_the_process() -> None:
     host = StandIn(limits=Limits(subscribers=1))
     await host.create()
-    async with driver.stream(host, "GET", PATH, headers=host.headers()):
+    async with AsgiClient(host).stream(PATH, headers=host.headers()):
         assert "limit 1" in (await limited(host))["error"]
-    async with driver.stream(host, "GET", PATH, headers=host.headers()) as response:
-        assert response.status == 200
+    async with AsgiClient(host).stream(PATH, headers=host.headers()) as response:
+        assert response.status_code == 200
 
 
 async def test_subscriptions_are_limited_for_each_run() -> None:
@@ -793,10 +793,10 @@ async def test_subscriptions_are_limited_for_each_run() -> None:
     await host.create()
     await host.create("run_2")
     headers = host.headers("read:runs")
-    async with driver.stream(host, "GET", PATH, headers=headers):
+    async with AsgiClient(host).stream(PATH, headers=headers):
         assert "this run" in (await limited(host, headers))["error"]
-        async with driver.stream(host, "GET", "/v1/streams/run_2/default", headers=headers) as response:
-            assert response.status == 200
+        async with AsgiClient(host).stream("/v1/streams/run_2/default", headers=headers) as response:
+            assert response.status_code == 200
 
 
 async def test_subscriptions_are_limited_for_each_token_but_not_for_the_secret_key() -> None:
@@ -804,28 +804,28 @@ async def test_subscriptions_are_limited_for_each_token_but_not_for_the_secret_k
     await host.create()
     headers = host.headers()
     secret = {"authorization": f"Bearer {SECRET}"}
-    async with driver.stream(host, "GET", PATH, headers=headers):
+    async with AsgiClient(host).stream(PATH, headers=headers):
         assert "this token" in (await limited(host, headers))["error"]
-        async with driver.stream(host, "GET", PATH, headers=host.headers("read:all")) as response:
-            assert response.status == 200
-        async with driver.stream(host, "GET", PATH, headers=secret):
-            async with driver.stream(host, "GET", PATH, headers=secret) as response:
-                assert response.status == 200
+        async with AsgiClient(host).stream(PATH, headers=host.headers("read:all")) as response:
+            assert response.status_code == 200
+        async with AsgiClient(host).stream(PATH, headers=secret):
+            async with AsgiClient(host).stream(PATH, headers=secret) as response:
+                assert response.status_code == 200
 
 
 @pytest.mark.parametrize(("length", "status"), [(128, 200), (129, 422)])
 async def test_a_key_over_the_limit_is_422(host: StandIn, length: int, status: int) -> None:
     await host.create()
-    async with driver.stream(host, "GET", f"/v1/streams/run_1/{'k' * length}", headers=host.headers()) as response:
-        assert response.status == status
+    async with AsgiClient(host).stream(f"/v1/streams/run_1/{'k' * length}", headers=host.headers()) as response:
+        assert response.status_code == status
         if status == 422:
             assert b"limit 128" in await response.read()
 
 
 async def test_a_key_with_a_control_character_is_422(host: StandIn) -> None:
     await host.create()
-    response = await driver.request(host, "GET", "/v1/streams/run_1/a\nb", headers=host.headers())
-    assert response.status == 422
+    response = await AsgiClient(host).get("/v1/streams/run_1/a\nb", headers=host.headers())
+    assert response.status_code == 422
 
 
 async def test_messages_are_fresh_for_each_send(host: StandIn) -> None:
@@ -844,7 +844,7 @@ async def test_messages_are_fresh_for_each_send(host: StandIn) -> None:
         await host(scope, receive, spoil)
 
     for _ in range(2):
-        async with driver.stream(compressing, "GET", PATH, headers=host.headers()) as response:
+        async with AsgiClient(compressing).stream(PATH, headers=host.headers()) as response:
             assert "spoilt" not in response.headers
             assert b"spoilt" not in await response.read()
 
@@ -852,7 +852,7 @@ async def test_messages_are_fresh_for_each_send(host: StandIn) -> None:
 async def test_streams_with_an_end_of_their_own_end_before_the_run(host: StandIn) -> None:
     await host.create()
     await host.change("run_1", StreamAdded("default"))
-    async with driver.stream(host, "GET", PATH, headers=host.headers()) as response:
+    async with AsgiClient(host).stream(PATH, headers=host.headers()) as response:
         await response.chunk()
         await host.broker.append(StreamKey("run_1", "default"), [b"1"], end=End("lost"))
         message, end = await response.read_all_events()
@@ -861,8 +861,8 @@ async def test_streams_with_an_end_of_their_own_end_before_the_run(host: StandIn
 
 async def test_the_library_s_own_streams_are_not_read_by_name(host: StandIn) -> None:
     await host.create()
-    response = await driver.request(host, "GET", "/v1/streams/run_1/$trigger.input:x", headers=host.headers())
-    assert response.status == 422
+    response = await AsgiClient(host).get("/v1/streams/run_1/$trigger.input:x", headers=host.headers())
+    assert response.status_code == 422
     assert "begins with $" in json.loads(response.body)["error"]
 
 
@@ -871,7 +871,7 @@ async def test_what_a_token_hides_of_a_run_its_streams_do_not_tell(host: StandIn
     await host.append("x", key="internal")
     token = host.token("read:runs", skip_columns=["error", "realtimeStreams"])
     headers = {"authorization": f"Bearer {token}"}
-    async with driver.stream(host, "GET", PATH, headers=headers) as response:
+    async with AsgiClient(host).stream(PATH, headers=headers) as response:
         assert b"internal" not in await response.chunk()
         await host.finish(status=Status.FAILED, error="the secret reason")
         assert b'data: {"reason":"failed"}' in await response.read()

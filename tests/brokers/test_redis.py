@@ -34,7 +34,7 @@ from asgi_realtime.brokers.redis.mirror import TopicMirror
 from asgi_realtime.core.runs import Finished, RunError, TagsAdded, apply
 from asgi_realtime.core.sse import chunk_frame
 from asgi_realtime.tasks.records import RunOptions
-from asgi_realtime.testing import driver
+from asgi_realtime.testing import AsgiClient
 from asgi_realtime.testing.conformance.kit import Backend, create, data, items, new_record, read_all, store
 from tests.faults import SECRET
 from tests.inprocess import until
@@ -245,7 +245,7 @@ async def test_over_http_pages_and_the_mirror_join_byte_for_byte(storage: Storag
                 await realtime.append([number, CHUNK])
             token = realtime.create_public_token(scopes={"read": {"runs": [run.id]}})
             path, headers = f"/v1/streams/{run.id}/default", {"authorization": f"Bearer {token}"}
-            async with driver.stream(realtime, "GET", path, headers=headers) as response:
+            async with AsgiClient(realtime).stream(path, headers=headers) as response:
                 body = bytearray()
                 while len(body) < 400 * 1000:
                     body += await response.chunk()
@@ -416,7 +416,7 @@ async def test_what_cannot_be_restored_ends_the_stream_as_lost_and_fails_the_run
         await written.wait()
         path = f"/v1/streams/{handle.id}/default"
         headers = {"authorization": f"Bearer {handle.public_access_token}"}
-        async with driver.stream(realtime, "GET", path, headers=headers) as response:
+        async with AsgiClient(realtime).stream(path, headers=headers) as response:
             await response.read_until("message")
             await storage.turn_back({})
             go_on.set()
@@ -430,7 +430,7 @@ async def test_what_cannot_be_restored_ends_the_stream_as_lost_and_fails_the_run
         end = (await realtime.broker.read(key)).end
         assert end is not None
         assert end.reason == "lost"
-        async with driver.stream(realtime, "GET", path, headers={**headers, "last-event-id": "7"}) as response:
+        async with AsgiClient(realtime).stream(path, headers={**headers, "last-event-id": "7"}) as response:
             assert [event.event for event in await response.read_all_events()][-1] == "end"
 
 
@@ -515,7 +515,7 @@ async def test_an_end_that_others_stored_after_a_loss_stays(storage: Storage) ->
         run_id = await opened
         token = theirs.create_public_token(scopes={"read": {"runs": [run_id]}})
         headers = {"authorization": f"Bearer {token}", "accept": "text/event-stream"}
-        feed = driver.stream(theirs, "GET", f"/v1/runs/{run_id}", headers=headers)
+        feed = AsgiClient(theirs).stream(f"/v1/runs/{run_id}", headers=headers)
         response = await leaving.enter_async_context(feed)
         await response.read_until("ready")
         states = asyncio.ensure_future(collect(theirs.subscribe_to_run(run_id)))
@@ -665,18 +665,18 @@ async def test_a_position_in_a_topic_is_not_used_again_after_a_loss(storage: Sto
 
 async def test_health_warns_of_a_memory_policy_that_evicts(storage: Storage, caplog: pytest.LogCaptureFixture) -> None:
     async with storage.realtime() as realtime:
-        assert (await driver.request(realtime, "GET", "/v1/health")).body == b'{"status":"ok","broker":"ok"}'
+        assert (await AsgiClient(realtime).get("/v1/health")).body == b'{"status":"ok","broker":"ok"}'
         await storage.client.config_set("maxmemory", "1gb")
         await storage.client.config_set("maxmemory-policy", "allkeys-lru")
         try:
             for _ in range(3):
-                answer = await driver.request(realtime, "GET", "/v1/health")
-                assert (answer.status, b"noeviction" in answer.body) == (200, True)
+                answer = await AsgiClient(realtime).get("/v1/health")
+                assert (answer.status_code, b"noeviction" in answer.body) == (200, True)
         finally:
             await storage.client.config_set("maxmemory-policy", "noeviction")
             await storage.client.config_set("maxmemory", "0")
         assert sum("noeviction" in record.getMessage() for record in caplog.records) == 1
-        assert (await driver.request(realtime, "GET", "/v1/health")).body == b'{"status":"ok","broker":"ok"}'
+        assert (await AsgiClient(realtime).get("/v1/health")).body == b'{"status":"ok","broker":"ok"}'
 
 
 async def test_calls_of_one_turn_share_one_write(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:

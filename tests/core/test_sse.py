@@ -6,7 +6,7 @@ import pytest
 
 from asgi_realtime.core.errors import UsageError
 from asgi_realtime.core.sse import HEARTBEAT, chunk_frame, comment_frame, control_frame, frame_data, retry_frame
-from asgi_realtime.testing.sse import Event, EventParser
+from asgi_realtime.testing import Event, EventParser
 
 
 def test_a_chunk_is_an_id_and_one_line_of_data() -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from asgi_realtime.testing.sse import Event, EventParser
+from asgi_realtime.testing import Event, EventParser
 from tests.docs.blocks import ROOT, blocks
 from tests.ports import free_port
 from tests.requirements import missing

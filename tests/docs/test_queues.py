@@ -14,7 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from asgi_realtime.testing.sse import EventParser
+from asgi_realtime.testing import EventParser
 from tests.docs.blocks import blocks
 from tests.docs.programs import served
 from tests.redis_servers import RedisServer

@@ -19,7 +19,7 @@ from asgi_realtime.asgi.cors import EXPOSED, METHODS
 from asgi_realtime.asgi.trigger_dev import shapes
 from asgi_realtime.core import errors
 from asgi_realtime.core.runs import END_REASONS, Status
-from asgi_realtime.testing import driver
+from asgi_realtime.testing import AsgiClient, Response
 from tests.docs.blocks import ROOT, blocks
 
 SECRET = "a secret that is long enough for the tests"
@@ -54,7 +54,7 @@ def evened(text: str) -> str:
 
 async def body(realtime: Realtime, path: str) -> str:
     """The whole of a stream that ends."""
-    return (await driver.request(realtime, "GET", path, headers=ALL_POWERS)).body.decode()
+    return (await AsgiClient(realtime).get(path, headers=ALL_POWERS)).body.decode()
 
 
 async def ended_run(realtime: Realtime, *chunks: Any) -> str:
@@ -74,7 +74,7 @@ async def unwritten() -> str:
     async with make() as realtime, realtime.open_run("sample") as run:
         await realtime.append("x")
         path = f"/v1/streams/{run.id}/defualt"
-        async with driver.stream(realtime, "GET", path, headers=ALL_POWERS) as response:
+        async with AsgiClient(realtime).stream(path, headers=ALL_POWERS) as response:
             return (await response.chunk()).decode()
 
 
@@ -100,7 +100,7 @@ async def gap() -> str:
 async def reconnect() -> str:
     async with make() as realtime, realtime.open_run("sample") as run:
         path = f"/v1/streams/{run.id}/default"
-        async with driver.stream(realtime, "GET", path, headers=ALL_POWERS) as response:
+        async with AsgiClient(realtime).stream(path, headers=ALL_POWERS) as response:
             await response.chunk()
             realtime.begin_shutdown()
             return (await response.read()).decode()
@@ -113,7 +113,7 @@ async def batches() -> str:
     async with make() as realtime:
         run_id = await ended_run(realtime, "Hel", {"token": "lo"})
         path = f"/v1/streams/{run_id}/default"
-        answer = await driver.request(realtime, "GET", path, headers=OFFICIAL)
+        answer = await AsgiClient(realtime).get(path, headers=OFFICIAL)
         assert answer.headers["x-stream-version"] == "v2"
         return answer.body.decode()
 
@@ -121,7 +121,7 @@ async def batches() -> str:
 async def interrupted() -> str:
     async with make() as realtime, realtime.open_run("sample") as run:
         path = f"/v1/streams/{run.id}/default"
-        async with driver.stream(realtime, "GET", path, headers=OFFICIAL) as response:
+        async with AsgiClient(realtime).stream(path, headers=OFFICIAL) as response:
             await response.chunk()
             realtime.begin_shutdown()
             return (await response.read()).decode()
@@ -135,17 +135,17 @@ async def shape() -> str:
 
         run = await realtime.trigger(sample)
         path, query = f"/v1/runs/{run.id}", {"offset": "-1", "live": "true"}
-        answer = await driver.request(realtime, "GET", path, headers=ALL_POWERS, query=query)
+        answer = await AsgiClient(realtime).get(path, headers=ALL_POWERS, query=query)
         names = ("cache-control", "content-type", *(name for name in answer.headers if name.startswith("electric-")))
         head = "".join(f"{name}: {answer.headers[name]}\n" for name in names)
-        return f"HTTP/1.1 {answer.status}\n{head}\n{answer.body.decode()}\n"
+        return f"HTTP/1.1 {answer.status_code}\n{head}\n{answer.body.decode()}\n"
 
 
 async def refetch() -> str:
     async with chatted() as (realtime, handle):
         path, query = f"/v1/runs/{handle.id}", {"offset": "7_0", "handle": "9f3c01d2.0"}
-        answer = await driver.request(realtime, "GET", path, headers=ALL_POWERS, query=query)
-        assert answer.status == 409
+        answer = await AsgiClient(realtime).get(path, headers=ALL_POWERS, query=query)
+        assert answer.status_code == 409
         return answer.body.decode()
 
 
@@ -158,7 +158,7 @@ async def feed() -> str:
             await told.wait()
 
         run = await realtime.trigger(sample)
-        async with driver.stream(realtime, "GET", f"/v1/runs/{run.id}", headers=FEED) as response:
+        async with AsgiClient(realtime).stream(f"/v1/runs/{run.id}", headers=FEED) as response:
             parts = [await response.chunk(), await response.chunk()]
             async with anyio.create_task_group() as group:
                 group.start_soon(realtime.execute, run.id)
@@ -191,20 +191,20 @@ async def run() -> str:
 async def input() -> str:
     async with make() as realtime, realtime.open_run("sample") as run:
         path = f"/v1/streams/{run.id}/input/approval"
-        answer = await driver.request(realtime, "POST", path, headers=ALL_POWERS, body=b'{"data": "yes"}')
+        answer = await AsgiClient(realtime).post(path, headers=ALL_POWERS, body=b'{"data": "yes"}')
         assert await run.input("approval").get() == "yes"
         return answer.body.decode()
 
 
 async def cancel() -> str:
     async with chatted() as (realtime, handle):
-        answer = await driver.request(realtime, "POST", f"/api/v2/runs/{handle.id}/cancel", headers=ALL_POWERS)
+        answer = await AsgiClient(realtime).post(f"/api/v2/runs/{handle.id}/cancel", headers=ALL_POWERS)
         return answer.body.decode()
 
 
-async def post(realtime: Realtime, method: str, path: str, body: bytes) -> driver.Response:
-    answer = await driver.request(realtime, method, path, headers=ALL_POWERS, body=body)
-    assert answer.status in (200, 202), answer.body
+async def post(realtime: Realtime, method: str, path: str, body: bytes) -> Response:
+    answer = await AsgiClient(realtime).request(method, path, headers=ALL_POWERS, body=body)
+    assert answer.status_code in (200, 202), answer.body
     return answer
 
 
@@ -217,7 +217,7 @@ async def triggered() -> str:
 
 
 @asynccontextmanager
-async def batched() -> AsyncIterator[tuple[Realtime, str, driver.Response]]:
+async def batched() -> AsyncIterator[tuple[Realtime, str, Response]]:
     async with chatted() as (realtime, _):
         created = await post(realtime, "POST", "/api/v3/batches", b'{"runCount": 2, "taskIdentifiers": ["chat"]}')
         yield realtime, json.loads(created.body)["id"], created
@@ -264,13 +264,13 @@ async def claims() -> str:
 
 async def health() -> str:
     async with make() as realtime:
-        return (await driver.request(realtime, "GET", "/v1/health")).body.decode()
+        return (await AsgiClient(realtime).get("/v1/health")).body.decode()
 
 
 async def probe() -> str:
     async with (
         make() as realtime,
-        driver.stream(realtime, "GET", "/v1/health", headers={"accept": "text/event-stream"}) as response,
+        AsgiClient(realtime).stream("/v1/health", headers={"accept": "text/event-stream"}) as response,
     ):
         await response.chunk()  # the comment
         return (await response.chunk()).decode()
@@ -279,8 +279,8 @@ async def probe() -> str:
 async def forbidden() -> str:
     async with chatted() as (realtime, handle):
         token = realtime.create_public_token(scopes={"read": {"runs": ["run_1"]}})
-        answer = await driver.request(realtime, "GET", f"/api/v3/runs/{handle.id}", query={"access_token": token})
-        assert answer.status == 403
+        answer = await AsgiClient(realtime).get(f"/api/v3/runs/{handle.id}", query={"access_token": token})
+        assert answer.status_code == 403
         return answer.body.decode()
 
 
@@ -343,8 +343,8 @@ async def test_refusals_that_are_no_exceptions() -> None:
             ("PATCH", "/v1/runs", 405, "method_not_allowed"),
             ("GET", f"/v1/runs/{handle.id}", 400, "invalid_request"),
         ):
-            answer = await driver.request(realtime, method, path, headers=ALL_POWERS)
-            assert (answer.status, json.loads(answer.body)["code"]) == (status, code)
+            answer = await AsgiClient(realtime).request(method, path, headers=ALL_POWERS)
+            assert (answer.status_code, json.loads(answer.body)["code"]) == (status, code)
 
 
 def test_the_reasons_of_ends_are_all_told() -> None:
@@ -381,5 +381,5 @@ async def test_every_route_of_the_table_is_there(prefix: str) -> None:
     async with make() as realtime:
         for method, path, _ in rows:
             real = prefix + re.sub(r"\{\w+\}", "x", path)
-            answer = await driver.request(realtime, method, real)
-            assert answer.status == (200 if path == "/v1/health" else 401), real
+            answer = await AsgiClient(realtime).request(method, real)
+            assert answer.status_code == (200 if path == "/v1/health" else 401), real

@@ -23,8 +23,7 @@ from fastapi import FastAPI
 
 from asgi_realtime import EXPOSED_HEADERS, Limits, PipeResult, Realtime, Retention, Status, Timeouts, current_run
 from asgi_realtime.brokers.redis import RedisBroker
-from asgi_realtime.testing import driver
-from asgi_realtime.testing.sse import Event, EventParser
+from asgi_realtime.testing import AsgiClient, Event, EventParser
 from tests.docs.blocks import BLOCKS, CODE, ROOT, Block, blocks
 from tests.docs.programs import completions_endpoint, served
 
@@ -97,7 +96,7 @@ async def check_cors(names: Names, printed: str) -> None:
 
 
 async def check_middleware(names: Names, printed: str) -> None:
-    assert (await driver.request(names["app"], "GET", "/realtime/v1/health")).status == 200
+    assert (await AsgiClient(names["app"]).get("/realtime/v1/health")).status_code == 200
 
 
 async def check_reading(names: Names, printed: str) -> None:
@@ -183,9 +182,9 @@ async def check_stop(names: Names, printed: str) -> None:
 
     handle = await realtime.trigger(forever, tags="user:1")
     path = f"/runs/{handle.id}/stop"
-    assert (await driver.request(names["app"], "POST", "/runs/run_gone/stop", query={"user": "1"})).status == 404
-    assert (await driver.request(names["app"], "POST", path, query={"user": "2"})).status == 404
-    assert (await driver.request(names["app"], "POST", path, query={"user": "1"})).status == 204
+    assert (await AsgiClient(names["app"]).post("/runs/run_gone/stop", query={"user": "1"})).status_code == 404
+    assert (await AsgiClient(names["app"]).post(path, query={"user": "2"})).status_code == 404
+    assert (await AsgiClient(names["app"]).post(path, query={"user": "1"})).status_code == 204
     async for record in realtime.subscribe_to_run(handle):
         last = record
     assert last.status is Status.CANCELED
@@ -235,7 +234,7 @@ async def check_redact(names: Names, printed: str) -> None:
 
 
 async def check_frontend(names: Names, printed: str) -> None:
-    response = await driver.request(names["app"], "POST", "/token", query={"user": "1"})
+    response = await AsgiClient(names["app"]).post("/token", query={"user": "1"})
     tokens = json.loads(response.body)
     claims = [names["realtime"].verify_token(tokens[name]) for name in ("accessToken", "triggerToken")]
     assert [(one.scopes, one.one_time) for one in claims] == [
@@ -250,18 +249,18 @@ async def check_mounts(names: Names, printed: str) -> None:
     app, path = names["app"], f"/v3/runs/{names['run'].id}"
     headers = {"authorization": f"Bearer {SECRET}"}
     for mounted in (f"/api{path}", f"/realtime/api{path}"):
-        assert (await driver.request(app, "GET", mounted, headers=headers)).status == 200
-    assert json.loads((await driver.request(app, "GET", "/api/users")).body) == []
+        assert (await AsgiClient(app).get(mounted, headers=headers)).status_code == 200
+    assert json.loads((await AsgiClient(app).get("/api/users")).body) == []
 
 
 async def browser_may_read(names: Names) -> None:
     origin = {"origin": "https://app.example"}
     asks = {"access-control-request-method": "POST", "access-control-request-headers": "authorization,trigger-version"}
     path = "/realtime/api/v1/tasks/chat/trigger"
-    preflight = await driver.request(names["app"], "OPTIONS", path, headers={**origin, **asks})
-    assert preflight.status in (200, 204)
+    preflight = await AsgiClient(names["app"]).request("OPTIONS", path, headers={**origin, **asks})
+    assert preflight.status_code in (200, 204)
     assert preflight.headers["access-control-allow-headers"] == "authorization,trigger-version"
-    answer = await driver.request(names["app"], "GET", "/realtime/v1/health", headers=origin)
+    answer = await AsgiClient(names["app"]).get("/realtime/v1/health", headers=origin)
     assert set(EXPOSED_HEADERS) <= set(answer.headers["access-control-expose-headers"].split(", "))
 
 

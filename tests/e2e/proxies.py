@@ -20,7 +20,7 @@ from typing import Any
 import httpx
 import trustme
 
-from asgi_realtime.testing.sse import Event, EventParser
+from asgi_realtime.testing import Event, EventParser
 from tests.e2e.hosts.servers import GUARD_S, ROOT
 from tests.requirements import missing
 

@@ -17,7 +17,7 @@ import httpx
 import pytest
 import pytest_asyncio
 
-from asgi_realtime.testing.sse import Event, EventParser
+from asgi_realtime.testing import Event, EventParser
 from tests.e2e.test_uvicorn import GUARD_S, Served, served
 from tests.redis_servers import RedisServer, ReplicaPair
 

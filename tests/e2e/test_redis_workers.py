@@ -17,7 +17,7 @@ import httpx
 import pytest
 from playwright.sync_api import Page
 
-from asgi_realtime.testing.sse import Event, EventParser
+from asgi_realtime.testing import Event, EventParser
 from examples.local_model import Model
 from examples.redis_workers.__main__ import WEB, WORKER
 from tests.docs.programs import completions_endpoint

@@ -15,7 +15,7 @@ import httpx
 import pytest
 
 from asgi_realtime import RunCanceled, RunFailed, Status
-from asgi_realtime.testing.sse import Event, EventParser
+from asgi_realtime.testing import Event, EventParser
 from tests.e2e.stage import GUARD_S, ROOT, Stage, is_alive, staged, until
 from tests.e2e.worker_app import SECRET, TIMEOUTS, make
 

@@ -56,7 +56,7 @@ async def test_an_expired_token() -> None:
         with pytest.raises(ExpiredToken):
             realtime.verify_token(token)
         async with AsgiClient(realtime, lifespan=False) as client:
-            assert (await client.get("/v1/runs?tags=user:1", token=token)).status == 401
+            assert (await client.get("/v1/runs?tags=user:1", token=token)).status_code == 401
         await realtime.stop()
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import anyio
 import pytest
 
-from asgi_realtime.testing import driver
+from asgi_realtime.testing import AsgiClient, driver
 
 pytestmark = pytest.mark.anyio
 
@@ -40,15 +40,15 @@ class Endless:
 
 
 async def test_a_whole_response() -> None:
-    response = await driver.request(echo, "POST", "/a b", query={"q": "1 2"}, body=b"hello")
-    assert (response.status, response.body) == (201, b"hello|q=1+2")
+    response = await AsgiClient(echo).post("/a b", query={"q": "1 2"}, body=b"hello")
+    assert (response.status_code, response.body) == (201, b"hello|q=1+2")
     assert response.headers == {"x-method": "POST", "vary": "a, b"}
     assert response.scope["raw_path"] == b"/a%20b"
 
 
 async def test_a_live_body_has_back_pressure_and_leaving_is_a_disconnect() -> None:
     app = Endless()
-    async with driver.stream(app, "GET", "/") as response:
+    async with AsgiClient(app).stream("/") as response:
         assert await response.chunk() == b"id: 0\ndata: x\n\n"
         assert [event.id for event in await response.read_events()] == ["1"]
         await anyio.wait_all_tasks_blocked()
@@ -66,7 +66,7 @@ async def test_iteration_gives_the_chunks_as_they_were_sent() -> None:
         assert (await receive())["type"] == "http.request"
         assert (await receive())["type"] == "http.disconnect"  # after the end of the response, as on a server
 
-    async with driver.stream(app, "GET", "/") as response:
+    async with AsgiClient(app).stream("/") as response:
         assert [chunk async for chunk in response] == [b"a", b"bc"]
         assert response.ended
 
@@ -79,21 +79,21 @@ async def test_what_the_app_raises_is_raised_here() -> None:
 
     for path in ("/early", "/late"):
         with pytest.raises(LookupError, match="broken"):
-            await driver.request(broken, "GET", path)
+            await AsgiClient(broken).get(path)
 
 
 async def test_an_app_that_answers_nothing_is_an_error() -> None:
     async def silent(scope: Any, receive: Any, send: Any) -> None:
         return None
 
-    with pytest.raises(AssertionError, match="without an answer"):
-        await driver.request(silent, "GET", "/")
+    with pytest.raises(AssertionError, match="without a response"):
+        await AsgiClient(silent).get("/")
 
 
 async def test_what_the_caller_raises_comes_out_as_it_is() -> None:
     app = Endless()
     with pytest.raises(KeyError, match="mine"):
-        async with driver.stream(app, "GET", "/"):
+        async with AsgiClient(app).stream("/"):
             raise KeyError("mine")
     assert app.left
 
@@ -105,8 +105,8 @@ async def test_an_app_that_does_not_notice_is_cancelled(monkeypatch: pytest.Monk
         await send({"type": "http.response.start", "status": 200})
         await anyio.sleep_forever()
 
-    async with driver.stream(deaf, "GET", "/") as response:
-        assert response.status == 200
+    async with AsgiClient(deaf).stream("/") as response:
+        assert response.status_code == 200
 
 
 async def test_read_until_says_what_there_was_instead() -> None:
@@ -114,7 +114,7 @@ async def test_read_until_says_what_there_was_instead() -> None:
         await send({"type": "http.response.start", "status": 200})
         await send({"type": "http.response.body", "body": b": hi\n\nevent: a\ndata: 1\n\n"})
 
-    async with driver.stream(app, "GET", "/") as response:
+    async with AsgiClient(app).stream("/") as response:
         with pytest.raises(AssertionError, match="event='a'"):
             await response.read_until("b")
         assert response.comments == ["hi"]
@@ -126,5 +126,5 @@ async def test_a_whole_answer_says_if_it_was_cut() -> None:
         await send({"type": "http.response.start", "status": 200})
         await send({"type": "http.response.body", "body": b"half", "more_body": True})
 
-    response = await driver.request(unfinished, "GET", "/")
+    response = await AsgiClient(unfinished).get("/")
     assert (response.ended, repr(response)) == (False, "<Response 200 b'half' cut off>")

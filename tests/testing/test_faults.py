@@ -19,7 +19,7 @@ import pytest
 import uvicorn
 
 from asgi_realtime import Realtime, Timeouts
-from asgi_realtime.testing import AsgiClient, FakeClock, Faults, driver
+from asgi_realtime.testing import AsgiClient, FakeClock, Faults, StreamedResponse
 from tests.inprocess import GUARD_S, SECRET, make_realtime
 
 pytestmark = pytest.mark.anyio
@@ -62,7 +62,7 @@ class Numbers:
         running.cancel()
 
 
-async def data_of(response: driver.StreamedResponse) -> list[str]:
+async def data_of(response: StreamedResponse) -> list[str]:
     return [event.data async for event in response.aiter_events()]
 
 
@@ -182,12 +182,16 @@ async def test_refusals_come_so_often_and_where_they_are_planned() -> None:
     faults = Faults(app)
     faults.refuse(times=2, path="/x", headers={"Retry-After": "1"})
     async with AsgiClient(faults) as client:
-        assert (await client.get("/other")).status == 200
-        assert (await client.request("OPTIONS", "/x")).status == 200
+        assert (await client.get("/other")).status_code == 200
+        assert (await client.request("OPTIONS", "/x")).status_code == 200
         for _ in range(2):
             refused = await client.get("/x")
-            assert (refused.status, refused.headers["retry-after"], refused.text) == (503, "1", "refused by a test")
-        assert (await client.get("/x")).status == 200
+            assert (refused.status_code, refused.headers["retry-after"], refused.text) == (
+                503,
+                "1",
+                "refused by a test",
+            )
+        assert (await client.get("/x")).status_code == 200
         assert faults.happened == ["GET /x refused with 503"] * 2
 
 
@@ -197,11 +201,11 @@ async def test_faults_come_in_the_order_of_the_plan_and_may_be_forgotten() -> No
     faults.cut(after=1)
     faults.refuse(500, times=math.inf)
     async with AsgiClient(faults) as client:
-        assert (await client.get("/")).status == 429
+        assert (await client.get("/")).status_code == 429
         assert (await client.get("/")).text.count("data") == 1
-        assert [(await client.get("/")).status for _ in range(3)] == [500, 500, 500]
+        assert [(await client.get("/")).status_code for _ in range(3)] == [500, 500, 500]
         faults.clear()
-        assert (await client.get("/")).status == 200
+        assert (await client.get("/")).status_code == 200
 
 
 async def test_a_client_that_resumes_loses_nothing() -> None:

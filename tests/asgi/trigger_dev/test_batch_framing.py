@@ -18,9 +18,7 @@ from asgi_realtime.core.config import Limits, Retention
 from asgi_realtime.core.errors import BrokerUnavailable
 from asgi_realtime.core.log import End, Entry, Log, Page
 from asgi_realtime.core.runs import Status
-from asgi_realtime.testing import driver
-from asgi_realtime.testing.driver import StreamedResponse
-from asgi_realtime.testing.sse import Event
+from asgi_realtime.testing import AsgiClient, Event, StreamedResponse
 from tests.asgi.standin import NOW, StandIn
 
 pytestmark = pytest.mark.anyio
@@ -32,7 +30,7 @@ PATH = "/v1/streams/run_1/default"
 async def reading(host: StandIn, path: str = PATH, **more: str) -> AsyncIterator[StreamedResponse]:
     headers = host.headers(trigger_version="4.8.3", accept="text/event-stream", **more)
     with anyio.fail_after(5):
-        async with driver.stream(host, "GET", path, headers=headers) as response:
+        async with AsgiClient(host).stream(path, headers=headers) as response:
             yield response
 
 
@@ -46,7 +44,7 @@ def chunks(events: list[Event]) -> list[Any]:
 
 async def read_all(host: StandIn, **more: str) -> list[Event]:
     async with reading(host, **more) as response:
-        assert response.status == 200
+        assert response.status_code == 200
         return await response.read_all_events()
 
 
@@ -58,7 +56,7 @@ async def test_chunks_on_the_wire(host: StandIn) -> None:
     await host.append("Hel", {"token": "lo"})
     await host.finish()
     async with reading(host) as response:
-        assert response.status == 200
+        assert response.status_code == 200
         assert response.headers["x-stream-version"] == "v2"
         assert response.headers["content-type"] == "text/event-stream; charset=utf-8"
         assert "x-stream-version" in response.headers["access-control-expose-headers"]
@@ -76,7 +74,7 @@ async def test_a_client_without_the_version_header_gets_native_events(host: Stan
     await host.create()
     await host.append("x")
     await host.finish()
-    async with driver.stream(host, "GET", PATH, headers=host.headers()) as response:
+    async with AsgiClient(host).stream(PATH, headers=host.headers()) as response:
         assert "x-stream-version" not in response.headers
         assert [event.event for event in await response.read_all_events()] == ["message", "end"]
 
@@ -153,7 +151,7 @@ async def test_behind_the_end_it_is_an_empty_200(host: StandIn, last: str) -> No
     await host.append(0, 1, 2)
     await host.finish()
     async with reading(host, last_event_id=last) as response:
-        assert response.status == 200
+        assert response.status_code == 200
         assert response.headers["x-stream-version"] == "v2"
         assert response.headers["content-type"].startswith("text/event-stream")
         assert await response.read() == b""
@@ -184,7 +182,7 @@ async def test_a_position_before_what_is_kept_is_410(host: StandIn) -> None:
     for number in range(20):
         await host.append(number)
     async with reading(host, last_event_id="2") as response:
-        assert response.status == 410
+        assert response.status_code == 410
         error = json.loads(await response.read())
     assert error["code"] == "stream_gap" and "chunk 3 is past its retention" in error["error"]
 
@@ -214,14 +212,14 @@ async def test_a_gap_in_the_middle_makes_the_client_come_back_and_hear_of_it(hos
     assert [event.event for event in events][-1] == "error"
     last = records(events)[-1]["seq_num"]
     async with reading(host, last_event_id=str(last)) as response:
-        assert response.status == 410
+        assert response.status_code == 410
 
 
 @pytest.mark.parametrize("last", ["x", "-1", "1.5", "1" * 19])
 async def test_a_malformed_position_is_400(host: StandIn, last: str) -> None:
     await host.create()
     async with reading(host, last_event_id=last) as response:
-        assert response.status == 400
+        assert response.status_code == 400
 
 
 # Ends
@@ -242,7 +240,7 @@ async def test_what_is_lost_is_never_a_clean_end(host: StandIn) -> None:
     assert [event.event for event in await read_all(host)] == ["batch", "error"]
     for last in ("0", "5"):
         async with reading(host, last_event_id=last) as response:
-            assert response.status == 409  # which is final for them
+            assert response.status_code == 409  # which is final for them
             assert json.loads(await response.read())["code"] == "stream_lost"
 
 
@@ -288,11 +286,11 @@ async def test_a_log_that_cannot_be_followed_is_no_clean_end(host: StandIn) -> N
 async def test_an_absent_broker_and_a_shutdown_before_the_head_are_503(host: StandIn) -> None:
     host.begin_shutdown()
     async with reading(host) as response:
-        assert response.status == 503
+        assert response.status_code == 503
     host = StandIn()
     host.start_error = BrokerUnavailable("away")
     async with reading(host) as response:
-        assert response.status == 503
+        assert response.status_code == 503
 
 
 # Silence
@@ -382,7 +380,7 @@ async def test_without_it_the_stream_is_waited_for(host: StandIn) -> None:
 async def test_a_malformed_silence_is_400(host: StandIn, seconds: str) -> None:
     await host.create()
     async with reading(host, timeout_seconds=seconds) as response:
-        assert response.status == 400
+        assert response.status_code == 400
         assert "1 to 600" in json.loads(await response.read())["error"]
 
 
@@ -390,7 +388,7 @@ async def test_a_malformed_silence_is_400(host: StandIn, seconds: str) -> None:
 async def test_the_borders_are_taken(host: StandIn, seconds: str) -> None:
     await host.create()
     async with reading(host, timeout_seconds=seconds) as response:
-        assert response.status == 200
+        assert response.status_code == 200
 
 
 # Inputs

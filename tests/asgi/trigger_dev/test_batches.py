@@ -13,8 +13,8 @@ from asgi_realtime.brokers.base import Broker
 from asgi_realtime.brokers.memory import MemoryBroker
 from asgi_realtime.core.errors import LimitExceeded
 from asgi_realtime.core.runs import BatchMember
-from asgi_realtime.testing import driver
-from asgi_realtime.testing.sse import EventParser
+from asgi_realtime.testing import AsgiClient, EventParser
+from asgi_realtime.testing.driver import make_scope
 from tests.asgi.official import Answer, call, count_runs, create_batch, fill_batch, item, lines, with_tasks
 from tests.brokers.backends import DistantBroker
 from tests.inprocess import GUARD_S, SECRET, FakeClock, ended
@@ -113,7 +113,7 @@ async def test_the_feed_of_a_batch_ends_with_its_runs() -> None:
         body = lines(*(item(index, index) for index in range(3)))
         async with anyio.create_task_group() as group:
             group.start_soon(fill_batch, realtime, batch_id, body)
-            response = await driver.request(realtime, "GET", f"/v1/batches/{batch_id}", headers=headers)
+            response = await AsgiClient(realtime).get(f"/v1/batches/{batch_id}", headers=headers)
         events = EventParser().feed(response.body)
         assert (events[-1].event, json.loads(events[-1].data)) == ("end", {"reason": "complete"})
         last = {
@@ -171,19 +171,19 @@ async def test_the_feeds_of_a_batch_of_earlier_runs_are_empty_and_over(make: Mad
             await realtime.trigger("open", 1, idempotency_key=f"k{index}")
         batch_id = await make(realtime)
         path, headers = f"/v1/batches/{batch_id}", {"authorization": f"Bearer {SECRET}"}
-        feed = await driver.request(realtime, "GET", path, headers=headers | {"accept": "text/event-stream"})
+        feed = await AsgiClient(realtime).get(path, headers=headers | {"accept": "text/event-stream"})
         events = EventParser().feed(feed.body)
         assert [(event.event, event.data) for event in events] == [
             ("ready", '{"count":0}'),
             ("end", '{"reason":"complete"}'),
         ]
         last = headers | {"accept": "text/event-stream", "last-event-id": events[-1].id or ""}
-        assert (await driver.request(realtime, "GET", path, headers=last)).status == 204
-        shape = await driver.request(realtime, "GET", path, query="offset=-1", headers=headers)
-        assert (shape.status, json.loads(shape.body)) == (200, [UP_TO_DATE])
+        assert (await AsgiClient(realtime).get(path, headers=last)).status_code == 204
+        shape = await AsgiClient(realtime).get(path, query="offset=-1", headers=headers)
+        assert (shape.status_code, json.loads(shape.body)) == (200, [UP_TO_DATE])
         query = f"offset={shape.headers['electric-offset']}&handle={shape.headers['electric-handle']}&live=true"
-        held = await driver.request(realtime, "GET", path, query=query, headers=headers)
-        assert (held.status, json.loads(held.body)) == (200, [UP_TO_DATE])
+        held = await AsgiClient(realtime).get(path, query=query, headers=headers)
+        assert (held.status_code, json.loads(held.body)) == (200, [UP_TO_DATE])
         assert [record async for record in realtime.subscribe_to_batch(batch_id)] == []
         gate.set()
 
@@ -201,8 +201,8 @@ async def test_a_batch_that_is_not_filled_yet_has_a_feed() -> None:
         async with anyio.create_task_group() as group:
             group.start_soon(follow)
             headers = {"authorization": f"Bearer {SECRET}", "accept": "text/event-stream"}
-            async with driver.stream(realtime, "GET", f"/v1/batches/{batch_id}", headers=headers) as stream:
-                assert stream.status == 200
+            async with AsgiClient(realtime).stream(f"/v1/batches/{batch_id}", headers=headers) as stream:
+                assert stream.status_code == 200
                 await fill_batch(realtime, batch_id, lines(item(0, "a"), item(1, "b")))
                 events = EventParser().feed(await stream.read())
         assert (events[-1].event, events[-1].data) == ("end", '{"reason":"complete"}')
@@ -239,7 +239,7 @@ async def test_a_batch_that_stays_half_filled_is_never_complete() -> None:
         told = (await retrieve(realtime, batch_id)).json
         assert (told["status"], told["runCount"], told["runs"]) == ("PARTIAL_FAILED", 3, started)
         headers = {"authorization": f"Bearer {SECRET}", "accept": "text/event-stream"}
-        feed = await driver.request(realtime, "GET", f"/v1/batches/{batch_id}", headers=headers)
+        feed = await AsgiClient(realtime).get(f"/v1/batches/{batch_id}", headers=headers)
         assert [event.event for event in EventParser().feed(feed.body)] == ["run", "run", "ready", "end"]
 
 
@@ -373,7 +373,7 @@ async def test_a_body_that_is_cut_off_starts_nothing() -> None:
             sent.append(message)
 
         headers = {"authorization": f"Bearer {SECRET}"}
-        await realtime(driver.make_scope("POST", f"{BATCHES}/{batch_id}/items", headers=headers), receive, send)
+        await realtime(make_scope("POST", f"{BATCHES}/{batch_id}/items", headers=headers), receive, send)
         assert sent[0]["status"] == 408
         assert await count_runs(realtime, "tag:seen") == 0
 
@@ -386,8 +386,8 @@ async def test_a_batch_needs_a_scope_for_every_task() -> None:
         token = realtime.create_public_token(scopes=["*:runs:run_1"])
         assert (await create_batch(realtime, 1, token=token)).status == 403
         assert (await create_batch(realtime, 1, token=token, taskIdentifiers=[])).status == 403
-        assert (await driver.request(realtime, "POST", BATCHES)).status == 401
-        assert (await driver.request(realtime, "POST", f"{BATCHES}/x/items")).status == 401
+        assert (await AsgiClient(realtime).post(BATCHES)).status_code == 401
+        assert (await AsgiClient(realtime).post(f"{BATCHES}/x/items")).status_code == 401
         for scope in ("trigger:tasks:echo", "read:runs", "write:runs"):
             token = realtime.create_public_token(scopes=[scope])
             assert (await create_batch(realtime, 1, token=token)).status == 403
@@ -722,7 +722,7 @@ async def test_runs_that_are_past_their_retention_are_left_out() -> None:
 async def test_who_may_retrieve_a_batch() -> None:
     async with with_tasks() as realtime:
         batch_id = await batch_of(realtime, item(0, 1))
-        assert (await driver.request(realtime, "GET", f"/api/v2/batches/{batch_id}")).status == 401
+        assert (await AsgiClient(realtime).get(f"/api/v2/batches/{batch_id}")).status_code == 401
         for scope, status in (
             ("read:batch:x", 403),
             ("read:tags", 403),

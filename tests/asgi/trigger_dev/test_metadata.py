@@ -9,7 +9,7 @@ import pytest
 from asgi_realtime import BrokerUnavailable, Limits, Realtime, Run, RunRecord, Timeouts
 from asgi_realtime.asgi.trigger_dev import metadata as metadata_endpoints
 from asgi_realtime.brokers.memory import MemoryBroker
-from asgi_realtime.testing import driver
+from asgi_realtime.testing import AsgiClient
 from tests.asgi.official import Answer, call, count_runs, with_tasks
 from tests.faults import RemoteBroker
 from tests.inprocess import ended
@@ -237,8 +237,8 @@ async def test_a_run_is_changed_with_the_secret_key_only(change: Any) -> None:
             answer = await change(realtime, run.id, body, token=realtime.create_public_token(scopes=[scope]))
             assert (answer.status, answer.json["code"]) == (403, "forbidden")
             assert "needs the secret key" in answer.error
-        assert (await driver.request(realtime, "PUT", f"/api/v1/runs/{run.id}/metadata")).status == 401
-        assert (await driver.request(realtime, "POST", f"/api/v1/runs/{run.id}/tags")).status == 401
+        assert (await AsgiClient(realtime).request("PUT", f"/api/v1/runs/{run.id}/metadata")).status_code == 401
+        assert (await AsgiClient(realtime).post(f"/api/v1/runs/{run.id}/tags")).status_code == 401
         assert (await change(realtime, "run_nope", body)).status == 404
         assert (await realtime.get_run(run.id)).metadata == {}
 

@@ -10,7 +10,8 @@ from asgi_realtime.brokers.base import StreamKey
 from asgi_realtime.core.config import Limits
 from asgi_realtime.core.errors import BrokerUnavailable
 from asgi_realtime.core.runs import Status
-from asgi_realtime.testing import driver
+from asgi_realtime.testing import AsgiClient
+from asgi_realtime.testing.driver import make_scope
 from tests.asgi.standin import SECRET, StandIn
 
 pytestmark = pytest.mark.anyio
@@ -23,8 +24,8 @@ WRITE = "write:inputStreams:run_1"
 
 async def test_retrieve_gives_the_run(host: StandIn) -> None:
     await host.create(payload={"a": 1}, tags=["x"])
-    response = await driver.request(host, "GET", RETRIEVE, headers=host.headers())
-    assert response.status == 200
+    response = await AsgiClient(host).get(RETRIEVE, headers=host.headers())
+    assert response.status_code == 200
     assert response.headers["content-type"] == "application/json"
     assert response.headers["cache-control"] == "no-store"
     run = json.loads(response.body)
@@ -34,55 +35,55 @@ async def test_retrieve_gives_the_run(host: StandIn) -> None:
 async def test_retrieve_leaves_out_what_the_token_forbids(host: StandIn) -> None:
     await host.create(payload=1)
     headers = {"authorization": f"Bearer {host.token(skip_columns=['payload'])}"}
-    response = await driver.request(host, "GET", RETRIEVE, headers=headers)
+    response = await AsgiClient(host).get(RETRIEVE, headers=headers)
     assert "payload" not in json.loads(response.body)
 
 
 async def test_retrieve_authenticates_then_finds_then_authorises(host: StandIn) -> None:
-    assert (await driver.request(host, "GET", RETRIEVE)).status == 401
-    assert (await driver.request(host, "GET", RETRIEVE, headers=host.headers())).status == 404
+    assert (await AsgiClient(host).get(RETRIEVE)).status_code == 401
+    assert (await AsgiClient(host).get(RETRIEVE, headers=host.headers())).status_code == 404
     await host.create()
-    assert (await driver.request(host, "GET", RETRIEVE, headers=host.headers("read:runs:run_2"))).status == 403
+    assert (await AsgiClient(host).get(RETRIEVE, headers=host.headers("read:runs:run_2"))).status_code == 403
 
 
 async def test_a_run_that_its_token_names_is_asked_for_again(host: StandIn) -> None:
     """A handle is often in the browser before its run is in the broker; other 404s are final for the client."""
     for scopes, again in ((("read:runs:run_1",), "true"), (("read:runs",), None), (("read:runs:run_2",), None)):
-        response = await driver.request(host, "GET", RETRIEVE, headers=host.headers(*scopes))
-        assert (response.status, response.headers.get("x-should-retry")) == (404, again)
+        response = await AsgiClient(host).get(RETRIEVE, headers=host.headers(*scopes))
+        assert (response.status_code, response.headers.get("x-should-retry")) == (404, again)
         assert json.loads(response.body)["code"] == "run_not_found"
-    response = await driver.request(host, "GET", RETRIEVE, headers={"authorization": f"Bearer {SECRET}"})
-    assert (response.status, response.headers.get("x-should-retry")) == (404, None)
+    response = await AsgiClient(host).get(RETRIEVE, headers={"authorization": f"Bearer {SECRET}"})
+    assert (response.status_code, response.headers.get("x-should-retry")) == (404, None)
 
 
 async def test_cancel_needs_the_secret_key_or_a_scope_for_it(host: StandIn) -> None:
     await host.create()
-    assert (await driver.request(host, "POST", CANCEL)).status == 401
+    assert (await AsgiClient(host).post(CANCEL)).status_code == 401
     for scope in ("read:runs:run_1", "write:runs:run_2", WRITE):
-        assert (await driver.request(host, "POST", CANCEL, headers=host.headers(scope))).status == 403
-    response = await driver.request(host, "POST", CANCEL, headers=host.headers("write:runs:run_1"))
-    assert (response.status, json.loads(response.body)) == (200, {"id": "run_1"})
+        assert (await AsgiClient(host).post(CANCEL, headers=host.headers(scope))).status_code == 403
+    response = await AsgiClient(host).post(CANCEL, headers=host.headers("write:runs:run_1"))
+    assert (response.status_code, json.loads(response.body)) == (200, {"id": "run_1"})
     assert (await host.get("run_1")).status is Status.CANCELED
-    response = await driver.request(host, "POST", CANCEL, headers={"authorization": f"Bearer {SECRET}"})
-    assert response.status == 200
-    missing = await driver.request(host, "POST", CANCEL.replace("run_1", "run_2"), headers=host.headers("admin"))
-    assert missing.status == 404
+    response = await AsgiClient(host).post(CANCEL, headers={"authorization": f"Bearer {SECRET}"})
+    assert response.status_code == 200
+    missing = await AsgiClient(host).post(CANCEL.replace("run_1", "run_2"), headers=host.headers("admin"))
+    assert missing.status_code == 404
 
 
 async def test_what_is_sent_to_an_input_is_in_its_stream(host: StandIn) -> None:
     await host.create()
-    response = await driver.request(host, "POST", INPUT, headers=host.headers(WRITE), body=b'{"data": {"ok":true}}')
-    assert (response.status, json.loads(response.body)) == (200, {"ok": True})
+    response = await AsgiClient(host).post(INPUT, headers=host.headers(WRITE), body=b'{"data": {"ok":true}}')
+    assert (response.status_code, json.loads(response.body)) == (200, {"ok": True})
     page = await host.broker.read(StreamKey("run_1", "$trigger.input:approval"))
     assert [entry.data for entry in page.entries] == [b'{"ok":true}']
 
 
 async def test_an_input_is_tailed_like_a_stream(host: StandIn) -> None:
     await host.create()
-    async with driver.stream(host, "GET", INPUT, headers=host.headers()) as response:
-        assert response.status == 200
+    async with AsgiClient(host).stream(INPUT, headers=host.headers()) as response:
+        assert response.status_code == 200
         assert await response.chunk() == b"retry: 1000\n\n: connected\n\n"
-        await driver.request(host, "POST", INPUT, headers=host.headers(WRITE), body=b'{"data": "yes"}')
+        await AsgiClient(host).post(INPUT, headers=host.headers(WRITE), body=b'{"data": "yes"}')
         assert await response.chunk() == b'id: 0\ndata: "yes"\n\n'
         await host.finish()
         assert [event.event for event in await response.read_all_events()] == ["end"]
@@ -93,8 +94,8 @@ async def test_an_input_is_tailed_like_a_stream(host: StandIn) -> None:
 )
 async def test_a_malformed_input_is_400(host: StandIn, body: bytes) -> None:
     await host.create()
-    response = await driver.request(host, "POST", INPUT, headers=host.headers(WRITE), body=body)
-    assert response.status == 400
+    response = await AsgiClient(host).post(INPUT, headers=host.headers(WRITE), body=body)
+    assert response.status_code == 400
     assert json.loads(response.body)["code"] == "invalid_request"
 
 
@@ -102,7 +103,7 @@ async def test_a_malformed_input_is_400(host: StandIn, body: bytes) -> None:
 async def test_any_json_is_an_input(host: StandIn, data: Any) -> None:
     await host.create()
     body = json.dumps({"data": data}).encode()
-    assert (await driver.request(host, "POST", INPUT, headers=host.headers(WRITE), body=body)).status == 200
+    assert (await AsgiClient(host).post(INPUT, headers=host.headers(WRITE), body=body)).status_code == 200
 
 
 async def test_an_input_that_is_too_large_is_413() -> None:
@@ -111,9 +112,9 @@ async def test_an_input_that_is_too_large_is_413() -> None:
     headers = host.headers(WRITE)
     fits = b'{"data": "%b"}' % (b"x" * 88)
     assert len(fits) == 100
-    assert (await driver.request(host, "POST", INPUT, headers=headers, body=fits)).status == 200
-    response = await driver.request(host, "POST", INPUT, headers=headers, body=fits + b" ")
-    assert response.status == 413
+    assert (await AsgiClient(host).post(INPUT, headers=headers, body=fits)).status_code == 200
+    response = await AsgiClient(host).post(INPUT, headers=headers, body=fits + b" ")
+    assert response.status_code == 413
     assert "limit 100" in json.loads(response.body)["error"]
 
 
@@ -121,8 +122,8 @@ async def test_a_declared_length_that_is_too_large_is_refused_unread() -> None:
     host = StandIn(limits=Limits(input_bytes=100))
     await host.create()
     headers = {**host.headers(WRITE), "content-length": "101"}
-    response = await driver.request(host, "POST", INPUT, headers=headers, body=b"")
-    assert response.status == 413
+    response = await AsgiClient(host).post(INPUT, headers=headers, body=b"")
+    assert response.status_code == 413
 
 
 async def call(host: StandIn, messages: list[dict[str, Any]]) -> list[Any]:
@@ -136,7 +137,7 @@ async def call(host: StandIn, messages: list[dict[str, Any]]) -> list[Any]:
     async def send(message: Any) -> None:
         sent.append(message)
 
-    await host(driver.make_scope("POST", INPUT, headers=host.headers(WRITE)), receive, send)
+    await host(make_scope("POST", INPUT, headers=host.headers(WRITE)), receive, send)
     return sent
 
 
@@ -165,28 +166,28 @@ async def test_a_body_that_is_cut_off_is_no_input(host: StandIn) -> None:
 
 async def test_who_may_send_an_input(host: StandIn) -> None:
     body = b'{"data": 1}'
-    assert (await driver.request(host, "POST", INPUT, body=body)).status == 401
-    assert (await driver.request(host, "POST", INPUT, headers=host.headers(WRITE), body=body)).status == 404
+    assert (await AsgiClient(host).post(INPUT, body=body)).status_code == 401
+    assert (await AsgiClient(host).post(INPUT, headers=host.headers(WRITE), body=body)).status_code == 404
     await host.create()
     for scope in ("read:runs:run_1", "write:runs:run_1", "write:inputStreams:run_2"):
-        assert (await driver.request(host, "POST", INPUT, headers=host.headers(scope), body=body)).status == 403
+        assert (await AsgiClient(host).post(INPUT, headers=host.headers(scope), body=body)).status_code == 403
     long = f"/v1/streams/run_1/input/{'i' * 129}"
-    response = await driver.request(host, "POST", long, headers=host.headers(WRITE), body=body)
-    assert response.status == 422
+    response = await AsgiClient(host).post(long, headers=host.headers(WRITE), body=body)
+    assert response.status_code == 422
     assert "limit 128" in json.loads(response.body)["error"]
-    assert (await driver.request(host, "GET", long, headers=host.headers())).status == 422
+    assert (await AsgiClient(host).get(long, headers=host.headers())).status_code == 422
 
 
 async def test_health_needs_no_token(host: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
-    response = await driver.request(host, "GET", "/v1/health")
-    assert (response.status, json.loads(response.body)) == (200, {"status": "ok", "broker": "ok"})
+    response = await AsgiClient(host).get("/v1/health")
+    assert (response.status_code, json.loads(response.body)) == (200, {"status": "ok", "broker": "ok"})
 
     async def away() -> None:
         raise BrokerUnavailable("redis at 10.0.0.1 does not answer")
 
     monkeypatch.setattr(host.broker, "ping", away)
-    response = await driver.request(host, "GET", "/v1/health")
-    assert (response.status, json.loads(response.body)) == (503, {"status": "unavailable", "broker": "unavailable"})
+    response = await AsgiClient(host).get("/v1/health")
+    assert (response.status_code, response.json()) == (503, {"status": "unavailable", "broker": "unavailable"})
 
 
 async def test_health_tells_of_foreign_errors_without_their_words(
@@ -195,29 +196,29 @@ async def test_health_tells_of_foreign_errors_without_their_words(
     """A broker that raised an exception of its driver's gave 500, which tells a load balancer nothing."""
     down = (503, {"status": "unavailable", "broker": "unavailable"})
     host.start_error = OSError("no route to 10.0.0.1")
-    response = await driver.request(host, "GET", "/v1/health")
-    assert (response.status, json.loads(response.body)) == down
+    response = await AsgiClient(host).get("/v1/health")
+    assert (response.status_code, json.loads(response.body)) == down
     host.start_error = None
 
     async def away() -> None:
         raise OSError("10.0.0.1 went away")
 
     monkeypatch.setattr(host.broker, "ping", away)
-    response = await driver.request(host, "GET", "/v1/health")
-    assert (response.status, json.loads(response.body)) == down
+    response = await AsgiClient(host).get("/v1/health")
+    assert (response.status_code, json.loads(response.body)) == down
     assert "10.0.0.1 went away" in caplog.text
 
 
 async def test_health_answers_head_without_a_body(host: StandIn) -> None:
     """Load balancers that probe with HEAD took the 405 for a dead process."""
-    response = await driver.request(host, "HEAD", "/v1/health")
-    assert (response.status, response.body) == (200, b"")
-    assert response.headers["content-length"] == str(len((await driver.request(host, "GET", "/v1/health")).body))
+    response = await AsgiClient(host).request("HEAD", "/v1/health")
+    assert (response.status_code, response.body) == (200, b"")
+    assert response.headers["content-length"] == str(len((await AsgiClient(host).get("/v1/health")).body))
     host.begin_shutdown()
-    assert (await driver.request(host, "HEAD", "/v1/health")).status == 503
+    assert (await AsgiClient(host).request("HEAD", "/v1/health")).status_code == 503
 
 
 async def test_health_says_when_the_shutdown_began(host: StandIn) -> None:
     host.begin_shutdown()
-    response = await driver.request(host, "GET", "/v1/health")
-    assert (response.status, json.loads(response.body)) == (503, {"status": "closing", "broker": "ok"})
+    response = await AsgiClient(host).get("/v1/health")
+    assert (response.status_code, json.loads(response.body)) == (503, {"status": "closing", "broker": "ok"})

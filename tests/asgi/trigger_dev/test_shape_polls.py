@@ -8,6 +8,7 @@ from typing import Any
 import anyio
 import anyio.lowlevel
 import pytest
+from starlette.types import Message
 
 from asgi_realtime.asgi.trigger_dev import shape_polls, shapes
 from asgi_realtime.brokers.memory import MemoryBroker
@@ -15,8 +16,8 @@ from asgi_realtime.core.config import Limits, Timeouts
 from asgi_realtime.core.errors import BrokerUnavailable
 from asgi_realtime.core.metadata import Set
 from asgi_realtime.core.runs import BatchMember, MetadataChanged, RunChange, Started, Status
-from asgi_realtime.testing import driver
-from asgi_realtime.testing.driver import Response
+from asgi_realtime.testing import AsgiClient, Response
+from asgi_realtime.testing.driver import make_scope
 from tests.asgi.standin import StandIn
 
 pytestmark = pytest.mark.anyio
@@ -50,18 +51,18 @@ class Client:
 
     async def get(self, *, live: bool = False) -> Response:
         """One request; takes the cursor of the answer."""
-        answer = await driver.request(self.host, "GET", self.path, headers=self.headers, query=self.asked(live=live))
-        if answer.status == 200:
+        answer = await AsgiClient(self.host).get(self.path, headers=self.headers, query=self.asked(live=live))
+        if answer.status_code == 200:
             self.handle, self.offset = answer.headers["electric-handle"], answer.headers["electric-offset"]
             self.cursor = answer.headers.get("electric-cursor")
-        elif answer.status == 409:
+        elif answer.status_code == 409:
             self.handle, self.offset = answer.headers["electric-handle"], "-1"
         return answer
 
     async def rows(self, *, live: bool = False) -> list[dict[str, Any]]:
         """The rows of one answer, which must be a good one."""
         answer = await self.get(live=live)
-        assert answer.status == 200, answer.body
+        assert answer.status_code == 200, answer.body
         messages = json.loads(answer.body)
         assert messages[-1] == UP_TO_DATE
         return [message["value"] for message in messages[:-1]]
@@ -102,7 +103,7 @@ def ids(rows: list[dict[str, Any]]) -> list[str]:
 async def test_a_snapshot_on_the_wire(host: StandIn) -> None:
     record = await host.create(tags=["a"])
     answer = await Client(host).get()
-    assert answer.status == 200
+    assert answer.status_code == 200
     assert answer.body == b"[" + shapes.row(record) + b',\n{"headers":{"control":"up-to-date"}}]'
     headers = answer.headers
     assert headers["content-type"] == "application/json"
@@ -293,17 +294,17 @@ async def test_a_held_poll_ends_when_its_client_leaves(host: StandIn) -> None:
     await host.create()
     client = Client(host)
     await client.rows()
-    scope = driver.make_scope("GET", RUN, headers=client.headers, query=client.asked(live=True))
+    scope = make_scope("GET", RUN, headers=client.headers, query=client.asked(live=True))
     gone = anyio.Event()
     asked = [{"type": "http.request", "body": b"", "more_body": False}]
 
-    async def receive() -> driver.Message:
+    async def receive() -> Message:
         if asked:
             return asked.pop()
         await gone.wait()
         return {"type": "http.disconnect"}
 
-    async def send(message: driver.Message) -> None:
+    async def send(message: Message) -> None:
         pass
 
     with anyio.fail_after(5):
@@ -330,9 +331,9 @@ async def test_a_shutdown_answers_held_polls_with_503(host: StandIn) -> None:
             await host.one_subscriber()
             host.begin_shutdown()
     (answer,) = answers
-    assert (answer.status, json.loads(answer.body)["code"]) == (503, "server_shutdown")
+    assert (answer.status_code, json.loads(answer.body)["code"]) == (503, "server_shutdown")
     assert answer.headers["access-control-allow-origin"] == "*"
-    assert (await client.get(live=True)).status == 503  # and it holds none any more
+    assert (await client.get(live=True)).status_code == 503  # and it holds none any more
 
 
 async def test_what_there_is_to_tell_is_told_during_the_shutdown(host: StandIn) -> None:
@@ -359,7 +360,7 @@ async def test_a_held_poll_ends_with_its_token(host: StandIn) -> None:
             tasks.start_soon(poll)
             await host.one_subscriber()
             host.tick(5.1)
-    assert (answers[0].status, json.loads(answers[0].body)["code"]) == (401, "token_expired")
+    assert (answers[0].status_code, json.loads(answers[0].body)["code"]) == (401, "token_expired")
 
 
 async def test_polls_that_began_together_do_not_end_together(host: StandIn) -> None:
@@ -385,7 +386,7 @@ async def test_polls_count_as_subscriptions(host: StandIn) -> None:
     await client.rows()
     await other.rows()
     async with client.polling():
-        assert (await other.get(live=True)).status == 429
+        assert (await other.get(live=True)).status_code == 429
         await host.finish()
 
 
@@ -400,7 +401,7 @@ async def test_a_cursor_of_another_epoch_is_told_to_start_over(host: StandIn) ->
     await host.create("run_2", tags=["a"])
     old = client.handle
     answer = await client.get(live=True)
-    assert (answer.status, json.loads(answer.body)) == (409, MUST_REFETCH)
+    assert (answer.status_code, json.loads(answer.body)) == (409, MUST_REFETCH)
     assert answer.headers["electric-handle"] not in ("", old)
     assert ids(await client.rows()) == ["run_2"]
     async with client.polling() as answers:
@@ -420,7 +421,7 @@ async def test_a_cursor_that_is_not_ours_is_told_to_start_over(host: StandIn, ha
         client.handle = handle
     client.offset = offset
     answer = await client.get(live=True)
-    assert (answer.status, json.loads(answer.body)) == (409, MUST_REFETCH)
+    assert (answer.status_code, json.loads(answer.body)) == (409, MUST_REFETCH)
     assert len(await client.rows()) == 1
 
 
@@ -430,7 +431,7 @@ async def test_a_malformed_offset_is_400_and_says_what_is_allowed(host: StandIn,
     client = Client(host)
     client.offset = offset
     answer = await client.get()
-    assert answer.status == 400
+    assert answer.status_code == 400
     assert "offset" in json.loads(answer.body)["error"]
 
 
@@ -441,7 +442,7 @@ async def test_a_position_that_the_topic_has_dropped_is_told_to_start_over(host:
     await client.rows()
     for number in range(1, 4):
         await host.create(f"run_{number}", tags=["a"])
-    assert (await client.get(live=True)).status == 409
+    assert (await client.get(live=True)).status_code == 409
     assert ids(await client.rows()) == ["run_2", "run_3"]
 
 
@@ -572,14 +573,14 @@ async def test_a_row_is_encoded_once_for_all(host: StandIn, monkeypatch: pytest.
 
 async def test_refusals_come_before_anything_is_held(host: StandIn) -> None:
     await host.create(tags=["a"])
-    assert (await Client(host, RUN, "read:runs:run_2").get()).status == 403
-    assert (await Client(host, "/v1/runs/run_9", "read:runs").get()).status == 404
+    assert (await Client(host, RUN, "read:runs:run_2").get()).status_code == 403
+    assert (await Client(host, "/v1/runs/run_9", "read:runs").get()).status_code == 404
     client = Client(host)
     client.headers["authorization"] = "Bearer forged"
-    assert (await client.get()).status == 401
+    assert (await client.get()).status_code == 401
     for query in ({"tags": ""}, {"tags": 'a"'}, {"tags": "a,"}, {"tags": "a", "createdAt": "soon"}):
         answer = await Client(host, TAGS, "read:runs", **query).get()
-        assert (answer.status, json.loads(answer.body)["code"]) == (400, "invalid_request")
+        assert (answer.status_code, json.loads(answer.body)["code"]) == (400, "invalid_request")
 
 
 async def test_who_waits_for_a_run_at_the_shutdown_is_told_to_come_back(host: StandIn) -> None:
@@ -593,7 +594,7 @@ async def test_who_waits_for_a_run_at_the_shutdown_is_told_to_come_back(host: St
             tasks.start_soon(ask)
             await host.one_subscriber()
             host.begin_shutdown()
-    assert answers[0].status == 503
+    assert answers[0].status_code == 503
 
 
 async def test_a_token_that_names_the_run_needs_no_look_at_its_record(host: StandIn) -> None:
@@ -609,7 +610,7 @@ async def test_a_token_that_names_the_run_needs_no_look_at_its_record(host: Stan
     host.debug = True
     assert await by_id.rows() == []
     answer = await by_task.get()
-    assert (answer.status, "it was read" in json.loads(answer.body)["error"]) == (500, True)
+    assert (answer.status_code, "it was read" in json.loads(answer.body)["error"]) == (500, True)
 
 
 async def test_a_poll_of_a_run_that_is_gone_starts_over_and_hears_so(host: StandIn) -> None:
@@ -618,9 +619,9 @@ async def test_a_poll_of_a_run_that_is_gone_starts_over_and_hears_so(host: Stand
     await client.rows()
     await host.finish()
     await host.broker.remove("run_1")
-    assert (await client.get(live=True)).status == 409
+    assert (await client.get(live=True)).status_code == 409
     client.headers = Client(host, RUN, "read:runs").headers  # does not wait for it to appear
-    assert (await client.get()).status == 404
+    assert (await client.get()).status_code == 404
 
 
 async def test_a_shutdown_ends_a_poll_whose_broker_does_not_answer(host: StandIn) -> None:
@@ -646,10 +647,10 @@ async def test_a_shutdown_ends_a_poll_whose_broker_does_not_answer(host: StandIn
             tasks.start_soon(poll)
             await entered.wait()
             host.begin_shutdown()
-    assert answers[0].status == 503
+    assert answers[0].status_code == 503
 
 
 async def test_an_absent_broker_is_503(host: StandIn) -> None:
     host = StandIn(timeouts=Timeouts())
     host.start_error = BrokerUnavailable("away")
-    assert (await Client(host).get()).status == 503
+    assert (await Client(host).get()).status_code == 503

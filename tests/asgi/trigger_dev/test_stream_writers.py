@@ -9,6 +9,7 @@ import anyio
 import anyio.abc
 import anyio.lowlevel
 import pytest
+from starlette.types import Message, Scope
 
 from asgi_realtime import Limits, Realtime, Timeouts
 from asgi_realtime.asgi.app import RealtimeApp
@@ -17,7 +18,8 @@ from asgi_realtime.core.chunks import decode
 from asgi_realtime.core.errors import ServerShutdown
 from asgi_realtime.core.log import HIDDEN_STREAM, End
 from asgi_realtime.streams.writer import CALL_BYTES, CALL_ITEMS
-from asgi_realtime.testing import driver
+from asgi_realtime.testing import AsgiClient
+from asgi_realtime.testing.driver import make_scope
 from tests.asgi.standin import SECRET as STANDIN_SECRET
 from tests.asgi.standin import StandIn
 from tests.faults import RemoteBroker, until
@@ -43,8 +45,8 @@ def headers(host: Host, **more: str) -> dict[str, str]:
 
 async def send(host: Host, method: str, path: str = PATH, body: bytes = b"", **more: str) -> tuple[int, Any]:
     """A whole request; returns the status and the JSON."""
-    response = await driver.request(host, method, path, headers=headers(host, **more), body=body)
-    return response.status, json.loads(response.body) if response.body else None
+    response = await AsgiClient(host).request(method, path, headers=headers(host, **more), body=body)
+    return response.status_code, json.loads(response.body) if response.body else None
 
 
 async def stored(broker: Broker, key: StreamKey = KEY) -> list[bytes]:
@@ -59,7 +61,7 @@ class Upload:
         self.answer: Any = None
         self.headers: dict[str, str] = {}
         self.answered = anyio.Event()
-        self._parts_in, self._parts = anyio.create_memory_object_stream[driver.Message](0)
+        self._parts_in, self._parts = anyio.create_memory_object_stream[Message](0)
 
     async def part(self, body: bytes) -> None:
         """Send a part of the body. Returns once the app has taken it."""
@@ -77,14 +79,14 @@ class Upload:
         await self._message({"type": "http.disconnect"})
         await self.answered.wait()
 
-    async def _message(self, message: driver.Message) -> None:
+    async def _message(self, message: Message) -> None:
         with anyio.fail_after(GUARD_S):
             await self._parts_in.send(message)
 
-    async def run(self, app: Host, scope: driver.Scope) -> None:
+    async def run(self, app: Host, scope: Scope) -> None:
         body = b""
 
-        async def respond(message: driver.Message) -> None:
+        async def respond(message: Message) -> None:
             nonlocal body
             if message["type"] == "http.response.start":
                 self.status = message["status"]
@@ -102,7 +104,7 @@ class Upload:
 async def upload(host: Host, path: str = PATH, method: str = "POST", **more: str) -> AsyncIterator[Upload]:
     """A request whose body the block sends. It is to be answered when the block is left."""
     opened = Upload()
-    scope = driver.make_scope(method, path, headers=headers(host, **more))
+    scope = make_scope(method, path, headers=headers(host, **more))
     with anyio.fail_after(GUARD_S):
         async with anyio.create_task_group() as group, opened._parts_in:
             group.start_soon(opened.run, host, scope)
@@ -138,8 +140,8 @@ def path_of(run_id: str, key: str = "default", target: str = "self") -> str:
 async def test_a_stream_is_made_known_before_it_is_written(host: StandIn) -> None:
     await host.create()
     for _ in range(2):
-        response = await driver.request(host, "PUT", PATH, headers=headers(host), body=b"whatever")
-        assert (response.status, response.body) == (202, b'{"version":"v1"}')
+        response = await AsgiClient(host).request("PUT", PATH, headers=headers(host), body=b"whatever")
+        assert (response.status_code, response.body) == (202, b'{"version":"v1"}')
         assert not [name for name in response.headers if name.startswith("x-s2")], "the client would write elsewhere"
         assert response.headers["content-type"] == "application/json"
     assert (await host.get("run_1")).streams == ("default",)
@@ -179,14 +181,14 @@ async def test_streams_are_written_with_the_secret_key_only(host: StandIn, metho
         ({"authorization": "Bearer nonsense"}, 401, "invalid_token"),
         (public, 403, "forbidden"),
     ):
-        response = await driver.request(host, method, path, headers={**given, "x-client-id": "c"}, body=b"1")
-        assert response.status == status
+        response = await AsgiClient(host).request(method, path, headers={**given, "x-client-id": "c"}, body=b"1")
+        assert response.status_code == status
         if method != "HEAD":
             assert json.loads(response.body)["code"] == code
         if status == 403 and method != "HEAD":
             assert "secret key" in json.loads(response.body)["error"]
-    secret_in_query = await driver.request(host, method, path, query={"access_token": STANDIN_SECRET}, body=b"1")
-    assert secret_in_query.status == 401
+    secret_in_query = await AsgiClient(host).request(method, path, query={"access_token": STANDIN_SECRET}, body=b"1")
+    assert secret_in_query.status_code == 401
     assert (await host.get("run_1")).streams == ()
 
 
@@ -234,8 +236,8 @@ async def test_a_run_at_the_top_is_its_own_root_and_has_no_parent(host: StandIn,
 
 
 async def test_other_methods_are_refused(host: StandIn) -> None:
-    response = await driver.request(host, "GET", PATH, headers=headers(host))
-    assert (response.status, response.headers["allow"]) == (405, "PUT, POST, HEAD")
+    response = await AsgiClient(host).get(PATH, headers=headers(host))
+    assert (response.status_code, response.headers["allow"]) == (405, "PUT, POST, HEAD")
 
 
 # Writing
@@ -245,7 +247,7 @@ async def test_chunks_are_readable_while_the_request_is_open(host: StandIn) -> N
     await host.create()
     async with (
         upload(host, client_id="c1") as writer,
-        driver.stream(host, "GET", "/v1/streams/run_1/default", headers=host.headers()) as reader,
+        AsgiClient(host).stream("/v1/streams/run_1/default", headers=host.headers()) as reader,
     ):
         await reader.chunk()
         await writer.part(b'{"token": "a"}\n"b')
@@ -325,9 +327,9 @@ async def test_who_writes_a_large_body_starves_nobody(host: StandIn) -> None:
 
 
 async def head(host: Host, run_id: str = "run_1", client_id: str = "c") -> tuple[int, str | None]:
-    response = await driver.request(host, "HEAD", path_of(run_id), headers=headers(host, client_id=client_id))
-    assert response.status != 200 or response.body == b""
-    return response.status, response.headers.get("x-last-chunk-index")
+    response = await AsgiClient(host).request("HEAD", path_of(run_id), headers=headers(host, client_id=client_id))
+    assert response.status_code != 200 or response.body == b""
+    return response.status_code, response.headers.get("x-last-chunk-index")
 
 
 async def test_a_writer_asks_where_to_go_on(host: StandIn) -> None:
@@ -661,7 +663,7 @@ async def test_the_host_may_cancel_a_writer(host: StandIn) -> None:
     await host.create()
     opened = Upload()
     async with opened._parts_in, anyio.create_task_group() as group:
-        group.start_soon(opened.run, host, driver.make_scope("POST", PATH, headers=headers(host)))
+        group.start_soon(opened.run, host, make_scope("POST", PATH, headers=headers(host)))
         await host.one_subscriber()
         group.cancel_scope.cancel()
     assert not opened.answered.is_set()

@@ -6,7 +6,7 @@ import jwt
 import pytest
 
 from asgi_realtime import Limits
-from asgi_realtime.testing import driver
+from asgi_realtime.testing import AsgiClient
 from tests.asgi.official import call, with_tasks
 from tests.inprocess import SECRET, FakeClock
 
@@ -34,7 +34,7 @@ async def test_the_sdk_is_told_what_its_tokens_say() -> None:
 @pytest.mark.parametrize("path", [CLAIMS, TOKENS])
 async def test_tokens_are_made_with_the_secret_key_only(path: str) -> None:
     async with with_tasks() as realtime:
-        assert (await driver.request(realtime, "POST", path)).status == 401
+        assert (await AsgiClient(realtime).post(path)).status_code == 401
         token = realtime.create_public_token(scopes=["admin"])
         answer = await call(realtime, "POST", path, {"scopes": ["admin"]}, token=token)
         assert (answer.status, answer.json["code"]) == (403, "forbidden")

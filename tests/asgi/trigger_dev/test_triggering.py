@@ -14,7 +14,8 @@ from asgi_realtime.brokers.base import Broker
 from asgi_realtime.brokers.memory import MemoryBroker
 from asgi_realtime.core.scopes import admits
 from asgi_realtime.tasks import launch
-from asgi_realtime.testing import driver
+from asgi_realtime.testing import AsgiClient
+from asgi_realtime.testing.driver import make_scope
 from tests.asgi.official import Answer, call, count_runs, trigger, with_tasks
 from tests.brokers.backends import DistantBroker
 from tests.inprocess import GUARD_S, SECRET, FakeClock, ended, until
@@ -68,7 +69,7 @@ async def test_what_a_token_keeps_from_its_holder_the_token_of_the_handle_does_t
 
 async def test_a_trigger_needs_the_secret_key_or_a_scope_for_the_task() -> None:
     async with with_tasks() as realtime:
-        assert (await driver.request(realtime, "POST", TRIGGER)).status == 401
+        assert (await AsgiClient(realtime).post(TRIGGER)).status_code == 401
         for scopes in (["read:tasks:echo"], ["trigger:tasks:number"], ["batchTrigger:tasks:echo"], ["write:runs"]):
             token = realtime.create_public_token(scopes=scopes)
             answer = await trigger(realtime, "echo", token=token)
@@ -249,7 +250,7 @@ async def test_a_body_that_is_cut_off_starts_nothing() -> None:
         async def send(message: Any) -> None:
             sent.append(message)
 
-        scope = driver.make_scope("POST", TRIGGER, headers={"authorization": f"Bearer {SECRET}"})
+        scope = make_scope("POST", TRIGGER, headers={"authorization": f"Bearer {SECRET}"})
         await realtime(scope, receive, send)
         assert sent[0]["status"] == 408
         assert await count_runs(realtime, "tag:x") == 0
@@ -268,7 +269,7 @@ async def test_a_request_that_waits_for_its_body_does_not_keep_the_server_up(pat
         async def send(message: Any) -> None:
             sent.append(message)
 
-        scope = driver.make_scope("POST", path, headers={"authorization": f"Bearer {SECRET}"})
+        scope = make_scope("POST", path, headers={"authorization": f"Bearer {SECRET}"})
         with anyio.fail_after(GUARD_S):
             async with anyio.create_task_group() as group:
                 group.start_soon(realtime, scope, receive, send)
@@ -820,7 +821,7 @@ async def test_a_broker_that_is_away_is_503(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("path", ["/api/v2/packets/trigger/packet_x/payload.json", "/api/v1/packets/x"])
 async def test_payloads_are_not_taken_elsewhere(path: str) -> None:
     async with with_tasks() as realtime:
-        assert (await driver.request(realtime, "PUT", path)).status == 401
+        assert (await AsgiClient(realtime).request("PUT", path)).status_code == 401
         answer = await call(realtime, "PUT", path)
         assert (answer.status, answer.json["code"]) == (413, "limit_exceeded")
         assert "the limit for it is 131071 bytes" in answer.error
@@ -849,4 +850,4 @@ async def test_all_of_the_api_can_be_left_out(method: str, path: str) -> None:
         answer = await call(realtime, method, path, {})
         assert (answer.status, answer.json["code"]) == (404, "not_found")
     async with with_tasks() as realtime:
-        assert (await driver.request(realtime, method, path)).status == 401
+        assert (await AsgiClient(realtime).request(method, path)).status_code == 401

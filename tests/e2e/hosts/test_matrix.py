@@ -21,7 +21,7 @@ import httpx
 import pytest
 import pytest_asyncio
 
-from asgi_realtime.testing.sse import Event, EventParser
+from asgi_realtime.testing import Event, EventParser
 from tests.e2e.hosts.guest import SECRET
 from tests.e2e.hosts.servers import GUARD_S, ROOT_PATH, Serving, serving
 
