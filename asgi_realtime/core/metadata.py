@@ -71,7 +71,7 @@ class Remove(_Placed, frozen=True, tag="remove"):
     value: Any
 
 
-class Increment(_Placed, frozen=True, tag="increment"):
+class Increment(_Placed, frozen=True, tag="increment", rename={"by": "value"}):
     """Add to a number; a missing key counts from 0. A negative `by` decrements."""
 
     by: int | float
@@ -82,7 +82,7 @@ class Increment(_Placed, frozen=True, tag="increment"):
             raise UsageError(f"metadata {self.key!r} cannot change by {self.by!r}; allowed is a finite number")
 
 
-class Replace(msgspec.Struct, frozen=True, tag="replace"):
+class Replace(msgspec.Struct, frozen=True, tag="update"):
     """Put other metadata in the place of all that there is."""
 
     value: dict[str, Any]

@@ -22,10 +22,8 @@ from asgi_realtime.asgi.trigger_dev.credentials import check_task, find_parent, 
 from asgi_realtime.asgi.trigger_dev.ndjson import LineSplitter
 from asgi_realtime.asgi.trigger_dev.run_requests import (
     OPTIONS_BYTES,
-    Body,
-    given_options,
+    RunRequest,
     max_body_bytes,
-    read_body,
     read_json,
     read_options,
     read_payload,
@@ -62,7 +60,7 @@ class CreateBatch(msgspec.Struct, rename="camel"):
     idempotency_key: str | None = None
 
 
-class Item(Body):
+class Item(RunRequest):
     """A line of the body that fills a batch."""
 
     index: int = -1
@@ -143,7 +141,7 @@ async def _items(body: bytes, count: int, limits: Limits) -> list[Item]:
     splitter = LineSplitter(max_body_bytes(limits))
     found: dict[int, Item] = {}
     for number, line in enumerate(chain(splitter.feed(body), splitter.rest()), 1):
-        item = read_body(line, Item, what=f"line {number}")
+        item = read_json(line, Item, what=f"line {number}")
         if not 0 <= item.index < count:
             raise UsageError(f"line {number} has the index {item.index}; the batch has {count} runs, from 0")
         if found.setdefault(item.index, item) != item:
@@ -172,9 +170,9 @@ def _prepare(request: Request, claims: Claims, parent: RunRecord | None, item: I
     _authorise_tasks(request, claims, [item.task])
     token_id = None if claims.secret else claims.token_id
     limits = request.host.limits
-    given = given_options(item, limits)
-    payload, options = read_payload(item, given, limits), read_options(given)
-    return request.host.tasks.prepare_json(item.task, payload, options, parent=parent, token_id=token_id)
+    options = read_options(item, limits)
+    payload, run_options = read_payload(item, options, limits), options.run_options()
+    return request.host.tasks.prepare_json(item.task, payload, run_options, parent=parent, token_id=token_id)
 
 
 class _Turns:

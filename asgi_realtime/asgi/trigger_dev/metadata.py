@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
 from typing import Any
 
 import msgspec
@@ -15,15 +14,10 @@ from asgi_realtime.asgi.responses import json_response
 from asgi_realtime.asgi.trigger_dev.credentials import once, open_run
 from asgi_realtime.asgi.trigger_dev.run_requests import read_json
 from asgi_realtime.brokers.base import ChangeMark
-from asgi_realtime.core.errors import LimitExceeded, RealtimeError, RunNotFound
+from asgi_realtime.core.errors import LimitExceeded, RunNotFound
 from asgi_realtime.core.metadata import (
-    Append,
-    Delete,
-    Increment,
     Operation,
-    Remove,
     Replace,
-    Set,
     apply_operations,
     check_size,
 )
@@ -35,69 +29,41 @@ MAX_UPDATE_BYTES = 1024 * 1024
 MAX_OPERATIONS = 1000
 """Metadata operations in one request; each can traverse the whole metadata."""
 
-
-class _SetOp(msgspec.Struct, tag="set"):
-    key: str
-    value: Any
-
-    def made(self) -> Operation:
-        return Set(self.key, self.value)
-
-
-class _DeleteOp(msgspec.Struct, tag="delete"):
-    key: str
-
-    def made(self) -> Operation:
-        return Delete(self.key)
-
-
-class _AppendOp(msgspec.Struct, tag="append"):
-    key: str
-    value: Any
-
-    def made(self) -> Operation:
-        return Append(self.key, self.value)
-
-
-class _RemoveOp(msgspec.Struct, tag="remove"):
-    key: str
-    value: Any
-
-    def made(self) -> Operation:
-        return Remove(self.key, self.value)
-
-
-class _IncrementOp(msgspec.Struct, tag="increment"):
-    key: str
-    value: int | float
-
-    def made(self) -> Operation:
-        return Increment(self.key, self.value)
-
-
-class _UpdateOp(msgspec.Struct, tag="update"):
-    value: dict[str, Any]
-
-    def made(self) -> Operation:
-        return Replace(self.value)
-
-
-_Op = _SetOp | _DeleteOp | _AppendOp | _RemoveOp | _IncrementOp | _UpdateOp
+_OPERATION: Any = Operation
 
 
 class MetadataUpdate(msgspec.Struct, rename="camel"):
-    """Changes of the metadata of a run, its parent and its root. `metadata` takes the place of all that there is."""
+    """Changes to the metadata of a run, of its parent and of its root. `metadata` replaces all metadata of the run.
+
+    Operations stay encoded until they have been counted: checking the path of each is what takes time.
+    """
 
     metadata: dict[str, Any] | None = None
-    operations: list[_Op] = []
-    parent_operations: list[_Op] = []
-    root_operations: list[_Op] = []
+    operations: list[msgspec.Raw] = []
+    parent_operations: list[msgspec.Raw] = []
+    root_operations: list[msgspec.Raw] = []
 
     def check_count(self, limit: int) -> None:
         """Raises `LimitExceeded`."""
         count = len(self.operations) + len(self.parent_operations) + len(self.root_operations)
         if count > limit:
-            raise LimitExceeded(f"the request has {count} operations, limit {limit}; send them in several")
+            raise LimitExceeded(f"the request has {count} operations, limit {limit}; send them in several requests")
+
+    def by_run(self, record: RunRecord) -> dict[str, list[Operation]]:
+        """The operations by the id of the run they change. A run without a parent counts as its own parent, as with
+        Trigger.dev. Raises `InvalidRequest`, `UsageError`."""
+        changes: dict[str, list[Operation]] = {}
+        if self.metadata is not None:
+            changes[record.id] = [Replace(self.metadata)]
+        for run_id, name, operations in (
+            (record.id, "operations", self.operations),
+            (record.parent_id or record.id, "parentOperations", self.parent_operations),
+            (record.root_id or record.id, "rootOperations", self.root_operations),
+        ):
+            for place, operation in enumerate(operations):
+                decoded: Operation = read_json(bytes(operation), _OPERATION, what=f"{name}[{place}]")
+                changes.setdefault(run_id, []).append(decoded)
+        return changes
 
 
 async def retrieve_metadata(request: Request, run_id: str) -> Response:
@@ -114,7 +80,7 @@ async def update_metadata(request: Request, run_id: str) -> Response:
     limits = request.host.limits
     update = read_json(await request.body(MAX_UPDATE_BYTES), MetadataUpdate)
     update.check_count(MAX_OPERATIONS)
-    changes = _changes(record, update)
+    changes = update.by_run(record)
     runs = await _open_runs(request, record, changes)
     for run in runs:  # all before any is changed
         check_size(apply_operations(run.metadata, changes[run.id]), limits.metadata_bytes)
@@ -140,23 +106,3 @@ def _mark(request: Request, run_id: str) -> ChangeMark | None:
     """The name of the changes that a request makes, so that it makes them once, however often it is sent."""
     request_is = once(request, request.authenticate(), f"metadata {run_id}")
     return None if request_is is None else ChangeMark(hashlib.sha256(request_is.claim.encode()).hexdigest()[:32], 0)
-
-
-def _changes(record: RunRecord, update: MetadataUpdate) -> dict[str, list[Operation]]:
-    """The operations by the run that they are for. Who has no parent is its own, as with the original."""
-    changes: dict[str, list[Operation]] = {}
-
-    def add(run_id: str, name: str, operations: Iterable[_Op]) -> None:
-        for number, operation in enumerate(operations):
-            try:
-                changes.setdefault(run_id, []).append(operation.made())
-            except RealtimeError as exc:
-                exc.args = (f"{name}[{number}]: {exc}",)
-                raise
-
-    if update.metadata is not None:
-        changes[record.id] = [Replace(update.metadata)]
-    add(record.id, "operations", update.operations)
-    add(record.parent_id or record.id, "parentOperations", update.parent_operations)
-    add(record.root_id or record.id, "rootOperations", update.root_operations)
-    return changes

@@ -1,15 +1,14 @@
-"""What the official clients send to start a run: the payload by its type, and the options.
+"""The request that creates a run: its payload and its options.
 
-Options that have no meaning here (`queue`, `machine`, `priority`, `maxAttempts`, …) are taken and left alone, so that a
-client which always sends them works. One that has a meaning and a value of the wrong kind is refused by its name.
+Options without a counterpart here (`queue`, `machine`, `priority`, `maxAttempts`, …) are ignored, because some clients
+always send them. A supported option with a value of the wrong type is rejected with an error that names it.
 
-A small text may stand for very many values, which take time and memory. So what is too long is refused before it is
-decoded.
+A short text can describe millions of values, each of which costs time and memory. So payload and options stay encoded
+(`msgspec.Raw`) until their length has been checked.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from datetime import datetime
 from typing import Any, TypeVar
 
@@ -27,54 +26,84 @@ TEXT = "text/plain"
 STORED = "application/store"
 
 OFFLOADED_BYTES = 128 * 1024
-"""The official client takes a payload of this size to an object store, and sends a reference to it."""
+"""The official client uploads payloads of this size to an object store and sends a reference instead."""
 
 OPTIONS_BYTES = 64 * 1024
-"""Of the options besides the metadata. No limit to be set: it is room for tags and keys, which have limits of their
-own, and for options that have no meaning here."""
+"""Limit of the options without their metadata. It is not configurable: it leaves ample room for tags and keys, which
+have limits of their own, and for ignored options."""
 
 NO_STORE = (
-    f"the official client takes payloads of {OFFLOADED_BYTES} bytes and more to an object store, which this server does"
-    f" not have: the limit for it is {OFFLOADED_BYTES - 1} bytes, with the types of the values"
+    f"the official client uploads payloads of {OFFLOADED_BYTES} bytes or more to an object store, which this server"
+    f" does not have; the limit is {OFFLOADED_BYTES - 1} bytes, including the superjson types of the values"
 )
+
+_MAX_MESSAGE = 300
 
 T = TypeVar("T")
 
 
-class Body(msgspec.Struct):
-    """A run that is to be started. Payload and options are text, until their length is known to be allowed."""
+class RunRequest(msgspec.Struct):
+    """The body of a trigger request. Batch items extend it."""
 
     payload: msgspec.Raw = msgspec.Raw(b"")
     options: msgspec.Raw = msgspec.Raw(b"")
 
 
-B = TypeVar("B", bound=Body)
-Options = Mapping[str, Any]
-_GivenOptions: Any = dict[str, Any] | None
+class Options(msgspec.Struct, rename="camel"):
+    """The options that have an effect here. None is the same as absent."""
+
+    payload_type: str | None = None
+    tags: str | list[str] | None = None
+    metadata: str | dict[str, Any] | None = None
+    metadata_type: str | None = None
+    idempotency_key: str | None = None
+    idempotency_key_ttl: str | None = msgspec.field(default=None, name="idempotencyKeyTTL")
+    ttl: str | int | None = None
+    delay: str | None = None
+    max_duration: int | float | None = None
+    parent_run_id: str | None = None
+
+    def run_options(self) -> RunOptions:
+        """Raises `UsageError`."""
+        return RunOptions(
+            tags=self.tags,
+            metadata=_metadata(self.metadata, self.metadata_type or JSON),
+            idempotency_key=self.idempotency_key,
+            idempotency_key_ttl=_span("idempotencyKeyTTL", self.idempotency_key_ttl),
+            ttl=_span("ttl", None if self.ttl == 0 else self.ttl),
+            delay=None if self.delay is None else _delay(self.delay),
+            max_duration=_max_duration(self.max_duration),
+        )
 
 
 def max_body_bytes(limits: Limits) -> int:
-    """A payload may be text in a JSON string, in which each of its quotes takes two bytes."""
-    return 2 * limits.payload_bytes + max_options_bytes(limits)
+    """A payload sent as text in a JSON string takes two bytes for each of its quotes."""
+    return 2 * limits.payload_bytes + _max_options_bytes(limits)
 
 
-def max_options_bytes(limits: Limits) -> int:
-    """Metadata may be such a text too."""
+def _max_options_bytes(limits: Limits) -> int:
+    """Metadata may be sent as text too."""
     return 2 * limits.metadata_bytes + OPTIONS_BYTES
 
 
-def read_body(data: bytes, type: type[B], *, what: str = "the body") -> B:
-    """Decode what starts a run. Raises `InvalidRequest`."""
+def read_json(data: bytes, type: type[T], *, what: str = "the body", error: type[UsageError] = InvalidRequest) -> T:
+    """Decode JSON from a client.
+
+    Raises `InvalidRequest` if it is malformed, `error` if a value has the wrong type, and `UsageError` if a value was
+    rejected by its struct's `__post_init__`.
+    """
     try:
-        return _decode_body(data, type)
+        return _decode(data, type)
+    except msgspec.ValidationError as exc:
+        if isinstance(exc.__cause__, UsageError):
+            raise UsageError(f"{what}: {exc.__cause__}") from exc
+        raise error(f"{what} does not fit: {_cut(str(exc))}") from exc
     except UsageError as exc:
         raise InvalidRequest(f"{what} is malformed: {exc}") from exc
-    except msgspec.ValidationError as exc:
-        raise InvalidRequest(f"{what} does not fit: {_cut(str(exc))}") from exc
 
 
-def _decode_body(data: bytes, type: type[B]) -> B:
-    """Raises `msgspec.ValidationError`, or `UsageError` if it is no JSON."""
+def _decode(data: bytes, type: type[T]) -> T:
+    """Raises `msgspec.ValidationError`, or `UsageError` if it is not JSON."""
     try:
         return msgspec.json.decode(data, type=type)
     except msgspec.ValidationError:
@@ -85,14 +114,52 @@ def _decode_body(data: bytes, type: type[B]) -> B:
         scrubbed = scrub_escapes(data)
         if scrubbed == data:
             raise UsageError(f"not valid JSON: {exc}") from exc
-    return _decode_body(scrubbed, type)
+    return _decode(scrubbed, type)
 
 
-def given_options(body: Body, limits: Limits) -> Options:
-    """The options as they were sent. Raises `InvalidRequest`, `LimitExceeded` (413)."""
-    data = bytes(body.options)
-    _check_length("the options are", len(data), max_options_bytes(limits))
-    return read_json(data, _GivenOptions, what="the field options") or {} if data else {}
+def _cut(text: str) -> str:
+    """Messages of msgspec repeat input of any length."""
+    return text if len(text) <= _MAX_MESSAGE else f"{text[:_MAX_MESSAGE]}…"
+
+
+def read_options(request: RunRequest, limits: Limits) -> Options:
+    """Raises `UsageError`, `InvalidRequest` if they are not an object, `LimitExceeded` (413)."""
+    data = bytes(request.options)
+    _check_length("the options are", len(data), _max_options_bytes(limits))
+    if data in (b"", b"null"):
+        return Options()
+    if not data.startswith(b"{"):
+        raise InvalidRequest("the field options does not fit; it must be an object")
+    return read_json(data, Options, what="the field options", error=UsageError)
+
+
+def read_payload(request: RunRequest, options: Options, limits: Limits) -> Payload:
+    """The payload as plain JSON. Raises `InvalidRequest`, `UsageError`, `LimitExceeded`."""
+    type = options.payload_type or JSON
+    data = bytes(request.payload)
+    if type == STORED:
+        raise LimitExceeded(NO_STORE, status=413)
+    if type not in (JSON, SUPERJSON, TEXT):
+        raise UsageError(f"payloadType is {shown(type)}; allowed are {JSON}, {SUPERJSON} and {TEXT}")
+    if not data:
+        return Payload(None)
+    if type != JSON and not data.startswith(b'"'):
+        raise InvalidRequest(f"the payload has the type {type}, so it must be a string")
+    quoting = 2 if type == SUPERJSON else 1
+    _check_length("the payload is", len(data), quoting * limits.payload_bytes)
+    try:
+        line = json_line(data)
+        return _superjson_payload(line, limits) if type == SUPERJSON else Payload(line)
+    except LimitExceeded:
+        raise
+    except UsageError as exc:
+        raise InvalidRequest(f"the payload is malformed: {exc}") from exc
+
+
+def _superjson_payload(line: bytes, limits: Limits) -> Payload:
+    text = decode(line).encode()
+    _check_length("the payload, with the types of its values, is", len(text), limits.payload_bytes)
+    return Payload(*superjson.parse(text))
 
 
 def _check_length(what: str, size: int, limit: int) -> None:
@@ -100,116 +167,31 @@ def _check_length(what: str, size: int, limit: int) -> None:
         raise LimitExceeded(f"{what} {size} bytes, limit {limit}", status=413)
 
 
-_MAX_MESSAGE = 300
-
-
-def read_json(data: bytes, type: type[T], *, what: str = "the body") -> T:
-    """Decode JSON from outside. Raises `InvalidRequest`."""
-    try:
-        return msgspec.json.decode(json_line(data), type=type)
-    except msgspec.ValidationError as exc:
-        raise InvalidRequest(f"{what} does not fit: {_cut(str(exc))}") from exc
-    except UsageError as exc:
-        raise InvalidRequest(f"{what} is malformed: {exc}") from exc
-
-
-def _cut(text: str) -> str:
-    """Somebody else's message, which may repeat what came from outside, however long that is."""
-    return text if len(text) <= _MAX_MESSAGE else f"{text[:_MAX_MESSAGE]}…"
-
-
-def read_payload(body: Body, options: Options, limits: Limits) -> Payload:
-    """The payload as plain JSON. Raises `InvalidRequest`, `UsageError`, `LimitExceeded`."""
-    type = options.get("payloadType") or JSON
-    data = bytes(body.payload)
-    if type == STORED:
-        raise LimitExceeded(NO_STORE, status=413)
-    if type not in (JSON, SUPERJSON, TEXT):
-        raise UsageError(f"payloadType is {_shown(type)}; allowed are {JSON}, {SUPERJSON} and {TEXT}")
-    if not data:
-        return Payload(None)
-    if type != JSON and not data.startswith(b'"'):
-        raise InvalidRequest(f"the payload is of the type {type}, so it must be a string")
-    quoting = 2 if type == SUPERJSON else 1
-    _check_length("the payload is", len(data), quoting * limits.payload_bytes)
-    try:
-        data = json_line(data)
-        if type != SUPERJSON:
-            return Payload(data)
-        text = decode(data).encode()
-        _check_length("the payload, with the types of its values, is", len(text), limits.payload_bytes)
-        return Payload(*superjson.parse(text))
-    except LimitExceeded:
-        raise
-    except UsageError as exc:
-        raise InvalidRequest(f"the payload is malformed: {exc}") from exc
-
-
-def read_options(options: Options) -> RunOptions:
-    """The options that have a meaning here. Raises `UsageError`."""
-    given = {name: value for name, value in options.items() if value is not None}
-
-    def take(name: str, read: Callable[[str, Any], T]) -> T | None:
-        return read(name, given[name]) if name in given else None
-
-    return RunOptions(
-        tags=take("tags", _tags),
-        metadata=_metadata(given.get("metadata"), given.get("metadataType", JSON)),
-        idempotency_key=take("idempotencyKey", _text),
-        idempotency_key_ttl=take("idempotencyKeyTTL", _span),
-        ttl=take("ttl", _ttl),
-        delay=take("delay", _delay),
-        max_duration=take("maxDuration", _max_duration),
-    )
-
-
-def _tags(name: str, value: Any) -> list[str]:
-    if isinstance(value, str):
-        return [value]
-    if not isinstance(value, list):
-        raise UsageError(f"{name} is {_shown(value)}; allowed are a string and a list of strings")
-    return value
-
-
-def _metadata(value: Any, type: Any) -> dict[str, Any] | None:
-    """An object, or the text of one."""
+def _metadata(value: str | dict[str, Any] | None, type: str) -> dict[str, Any] | None:
+    """Metadata is an object, or the text of one."""
+    found: Any = value
     if isinstance(value, str) and type in (JSON, SUPERJSON):
         try:
-            data = value.encode("utf-8", "replace")
-            value = decode(data if type == JSON else superjson.parse(data).json)
+            found = decode(value.encode() if type == JSON else superjson.parse(value.encode()).json)
         except UsageError as exc:
             raise UsageError(f"metadata is malformed: {exc}") from exc
-    if value is not None and not isinstance(value, dict):
-        raise UsageError(f"metadata is {_shown(value)}; allowed is an object")
-    return value
+    if found is not None and not isinstance(found, dict):
+        raise UsageError(
+            f"metadata is not an object; allowed are an object, and text of the type {JSON} or {SUPERJSON}"
+        )
+    return found
 
 
-def _text(name: str, value: Any) -> str:
-    if not isinstance(value, str):
-        raise UsageError(f"{name} is {_shown(value)}; allowed is a string")
-    return value
+def _span(name: str, value: str | int | None) -> Span | None:
+    return None if value is None else parse_span(value, name=name)
 
 
-def _span(name: str, value: Any) -> Span:
-    parse_span(_text(name, value), name=name)
-    return str(value)
-
-
-def _ttl(name: str, value: Any) -> Span | None:
-    """A span, or whole seconds; none of them is no limit."""
-    if type(value) is not int:
-        return _span(name, value)
-    return parse_span(value, name=name) if value else None
-
-
-def _delay(name: str, value: Any) -> Span | datetime:
-    """A span, or a time: clients send a `Date` as text with a zone."""
-    text = _text(name, value)
+def _delay(text: str) -> Span | datetime:
+    """A span, or a time: clients send a `Date` as text with a time zone."""
     try:
-        parse_span(text, name=name)
+        return parse_span(text, name="delay")
     except UsageError:
-        return _time(name, text)
-    return text
+        return _time("delay", text)
 
 
 def _time(name: str, text: str) -> datetime:
@@ -225,15 +207,8 @@ def _time(name: str, text: str) -> datetime:
     return time
 
 
-def _max_duration(name: str, value: Any) -> Span | None:
-    """Seconds. The client's `timeout.None` is 68 years."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise UsageError(f"{name} is {_shown(value)}; allowed are seconds")
-    return None if value >= MAX_SPAN_S else parse_span(value, name=name)
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, str):
-        return shown(value)
-    kinds = {bool: "a boolean", int: "a number", float: "a number", list: "a list", dict: "an object"}
-    return kinds.get(type(value), "null")
+def _max_duration(seconds: float | None) -> Span | None:
+    """The client's `timeout.None` is 68 years."""
+    if seconds is None or seconds >= MAX_SPAN_S:
+        return None
+    return parse_span(seconds, name="maxDuration")

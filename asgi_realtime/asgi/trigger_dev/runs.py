@@ -22,16 +22,13 @@ from asgi_realtime.asgi.trigger_dev.credentials import (
 )
 from asgi_realtime.asgi.trigger_dev.run_requests import (
     NO_STORE,
-    Body,
-    Options,
-    given_options,
+    RunRequest,
     max_body_bytes,
-    read_body,
     read_json,
     read_options,
     read_payload,
 )
-from asgi_realtime.core.errors import LimitExceeded, RunNotFound, UsageError
+from asgi_realtime.core.errors import LimitExceeded, RunNotFound
 from asgi_realtime.core.names import check_tags
 from asgi_realtime.core.run_json import run_json
 from asgi_realtime.core.runs import TagsAdded
@@ -52,23 +49,15 @@ async def trigger(request: Request, task_id: str) -> Response:
 
     tasks = request.host.tasks
     limits = request.host.limits
-    body = read_body(await request.body(max_body_bytes(limits)), Body)
-    given = given_options(body, limits)
-    payload, options = read_payload(body, given, limits), read_options(given)
-    parent = await find_parent(request, claims, parent_id(given))
+    body = read_json(await request.body(max_body_bytes(limits)), RunRequest)
+    options = read_options(body, limits)
+    payload, run_options = read_payload(body, options, limits), options.run_options()
+    parent = await find_parent(request, claims, options.parent_run_id)
     token_id = None if claims.secret else claims.token_id
-    prepared = tasks.prepare_json(task_id, payload, options, parent=parent, token_id=token_id)
+    prepared = tasks.prepare_json(task_id, payload, run_options, parent=parent, token_id=token_id)
     record, is_cached = await tasks.launcher.launch(prepared, once=request_is)
     token = handle_token(request.host, claims, granted(claims, record))
     return json_response({"id": record.id, "isCached": is_cached}, headers={"x-trigger-jwt": token})
-
-
-def parent_id(options: Options) -> str | None:
-    """The run that the client says it is in."""
-    found = options.get("parentRunId")
-    if found is not None and not isinstance(found, str):
-        raise UsageError("parentRunId must be a string, the id of a run")
-    return found
 
 
 async def packets(request: Request) -> Response:

@@ -94,7 +94,7 @@ async def test_a_parent_that_is_gone_keeps_nothing_from_its_child() -> None:
 @pytest.mark.parametrize(
     ("bad", "status", "message"),
     [
-        (op("nope", "a", 1), 400, "Invalid value 'nope' - at `$.operations[1].type`"),
+        (op("nope", "a", 1), 400, "operations[1] does not fit: Invalid value 'nope' - at `$.type`"),
         (op("set", "a"), 400, "missing required field `value`"),
         (op("set", None, 1), 400, "missing required field `key`"),
         (op("increment", "a", "1"), 400, "Expected `int | float`, got `str`"),
@@ -173,6 +173,13 @@ async def test_the_operations_of_a_request_are_counted(
         if status == 422:
             assert answer.json["code"] == "limit_exceeded"
             assert "has 4 operations, limit 3" in answer.error
+
+
+async def test_operations_are_counted_before_their_paths_are_parsed() -> None:
+    """A body of 1 MiB holds 6,700 long paths, and parsing them blocks the event loop for a second."""
+    async with opened() as (realtime, run):
+        answer = await update(realtime, run.id, {"operations": [op("set", "$.*", 1)] * 1001})
+        assert (answer.status, answer.json["code"]) == (422, "limit_exceeded")
 
 
 async def test_what_is_deep_may_be_removed() -> None:
