@@ -111,7 +111,7 @@ class Engine:
         """The supervisor of the current start, if any."""
         self._check_fork()
         supervisor = None if self._start is None else self._start.supervisor
-        return None if supervisor is None or supervisor.ended or supervisor.dead else supervisor
+        return None if supervisor is None or supervisor.ended or supervisor.loop_is_closed else supervisor
 
     @property
     def owner(self) -> str:
@@ -128,7 +128,7 @@ class Engine:
     def running(self) -> bool:
         """Whether this runs on the calling loop and the broker is available, so a call need not wait for a start."""
         start = self._start
-        return start is not None and start.ready and start.supervisor.usable and not start.supervisor.ending
+        return start is not None and start.ready and start.supervisor.accepts_jobs
 
     @property
     def _is_lazy(self) -> bool:
@@ -188,7 +188,7 @@ class Engine:
                     raise ServerShutdown("the server was shut down")
                 start.lazy = start.lazy and lazy
                 return start
-            if not start.supervisor.dead:
+            if not start.supervisor.loop_is_closed:
                 raise RuntimeError(
                     "this Realtime runs on another event loop or thread: call it there, or use realtime.sync"
                 )

@@ -1,8 +1,34 @@
-"""The life of a `Realtime` between start and stop.
+"""The task group in which everything of a `Realtime` runs, from its start to its stop.
 
-One supervisor task owns the task group in which everything of ours runs, in the context of the start and never of a
-request, so no cancel scope ever belongs to a request or to the host's lifespan task. It can be started again after
-stop, on another loop as well.
+One supervisor task owns the group. It runs in the context of the start and never of a request, so no cancel scope of a
+request or of the host's lifespan reaches a job, and no context variable leaks into one. After a stop another supervisor
+can start, on another event loop as well.
+
+**States.** `RUNNING` starts each job at once, or as soon as the group is open. `request_stop` leads to `DRAINING`, in
+which the drain runs as one more job; new jobs start as before, because runs that finish need writers and commits. The
+end of the drain, or a cancellation of the supervisor task from outside (`asyncio.run` cancels all tasks when its main
+one ends, and trio its system tasks), leads to `ENDING`: the group is cancelled. `ENDED` follows once no job is left.
+
+A closed event loop is no state. A host can abandon its loop without a stop, and then nothing runs that could change the
+state; ask `loop_is_closed`.
+
+**A late job must see its cancellation.** Something waits for the end of most jobs: the reader of a pipe, the caller of
+`shielded`, a thread. A job that is dropped in `ENDING` would leave them waiting forever. So it starts in the cancelled
+group, is cancelled at its first wait, and notifies them from its `finally`.
+
+**The group must be left empty.** Between the moment in which a task group has seen its last task end and the moment
+in which the code after the `async with` runs, the loop makes several iterations. A job that starts in between is an
+error on trio, which ends the whole program if a callback caused it; on asyncio the job waits for a cancellation that
+the closed scope does not deliver anymore, and the group waits for the job. So the supervisor waits for all jobs
+*inside* the group, and sets `ENDED` without another loop iteration after the last one.
+
+**Nothing may leave the supervisor task on trio.** An exception that leaves a system task ends the program with
+`TrioInternalError`. Failures are logged. `KeyboardInterrupt` is raised in whatever code runs when the user presses
+Ctrl-C, so possibly in a job, but it is meant for the program: after all jobs have ended the signal is raised again,
+and trio delivers it to the main task. On asyncio a `KeyboardInterrupt` leaves the loop directly.
+
+**Brief jobs** (`spawn_brief`) are bare asyncio tasks outside of the group, at an eighth of the cost. They are cancelled
+one by one in `ENDING`.
 """
 
 from __future__ import annotations
@@ -13,6 +39,7 @@ import logging
 import signal
 import threading
 from collections.abc import Awaitable, Callable
+from enum import Enum
 from typing import Any
 
 import anyio
@@ -20,6 +47,7 @@ import anyio.abc
 import anyio.lowlevel
 
 from asgi_realtime.core.errors import ServerShutdown
+from asgi_realtime.loop.failures import cancelled_itself, is_failure, is_interrupt
 from asgi_realtime.loop.waiting import WaitList, on_asyncio
 
 logger = logging.getLogger("asgi_realtime")
@@ -27,87 +55,85 @@ logger = logging.getLogger("asgi_realtime")
 Job = Callable[[], Awaitable[None]]
 
 
-def cancelled_by_nobody() -> bool:
-    """Whether the cancellation that is being handled is of the code's own making.
-
-    On asyncio whoever awaits a cancelled task or future gets a `CancelledError` that nobody has asked for.
-    """
-    task = asyncio.current_task() if on_asyncio() else None
-    return task is not None and not task.cancelling()
+class State(Enum):
+    RUNNING = "running"
+    DRAINING = "draining"
+    ENDING = "ending"
+    ENDED = "ended"
 
 
-def is_failure(exc: BaseException) -> bool:
-    """Whether code has failed by itself: an exception, `SystemExit`, or a group of such, as task groups raise them.
+_NEXT: dict[State, frozenset[State]] = {
+    State.RUNNING: frozenset({State.DRAINING, State.ENDING}),
+    State.DRAINING: frozenset({State.ENDING}),
+    State.ENDING: frozenset({State.ENDED}),
+    State.ENDED: frozenset(),
+}
 
-    What exits in a job ends that job and not the server. What is left is cancellation and `KeyboardInterrupt`.
-    """
-    if isinstance(exc, BaseExceptionGroup):
-        return all(map(is_failure, exc.exceptions))
-    return isinstance(exc, (Exception, SystemExit))
-
-
-def _is_interrupt(exc: BaseException) -> bool:
-    """Whether this is a `KeyboardInterrupt`, or a group with one in it."""
-    if isinstance(exc, BaseExceptionGroup):
-        return any(map(_is_interrupt, exc.exceptions))
-    return isinstance(exc, KeyboardInterrupt)
-
-
-def _in_task() -> bool:
-    """Whether the calling code may start a task: on asyncio a callback of the loop is in no task, and anyio needs one.
-
-    On trio callbacks run in a task of the loop's own.
-    """
-    return not on_asyncio() or asyncio.current_task() is not None
+_TOO_LATE = (State.ENDING, State.ENDED)
 
 
 class Supervisor:
-    """Runs jobs in one task group until it is stopped. Belongs to the loop it was made on."""
+    """Runs jobs in one task group until it is stopped. Belongs to the loop on which it was created."""
 
     def __init__(self, *, context: contextvars.Context, drain: Job) -> None:
         self.context = context
         self._drain = drain
-        self.stopping = False
+        self._state = State.RUNNING
         self._group: anyio.abc.TaskGroup | None = None
-        self._in_group = 0
-        self.ending = False
-        """All jobs were cancelled, and whoever comes now has come too late."""
+        self._jobs_in_group = 0
         self._queue: list[tuple[contextvars.Context, Job]] = []
-        self._work = WaitList()
         self._brief: set[asyncio.Task[None]] = set()
-        self._drained = False
+        self._work = WaitList()
         self._ended = WaitList()
-        self.ended = False
         self._thread = threading.get_ident()
         self._loop = asyncio.get_running_loop() if on_asyncio() else None
         self._token = anyio.lowlevel.current_token()
         self._task: Any = None
 
-    def start(self) -> None:
-        """Start the supervisor task. Does not wait for it."""
-        if self._loop is not None:
-            self._task = self._loop.create_task(self._run(), name="asgi_realtime", context=self.context)
-        else:
-            import trio
+    # State
 
-            self._task = trio.lowlevel.spawn_system_task(self._run, name="asgi_realtime", context=self.context)
+    def _enter(self, state: State) -> None:
+        if state not in _NEXT[self._state]:
+            raise RuntimeError(f"the supervisor is {self._state.value} and cannot become {state.value}")
+        self._state = state
+
+    @property
+    def stopping(self) -> bool:
+        """Whether a stop has begun."""
+        return self._state is not State.RUNNING
+
+    @property
+    def ending(self) -> bool:
+        """Whether all jobs have been cancelled: it is too late for new ones."""
+        return self._state in _TOO_LATE
+
+    @property
+    def ended(self) -> bool:
+        """Whether no job is left and none can start."""
+        return self._state is State.ENDED
+
+    @property
+    def loop_is_closed(self) -> bool:
+        """Whether the event loop was closed without a stop."""
+        return self._loop is not None and self._loop.is_closed()
 
     @property
     def usable(self) -> bool:
-        """Whether jobs can run here: not ended, and called on its own living loop."""
-        if self.ended:
-            return False
-        if self._loop is not None:
-            return on_asyncio() and asyncio.get_running_loop() is self._loop
-        try:
-            return not on_asyncio() and anyio.lowlevel.current_token() == self._token
-        except anyio.NoEventLoopError:
-            return False
+        """Whether the calling code runs on this supervisor's loop, and it has not ended."""
+        return not self.ended and self._is_current()
 
     @property
-    def dead(self) -> bool:
-        """Whether its loop was closed without a stop."""
-        return self._loop is not None and self._loop.is_closed()
+    def accepts_jobs(self) -> bool:
+        """Whether a job that the calling code spawns can do its work."""
+        return self._state not in _TOO_LATE and self._is_current()
+
+    def _is_current(self) -> bool:
+        try:
+            if self._loop is not None:
+                return asyncio.get_running_loop() is self._loop
+            return not on_asyncio() and anyio.lowlevel.current_token() == self._token
+        except RuntimeError:  # no loop runs in this thread
+            return False
 
     @property
     def on_own_thread(self) -> bool:
@@ -115,7 +141,7 @@ class Supervisor:
 
     @property
     def has_the_loop(self) -> bool:
-        """Whether one of the jobs, or a task that one has started, is what trio runs now. On asyncio never."""
+        """On trio: whether the current task is one of the jobs or was started by one. Always False on asyncio."""
         if self._loop is not None:
             return False
         import trio
@@ -128,99 +154,87 @@ class Supervisor:
             task = None if task.parent_nursery is None else task.parent_nursery.parent_task
         return task is not None
 
+    # Life
+
+    def start(self) -> None:
+        """Start the supervisor task, without waiting for it."""
+        if self._loop is not None:
+            self._task = self._loop.create_task(self._run(), name="asgi_realtime", context=self.context)
+        else:
+            import trio
+
+            self._task = trio.lowlevel.spawn_system_task(self._run, name="asgi_realtime", context=self.context)
+
+    def request_stop(self) -> None:
+        """Begin to stop: drain, then cancel the jobs that still run. On the loop's thread; idempotent."""
+        if self._state is State.RUNNING:
+            self._enter(State.DRAINING)
+            self.spawn_detached(self._drain_and_end)
+
+    async def wait_ended(self) -> None:
+        while not self.ended:
+            await self._ended.wait()
+
     async def _run(self) -> None:
         try:
             async with anyio.create_task_group() as group:
                 self._group = group
                 try:
                     self._start_queued(group)
-                    while not self._drained:
+                    while not self.ending:
                         await self._work.wait()
                         self._start_queued(group)
                 finally:
+                    if not self.ending:  # cancelled from outside
+                        self._enter(State.ENDING)
                     group.cancel_scope.cancel()
-                    await self._all_is_done(group)
+                    await self._wait_until_empty(group)
+                    self._enter(State.ENDED)
                     self._group = None
-                    self.ended = True  # with no turn of the loop since then, in which a job could come and be lost
-        except Exception:  # nothing may leave: on trio it would end the whole program
+        except Exception:
             logger.exception("the supervisor failed")
         except BaseException as exc:
-            if self._loop is not None or not _is_interrupt(exc):
+            if self._loop is not None or not is_interrupt(exc):
                 raise
-            signal.raise_signal(signal.SIGINT)  # now that nothing of ours runs, it reaches the main task
+            signal.raise_signal(signal.SIGINT)
         finally:
             self._group = None
-            self.ended = True
+            if not self.ended:  # asyncio's own cancellation, which ignores shields, interrupted the wait for the jobs
+                self._enter(State.ENDED)
             self._ended.wake()
 
-    def _start_queued(self, group: anyio.abc.TaskGroup) -> None:
-        queue, self._queue = self._queue, []
-        for context, job in queue:
-            self._start_in(group, context, job)
+    async def _drain_and_end(self) -> None:
+        try:
+            await self._drain()
+        finally:
+            if not self.ending:
+                self._enter(State.ENDING)
+            self._work.wake()
 
-    def _start_in(self, group: anyio.abc.TaskGroup, context: contextvars.Context, job: Job) -> None:
-        context.run(group.start_soon, self._guarded_in_group, job)
-        self._in_group += 1
-
-    async def _all_is_done(self, group: anyio.abc.TaskGroup) -> None:
-        """Wait for the end of all jobs, of those too that come meanwhile.
-
-        A group is closed some turns of the loop before whoever left it goes on. What comes in between is an error on
-        trio, and on asyncio it waits for a cancellation that nobody delivers any more. So the group is left empty.
-        """
-        self.ending = True
+    async def _wait_until_empty(self, group: anyio.abc.TaskGroup) -> None:
+        """Wait until all jobs have ended, including those that still arrive."""
         with anyio.CancelScope(shield=True):
-            while self._in_group or self._queue or self._brief:
-                self._start_queued(group)  # what comes late sees its cancellation
-                if self._in_group:
+            while self._jobs_in_group or self._queue or self._brief:
+                self._start_queued(group)
+                if self._jobs_in_group:
                     await self._work.wait()
                 else:
                     for task in self._brief:
                         task.cancel()
                     await asyncio.wait(self._brief)
 
-    async def _guarded_in_group(self, job: Job) -> None:
-        try:
-            await self._guarded(job)
-        finally:
-            self._in_group -= 1
-            if self.ending:
-                self._work.wake()
-
-    async def _drain_and_end(self) -> None:
-        try:
-            await self._drain()
-        finally:
-            self._drained = True
-            self._work.wake()
-
-    async def _guarded(self, job: Job) -> None:
-        try:
-            await job()
-        except BaseException as exc:
-            cancelled = anyio.get_cancelled_exc_class()
-            if is_failure(exc):
-                logger.exception("a background job failed: %r", job)
-            elif isinstance(exc, cancelled) and cancelled_by_nobody():
-                logger.exception("a background job cancelled itself: %r", job)  # raised, it would cancel all others too
-            elif isinstance(exc, BaseExceptionGroup) and (rest := exc.split(cancelled)[1]) and is_failure(rest):
-                logger.error("a background job failed as it was cancelled: %r", job, exc_info=rest)
-            else:
-                raise
+    # Jobs
 
     def spawn(self, job: Job) -> None:
-        """Run a job beside everything else, in a copy of the caller's context. Its errors are logged."""
+        """Run a background job in a copy of the caller's context. Its errors are logged."""
         self._spawn(contextvars.copy_context(), job)
 
     def spawn_detached(self, job: Job) -> None:
-        """Run a job in a copy of the context of the start, so that nothing of a request leaks into it."""
+        """Run a background job in a copy of the start's context, so nothing of a request leaks into it."""
         self._spawn(self.context.copy(), job)
 
     def spawn_brief(self, job: Job, context: contextvars.Context | None = None) -> None:
-        """As `spawn_detached`, for jobs that are short and many: on asyncio a bare task, an eighth of the cost.
-
-        With a context it runs in that one, which is the job's from then on.
-        """
+        """As `spawn_detached`, for many short jobs. A `context` is used as the job's own, without a copy."""
         if context is None:
             context = self.context.copy()
         if self._loop is None or self._group is None:
@@ -235,40 +249,60 @@ class Supervisor:
             self._queue.append((context, job))
             self._work.wake()
         else:
-            self._start_in(self._group, context, job)
+            self._start(self._group, context, job)
 
-    def post(self, call: Callable[[], object]) -> None:
-        """Make a call on the loop's thread, from any thread or signal handler. Raises RuntimeError if it is gone."""
-        if self._loop is not None:
-            self._loop.call_soon_threadsafe(call)
-        else:
-            native: Any = self._token.native_token
-            native.run_sync_soon(call)
+    def _start_queued(self, group: anyio.abc.TaskGroup) -> None:
+        queue, self._queue = self._queue, []
+        for context, job in queue:
+            self._start(group, context, job)
 
-    def post_or_call(self, call: Callable[[], object]) -> None:
-        """Make a call now if this is the loop's thread, else post it."""
-        if self.on_own_thread:
-            call()
-        else:
-            self.post(call)
+    def _start(self, group: anyio.abc.TaskGroup, context: contextvars.Context, job: Job) -> None:
+        context.run(group.start_soon, self._counted, job)
+        self._jobs_in_group += 1
+
+    async def _counted(self, job: Job) -> None:
+        try:
+            await self._guarded(job)
+        finally:
+            self._jobs_in_group -= 1
+            if self.ending:
+                self._work.wake()
+
+    async def _guarded(self, job: Job) -> None:
+        """Run a job so that its failure ends no other: raised, it would cancel the whole group."""
+        try:
+            await job()
+        except BaseException as exc:
+            cancelled = anyio.get_cancelled_exc_class()
+            if is_failure(exc):
+                logger.exception("a background job failed: %r", job)
+            elif isinstance(exc, cancelled) and cancelled_itself():
+                logger.exception("a background job cancelled itself: %r", job)
+            elif isinstance(exc, BaseExceptionGroup) and (rest := exc.split(cancelled)[1]) and is_failure(rest):
+                logger.error("a background job failed while being cancelled: %r", job, exc_info=rest)
+            else:
+                raise
 
     async def shielded(self, function: Callable[[], Awaitable[None]]) -> None:
-        """Run a coroutine function here and wait for it. Cancelling the caller does not cancel it."""
-        if self.ended or (self._group is not None and self._group.cancel_scope.cancel_called):
+        """Run a coroutine function as a job and wait for it. Cancelling the caller does not cancel the job.
+
+        Raises what the function raises, and `ServerShutdown` if the job was cancelled.
+        """
+        if self.ending:
             await function()
             return
         done = WaitList()
         outcome: list[Exception | None] = []
 
         async def job() -> None:
+            error: Exception | None = ServerShutdown("the server was shut down")
             try:
                 await function()
+                error = None
             except Exception as exc:
-                outcome.append(exc)
-            else:
-                outcome.append(None)
+                error = exc
             finally:
-                outcome.append(ServerShutdown("the server was shut down"))  # counts if there is nothing before it
+                outcome.append(error)
                 done.wake()
 
         self.spawn(job)
@@ -277,12 +311,28 @@ class Supervisor:
         if outcome[0] is not None:
             raise outcome[0]
 
-    async def wait_ended(self) -> None:
-        while not self.ended:
-            await self._ended.wait()
+    # Other threads
 
-    def request_stop(self) -> None:
-        """Begin to stop: drain, then cancel what still runs. On the loop's thread; idempotent."""
-        if not self.stopping:
-            self.stopping = True
-            self.spawn_detached(self._drain_and_end)
+    def post(self, call: Callable[[], object]) -> None:
+        """Make a call on the loop's thread, from any thread or signal handler. Raises RuntimeError if the loop is
+        closed."""
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(call)
+        else:
+            native: Any = self._token.native_token
+            native.run_sync_soon(call)
+
+    def post_or_call(self, call: Callable[[], object]) -> None:
+        """Make a call directly on the loop's thread, and post it from any other."""
+        if self.on_own_thread:
+            call()
+        else:
+            self.post(call)
+
+
+def _in_task() -> bool:
+    """Whether the calling code can start a task: anyio cannot in a callback of asyncio's loop, which is in no task.
+
+    Trio runs callbacks in a task of its own.
+    """
+    return not on_asyncio() or asyncio.current_task() is not None

@@ -17,7 +17,8 @@ import anyio
 import anyio.from_thread
 
 from asgi_realtime.core.errors import ServerShutdown
-from asgi_realtime.loop.supervisor import Supervisor, cancelled_by_nobody, is_failure
+from asgi_realtime.loop.failures import cancelled_itself, is_failure
+from asgi_realtime.loop.supervisor import Supervisor
 from asgi_realtime.loop.threads import without_loop
 
 T = TypeVar("T")
@@ -44,7 +45,7 @@ class ThreadCall(Generic[T]):
         An exception that interrupts the thread, such as `KeyboardInterrupt`, cancels the call. Raises what the function
         raises, `ServerShutdown`, and `RuntimeError` where the loop is this thread's and stands still.
         """
-        if self._supervisor.on_own_thread and not self._supervisor.dead:
+        if self._supervisor.on_own_thread and not self._supervisor.loop_is_closed:
             raise RuntimeError(
                 "this Realtime was started on an event loop of this thread that does not run now: await the async call"
                 " there, or let the loop run in another thread"
@@ -65,7 +66,7 @@ class ThreadCall(Generic[T]):
     def _wait(self) -> None:
         try:
             while not self._over.wait(LOOK_S):
-                if self._supervisor.ended or self._supervisor.dead:
+                if self._supervisor.ended or self._supervisor.loop_is_closed:
                     self._end(_shut_down())
         except BaseException:  # a signal handler raised here
             with suppress(RuntimeError):
@@ -88,7 +89,7 @@ class ThreadCall(Generic[T]):
                     scope.cancel()
                 self._results.append(await self._function())
         except anyio.get_cancelled_exc_class() as exc:
-            if not cancelled_by_nobody():
+            if not cancelled_itself():
                 self._end(_shut_down())
                 raise
             self._end(exc)

@@ -16,7 +16,7 @@ import anyio.lowlevel
 
 from asgi_realtime.core.config import Limits, Timeouts
 from asgi_realtime.core.errors import BrokerUnavailable, RealtimeError, ServerShutdown
-from asgi_realtime.loop.supervisor import cancelled_by_nobody, is_failure
+from asgi_realtime.loop.failures import cancelled_itself, is_failure
 from asgi_realtime.loop.waiting import WaitList
 from asgi_realtime.streams.local_copy import LocalCopy, Reader
 from asgi_realtime.streams.sources import ThreadBudget, discard, open_source
@@ -218,4 +218,4 @@ class Pipe(Generic[T]):
 
 def _is_foreign(exc: BaseException) -> bool:
     """A cancellation that the source met inside itself and nobody meant for its pipe."""
-    return isinstance(exc, anyio.get_cancelled_exc_class()) and cancelled_by_nobody()
+    return isinstance(exc, anyio.get_cancelled_exc_class()) and cancelled_itself()

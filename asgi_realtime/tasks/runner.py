@@ -10,7 +10,7 @@ import anyio
 from asgi_realtime.core.runs import RunRecord
 from asgi_realtime.engine.execution import Execution
 from asgi_realtime.engine.run import current
-from asgi_realtime.loop.supervisor import cancelled_by_nobody, is_failure
+from asgi_realtime.loop.failures import cancelled_itself, is_failure
 from asgi_realtime.loop.threads import TaskThreads
 from asgi_realtime.tasks.task import Task
 
@@ -44,7 +44,7 @@ async def run_task(task: Task[Any, Any], execution: Execution, *, threads: TaskT
         if execution.ending or isinstance(exc, KeyboardInterrupt | GeneratorExit):
             raise
         # On trio a scope takes its cancellation out of a group of exceptions, and what is left comes here.
-        if is_failure(exc) or (isinstance(exc, anyio.get_cancelled_exc_class()) and cancelled_by_nobody()):
+        if is_failure(exc) or (isinstance(exc, anyio.get_cancelled_exc_class()) and cancelled_itself()):
             return await execution.finish_failed(exc)
         await execution.finish_stopped()
         raise

@@ -12,7 +12,8 @@ from typing import Any
 import anyio
 from starlette.types import Message
 
-from asgi_realtime.loop.supervisor import Supervisor, is_failure
+from asgi_realtime.loop.failures import is_failure
+from asgi_realtime.loop.supervisor import Supervisor
 from asgi_realtime.testing.driver import LEAVE_S, App, at_most
 
 

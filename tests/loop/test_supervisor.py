@@ -10,7 +10,8 @@ import anyio
 import pytest
 
 from asgi_realtime.core.errors import ServerShutdown
-from asgi_realtime.loop.supervisor import Supervisor, cancelled_by_nobody
+from asgi_realtime.loop.failures import cancelled_itself
+from asgi_realtime.loop.supervisor import Supervisor
 from tests.inprocess import run_without_anyio, until
 
 pytestmark = pytest.mark.anyio
@@ -328,7 +329,7 @@ async def test_a_cancellation_that_somebody_asked_for_is_told_from_others() -> N
         try:
             await anyio.sleep(60)
         finally:
-            seen.append(cancelled_by_nobody())
+            seen.append(cancelled_itself())
 
     async with anyio.create_task_group() as group:
         group.start_soon(waits)
@@ -338,7 +339,7 @@ async def test_a_cancellation_that_somebody_asked_for_is_told_from_others() -> N
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
-async def test_a_supervisor_on_a_closed_loop_is_dead() -> None:
+async def test_a_supervisor_notices_that_its_loop_was_closed() -> None:
     made: list[Supervisor] = []
 
     async def make() -> None:
@@ -347,13 +348,13 @@ async def test_a_supervisor_on_a_closed_loop_is_dead() -> None:
     def other_loop() -> None:
         loop = asyncio.new_event_loop()
         loop.run_until_complete(make())
-        assert not made[0].dead
+        assert not made[0].loop_is_closed
         loop.close()
 
     thread = threading.Thread(target=other_loop)
     thread.start()
     thread.join()
-    assert made[0].dead
+    assert made[0].loop_is_closed
     assert not made[0].usable
     with pytest.raises(RuntimeError):
         made[0].post(lambda: None)
