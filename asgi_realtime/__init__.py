@@ -35,8 +35,8 @@ from asgi_realtime.core.runs import RunError, RunRecord, Status
 from asgi_realtime.engine.run import Run, current_run
 from asgi_realtime.realtime import Realtime
 from asgi_realtime.runs.handles import BatchHandle, RunHandle
+from asgi_realtime.streams.followers import StreamChunk
 from asgi_realtime.streams.pipe import Pipe, PipeResult
-from asgi_realtime.streams.readers import StreamChunk
 from asgi_realtime.tasks import Executor, Task
 from asgi_realtime.tokens import Claims
 from asgi_realtime.typed import StreamWriterContext, TypedStream

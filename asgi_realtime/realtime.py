@@ -22,7 +22,8 @@ from asgi_realtime.core.chunks import decode
 from asgi_realtime.core.config import Cors, Limits, Retention, Span, Timeouts, parse_span
 from asgi_realtime.core.errors import InvalidConfiguration, NoCurrentRun, UsageError
 from asgi_realtime.core.names import check_key, check_tags, input_stream, stream_name
-from asgi_realtime.core.runs import CancelRequested, RunRecord, run_topic, tag_topic
+from asgi_realtime.core.run_errors import end_error
+from asgi_realtime.core.runs import CancelRequested, RunRecord
 from asgi_realtime.core.scopes import flatten_scopes
 from asgi_realtime.engine.engine import Engine
 from asgi_realtime.engine.execution import Execution
@@ -30,16 +31,9 @@ from asgi_realtime.engine.open_run import OpenRun
 from asgi_realtime.engine.producers import Producers
 from asgi_realtime.engine.run import Run, current
 from asgi_realtime.runs.handles import TOKEN_EXPIRES_IN, BatchHandle, RunHandle, run_scopes
+from asgi_realtime.streams.followers import BatchFollower, RunFollower, RunWithStreams, StreamChunk, TagFollower
 from asgi_realtime.streams.pipe import Pipe, Source
-from asgi_realtime.streams.readers import (
-    BatchFollower,
-    ChunkReader,
-    RunWithStreams,
-    StreamChunk,
-    StreamReader,
-    TopicFollower,
-    ended_otherwise,
-)
+from asgi_realtime.streams.readers import ChunkReader, StreamReader
 from asgi_realtime.streams.sources import check_source
 from asgi_realtime.streams.writer import encode_within
 from asgi_realtime.sync import SyncRealtime
@@ -343,7 +337,7 @@ class Realtime:
             record = await self.runs.ended(run_id_of(run))
         if not record.is_success:
             assert record.end is not None
-            raise ended_otherwise(record.end, record)
+            raise end_error(record.end, record)
         return self._tasks.decode_output(record)
 
     # Streams
@@ -430,7 +424,7 @@ class Realtime:
         seconds = None if timeout is None else parse_span(timeout, name="timeout")
         self.engine.begin()
         reader = StreamReader(
-            self.broker, self.runs, key, after=start_index - 1, timeout_s=seconds, begin=self.ensure_started
+            self.broker, self.runs, key, after=start_index - 1, timeout_s=seconds, start=self.ensure_started
         )
         return ChunkReader(reader, decode_chunk)
 
@@ -457,17 +451,10 @@ class Realtime:
         self.engine.begin()
         if with_streams:
             return RunWithStreams(
-                self.broker, self.runs, run_id, stop_on_completion=stop_on_completion, begin=self.ensure_started
+                self.broker, self.runs, run_id, stop_on_completion=stop_on_completion, start=self.ensure_started
             )
-        return TopicFollower(
-            self.broker,
-            self.runs,
-            run_topic(run_id),
-            limit=self.limits.topic_runs,
-            first=self.limits.feed_runs,
-            stop=lambda record: stop_on_completion and record.is_completed,
-            run_id=run_id,
-            begin=self.ensure_started,
+        return RunFollower(
+            self.broker, self.runs, run_id, stop_on_completion=stop_on_completion, start=self.ensure_started
         )
 
     def subscribe_to_runs_with_tag(
@@ -479,14 +466,14 @@ class Realtime:
             raise UsageError("tags are empty; name at least one")
         oldest_ms = self.runs.now_ms() - round(parse_span(created_within, name="created_within") * 1000)
         self.engine.begin()
-        return TopicFollower(
+        return TagFollower(
             self.broker,
             self.runs,
-            tag_topic(min(wanted)),
-            limit=self.limits.topic_runs,
+            wanted,
+            oldest_ms=oldest_ms,
             first=self.limits.feed_runs,
-            keep=lambda record: record.created_at_ms >= oldest_ms and set(wanted) <= set(record.tags),
-            begin=self.ensure_started,
+            limit=self.limits.topic_runs,
+            start=self.ensure_started,
         )
 
     def subscribe_to_batch(self, batch: str | BatchHandle) -> AsyncIterator[RunRecord]:
@@ -500,7 +487,7 @@ class Realtime:
             batch_id,
             closed=lambda: self.tasks.batches.closed(batch_id),
             limit=self.limits.topic_runs,
-            begin=self.ensure_started,
+            start=self.ensure_started,
         )
 
     # Tokens

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from asgi_realtime.core.runs import RunRecord
     from asgi_realtime.realtime import Realtime, RunLike
     from asgi_realtime.runs.handles import BatchHandle, RunHandle
+    from asgi_realtime.streams.followers import StreamChunk
     from asgi_realtime.streams.pipe import PipeResult
-    from asgi_realtime.streams.readers import StreamChunk
     from asgi_realtime.tasks.batches import BatchItem
     from asgi_realtime.tasks.task import Task
 

@@ -13,7 +13,7 @@ from itertools import chain
 
 import msgspec
 
-from asgi_realtime.asgi.feed_kinds import Admitted, Feed, admitted, newest, pages
+from asgi_realtime.asgi.feed_kinds import Admitted, Feed, admitted
 from asgi_realtime.asgi.request import Request
 from asgi_realtime.asgi.subscription import WAITING, Finished, Subscription
 from asgi_realtime.brokers.base import LiveTopic
@@ -24,6 +24,7 @@ from asgi_realtime.core.run_json import run_json, skippable_fields
 from asgi_realtime.core.runs import RunRecord
 from asgi_realtime.core.sse import control_frame
 from asgi_realtime.core.topics import Change, Changes, Cursor
+from asgi_realtime.runs.paging import newest, pages
 from asgi_realtime.tokens import Claims
 
 
@@ -107,7 +108,7 @@ class FeedSubscription(Subscription[LiveTopic]):
 
     async def _tell_snapshot(self, changes: Changes) -> None:
         """The newest runs of the feed, those that changed last at the end; then `ready`."""
-        found = await newest(self._feed, self._run_cache, changes.items, limit=self._limits.feed_runs)
+        found = await newest(changes.items, self._admitted, limit=self._limits.feed_runs)
         ready = control_frame("ready", msgspec.json.encode({"count": len(found)}), id=str(changes.cursor))
         await self._send_frames(chain((self._frame(record, None) for _, record in found), (ready,)))
 

@@ -6,16 +6,14 @@ here; how it is told to a client is the matter of `feed_events` and `shape_polls
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from typing import Protocol
 
 from asgi_realtime.asgi.run_cache import RunCache
+from asgi_realtime.core.batch_progress import BatchProgress
 from asgi_realtime.core.log import End
 from asgi_realtime.core.runs import RunRecord, batch_topic, run_topic, tag_topic
 from asgi_realtime.core.topics import Change
-
-PAGE = 100
-"""Changes whose runs are loaded at once."""
 
 Admitted = tuple[Change, RunRecord]
 
@@ -80,11 +78,7 @@ class TagFeed:
 
 
 class BatchFeed:
-    """The runs of a batch, until all are over.
-
-    They are created in their order, so once the last is there, one that is missing was over and is past its retention.
-    `closed`: it is known that no more come, and maybe none did: keys may stand for runs that were there before.
-    """
+    """The runs of a batch, until all are over. `closed`: no more runs join it, and possibly it has none."""
 
     run_id = ""
     floor_ms = 0
@@ -92,23 +86,17 @@ class BatchFeed:
 
     def __init__(self, batch_id: str, *, closed: bool = False) -> None:
         self.topic = batch_topic(batch_id)
-        self._complete = closed  # or the last was met
-        self._open: set[str] = set()
+        self._progress = BatchProgress(closed=closed)
 
     def has(self, record: RunRecord) -> bool:
         return True
 
     def saw(self, record: RunRecord) -> None:
-        if record.batch is not None and record.batch.index == record.batch.count - 1:
-            self._complete = True
-        if record.is_completed:
-            self._open.discard(record.id)
-        else:
-            self._open.add(record.id)
+        self._progress.add(record)
 
     @property
     def end(self) -> End | None:
-        return End("complete") if self._complete and not self._open else None
+        return End("complete") if self._progress.is_over else None
 
 
 async def admitted(feed: Feed, run_cache: RunCache, page: Sequence[Change]) -> list[Admitted]:
@@ -122,17 +110,3 @@ async def admitted(feed: Feed, run_cache: RunCache, page: Sequence[Change]) -> l
     for _, record in found:
         feed.saw(record)
     return found
-
-
-async def newest(feed: Feed, run_cache: RunCache, items: Sequence[Change], *, limit: int) -> list[Admitted]:
-    """The runs of a snapshot that changed last, at most `limit`; in the order of their changes."""
-    found: list[Admitted] = []
-    for page in pages(items[::-1]):
-        found += await admitted(feed, run_cache, page)
-        if len(found) >= limit:
-            break
-    return found[:limit][::-1]
-
-
-def pages(items: Sequence[Change]) -> Iterator[Sequence[Change]]:
-    return (items[start : start + PAGE] for start in range(0, len(items), PAGE))

@@ -21,7 +21,7 @@ from asgi_realtime.client.errors import UnexpectedAnswer
 from asgi_realtime.client.following import ChunksFollowing, RunsFollowing
 from asgi_realtime.core.config import Span, parse_span
 from asgi_realtime.core.errors import InvalidConfiguration, InvalidToken, RealtimeError, UsageError
-from asgi_realtime.streams.readers import StreamChunk
+from asgi_realtime.streams.followers import StreamChunk
 
 S = TypeVar("S")
 

@@ -23,7 +23,8 @@ from asgi_realtime.core.chunks import decode
 from asgi_realtime.core.errors import ExpiredToken, RealtimeError, StreamGap, UsageError
 from asgi_realtime.core.event_stream import Event, EventParser
 from asgi_realtime.core.log import End
-from asgi_realtime.streams.readers import StreamChunk, ended_otherwise
+from asgi_realtime.core.run_errors import end_error
+from asgi_realtime.streams.followers import StreamChunk
 
 logger = logging.getLogger("asgi_realtime.client")
 
@@ -256,4 +257,4 @@ class ChunksFollowing(Following[StreamChunk]):
 
     def _finish(self, end: End) -> None:
         if end.reason != "complete":
-            self._raise(ended_otherwise(end))
+            self._raise(end_error(end))

@@ -27,7 +27,7 @@ from asgi_realtime.client.following import Following, Raised
 from asgi_realtime.client.states import RunState
 from asgi_realtime.core.config import Span
 from asgi_realtime.core.errors import InvalidConfiguration
-from asgi_realtime.streams.readers import StreamChunk
+from asgi_realtime.streams.followers import StreamChunk
 
 T = TypeVar("T")
 S = TypeVar("S")

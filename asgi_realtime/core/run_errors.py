@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from asgi_realtime.core.errors import RealtimeError, StateError
+from asgi_realtime.core.log import End
 from asgi_realtime.core.runs import RunRecord
 
 
@@ -26,6 +27,14 @@ class RunCanceled(RunEnded):
     """The run was canceled."""
 
     code = "run_canceled"
+
+
+def end_error(end: End, record: RunRecord | None = None) -> RunEnded:
+    """The error to raise for a run that ended without a result."""
+    if end.reason == "canceled":
+        return RunCanceled("the run was canceled", record=record)
+    detail = f": {end.error}" if end.error else ""
+    return RunFailed(f"the run ended {end.reason}{detail}", record=record)
 
 
 class VersionConflict(StateError):

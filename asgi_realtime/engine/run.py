@@ -31,11 +31,11 @@ from asgi_realtime.core.metadata import (
     normalize_value,
 )
 from asgi_realtime.core.names import check_tags, input_stream
-from asgi_realtime.core.run_errors import RunEnded
+from asgi_realtime.core.run_errors import RunEnded, end_error
 from asgi_realtime.core.runs import MetadataChanged, RunChange, RunRecord, TagsAdded
 from asgi_realtime.loop.supervisor import Supervisor
 from asgi_realtime.runs.store import RunStore
-from asgi_realtime.streams.readers import StreamReader, ended_otherwise
+from asgi_realtime.streams.readers import StreamReader
 
 if TYPE_CHECKING:
     from asgi_realtime.streams.pipe import Pipe
@@ -308,7 +308,7 @@ class Input:
         except StopAsyncIteration:
             end = self._entries.end
             assert end is not None
-            raise RunEnded("the run is over") if end.reason == "complete" else ended_otherwise(end) from None
+            raise RunEnded("the run is over") if end.reason == "complete" else end_error(end) from None
 
     def __aiter__(self) -> Input:
         return self

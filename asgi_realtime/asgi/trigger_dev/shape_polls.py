@@ -18,7 +18,7 @@ from typing import NamedTuple
 import anyio
 from starlette.responses import Response
 
-from asgi_realtime.asgi.feed_kinds import Admitted, Feed, admitted, newest, pages
+from asgi_realtime.asgi.feed_kinds import Admitted, Feed, admitted
 from asgi_realtime.asgi.request import EVENT_STREAM, Request
 from asgi_realtime.asgi.responses import json_bytes_response
 from asgi_realtime.asgi.subscription import shutdown_response, until_disconnect
@@ -29,6 +29,7 @@ from asgi_realtime.brokers.following import Follower
 from asgi_realtime.core.errors import ExpiredToken, InvalidRequest, shown
 from asgi_realtime.core.topics import Changes, Cursor
 from asgi_realtime.loop.waiting import make_guard, make_interrupt, make_waiter
+from asgi_realtime.runs.paging import newest, pages
 from asgi_realtime.tokens import Claims
 
 MAX_ROWS = 1000
@@ -170,7 +171,8 @@ class ShapePoll:
         return await topic.changes(cursor, limit=self._host.limits.topic_runs)
 
     async def _snapshot(self, changes: Changes) -> Response:
-        found = await newest(self._feed, self._run_cache, changes.items, limit=self._host.limits.feed_runs)
+        load = partial(admitted, self._feed, self._run_cache)
+        found = await newest(changes.items, load, limit=self._host.limits.feed_runs)
         return self._answer(found, changes.cursor)
 
     async def _found(self, changes: Changes) -> list[Admitted]:
