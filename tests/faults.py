@@ -154,9 +154,9 @@ class RemoteBroker:
         await self._travel("enqueued")
         await self.inner.enqueued(run_id)
 
-    async def tell(self, run_id: str) -> None:
-        await self._travel("tell")
-        await self.inner.tell(run_id)
+    async def publish(self, run_id: str) -> None:
+        await self._travel("publish")
+        await self.inner.publish(run_id)
 
     async def remove(self, run_id: str) -> None:
         await self._travel("remove")

@@ -117,7 +117,7 @@ class Broker(Protocol):
 
         The record and its own topic `run:<id>` change in one step; a terminal record ends all streams of the run in
         that step. Before the call returns, the topics in `record.topics` are told: each change at least once, never an
-        older version over a newer one; a mark of the same step makes the run due as `untold` until that is done.
+        older version over a newer one; a mark of the same step makes the run due as `unpublished` until that is done.
         A commit whose mark is among the newest `MARKS_KEPT` of the run changes nothing and returns the version of then.
         Raises `VersionConflict` with the stored record, `LimitExceeded` for a new run that there is no room for.
         """
@@ -158,7 +158,7 @@ class Broker(Protocol):
 
         `skip` leaves out so many of the oldest: those that the caller has seen and cannot do anything for.
 
-        A run stays due until a commit, `renew`, `enqueued`, `tell` or `remove` changes that.
+        A run stays due until a commit, `renew`, `enqueued`, `publish` or `remove` changes that.
 
         `enqueue` and `lease` are counted from the commit that makes a run QUEUED, or EXECUTING: it is due
         `Timeouts.lease` later, by the broker's clock whatever the record says, unless it leaves that status. Other
@@ -182,7 +182,7 @@ class Broker(Protocol):
         """
         ...
 
-    async def tell(self, run_id: str) -> None:
+    async def publish(self, run_id: str) -> None:
         """Tell the topics of a run again. Harmless at any time."""
         ...
 

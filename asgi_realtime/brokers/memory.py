@@ -424,7 +424,7 @@ class MemoryBroker:
     async def enqueued(self, run_id: str) -> None:
         self._due["enqueue"].set(run_id, None)
 
-    async def tell(self, run_id: str) -> None:
+    async def publish(self, run_id: str) -> None:
         run = self._runs.get(run_id)
         if run is not None:
             self._tell_topics(run)

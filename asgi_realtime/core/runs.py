@@ -289,10 +289,10 @@ def _to(present: Status, following: Status) -> dict[str, Any]:
     return {"status": following}
 
 
-DUE_KINDS = ("delay", "enqueue", "ttl", "lease", "cancel", "expiry", "untold")
+DUE_KINDS = ("delay", "enqueue", "ttl", "lease", "cancel", "expiry", "unpublished")
 """What a run can be due for.
 
-`enqueue`, `lease` and `untold` are kept by the broker, the others follow from the record.
+`enqueue`, `lease` and `unpublished` are kept by the broker, the others follow from the record.
 """
 
 

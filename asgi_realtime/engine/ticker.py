@@ -118,7 +118,7 @@ class Ticker:
         await self._each_due("ttl", lambda run_id: self._change(run_id, _EXPIRED))
         await self._each_due("lease", lambda run_id: self._change(run_id, _CRASHED))
         await self._each_due("cancel", lambda run_id: self._change(run_id, Finished(Status.CANCELED)))
-        await self._each_due("untold", self._broker.tell)
+        await self._each_due("unpublished", self._broker.publish)
         await self._each_due("expiry", self._broker.remove)
 
     async def _dispatch_runs(self) -> None:

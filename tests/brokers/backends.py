@@ -157,14 +157,14 @@ class DistantBroker(MemoryBroker):
         await pause(1)
         version = await super().commit(record, expect=expect, change=change, floors=floors)
         await pause(1)
-        await self.tell(record.id)
+        await self.publish(record.id)
         await pause(1)
         return version
 
     def _tell_topics(self, run: _StoredRun) -> None:
-        self._due["untold"].set(run.record.id, self._now_ms() + 1000)
+        self._due["unpublished"].set(run.record.id, self._now_ms() + 1000)
 
-    async def tell(self, run_id: str) -> None:
+    async def publish(self, run_id: str) -> None:
         run = self._runs.get(run_id)
         for topic in () if run is None else run.record.topics:
             await pause(1)
@@ -172,7 +172,7 @@ class DistantBroker(MemoryBroker):
                 self._tell(topic, run.record)
         if run_id in self._runs and run is not None:
             super()._tell_topics(run)  # what was committed meanwhile
-            self._due["untold"].set(run_id, None)
+            self._due["unpublished"].set(run_id, None)
 
     async def load(self, run_ids: Sequence[str]) -> list[RunRecord | None]:
         await pause(1)

@@ -461,7 +461,7 @@ class OverwritesNewerVersions(MemoryBroker):
         entry.index = CarelessIndex(entry.index.epoch, max_runs=entry.index.max_runs)
         return entry
 
-    async def tell(self, run_id: str) -> None:
+    async def publish(self, run_id: str) -> None:
         run = self._runs.get(run_id)
         if run is not None:
             record = run.record

@@ -384,7 +384,7 @@ async def test_what_nobody_was_told_is_told_by_another(
 ) -> None:
     async with processes(redis_server.url) as backend:
         assert isinstance(backend.broker, RedisBroker)
-        monkeypatch.setattr(backend.broker._open.topics, "tell", lambda *args: asyncio.sleep(3600))
+        monkeypatch.setattr(backend.broker._open.topics, "publish", lambda *args: asyncio.sleep(3600))
         tag = new_tag()
         record = new_record(backend, tags=(tag,))
         async with backend.peer.follow(tag_topic(tag)) as topic:
@@ -394,7 +394,7 @@ async def test_what_nobody_was_told_is_told_by_another(
             changes = await next_changes(topic, None)
         assert [change.run_id for change in changes.items] == [record.id]
         assert await versions_in(backend.broker, tag_topic(tag)) == {record.id: 1}
-        assert await backend.peer.due("untold") == []
+        assert await backend.peer.due("unpublished") == []
 
 
 async def until_told_by(backend: Backend, run_id: str) -> None:
@@ -403,8 +403,8 @@ async def until_told_by(backend: Backend, run_id: str) -> None:
         while True:
             for kind in DUE_KINDS:
                 if run_id in (due := await backend.peer.due(kind)):
-                    assert (kind, due) == ("untold", [run_id])
-                    return await backend.peer.tell(run_id)
+                    assert (kind, due) == ("unpublished", [run_id])
+                    return await backend.peer.publish(run_id)
 
 
 async def test_a_process_is_killed_between_its_commit_and_telling(redis_server: RedisServer, hurried: None) -> None:

@@ -106,9 +106,9 @@ async def test_topics_that_were_not_told_are_told_again() -> None:
     class Forgetful(DistantBroker):
         forget = True
 
-        async def tell(self, run_id: str) -> None:
+        async def publish(self, run_id: str) -> None:
             if not self.forget:
-                await super().tell(run_id)
+                await super().publish(run_id)
 
     clock = FakeClock()
     broker = Forgetful(clock=clock)

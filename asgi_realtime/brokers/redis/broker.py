@@ -220,7 +220,7 @@ class RedisBroker:
             _INLINE_BYTES,
             *items,
             repeat=producer is not None or not items,
-            tells=names.channel,
+            channel=names.channel,
         )
         if answer[0] == b"ok":
             return Position(int(answer[1]), int(answer[2]))
@@ -321,7 +321,7 @@ class RedisBroker:
                 record.id, self._due_times(record), status=record.status if began else None
             )
             if record.topics:
-                await asyncio.gather(noting, self._open.topics.tell(record.id, version, record.topics))
+                await asyncio.gather(noting, self._open.topics.publish(record.id, version, record.topics))
             else:
                 await noting
         except StateError:
@@ -358,7 +358,7 @@ class RedisBroker:
             MARKS_KEPT,
             *(due.get(kind, "") for kind in ("delay", "ttl", "cancel", "expiry")),
             *chain.from_iterable((*of, count) for of, count in floors.items()),
-            tells=self._keys.topic_channel(f"run:{record.id}"),
+            channel=self._keys.topic_channel(f"run:{record.id}"),
         )
         if answer[0] == b"short":
             raise StreamBehind(f"stream {answer[1].decode()!r} has lost entries that were acknowledged")
@@ -372,7 +372,7 @@ class RedisBroker:
 
     async def _note_quietly(self, record: RunRecord) -> None:
         with suppress(BrokerUnavailable):  # then it is found when its partition has its turn
-            await self._open.schedule.note(record.id, self._due_times(record), status=record.status, untold=True)
+            await self._open.schedule.note(record.id, self._due_times(record), status=record.status, unpublished=True)
 
     async def load(self, run_ids: Sequence[str]) -> list[RunRecord | None]:
         return list(await asyncio.gather(*(self._load(run_id) for run_id in run_ids)))
@@ -424,13 +424,13 @@ class RedisBroker:
         record = await self._load(run_id)
         if record is None or not record.is_completed:
             return
-        await self._open.topics.forget(run_id, record.topics)
+        await self._open.topics.remove(run_id, record.topics)
         if record.claim is not None:
-            await self._open.servers.run(scripts.UNCLAIM, [self._keys.claim(record.claim)], run_id)
+            await self._open.servers.run(scripts.RELEASE_CLAIM, [self._keys.claim(record.claim)], run_id)
         fields = await self._open.servers.call(key, "HKEYS", self._keys.streams(run_id))
         streams = [StreamKey(run_id, field[2:].decode()) for field in fields if field.startswith(b"n:")]
         await self._open.servers.run(
-            scripts.REMOVE,
+            scripts.REMOVE_RUN,
             [key, self._keys.streams(run_id), *self._keys.due_of(run_id), *map(self._keys.entries, streams)],
             run_id,
             self._keys.topic_channel(f"run:{run_id}"),
@@ -471,10 +471,10 @@ class RedisBroker:
     async def enqueued(self, run_id: str) -> None:
         await self._open.schedule.enqueued(run_id)
 
-    async def tell(self, run_id: str) -> None:
+    async def publish(self, run_id: str) -> None:
         record = await self._load(run_id)
         if record is not None:
-            await self._open.topics.tell(run_id, record.version, record.topics)
+            await self._open.topics.publish(run_id, record.version, record.topics)
 
     async def ping(self) -> None:
         await self._open.servers.check()

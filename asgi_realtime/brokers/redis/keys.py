@@ -17,7 +17,7 @@ from asgi_realtime.core.runs import run_topic
 
 PARTITIONS = 256
 
-DUE_OF_PARTITION = ("lease", "enqueue", "untold", "delay", "ttl", "cancel", "expiry")
+DUE_OF_PARTITION = ("lease", "enqueue", "unpublished", "delay", "ttl", "cancel", "expiry")
 """In the order in which the scripts take their keys."""
 
 _RUN_TOPIC = run_topic("")

@@ -20,6 +20,7 @@ from asgi_realtime.brokers.live_log import LiveLog
 from asgi_realtime.brokers.redis.keys import Keys, run_of_topic
 from asgi_realtime.brokers.redis.listener import Listener
 from asgi_realtime.brokers.redis.servers import LOOK, Spawn
+from asgi_realtime.brokers.redis.topics import NO_EPOCH, changes_after
 from asgi_realtime.core.errors import BrokerUnavailable, RealtimeError, RunNotFound, ServerShutdown
 from asgi_realtime.core.log import End, Entry, Log, Page, StreamKey
 from asgi_realtime.core.topics import Change, Changes, Cursor, TopicIndex
@@ -400,17 +401,6 @@ class TopicMirror(Mirror):
     def _lost(self, failure: RealtimeError) -> None:
         self.gone = True
         self.waiting.wake()
-
-
-NO_EPOCH = "0"
-"""Of a topic that is not there: a cursor with it stands before everything that comes."""
-
-
-def changes_after(index: TopicIndex, cursor: Cursor | None, limit: int) -> Changes:
-    """As `TopicIndex.after`, for an index that may have begun after the cursor."""
-    if cursor is not None and cursor.epoch == NO_EPOCH:
-        cursor = Cursor(index.epoch, 0)
-    return index.after(cursor, limit=limit)
 
 
 _END = msgspec.json.Decoder(End)

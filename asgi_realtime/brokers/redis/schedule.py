@@ -22,7 +22,7 @@ _SCAN_S = 1.0
 _SCANNED = 4
 """Partitions that are looked into after so much time though nothing is noted of them."""
 
-_UNTOLD_MS = 1000
+_UNPUBLISHED_MS = 1000
 """How long whoever has committed has to tell the topics, before others do it."""
 
 STATES = {Status.EXECUTING: "executing", Status.QUEUED: "queued"}
@@ -43,24 +43,24 @@ class Schedule:
         self._scanned_at = -_SCAN_S
 
     async def note(
-        self, run_id: str, times: Mapping[str, int], *, status: Status | None = None, untold: bool = False
+        self, run_id: str, times: Mapping[str, int], *, status: Status | None = None, unpublished: bool = False
     ) -> None:
         """Note when a run is due for what, in unix milliseconds; with a status, that its lease or the like begins."""
         notes = {kind: f"a{at}" for kind, at in times.items()}
         if status in _LOOKED_AFTER:
             notes[_LOOKED_AFTER[status]] = f"r{self.lease_ms}"
-        if untold:
-            notes["untold"] = f"r{_UNTOLD_MS}"
+        if unpublished:
+            notes["unpublished"] = f"r{_UNPUBLISHED_MS}"
         if notes:
             keys = [self._keys.note(kind) for kind in notes]
-            await self._servers.run(scripts.NOTE, keys, self._keys.partition(run_id), *notes.values())
+            await self._servers.run(scripts.ADD_HINTS, keys, self._keys.partition(run_id), *notes.values())
 
     async def due(self, kind: str, *, limit: int, skip: int) -> list[str]:
         """As `Broker.due`."""
         if kind == "lease" and self._servers.presence.present_for_s() < self._lease_s:
             return []  # nobody could renew while Redis was away: owners have a lease's time to do so
         await self._scan()
-        partitions = await self._servers.run(scripts.POLL, [self._keys.note(kind)])
+        partitions = await self._servers.run(scripts.TAKE_HINTS, [self._keys.note(kind)])
         found = await asyncio.gather(*(self._due_in(kind, int(partition), skip + limit) for partition in partitions))
         return [run_id for _, run_id in heapq.merge(*found)][skip : skip + limit]
 
@@ -83,13 +83,13 @@ class Schedule:
 
     async def _scan_one(self, partition: int) -> None:
         keys = [self._keys.due(kind, partition) for kind in DUE_OF_PARTITION]
-        firsts = await self._servers.run(scripts.SCAN, keys)
+        firsts = await self._servers.run(scripts.FIRST_DUE, keys)
         for kind, first in zip(DUE_OF_PARTITION, firsts, strict=True):
             if first:
                 await self._note_again(kind, partition, first)
 
     async def _note_again(self, kind: str, partition: int, at: bytes) -> None:
-        await self._servers.run(scripts.NOTE, [self._keys.note(kind)], partition, b"a" + at)
+        await self._servers.run(scripts.ADD_HINTS, [self._keys.note(kind)], partition, b"a" + at)
 
     async def renew(self, run_ids: Sequence[str], *, owner: str) -> None:
         """As `Broker.renew`."""

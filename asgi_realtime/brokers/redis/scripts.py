@@ -1,7 +1,7 @@
-"""The Lua scripts: what has to happen in one step on the server. Redis 7 or later, or Valkey.
+"""The Lua scripts: every step that has to be atomic on the server. They need Redis 7 or later, or Valkey.
 
-A script checks everything before its first write, so a refused call has changed nothing. What frees memory, or only
-ends what is there, may run when memory is full (`allow-oom`); what stores something new is refused then.
+A script checks everything before its first write, so a rejected call has changed nothing. Scripts that free memory or
+only end something may run when memory is full (`allow-oom`); scripts that store something new are rejected then.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from importlib.resources import files
 
 
 class Script:
-    """A script's text and the name by which the server knows it."""
+    """A script's source, and the digest that identifies it on the server."""
 
     __slots__ = ("sha", "text")
 
@@ -27,18 +27,21 @@ def _read(name: str) -> str:
 APPEND = Script(_read("append"))
 READ = Script(_read("read"))
 PRODUCED = Script(_read("produced"))
+
 COMMIT = Script("#!lua\n" + _read("commit"))
 COMMIT_END = Script("#!lua flags=allow-oom\n" + _read("commit"))
-"""The same for terminal records: a run may end, and so free memory, when there is none left."""
-TOLD = Script(_read("told"))
-ENQUEUED = Script(_read("enqueued"))
-RENEW = Script(_read("renew"))
-REMOVE = Script(_read("remove"))
-TELL = Script(_read("tell"))
-FORGET = Script(_read("forget"))
-CHANGES = Script(_read("changes"))
-NOTE = Script(_read("note"))
-POLL = Script(_read("poll"))
+"""The same script for terminal records: a run can end, and thereby free memory, when none is left."""
+REMOVE_RUN = Script(_read("remove_run"))
+RELEASE_CLAIM = Script(_read("release_claim"))
+
+PUBLISH = Script(_read("publish"))
+PUBLISHED = Script(_read("published"))
+TOPIC_CHANGES = Script(_read("topic_changes"))
+TOPIC_REMOVE = Script(_read("topic_remove"))
+
 DUE = Script(_read("due"))
-SCAN = Script(_read("scan"))
-UNCLAIM = Script(_read("unclaim"))
+FIRST_DUE = Script(_read("first_due"))
+ADD_HINTS = Script(_read("add_hints"))
+TAKE_HINTS = Script(_read("take_hints"))
+RENEW = Script(_read("renew"))
+ENQUEUED = Script(_read("enqueued"))

@@ -70,7 +70,7 @@ THE_URL = Address("", 0)
 class Servers:
     """All primaries. `client` is redis-py's, of a URL or the user's own (a Sentinel's too); its settings are used.
 
-    `quiet`: somebody else tells the log whether they are there.
+    `quiet`: somebody else channel the log whether they are there.
     """
 
     def __init__(self, client: Redis, *, timeout_s: float, spawn: Spawn, quiet: bool = False) -> None:
@@ -104,7 +104,7 @@ class Servers:
         return made
 
     def reporter(self, address: Address, *, of_calls: bool = False) -> ServerReporter:
-        """Whom a connection to a server tells how it fares."""
+        """Whom a connection to a server channel how it fares."""
         return ServerReporter(self.presence, address, of_calls=of_calls)
 
     async def address_of(self, key: str) -> Address:
@@ -132,21 +132,21 @@ class Servers:
         *args: Any,
         bulk: bool = False,
         repeat: bool = True,
-        tells: str | None = None,
+        channel: str | None = None,
     ) -> Any:
         """Run a script on the primary that has its keys. Raises `BrokerUnavailable`.
 
-        It may be carried out twice, unless `repeat` says that this would do harm. `tells` is the channel on which the
+        It may be carried out twice, unless `repeat` says that this would do harm. `channel` is the channel on which the
         script publishes.
         """
         rest = (len(keys), *keys, *args)
         try:
-            return await self._patiently(keys[0], ("EVALSHA", script.sha, *rest), bulk, repeat, tells)
+            return await self._patiently(keys[0], ("EVALSHA", script.sha, *rest), bulk, repeat, channel)
         except NoScriptError:  # a new server, or SCRIPT FLUSH: with its text a script is known from then on
-            return await self._patiently(keys[0], ("EVAL", script.text, *rest), bulk, repeat, tells)
+            return await self._patiently(keys[0], ("EVAL", script.text, *rest), bulk, repeat, channel)
 
     async def _patiently(
-        self, key: str, command: Command, bulk: bool, repeat: bool = True, tells: str | None = None
+        self, key: str, command: Command, bulk: bool, repeat: bool = True, channel: str | None = None
     ) -> Any:
         deadline = asyncio.get_running_loop().time() + self._timeout_s
         asked: Address | None = None
@@ -173,8 +173,8 @@ class Servers:
             else:
                 if self._refusals:
                     self._accepted(address, command)
-                if asked is not None and tells is not None:
-                    self._tell(tells)
+                if asked is not None and channel is not None:
+                    self._tell(channel)
                 return answer
             asked = None
             if type(failure) is AskError:  # a MovedError is one too, and that one is for good

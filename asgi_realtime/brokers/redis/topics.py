@@ -1,7 +1,7 @@
 """Topics in Redis: which runs changed, in the order of their last change.
 
-The topic of a run stands in the run itself, so both change in one step. Those of tags and batches have keys of their
-own and are told after the commit; a version that is not newer than the known one changes nothing.
+The topic of a run is part of the run's own hash, so both change in one step. Topics of tags and batches have keys of
+their own and are published to after the commit; a version that is not newer than the known one changes nothing.
 """
 
 from __future__ import annotations
@@ -13,15 +13,24 @@ from collections.abc import Iterable
 
 from asgi_realtime.brokers.redis import scripts
 from asgi_realtime.brokers.redis.keys import Keys, run_of_topic
-from asgi_realtime.brokers.redis.mirror import NO_EPOCH, changes_after
 from asgi_realtime.brokers.redis.servers import Servers
 from asgi_realtime.core.topics import Change, Changes, Cursor, TopicIndex
+
+NO_EPOCH = "0"
+"""The epoch of a topic that does not exist. A cursor with it is before everything that the topic will ever hold."""
 
 _MAX_STEP = 65536
 
 
+def changes_after(index: TopicIndex, cursor: Cursor | None, limit: int) -> Changes:
+    """As `TopicIndex.after`, for an index that may have been created after the cursor was issued."""
+    if cursor is not None and cursor.epoch == NO_EPOCH:
+        cursor = Cursor(index.epoch, 0)
+    return index.after(cursor, limit=limit)
+
+
 def random_step() -> int:
-    """How far a position goes on. One that Redis acknowledged and lost is not taken for a later one then."""
+    """The distance to the next position. Random, so that after data loss no new position equals one that was lost."""
     return random.randint(1, _MAX_STEP)
 
 
@@ -37,16 +46,16 @@ class Topics:
         self._keys = keys
         self._max_runs = max_runs
 
-    async def tell(self, run_id: str, version: int, topics: Iterable[str]) -> None:
-        """Tell topics of a version, then take back the mark of its commit."""
-        await asyncio.gather(*(self._tell_one(topic, run_id, version) for topic in topics))
-        keys = [self._keys.run(run_id), self._keys.due("untold", self._keys.partition(run_id))]
-        await self._servers.run(scripts.TOLD, keys, run_id, version)
+    async def publish(self, run_id: str, version: int, topics: Iterable[str]) -> None:
+        """Publish a version to topics, then clear the mark that its commit has set."""
+        await asyncio.gather(*(self._publish_to(topic, run_id, version) for topic in topics))
+        keys = [self._keys.run(run_id), self._keys.due("unpublished", self._keys.partition(run_id))]
+        await self._servers.run(scripts.PUBLISHED, keys, run_id, version)
 
-    async def _tell_one(self, topic: str, run_id: str, version: int) -> None:
+    async def _publish_to(self, topic: str, run_id: str, version: int) -> None:
         channel = self._keys.topic_channel(topic)
         await self._servers.run(
-            scripts.TELL,
+            scripts.PUBLISH,
             self._keys.topic(topic),
             run_id,
             version,
@@ -54,16 +63,17 @@ class Topics:
             new_epoch(),
             self._max_runs,
             channel,
-            tells=channel,
+            channel=channel,
         )
 
-    async def forget(self, run_id: str, topics: Iterable[str]) -> None:
-        """Take a run out of topics."""
+    async def remove(self, run_id: str, topics: Iterable[str]) -> None:
+        """Remove a run from topics."""
         for topic in topics:
-            await self._servers.run(scripts.FORGET, self._keys.topic(topic), run_id, self._keys.topic_channel(topic))
+            channel = self._keys.topic_channel(topic)
+            await self._servers.run(scripts.TOPIC_REMOVE, self._keys.topic(topic), run_id, channel)
 
     async def wake(self, topics: Iterable[str]) -> None:
-        """Wake those who follow: something that stands in no change has changed."""
+        """Wake the followers of topics, for something that no change records."""
         for channel in map(self._keys.topic_channel, topics):
             await self._servers.call(channel, "SPUBLISH", channel, "w")
 
@@ -76,7 +86,7 @@ class Topics:
         return changes
 
     async def index(self, topic: str) -> TopicIndex:
-        """The whole of a topic, to be mirrored."""
+        """The whole topic, for a mirror."""
         run_id = run_of_topic(topic)
         if run_id is not None:
             return await self._index_of_run(run_id)
@@ -88,9 +98,10 @@ class Topics:
         return index
 
     async def _read(self, topic: str, after: Cursor | None, limit: int) -> tuple[Changes, int]:
-        """What changed, and the position of what the topic dropped last."""
-        asked_epoch, asked_position = after or ("-", 0)
-        answer = await self._servers.run(scripts.CHANGES, self._keys.topic(topic), asked_epoch, asked_position, limit)
+        """The changes after a cursor, and the position of the last run that the topic dropped."""
+        after_epoch, after_position = after or ("-", 0)
+        keys = self._keys.topic(topic)
+        answer = await self._servers.run(scripts.TOPIC_CHANGES, keys, after_epoch, after_position, limit)
         epoch, position, floor, snapshot, pairs, versions = answer
         items = [
             Change(int(at), run_id.decode(), int(version))

@@ -308,7 +308,7 @@ async def test_a_removed_run_is_gone_from_everywhere(make_broker: MakeBroker) ->
         with pytest.raises(VersionConflict) as conflict:
             await backend.broker.commit(next_version(run), expect=run.version, change=new_mark())
         assert conflict.value.current is None
-        await backend.broker.tell(run.id)
+        await backend.broker.publish(run.id)
         assert await versions_in(backend.broker, f"tag:{early}") == {}
 
 

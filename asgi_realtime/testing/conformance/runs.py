@@ -306,12 +306,12 @@ async def told_at_last(backend: Backend, run_id: str, topics: Sequence[str]) -> 
     told: list[dict[str, int]] = []
     for _ in range(5):
         await backend.advance(1.1)  # what is marked for over a second is told again
-        for untold in await backend.peer.due("untold"):
-            await backend.peer.tell(untold)
+        for unpublished in await backend.peer.due("unpublished"):
+            await backend.peer.publish(unpublished)
         (stored,) = await backend.peer.load([run_id])
         assert stored is not None
         told = [await versions_in(backend.broker, topic) for topic in topics]
-        if all(each == {run_id: stored.version} for each in told) and not await backend.peer.due("untold"):
+        if all(each == {run_id: stored.version} for each in told) and not await backend.peer.due("unpublished"):
             return stored
     raise AssertionError(f"{stored} is stored, {topics} have {told}")
 
@@ -323,8 +323,8 @@ async def test_telling_again_is_harmless(make_broker: MakeBroker) -> None:
         record = await create(backend, tags=(tag,))
         newest = await store(backend.broker, next_version(record))
         for broker in backend.processes:
-            await broker.tell(record.id)
-            await broker.tell("run_that_never_was")
+            await broker.publish(record.id)
+            await broker.publish("run_that_never_was")
         assert await versions_in(backend.broker, f"tag:{tag}") == {record.id: newest.version}
 
 

@@ -278,7 +278,7 @@ async def test_no_older_version_replaces_a_newer_one_under_concurrent_committers
 
         async def tell_again(broker: Broker) -> None:
             for _ in range(committed):
-                await broker.tell(run.id)
+                await broker.publish(run.id)
                 await pause(1)
 
         async def change(broker: Broker) -> None:

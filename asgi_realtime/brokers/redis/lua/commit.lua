@@ -1,5 +1,5 @@
 -- Stores a version of a run if the stored one is the expected one. Checks everything before it writes anything.
--- KEYS: the run, the positions of its streams, then what is due of this partition: lease, enqueue, untold, delay, ttl,
+-- KEYS: the run, the positions of its streams, then what is due of this partition: lease, enqueue, unpublished, delay, ttl,
 -- cancel, expiry.
 local run_id, expect, version, mark = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3]), ARGV[4]
 local record, payload, output, ending = ARGV[5], ARGV[6], ARGV[7], ARGV[8]
