@@ -19,7 +19,7 @@ MISSING: Any = object()
 
 _STEPS = re.compile(r"(?:[^.\\]|\\.)+")
 _PATTERN = re.compile(r"\*|-?\d*:-?\d*|\[.*\]")
-_DANGEROUS = frozenset({"__proto__", "constructor", "prototype"})
+DANGEROUS = frozenset({"__proto__", "constructor", "prototype"})
 """Clients refuse paths with these: on their side they would change the prototype of all objects."""
 
 
@@ -56,7 +56,7 @@ def parse(key: str) -> tuple[str, ...]:
     if not steps:
         raise UsageError(f"metadata key {shown(key)} is a path without a step; write it like '$.progress.done'")
     for step in steps:
-        if _PATTERN.fullmatch(step) or step in _DANGEROUS:
+        if _PATTERN.fullmatch(step) or step in DANGEROUS:
             raise UsageError(f"metadata key {shown(key)} has the step {step!r}; allowed are keys and indexes of lists")
     return steps
 
@@ -64,9 +64,9 @@ def parse(key: str) -> tuple[str, ...]:
 def changed(value: Any, steps: tuple[str, ...], change: Callable[[Any], Any], copies: Copies) -> Any:
     """The value with `change` of what stands at a place, or of `MISSING`; the value itself if the way is not there."""
     step, *rest = steps
-    child = _child(value, step)
-    following = changed(child, tuple(rest), change, copies) if rest else change(child)
-    if following is child:
+    old = child(value, step)
+    following = changed(old, tuple(rest), change, copies) if rest else change(old)
+    if following is old:
         return value
     if isinstance(value, dict):
         value = copies.of(value)
@@ -77,7 +77,7 @@ def changed(value: Any, steps: tuple[str, ...], change: Callable[[Any], Any], co
     return value
 
 
-def _child(value: Any, step: str) -> Any:
+def child(value: Any, step: str) -> Any:
     if isinstance(value, dict):
         return value.get(step, MISSING)
     if isinstance(value, list) and _is_index(step) and int(step) < len(value):

@@ -78,7 +78,7 @@ class Increment(_Placed, frozen=True, tag="increment", rename={"by": "value"}):
 
     def __post_init__(self) -> None:
         _Placed.__post_init__(self)
-        if not _is_number(self.by):
+        if not is_number(self.by):
             raise UsageError(f"metadata {self.key!r} cannot change by {self.by!r}; allowed is a finite number")
 
 
@@ -212,16 +212,17 @@ def _incremented(old: Any, operation: Increment, strict: bool) -> Any:
 
 
 def _sum(old: Any, by: int | float) -> int | float | None:
-    if not _is_number(old):
+    if not is_number(old):
         return None
     try:
         total = old + by
     except OverflowError:  # an int beyond the range of floats
         return None
-    return total if _is_number(total) else None
+    return total if is_number(total) else None
 
 
-def _is_number(value: object) -> bool:
+def is_number(value: object) -> bool:
+    """Whether the value is a finite number as JSON has it: `True` is not 1."""
     if isinstance(value, float):
         return math.isfinite(value)
     return isinstance(value, int) and not isinstance(value, bool)

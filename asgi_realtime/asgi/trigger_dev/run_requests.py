@@ -55,7 +55,7 @@ class Options(msgspec.Struct, rename="camel"):
     payload_type: str | None = None
     tags: str | list[str] | None = None
     metadata: str | dict[str, Any] | None = None
-    metadata_type: str | None = None
+    metadata_type: Any = None
     idempotency_key: str | None = None
     idempotency_key_ttl: str | None = msgspec.field(default=None, name="idempotencyKeyTTL")
     ttl: str | int | None = None
@@ -167,7 +167,7 @@ def _check_length(what: str, size: int, limit: int) -> None:
         raise LimitExceeded(f"{what} {size} bytes, limit {limit}", status=413)
 
 
-def _metadata(value: str | dict[str, Any] | None, type: str) -> dict[str, Any] | None:
+def _metadata(value: str | dict[str, Any] | None, type: Any) -> dict[str, Any] | None:
     """Metadata is an object, or the text of one."""
     found: Any = value
     if isinstance(value, str) and type in (JSON, SUPERJSON):

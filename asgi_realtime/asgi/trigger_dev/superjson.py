@@ -18,12 +18,11 @@ import msgspec
 
 from asgi_realtime.core.chunks import decode, encode_value, json_line
 from asgi_realtime.core.errors import UsageError, shown
+from asgi_realtime.core.json_paths import DANGEROUS, MISSING, child
+from asgi_realtime.core.metadata import is_number
 
 MAX_DIGITS = 4096
 """Of one big integer: reading it takes time by the square of that."""
-
-_FORBIDDEN = frozenset({"__proto__", "prototype", "constructor"})
-"""Readers refuse these in the way to a value: they would change the prototypes of all objects."""
 
 _TYPED_ARRAYS = frozenset(
     {"Int8Array", "Uint8Array", "Uint8ClampedArray", "Int16Array", "Uint16Array", "Int32Array", "Uint32Array"}
@@ -40,9 +39,6 @@ _URL = re.compile(
     re.IGNORECASE,
 )
 """URLs that every reader can parse for sure. Others are dropped: the rules for hosts are long."""
-
-_NOWHERE: Any = object()
-"""What is found where nothing is."""
 
 _Path = tuple[str, ...]
 
@@ -101,7 +97,7 @@ class _Annotations:
         on_the_way = _Ways(self._annotated)
         for path, above in self._annotated.items():
             if on_the_way.count(path) != above + 1:
-                raise UsageError(f"superjson annotates {_shown(path)} within what it annotates elsewhere")
+                raise UsageError(f"superjson annotates {_shown_path(path)} within what it annotates elsewhere")
         return kept
 
     def _tree(self, tree: Any, value: Any, path: _Path, above: int) -> Any:
@@ -111,9 +107,9 @@ class _Annotations:
         if isinstance(tree, dict):
             return self._inner(tree, value, path, above)
         if not isinstance(tree, list) or len(tree) > 2 or not isinstance((*tree, None)[1], dict | None):
-            raise UsageError(f"superjson's annotation of {_shown(path)} is malformed")
+            raise UsageError(f"superjson's annotation of {_shown_path(path)} is malformed")
         if path in self._annotated:
-            raise UsageError(f"superjson annotates {_shown(path)} twice")
+            raise UsageError(f"superjson annotates {_shown_path(path)} twice")
         self._annotated[path] = above
         inner: dict[str, Any] = tree[1] or {} if len(tree) == 2 else {}
         children = self._inner(inner, value, path, above + 1)
@@ -128,11 +124,11 @@ class _Annotations:
             segments = tuple(_segments(key))
             _check_allowed(segments)
             around, found = _at(value, segments)
-            if found is _NOWHERE or (id(around), segments[-1]) in self._unsure:
+            if found is MISSING or (id(around), segments[-1]) in self._unsure:
                 continue
-            child = self._tree(subtree, found, path + segments, above)
-            if child is not None:
-                kept[key] = child
+            checked = self._tree(subtree, found, path + segments, above)
+            if checked is not None:
+                kept[key] = checked
         return kept or None
 
     def _type(self, type: Any, value: Any, path: _Path, inner: dict[str, Any]) -> Any:
@@ -142,11 +138,11 @@ class _Annotations:
         if isinstance(type, str) and type in _UNCHECKABLE:
             return None
         if not _fits(type, value):
-            raise UsageError(f"superjson's annotation of {_shown(path)} does not fit: {_shown_type(type)}")
+            raise UsageError(f"superjson's annotation of {_shown_path(path)} does not fit: {_shown_type(type)}")
         if inner and type not in ("set", "map"):
-            raise UsageError(f"superjson's annotation of {_shown(path)} has others inside: {_shown_type(type)}")
+            raise UsageError(f"superjson's annotation of {_shown_path(path)} has others inside: {_shown_type(type)}")
         if type == "map" and any(isinstance(tree, list) and len([*_segments(key)]) == 1 for key, tree in inner.items()):
-            raise UsageError(f"superjson annotates a whole pair of the map at {_shown(path)}")
+            raise UsageError(f"superjson annotates a whole pair of the map at {_shown_path(path)}")
         return None if type == "URL" and not _URL.fullmatch(value) else type
 
 
@@ -189,7 +185,11 @@ def _fits(type: Any, value: Any) -> bool:
         case "map":
             return isinstance(value, list) and all(isinstance(pair, list) for pair in value)
         case ["typed-array", str(name)]:
-            return name in _TYPED_ARRAYS and isinstance(value, list) and all(map(_is_number, value))
+            return (
+                name in _TYPED_ARRAYS
+                and isinstance(value, list)
+                and all(item is None or is_number(item) for item in value)
+            )
         case _:
             return False
 
@@ -214,21 +214,17 @@ def _segments(key: str) -> Iterator[str]:
 
 def _check_allowed(segments: _Path) -> None:
     for segment in segments:
-        if segment in _FORBIDDEN:
+        if segment in DANGEROUS:
             raise UsageError(f"superjson annotates {segment!r}, which is not allowed")
 
 
 def _at(value: Any, segments: _Path) -> tuple[Any, Any]:
     """What holds the value that the segments lead to, and that value."""
-    around = _NOWHERE
+    around = MISSING
     for segment in segments:
-        around = value
-        if isinstance(value, dict):
-            value = value.get(segment, _NOWHERE)
-        elif isinstance(value, list) and _is_index(segment) and int(segment) < len(value):
-            value = value[int(segment)]
-        else:
-            return _NOWHERE, _NOWHERE
+        if value is MISSING:
+            return MISSING, MISSING
+        around, value = value, child(value, segment)
     return around, value
 
 
@@ -251,15 +247,7 @@ def _unsure_places(value: Any) -> set[tuple[int, str]]:
     return places
 
 
-def _is_index(segment: str) -> bool:
-    return segment.isascii() and segment.isdigit() and len(segment) < 10 and str(int(segment)) == segment
-
-
-def _is_number(value: Any) -> bool:
-    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
-
-
-def _shown(path: _Path) -> str:
+def _shown_path(path: _Path) -> str:
     return shown(".".join(path)) if path else "the payload"
 
 
