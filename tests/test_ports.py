@@ -1,6 +1,9 @@
 from __future__ import annotations
 
-from tests.ports import BUS, PORTS, _share, free_port
+import subprocess
+import sys
+
+from tests.ports import BUS, PORTS, free_port
 
 
 def test_ports_are_below_those_of_outgoing_connections_and_no_bus_meets_a_server() -> None:
@@ -11,8 +14,7 @@ def test_ports_are_below_those_of_outgoing_connections_and_no_bus_meets_a_server
     assert free_port() != port
 
 
-def test_processes_side_by_side_share_the_ports() -> None:
-    assert _share(PORTS, None, 1) == PORTS
-    shares = [set(_share(PORTS, f"gw{number}", 3)) for number in range(3)]
-    assert set.union(*shares) == set(PORTS)
-    assert sum(map(len, shares)) == len(PORTS)
+def test_another_process_does_not_get_a_reserved_port() -> None:
+    port = free_port()
+    program = f"from tests import ports; print(ports._reserve({port}), ports._reserve({PORTS.stop}))"
+    assert subprocess.check_output([sys.executable, "-c", program], text=True) == "False True\n"
