@@ -1,14 +1,63 @@
-"""Both loop libraries for every test with `@pytest.mark.anyio`, and real Redis servers for those that ask for them."""
+"""The whole session: order, markers and signals; both event loops; and the Redis servers that tests share."""
 
 from __future__ import annotations
 
+import gc
 import logging
+import os
+import random
+import signal
+from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from tests.redis_servers import RedisCluster, RedisServer, ReplicaPair
 from tests.requirements import redis_binary, valkey_binary
+
+E2E = Path(__file__).parent / "e2e"
+SERVER_MARKERS = ("redis", "chromium", "model")
+SERVER_FIXTURES = {"redis_url", "valkey_url", "redis_cluster", "redis_server", "redis_pair", "site", "smallest"}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--shuffle", type=int, metavar="SEED", help="shuffle the test files and the tests of each file")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # A shell starts background jobs with SIGINT ignored. Child processes inherit that and could not be interrupted.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    if E2E in item.path.parents or any(map(item.get_closest_marker, SERVER_MARKERS)):
+        item.add_marker("server")
+    elif isinstance(item, pytest.Function) and not SERVER_FIXTURES.isdisjoint(item.fixturenames):
+        item.add_marker("server")
+
+
+@pytest.hookimpl(trylast=True)  # after pytest has grouped tests by the parameters of their fixtures
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    seed: int | None = config.getoption("shuffle")
+    if seed is not None:
+        shuffle(items, random.Random(seed))
+    elif "PYTEST_XDIST_WORKER" in os.environ:
+        # Workers take whole files. Start the long ones first, so that no worker finishes late.
+        slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+        items.sort(key=lambda item: -slow[item.path])
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # thousands of test items live to the end; no collection needs to visit them
+
+
+def shuffle(items: list[pytest.Item], chance: random.Random) -> None:
+    """Shuffle files, and tests within each file: module fixtures still start once."""
+    files = {path: chance.random() for path in sorted({item.path for item in items})}
+    chance.shuffle(items)
+    items.sort(key=lambda item: files[item.path])
 
 
 @pytest.fixture(params=["asyncio", "trio"])
