@@ -23,6 +23,13 @@ NODE := $(and $(shell command -v node),$(shell command -v npm))
 NPM_FLAGS := --no-audit --no-fund --loglevel=error
 NPM_PACKAGES := $(if $(NODE),$(patsubst %package.json,%node_modules/.stamp,$(wildcard tests/*/package.json examples/*/package.json)))
 
+# Bytecode: the tests start hundreds of Python processes, and each would compile everything again.
+test quick lowest: export PYTHONDONTWRITEBYTECODE :=
+
+# More workers than cores: many tests wait for other processes. Whole files, because their fixtures start servers.
+WORKERS := 4
+PARALLEL = $(if $(findstring tests/,$(ARGS)),,-n $(WORKERS) --dist loadfile --no-loadscope-reorder)
+
 # An app on one host framework, or one that has several processes.
 DEMO_MODULE := examples.$(APP)$(if $(wildcard examples/$(APP)_app),_app)
 DEMO_PACKAGES := $(patsubst %package.json,%node_modules/.stamp,$(wildcard $(subst .,/,$(DEMO_MODULE))/package.json))
@@ -37,13 +44,16 @@ endif
 
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: demo test check lowest newest bench model lock format clean help
+.PHONY: demo test quick check lowest newest bench model lock format clean help
 
 demo: $(DEMO) $(DEMO_MODEL) $(DEMO_PACKAGES)  ## the chat in your browser, with a real language model (APP=litestar, APP=quart, APP=redis_workers)
 	@exec $(BIN)/python -m $(DEMO_MODULE)
 
-test: $(DEV) $(NPM_PACKAGES)  ## all tests; what needs Chromium, Node, Redis or the model is skipped without them (ARGS="-k pipe"; ARGS="-n auto --dist loadfile" for all cores)
-	$(BIN)/python -m pytest $(ARGS)
+test: $(DEV) $(NPM_PACKAGES)  ## all tests, in parallel; those that need Chromium, Node, Redis or the model are skipped without it (ARGS="-k pipe"; serial with ARGS=tests/core)
+	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
+
+quick: $(DEV)  ## the tests that start no server, browser or Node: about a minute
+	$(BIN)/python -m pytest $(PARALLEL) -m 'not server' $(ARGS)
 
 check: $(DEV)  ## format, lint, types, layers, version: what CI runs before the tests
 	$(BIN)/ruff format --check .

@@ -20,7 +20,7 @@ from tests.client.scripted import ScriptedServer, answer
 from tests.e2e.hosts.guest import SECRET
 from tests.e2e.hosts.servers import Serving, serving
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(60)]
+pytestmark = [pytest.mark.slow, pytest.mark.server, pytest.mark.timeout(60)]
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ from tests.client.reading import Surroundings, read
 from tests.e2e.conftest import Relay
 from tests.e2e.site import SECRET, STREAM_BYTES, TEST_S, Opened, Site, serving, starting
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(TEST_S)]
+pytestmark = [pytest.mark.slow, pytest.mark.server, pytest.mark.timeout(TEST_S)]
 
 
 @pytest.fixture

@@ -32,7 +32,7 @@ DOCUMENT = (ROOT / "docs" / "deployment.md").read_text("utf-8")
 _COMMANDS = re.compile(r"# app\.py, started with: (.+)\n")
 _PORT = {"uvicorn": "--port={}", "hypercorn": "--bind=127.0.0.1:{}", "flask": "--port={}", "litestar": "--port={}"}
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(2 * GUARD_S)]
+pytestmark = [pytest.mark.slow, pytest.mark.server, pytest.mark.timeout(2 * GUARD_S)]
 
 
 @contextmanager

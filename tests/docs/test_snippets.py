@@ -381,6 +381,7 @@ def test_the_event_source_of_the_readme_in_chromium(smallest: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.server
 def test_the_program_with_a_model(tmp_path: Path) -> None:
     with completions_endpoint() as environment:
         with served(PROGRAMS["chat"].text, tmp_path, {**environment, "REALTIME_SECRET_KEY": SECRET}) as url:

@@ -16,8 +16,9 @@ from tests.requirements import node_binary, npm_packages
 DOCUMENT = ROOT / "docs/trigger-dev.md"
 REACT_APP = ROOT / "examples/react_app"
 
+pytestmark = [pytest.mark.slow, pytest.mark.server]
 
-@pytest.mark.slow
+
 @pytest.mark.parametrize("block", [one for one in BLOCKS if (one.document, one.language) == (DOCUMENT, "tsx")], ids=str)
 def test_the_types_of_a_frontend_are_right(block: Block, tmp_path: Path) -> None:
     node_binary()
@@ -29,7 +30,6 @@ def test_the_types_of_a_frontend_are_right(block: Block, tmp_path: Path) -> None
     assert done.returncode == 0, done.stdout
 
 
-@pytest.mark.slow
 def test_every_hook_is_in_the_table() -> None:
     program = "import('@trigger.dev/react-hooks').then((all) => console.log(JSON.stringify(Object.keys(all))))"
     command = [node_binary(), "--eval", program]
