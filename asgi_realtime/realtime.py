@@ -10,9 +10,8 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from datetime import datetime
 from functools import cached_property
-from typing import Any, Literal, ParamSpec, Protocol, TypeVar, cast, overload
+from typing import Any, Literal, ParamSpec, Protocol, TypeVar, Unpack, cast, overload
 
 import anyio
 
@@ -30,7 +29,8 @@ from asgi_realtime.engine.execution import Execution
 from asgi_realtime.engine.open_run import OpenRun
 from asgi_realtime.engine.producers import Producers
 from asgi_realtime.engine.run import Run, current
-from asgi_realtime.runs.handles import TOKEN_EXPIRES_IN, BatchHandle, RunHandle, run_scopes
+from asgi_realtime.engine.thread_bridge import ThreadBridge
+from asgi_realtime.runs.handles import TOKEN_EXPIRES_IN, BatchHandle, RunHandle, batch_scopes, run_scopes
 from asgi_realtime.streams.followers import BatchFollower, RunFollower, RunWithStreams, StreamChunk, TagFollower
 from asgi_realtime.streams.pipe import Pipe, Source
 from asgi_realtime.streams.readers import ChunkReader, StreamReader
@@ -39,7 +39,7 @@ from asgi_realtime.streams.writer import encode_within
 from asgi_realtime.sync import SyncRealtime
 from asgi_realtime.tasks import Executor, Task
 from asgi_realtime.tasks.batches import BatchItem
-from asgi_realtime.tasks.records import RunOptions
+from asgi_realtime.tasks.options import RunLike, TriggerOptions, run_id_of
 from asgi_realtime.tasks.registry import Tasks
 from asgi_realtime.tasks.task import TaskLike, id_of
 from asgi_realtime.tokens import PUBLIC_TOKEN_EXPIRES_IN, Claims, TokenAuthority, check_columns
@@ -50,8 +50,7 @@ R = TypeVar("R")
 T = TypeVar("T")
 T1 = TypeVar("T1")
 
-RunLike = str | RunHandle[Any] | Run | RunRecord
-"""A run, wherever one is asked for: its id, its handle, the run itself, or a record of it."""
+_TOKEN_EXPIRES_IN_S = parse_span(TOKEN_EXPIRES_IN, name="token_expires_in")
 
 Asgi = Callable[[Any, Any, Any], Awaitable[None]]
 
@@ -116,10 +115,9 @@ class Realtime:
             after_end_s=self.retention.after_end,
         )
         self.runs = self.engine.runs
-        self._tasks = Tasks(self.engine, executor, retention=self.retention, handle=self._handle, result=self.result)
-        self._producers = Producers(
-            self.engine, handle=lambda run_id: self._handle(run_id, is_cached=False, expires_in=TOKEN_EXPIRES_IN)
-        )
+        self._bridge = ThreadBridge(self.engine)
+        self._tasks = Tasks(self.engine, executor, retention=self.retention)
+        self._producers = Producers(self.engine, handle=self._handle)
 
     def __repr__(self) -> str:
         return f"<Realtime broker={type(self.broker).__name__}>"
@@ -131,7 +129,7 @@ class Realtime:
 
     async def start(self) -> None:
         """Start, in the context of the caller. Idempotent; after `stop` it may be started again, on any loop."""
-        async with self.sync.giving_way():
+        async with self._bridge.host_start():
             await self.engine.ensure_started(lazy=False)
 
     async def ensure_started(self) -> None:
@@ -187,7 +185,7 @@ class Realtime:
     @cached_property
     def sync(self) -> SyncRealtime:
         """The same calls for code that is not on the event loop: a thread, a sync view, a worker process."""
-        return SyncRealtime(self)
+        return SyncRealtime(self, self._bridge)
 
     # Tasks and runs
 
@@ -208,52 +206,14 @@ class Realtime:
 
     @overload
     async def trigger(
-        self,
-        task: Task[P, R],
-        payload: Any = None,
-        *,
-        tags: str | Iterable[str] | None = None,
-        metadata: Mapping[str, Any] | None = None,
-        idempotency_key: str | None = None,
-        idempotency_key_ttl: Span | None = None,
-        ttl: Span | None = None,
-        delay: Span | datetime | None = None,
-        max_duration: Span | None = None,
-        parent: RunLike | None = None,
-        token_expires_in: Span = TOKEN_EXPIRES_IN,
+        self, task: Task[P, R], payload: Any = None, **options: Unpack[TriggerOptions]
     ) -> RunHandle[R]: ...
 
     @overload
-    async def trigger(
-        self,
-        task: str,
-        payload: Any = None,
-        *,
-        tags: str | Iterable[str] | None = None,
-        metadata: Mapping[str, Any] | None = None,
-        idempotency_key: str | None = None,
-        idempotency_key_ttl: Span | None = None,
-        ttl: Span | None = None,
-        delay: Span | datetime | None = None,
-        max_duration: Span | None = None,
-        parent: RunLike | None = None,
-        token_expires_in: Span = TOKEN_EXPIRES_IN,
-    ) -> RunHandle[Any]: ...
+    async def trigger(self, task: str, payload: Any = None, **options: Unpack[TriggerOptions]) -> RunHandle[Any]: ...
 
     async def trigger(
-        self,
-        task: Task[P, R] | str,
-        payload: Any = None,
-        *,
-        tags: str | Iterable[str] | None = None,
-        metadata: Mapping[str, Any] | None = None,
-        idempotency_key: str | None = None,
-        idempotency_key_ttl: Span | None = None,
-        ttl: Span | None = None,
-        delay: Span | datetime | None = None,
-        max_duration: Span | None = None,
-        parent: RunLike | None = None,
-        token_expires_in: Span = TOKEN_EXPIRES_IN,
+        self, task: Task[P, R] | str, payload: Any = None, **options: Unpack[TriggerOptions]
     ) -> RunHandle[R] | RunHandle[Any]:
         """Start a run of a task and return its handle, ready to be sent to a browser as JSON.
 
@@ -263,17 +223,11 @@ class Realtime:
         current one. A run that the executor does not take now stays QUEUED until it does. Raises `UnknownTask`,
         `InvalidPayload`, `LimitExceeded`, `UsageError`; nothing has happened then. `BrokerUnavailable`.
         """
-        options = RunOptions(
-            tags=tags,
-            metadata=metadata,
-            idempotency_key=idempotency_key,
-            idempotency_key_ttl=idempotency_key_ttl,
-            ttl=ttl,
-            delay=delay,
-            max_duration=max_duration,
-        )
+        expires_in_s = parse_span(options.pop("token_expires_in", TOKEN_EXPIRES_IN), name="token_expires_in")
+        parent = options.pop("parent", None)
         parent_id = None if parent is None else run_id_of(parent)
-        return await self._tasks.trigger(task, payload, options, parent_id=parent_id, token_expires_in=token_expires_in)
+        launched = await self._tasks.trigger(task, payload, options, parent_id=parent_id)
+        return self._handle(launched.record.id, is_cached=launched.is_cached, expires_in_s=expires_in_s)
 
     async def batch_trigger(
         self, items: Iterable[BatchItem], *, token_expires_in: Span = TOKEN_EXPIRES_IN
@@ -284,7 +238,10 @@ class Realtime:
         An item whose idempotency key stands for an earlier run gives that run, which does not become one of the batch.
         All are checked before the first is started. Raises as `trigger`, and `LimitExceeded` for too many.
         """
-        return await self._tasks.batch_trigger(items, token_expires_in=token_expires_in, mint=self._mint)
+        expires_in_s = parse_span(token_expires_in, name="token_expires_in")
+        batch = await self._tasks.batch_trigger(items)
+        scopes = [*batch_scopes(batch.id), *(f"read:runs:{run_id}" for run_id in batch.earlier_run_ids)]
+        return BatchHandle(batch.id, self._mint(scopes, expires_in_s), runs=batch.run_ids, result=self.result)
 
     async def execute(self, run_id: str) -> None:
         """Run a triggered task here and now; what a queue's worker calls.
@@ -505,7 +462,8 @@ class Realtime:
         asks for. They have the names of the run feed's columns, such as `runTags` for the tags. Raises `UsageError` for
         an unknown word, an empty list, or a scope that admits nothing.
         """
-        return self._mint(flatten_scopes(scopes), expires_in, skip_columns=check_columns(skip_columns))
+        seconds = parse_span(expires_in, name="expires_in")
+        return self._mint(flatten_scopes(scopes), seconds, skip_columns=check_columns(skip_columns))
 
     def create_trigger_public_token(
         self,
@@ -543,20 +501,24 @@ class Realtime:
         given = [tasks] if isinstance(tasks, str) or not isinstance(tasks, Iterable) else tasks
         ids = [check_key(id_of(task), self.limits, what="task id") for task in given]
         scopes = flatten_scopes({action: {"tasks": ids}})
-        return self._mint(scopes, expires_in, one_time=not multiple_use, skip_columns=check_columns(skip_columns))
+        seconds = parse_span(expires_in, name="expires_in")
+        return self._mint(scopes, seconds, one_time=not multiple_use, skip_columns=check_columns(skip_columns))
 
     def verify_token(self, token: str) -> Claims:
         """The claims of a token. Raises `InvalidToken`, `ExpiredToken`."""
         return self.tokens.verify(token)
 
     def _mint(
-        self, scopes: Sequence[str], expires_in: Span, *, one_time: bool = False, skip_columns: Sequence[str] = ()
+        self, scopes: Sequence[str], expires_in_s: float, *, one_time: bool = False, skip_columns: Sequence[str] = ()
     ) -> str:
-        seconds = parse_span(expires_in, name="expires_in")
-        return self.tokens.mint(scopes, expires_in_s=seconds, one_time=one_time, own_id=True, skip_columns=skip_columns)
+        return self.tokens.mint(
+            scopes, expires_in_s=expires_in_s, one_time=one_time, own_id=True, skip_columns=skip_columns
+        )
 
-    def _handle(self, run_id: str, *, is_cached: bool, expires_in: Span) -> RunHandle[Any]:
-        token = self._mint(run_scopes(run_id), expires_in)
+    def _handle(
+        self, run_id: str, *, is_cached: bool = False, expires_in_s: float = _TOKEN_EXPIRES_IN_S
+    ) -> RunHandle[Any]:
+        token = self._mint(run_scopes(run_id), expires_in_s)
         return RunHandle(run_id, token, is_cached=is_cached, result=self.result)
 
     # The current run
@@ -573,11 +535,3 @@ class Realtime:
         if found is None:
             raise NoCurrentRun("there is no current run here: call this inside a task or `open_run`, or pass run=")
         return found.id
-
-
-def run_id_of(run: RunLike) -> str:
-    """The id of a run. Raises `UsageError` for anything that is none."""
-    run_id = run if isinstance(run, str) else getattr(run, "id", None)
-    if not isinstance(run_id, str) or not run_id:
-        raise UsageError(f"a run is an id, a RunHandle, a Run or a RunRecord, not a {type(run).__name__}")
-    return run_id

@@ -9,7 +9,7 @@ from typing import Any
 import anyio
 
 from asgi_realtime import Realtime, RunRecord, Timeouts
-from asgi_realtime.realtime import RunLike
+from asgi_realtime.tasks.options import RunLike
 
 SECRET = "a secret of the tests, 32 bytes or more"
 QUICK = Timeouts(tick=0.01, drain=0.02, cancel=1.0)

@@ -1,23 +1,23 @@
-"""Who runs triggered runs: an `Executor` takes their ids and sees to it that `execute` is called for each.
+"""Executors: they accept the ids of triggered runs and make sure that some process executes each run.
 
-The one here runs them in this process, in the order of arrival, up to the concurrency limit of each task.
+`InProcessExecutor` executes them in this process, in the order of arrival, up to the concurrency limit of each task.
 """
 
 from __future__ import annotations
 
 import functools
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Protocol, runtime_checkable
 
 from asgi_realtime.loop.supervisor import Job
 
 
 class Executor(Protocol):
-    """Hands runs to workers. A queue's adapter sends the run id through the queue."""
+    """Hands runs to workers. The adapter of a job queue sends the run id through the queue."""
 
     async def enqueue(self, run_id: str, task_id: str) -> None:
-        """See to it that some process calls `Realtime.execute(run_id)`. Calling it twice for a run is harmless."""
+        """Make sure that some process calls `Realtime.execute(run_id)`. Enqueuing a run twice is harmless."""
         ...
 
 
@@ -29,66 +29,73 @@ class ExecutorHost(Protocol):
         ...
 
     async def start(self) -> None:
-        """Start the `Realtime`, in a process that has no other host: a worker."""
+        """Start the `Realtime` in a process that no app starts it in: a worker."""
         ...
 
     async def stop(self) -> None:
-        """Stop it. What it executes may go on for `timeouts.drain`; then it is cancelled and FAILED."""
+        """Stop the `Realtime`. Its runs have `timeouts.drain` to end; then they are canceled and FAILED."""
         ...
 
 
 @runtime_checkable
 class AttachedExecutor(Protocol):
-    """An executor that belongs to one `Realtime` and lives with it."""
+    """An executor that belongs to one `Realtime` and starts and stops with it."""
 
     async def enqueue(self, run_id: str, task_id: str) -> None:
         """As `Executor.enqueue`."""
         ...
 
     def attach(self, host: ExecutorHost) -> None:
-        """The `Realtime` that this was given to, when that is made."""
+        """Called once, when the `Realtime` is created."""
         ...
 
     async def start(self) -> None:
-        """The `Realtime` starts: `enqueue` may be called from now on. An error keeps it from starting."""
+        """Called when the `Realtime` starts, before the first `enqueue`. An error prevents the start."""
         ...
 
     async def stop(self) -> None:
-        """The `Realtime` is stopped, and what ran in it has ended."""
+        """Called when the `Realtime` has stopped and its runs have ended."""
         ...
 
 
+class LimitedTask(Protocol):
+    """A task, as `InProcessExecutor` sees it."""
+
+    @property
+    def concurrency_limit(self) -> int: ...
+
+
 class InProcessExecutor:
-    """Runs tasks beside the host's own code, on its loop. `concurrency_limit` gives None for a task unknown here."""
+    """Executes runs on the host's event loop. `tasks` are those that this process can execute."""
 
     def __init__(
         self,
         execute: Callable[[str], Awaitable[None]],
+        tasks: Mapping[str, LimitedTask],
         *,
         spawn: Callable[[Job], None],
-        concurrency_limit: Callable[[str], int | None],
         on_end: Callable[[], None],
     ) -> None:
         self._execute = execute
+        self._tasks = tasks
         self._spawn = spawn
-        self._concurrency_limit = concurrency_limit
         self._on_end = on_end
         self._waiting: dict[str, deque[str]] = {}
         self._running: dict[str, list[str]] = {}
         self._held: dict[str, None] = {}
 
     def knows(self, task_id: str) -> bool:
-        """Whether runs of this task can be executed here."""
-        return self._concurrency_limit(task_id) is not None
+        """Whether this process can execute runs of the task."""
+        return task_id in self._tasks
 
     @property
     def running(self) -> list[str]:
-        """The runs that were given a place; some may not be claimed yet."""
+        """The runs that occupy a slot of their task, including those that are not claimed yet."""
         return [run_id for run_ids in self._running.values() for run_id in run_ids]
 
     @property
     def held(self) -> list[str]:
-        """The runs that wait or run here. From any thread."""
+        """The runs that wait or execute here. Thread-safe."""
         return list(self._held)
 
     async def enqueue(self, run_id: str, task_id: str) -> None:
@@ -98,7 +105,7 @@ class InProcessExecutor:
             self._fill(task_id)
 
     def take_waiting(self) -> list[str]:
-        """Give up the runs that have not begun, at shutdown."""
+        """Remove and return the runs that have not started. Called at shutdown."""
         waiting = [run_id for queue in self._waiting.values() for run_id in queue]
         self._waiting.clear()
         for run_id in waiting:
@@ -106,11 +113,12 @@ class InProcessExecutor:
         return waiting
 
     def forget(self) -> None:
-        """Leave everything to another process: that of which this one is a fork."""
+        """Drop every run, in a forked child: they belong to its parent."""
         self._waiting, self._running, self._held = {}, {}, {}
 
     def restart(self) -> None:
-        """Begin anew, on another loop perhaps: what ran on the old one is gone, what waited there has its turn."""
+        """Continue after a stop, possibly on another event loop: runs that executed on the old one are lost, and runs
+        that wait get their slots."""
         for run_id in self.running:
             del self._held[run_id]
         self._running = {}
@@ -118,9 +126,9 @@ class InProcessExecutor:
             self._fill(task_id)
 
     def _fill(self, task_id: str) -> None:
-        waiting = self._waiting.get(task_id)
-        limit = self._concurrency_limit(task_id) or 0
-        while waiting and len(self._running.get(task_id, ())) < limit:
+        """Start the runs of a task that wait, while slots are free."""
+        task, waiting = self._tasks.get(task_id), self._waiting.get(task_id)
+        while task and waiting and len(self._running.get(task_id, ())) < task.concurrency_limit:
             run_id = waiting.popleft()
             self._running.setdefault(task_id, []).append(run_id)
             self._spawn(functools.partial(self._run, run_id, task_id, self._running))
@@ -128,6 +136,7 @@ class InProcessExecutor:
             self._waiting.pop(task_id, None)
 
     async def _run(self, run_id: str, task_id: str, running: dict[str, list[str]]) -> None:
+        """Execute a run and free its slot. `running` tells whether the executor has restarted since."""
         try:
             await self._execute(run_id)
         finally:

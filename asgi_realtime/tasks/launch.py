@@ -1,18 +1,22 @@
-"""Launching runs: stored first, then handed to the executor, and once, however often somebody asks for the same.
+"""Creates runs and hands them to the executor: exactly one run per request, however often the request arrives.
 
-What is asked for again is told by claims, each of which stands for one run id, and is taken before the run is created.
-So a process that dies in between leaves a claim, and whoever finds it creates the run under its id. An idempotency key
-is such a claim, of the user's choice; a request that a client sends again, or that spends a one-time token, is another.
-What such a request has made is marked as made, so that it is not made again when it is gone.
+Three claims of the broker, on which the first value wins, make a repeated request find what the first one made:
 
-A run that the executor does not take now is launched all the same: it stays QUEUED, and is handed over later.
+* the *idempotency key* of the caller names a run. The claim is released when that run expires;
+* a *request* of an official client (`Once.claim`) names the run or batch that it makes. A one-time token is such a
+  claim too: `Once.mark` tells requests apart, and a different request finds the token spent;
+* `made:<run id>` records that the run of a request existed, and outlives the run. Without it a late retry would execute
+  the run a second time.
+
+A claim is always taken before the run is created. If the process dies in between, the claim names an id without a run,
+and the retry creates the run under that id.
+
+If the executor does not accept a stored run, the run stays QUEUED, and a ticker dispatches it later.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-import msgspec
 
 from asgi_realtime.core.config import Retention
 from asgi_realtime.core.errors import RunNotFound, TokenSpent
@@ -22,33 +26,59 @@ from asgi_realtime.engine.engine import Engine
 from asgi_realtime.tasks.records import Prepared
 
 MAX_REMEMBERED_RUNS = 10_000
-"""Runs created by this process whose ids it remembers, so that a repeated request does not create one again."""
 
 
 @dataclass(frozen=True, slots=True)
 class Once:
-    """A request that makes one thing, a run or a batch, however often it is sent."""
+    """A request that makes one run or one batch, however often it arrives."""
 
     claim: str
-    """Under which it is known to all processes."""
+    """The claim that identifies the request across processes."""
     mark: str
-    """What tells it from other requests with the same claim, which are refused: a token is spent."""
+    """Distinguishes this request from others with the same claim. Those are rejected: the one-time token is spent."""
     ttl_s: float
 
 
 @dataclass(frozen=True, slots=True)
 class Spent:
-    """What a request has made, or is to make."""
+    """The id of what a request makes, as its claim records it."""
 
     id: str
     is_new: bool
+    """This call has taken the claim."""
     is_late: bool
-    """It comes so late that what it made may be past its retention, and must not be made again."""
+    """The claim is so old that what it made may have expired, so it must not be made again."""
 
-    def check_fresh(self) -> None:
-        """Raises `TokenSpent` if what the request made is not to be made again."""
+    def check_not_late(self) -> None:
+        """Raises `TokenSpent` if what the request made must not be made again."""
         if self.is_late:
-            raise TokenSpent("the one-time token was used before, and what it made is gone; ask for another")
+            raise TokenSpent("the one-time token was used before and what it made has expired; request a new token")
+
+
+@dataclass(frozen=True, slots=True)
+class Launched:
+    """The run of a `trigger` call."""
+
+    record: RunRecord
+    is_cached: bool
+    """Its idempotency key names a run that another request made."""
+
+
+@dataclass(frozen=True, slots=True)
+class Created:
+    """The run that is stored under an id."""
+
+    record: RunRecord
+    is_new: bool
+    """This call has stored it."""
+
+
+@dataclass(frozen=True, slots=True)
+class KeyHolder:
+    """The run that an idempotency key names. `record` is None if that run is yet to be created."""
+
+    run_id: str
+    record: RunRecord | None
 
 
 class Launcher:
@@ -58,139 +88,128 @@ class Launcher:
         self._engine = engine
         self._runs = engine.runs
         self.retention = retention
-        self._made: dict[str, None] = {}
+        self._created_ids: dict[str, None] = {}
 
-    async def launch(self, prepared: Prepared, *, once: Once | None = None) -> tuple[RunRecord, bool]:
-        """Create a run, or find the one that this request made before; or the one that its idempotency key stands for
-        because of another request, and then True with it. Raises `TokenSpent`, `RunNotFound` if it is gone."""
-        record = prepared.record
-        if record.claim is not None:
-            return await self._launch_by_key(prepared, record.claim, once)
-        record, _ = await self._launch_by_request(record, once)
-        return record, False
+    async def launch(self, prepared: Prepared, *, once: Once | None = None) -> Launched:
+        """Create a run, or find the one that the same request or the same idempotency key has made.
 
-    async def _launch_by_request(self, record: RunRecord, once: Once | None) -> tuple[RunRecord, bool]:
-        """True with a run that was there."""
+        The key is checked first: if it names a run, nothing is made and nothing is spent. But a request that arrived
+        before gets the run it made, even if its key names another run by now. Raises `TokenSpent`, and `RunNotFound` if
+        the run was made before and has expired.
+        """
+        claim = prepared.record.claim
+        if claim is None:
+            created = await self._create_once(prepared, once)
+            return Launched(created.record, is_cached=False)
         if once is not None:
-            spent = await self.spend(once, record.id)
-            found = None if spent.is_new else await self._find_made(spent)
-            if found is not None:
-                return found, True
-            record = renamed(record, spent.id)
-        return await self._create_shielded(record, once)
+            spent = await self._spent(once) or await self._intend(once, prepared.record.id)
+            made = None if spent.is_new else await self._find_made(spent)
+            if made is not None:
+                return Launched(made, is_cached=False)
+            prepared = prepared.renamed(spent.id)
+        holder = await self.claim_key(claim, prepared)
+        if holder.record is not None:
+            return Launched(holder.record, is_cached=True)
+        created = await self._create_once(prepared.renamed(holder.run_id), once)
+        same_request = once is not None and holder.run_id == prepared.record.id  # it arrived twice at the same time
+        return Launched(created.record, is_cached=not created.is_new and not same_request)
 
-    async def _launch_by_key(self, prepared: Prepared, claim: str, once: Once | None) -> tuple[RunRecord, bool]:
-        """The key comes first: one that stands for a run makes none, and spends nothing. But a request that was here
-        before gets what it made, whatever its key stands for by now."""
-        record = prepared.record
+    async def _create_once(self, prepared: Prepared, once: Once | None) -> Created:
+        """Create the run of a request, or find it. Cancelling the caller does not interrupt the creation: a run that is
+        stored but not enqueued would wait for a whole lease."""
         if once is not None:
-            spent = await self._spent(once) or await self._intend(once, record.id)
-            found = None if spent.is_new else await self._find_made(spent)
-            if found is not None:
-                return found, False
-            record = renamed(record, spent.id)
-        run_id, found = await self.claim_key(claim, record.id, ttl_s=prepared.key_ttl_s)
-        if found is not None:
-            return found, True
-        made, was_there = await self._launch_by_request(renamed(record, run_id), once)
-        same_at_once = once is not None and run_id == record.id
-        return made, was_there and not same_at_once
-
-    async def _create_shielded(self, record: RunRecord, once: Once | None) -> tuple[RunRecord, bool]:
-        """As `create`; cancelling the caller does not cancel it. What a request makes is remembered as made."""
-        created: list[tuple[RunRecord, bool]] = []
+            spent = await self.spend(once, prepared.record.id)
+            made = None if spent.is_new else await self._find_made(spent)
+            if made is not None:
+                return Created(made, is_new=False)
+            prepared = prepared.renamed(spent.id)
+        outcome: list[Created] = []
 
         async def create() -> None:
-            created.append(await self.create(record))
+            outcome.append(await self.create(prepared.record))
             if once is not None:
-                await self._runs.claim(_made(record.id), "made", ttl_s=once.ttl_s)
+                await self._runs.claim(_made(prepared.record.id), "made", ttl_s=once.ttl_s)
 
-        await self._engine.begin().shielded(create)  # a run that is stored and not queued would wait for a lease
-        return created[0]
+        await self._engine.begin().shielded(create)
+        return outcome[0]
 
-    async def create(self, record: RunRecord) -> tuple[RunRecord, bool]:
-        """Store a run and hand it to the executor; or find the one that has its id, and then True with it.
+    async def create(self, record: RunRecord) -> Created:
+        """Store a run and hand it to the executor, or find the run that has its id.
 
-        Raises `RunNotFound` if this process has created it before, and it is gone: no id is used twice.
+        Raises `RunNotFound` if this process has created the run before and it has expired: an id is never reused.
         """
-        if record.id in self._made:
+        if record.id in self._created_ids:
             (found,) = await self._runs.load([record.id])
             if found is None:
-                raise RunNotFound(f"run {record.id!r} was made by this request before, and is past its retention")
-            return found, True
+                raise _expired(record.id)
+            return Created(found, is_new=False)
         try:
             await self._runs.create(record)
         except VersionConflict as conflict:
             if conflict.current is None:
                 raise
-            return conflict.current, True
-        self._remember(record.id)
+            return Created(conflict.current, is_new=False)
+        self._created_ids[record.id] = None
+        if len(self._created_ids) > MAX_REMEMBERED_RUNS:
+            del self._created_ids[next(iter(self._created_ids))]
         if record.status is Status.QUEUED:
             await self._engine.dispatcher.dispatch(record)
-        return record, False
+        return Created(record, is_new=True)
 
-    def _remember(self, run_id: str) -> None:
-        self._made[run_id] = None
-        if len(self._made) > MAX_REMEMBERED_RUNS:
-            del self._made[next(iter(self._made))]
+    async def claim_key(self, claim: str, prepared: Prepared) -> KeyHolder:
+        """Claim an idempotency key for a run, or find the run that it names.
 
-    async def claim_key(self, claim: str, run_id: str, *, ttl_s: float) -> tuple[str, RunRecord | None]:
-        """The id that an idempotency key stands for, and its run; no run if it is still to be created.
-
-        A claim goes with its run. So one that stands before and after a look that found no run is of somebody who has
-        not created it yet, and may never do.
+        A claim is released together with its run. If the same claim is found twice and no run in between, then its
+        owner has not created the run yet and may never do so; this call creates it in its place.
         """
-        before = None
+        previous = None
         while True:
-            stands_for = await self._runs.claim(claim, run_id, ttl_s=ttl_s)
-            if stands_for in (run_id, before):
-                return stands_for, None
-            (found,) = await self._runs.load([stands_for])
+            run_id = await self._runs.claim(claim, prepared.record.id, ttl_s=prepared.key_ttl_s)
+            if run_id in (prepared.record.id, previous):
+                return KeyHolder(run_id, None)
+            (found,) = await self._runs.load([run_id])
             if found is not None:
-                return stands_for, found
-            before = stands_for
+                return KeyHolder(run_id, found)
+            previous = run_id
 
     async def _find_made(self, spent: Spent) -> RunRecord | None:
-        """The run that a request made; None if it is still to be made. Raises `TokenSpent`, `RunNotFound` if it was
-        made and is gone: it must not be executed twice."""
+        """The run that a request made, or None if it is yet to be made. Raises `TokenSpent`, and `RunNotFound` if it
+        was made and has expired: it must not execute twice."""
         (found,) = await self._runs.load([spent.id])
         if found is None:
-            spent.check_fresh()
+            spent.check_not_late()
             if await self._runs.claimed(_made(spent.id)) is not None:
-                raise RunNotFound(f"run {spent.id!r} was made by this request before, and is past its retention")
+                raise _expired(spent.id)
         return found
 
     async def spend(self, once: Once, made_id: str) -> Spent:
-        """Claim what a request makes, or learn what it has made. Raises `TokenSpent` for another request."""
+        """Claim the id that a request makes, or find the one it made. Raises `TokenSpent` for a different request."""
         value = f"{made_id} {self._runs.now_ms()} {once.mark}"
-        stands = await self._runs.claim(once.claim, value, ttl_s=once.ttl_s)
-        return Spent(made_id, is_new=True, is_late=False) if stands == value else self._spent_before(once, stands)
+        claimed = await self._runs.claim(once.claim, value, ttl_s=once.ttl_s)
+        return Spent(made_id, is_new=True, is_late=False) if claimed == value else self._read_spent(once, claimed)
 
     async def _spent(self, once: Once) -> Spent | None:
-        """What a request has made, if it was here before. Raises `TokenSpent` if another was."""
-        stands = await self._runs.claimed(once.claim)
-        return None if stands is None else self._spent_before(once, stands)
+        """What a request made, if it arrived before. Raises `TokenSpent` for a different request."""
+        claimed = await self._runs.claimed(once.claim)
+        return None if claimed is None else self._read_spent(once, claimed)
 
-    def _spent_before(self, once: Once, stands: str) -> Spent:
-        spent_on, at_ms, mark = stands.split(" ", 2)
+    def _read_spent(self, once: Once, claimed: str) -> Spent:
+        made_id, at_ms, mark = claimed.split(" ", 2)
         if mark != once.mark:
-            raise TokenSpent("the one-time token was used before; ask for another")
+            raise TokenSpent("the one-time token was used before; request a new one")
         is_late = self._runs.now_ms() - int(at_ms) > self.retention.request_key * 1000
-        return Spent(spent_on, is_new=False, is_late=is_late)
+        return Spent(made_id, is_new=False, is_late=is_late)
 
     async def _intend(self, once: Once, run_id: str) -> Spent:
-        """What a request is to make if its key makes anything, so that the same request at once is known as the same.
-        Nothing is spent by that."""
-        stands = await self._runs.claim(f"intent:{once.claim} {once.mark}", run_id, ttl_s=once.ttl_s)
-        return Spent(stands, is_new=stands == run_id, is_late=False)
-
-
-def renamed(record: RunRecord, run_id: str) -> RunRecord:
-    """A run under another id, also as its own root, if it was that."""
-    root_id = run_id if record.root_id in (record.id, None) else record.root_id
-    return msgspec.structs.replace(record, id=run_id, root_id=root_id)
+        """Reserve the id for what a request makes if its idempotency key names no run. The reservation lets a
+        concurrent duplicate of the request be recognized, and spends nothing."""
+        claimed = await self._runs.claim(f"intent:{once.claim} {once.mark}", run_id, ttl_s=once.ttl_s)
+        return Spent(claimed, is_new=claimed == run_id, is_late=False)
 
 
 def _made(run_id: str) -> str:
-    """The claim that says that a run was there, which outlives it."""
     return f"made:{run_id}"
+
+
+def _expired(run_id: str) -> RunNotFound:
+    return RunNotFound(f"run {run_id!r} was made by this request before and has expired (Retention.after_end)")

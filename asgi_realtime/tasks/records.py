@@ -1,11 +1,12 @@
-"""A run before it is one: its options, its payload, and the record that is made of both.
+"""Builds the first record of a run from the caller's options and payload.
 
-Everything that a caller may get wrong is refused here, before anything happens.
+Everything a caller can get wrong raises here, before anything is stored.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import dataclasses
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -18,96 +19,101 @@ from asgi_realtime.core.metadata import check_key as check_metadata_key
 from asgi_realtime.core.metadata import check_size, normalize_value
 from asgi_realtime.core.names import check_key, check_tags
 from asgi_realtime.core.runs import RunRecord, Status
+from asgi_realtime.engine.engine import Engine
 from asgi_realtime.runs.ids import new_run_id
+from asgi_realtime.tasks.options import RunOptions, check_run_options
 from asgi_realtime.tasks.task import Task
 
 
 @dataclass(frozen=True, slots=True)
-class RunOptions:
-    """What a run may be started with."""
-
-    tags: str | Iterable[str] | None = None
-    metadata: Mapping[str, Any] | None = None
-    idempotency_key: str | None = None
-    idempotency_key_ttl: Span | None = None
-    ttl: Span | None = None
-    delay: Span | datetime | None = None
-    max_duration: Span | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class Payload:
-    """A payload as JSON on one line; None if there is none, which the task sees as null."""
+    """A payload as JSON on one line. None means that there is no payload; the task then receives None."""
 
     json: bytes | None
     meta_json: bytes | None = None
-    """What superjson says of it, checked: `core.superjson`."""
+    """The `meta` of superjson, validated: the types of values that JSON cannot express."""
 
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A run that may be created, and for how long its idempotency key is to stand for it."""
+    """A checked run that is not stored yet, and how long its idempotency key names it."""
 
     record: RunRecord
     key_ttl_s: float
 
+    def under(self, parent: RunRecord | None) -> Prepared:
+        """The same run as a child of `parent`."""
+        if parent is None:
+            return self
+        return self._with(parent_id=parent.id, root_id=parent.root_id or parent.id, depth=parent.depth + 1)
 
-class Records:
-    """Makes the records of runs as they begin. `owner` is this process."""
+    def triggered_with(self, token_id: str | None) -> Prepared:
+        """The same run, triggered with this public token."""
+        return self._with(token_id=token_id)
 
-    def __init__(
-        self, *, limits: Limits, retention: Retention, now_ms: Callable[[], int], owner: Callable[[], str]
-    ) -> None:
-        self._limits = limits
+    def renamed(self, run_id: str) -> Prepared:
+        """The same run under another id, which is also that of its root if the run has no parent."""
+        root_id = run_id if self.record.root_id in (self.record.id, None) else self.record.root_id
+        return self._with(id=run_id, root_id=root_id)
+
+    def _with(self, **fields: Any) -> Prepared:
+        return dataclasses.replace(self, record=msgspec.structs.replace(self.record, **fields))
+
+
+class RecordFactory:
+    """Builds the records of runs that this process creates."""
+
+    def __init__(self, engine: Engine, *, retention: Retention) -> None:
+        self._engine = engine
+        self._limits = engine.limits
         self._retention = retention
-        self._now_ms = now_ms
-        self._owner = owner
 
     def new_open_run(
         self, name: str, *, tags: str | Iterable[str] | None, metadata: Mapping[str, Any] | None
     ) -> RunRecord:
-        """A run that this process executes from its begin on."""
-        now_ms = self._now_ms()
-        run_id = new_run_id()
-        return RunRecord(
-            id=run_id,
-            task=check_key(name, self._limits, what="task id"),
-            status=Status.EXECUTING,
-            created_at_ms=now_ms,
-            updated_at_ms=now_ms,
-            started_at_ms=now_ms,
-            tags=check_tags(tags, self._limits),
-            metadata=self._checked_metadata(metadata),
-            root_id=run_id,
-            owner=self._owner(),
-        )
+        """A run that this process executes from its creation on."""
+        record = self._new(check_key(name, self._limits, what="task id"), Status.EXECUTING, tags, metadata)
+        return msgspec.structs.replace(record, started_at_ms=record.created_at_ms, owner=self._engine.owner)
 
-    def triggered(self, task: Task[Any, Any], payload: Payload, options: RunOptions) -> Prepared:
-        """A run that waits for its task. The payload has been checked against the task."""
-        record = self.new_open_run(task.id, tags=options.tags, metadata=options.metadata)
+    def new_triggered_run(self, task: Task[Any, Any], payload: Payload, options: RunOptions) -> Prepared:
+        """A run that waits for its task. The caller has checked the payload against the task."""
+        check_run_options(options)
+        ttl, key, key_ttl = options.get("ttl"), options.get("idempotency_key"), options.get("idempotency_key_ttl")
+        record = self._new(task.id, Status.QUEUED, options.get("tags"), options.get("metadata"))
         now_ms = record.created_at_ms
-        delay_ms = _delay_ms(options.delay, now_ms)
-        ttl_s = None if options.ttl is None else parse_span(options.ttl, name="ttl")
-        key, key_ttl_s = self._checked_key(options.idempotency_key, options.idempotency_key_ttl)
+        delay_ms = _delay_ms(options.get("delay"), now_ms)
+        ttl_s = None if ttl is None else parse_span(ttl, name="ttl")
         record = msgspec.structs.replace(
             record,
             status=Status.DELAYED if delay_ms else Status.QUEUED,
-            owner=None,
-            started_at_ms=None,
             queued_at_ms=None if delay_ms else now_ms,
             delay_until_ms=now_ms + delay_ms if delay_ms else None,
             ttl_s=ttl_s,
             expires_at_ms=None if ttl_s is None else now_ms + delay_ms + round(ttl_s * 1000),
-            max_duration_s=_shorter(task.max_duration_s, options.max_duration),
+            max_duration_s=_shorter(task.max_duration_s, options.get("max_duration")),
             payload_json=payload.json,
             payload_meta_json=payload.meta_json,
-            idempotency_key=key,
+            idempotency_key=None if key is None else check_idempotency_key(key, self._limits),
         )
-        return Prepared(record, key_ttl_s)
+        retained_s = self._retention.idempotency_key
+        return Prepared(record, retained_s if key_ttl is None else parse_span(key_ttl, name="idempotency_key_ttl"))
 
-    def _checked_metadata(self, metadata: Mapping[str, Any] | None) -> dict[str, Any]:
-        if metadata is None:
-            return {}
+    def _new(
+        self, task_id: str, status: Status, tags: str | Iterable[str] | None, metadata: Mapping[str, Any] | None
+    ) -> RunRecord:
+        run_id, now_ms = new_run_id(), self._engine.runs.now_ms()
+        return RunRecord(
+            id=run_id,
+            task=task_id,
+            status=status,
+            created_at_ms=now_ms,
+            updated_at_ms=now_ms,
+            tags=check_tags(tags, self._limits),
+            metadata={} if metadata is None else self._checked_metadata(metadata),
+            root_id=run_id,
+        )
+
+    def _checked_metadata(self, metadata: Mapping[str, Any]) -> dict[str, Any]:
         if not isinstance(metadata, Mapping):
             raise UsageError(f"metadata is a {type(metadata).__name__}; allowed is a dict")
         for key in metadata:
@@ -116,30 +122,26 @@ class Records:
         check_size(normal, self._limits.metadata_bytes)
         return normal
 
-    def _checked_key(self, key: str | None, ttl: Span | None) -> tuple[str | None, float]:
-        ttl_s = self._retention.idempotency_key if ttl is None else parse_span(ttl, name="idempotency_key_ttl")
-        return None if key is None else check_idempotency_key(key, self._limits), ttl_s
-
 
 def check_idempotency_key(key: object, limits: Limits) -> str:
     """Raises `UsageError`, `LimitExceeded`."""
     if not isinstance(key, str) or not key:
-        raise UsageError(f"idempotency_key is {key!r}; allowed is a str that is not empty")
+        raise UsageError(f"idempotency_key is {key!r}; allowed is a non-empty str")
     if len(key) > limits.idempotency_key_length:
         raise LimitExceeded(f"idempotency_key is {len(key)} characters, limit {limits.idempotency_key_length}")
     if any("\ud800" <= character <= "\udfff" for character in key):
-        raise UsageError(f"idempotency_key {key!r} has half of a surrogate pair, which no encoding has room for")
+        raise UsageError(f"idempotency_key {key!r} contains a lone surrogate, which cannot be encoded as UTF-8")
     return key
 
 
 def _delay_ms(delay: Span | datetime | None, now_ms: int) -> int:
-    """How long a run is to wait. A time that is over is no delay: clocks differ."""
+    """How long a run waits. A time in the past means no delay, because clocks differ."""
     if delay is None:
         return 0
     if not isinstance(delay, datetime):
         return round(parse_span(delay, name="delay") * 1000)
     if delay.tzinfo is None:
-        raise UsageError(f"delay is {delay.isoformat()}, without a time zone; say which, such as {delay.isoformat()}Z")
+        raise UsageError(f"delay is {delay.isoformat()}, without a time zone; pass one, such as {delay.isoformat()}Z")
     delay_ms = round(delay.timestamp() * 1000) - now_ms
     if delay_ms >= MAX_SPAN_S * 1000:
         raise UsageError(f"delay is {delay.isoformat()}; it must be less than ten years from now")
@@ -147,6 +149,8 @@ def _delay_ms(delay: Span | datetime | None, now_ms: int) -> int:
 
 
 def _shorter(of_task: float | None, of_run: Span | None) -> float | None:
-    """The time that a run may take: what its task may, or less."""
-    given = None if of_run is None else parse_span(of_run, name="max_duration")
-    return min((seconds for seconds in (of_task, given) if seconds is not None), default=None)
+    """The `max_duration` of a run: it can shorten that of its task, not extend it."""
+    if of_run is None:
+        return of_task
+    seconds = parse_span(of_run, name="max_duration")
+    return seconds if of_task is None else min(of_task, seconds)

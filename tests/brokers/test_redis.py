@@ -33,7 +33,7 @@ from asgi_realtime.brokers.redis import idle_mirrors as lingering
 from asgi_realtime.brokers.redis.mirror import TopicMirror
 from asgi_realtime.core.runs import Finished, RunError, TagsAdded, apply
 from asgi_realtime.core.sse import chunk_frame
-from asgi_realtime.tasks.records import RunOptions
+from asgi_realtime.tasks.options import RunOptions
 from asgi_realtime.testing import AsgiClient
 from asgi_realtime.testing.conformance.kit import Backend, create, data, items, new_record, read_all, store
 from tests.faults import SECRET

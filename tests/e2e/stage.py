@@ -18,8 +18,8 @@ import anyio
 import redis
 
 from asgi_realtime import Realtime, RunCanceled, RunFailed, RunRecord
-from asgi_realtime.realtime import RunLike
 from asgi_realtime.runs.handles import RunHandle
+from asgi_realtime.tasks.options import RunLike
 
 GUARD_S = 45.0
 ROOT = Path(__file__).parent.parent.parent

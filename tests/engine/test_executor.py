@@ -9,7 +9,7 @@ import pytest
 
 from asgi_realtime import LimitExceeded, Realtime, Run, RunError, RunRecord, Status, Timeouts, UnknownTask
 from asgi_realtime.brokers.memory import MemoryBroker
-from asgi_realtime.tasks import ExecutorHost, InProcessExecutor
+from asgi_realtime.tasks import ExecutorHost, InProcessExecutor, Task
 from tests.brokers.backends import DistantBroker
 from tests.faults import RemoteBroker
 from tests.inprocess import FakeClock, ended, make_realtime, until
@@ -488,12 +488,8 @@ async def test_a_run_whose_process_restarts_on_a_dead_loop_leaves_its_place() ->
     async def execute(run_id: str) -> None:
         begun.append(run_id)
 
-    executor = InProcessExecutor(
-        execute,
-        spawn=spawned.append,
-        concurrency_limit={"t": 1}.get,
-        on_end=lambda: None,
-    )
+    tasks: dict[str, Task[..., None]] = {"t": Task("t", execute, max_duration_s=None, concurrency_limit=1)}
+    executor = InProcessExecutor(execute, tasks, spawn=spawned.append, on_end=lambda: None)
     await executor.enqueue("run_1", "t")
     await executor.enqueue("run_2", "t")
     (lost,) = spawned

@@ -41,7 +41,7 @@ from asgi_realtime.core.errors import (
 from asgi_realtime.core.runs import RunRecord, batch_topic
 from asgi_realtime.core.scopes import parse
 from asgi_realtime.runs.handles import batch_scopes
-from asgi_realtime.tasks.batches import KnownBatch
+from asgi_realtime.tasks.batch_records import BatchRecord
 from asgi_realtime.tasks.records import Prepared, check_idempotency_key
 from asgi_realtime.tokens import Claims
 
@@ -110,7 +110,7 @@ async def fill_batch(request: Request, batch_id: str) -> Response:
     if len(items) < batch.count:
         missing = {"enqueuedCount": 0, "expectedCount": batch.count}
         return json_response({"id": batch_id, "itemsAccepted": 0, "itemsDeduplicated": 0, "sealed": False} | missing)
-    sealed = await batches.fill(batch_id, batch, items)
+    sealed = await batches.fill(batch, items)
     told = {"id": batch_id, "itemsAccepted": sealed.accepted, "itemsDeduplicated": sealed.deduplicated}
     return json_response(told | {"sealed": True})
 
@@ -150,7 +150,7 @@ async def _items(body: bytes, count: int, limits: Limits) -> list[Item]:
     return [found[index] for index in sorted(found)]
 
 
-async def _prepared(request: Request, claims: Claims, batch: KnownBatch, items: Sequence[Item]) -> list[Prepared]:
+async def _prepared(request: Request, claims: Claims, batch: BatchRecord, items: Sequence[Item]) -> list[Prepared]:
     parent = await find_parent(request, claims, batch.parent_id)
     turns = _Turns()
     prepared: list[Prepared] = []
@@ -197,17 +197,17 @@ async def retrieve_batch(request: Request, batch_id: str) -> Response:
     claims = request.authenticate()
     authorise(claims, "read", batch_resources(batch_id))
     host = request.host
-    known = await host.tasks.batches.known(batch_id)
+    known = await host.tasks.batches.records.find(batch_id)
     if known is None:
         changes = await host.broker.changes(batch_topic(batch_id), limit=host.limits.topic_runs)
         found = await _load_runs(host, [change.run_id for change in changes.items])
         if not found:
             raise RunNotFound(f"no batch {shown(batch_id)}: it never was, or it is past its retention")
         return json_bytes_response(batch_json(batch_id, sorted(found.values(), key=lambda run: run.index)))
-    run_ids = known.run_ids(batch_id)
+    run_ids = known.plan.run_ids
     found = await _load_runs(host, list(dict.fromkeys(run_ids)))
-    last_id = known.last_id(batch_id)
-    whole = known.sealed or last_id is None or last_id in found
+    last_id = known.last_id
+    whole = known.is_sealed or last_id is None or last_id in found
     return json_bytes_response(
         batch_json(
             batch_id,

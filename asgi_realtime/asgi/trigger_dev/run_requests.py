@@ -18,7 +18,8 @@ from asgi_realtime.asgi.trigger_dev import superjson
 from asgi_realtime.core.chunks import decode, json_line, scrub_escapes
 from asgi_realtime.core.config import MAX_SPAN_S, Limits, Span, parse_span
 from asgi_realtime.core.errors import InvalidRequest, LimitExceeded, UsageError, shown
-from asgi_realtime.tasks.records import Payload, RunOptions
+from asgi_realtime.tasks.options import RunOptions
+from asgi_realtime.tasks.records import Payload
 
 JSON = "application/json"
 SUPERJSON = "application/super+json"

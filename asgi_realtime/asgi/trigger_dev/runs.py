@@ -55,9 +55,9 @@ async def trigger(request: Request, task_id: str) -> Response:
     parent = await find_parent(request, claims, options.parent_run_id)
     token_id = None if claims.secret else claims.token_id
     prepared = tasks.prepare_json(task_id, payload, run_options, parent=parent, token_id=token_id)
-    record, is_cached = await tasks.launcher.launch(prepared, once=request_is)
-    token = handle_token(request.host, claims, granted(claims, record))
-    return json_response({"id": record.id, "isCached": is_cached}, headers={"x-trigger-jwt": token})
+    launched = await tasks.launcher.launch(prepared, once=request_is)
+    token = handle_token(request.host, claims, granted(claims, launched.record))
+    return json_response({"id": launched.record.id, "isCached": launched.is_cached}, headers={"x-trigger-jwt": token})
 
 
 async def packets(request: Request) -> Response:

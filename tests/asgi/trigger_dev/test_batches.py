@@ -606,7 +606,7 @@ async def test_an_open_batch_under_a_key_has_its_number_of_runs() -> None:
         await create_batch(realtime, 2, token=token, key="a", idempotencyKey="key")
         answer = await create_batch(realtime, 3, token=token, key="a", idempotencyKey="key")
         assert answer.status == 422
-        assert "with 2 runs, not 3" in answer.error
+        assert "with 2 runs; this one has 3" in answer.error
 
 
 async def test_a_key_of_a_batch_outlives_the_time_for_its_items() -> None:

@@ -376,7 +376,7 @@ async def test_options_of_no_meaning_here_are_taken() -> None:
         ({"metadata": {"x" * 129: 1}}, "metadata key is 129 characters"),
         ({"metadata": {"a": "x" * 300_000}}, "limit 262144"),
         ({"idempotencyKey": 1}, "Expected `str | null`, got `int` - at `$.idempotencyKey`"),
-        ({"idempotencyKey": ""}, "idempotency_key is ''; allowed is a str that is not empty"),
+        ({"idempotencyKey": ""}, "idempotency_key is ''; allowed is a non-empty str"),
         ({"idempotencyKey": "x" * 513}, "idempotency_key is 513 characters, limit 512"),
         ({"idempotencyKey": "x", "idempotencyKeyTTL": "soon"}, "idempotencyKeyTTL is 'soon'"),
         ({"idempotencyKeyTTL": 60}, "Expected `str | null`, got `int` - at `$.idempotencyKeyTTL`"),
@@ -480,7 +480,7 @@ async def test_a_one_time_token_triggers_once() -> None:
         for task, key in (("echo", "b"), ("number", "b"), ("number", "a"), ("echo", None)):
             answer = await trigger(realtime, task, 1, token=token, key=key, tags="again")
             assert (answer.status, answer.json["code"]) == (422, "token_spent")
-            assert answer.error == "the one-time token was used before; ask for another"
+            assert answer.error == "the one-time token was used before; request a new one"
         assert await count_runs(realtime, "tag:again") == 0
         again = await trigger(realtime, "echo", 1, token=token, key="a")
         assert again.json == first.json
@@ -519,7 +519,7 @@ async def test_a_one_time_token_stays_spent_until_it_expires() -> None:
         await realtime.broker.remove(run_id)
         answer = await trigger(realtime, "echo", 1, token=token, key="a")
         assert (answer.status, answer.json["code"]) == (422, "token_spent")
-        assert "what it made is gone" in answer.error
+        assert "what it made has expired" in answer.error
         clock.seconds += 4 * 86400
         assert (await trigger(realtime, "echo", 1, token=token, key="b")).status == 401
 
