@@ -1,117 +1,170 @@
-"""The same calls for code that is not on the event loop: a thread, a sync view, a worker process.
+"""The calls of `Realtime` for code that runs on no event loop: a thread, a sync view, the worker of a job queue.
 
-Where the `Realtime` runs in this process, the calls go to its loop. Where it does not (a worker process of a queue),
-they go to a loop of their own in a thread, which is of use only with a broker that other processes see. That thread
-does not keep the process from ending, and a child of a fork makes one of its own.
+Each call has the name and the arguments of the async one and blocks until that is done. `engine.thread_bridge` decides
+which event loop executes it.
 """
 
 from __future__ import annotations
 
-import os
-import threading
+import functools
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
-
-import anyio
-import anyio.from_thread
-import anyio.lowlevel
-import anyio.to_thread
+from contextlib import AbstractAsyncContextManager, contextmanager
+from typing import Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar, Unpack, overload
 
 from asgi_realtime.core.config import Span
-from asgi_realtime.core.errors import RealtimeError, ServerShutdown
+from asgi_realtime.core.errors import RealtimeError
+from asgi_realtime.core.runs import RunRecord
 from asgi_realtime.engine.held_run import HeldRun
 from asgi_realtime.engine.run import Run, current, current_run
-from asgi_realtime.loop.supervisor import Supervisor
-from asgi_realtime.loop.thread_calls import OwnLoop, ThreadCall
-from asgi_realtime.loop.waiting import on_asyncio
+from asgi_realtime.engine.thread_bridge import ThreadBridge
+from asgi_realtime.runs.handles import BatchHandle, RunHandle
+from asgi_realtime.streams.pipe import Pipe, PipeResult
+from asgi_realtime.streams.followers import StreamChunk
+from asgi_realtime.tasks.batches import BatchItem
+from asgi_realtime.tasks.options import PipeOptions, RunLike, TriggerOptions
+from asgi_realtime.tasks.task import Task
 
-if TYPE_CHECKING:
-    from asgi_realtime.core.runs import RunRecord
-    from asgi_realtime.realtime import Realtime, RunLike
-    from asgi_realtime.runs.handles import BatchHandle, RunHandle
-    from asgi_realtime.streams.followers import StreamChunk
-    from asgi_realtime.streams.pipe import PipeResult
-    from asgi_realtime.tasks.batches import BatchItem
-    from asgi_realtime.tasks.task import Task
-
+P = ParamSpec("P")
 R = TypeVar("R")
 T = TypeVar("T")
 
 
-class SyncRealtime:
-    """`Realtime`'s calls, blocking. Each raises what the async call raises.
+class AsyncCalls(Protocol):
+    """The calls of `Realtime` that have a blocking form."""
 
-    Raises `RuntimeError` on the thread of a loop, where blocking would be a dead-lock, and where no loop runs
-    and the broker is in memory, where nobody would see what is written. Raises `ServerShutdown` where the `Realtime` is
-    stopped, or its loop ends, while a call waits.
+    @overload
+    def trigger(
+        self, task: Task[Any, R], payload: Any = None, **options: Unpack[TriggerOptions]
+    ) -> Awaitable[RunHandle[R]]: ...
+
+    @overload
+    def trigger(
+        self, task: str, payload: Any = None, **options: Unpack[TriggerOptions]
+    ) -> Awaitable[RunHandle[Any]]: ...
+
+    def batch_trigger(self, items: Iterable[BatchItem], *, token_expires_in: Span = ...) -> Awaitable[BatchHandle]: ...
+
+    def execute(self, run_id: str) -> Awaitable[None]: ...
+
+    def pipe(
+        self, source: Any, stream: str = ..., *, run: RunLike | None = None, **options: Unpack[PipeOptions]
+    ) -> Pipe[Any]: ...
+
+    def append(self, chunk: Any, stream: str = "default", *, run: RunLike | None = None) -> Awaitable[None]: ...
+
+    def send_input(self, run: RunLike, input_id: str, data: Any) -> Awaitable[None]: ...
+
+    def cancel(self, run: RunLike) -> Awaitable[RunRecord]: ...
+
+    def get_run(self, run: RunLike) -> Awaitable[RunRecord]: ...
+
+    def result(self, run: RunLike, *, timeout: Span | None = None) -> Awaitable[Any]: ...
+
+    def read(
+        self, run: RunLike, stream: str = "default", *, start_index: int = 0, timeout: Span | None = None
+    ) -> AsyncIterator[Any]: ...
+
+    @overload
+    def subscribe_to_run(
+        self, run: RunLike, *, stop_on_completion: bool = True, with_streams: Literal[False] = False
+    ) -> AsyncIterator[RunRecord]: ...
+
+    @overload
+    def subscribe_to_run(
+        self, run: RunLike, *, stop_on_completion: bool = True, with_streams: Literal[True]
+    ) -> AsyncIterator[RunRecord | StreamChunk]: ...
+
+    def subscribe_to_runs_with_tag(
+        self, tags: str | Iterable[str], *, created_within: Span = "24h"
+    ) -> AsyncIterator[RunRecord]: ...
+
+    def subscribe_to_batch(self, batch: str | BatchHandle) -> AsyncIterator[RunRecord]: ...
+
+    def open_run(
+        self, name: str, *, tags: str | Iterable[str] | None = None, metadata: Mapping[str, Any] | None = None
+    ) -> AbstractAsyncContextManager[Run]: ...
+
+
+def _blocking(method: Callable[Concatenate[Any, P], Awaitable[T]]) -> Callable[Concatenate[SyncRealtime, P], T]:
+    """The blocking form of a coroutine method of `AsyncCalls`."""
+    name = method.__name__
+
+    def call(self: SyncRealtime, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        bound: Callable[P, Awaitable[T]] = getattr(self._realtime, name)
+        return self._bridge.call(lambda: bound(*args, **kwargs))
+
+    functools.update_wrapper(call, method)
+    call.__doc__ = f"As `Realtime.{name}`."
+    return call
+
+
+def _iterating(
+    method: Callable[Concatenate[Any, P], AsyncIterator[T]],
+) -> Callable[Concatenate[SyncRealtime, P], Iterator[T]]:
+    """The blocking form of a method of `AsyncCalls` that returns an async iterator."""
+    name = method.__name__
+
+    def iterate(self: SyncRealtime, /, *args: P.args, **kwargs: P.kwargs) -> Iterator[T]:
+        bound: Callable[P, AsyncIterator[T]] = getattr(self._realtime, name)
+        return self._bridge.iterate(lambda: bound(*args, **kwargs))
+
+    functools.update_wrapper(iterate, method)
+    iterate.__doc__ = f"As `Realtime.{name}`."
+    return iterate
+
+
+class SyncRealtime:
+    """The calls of `Realtime`, blocking. Each raises what the async call raises.
+
+    Also raises `RuntimeError` on the thread of an event loop, where blocking would be a deadlock, and if no loop runs
+    and the broker is in memory, where a call would have no effect. Raises `ServerShutdown` if the `Realtime` stops, or
+    its loop ends, during a call.
     """
 
-    def __init__(self, realtime: Realtime) -> None:
+    def __init__(self, realtime: AsyncCalls, bridge: ThreadBridge) -> None:
         self._realtime = realtime
-        self._lock = threading.Lock()
-        self._starting = threading.Lock()  # of the host's start and of one for ourselves, whichever comes first
-        self._own: OwnLoop | None = None
-        self._pid = os.getpid()
+        self._bridge = bridge
+
+    batch_trigger = _blocking(AsyncCalls.batch_trigger)
+    append = _blocking(AsyncCalls.append)
+    send_input = _blocking(AsyncCalls.send_input)
+    cancel = _blocking(AsyncCalls.cancel)
+    get_run = _blocking(AsyncCalls.get_run)
+    result = _blocking(AsyncCalls.result)
+    read = _iterating(AsyncCalls.read)
+    subscribe_to_runs_with_tag = _iterating(AsyncCalls.subscribe_to_runs_with_tag)
+    subscribe_to_batch = _iterating(AsyncCalls.subscribe_to_batch)
+
+    execute = _blocking(AsyncCalls.execute)
+    execute.__doc__ = """As `Realtime.execute`: returns when the run is over. An exception that interrupts the thread,
+    such as the soft time limit of a job queue, cancels the run."""
 
     @overload
-    def trigger(self, task: Task[Any, R], payload: Any = None, **options: Any) -> RunHandle[R]: ...
+    def trigger(self, task: Task[Any, R], payload: Any = None, **options: Unpack[TriggerOptions]) -> RunHandle[R]: ...
 
     @overload
-    def trigger(self, task: str, payload: Any = None, **options: Any) -> RunHandle[Any]: ...
+    def trigger(self, task: str, payload: Any = None, **options: Unpack[TriggerOptions]) -> RunHandle[Any]: ...
 
-    def trigger(self, task: Task[Any, Any] | str, payload: Any = None, **options: Any) -> RunHandle[Any]:
+    def trigger(
+        self, task: Task[Any, Any] | str, payload: Any = None, **options: Unpack[TriggerOptions]
+    ) -> RunHandle[Any]:
         """As `Realtime.trigger`."""
-        return self._call(lambda: self._realtime.trigger(task, payload, **options))
+        return self._bridge.call(lambda: self._realtime.trigger(task, payload, **options))
 
-    def batch_trigger(self, items: Iterable[BatchItem], *, token_expires_in: Span = "1h") -> BatchHandle:
-        """As `Realtime.batch_trigger`."""
-        return self._call(lambda: self._realtime.batch_trigger(items, token_expires_in=token_expires_in))
-
-    def execute(self, run_id: str) -> None:
-        """As `Realtime.execute`: returns when the run is over. An exception that interrupts it cancels the run: of a
-        signal handler, as the soft time limits of queues are."""
-        self._call(lambda: self._realtime.execute(run_id))
-
-    def pipe(self, source: Any, stream: str = "default", *, run: RunLike | None = None, **options: Any) -> PipeResult:
-        """Forward a whole source and wait until it is in the log. Raises the source's error."""
+    def pipe(
+        self, source: Any, stream: str = "default", *, run: RunLike | None = None, **options: Unpack[PipeOptions]
+    ) -> PipeResult:
+        """Forward a whole source and wait until its chunks are in the log. Raises the source's error."""
 
         async def forward() -> PipeResult:
             return await self._realtime.pipe(source, stream, run=run, **options).wait_until_complete()
 
-        return self._call(forward)
-
-    def append(self, chunk: Any, stream: str = "default", *, run: RunLike | None = None) -> None:
-        """As `Realtime.append`."""
-        self._call(lambda: self._realtime.append(chunk, stream, run=run))
-
-    def send_input(self, run: RunLike, input_id: str, data: Any) -> None:
-        """As `Realtime.send_input`."""
-        self._call(lambda: self._realtime.send_input(run, input_id, data))
+        return self._bridge.call(forward)
 
     def get_input(self, input_id: str, *, timeout: Span | None = None) -> Any:
-        """The next data sent into the current run, as `current_run().input(input_id).get()`."""
+        """The next data sent to the current run, as `current_run().input(input_id).get()`."""
         run = current_run()
-        return self._call(lambda: run.input(input_id).get(timeout=timeout))
-
-    def cancel(self, run: RunLike) -> RunRecord:
-        """As `Realtime.cancel`."""
-        return self._call(lambda: self._realtime.cancel(run))
-
-    def get_run(self, run: RunLike) -> RunRecord:
-        """As `Realtime.get_run`."""
-        return self._call(lambda: self._realtime.get_run(run))
-
-    def result(self, run: RunLike, *, timeout: Span | None = None) -> Any:
-        """As `Realtime.result`."""
-        return self._call(lambda: self._realtime.result(run, timeout=timeout))
-
-    def read(
-        self, run: RunLike, stream: str = "default", *, start_index: int = 0, timeout: Span | None = None
-    ) -> Iterator[Any]:
-        """As `Realtime.read`."""
-
-        return self._iterate(lambda: self._realtime.read(run, stream, start_index=start_index, timeout=timeout))
+        return self._bridge.call(lambda: run.input(input_id).get(timeout=timeout))
 
     @overload
     def subscribe_to_run(
@@ -128,153 +181,42 @@ class SyncRealtime:
     ) -> Iterator[Any]:
         """As `Realtime.subscribe_to_run`."""
         options: dict[str, Any] = {"stop_on_completion": stop_on_completion, "with_streams": with_streams}
-        return self._iterate(lambda: self._realtime.subscribe_to_run(run, **options))
-
-    def subscribe_to_runs_with_tag(
-        self, tags: str | Iterable[str], *, created_within: Span = "24h"
-    ) -> Iterator[RunRecord]:
-        """As `Realtime.subscribe_to_runs_with_tag`."""
-        return self._iterate(lambda: self._realtime.subscribe_to_runs_with_tag(tags, created_within=created_within))
-
-    def subscribe_to_batch(self, batch: str | BatchHandle) -> Iterator[RunRecord]:
-        """As `Realtime.subscribe_to_batch`."""
-        return self._iterate(lambda: self._realtime.subscribe_to_batch(batch))
+        return self._bridge.iterate(lambda: self._realtime.subscribe_to_run(run, **options))
 
     @contextmanager
     def open_run(
         self, name: str, *, tags: str | Iterable[str] | None = None, metadata: Mapping[str, Any] | None = None
     ) -> Iterator[Run]:
-        """As `Realtime.open_run`, in a `with`. The body is a thread's, so `cancel(run)` does not interrupt it: it may
-        look at `run.canceled`, what it writes is refused, and leaving raises `RunCanceled`. What is no `Exception`,
-        such as `KeyboardInterrupt`, cancels the run and goes on."""
-        supervisor = self._supervisor()
+        """As `Realtime.open_run`, in a `with`.
+
+        The body runs in a thread, so `cancel(run)` does not interrupt it: the body can check `run.canceled`, its writes
+        are rejected, and leaving raises `RunCanceled`. An exception that is not an `Exception`, such as
+        `KeyboardInterrupt`, cancels the run and propagates.
+        """
+        supervisor = self._bridge.supervisor()
         held = HeldRun(supervisor, self._realtime.open_run(name, tags=tags, metadata=metadata))
-        run = self._call(held.enter, supervisor)
+        run = self._bridge.call(held.enter, supervisor)
         token = current.set(run)
         try:
             yield run
         except BaseException as exc:
             try:
-                ended_with = self._call(lambda error=exc: held.leave(error), supervisor)  # type: ignore[misc]
+                ended_with = self._bridge.call(lambda error=exc: held.leave(error), supervisor)  # type: ignore[misc]
             except RealtimeError as failure:
                 ended_with = failure
             if isinstance(exc, Exception) and ended_with is not None and ended_with is not exc:
                 raise ended_with from exc
             raise
         else:
-            ended_with = self._call(lambda: held.leave(None), supervisor)
+            ended_with = self._bridge.call(lambda: held.leave(None), supervisor)
             if ended_with is not None:
                 raise ended_with
         finally:
             current.reset(token)
 
     def close(self) -> None:
-        """Stop, if the `Realtime` runs on a loop that these calls made for themselves; that of the host is left alone.
+        """Stop the event loop that these calls started in a thread. The host's event loop keeps running.
 
-        Idempotent; a later call begins again.
+        Idempotent; a later call starts the loop again.
         """
-        self._heed_fork()
-        with self._lock:
-            own, self._own = self._own, None
-            if own is not None:
-                own.portal.call(self._realtime.stop)
-                own.close()
-
-    @asynccontextmanager
-    async def giving_way(self) -> AsyncIterator[None]:
-        """The host's start is in here: the loop that earlier calls made for themselves is closed, and threads that need
-        one wait for the host's."""
-        if not self._realtime.broker.shared:  # so there is none
-            yield
-            return
-        self._heed_fork()
-        starting = self._starting
-
-        def begin() -> None:
-            starting.acquire()
-            self.close()
-
-        with anyio.CancelScope(shield=True):  # not among the threads that others may have taken all of, to wait for us
-            await anyio.to_thread.run_sync(begin, limiter=anyio.CapacityLimiter(1))
-        try:
-            yield
-        finally:
-            starting.release()
-
-    def _call(self, function: Callable[[], Awaitable[T]], supervisor: Supervisor | None = None) -> T:
-        """Make a call on the loop of a supervisor, by default of the one that runs now."""
-        return ThreadCall(supervisor or self._supervisor(), function).make()
-
-    def _iterate(self, begin: Callable[[], AsyncIterator[T]]) -> Iterator[T]:
-        supervisor = self._supervisor()
-
-        async def begun() -> AsyncIterator[T]:
-            return begin()
-
-        items = self._call(begun, supervisor)
-        while True:
-            try:
-                item = self._call(lambda: _next(items), supervisor)
-            except _End:
-                return
-            yield item
-
-    def _supervisor(self) -> Supervisor:
-        if _loop_runs_here():
-            raise RuntimeError("realtime.sync was called on an event loop's thread: await the async call there")
-        engine = self._realtime.engine
-        if (supervisor := engine.supervisor) is None:
-            self._heed_fork()
-            with self._starting:
-                if engine.supervisor is None:
-                    self._start_for_us()
-            supervisor = engine.supervisor
-        if supervisor is None:
-            raise ServerShutdown("the server was shut down")
-        return supervisor
-
-    def _start_for_us(self) -> None:
-        try:
-            self._own_portal().call(self._realtime.ensure_started)
-        except RuntimeError:
-            if self._realtime.engine.supervisor is None:
-                raise
-            # The host has begun meanwhile, by using it.
-
-    def _heed_fork(self) -> None:
-        """The threads of a process do not come along into its children."""
-        if self._pid != os.getpid():
-            self._lock, self._starting = threading.Lock(), threading.Lock()
-            self._own, self._pid = None, os.getpid()
-
-    def _own_portal(self) -> anyio.from_thread.BlockingPortal:
-        if not self._realtime.broker.shared:
-            raise RuntimeError(
-                "this Realtime does not run in this process and its broker is in memory, so nobody would see this:"
-                " start it with the app first, or use a broker that processes share"
-            )
-        with self._lock:
-            if self._own is None:
-                self._own = OwnLoop()
-            return self._own.portal
-
-
-class _End(Exception):
-    """The end of an iteration, in a form that may leave a coroutine."""
-
-
-async def _next(items: AsyncIterator[T]) -> T:
-    try:
-        return await items.__anext__()
-    except StopAsyncIteration:
-        raise _End from None
-
-
-def _loop_runs_here() -> bool:
-    if on_asyncio():
-        return True
-    try:
-        anyio.lowlevel.current_token()
-    except anyio.NoEventLoopError:
-        return False
-    return True
+        self._bridge.close()

@@ -1,11 +1,11 @@
-"""Ways to write and read a stream besides `pipe`: a writer for the host's own chunks, and streams with a type."""
+"""Objects that write and read one stream: a writer for the host's own chunks, and a stream whose chunks have a type."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar, Unpack
 
 import anyio
 
@@ -13,24 +13,47 @@ from asgi_realtime.core.config import Span
 from asgi_realtime.core.errors import RealtimeError
 from asgi_realtime.streams.pipe import Pipe, Source
 from asgi_realtime.streams.writer import StreamWriter, encode_numbered
+from asgi_realtime.tasks.options import PipeOptions, RunLike
 from asgi_realtime.tasks.task import decode_as
-
-if TYPE_CHECKING:
-    from asgi_realtime.realtime import Realtime, RunLike
 
 logger = logging.getLogger("asgi_realtime")
 
 T = TypeVar("T")
 
 
-class StreamWriterContext(Generic[T]):
-    """Writes chunks and merges sources into one stream. An async context manager made by `Realtime.writer`.
+class StreamHost(Protocol):
+    """The calls of `Realtime` that write and read a stream by its key."""
 
-    Leaving waits until everything is acknowledged, merged sources included, and raises what went wrong; an exception
-    in the body stops the merged sources and goes on, after what was written. It does not end the stream: its run does.
+    async def ensure_started(self) -> None: ...
+
+    def pipe(
+        self, source: Source[T], stream: str, *, run: RunLike | None = None, **options: Unpack[PipeOptions]
+    ) -> Pipe[T]: ...
+
+    async def append(self, chunk: Any, stream: str, *, run: RunLike | None = None) -> None: ...
+
+    def writer(self, stream: str, *, run: RunLike | None = None) -> StreamWriterContext[Any]: ...
+
+    def read_as(
+        self,
+        run: RunLike,
+        stream: str,
+        decode_chunk: Callable[[bytes], T],
+        *,
+        start_index: int = 0,
+        timeout: Span | None = None,
+    ) -> AsyncIterator[T]: ...
+
+
+class StreamWriterContext(Generic[T]):
+    """Writes chunks and merges sources into one stream. An async context manager, created by `Realtime.writer`.
+
+    Leaving it waits until the broker has acknowledged every chunk, including those of merged sources, and raises the
+    first error. An exception in the body stops the merged sources and propagates once written chunks are stored. The
+    stream stays open: it ends with its run.
     """
 
-    def __init__(self, realtime: Realtime, writer: StreamWriter, *, chunk_bytes: int) -> None:
+    def __init__(self, realtime: StreamHost, writer: StreamWriter, *, chunk_bytes: int) -> None:
         self._realtime = realtime
         self._writer = writer
         self._chunk_bytes = chunk_bytes
@@ -50,7 +73,7 @@ class StreamWriterContext(Generic[T]):
         await self._writer.room()
 
     def merge(self, source: Source[T]) -> Pipe[T]:
-        """Forward a source into the same stream, beside what is written. Chunks interleave as they come."""
+        """Forward a source into the same stream, concurrently with `write`. Chunks interleave as they arrive."""
         pipe = self._realtime.pipe(source, self._writer.key.name, run=self._writer.key.run)
         self._merged.append(pipe)
         return pipe
@@ -76,13 +99,13 @@ class StreamWriterContext(Generic[T]):
         try:
             await self._writer.drain()
         except RealtimeError as error:
-            logger.warning("what was written to stream %r is not stored: %s", self._writer.key.name, error)
+            logger.warning("chunks written to stream %r are not stored: %s", self._writer.key.name, error)
 
 
 class TypedStream(Generic[T]):
-    """A stream under a fixed key whose chunks have a type. Made by `Realtime.define_stream`."""
+    """A stream with a fixed key whose chunks have a type. Created by `Realtime.define_stream`."""
 
-    def __init__(self, realtime: Realtime, key: str, chunk_type: type[T]) -> None:
+    def __init__(self, realtime: StreamHost, key: str, chunk_type: type[T]) -> None:
         self.key = key
         self.chunk_type = chunk_type
         self._realtime = realtime
@@ -90,7 +113,7 @@ class TypedStream(Generic[T]):
     def __repr__(self) -> str:
         return f"<TypedStream {self.key!r} of {getattr(self.chunk_type, '__name__', self.chunk_type)}>"
 
-    def pipe(self, source: Source[T], *, run: RunLike | None = None, **options: Any) -> Pipe[T]:
+    def pipe(self, source: Source[T], *, run: RunLike | None = None, **options: Unpack[PipeOptions]) -> Pipe[T]:
         """As `Realtime.pipe`."""
         return self._realtime.pipe(source, self.key, run=run, **options)
 
@@ -103,7 +126,7 @@ class TypedStream(Generic[T]):
         return self._realtime.writer(self.key, run=run)
 
     def read(self, run: RunLike, *, start_index: int = 0, timeout: Span | None = None) -> AsyncIterator[T]:
-        """As `Realtime.read`, with chunks of the type. Raises `UsageError` at a chunk that does not fit it."""
+        """As `Realtime.read`, decoding chunks into the type. Raises `UsageError` for a chunk that does not match it."""
         return self._realtime.read_as(
             run, self.key, lambda data: decode_as(data, self.chunk_type), start_index=start_index, timeout=timeout
         )

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import anyio
+import anyio.from_thread
 import anyio.to_thread
 import pytest
 
@@ -34,6 +35,8 @@ from asgi_realtime import (
 )
 from asgi_realtime.brokers.memory import MemoryBroker
 from asgi_realtime.core.runs import run_topic
+from asgi_realtime.engine import thread_bridge
+from asgi_realtime.loop.thread_calls import OwnLoop
 from asgi_realtime.sync import SyncRealtime
 from tests.inprocess import make_realtime, until
 
@@ -113,8 +116,8 @@ def test_the_calls_are_those_of_the_async_side() -> None:
     ours = {
         name for name, value in vars(SyncRealtime).items() if not name.startswith("_") and inspect.isfunction(value)
     }
-    assert ours == (waits - life - objects) | {"close", "get_input", "giving_way"}
-    for name in ours - {"close", "get_input", "giving_way", "trigger", "pipe"}:
+    assert ours == (waits - life - objects) | {"close", "get_input"}
+    for name in ours - {"close", "get_input", "pipe"}:
         assert list(inspect.signature(getattr(SyncRealtime, name)).parameters) == list(
             inspect.signature(getattr(Realtime, name)).parameters
         )
@@ -350,7 +353,7 @@ async def test_on_the_threads_of_loops_it_is_refused(call: Callable[[Realtime], 
 @pytest.mark.parametrize("call", CALLS)
 def test_without_a_loop_and_with_a_memory_broker_it_is_refused(call: Callable[[Realtime], Any]) -> None:
     realtime = with_tasks()
-    with pytest.raises(RuntimeError, match="its broker is in memory, so nobody would see this"):
+    with pytest.raises(RuntimeError, match="its broker is in memory, so the call would have no effect"):
         call(realtime)
 
 
@@ -438,6 +441,46 @@ def test_a_host_starts_and_stops_while_threads_make_calls(backend: str) -> None:
         realtime.sync.close()
     assert not any(thread.is_alive() for thread in threads)
     assert seen == []
+
+
+async def test_the_host_starts_after_a_thread_lost_the_race_to_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`start` raised, because closing the thread's idle loop tried to stop the host's, and a lock stayed held."""
+    realtime = with_tasks(broker=Shared())
+
+    def lose_the_race() -> OwnLoop:
+        anyio.from_thread.run(realtime.ensure_started)  # the first use on the host's loop
+        return OwnLoop()
+
+    monkeypatch.setattr(thread_bridge, "OwnLoop", lose_the_race)
+    with anyio.fail_after(GUARD_S):
+        assert await in_thread(lambda: realtime.sync.result(realtime.sync.trigger("double", 1), timeout=5)) == 2
+        for _ in range(2):
+            await realtime.start()
+        await realtime.stop()
+        async with realtime:
+            pass
+
+
+def test_a_start_that_fails_releases_its_lock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every later call that had to start waited forever."""
+    realtime = with_tasks(broker=Shared())
+    realtime.sync.trigger("double", 1)
+    close = OwnLoop.close
+
+    def fail(self: OwnLoop) -> None:
+        close(self)
+        raise OSError("no thread")
+
+    async def host() -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(OwnLoop, "close", fail)
+            with pytest.raises(OSError, match="no thread"):
+                await realtime.start()
+        with anyio.fail_after(GUARD_S):
+            async with realtime:
+                pass
+
+    anyio.run(host)
 
 
 def test_two_threads_may_begin_at_once() -> None:

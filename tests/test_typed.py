@@ -290,7 +290,7 @@ async def test_a_broker_that_stays_away_does_not_hide_the_exception_of_the_body(
                 await writer.write(1)
                 raise KeyError
         broker.away = set()
-    assert "what was written to stream 'default' is not stored" in caplog.text
+    assert "chunks written to stream 'default' are not stored" in caplog.text
 
 
 async def test_write_waits_when_too_much_waits_for_the_broker() -> None:

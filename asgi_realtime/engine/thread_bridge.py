@@ -1,0 +1,157 @@
+"""Access to the event loop of a `Realtime` for threads that run no loop.
+
+If the `Realtime` runs in this process, calls go to its loop. If it does not (in the worker of a job queue), they go to
+an event loop in a daemon thread that this module starts; that needs a broker which other processes share. The thread
+does not keep the process from exiting, and a forked child starts a thread of its own.
+
+Two starts can race: the host's, and the one that a thread requests. The lock `_starting` admits one at a time. A host
+that starts explicitly first closes the daemon thread's loop. A host that starts on first use takes no lock, so a thread
+can lose that race; its own loop is then idle, and closing it must not stop the host's.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
+from typing import TypeVar
+
+import anyio
+import anyio.from_thread
+import anyio.lowlevel
+import anyio.to_thread
+
+from asgi_realtime.core.errors import ServerShutdown
+from asgi_realtime.engine.engine import Engine
+from asgi_realtime.loop.supervisor import Supervisor
+from asgi_realtime.loop.thread_calls import OwnLoop, ThreadCall
+from asgi_realtime.loop.waiting import on_asyncio
+
+T = TypeVar("T")
+
+
+class ThreadBridge:
+    """Runs coroutine functions and async iterators on the loop of an engine, and blocks the calling thread."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._lock = threading.Lock()
+        self._starting = threading.Lock()
+        self._own: OwnLoop | None = None
+        self._pid = os.getpid()
+
+    def call(self, function: Callable[[], Awaitable[T]], supervisor: Supervisor | None = None) -> T:
+        """Call a coroutine function on the loop of a supervisor, by default the current one.
+
+        Raises what the function raises, `ServerShutdown`, and `RuntimeError` on the thread of an event loop.
+        """
+        return ThreadCall(supervisor or self.supervisor(), function).make()
+
+    def iterate(self, start: Callable[[], AsyncIterator[T]]) -> Iterator[T]:
+        """Iterate over an async iterator that `start` creates on the loop."""
+        supervisor = self.supervisor()
+
+        async def started() -> AsyncIterator[T]:
+            return start()
+
+        items = self.call(started, supervisor)
+        while True:
+            try:
+                item = self.call(lambda: _next(items), supervisor)
+            except _End:
+                return
+            yield item
+
+    def supervisor(self) -> Supervisor:
+        """The supervisor that runs, started if there is none. Raises `RuntimeError`, `ServerShutdown`."""
+        if _runs_event_loop():
+            raise RuntimeError("realtime.sync was called on an event loop's thread: await the async call there")
+        engine = self._engine
+        if (supervisor := engine.supervisor) is None:
+            self._reset_in_child()
+            with self._starting:
+                if engine.supervisor is None:
+                    self._start()
+            supervisor = engine.supervisor
+        if supervisor is None:
+            raise ServerShutdown("the server was shut down")
+        return supervisor
+
+    def _start(self) -> None:
+        if not self._engine.broker.shared:
+            raise RuntimeError(
+                "this Realtime does not run in this process and its broker is in memory, so the call would have no"
+                " effect: start it with the app first, or use a broker that processes share"
+            )
+        with self._lock:
+            if self._own is None:
+                self._own = OwnLoop()
+            portal = self._own.portal
+        try:
+            portal.call(self._engine.ensure_started)
+        except RuntimeError:
+            if self._engine.supervisor is None:
+                raise  # otherwise the host has started on first use in the meantime
+
+    def close(self) -> None:
+        """Stop if the `Realtime` runs on the daemon thread's loop. Idempotent; a later call starts again."""
+        self._reset_in_child()
+        with self._lock:
+            own, self._own = self._own, None
+            if own is not None:
+                try:
+                    own.portal.call(self._stop_if_on_this_loop)
+                finally:
+                    own.close()
+
+    async def _stop_if_on_this_loop(self) -> None:
+        supervisor = self._engine.supervisor
+        if supervisor is not None and supervisor.usable:
+            await self._engine.stop()
+
+    @asynccontextmanager
+    async def host_start(self) -> AsyncIterator[None]:
+        """Surrounds the host's start: closes the daemon thread's loop, and makes threads wait for the host's."""
+        if not self._engine.broker.shared:  # so that loop never exists
+            yield
+            return
+        self._reset_in_child()
+        starting = self._starting
+        with anyio.CancelScope(shield=True):
+            # A limiter of its own: the threads of the default one can all be waiting for this start.
+            await anyio.to_thread.run_sync(starting.acquire, limiter=anyio.CapacityLimiter(1))
+        try:
+            with anyio.CancelScope(shield=True):
+                await anyio.to_thread.run_sync(self.close, limiter=anyio.CapacityLimiter(1))
+            yield
+        finally:
+            starting.release()
+
+    def _reset_in_child(self) -> None:
+        """Threads do not survive a fork, and a lock that one of them held is never released in the child."""
+        if self._pid != os.getpid():
+            self._lock, self._starting = threading.Lock(), threading.Lock()
+            self._own, self._pid = None, os.getpid()
+
+
+class _End(Exception):
+    """The end of an iteration. A coroutine cannot raise `StopIteration`."""
+
+
+async def _next(items: AsyncIterator[T]) -> T:
+    try:
+        return await items.__anext__()
+    except StopAsyncIteration:
+        raise _End from None
+
+
+def _runs_event_loop() -> bool:
+    """Whether the current thread runs an event loop."""
+    if on_asyncio():
+        return True
+    try:
+        anyio.lowlevel.current_token()
+    except anyio.NoEventLoopError:
+        return False
+    return True
