@@ -18,8 +18,8 @@ from asgi_realtime.engine.held_run import HeldRun
 from asgi_realtime.engine.run import Run, current, current_run
 from asgi_realtime.engine.thread_bridge import ThreadBridge
 from asgi_realtime.runs.handles import BatchHandle, RunHandle
-from asgi_realtime.streams.pipe import Pipe, PipeResult
 from asgi_realtime.streams.followers import StreamChunk
+from asgi_realtime.streams.pipe import Pipe, PipeResult
 from asgi_realtime.tasks.batches import BatchItem
 from asgi_realtime.tasks.options import PipeOptions, RunLike, TriggerOptions
 from asgi_realtime.tasks.task import Task
