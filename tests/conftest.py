@@ -53,6 +53,10 @@ def pytest_collection_finish() -> None:
     gc.freeze()  # thousands of test items live to the end; no collection needs to visit them
 
 
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()  # Hypothesis, imported for the summary, asks what refers to trio's random generator
+
+
 def shuffle(items: list[pytest.Item], chance: random.Random) -> None:
     """Shuffle files, and tests within each file: module fixtures still start once."""
     files = {path: chance.random() for path in sorted({item.path for item in items})}
