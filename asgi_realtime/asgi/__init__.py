@@ -1,4 +1,4 @@
-"""The HTTP surface: raw ASGI on the hot path, starlette for the rest."""
+"""HTTP for any SSE client: one route table, subscriptions, feeds, responses, health."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The backends behind a `Realtime`, chosen by a URL. A driver is imported here and only when its URL is used."""
+"""Where runs, streams, topics and claims are stored and followed: in memory, or in Redis."""
 
 from __future__ import annotations
 

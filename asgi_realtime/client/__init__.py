@@ -1,9 +1,6 @@
-"""For another service: follow runs and read streams of a `Realtime` over HTTP, with an access token. Needs the extra
-`client`.
+"""Reads runs and streams over HTTP from another service."""
 
-What is asked for is the native SSE of docs/protocol.md, sections 4 and 5. `following` says what each answer and event
-means, without I/O; `RealtimeClient` and `SyncRealtimeClient` only carry its bytes.
-"""
+# Speaks the native SSE of docs/protocol.md, sections 4 and 5.
 
 from __future__ import annotations
 

@@ -1,4 +1,1 @@
-"""The pure part: logs, frames, scopes, metadata and runs as values and functions.
-
-No I/O, no event loop, no clock (the time is an argument) and no framework.
-"""
+"""Values and pure functions: log, SSE, chunks, topics, runs, metadata, scopes, names, errors. No loop, clock or I/O."""

@@ -1,4 +1,4 @@
-"""Tasks: functions that are triggered by id, what runs them, and how a run begins and ends."""
+"""Task registration, validation, exactly-one launch, execution, queue adapters."""
 
 from __future__ import annotations
 

@@ -1,9 +1,4 @@
-"""For tests of apps and of brokers: a streaming client, a clock, faults and the conformance suite.
-
-`AsgiClient` starts an ASGI app and streams its responses live, `FakeClock` moves the time of a `Realtime`, and `Faults`
-breaks connections. `asgi_realtime.testing.conformance` holds the suite that a broker must pass; it needs pytest and
-hypothesis. The pytest fixtures are in `plugin`.
-"""
+"""Runs an app without a server for its tests, and holds the conformance suite for brokers."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The Trigger.dev dialect: what its official clients ask for beyond plain SSE."""
+"""The Trigger.dev dialect, and nothing else."""
