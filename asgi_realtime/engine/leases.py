@@ -50,7 +50,13 @@ class Leases:
         if self._renewer is None or not self._held():
             return
         if self._thread is None:
-            self._thread = LeaseThread(self._renewer, self._held, owner=self._runs.owner, lease_s=self._lease_s)
+            self._thread = LeaseThread(
+                self._renewer,
+                self._held,
+                owner=self._runs.owner,
+                lease_s=self._lease_s,
+                on_renewed=self._runs.owned.renewed,
+            )
         self._thread.keep()
 
     def stop(self) -> None:
@@ -72,7 +78,7 @@ class Leases:
 
 
 class LeaseThread:
-    """A thread that renews what `held` returns, three times per lease. It calls `held` and `renewed`."""
+    """A thread that renews what `held` returns, three times per lease. `held` and `on_renewed` are called in it."""
 
     def __init__(
         self,
@@ -81,13 +87,13 @@ class LeaseThread:
         *,
         owner: str,
         lease_s: float,
-        renewed: Callable[[], None] = lambda: None,
+        on_renewed: Callable[[], None],
     ) -> None:
         self._broker = broker
         self._held = held
         self._owner = owner
         self._period_s = lease_s / _RENEWALS_PER_LEASE
-        self._on_renewed = renewed
+        self._on_renewed = on_renewed
         self._lock = threading.Lock()
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None

@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 import anyio
 import pytest
 
-from asgi_realtime import BrokerUnavailable, Realtime, Status, Timeouts
+from asgi_realtime import BrokerUnavailable, Realtime, Retention, Status, Timeouts
 from asgi_realtime.brokers.base import ThreadRenewal
 from asgi_realtime.brokers.memory import MemoryBroker
 from asgi_realtime.engine.leases import LeaseThread
-from tests.inprocess import make_realtime, until
+from tests.inprocess import FakeClock, make_realtime, until
 
 SHORT = Timeouts(tick=0.01, drain=0.02, lease=0.03)
 NAME = "asgi_realtime leases"
@@ -80,6 +80,27 @@ async def test_a_blocked_loop_does_not_crash_its_runs() -> None:
 
 
 @pytest.mark.anyio
+async def test_a_run_that_the_thread_renews_is_restored_however_long_it_executes() -> None:
+    """Renewals from the thread were not noted, so a run older than `after_end` was given up after a data loss."""
+
+    class Lossy(Threaded):
+        shared = True
+
+    broker = Lossy()
+    clock = FakeClock()
+    realtime = make_realtime(broker=broker, timeouts=SHORT, clock=clock, retention=Retention(after_end=60))
+    async with realtime:
+        async with realtime.open_run("r") as run:
+            clock.seconds += 61
+            renewed = len(broker.renewed)
+            await until(lambda: len(broker.renewed) > renewed + 1)
+            await broker.remove(run.id)
+            run.metadata.set("n", 1)
+            await run.metadata.flush()
+        assert (await realtime.get_run(run)).status is Status.COMPLETED
+
+
+@pytest.mark.anyio
 async def test_a_run_that_waits_in_this_process_is_renewed_too() -> None:
     broker = Threaded()
     realtime = make(broker)
@@ -133,7 +154,7 @@ def test_who_comes_while_the_thread_is_about_to_end_is_renewed() -> None:
     broker = Threaded()
     held: list[str] = []
     wait_in_thread(lambda: not lease_threads())
-    leases = LeaseThread(broker, lambda: list(held), owner="us", lease_s=0.0003)
+    leases = LeaseThread(broker, lambda: list(held), owner="us", lease_s=0.0003, on_renewed=lambda: None)
     for number in range(300):
         run_id = f"run_{number}"
         held.append(run_id)
