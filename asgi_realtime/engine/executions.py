@@ -79,11 +79,16 @@ class Executions(Mapping[str, Execution]):
         return execution
 
     async def _related(self, record: RunRecord, supervisor: Supervisor) -> dict[str, RelatedRun]:
-        """The parent and the root of a run, as far as they exist."""
-        ids = [run_id for run_id in (record.parent_id, record.root_id) if run_id is not None and run_id != record.id]
+        """The parent and the root of a run, as far as they exist.
+
+        The run is EXECUTING already, so a load that fails is retried: otherwise nothing would execute the run.
+        """
+        ids = {run_id for run_id in (record.parent_id, record.root_id) if run_id is not None and run_id != record.id}
+        if not ids:
+            return {}
         return {
             found.id: RelatedRun(found, runs=self._runs, supervisor=supervisor, limits=self._limits)
-            for found in await self._runs.load(ids)
+            for found in await self._runs.retry(lambda: self._runs.load(sorted(ids)))
             if found is not None
         }
 
