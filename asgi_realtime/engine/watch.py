@@ -33,15 +33,7 @@ class RunWatch:
         self._run_id = execution.run.id
         self._seen = execution.run.record.version
         self._scope = anyio.CancelScope()
-        buffer = execution.run.buffer
-        stored = buffer.on_stored
-
-        def note(record: RunRecord) -> None:
-            if stored is not None:
-                stored(record)
-            self._heed(record)  # what others had done before stands in it too
-
-        buffer.on_stored = note
+        execution.run.buffer.on_stored.append(self._check)  # the stored record has the changes of others as well
 
     def end(self) -> None:
         """The execution is over. Idempotent."""
@@ -78,10 +70,10 @@ class RunWatch:
             async with self._execution.run.buffer.storing:
                 pass  # the news of a change of our own may come before its answer
         if version != self._seen and not self._execution.ending:
-            self._heed(await self._runs.restored(self._run_id))
+            self._check(await self._runs.restored(self._run_id))
         return self._execution.stopped_by is not None
 
-    def _heed(self, record: RunRecord | None) -> None:
+    def _check(self, record: RunRecord | None) -> None:
         if record is not None:
             self._seen = record.version  # which is lower than before if the broker has lost something
             asked = record.is_completed or record.cancel_requested_at_ms is not None

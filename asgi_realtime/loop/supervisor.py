@@ -136,6 +136,11 @@ class Supervisor:
             return False
 
     @property
+    def jobs(self) -> int:
+        """The number of jobs that have not ended."""
+        return self._jobs_in_group + len(self._queue) + len(self._brief)
+
+    @property
     def on_own_thread(self) -> bool:
         return threading.get_ident() == self._thread
 
@@ -214,7 +219,7 @@ class Supervisor:
     async def _wait_until_empty(self, group: anyio.abc.TaskGroup) -> None:
         """Wait until all jobs have ended, including those that still arrive."""
         with anyio.CancelScope(shield=True):
-            while self._jobs_in_group or self._queue or self._brief:
+            while self.jobs:
                 self._start_queued(group)
                 if self._jobs_in_group:
                     await self._work.wait()

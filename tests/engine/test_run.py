@@ -25,8 +25,8 @@ from asgi_realtime import (
 from asgi_realtime.brokers.base import ChangeMark
 from asgi_realtime.brokers.memory import MemoryBroker
 from asgi_realtime.core.metadata import Set
-from asgi_realtime.core.runs import MetadataChanged
-from asgi_realtime.engine.run import COALESCE_S
+from asgi_realtime.core.runs import MetadataChanged, TagsAdded
+from asgi_realtime.engine.changes import COALESCE_S
 from tests.brokers.backends import DistantBroker
 from tests.inprocess import ended, make_realtime, run_without_anyio, until
 
@@ -608,3 +608,45 @@ async def test_a_change_that_others_left_no_room_for_is_refused_once() -> None:
         run.metadata.set("n", 1)
         await run.metadata.flush()
         assert (await realtime.get_run(run)).metadata == {"theirs": "x" * 60, "n": 1}
+
+
+async def test_tags_that_others_add_are_seen_with_the_next_change() -> None:
+    """`run.tags` never contained a tag that another process had added."""
+    async with make_realtime() as realtime, realtime.open_run("r", tags=["a"]) as run:
+        await realtime.runs.update(run.id, TagsAdded(("theirs",)))
+        run.metadata.set("n", 1)
+        await run.metadata.flush()
+        assert list(run.tags) == ["a", "theirs"]
+        run.tags.add("ours")
+        assert list(run.tags) == ["a", "theirs", "ours"]
+
+
+async def test_tags_that_others_left_no_room_for_are_refused_and_not_shown() -> None:
+    """`run.tags` kept showing a tag that was refused when it was stored."""
+    async with make_realtime(limits=Limits(tags=2)) as realtime, realtime.open_run("r", tags=["a"]) as run:
+        await realtime.runs.update(run.id, TagsAdded(("theirs",)))
+        run.tags.add("ours")
+        assert list(run.tags) == ["a", "ours"]
+        with pytest.raises(LimitExceeded, match="would have 3 tags, limit 2"):
+            await run.metadata.flush()
+        assert list(run.tags) == ["a", "theirs"]
+
+
+async def test_changes_during_an_outage_add_no_jobs() -> None:
+    """Each change started another job that retried until the broker was available: a thousand runs had 500,000."""
+    broker = Away()
+    timeouts = Timeouts(tick=0.01, append=1, drain=0.02)
+    async with make_realtime(broker=broker, timeouts=timeouts) as realtime, realtime.open_run("r") as run:
+        supervisor = realtime.engine.supervisor
+        assert supervisor is not None
+        await until(lambda: realtime.engine.executions._watches)
+        before = supervisor.jobs
+        broker.away = True
+        for number in range(5):
+            run.metadata.set("n", number)
+            refused = broker.refused
+            await until(lambda: broker.refused > refused)  # noqa: B023
+            assert supervisor.jobs <= before + 1
+        broker.away = False
+        await until(lambda: not run.buffer.pending() and supervisor.jobs == before)
+        assert (await realtime.get_run(run)).metadata == {"n": 4}
