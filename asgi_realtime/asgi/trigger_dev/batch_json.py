@@ -1,6 +1,7 @@
-"""A batch as JSON, in the form of `GET /api/v2/batches/{id}` of the official clients.
+"""A batch as JSON, in the form of `GET /api/v2/batches/{id}`.
 
-What is required there is always present, what is optional is absent and never null.
+The official clients require some fields, which are always present, and treat others as optional, which are absent
+rather than null.
 """
 
 from __future__ import annotations
@@ -16,16 +17,16 @@ from asgi_realtime.core.runs import RunRecord
 
 @dataclass(frozen=True, slots=True)
 class BatchRun:
-    """What is told of a run of a batch: not its payload and its output, which may be large."""
+    """A run of a batch without its payload and output, which can be large."""
 
     id: str
     is_completed: bool
     created_at_ms: int
     updated_at_ms: int
     index: int
-    """Its place among the runs of its batch."""
+    """Its position among the runs of the batch."""
     count: int
-    """How many these are."""
+    """The number of these runs."""
 
     @classmethod
     def of(cls, record: RunRecord) -> BatchRun:
@@ -44,10 +45,10 @@ def batch_json(
     waits: bool = False,
     whole: bool = True,
 ) -> bytes:
-    """Encode a batch. `runs` are those that are still kept, in the order of the items.
+    """Encode a batch. `runs` are the runs that still exist, in the order of the items.
 
-    The others are known of one that was created over HTTP: whether it `waits` for items, or is `whole` if it does not:
-    all its runs were created.
+    The other arguments are known for batches created over HTTP: `waits` while items are missing, `whole` once all runs
+    have been created.
     """
     if created_at_ms is None:
         created_at_ms = min((run.created_at_ms for run in runs), default=0)

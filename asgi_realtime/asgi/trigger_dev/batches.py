@@ -1,7 +1,7 @@
-"""Batches over HTTP, as `tasks.batchTrigger` and `batch.retrieve` of the official clients ask for them.
+"""Batches over HTTP: create one, fill it with items, and retrieve it.
 
-A batch is created, then its items come as lines of JSON. Nothing is started before all have come and are checked; what
-is sent again finds the runs that are there.
+The official client creates a batch first and then sends its items as newline-delimited JSON. No run starts before all
+items have arrived and passed validation. A repeated request finds the runs that the first one created.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from asgi_realtime.asgi.host import Host
 from asgi_realtime.asgi.request import Request
 from asgi_realtime.asgi.responses import json_bytes_response, json_response
 from asgi_realtime.asgi.trigger_dev.batch_json import BatchRun, batch_json
-from asgi_realtime.asgi.trigger_dev.credentials import check_task, find_parent, handle_token, once
+from asgi_realtime.asgi.trigger_dev.credentials import check_task, find_parent, handle_token, once, run_token_id
 from asgi_realtime.asgi.trigger_dev.ndjson import LineSplitter
 from asgi_realtime.asgi.trigger_dev.run_requests import (
     OPTIONS_BYTES,
@@ -45,10 +45,15 @@ from asgi_realtime.tasks.batch_records import BatchRecord
 from asgi_realtime.tasks.records import Prepared, check_idempotency_key
 from asgi_realtime.tokens import Claims
 
-_LINES_PER_ITEM = 4  # blank ones too, and those that come twice
-_TURN = 20  # items that are checked before others have a turn
-_TURN_BYTES = 64 * 1024
-_PAGE = 10  # records that are loaded at once
+_LINES_PER_ITEM = 4
+"""Blank and repeated lines count too."""
+
+_ITEMS_PER_ITERATION = 20
+_BYTES_PER_ITERATION = 64 * 1024
+"""How much of a body is checked before other tasks of the event loop get a turn."""
+
+_PAGE = 10
+"""Records loaded at once. Each comes with its payload and output."""
 
 
 class CreateBatch(msgspec.Struct, rename="camel"):
@@ -61,21 +66,21 @@ class CreateBatch(msgspec.Struct, rename="camel"):
 
 
 class Item(RunRequest):
-    """A line of the body that fills a batch."""
+    """One line of the body that fills a batch."""
 
     index: int = -1
     task: str = ""
 
 
 def max_create_bytes(limits: Limits) -> int:
-    """The body that creates a batch may name a task for each run, each character in six bytes, and its key."""
+    """The body can name a task for each run, and a key. An escaped character takes six bytes."""
     return 6 * (limits.batch_runs * limits.key_length + limits.idempotency_key_length) + OPTIONS_BYTES
 
 
 async def create_batch(request: Request) -> Response:
     claims = request.authenticate()
-    _check_may_batch(claims)
-    request_is = once(request, claims, "batch") if claims.one_time else None
+    _check_can_batch(claims)
+    attempt = once(request, claims, "batch") if claims.one_time else None
 
     body = read_json(await request.body(max_create_bytes(request.host.limits)), CreateBatch)
     _authorise_tasks(request, claims, body.task_identifiers)
@@ -87,41 +92,43 @@ async def create_batch(request: Request) -> Response:
         parent_id=body.parent_run_id,
         idempotency_key=body.idempotency_key,
         owner=claims.token_id,
-        once=request_is,
+        once=attempt,
     )
-    told = {"id": batch.id, "runCount": batch.count, "isCached": batch.is_cached}
-    headers = {"x-trigger-jwt": handle_token(request.host, claims, batch_scopes(batch.id))}
-    return json_response(told, 202, headers)
+    token = handle_token(request.host, claims, batch_scopes(batch.id))
+    created = {"id": batch.id, "runCount": batch.count, "isCached": batch.is_cached}
+    return json_response(created, 202, {"x-trigger-jwt": token})
 
 
 async def fill_batch(request: Request, batch_id: str) -> Response:
     claims = request.authenticate()
-    _check_may_batch(claims)
+    _check_can_batch(claims)
     batches = request.host.tasks.batches
     batch = await batches.waiting(batch_id)
     if batch is None:
-        raise RunNotFound(f"no batch {shown(batch_id)} waits for items: it never was, or it waited too long")
+        raise RunNotFound(f"no batch {shown(batch_id)} is waiting for items: it does not exist or has expired")
     if not claims.secret and claims.token_id != batch.owner:
-        raise ScopeDenied(f"batch {shown(batch_id)} was created by another token; that fills it, or the secret key")
+        raise ScopeDenied(f"another token created batch {shown(batch_id)}; fill it with that token or the secret key")
 
     limits = request.host.limits
-    lines = await _items(await request.body(limits.batch_bytes), batch.count, limits)
-    items = await _prepared(request, claims, batch, lines)
-    if len(items) < batch.count:
-        missing = {"enqueuedCount": 0, "expectedCount": batch.count}
-        return json_response({"id": batch_id, "itemsAccepted": 0, "itemsDeduplicated": 0, "sealed": False} | missing)
-    sealed = await batches.fill(batch, items)
-    told = {"id": batch_id, "itemsAccepted": sealed.accepted, "itemsDeduplicated": sealed.deduplicated}
-    return json_response(told | {"sealed": True})
+    items = await _read_items(await request.body(limits.batch_bytes), batch.count, limits)
+    prepared = await _prepare_items(request, claims, batch, items)
+    if len(prepared) < batch.count:
+        return _fill_response(batch_id, sealed=False, enqueuedCount=0, expectedCount=batch.count)
+    filled = await batches.fill(batch, prepared)
+    return _fill_response(batch_id, accepted=filled.accepted, deduplicated=filled.deduplicated, sealed=True)
 
 
-def _check_may_batch(claims: Claims) -> None:
-    """Refuse at once who may batch nothing. Which tasks are meant stands in the body."""
+def _fill_response(batch_id: str, *, accepted: int = 0, deduplicated: int = 0, sealed: bool, **more: int) -> Response:
+    """With `sealed: false` the client sends all items again."""
+    counts = {"itemsAccepted": accepted, "itemsDeduplicated": deduplicated}
+    return json_response({"id": batch_id, **counts, "sealed": sealed, **more})
+
+
+def _check_can_batch(claims: Claims) -> None:
+    """Reject a token that cannot batch any task before reading the body, which names the tasks."""
     actions = {parse(scope).action for scope in claims.scopes}
     if not claims.secret and not actions & {"batchTrigger", "*", "admin"}:
-        raise ScopeDenied(
-            "the token's scopes do not admit this; a token with a scope like 'batchTrigger:tasks:chat' does"
-        )
+        raise ScopeDenied("the token's scopes do not allow this; it needs a scope such as 'batchTrigger:tasks:chat'")
 
 
 def _authorise_tasks(request: Request, claims: Claims, task_ids: Sequence[str] | None) -> None:
@@ -132,27 +139,27 @@ def _authorise_tasks(request: Request, claims: Claims, task_ids: Sequence[str] |
         check_task(request, claims, task_id)
 
 
-async def _items(body: bytes, count: int, limits: Limits) -> list[Item]:
-    """The items in the order of their indexes. One that comes twice is one item."""
+async def _read_items(body: bytes, count: int, limits: Limits) -> list[Item]:
+    """The items ordered by index. A line that comes twice is one item."""
     breaks, most = body.count(b"\n"), count * _LINES_PER_ITEM
     if breaks > most:
         raise LimitExceeded(f"the body has {breaks} line breaks, limit {most} for a batch of {count} runs", status=413)
-    turns = _Turns()
+    pacer = _Pacer()
     splitter = LineSplitter(max_body_bytes(limits))
-    found: dict[int, Item] = {}
+    items: dict[int, Item] = {}
     for number, line in enumerate(chain(splitter.feed(body), splitter.rest()), 1):
         item = read_json(line, Item, what=f"line {number}")
         if not 0 <= item.index < count:
-            raise UsageError(f"line {number} has the index {item.index}; the batch has {count} runs, from 0")
-        if found.setdefault(item.index, item) != item:
-            raise UsageError(f"line {number} has the index {item.index}, as another line before it")
-        await turns.after(len(line))
-    return [found[index] for index in sorted(found)]
+            raise UsageError(f"line {number} has index {item.index}; the batch has {count} runs, counted from 0")
+        if items.setdefault(item.index, item) != item:
+            raise UsageError(f"line {number} has index {item.index}, as an earlier line; send each item once")
+        await pacer.pace(len(line))
+    return [items[index] for index in sorted(items)]
 
 
-async def _prepared(request: Request, claims: Claims, batch: BatchRecord, items: Sequence[Item]) -> list[Prepared]:
+async def _prepare_items(request: Request, claims: Claims, batch: BatchRecord, items: Sequence[Item]) -> list[Prepared]:
     parent = await find_parent(request, claims, batch.parent_id)
-    turns = _Turns()
+    pacer = _Pacer()
     prepared: list[Prepared] = []
     for item in items:
         try:
@@ -160,7 +167,7 @@ async def _prepared(request: Request, claims: Claims, batch: BatchRecord, items:
         except RealtimeError as exc:
             exc.args = (f"item {item.index}: {exc}",)
             raise
-        await turns.after(len(item.payload) + len(item.options))
+        await pacer.pace(len(item.payload) + len(item.options))
     return prepared
 
 
@@ -168,61 +175,62 @@ def _prepare(request: Request, claims: Claims, parent: RunRecord | None, item: I
     if not item.task:
         raise InvalidRequest("task is missing; it must be the id of a task")
     _authorise_tasks(request, claims, [item.task])
-    token_id = None if claims.secret else claims.token_id
-    limits = request.host.limits
+    tasks, limits = request.host.tasks, request.host.limits
     options = read_options(item, limits)
     payload, run_options = read_payload(item, options, limits), options.run_options()
-    return request.host.tasks.prepare_json(item.task, payload, run_options, parent=parent, token_id=token_id)
+    return tasks.prepare_json(item.task, payload, run_options, parent=parent, token_id=run_token_id(claims))
 
 
-class _Turns:
-    """Gives others a turn after some items or some bytes."""
+class _Pacer:
+    """Lets other tasks of the event loop run while a large batch is checked."""
 
     def __init__(self) -> None:
         self._items = 0
         self._bytes = 0
 
-    async def after(self, size: int) -> None:
+    async def pace(self, size: int) -> None:
         self._items += 1
         self._bytes += size
-        if self._items >= _TURN or self._bytes >= _TURN_BYTES:
+        if self._items >= _ITEMS_PER_ITERATION or self._bytes >= _BYTES_PER_ITERATION:
             self._items = self._bytes = 0
             await anyio.lowlevel.checkpoint()
-
-
-# Retrieve
 
 
 async def retrieve_batch(request: Request, batch_id: str) -> Response:
     claims = request.authenticate()
     authorise(claims, "read", batch_resources(batch_id))
     host = request.host
-    known = await host.tasks.batches.records.find(batch_id)
-    if known is None:
-        changes = await host.broker.changes(batch_topic(batch_id), limit=host.limits.topic_runs)
-        found = await _load_runs(host, [change.run_id for change in changes.items])
-        if not found:
-            raise RunNotFound(f"no batch {shown(batch_id)}: it never was, or it is past its retention")
-        return json_bytes_response(batch_json(batch_id, sorted(found.values(), key=lambda run: run.index)))
-    run_ids = known.plan.run_ids
+    batch = await host.tasks.batches.records.find(batch_id)
+    body = await _batch_of_runs(host, batch_id) if batch is None else await _batch_with_record(host, batch_id, batch)
+    return json_bytes_response(body)
+
+
+async def _batch_of_runs(host: Host, batch_id: str) -> bytes:
+    """A batch of which only the runs are stored. Raises `RunNotFound`."""
+    changes = await host.broker.changes(batch_topic(batch_id), limit=host.limits.topic_runs)
+    found = await _load_runs(host, [change.run_id for change in changes.items])
+    if not found:
+        raise RunNotFound(f"no batch {shown(batch_id)}: it does not exist or has expired (Retention.after_end)")
+    return batch_json(batch_id, sorted(found.values(), key=lambda run: run.index))
+
+
+async def _batch_with_record(host: Host, batch_id: str, batch: BatchRecord) -> bytes:
+    run_ids = batch.plan.run_ids
     found = await _load_runs(host, list(dict.fromkeys(run_ids)))
-    last_id = known.last_id
-    whole = known.is_sealed or last_id is None or last_id in found
-    return json_bytes_response(
-        batch_json(
-            batch_id,
-            [found[run_id] for run_id in run_ids if run_id in found],
-            count=known.count,
-            created_at_ms=known.created_at_ms,
-            idempotency_key=known.idempotency_key,
-            waits=not whole and not known.is_closed(round(host.clock() * 1000)),
-            whole=whole,
-        )
+    whole = batch.is_sealed or batch.last_id is None or batch.last_id in found
+    return batch_json(
+        batch_id,
+        [found[run_id] for run_id in run_ids if run_id in found],
+        count=batch.count,
+        created_at_ms=batch.created_at_ms,
+        idempotency_key=batch.idempotency_key,
+        waits=not whole and not batch.is_closed(round(host.clock() * 1000)),
+        whole=whole,
     )
 
 
 async def _load_runs(host: Host, run_ids: Sequence[str]) -> dict[str, BatchRun]:
-    """Those that are there. Few at once, since each comes with its payload and its output."""
+    """The runs that still exist."""
     found: dict[str, BatchRun] = {}
     for start in range(0, len(run_ids), _PAGE):
         records = await host.runs.load(run_ids[start : start + _PAGE])

@@ -1,4 +1,4 @@
-"""What a credential makes of a request: whether it may make a run only once, and what may be read of what it made."""
+"""What a credential allows a request to do, and what it may read of what the request creates."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from asgi_realtime.tasks.launch import Once
 from asgi_realtime.tokens import Claims
 
 SKEW_S = 60.0
-"""How much longer than it is valid a one-time token is remembered: clocks differ."""
+"""How long a spent one-time token is remembered beyond its expiry, because clocks differ."""
 
 
 def require_secret(claims: Claims, what: str) -> None:
-    """Raises `ScopeDenied` for a public access token, whatever its scopes."""
+    """Raise `ScopeDenied` for a public token, whatever its scopes."""
     if not claims.secret:
-        raise ScopeDenied(f"{what} needs the secret key; no scope of a public access token admits that")
+        raise ScopeDenied(f"{what} needs the secret key; no scope of a public token grants it")
 
 
 def check_task(request: Request, claims: Claims, task_id: str) -> None:
-    """Raises `UnknownTask`; which tasks there are is told to the host only."""
+    """Raise `UnknownTask` if the task is not registered. Only the secret key gets the list of registered tasks."""
     try:
         request.host.tasks.get(task_id)
     except UnknownTask as exc:
@@ -37,40 +37,42 @@ def check_task(request: Request, claims: Claims, task_id: str) -> None:
 
 
 def once(request: Request, claims: Claims, what: str) -> Once | None:
-    """How to know this request again when its client repeats it. None if there is no way, nor a need.
+    """How to recognize this request if the client repeats it; None if it cannot be repeated.
 
-    A one-time token is spent by the first request, and what comes without a key is a request of its own.
+    A one-time token is spent by the first request. A request without a request key is always a new one, so that it can
+    never share the token with another.
     """
     key = request.name(REQUEST_KEY)
     if claims.one_time:
-        return Once(spending(claims), f"{what} {key or secrets.token_hex(16)}", _until_expiry(request.host, claims))
+        mark = f"{what} {key or secrets.token_hex(16)}"
+        return Once(f"token:{claims.token_id}", mark, _remembered_s(request.host, claims))
     if key is None:
         return None
     ttl_s = request.host.tasks.launcher.retention.request_key
     return Once(f"request:{claims.token_id}:{what}/{key}", "", ttl_s)
 
 
-def spending(claims: Claims) -> str:
-    """The claim that says what a one-time token was spent on."""
-    return f"token:{claims.token_id}"
-
-
-def _until_expiry(host: Host, claims: Claims) -> float:
+def _remembered_s(host: Host, claims: Claims) -> float:
     now = host.clock()
     return min(claims.expires_at, now + MAX_SPAN_S) - now + SKEW_S
 
 
+def run_token_id(claims: Claims) -> str | None:
+    """The token that a run is charged to; None for the secret key."""
+    return None if claims.secret else claims.token_id
+
+
 def handle_token(host: Host, claims: Claims, scopes: Sequence[str]) -> str:
-    """The token of a handle. What the token of the request keeps from its holder, this one does too."""
+    """The public token of a handle. It hides the same columns as the token of the request."""
     expires_in_s = parse_span(TOKEN_EXPIRES_IN)
     return host.tokens.mint(scopes, expires_in_s=expires_in_s, skip_columns=claims.skip_columns)
 
 
-def granted(claims: Claims, record: RunRecord) -> list[str]:
-    """What the handle of a run admits to.
+def handle_scopes(claims: Claims, record: RunRecord) -> list[str]:
+    """What the handle of a run grants.
 
-    A run that was found by an idempotency key may be somebody else's: whoever knows or guesses the key gets its id, and
-    may read it only if the token says so.
+    An idempotency key can find a run of another user: a client that knows or guesses the key gets the id of the run,
+    but can read the run only if its own token allows that.
     """
     if claims.secret or record.token_id == claims.token_id:
         return run_scopes(record.id)
@@ -78,18 +80,18 @@ def granted(claims: Claims, record: RunRecord) -> list[str]:
 
 
 async def find_parent(request: Request, claims: Claims, run_id: str | None) -> RunRecord | None:
-    """The run that a new one is to be a child of. Its task may change that run's metadata, so the token has to admit
-    writing to it. Raises `ScopeDenied`, `RunNotFound`."""
+    """The parent of a new run. The task of a child can change the metadata of its parent, so the token must grant
+    writing to the parent. Raises `ScopeDenied`, `RunNotFound`."""
     if run_id is None:
         return None
     authorise(claims, "write", [("runs", run_id)])
     return await request.host.runs.get(run_id)
 
 
-async def open_run(request: Request, run_id: str) -> RunRecord:
-    """The run that a request changes, which takes the secret key. Raises `ScopeDenied`, `RunNotFound`, `UsageError` if
-    the run is over."""
-    require_secret(request.authenticate(), "changing a run")
+async def find_open_run(request: Request, claims: Claims, run_id: str) -> RunRecord:
+    """The run that a request with the secret key changes. Raises `ScopeDenied`, `RunNotFound`, and `UsageError` if the
+    run is over."""
+    require_secret(claims, "changing a run")
     record = await request.host.runs.get(run_id)
     if record.is_completed:
         raise UsageError(f"run {shown(run_id)} is over ({record.status}) and cannot be changed")

@@ -1,4 +1,4 @@
-"""Changing a run from outside, as a worker of the official package does: its metadata, and its tags."""
+"""The metadata of a run over HTTP, as workers of the official package read and update it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from starlette.responses import Response
 from asgi_realtime.asgi.auth import authorise, run_resources
 from asgi_realtime.asgi.request import Request
 from asgi_realtime.asgi.responses import json_response
-from asgi_realtime.asgi.trigger_dev.credentials import once, open_run
+from asgi_realtime.asgi.trigger_dev.credentials import find_open_run, once
 from asgi_realtime.asgi.trigger_dev.run_requests import read_json
 from asgi_realtime.brokers.base import ChangeMark
 from asgi_realtime.core.errors import LimitExceeded, RunNotFound
@@ -22,12 +22,13 @@ from asgi_realtime.core.metadata import (
     check_size,
 )
 from asgi_realtime.core.runs import MetadataChanged, RunRecord
+from asgi_realtime.tasks.launch import Once
 
 MAX_UPDATE_BYTES = 1024 * 1024
-"""Metadata changes in one request."""
+"""Limit of the body that updates metadata."""
 
 MAX_OPERATIONS = 1000
-"""Metadata operations in one request; each can traverse the whole metadata."""
+"""Limit of operations in one request; each can traverse the whole metadata."""
 
 _OPERATION: Any = Operation
 
@@ -74,16 +75,16 @@ async def retrieve_metadata(request: Request, run_id: str) -> Response:
 
 
 async def update_metadata(request: Request, run_id: str) -> Response:
-    """Apply operations in their order: all of them, or none if one cannot be."""
-    record = await open_run(request, run_id)
-    mark = _mark(request, run_id)
-    limits = request.host.limits
+    """Apply all operations in order, or none if one of them fails."""
+    claims = request.authenticate()
+    record = await find_open_run(request, claims, run_id)
+    mark = _mark(once(request, claims, f"metadata {run_id}"))
     update = read_json(await request.body(MAX_UPDATE_BYTES), MetadataUpdate)
     update.check_count(MAX_OPERATIONS)
     changes = update.by_run(record)
     runs = await _open_runs(request, record, changes)
-    for run in runs:  # all before any is changed
-        check_size(apply_operations(run.metadata, changes[run.id]), limits.metadata_bytes)
+    for run in runs:  # check all runs before changing the first
+        check_size(apply_operations(run.metadata, changes[run.id]), request.host.limits.metadata_bytes)
     for run in runs:
         try:
             changed = await request.host.runs.update(run.id, MetadataChanged(tuple(changes[run.id])), mark=mark)
@@ -96,13 +97,12 @@ async def update_metadata(request: Request, run_id: str) -> Response:
 
 
 async def _open_runs(request: Request, record: RunRecord, changes: dict[str, list[Operation]]) -> list[RunRecord]:
-    """The runs that are to be changed, this one first. One that is over or gone is passed over."""
+    """The runs to change, this run first. A parent or root that is over or expired is skipped."""
     others = await request.host.runs.load([run_id for run_id in changes if run_id != record.id])
     found = [other for other in others if other is not None and not other.is_completed]
     return [record, *found] if record.id in changes else found
 
 
-def _mark(request: Request, run_id: str) -> ChangeMark | None:
-    """The name of the changes that a request makes, so that it makes them once, however often it is sent."""
-    request_is = once(request, request.authenticate(), f"metadata {run_id}")
-    return None if request_is is None else ChangeMark(hashlib.sha256(request_is.claim.encode()).hexdigest()[:32], 0)
+def _mark(attempt: Once | None) -> ChangeMark | None:
+    """The mark by which the broker recognizes the changes of a repeated request."""
+    return None if attempt is None else ChangeMark(hashlib.sha256(attempt.claim.encode()).hexdigest()[:32], 0)

@@ -1,7 +1,7 @@
-"""Lines out of a body that comes in parts, wherever the parts were cut.
+"""Split a body of newline-delimited JSON into lines, however its parts were cut (https://github.com/ndjson/ndjson-spec).
 
-For bodies of one JSON value a line (https://github.com/ndjson/ndjson-spec). A line break is LF, with or without a CR
-before it. Pure: bytes in, lines out; what is held is never more than one line of the allowed length and one part.
+A line break is LF, optionally after CR. Pure: bytes in, lines out. The splitter never holds more than one line of the
+allowed length and one part.
 """
 
 from __future__ import annotations
@@ -12,37 +12,37 @@ from asgi_realtime.core.errors import LimitExceeded
 
 
 class LineSplitter:
-    """Gives the lines of a body without their line breaks. Blank ones are no lines and are passed over."""
+    """Yields the lines of a body without their line breaks, and skips blank lines."""
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
-        self._held = bytearray()  # the begin of a line whose rest has not come yet
+        self._partial = bytearray()  # a line that continues in the next part
 
     def feed(self, part: bytes) -> Iterator[bytes]:
-        """The lines that end in this part. To be iterated to its end before the next.
+        """The lines that end in this part. Exhaust the iterator before feeding the next part.
 
-        Raises `LimitExceeded` (413) as soon as a line is too long, whether its end has come or not, after the lines
-        before it were given.
+        Raises `LimitExceeded` (413) as soon as a line is too long, even if its end has not arrived; earlier lines are
+        yielded first.
         """
         start = 0
         while (stop := part.find(b"\n", start)) >= 0:
             yield from self._line(part[start:stop])
             start = stop + 1
-        self._hold(part[start:])
+        self._extend(part[start:])
 
     def rest(self) -> Iterator[bytes]:
-        """What came after the last line break, once the body has ended."""
+        """The line after the last line break, once the body has ended."""
         return self._line(b"")
 
     def _line(self, last: bytes) -> Iterator[bytes]:
-        self._hold(last)
-        line = bytes(self._held).strip(b" \t\r")
-        self._held.clear()
+        self._extend(last)
+        line = bytes(self._partial).strip(b" \t\r")
+        self._partial.clear()
         if line:
             yield line
 
-    def _hold(self, data: bytes) -> None:
-        size = len(self._held) + len(data)
-        if size > self._max_bytes and size - (data or self._held).endswith(b"\r") > self._max_bytes:
+    def _extend(self, data: bytes) -> None:
+        size = len(self._partial) + len(data)
+        if size > self._max_bytes and size - (data or self._partial).endswith(b"\r") > self._max_bytes:
             raise LimitExceeded(f"a line is at least {size} bytes, limit {self._max_bytes}", status=413)
-        self._held += data
+        self._partial += data

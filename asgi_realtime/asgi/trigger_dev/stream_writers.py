@@ -1,8 +1,9 @@
-"""Writing from outside, as the official SDK does: `streams.pipe`, `writer`, `append`, and `input().send`.
+"""Streams and inputs written over HTTP, as the official SDK does with `streams.pipe`, `writer`, `append` and
+`input().send`.
 
-Whoever writes does so under a name, which is a producer of the stream: a request that is repeated, or that begins again
-behind what is stored, stores nothing twice. The request of a writer is open as long as its source is, and each chunk is
-stored as it comes.
+Each client writes as a named producer of the stream, so when it repeats or resumes a request, the broker skips the
+chunks that it has already stored. The request of a writer stays open as long as its source does, and each chunk is
+stored when it arrives.
 """
 
 from __future__ import annotations
@@ -35,91 +36,91 @@ from asgi_realtime.core.runs import RunRecord
 from asgi_realtime.streams.writer import CALL_BYTES, CALL_ITEMS, encode_within
 
 TARGETS = ("self", "parent", "root")
-"""Whose stream is written, as seen from the run in the path."""
+"""Which run is written to, relative to the run in the path."""
 
 _CLIENT_ID = b"x-client-id"
 _RESUME_FROM = b"x-resume-from-chunk"
 _PART_ID = b"x-part-id"
-_MAX_DIGITS = 15  # more than any stream has, and exact in every language
+_MAX_DIGITS = 15  # longer than any stream, and exact in JavaScript
 
 _UNDEFINED = b"undefined"
-"""What the client sends for a chunk that has no JSON, such as a function: a line with an index, as all others."""
+"""The line that the client sends for a chunk without a JSON form, such as a function. It takes an index too."""
 
 
-# A stream's writers
+# Streams
 
 
 async def create_stream(request: Request, run_id: str, target: str, key: str) -> Response:
-    """Make the run list a stream before anything is written. The body, if there is one, is of no meaning."""
+    """List a stream in its run before the first chunk is written. The body is ignored."""
     record, stream = await _find_stream(request, run_id, target, key)
     if record.is_completed:
-        raise _over(record)
+        raise _run_over(record)
 
     await request.host.runs.add_stream(stream)
-    return json_response({"version": "v1"}, 202)  # "v1" tells the client to write here and not to an S2 store
+    return json_response({"version": "v1"}, 202)  # "v1" makes the client write here and not to an S2 store
 
 
 async def write_stream(request: Request, run_id: str, target: str, key: str) -> Response:
-    """Append one chunk for each line of the body, as the lines come."""
+    """Append one chunk for each line of the body, as the lines arrive."""
     record, stream = await _find_stream(request, run_id, target, key)
     host = request.host
     producer, start = _writer(request)
     if record.is_completed and not await host.broker.produced(stream, producer):
-        raise _over(record)  # at once; one that is done may hear that everything is stored
+        raise _run_over(record)  # a writer that has stored everything before may send it again and gets 200
 
-    body = _Body(host, record, stream, producer, start)
+    body = _WriterBody(host, record, stream, producer, start)
     request.subscription_limits.acquire(record.id, "")
     try:
         await host.runs.add_stream(stream)
         await body.read(request)
     except ProducerGap as gap:
-        # Of a failure that it does not take for final the client asks by HEAD where to go on. 503 is such a one, and so
-        # it sends again what it has and the broker has not, as after a failover. 409 would end the writer.
-        told = f"chunk {body.index} cannot follow: of this writer {gap.expected} are stored; go on from there"
-        return error_response(503, gap.code, told)
+        # After an error that it retries, the client asks by HEAD where to resume. It retries 503, so after a failover
+        # it sends what the broker has lost. 409 would be final.
+        message = f"chunk {body.index} leaves a gap: {gap.expected} are stored of this writer; resume after those"
+        return error_response(503, gap.code, message)
     finally:
         request.subscription_limits.release(record.id, "")
     return json_response({"ok": True})
 
 
 async def last_index(request: Request, run_id: str, target: str, key: str) -> Response:
-    """Tell a writer, in a header, the index of its last chunk that is stored; -1 if there is none."""
+    """Respond with a header that holds the index of the writer's last stored chunk, or -1."""
     _, stream = await _find_stream(request, run_id, target, key)
     client_id = request.name(_CLIENT_ID)
     if client_id is None:
-        raise InvalidRequest("X-Client-Id is missing; it says which of the stream's writers asks")
-    counted = await request.host.broker.produced(stream, f"client:{client_id}")
-    return Response(headers={"x-last-chunk-index": str(counted - 1), "cache-control": "no-store"})
+        raise InvalidRequest("X-Client-Id is missing; it identifies the writer")
+    count = await request.host.broker.produced(stream, f"client:{client_id}")
+    return Response(headers={"x-last-chunk-index": str(count - 1), "cache-control": "no-store"})
 
 
 async def append(request: Request, run_id: str, target: str, key: str) -> Response:
-    """Append the body, which is text, as one chunk: a JSON string."""
+    """Append the body as one chunk. It is text, so the chunk is a JSON string."""
     record, stream = await _find_stream(request, run_id, target, key)
     limits = request.host.limits
     body = await request.body(limits.append_bytes)
     try:
         text = body.decode()
     except UnicodeDecodeError as exc:
-        raise InvalidRequest(f"the body is no UTF-8 text: {exc}") from exc
+        raise InvalidRequest(f"the body is not UTF-8 text: {exc}") from exc
     return await _append_once(request, record, stream, encode_within(text, limits.chunk_bytes))
 
 
 def _writer(request: Request) -> tuple[str, int]:
-    """The producer that a writer is, and the place of its first line."""
+    """The producer of a writer, and the index of its first line."""
     client_id = request.name(_CLIENT_ID)
     text = (request.header(_RESUME_FROM) or b"0").decode("latin-1")
     if not (text.isascii() and text.isdigit() and len(text) <= _MAX_DIGITS):
-        raise InvalidRequest(f"X-Resume-From-Chunk is {shown(text)}; it must be an integer from 0")
+        raise InvalidRequest(f"X-Resume-From-Chunk is {shown(text)}; it must be an integer of 0 or more")
     start = int(text)
     if client_id is not None:
         return f"client:{client_id}", start
     if start:
-        raise InvalidRequest(f"X-Resume-From-Chunk is {start} and X-Client-Id is missing: nobody can be resumed")
-    return _nobody(), 0
+        raise InvalidRequest(f"X-Resume-From-Chunk is {start} without X-Client-Id; send both to resume a writer")
+    return _new_producer(), 0
 
 
-class _Body:
-    """Reads the body of a writer. `index` is that of the next chunk, in the writer's own count."""
+class _WriterBody:
+    """Appends the body of a writer while it arrives. `index` is the writer's own index of its next chunk."""
 
     def __init__(self, host: Host, record: RunRecord, key: StreamKey, producer: str, start: int) -> None:
         self.index = start
@@ -129,47 +130,48 @@ class _Body:
         self._producer = producer
 
     async def read(self, request: Request) -> None:
-        """Return once everything is stored. What is refused leaves stored what came before it, and of a body that is
-        cut off the last line is dropped, of which nobody knows whether it is whole.
+        """Return once everything is stored.
 
-        Raises `RequestCutOff`, `InvalidRequest`, `LimitExceeded`, `ProducerGap`, `RunNotFound`, `BrokerUnavailable`.
+        Lines before a rejected line are stored. If the body is cut off, its last line is dropped, because it can be
+        incomplete. Raises `RequestCutOff`, `InvalidRequest`, `LimitExceeded`, `ProducerGap`, `RunNotFound`,
+        `BrokerUnavailable`.
         """
         lines = LineSplitter(self._host.limits.chunk_bytes)
         more = True
         while more:
             message = await request.receive()
             if message["type"] == "http.disconnect":
-                raise RequestCutOff("the request's body was cut off; send again what is not confirmed")
+                raise RequestCutOff("the request body was cut off; send again what was not confirmed")
             await self._store(lines.feed(message.get("body", b"")))
             more = message.get("more_body", False)
         await self._store(lines.rest())
 
     async def _store(self, lines: Iterator[bytes]) -> None:
-        for number, items in enumerate(self._calls(lines)):
+        for number, chunks in enumerate(self._calls(lines)):
             if number:
-                await anyio.lowlevel.checkpoint()  # a server may give a large body in one part
-            await _append(self._host, self._record, self._key, items, Producer(self._producer, self.index))
-            self.index += len(items)
+                await anyio.lowlevel.checkpoint()  # a server may deliver a large body in one part
+            await _append(self._host, self._record, self._key, chunks, Producer(self._producer, self.index))
+            self.index += len(chunks)
 
     def _calls(self, lines: Iterator[bytes]) -> Iterator[list[bytes]]:
-        """The chunks of the lines, as many as go out together, up to a line that is refused. Raises why it is."""
-        items: list[bytes] = []
+        """The chunks of each broker call. Chunks before an invalid line are yielded before its error is raised."""
+        chunks: list[bytes] = []
         size = 0
-        refused: UsageError | None = None
+        error: UsageError | None = None
         try:
             for line in lines:
-                items.append(_chunk(line))
+                chunks.append(_chunk(line))
                 size += len(line)
-                if len(items) == CALL_ITEMS or size >= CALL_BYTES:
-                    yield items
-                    items, size = [], 0
+                if len(chunks) == CALL_ITEMS or size >= CALL_BYTES:
+                    yield chunks
+                    chunks, size = [], 0
         except UsageError as exc:
-            exc.args = (f"chunk {self.index + len(items)}: {exc}",)
-            refused = exc
-        if items:
-            yield items
-        if refused is not None:
-            raise refused
+            exc.args = (f"chunk {self.index + len(chunks)}: {exc}",)
+            error = exc
+        if chunks:
+            yield chunks
+        if error is not None:
+            raise error
 
 
 def _chunk(line: bytes) -> bytes:
@@ -181,15 +183,15 @@ def _chunk(line: bytes) -> bytes:
         raise InvalidRequest(f"{exc}; each line must be one JSON value") from exc
 
 
-# An input
+# Inputs
 
 
-class _Sent(msgspec.Struct):
+class _InputMessage(msgspec.Struct):
     data: msgspec.Raw = msgspec.Raw(b"")
 
 
 async def send_input(request: Request, run_id: str, input_id: str) -> Response:
-    """Append to an input of a run; `run.input(input_id)` gets it there."""
+    """Append to an input of a run, which the run receives through `run.input(input_id)`."""
     claims = request.authenticate()
     record = await request.host.runs.get(run_id)
     authorise(claims, "write", [("inputStreams", run_id)])
@@ -204,10 +206,10 @@ def _input_data(body: bytes) -> bytes:
         line = json_line(body)
     except UsageError as exc:
         raise InvalidRequest(f"the body is malformed: {exc}") from exc
-    if line == b"{}":  # what JSON.stringify makes of `{data: undefined}`
+    if line == b"{}":  # the result of JSON.stringify({data: undefined})
         return b"null"
     try:
-        data = bytes(msgspec.json.decode(line, type=_Sent).data)
+        data = bytes(msgspec.json.decode(line, type=_InputMessage).data)
     except msgspec.ValidationError:
         data = b""
     if not data:
@@ -215,11 +217,11 @@ def _input_data(body: bytes) -> bytes:
     return data
 
 
-# What they share
+# Shared
 
 
 async def _find_stream(request: Request, run_id: str, target: str, key: str) -> tuple[RunRecord, StreamKey]:
-    """The run that is written, and its stream. Streams are written by the host's own programs only.
+    """The run that is written to, and its stream. Takes the secret key, because only the host's programs write streams.
 
     Raises `InvalidToken`, `ScopeDenied`, `UsageError`, `InvalidRequest`, `RunNotFound`.
     """
@@ -229,26 +231,26 @@ async def _find_stream(request: Request, run_id: str, target: str, key: str) -> 
         raise InvalidRequest(f"the target is {shown(target)}; allowed are {', '.join(TARGETS)}")
     runs = request.host.runs
     record = await runs.get(run_id)
-    wanted = {"self": record.id, "parent": record.parent_id, "root": record.root_id or record.id}[target]
-    if wanted is None:
-        raise InvalidRequest(f"run {shown(run_id)} has no parent; the targets that it has are self and root")
-    if wanted != record.id:
-        record = await runs.get(wanted)
+    target_id = {"self": record.id, "parent": record.parent_id, "root": record.root_id or record.id}[target]
+    if target_id is None:
+        raise InvalidRequest(f"run {shown(run_id)} has no parent; allowed targets are self and root")
+    if target_id != record.id:
+        record = await runs.get(target_id)
     return record, StreamKey(record.id, name)
 
 
-def _nobody() -> str:
-    """The name of a producer that nobody repeats but we."""
+def _new_producer() -> str:
+    """A producer for one request. Only our own retries of the broker call repeat its items."""
     return f"once:{secrets.token_hex(8)}"
 
 
-def _over(record: RunRecord) -> InvalidRequest:
-    return InvalidRequest(f"run {shown(record.id)} is over ({record.status}); it takes nothing more")
+def _run_over(record: RunRecord) -> InvalidRequest:
+    return InvalidRequest(f"run {shown(record.id)} is over ({record.status}) and accepts no more chunks")
 
 
 async def _append_once(request: Request, record: RunRecord, key: StreamKey, item: bytes) -> Response:
-    """Append one item, unless an earlier try of the same request has."""
-    producer = _nobody()
+    """Append one item, unless an earlier attempt of the same request has appended it."""
+    producer = _new_producer()
     for header, kind in ((_PART_ID, "part"), (REQUEST_KEY, "request")):
         name = request.name(header)
         if name is not None:
@@ -260,11 +262,11 @@ async def _append_once(request: Request, record: RunRecord, key: StreamKey, item
 
 
 async def _append(host: Host, record: RunRecord, key: StreamKey, items: Sequence[bytes], producer: Producer) -> None:
-    """Append, waiting for a broker that is away. What the producer has stored before is skipped, whatever the state of
-    the run. Raises `InvalidRequest` if the run is over."""
+    """Append, waiting while the broker is unavailable. Items that the producer has stored before are skipped, even if
+    the run is over. Raises `InvalidRequest` for new items of a run that is over."""
     try:
         await host.runs.retry(lambda: host.broker.append(key, items, producer=producer))
     except StreamClosed as exc:
         if record.is_completed:
-            raise _over(record) from exc
-        raise InvalidRequest(f"run {shown(key.run)} takes nothing more: {exc}") from exc
+            raise _run_over(record) from exc
+        raise InvalidRequest(f"run {shown(key.run)} accepts no more chunks: {exc}") from exc

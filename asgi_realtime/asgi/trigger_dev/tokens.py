@@ -1,6 +1,7 @@
-"""Tokens for the official SDK: what it needs to sign one itself, and one that is signed here.
+"""Public tokens for the official SDK.
 
-With a secret key of ours it signs by itself. Keys of the form `tr_dev_sk_…` it takes for such that cannot, and asks.
+Given our secret key, the SDK signs tokens locally, with claims that it requests here. Keys of the form `tr_dev_sk_…`
+cannot sign, so with one of those the SDK requests the finished token.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ from asgi_realtime.core.errors import InvalidRequest, UsageError, shown
 from asgi_realtime.core.scopes import flatten_scopes
 from asgi_realtime.tokens import PUBLIC_TOKEN_EXPIRES_IN, SUBJECT, check_columns
 
-BODY_BYTES = 64 * 1024
+MAX_BODY_BYTES = 64 * 1024
 
 _SPAN = re.compile(
     r"\+? ?(\d+(?:\.\d+)?) ?"
     r"(?:(s|secs?|seconds?)|(m|mins?|minutes?)|(h|hrs?|hours?)|(d|days?)|(w|weeks?)|(y|yrs?|years?))(?: from now)?",
     re.IGNORECASE,
 )
-_MAX_TIME = 1e15  # beyond every limit; a whole number may be too large for a float
+_MAX_TIME = 1e15  # far beyond any limit: an integer from JSON can be too large for a float
 _UNIT_S = (1.0, 60.0, 3600.0, 86400.0, 604800.0, 31557600.0)
 
 
@@ -35,7 +36,7 @@ class _Columns(msgspec.Struct, rename="camel"):
 
 
 class PublicToken(msgspec.Struct, rename="camel"):
-    """The token that is asked for. The time is a span, or unix seconds."""
+    """The requested token. Its expiration time is a span, or unix seconds."""
 
     scopes: list[str]
     expiration_time: str | int | float | None = None
@@ -44,20 +45,20 @@ class PublicToken(msgspec.Struct, rename="camel"):
 
 
 async def jwt_claims(request: Request) -> Response:
-    """What a token of ours says besides its scopes and times. The body is of no meaning."""
+    """The claims of a token besides its scopes and times. The body is ignored."""
     require_secret(request.authenticate(), "signing tokens")
     return json_response({"sub": SUBJECT, "pub": True})
 
 
 async def public_token(request: Request) -> Response:
-    require_secret(request.authenticate(), "making tokens")
-    wanted = read_json(await request.body(BODY_BYTES), PublicToken)
+    require_secret(request.authenticate(), "creating tokens")
+    requested = read_json(await request.body(MAX_BODY_BYTES), PublicToken)
     token = request.host.tokens.mint(
-        flatten_scopes(wanted.scopes),
-        expires_in_s=_expires_in_s(wanted.expiration_time, request),
-        one_time=bool(wanted.one_time_use),
+        flatten_scopes(requested.scopes),
+        expires_in_s=_expires_in_s(requested.expiration_time, request),
+        one_time=bool(requested.one_time_use),
         own_id=True,
-        skip_columns=check_columns(wanted.realtime.skip_columns if wanted.realtime else ()),
+        skip_columns=check_columns(requested.realtime.skip_columns if requested.realtime else ()),
     )
     return json_response({"token": token})
 
@@ -67,7 +68,7 @@ def _expires_in_s(time: str | int | float | None, request: Request) -> float:
         return parse_span(PUBLIC_TOKEN_EXPIRES_IN)
     seconds = _span_s(time) if isinstance(time, str) else min(time, _MAX_TIME) - request.host.clock()
     if seconds <= 0:
-        raise InvalidRequest("expirationTime is over; it must be a span, or unix seconds to come")
+        raise InvalidRequest("expirationTime is in the past; pass a span or a future unix timestamp")
     limit = request.host.limits.token_life
     if seconds > limit:
         raise InvalidRequest(f"expirationTime is {seconds:.0f} seconds from now, limit {limit:.0f}")
@@ -75,7 +76,7 @@ def _expires_in_s(time: str | int | float | None, request: Request) -> float:
 
 
 def _span_s(text: str) -> float:
-    """A span as the official client writes it, which is that of its library for tokens, or as we do."""
+    """A span in the format of jose, the token library of the official client, or in ours."""
     match = _SPAN.fullmatch(text.strip())
     if match is None:
         try:

@@ -406,7 +406,7 @@ async def test_without_a_name_each_request_is_a_writer_of_its_own(host: StandIn)
     assert await stored(host.broker) == [b"1", b"2"] * 2
     status, answer = await send(host, "POST", body=b"1", resume_from_chunk="1")
     assert status == 400
-    assert "X-Client-Id is missing" in answer["error"]
+    assert "X-Resume-From-Chunk is 1 without X-Client-Id" in answer["error"]
 
 
 @pytest.mark.parametrize("value", ["-1", "1.5", "x", "", " ", "+1", "0x1", "1_0", "²", "9" * 16])
@@ -501,7 +501,7 @@ async def test_a_run_that_ends_meanwhile_takes_no_further_chunk(host: StandIn) -
         await writer.part(b"1\n")
         await writer.answered.wait()
     assert writer.status == 400
-    assert "takes nothing more" in writer.answer["error"]
+    assert "accepts no more chunks" in writer.answer["error"]
     assert await stored(host.broker) == [b"0"]
 
 

@@ -104,9 +104,9 @@ async def test_a_token_lasts_for_a_span_or_until_a_time(time: Any, seconds: int)
         ({"scopes": []}, 422, "scopes is empty"),
         ({"scopes": ["read"]}, 422, "scope 'read' without a type admits nothing"),
         ({"scopes": ["fly:runs"]}, 422, "unknown action"),
-        ({"scopes": ["read:runs"], "expirationTime": 1_699_999_999}, 400, "is over"),
-        ({"scopes": ["read:runs"], "expirationTime": 1_700_000_000}, 400, "is over"),
-        ({"scopes": ["read:runs"], "expirationTime": "0s"}, 400, "is over"),
+        ({"scopes": ["read:runs"], "expirationTime": 1_699_999_999}, 400, "is in the past"),
+        ({"scopes": ["read:runs"], "expirationTime": 1_700_000_000}, 400, "is in the past"),
+        ({"scopes": ["read:runs"], "expirationTime": "0s"}, 400, "is in the past"),
         (
             {"scopes": ["read:runs"], "expirationTime": "1 hour ago"},
             400,
