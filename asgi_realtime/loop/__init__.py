@@ -1,1 +1,3 @@
-"""Everything that knows about asyncio, trio, threads and signals: waiters, the job supervisor, retries, thread calls."""
+"""Everything that knows about asyncio, trio, threads and signals: waiters, the job
+supervisor, retries, thread calls.
+"""
