@@ -1,8 +1,8 @@
 """The command line: create tokens, follow runs, diagnose a deployment."""
 
 # Each command is a module with `add`, which declares its arguments, and `run`, which returns the exit code: 0 for
-# success, 1 for a negative result, 2 for wrong usage. Results go to stdout, everything else to stderr. Secrets come from
-# the environment or a file, never from arguments, which every user of the machine can see.
+# success, 1 for a negative result, 2 for wrong usage. Results go to stdout, everything else to stderr. Secrets come
+# from the environment or a file, never from arguments, which every user of the machine can see.
 
 from __future__ import annotations
 
