@@ -1,15 +1,27 @@
-"""The execution of one run in this process, from its claim to its last commit.
+"""The execution of one run in this process, and how it ends.
 
-Whatever way the code of the run ends, its pipes are ended first (waited for if it returned, stopped if it did not), so
-every chunk that they hold is in the log before the run is over. The last commit carries the result, the changes of
-metadata that still waited, and the status.
+An execution is created when its run is EXECUTING and owned by this process. It moves through four phases:
+
+* RUNNING: the code of the run executes, and its pipes forward their sources;
+* STOPPING: `cancel` or `shut_down` was called. `stopped_by` is the reason, the pipes are stopped with it, and the code
+  is interrupted. Code can delay this (a thread, a shielded block), but its result no longer counts;
+* ENDING: the result is fixed. The pipes write the chunks they hold, then the last commit is on its way;
+* ENDED: the last commit is stored.
+
+The `finish_*` methods end the run; which one applies depends on how its code ended. They first wait for the pipes (if
+the code returned) or stop them (if it did not), so every chunk is in the log before the run is over. The last commit
+then carries the result, the metadata and tags that were not stored yet, and the status, in one version.
+
+A run ends once. Ending it again is harmless: that happens if the commit failed or was interrupted, or if a shutdown
+ends a run while its own code does. The first stored result wins, because nothing follows a terminal status.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from enum import Enum
+from typing import Any
 
 import anyio
 
@@ -18,43 +30,70 @@ from asgi_realtime.core.run_errors import RunCanceled, RunFailed
 from asgi_realtime.core.runs import Finished, RunError, RunRecord, Status
 from asgi_realtime.engine.run import Run
 from asgi_realtime.runs.store import RunStore
-
-if TYPE_CHECKING:
-    from asgi_realtime.streams.pipe import Pipe
+from asgi_realtime.streams.pipe import Pipe
 
 logger = logging.getLogger("asgi_realtime")
 
 _HIDDEN_MESSAGE = "task failed"
 _SHOWN = (TaskError, EncodingError, LimitExceeded, StreamLost)
-"""What was written for subscribers, and what is wrong with what the task gave; all else may tell of the inside."""
+"""Errors written for subscribers, and errors about the task's own data. Messages of others can reveal internals."""
+
+
+class Phase(Enum):
+    """Where an execution is."""
+
+    RUNNING = "running"
+    STOPPING = "stopping"
+    ENDING = "ending"
+    ENDED = "ended"
+
+
+TRANSITIONS: dict[Phase, frozenset[Phase]] = {
+    Phase.RUNNING: frozenset({Phase.STOPPING, Phase.ENDING}),
+    Phase.STOPPING: frozenset({Phase.ENDING}),
+    Phase.ENDING: frozenset({Phase.ENDED}),
+    Phase.ENDED: frozenset(),
+}
 
 
 class Execution:
-    """Ends a run, once. Made when the run is EXECUTING and owned by this process."""
+    """Stops and ends a run. `debug` shows subscribers the messages of all exceptions."""
 
     def __init__(self, run: Run, *, runs: RunStore, debug: bool) -> None:
         self.run = run
+        self.phase = Phase.RUNNING
         self.interrupt: Callable[[], None] | None = None
-        """Cancels the code of the run."""
+        """Cancels the code of the run; None before it starts and after it has ended."""
         self.reachable: Callable[[], bool] = lambda: True
-        """Whether there is code to cancel; a run may have been left open by a task that is gone."""
+        """Whether `interrupt` has an effect: not if the task that opened the run ended without leaving it."""
         self.stopped_by: RunCanceled | ServerShutdown | None = None
-        """Who stopped the run before its end."""
         self._runs = runs
         self._debug = debug
-        self.ending = False
-        """What comes of the run is settled, though not stored yet."""
+
+    @property
+    def is_ending(self) -> bool:
+        """The result of the run is fixed, though possibly not stored."""
+        return self.phase in (Phase.ENDING, Phase.ENDED)
+
+    def _enter(self, phase: Phase) -> bool:
+        """Move to a phase if the table allows it; return whether it does."""
+        allowed = phase in TRANSITIONS[self.phase]
+        if allowed:
+            self.phase = phase
+        return allowed
+
+    # Stop
 
     def cancel(self) -> None:
-        """Somebody asked to cancel the run. Idempotent."""
+        """Stop the run because a client or the host canceled it. Idempotent."""
         self._stop(RunCanceled("the run was canceled"))
 
     def shut_down(self) -> None:
-        """The server stops. Idempotent."""
+        """Stop the run because the server shuts down. Idempotent."""
         self._stop(ServerShutdown("the server was shut down"))
 
     def _stop(self, reason: RunCanceled | ServerShutdown) -> None:
-        if self.stopped_by is not None or self.ending:
+        if not self._enter(Phase.STOPPING):
             return
         self.stopped_by = reason
         self.run.canceled = True
@@ -66,8 +105,10 @@ class Execution:
         for pipe in tuple(self.run.pipes):
             pipe.stop(reason)
 
+    # End
+
     async def finish_returned(self) -> RunRecord:
-        """The code of the run is through: wait for its pipes, then end the run."""
+        """End a run whose code returned, once its pipes are done."""
         await self._pipes_settled()
         if self.stopped_by is not None:
             return await self.finish_stopped()
@@ -77,23 +118,23 @@ class Execution:
         return await self._end(Finished(Status.COMPLETED, output_json=self.run.output_json))
 
     async def finish_as_pipe(self, pipe: Pipe[Any]) -> RunRecord:
-        """The run lives as long as this pipe, which has ended: end it the same way."""
+        """End a run that consists of this pipe, the way the pipe ended."""
         if self.stopped_by is None and pipe.error is not None:
             return await self.finish_failed(pipe.error)
         return await self.finish_returned()
 
     async def finish_failed(self, error: BaseException) -> RunRecord:
-        """The code of the run failed."""
+        """End a run whose code raised an error."""
         return await self._end(self._failure(error))
 
     async def finish_stopped(self) -> RunRecord:
-        """The code of the run was stopped: by `cancel`, by `shut_down`, or by its host."""
+        """End a run whose code was stopped: by `cancel`, `shut_down`, or a cancellation by the host."""
         if isinstance(self.stopped_by, ServerShutdown):
             return await self._end(Finished(Status.FAILED, error=RunError("ServerShutdown", str(self.stopped_by))))
         return await self._end(Finished(Status.CANCELED))
 
     async def finish_timed_out(self, max_duration_s: float) -> RunRecord:
-        """The code of the run took longer than it may."""
+        """End a run whose code exceeded its `max_duration`."""
         message = f"the task took longer than its max_duration of {max_duration_s:g} s"
         return await self._end(Finished(Status.TIMED_OUT, error=RunError("TimedOut", message)))
 
@@ -101,21 +142,22 @@ class Execution:
         while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
             error = error.exceptions[0]
         logger.error("run %s of task %r failed", self.run.id, self.run.task, exc_info=error)
-        shown = self._debug or isinstance(error, _SHOWN)
-        message = str(error) if shown else _HIDDEN_MESSAGE
+        message = str(error) if self._debug or isinstance(error, _SHOWN) else _HIDDEN_MESSAGE
         return Finished(Status.FAILED, error=RunError(type(error).__name__, message))
 
     async def _end(self, result: Finished) -> RunRecord:
-        """The last commit. Shielded: a run whose code has ended does not stay open."""
-        self.ending = True
+        """Write what the pipes hold, then store the result. Cancelling the caller does not interrupt this: a run whose
+        code has ended must not stay open."""
+        self._enter(Phase.ENDING)
         with anyio.CancelScope(shield=True):
             if result.status is not Status.COMPLETED:
-                self._stop_pipes(self.stopped_by or _ended_as(result))
+                self._stop_pipes(self.stopped_by or _pipe_error(result))
             try:
                 await self._pipes_settled()
                 await self._flush_relatives()
-            finally:  # asyncio's own cancellation, of a host that goes away, knows no shield
+            finally:  # asyncio's native cancellation, by a host that exits, ignores the shield
                 record = await self._store(result)
+        self._enter(Phase.ENDED)
         return record
 
     async def _store(self, result: Finished) -> RunRecord:
@@ -123,15 +165,16 @@ class Execution:
             changes = self.run.buffer.take()
             try:
                 return await self._runs.update(self.run.id, *changes, result)
-            except StreamLost as exc:  # a stream lacks what was acknowledged, and it cannot be restored
+            except StreamLost as exc:  # a stream lacks acknowledged chunks that cannot be restored
                 return await self._runs.update(self.run.id, *changes, self._failure(exc))
 
     async def _pipes_settled(self) -> None:
-        while open_pipes := [pipe for pipe in self.run.pipes if not pipe.done]:  # a source may open another
+        while open_pipes := [pipe for pipe in self.run.pipes if not pipe.done]:  # a source can open another pipe
             for pipe in open_pipes:
                 await pipe.settled()
 
     async def _flush_relatives(self) -> None:
+        """Store what the run changed of its parent's and its root's metadata."""
         relatives = {relative.id: relative for relative in (self.run.parent, self.run.root) if relative is not None}
         for relative in relatives.values():
             if relative is not self.run:
@@ -141,8 +184,8 @@ class Execution:
                     logger.warning("metadata of run %s is lost: %s", relative.id, exc)
 
 
-def _ended_as(result: Finished) -> RealtimeError:
-    """What the consumers of a run's pipes are told when the run ends before its sources."""
+def _pipe_error(result: Finished) -> RealtimeError:
+    """The error that consumers of a pipe see if its run ends before its source."""
     if result.status is Status.CANCELED:
         return RunCanceled("the run was canceled")
     return RunFailed(f"the run ended {result.status.lower()}")

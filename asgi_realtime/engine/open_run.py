@@ -15,28 +15,26 @@ from asgi_realtime.loop.waiting import Interrupt, make_interrupt
 
 logger = logging.getLogger("asgi_realtime")
 
-Begin = Callable[[], Awaitable[Execution]]
-
 
 class OpenRun:
-    """An async context manager that gives the `Run`. Made by `Realtime.open_run`.
+    """An async context manager that yields a `Run`. Created by `Realtime.open_run`.
 
-    Leaving completes the run with what `run.set_output` was given. An exception fails it and goes on; cancellation by
-    the host cancels it and goes on. `cancel(run)` cancels the body, and the `async with` raises `RunCanceled`; the stop
-    of the `Realtime` does the same with `ServerShutdown`, and the run is FAILED.
+    Leaving it completes the run with what `run.set_output` received. An exception fails the run, a cancellation by the
+    host cancels it, and both propagate. `cancel(run)` cancels the body, and the `async with` raises `RunCanceled`. When
+    the `Realtime` stops it cancels the body too; the `async with` raises `ServerShutdown` and the run is FAILED.
     """
 
-    def __init__(self, begin: Begin, ended: Callable[[Execution], None]) -> None:
-        self._begin = begin
-        self._on_ended = ended
+    def __init__(self, start: Callable[[], Awaitable[Execution]], on_ended: Callable[[Execution], None]) -> None:
+        self._start = start
+        self._on_ended = on_ended
         self._execution: Execution | None = None
         self._interrupt: Interrupt | None = None
         self._token: contextvars.Token[Run] | None = None
 
     async def __aenter__(self) -> Run:
         if self._execution is not None:
-            raise RuntimeError("this run has been opened before; call open_run() again for another one")
-        execution = self._execution = await self._begin()
+            raise RuntimeError("this run was opened before; call open_run() again for another one")
+        execution = self._execution = await self._start()
         self._token = current.set(execution.run)
         interrupt = self._interrupt = make_interrupt()
         interrupt.__enter__()
@@ -53,19 +51,19 @@ class OpenRun:
         rest: BaseException | None = None
         try:
             interrupt.__exit__(exc_type, exc, tb)
-        except BaseException as left:  # on trio: a group of exceptions, less the cancellation that was in it
+        except BaseException as left:  # trio: the body's exception group without the cancellation it contained
             exc = rest = left
         interrupted = interrupt.interrupted and rest is None
         try:
             current.reset(token)
         except ValueError:
-            pass  # left in another task than entered: that one has its own context, nothing is to be undone here
+            pass  # left in another task than it was entered in, whose context never had the run
         try:
             await self._end(execution, exc, interrupted=interrupted)
         except RealtimeError as failure:
             if not isinstance(exc, Exception):
                 raise
-            logger.error("the end of run %s could not be stored: %s", execution.run.id, failure)  # `exc` goes on
+            logger.error("the end of run %s could not be stored: %s", execution.run.id, failure)  # `exc` propagates
         finally:
             self._on_ended(execution)
         if rest is not None:
@@ -74,11 +72,9 @@ class OpenRun:
             raise execution.stopped_by from None
 
     async def _end(self, execution: Execution, exc: BaseException | None, *, interrupted: bool) -> RunRecord:
-        if interrupted:
-            return await execution.finish_stopped()
-        if isinstance(exc, Exception):
+        if isinstance(exc, Exception) and not interrupted:
             return await execution.finish_failed(exc)
-        if exc is not None:
+        if exc is not None or interrupted:
             return await execution.finish_stopped()
         try:
             return await execution.finish_returned()

@@ -69,7 +69,7 @@ class RunWatch:
         if version != self._seen:
             async with self._execution.run.buffer.storing:
                 pass  # the news of a change of our own may come before its answer
-        if version != self._seen and not self._execution.ending:
+        if version != self._seen and not self._execution.is_ending:
             self._check(await self._runs.restored(self._run_id))
         return self._execution.stopped_by is not None
 
@@ -80,7 +80,7 @@ class RunWatch:
             if not asked and not self._runs.owned.taken(record):
                 return
         execution = self._execution
-        if execution.ending or execution.stopped_by is not None:
+        if execution.is_ending or execution.stopped_by is not None:
             return
         if record is None or record.status is Status.CRASHED:
             logger.warning("run %s was given up while it ran here: its lease was over", self._run_id)

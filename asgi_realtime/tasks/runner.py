@@ -41,7 +41,7 @@ async def run_task(task: Task[Any, Any], execution: Execution, *, threads: TaskT
             return await execution.finish_timed_out(max_duration_s)
         return await execution.finish_stopped()
     except BaseException as exc:
-        if execution.ending or isinstance(exc, KeyboardInterrupt | GeneratorExit):
+        if execution.is_ending or isinstance(exc, KeyboardInterrupt | GeneratorExit):
             raise
         # On trio a scope takes its cancellation out of a group of exceptions, and what is left comes here.
         if is_failure(exc) or (isinstance(exc, anyio.get_cancelled_exc_class()) and cancelled_itself()):

@@ -8,6 +8,7 @@ import pytest
 from asgi_realtime import Realtime, Run, RunCanceled, RunError, RunFailed, Status
 from asgi_realtime.brokers.memory import MemoryBroker
 from asgi_realtime.core.runs import Finished, TagsAdded
+from asgi_realtime.engine.execution import Phase
 from tests.brokers.backends import DistantBroker
 from tests.inprocess import FakeClock, ended, make_realtime, until
 
@@ -182,3 +183,34 @@ async def test_a_pipe_that_a_source_opens_while_the_run_ends_is_waited_for() -> 
         handle = await realtime.trigger(task)
         record = await ended(realtime, handle.id)
     assert (record.status, record.error) == (Status.FAILED, RunError("ValueError", "task failed"))
+
+
+async def test_an_execution_moves_through_its_phases() -> None:
+    async with make_realtime() as realtime:
+        with pytest.raises(RunCanceled):
+            async with realtime.open_run("r") as run:
+                execution = realtime.engine.executions[run.id]
+                phases = [execution.phase]
+                await realtime.cancel(run)
+                phases.append(execution.phase)
+                await anyio.sleep(60)
+        phases.append(execution.phase)
+        assert phases == [Phase.RUNNING, Phase.STOPPING, Phase.ENDED]
+
+
+async def test_a_run_that_has_ended_cannot_be_stopped() -> None:
+    async with make_realtime() as realtime:
+        async with realtime.open_run("r") as run:
+            execution = realtime.engine.executions[run.id]
+        execution.cancel()
+        execution.shut_down()
+        assert (execution.phase, execution.stopped_by) == (Phase.ENDED, None)
+        assert (await realtime.get_run(run)).status is Status.COMPLETED
+
+
+async def test_ending_a_run_again_keeps_its_result() -> None:
+    async with make_realtime() as realtime:
+        async with realtime.open_run("r") as run:
+            execution = realtime.engine.executions[run.id]
+        assert (await execution.finish_failed(ValueError("late"))).status is Status.COMPLETED
+        assert execution.phase is Phase.ENDED
