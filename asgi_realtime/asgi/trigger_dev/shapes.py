@@ -1,9 +1,9 @@
-"""Runs as rows of a shape: what the run feeds of the official clients are made of.
+"""Runs as rows of a shape: the data model of the run feeds that the official clients poll.
 
-A shape is a set of rows that a client holds and keeps up to date by asking for what came after its offset. Every value
-of a row is text or null, as Postgres would print it, and the schema says how a client reads it. A row is always whole,
-so it may be sent again at any time. Pure: rows and cursors in, bytes out. Spec: docs/protocol.md, and the HTTP API of
-Electric, whose client reads this.
+A shape is a set of rows that a client holds and updates by requesting the changes after its offset. Every value of a
+row is text or null, in the format that Postgres prints, and the schema tells the client how to parse it. A row is
+always complete, so it can be sent again at any time. Pure: rows and cursors in, bytes out. Spec: docs/protocol.md, and
+the HTTP API of Electric, whose client reads this.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ WIRE_STATUS: dict[Status, str] = {
     Status.EXPIRED: "EXPIRED",
     Status.TIMED_OUT: "TIMED_OUT",
 }
-"""The statuses as they stand in a row. Clients translate them back, and take one that they do not know for QUEUED."""
+"""The statuses in a row. Clients translate them back, and show one that they do not know as QUEUED."""
 
 MUST_REFETCH = b'[{"headers":{"control":"must-refetch"}}]'
 _UP_TO_DATE = b'{"headers":{"control":"up-to-date"}}]'
@@ -42,7 +42,7 @@ Encode = Callable[[RunRecord], "str | None"]
 
 
 def _timestamp(time_ms: int) -> str:
-    """Without a zone: the client adds the `Z`, and two of them make no date."""
+    """Without a time zone: the client appends a `Z`, and a date with two of them is invalid."""
     seconds, milliseconds = divmod(time_ms, 1000)
     return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%S}.{milliseconds:03}"
 
@@ -52,7 +52,7 @@ def _timestamp_or_null(time_ms: int | None) -> str | None:
 
 
 def _array(items: Iterable[str]) -> str:
-    """An array literal of Postgres. Every element is quoted, so that `NULL`, braces and commas are text."""
+    """A Postgres array literal. Every element is quoted, so that `NULL`, braces and commas are text."""
     quoted = (item.replace("\\", "\\\\").replace('"', '\\"') for item in items)
     return "{" + ",".join(f'"{item}"' for item in quoted) + "}"
 
@@ -114,17 +114,17 @@ _COLUMNS: dict[str, tuple[str, Encode]] = {
     "realtimeStreams": ("text[]", lambda record: _array(record.streams)),
     "idempotencyKey": ("text", lambda record: record.idempotency_key),
 }
-"""Each column: its type, and how a run fills it. A column of numbers or booleans must not be null."""
+"""The type of each column, and its value for a run. Columns of numbers and booleans must not be null."""
 
 
 def skippable_columns(columns: Iterable[str]) -> tuple[str, ...]:
-    """Those of the columns that there are and that may be left out, in the order of the schema."""
-    asked = frozenset(columns)
-    return tuple(name for name in SKIPPABLE_COLUMNS if name in asked)
+    """The columns that can be skipped, in schema order; others are ignored."""
+    requested = frozenset(columns)
+    return tuple(name for name in SKIPPABLE_COLUMNS if name in requested)
 
 
 def schema(*, skip: Collection[str] = ()) -> str:
-    """What a client needs to know to read the rows: the header `electric-schema`."""
+    """The header `electric-schema`, by which a client parses the rows."""
     return encode_value({name: _column(kind) for name, (kind, _) in _COLUMNS.items() if name not in skip}).decode()
 
 
@@ -133,9 +133,9 @@ def _column(kind: str) -> dict[str, str | int]:
 
 
 def row(record: RunRecord, *, skip: Collection[str] = ()) -> bytes:
-    """One run as a change message: JSON that replaces whatever a client holds of this run.
+    """One run as a change message, which replaces the row that a client holds of this run.
 
-    `skip` is what `skippable_columns` returned.
+    Pass the result of `skippable_columns` as `skip`.
     """
     value = {name: encode(record) for name, (_, encode) in _COLUMNS.items() if name not in skip}
     message = {"key": f'"public"."TaskRun"/"{record.id}"', "value": value, "headers": {"operation": "insert"}}
@@ -143,15 +143,15 @@ def row(record: RunRecord, *, skip: Collection[str] = ()) -> bytes:
 
 
 def body(rows: Iterable[bytes]) -> bytes:
-    """The body of an answer: the rows, and last the message that lets a client show them."""
+    """The body of a response: the rows, then the message on which a client shows them."""
     return b"[" + b"".join(one + b",\n" for one in rows) + _UP_TO_DATE
 
 
 class ShapeCursor(NamedTuple):
-    """What a client has of a shape: everything up to a position in a topic of this epoch.
+    """How much of a shape a client has: everything up to a position in a topic of this epoch.
 
-    `floor_ms` is the time that the runs of a list were created after, which its first request fixed. On the wire these
-    are a handle, `<epoch>.<floor>`, and an offset, `<position>_0`; both are opaque to clients.
+    `floor_ms` is the creation time after which a list includes runs; the first request of a client fixes it. On the
+    wire these are a handle, `<epoch>.<floor>`, and an offset, `<position>_0`, both opaque to clients.
     """
 
     epoch: str
@@ -168,13 +168,13 @@ class ShapeCursor(NamedTuple):
 
     @classmethod
     def parse(cls, handle: str, offset: str) -> ShapeCursor | None:
-        """Read a cursor back. None if the two are not ours, which is what one of another server is too."""
+        """Parse a cursor. None if it was not made by this server, or by one with the same broker."""
         epoch, _, floor = handle.rpartition(".")
         position, _, rest = offset.partition("_")
-        if not epoch or not _is_number(floor) or not _is_number(position) or rest != "0":
+        if not epoch or not _is_integer(floor) or not _is_integer(position) or rest != "0":
             return None
         return cls(epoch, int(floor), int(position))
 
 
-def _is_number(text: str) -> bool:
+def _is_integer(text: str) -> bool:
     return text.isascii() and text.isdigit() and len(text) <= _MAX_DIGITS

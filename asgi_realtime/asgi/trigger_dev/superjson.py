@@ -1,11 +1,16 @@
-"""What the official clients send as `application/super+json`: JSON, and what its texts stand for in JavaScript.
+"""superjson, the format in which the official clients send payloads: JSON plus the JavaScript types of its values.
 
-`{"json": …, "meta": {"values": …}}`: the annotations in `values` say which texts are dates, which lists are sets, and
-so on, each at the place of its value. A task gets the plain JSON; the annotations are kept for the official clients
-that read the payload back. Since those throw at an annotation that does not fit, and a run feed with them, whoever may
-trigger a task could end the feeds of others. So every annotation is checked here against the value that it is about,
-and what cannot be checked is dropped: readers get the plain value then. Format: superjson 2.2; some of its versions do
-not escape the dots in the name of an annotated value, so its annotation leads nowhere, or to another value.
+`{"json": …, "meta": {"values": …}}`: the tree in `values` annotates values by their path, for example that a string is
+a Date or a list is a Set. Tasks receive the plain JSON. The annotations are stored for official clients, which restore
+the types when they read the payload.
+
+Those clients throw when an annotation does not fit its value, and a run feed ends with the exception. A user who can
+trigger a task could therefore end the feeds of others. So this module checks every annotation against its value,
+rejects payloads with one that does not fit, and drops annotations that it cannot check; readers then get the plain
+value.
+
+Format: superjson 2.2. Some of its versions do not escape dots in the key of an annotated value, so that the annotation
+leads nowhere or to another value.
 """
 
 from __future__ import annotations
@@ -22,7 +27,7 @@ from asgi_realtime.core.json_paths import DANGEROUS, MISSING, child
 from asgi_realtime.core.metadata import is_number
 
 MAX_DIGITS = 4096
-"""Of one big integer: reading it takes time by the square of that."""
+"""Limit of one BigInt: parsing takes quadratic time."""
 
 _TYPED_ARRAYS = frozenset(
     {"Int8Array", "Uint8Array", "Uint8ClampedArray", "Int16Array", "Uint16Array", "Int32Array", "Uint32Array"}
@@ -38,7 +43,7 @@ _URL = re.compile(
     r"(?!xn--)[A-Za-z](?:[A-Za-z0-9-]*[A-Za-z0-9])?(?::[0-9]{1,4})?(?:[/?#][\x21-\x7e]*)?",
     re.IGNORECASE,
 )
-"""URLs that every reader can parse for sure. Others are dropped: the rules for hosts are long."""
+"""A subset of the URLs that every reader can parse. The rules for host names are too long to check all of them."""
 
 _Path = tuple[str, ...]
 
@@ -49,21 +54,21 @@ class _Superjson(msgspec.Struct):
 
 
 class Parsed(NamedTuple):
-    """A payload as plain JSON, and the annotations of its values as superjson's `meta`, if it has any."""
+    """A payload as plain JSON, and the `meta` with its annotations, if it has any."""
 
     json: bytes
     meta: bytes | None
 
 
 def parse(text: bytes) -> Parsed:
-    """Take superjson apart. Raises `UsageError` if it is malformed or an annotation does not fit its value."""
+    """Split superjson into its parts. Raises `UsageError` if it is malformed or an annotation does not fit."""
     try:
         parts = msgspec.json.decode(json_line(text), type=_Superjson)
     except msgspec.ValidationError as exc:
-        raise UsageError(f"no superjson: {exc}; it must be an object with json and, if needed, meta") from exc
+        raise UsageError(f'not superjson: {exc}; it must be an object with "json" and optionally "meta"') from exc
     json = bytes(parts.json)
     if not json:
-        raise UsageError('no superjson: "json" is missing')
+        raise UsageError('not superjson: "json" is missing')
     values = _values(bytes(parts.meta))
     try:
         kept = _Annotations(decode(json)).checked(values)
@@ -73,35 +78,39 @@ def parse(text: bytes) -> Parsed:
 
 
 def _values(meta: bytes) -> Any:
-    """The annotations. What superjson says of equal references is left out: readers get equal copies."""
+    """The annotation tree. Reference equalities are ignored, so readers get equal copies."""
     found = decode(meta) if meta else None
     if found is None:
         return None
     if not isinstance(found, dict):
-        raise UsageError("superjson's meta is no object")
+        raise UsageError("superjson's meta is not an object")
     return found.get("values")
 
 
 class _Annotations:
-    """Walks a tree of annotations along the value that it is about."""
+    """Checks a tree of annotations while walking it and the annotated value in parallel."""
 
     def __init__(self, value: Any) -> None:
         self._value = value
         self._annotated: dict[_Path, int] = {}
-        """Each path with an annotation, and how many of those above it in the tree stand on the way to it."""
-        self._unsure = _unsure_places(value)
+        """Each annotated path, with the number of annotations above it in the tree."""
+        self._ambiguous = _ambiguous_places(value)
 
     def checked(self, tree: Any) -> Any:
-        """The tree with what is kept of it, or None for nothing."""
+        """The tree without dropped annotations; None if none remain.
+
+        An annotation within an annotated value must be nested in the tree too: a reader restores types from the inside
+        out, and otherwise could meet a container that it has already converted.
+        """
         kept = self._tree(tree, self._value, (), 0)
-        on_the_way = _Ways(self._annotated)
+        prefixes = _PathTree(self._annotated)
         for path, above in self._annotated.items():
-            if on_the_way.count(path) != above + 1:
-                raise UsageError(f"superjson annotates {_shown_path(path)} within what it annotates elsewhere")
+            if prefixes.count(path) != above + 1:
+                raise UsageError(f"superjson annotates {_shown_path(path)} within a value that it annotates elsewhere")
         return kept
 
     def _tree(self, tree: Any, value: Any, path: _Path, above: int) -> Any:
-        """A node is a list of its type and maybe a dict of what is inside of it; anything between is a dict."""
+        """A node is a list of a type and optionally a dict of inner nodes. The levels between nodes are dicts."""
         if not tree:
             return None
         if isinstance(tree, dict):
@@ -123,8 +132,8 @@ class _Annotations:
         for key, subtree in tree.items():
             segments = tuple(_segments(key))
             _check_allowed(segments)
-            around, found = _at(value, segments)
-            if found is MISSING or (id(around), segments[-1]) in self._unsure:
+            container, found = _at(value, segments)
+            if found is MISSING or (id(container), segments[-1]) in self._ambiguous:
                 continue
             checked = self._tree(subtree, found, path + segments, above)
             if checked is not None:
@@ -132,8 +141,8 @@ class _Annotations:
         return kept or None
 
     def _type(self, type: Any, value: Any, path: _Path, inner: dict[str, Any]) -> Any:
-        """The type to keep, or None if the readers are to get the plain value. Raises if it does not fit."""
-        if type == ["custom", "buffer"]:  # which browsers do not have; it is one of these
+        """The type to keep, or None to give readers the plain value. Raises `UsageError` if it does not fit."""
+        if type == ["custom", "buffer"]:  # a Node Buffer, which browsers lack, is a Uint8Array
             type = ["typed-array", "Uint8Array"]
         if isinstance(type, str) and type in _UNCHECKABLE:
             return None
@@ -146,8 +155,8 @@ class _Annotations:
         return None if type == "URL" and not _URL.fullmatch(value) else type
 
 
-class _Ways:
-    """Paths as a tree of their steps, so that finding what stands on the way to one takes a walk along it."""
+class _PathTree:
+    """Annotated paths as a prefix tree, so that counting the prefixes of a path takes one walk along it."""
 
     def __init__(self, paths: Iterable[_Path]) -> None:
         self._root: dict[str | None, Any] = {}
@@ -158,12 +167,12 @@ class _Ways:
             node[None] = True
 
     def count(self, path: _Path) -> int:
-        """How many of the paths are a begin of this one, itself included."""
-        node, found = self._root, int(None in self._root)
+        """How many annotated paths are a prefix of this one, itself included."""
+        node, count = self._root, int(None in self._root)
         for segment in path:
             node = node[segment]
-            found += None in node
-        return found
+            count += None in node
+        return count
 
 
 def _fits(type: Any, value: Any) -> bool:
@@ -195,7 +204,7 @@ def _fits(type: Any, value: Any) -> bool:
 
 
 def _segments(key: str) -> Iterator[str]:
-    """The steps that a key stands for: it may be several, joined by dots; a dot in a name has a backslash before it."""
+    """The path segments in a key, which are separated by dots. A backslash escapes a dot."""
     segment = ""
     escaped = False
     for place, char in enumerate(key):
@@ -219,18 +228,20 @@ def _check_allowed(segments: _Path) -> None:
 
 
 def _at(value: Any, segments: _Path) -> tuple[Any, Any]:
-    """What holds the value that the segments lead to, and that value."""
-    around = MISSING
+    """The container of the value at a path, and the value."""
+    container = MISSING
     for segment in segments:
         if value is MISSING:
             return MISSING, MISSING
-        around, value = value, child(value, segment)
-    return around, value
+        container, value = value, child(value, segment)
+    return container, value
 
 
-def _unsure_places(value: Any) -> set[tuple[int, str]]:
-    """The places that an annotation may lead to though it is about another value, whose name has dots: each as the
-    identity of what holds it, and the last step."""
+def _ambiguous_places(value: Any) -> set[tuple[int, str]]:
+    """The places, as the id of a container and the last path segment, that an unescaped key with dots also names.
+
+    With both `{"a.b": …}` and `{"a": {"b": …}}` in a payload, an annotation of `a.b` can mean either.
+    """
     places: set[tuple[int, str]] = set()
     waiting = [value]
     while waiting:

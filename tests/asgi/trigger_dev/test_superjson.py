@@ -154,7 +154,11 @@ def test_what_says_nothing_is_left_out(tree: Any) -> None:
         ({"a": 1}, {"nowhere.__proto__": ["undefined"]}, "annotates '__proto__', which is not allowed"),
         ({"constructor": 1}, {"constructor": ["undefined"]}, "'constructor', which is not allowed"),
         ({"a": {"b": WHEN}}, {"a": {"b": ["Date"]}, "a.b": ["Date"]}, r"annotates 'a\.b' twice"),
-        ({"a": [WHEN]}, {"a": ["set"], "a.0": ["Date"]}, r"annotates 'a\.0' within what it annotates elsewhere"),
+        (
+            {"a": [WHEN]},
+            {"a": ["set"], "a.0": ["Date"]},
+            r"annotates 'a\.0' within a value that it annotates elsewhere",
+        ),
         ([1], ["set", [1]], "annotation of the payload is malformed"),
         ([1], ["set", {}, 1], "annotation of the payload is malformed"),
         ([1], "set", "annotation of the payload is malformed"),
@@ -171,11 +175,11 @@ def test_an_annotation_that_does_not_fit_is_refused(value: Any, values: Any, mes
     [
         ("", "not valid JSON"),
         ("{", "not valid JSON"),
-        ("[]", "no superjson: Expected `object`, got `array`"),
-        ('"text"', "no superjson: Expected `object`, got `str`"),
-        ("{}", 'no superjson: "json" is missing'),
+        ("[]", "not superjson: Expected `object`, got `array`"),
+        ('"text"', "not superjson: Expected `object`, got `str`"),
+        ("{}", 'not superjson: "json" is missing'),
         ('{"meta":{}}', '"json" is missing'),
-        ('{"json":1,"meta":[]}', "meta is no object"),
+        ('{"json":1,"meta":[]}', "meta is not an object"),
         ('{"json":' + "[" * 100_000, "nested too deeply"),
     ],
 )
