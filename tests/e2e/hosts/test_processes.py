@@ -13,7 +13,7 @@ import pytest
 import pytest_asyncio
 
 from asgi_realtime.engine.siblings import WARNING
-from tests.e2e.hosts.servers import GUARD_S, SERVERS, serving
+from tests.e2e.hosts.servers import GUARD_S, serving
 from tests.e2e.hosts.test_matrix import Stream, do, subscribe
 
 pytestmark = [pytest.mark.slow, pytest.mark.asyncio, pytest.mark.timeout(120)]
@@ -32,7 +32,7 @@ def starts(log: str) -> int:
     return log.count("the host started")
 
 
-@pytest.mark.parametrize("server", SERVERS)
+@pytest.mark.parametrize("server", ["uvicorn", "hypercorn", "granian", "gunicorn"])
 async def test_workers_on_a_broker_in_memory(server: str, http: httpx.AsyncClient, tmp_path: Path) -> None:
     """One of two warns; a stream of either ends when the server is told to stop; and who reaches the wrong one hears
     why its run is not there."""
@@ -62,16 +62,6 @@ async def test_workers_on_a_broker_in_memory(server: str, http: httpx.AsyncClien
         assert log.count(WARNING) == 1
         assert log.count("the host stopped") == 2
         assert "Traceback" not in log
-
-
-@pytest.mark.parametrize("server", SERVERS)
-async def test_one_worker_gets_no_warning(server: str, http: httpx.AsyncClient, tmp_path: Path) -> None:
-    with serving(server, tmp_path, HOST) as running:
-        async with asyncio.timeout(GUARD_S):
-            await do(http, running, do="open")
-        running.terminate()
-        await asyncio.to_thread(running.wait)
-        assert "several workers" not in running.log.read_text()
 
 
 @pytest.mark.parametrize(
