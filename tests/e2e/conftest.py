@@ -162,10 +162,16 @@ def node_ready() -> Iterator[None]:
     node.shared.end()
 
 
-@pytest.fixture(scope="session", params=["memory", pytest.param("redis", marks=pytest.mark.redis)])
+both_brokers = pytest.mark.parametrize(
+    "broker_url", ["memory", pytest.param("redis", marks=pytest.mark.redis)], indirect=True, scope="session"
+)
+"""For one test of each capability. The rest of them run on the memory broker: the HTTP side is the same."""
+
+
+@pytest.fixture(scope="session")
 def broker_url(request: pytest.FixtureRequest) -> str:
-    """Where a site has its data."""
-    if request.param == "memory":
+    """Where a site keeps its data."""
+    if getattr(request, "param", "memory") == "memory":
         return "memory"
     url: str = request.getfixturevalue("redis_url")
     return url

@@ -62,6 +62,8 @@ class Site:
     http: httpx.Client = field(default_factory=lambda: httpx.Client(timeout=GUARD_S))
     tokens: Realtime = field(default_factory=lambda: Realtime(secret_key=SECRET))
     """Makes tokens as a process of the host does that serves nothing."""
+    ahead_s: int = 0
+    """How far the clock of the server is ahead of the machine's."""
     _process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -99,6 +101,11 @@ class Site:
             return self.http.get(f"{self.base_url}/v1/health").status_code == 200
         except httpx.TransportError:
             return False
+
+    def ensure_running(self) -> None:
+        """Start it again if a failed test left it stopped."""
+        if self._process is None:
+            self.start()
 
     def stop(self) -> None:
         """As a deployment does."""
@@ -142,6 +149,10 @@ class Site:
 
     def token(self, *scopes: str, expires_in: str = "15m") -> str:
         return self.tokens.create_public_token(scopes=scopes, expires_in=expires_in)
+
+    def move_clock(self, seconds: int) -> None:
+        self.ahead_s += seconds
+        self.post("set_ahead", seconds=self.ahead_s)
 
     def requests(self, part: str = "", *, query: str = "") -> list[Line]:
         """What the mounted app was asked so far."""

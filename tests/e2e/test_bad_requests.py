@@ -11,9 +11,10 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.e2e.conftest import both_brokers
 from tests.e2e.site import GUARD_S, SECRET, TEST_S, Opened, Site
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(TEST_S)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(TEST_S), both_brokers]
 
 OFFICIAL = {"authorization": f"Bearer {SECRET}", "trigger-version": "4.8.3"}
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.conftest import Relay
+from tests.e2e.conftest import Relay, both_brokers
 from tests.e2e.node import running
 from tests.e2e.site import SECRET, TEST_S, Line, Site
 
@@ -31,6 +31,7 @@ def runs_with(site: Site, tag: str) -> int:
     return sum("value" in row for row in rows)
 
 
+@both_brokers
 def test_the_token_of_the_handle_is_enough(site: Site) -> None:
     tag = new_tag()
     options = {"tags": [tag], "metadata": {"a": 1}}
@@ -66,11 +67,11 @@ def test_a_task_gets_the_types_that_it_asks_for(site: Site) -> None:
     assert datetime.fromisoformat(last["output"]["when"]) == datetime(2026, 1, 2, 3, 4, 5, 678000, tzinfo=UTC)
 
 
-@pytest.mark.parametrize("payload", ["text", "", 0, False, None, [], [1, {"a": None}], {"\u2028": "\U0001f600"}])
-def test_a_payload_of_any_kind_arrives_as_it_is(site: Site, payload: Any) -> None:
-    with running("trigger", site, task="echo", payload=payload) as program:
-        *_, last = of("run", program.rest())
-    assert (last.get("payload"), last.get("output")) == (payload, payload)
+def test_a_payload_of_any_kind_arrives_unchanged(site: Site) -> None:
+    for payload in ("text", "", 0, False, None, [], [1, {"a": None}], {"\u2028": "\U0001f600"}):
+        with running("trigger", site, task="echo", payload=payload) as program:
+            *_, last = of("run", program.rest())
+        assert (last.get("payload"), last.get("output")) == (payload, payload)
 
 
 def test_a_payload_may_be_left_out(site: Site) -> None:
@@ -131,6 +132,7 @@ def test_a_token_made_by_the_client_triggers_once(site: Site) -> None:
     assert runs_with(site, tag) == 1
 
 
+@both_brokers
 def test_a_one_time_token_used_by_many_at_once_triggers_once(site: Site) -> None:
     tag = new_tag()
     token = site.tokens.create_trigger_public_token("echo")
@@ -181,6 +183,7 @@ def test_a_trigger_is_not_doubled_when_the_answer_was_lost(site: Site) -> None:
     assert runs_with(site, tag) == 1
 
 
+@both_brokers
 def test_a_batch_is_triggered_followed_and_retrieved(site: Site) -> None:
     tag = new_tag()
     items = [{"payload": {"number": number}, "options": {"tags": [tag]}} for number in range(5)]
@@ -321,6 +324,7 @@ def test_the_token_of_a_handle_does_not_cancel(site: Site) -> None:
         assert program.rest() == [{"canceled": {"id": run.id}}]
 
 
+@both_brokers
 def test_a_worker_changes_metadata(site: Site) -> None:
     before = {"old": True, "log": [], "deep": {}}
     run = site.open(metadata=before)

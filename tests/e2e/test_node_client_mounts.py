@@ -11,7 +11,6 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(TEST_S),
     pytest.mark.usefixtures("node_ready"),
-    pytest.mark.parametrize("broker_url", ["memory"], indirect=True),  # a path is a path
 ]
 
 ALL = ["/realtime", "/realtime/", ""]

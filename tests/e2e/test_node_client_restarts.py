@@ -7,7 +7,7 @@ nothing is lost, and a run goes on in another process meanwhile.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 
@@ -17,24 +17,33 @@ from tests.e2e.site import TEST_S, Site, serving, starting
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(TEST_S), pytest.mark.usefixtures("node_ready")]
 
 
-Leave = Callable[[Site], None]
-away = pytest.mark.parametrize("leave", [Site.stop, Site.crash])
-
-
-@pytest.fixture
-def lone() -> Iterator[Site]:
-    """One process, and its data in its memory."""
+@pytest.fixture(scope="module")
+def memory_site() -> Iterator[Site]:
     with serving("memory") as site:
         yield site
 
 
 @pytest.fixture
-def pair(redis_url: str) -> Iterator[tuple[Site, Site]]:
-    """Two processes on one Redis: the clients' one, and another where runs go on."""
+def lone(memory_site: Site) -> Site:
+    """One process that keeps its data in memory."""
+    memory_site.ensure_running()
+    return memory_site
+
+
+@pytest.fixture(scope="module")
+def redis_sites(redis_url: str) -> Iterator[tuple[Site, Site]]:
     front = Site(redis_url)
     back = Site(redis_url, prefix=front.prefix)
     with starting(front, back):
         yield front, back
+
+
+@pytest.fixture
+def pair(redis_sites: tuple[Site, Site]) -> tuple[Site, Site]:
+    """Two processes on one Redis: one that serves the clients and restarts, and one that keeps executing runs."""
+    for site in redis_sites:
+        site.ensure_running()
+    return redis_sites
 
 
 def test_a_stream_in_memory_ends_with_an_error_after_a_restart(lone: Site) -> None:
@@ -93,14 +102,13 @@ def test_a_run_in_memory_is_gone_and_is_not_asked_for_again_and_again(lone: Site
         assert [seen["status"] for seen in lone.requests(f"/runs/{run.id}")] in ([404], [409, 404])
 
 
-@away
-def test_a_stream_on_redis_goes_on_after_a_restart(pair: tuple[Site, Site], leave: Leave) -> None:
+def test_a_stream_on_redis_goes_on_after_a_crash(pair: tuple[Site, Site]) -> None:
     front, back = pair
     run = back.open()
     run.append(*range(5))
     with running("read", front, run=run.id, token=run.token) as reader:
         assert [reader.next("chunk") for _ in range(5)] == list(range(5))
-        leave(front)
+        front.crash()
         run.append(*range(5, 10))  # while there is no server
         front.start()
         assert [reader.next("chunk") for _ in range(5)] == list(range(5, 10))
@@ -111,14 +119,13 @@ def test_a_stream_on_redis_goes_on_after_a_restart(pair: tuple[Site, Site], leav
         assert [seen["last_event_id"] for seen in front.requests(f"/streams/{run.id}/")] == ["4"]
 
 
-@away
-def test_a_run_on_redis_is_followed_over_a_restart(pair: tuple[Site, Site], leave: Leave) -> None:
+def test_a_run_on_redis_is_followed_over_a_restart(pair: tuple[Site, Site]) -> None:
     front, back = pair
     run = back.open(metadata={"step": 0})
     with running("subscribe", front, feed="run", run=run.id, token=run.token) as feed:
         assert feed.next("run")["metadata"] == {"step": 0}
         front.until_asked(f"/runs/{run.id}", query="live=true", open=True)
-        leave(front)
+        front.stop()
         run.update(metadata={"step": 1})
         front.start()
         assert feed.next("run")["metadata"] == {"step": 1}

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
 
-from tests.e2e.conftest import Relay
+from tests.e2e.conftest import Relay, both_brokers
 from tests.e2e.node import Program, running
 from tests.e2e.site import STREAM_BYTES, TEST_S, Line, Site
 
@@ -38,19 +39,23 @@ def read_all(site: Site, run: str, **given: Any) -> list[Line]:
         return reader.rest()
 
 
-@pytest.mark.parametrize("by", ["read", "fetchStream", "parts"])
-def test_every_chunk_arrives_once_in_order_and_as_it_was(site: Site, by: str) -> None:
+def test_every_chunk_arrives_once_in_order_and_unchanged(site: Site) -> None:
     run = site.open()
     run.append(*CHUNKS[:5])
-    with running("read", site, run=run.id, key="default", by=by, token=run.token) as reader:
-        seen = [reader.until("chunk") for _ in range(5)]
+    with ExitStack() as stack:
+        readers = [
+            stack.enter_context(running("read", site, run=run.id, key="default", by=by, token=run.token))
+            for by in ("read", "fetchStream", "parts")
+        ]
+        seen = [[reader.until("chunk") for _ in range(5)] for reader in readers]
         for chunk in CHUNKS[5:]:
             run.append(chunk)
-            seen.append(reader.until("chunk"))  # as it comes, while the stream is open
+            for chunks, reader in zip(seen, readers, strict=True):
+                chunks.append(reader.until("chunk"))  # while the stream is open
         run.end()
-        assert reader.rest() == [{"end": len(CHUNKS)}]
-    assert seen == CHUNKS
-    assert len(site.requests(f"/streams/{run.id}/")) == 1
+        assert [reader.rest() for reader in readers] == [[{"end": len(CHUNKS)}]] * 3
+    assert seen == [CHUNKS] * 3
+    assert len(site.requests(f"/streams/{run.id}/")) == 3
 
 
 def test_a_long_stream_arrives_whole(site: Site) -> None:
@@ -84,6 +89,7 @@ def test_a_stream_of_a_run_that_is_over_ends_at_once(site: Site) -> None:
     assert read_all(site, run.id, key="never-written", token=run.token) == [{"end": 0}]
 
 
+@both_brokers
 def test_reading_begins_at_an_index(site: Site) -> None:
     run = site.open()
     run.append(*range(6))
@@ -98,13 +104,13 @@ def test_reading_begins_at_an_index(site: Site) -> None:
             assert (reader.rest(), ahead.rest()) == ([{"end": 5}], [{"end": 1}])
 
 
-@pytest.mark.parametrize("index", [3, 4, 1000])
-def test_reading_behind_the_end_ends_at_once(site: Site, index: int) -> None:
+def test_reading_past_the_end_ends_at_once(site: Site) -> None:
     run = site.open()
     run.append(0, 1, 2)
     run.end()
-    assert read_all(site, run.id, token=run.token, options={"startIndex": index}) == [{"end": 0}]
-    assert len(site.requests(f"/streams/{run.id}/")) == 1
+    for number, index in enumerate((3, 4, 1000), 1):
+        assert read_all(site, run.id, token=run.token, options={"startIndex": index}) == [{"end": 0}]
+        assert len(site.requests(f"/streams/{run.id}/")) == number
 
 
 def test_reading_from_the_latest_skips_what_is_there(site: Site) -> None:
@@ -151,6 +157,7 @@ def test_parts_have_their_index_and_the_time_of_their_append(site: Site) -> None
         assert before - 1 <= part["timestamp"] <= after + 1
 
 
+@both_brokers
 def test_a_cut_connection_loses_and_doubles_nothing(site: Site) -> None:
     run = site.open()
     with (
@@ -214,12 +221,12 @@ def test_silence_for_as_long_as_the_client_allows_ends_the_reading(site: Site) -
     assert len(site.requests(f"/streams/{run.id}/")) == 2
 
 
-@pytest.mark.parametrize("seconds", [601, -1, 0.5])
-def test_a_timeout_that_is_not_allowed_is_refused(site: Site, seconds: float) -> None:
+def test_a_timeout_that_is_not_allowed_is_refused(site: Site) -> None:
     run = site.open()
-    (line,) = read_all(site, run.id, options={"timeoutInSeconds": seconds})
-    assert line["error"]["status"] == 400
-    assert "600" in line["error"]["message"] or "subscribe" in line["error"]["message"]
+    for seconds in (601, -1, 0.5):
+        (line,) = read_all(site, run.id, options={"timeoutInSeconds": seconds})
+        assert line["error"]["status"] == 400
+        assert "600" in line["error"]["message"] or "subscribe" in line["error"]["message"]
 
 
 def overflown(site: Site) -> tuple[Any, int, list[str]]:

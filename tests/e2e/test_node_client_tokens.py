@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import time
+from collections.abc import Iterator
 from functools import partial
 
 import pytest
@@ -71,9 +72,9 @@ def test_a_token_to_read_does_not_trigger_and_the_reverse(site: Site) -> None:
         assert [program.next("token")] + [program.next("error")["status"] for _ in range(3)] == ["trigger"] + [403] * 3
 
 
-def test_a_feed_is_refused_and_asked_for_once(broker_url: str) -> None:
+def test_a_feed_is_refused_and_asked_for_once() -> None:
     """Each answer of the feed that is allowed, which is held for a moment, tells that time has passed."""
-    with serving(broker_url, poll_s=0.2) as site:
+    with serving("memory", poll_s=0.2) as site:
         run = site.open()
         forbidden = {make: site.open() for make in REFUSED}
         refused = [[other.id, make(f"read:runs:{other.id}")] for make, other in forbidden.items()]
@@ -89,58 +90,62 @@ def test_a_feed_is_refused_and_asked_for_once(broker_url: str) -> None:
             assert [seen["status"] for seen in site.requests(f"/runs/{other.id}")] == [REFUSED[make]]
 
 
+@pytest.fixture(scope="module")
+def ahead() -> Iterator[Site]:
+    """A server whose clock the tests move ahead of the machine's."""
+    with serving("memory") as site:
+        yield site
+
+
 def soon_expired(site: Site, run: Opened) -> str:
-    return site.token(f"read:runs:{run.id}", expires_in="10s")
+    return site.token(f"read:runs:{run.id}", expires_in=f"{site.ahead_s + 10}s")
 
 
-def test_a_stream_ends_with_its_token(broker_url: str) -> None:
-    with serving(broker_url) as site:
-        run = site.open()
-        run.append("a")
-        with running("read", site, run=run.id, token=soon_expired(site, run)) as reader:
-            assert reader.next("chunk") == "a"
-            site.post("set_ahead", seconds=20)
-            (line,) = reader.rest()
-        assert line["error"]["status"] == 401
-        assert [seen["status"] for seen in site.requests(f"/streams/{run.id}/")] == [200, 401]
+def test_a_stream_ends_with_its_token(ahead: Site) -> None:
+    run = ahead.open()
+    run.append("a")
+    with running("read", ahead, run=run.id, token=soon_expired(ahead, run)) as reader:
+        assert reader.next("chunk") == "a"
+        ahead.move_clock(20)
+        (line,) = reader.rest()
+    assert line["error"]["status"] == 401
+    assert [seen["status"] for seen in ahead.requests(f"/streams/{run.id}/")] == [200, 401]
 
 
 def has_number(number: int, run: Line) -> bool:
     return bool(run["metadata"].get("number") == number)
 
 
-def test_a_stream_goes_on_with_a_new_token(broker_url: str) -> None:
-    with serving(broker_url) as site:
-        run = site.open()
-        run.append("a")
-        stale = soon_expired(site, run)
-        with running("api", site, calls=["refreshed"], run=run.id, stale=stale, fresh=run.token) as program:
-            assert program.next("chunk") == "a"
-            site.post("set_ahead", seconds=20)
-            assert program.next("refreshed")
-            run.append("b")
-            assert program.next("chunk") == "b"
-            run.end()
-            assert program.rest() == []
-        asked = [(seen["last_event_id"], seen["status"]) for seen in site.requests(f"/streams/{run.id}/")]
-        assert asked == [(None, 200), ("0", 401), ("0", 200)]
+def test_a_stream_goes_on_with_a_new_token(ahead: Site) -> None:
+    run = ahead.open()
+    run.append("a")
+    stale = soon_expired(ahead, run)
+    with running("api", ahead, calls=["refreshed"], run=run.id, stale=stale, fresh=run.token) as program:
+        assert program.next("chunk") == "a"
+        ahead.move_clock(20)
+        assert program.next("refreshed")
+        run.append("b")
+        assert program.next("chunk") == "b"
+        run.end()
+        assert program.rest() == []
+    asked = [(seen["last_event_id"], seen["status"]) for seen in ahead.requests(f"/streams/{run.id}/")]
+    assert asked == [(None, 200), ("0", 401), ("0", 200)]
 
 
-def test_a_feed_ends_with_its_token(broker_url: str) -> None:
-    with serving(broker_url) as site:
-        run, other = site.open(), site.open()
-        refused = [[run.id, soon_expired(site, run)]]
-        with running("refused_feed", site, run=other.id, refused=refused) as program:
-            program.until("refused")  # the first state, while it may
-            site.until_asked(f"/runs/{run.id}", query="live=true", open=True)
-            site.post("set_ahead", seconds=20)
-            site.until(lambda: site.requests(f"/runs/{run.id}")[-1]["status"] == 401, "it is told")
-            run.update(metadata={"secret": 1})
-            for number in range(3):
-                other.update(metadata={"number": number})
-                program.until("run", partial(has_number, number))
-            other.end()
-            lines = program.rest()
-        assert not [line for line in lines if "refused" in line]
-        statuses = [seen["status"] for seen in site.requests(f"/runs/{run.id}")]
-        assert statuses.count(401) == 1 and not any(seen["open"] for seen in site.requests(f"/runs/{run.id}"))
+def test_a_feed_ends_with_its_token(ahead: Site) -> None:
+    run, other = ahead.open(), ahead.open()
+    refused = [[run.id, soon_expired(ahead, run)]]
+    with running("refused_feed", ahead, run=other.id, refused=refused) as program:
+        program.until("refused")  # the first state, while it may
+        ahead.until_asked(f"/runs/{run.id}", query="live=true", open=True)
+        ahead.move_clock(20)
+        ahead.until(lambda: ahead.requests(f"/runs/{run.id}")[-1]["status"] == 401, "it is told")
+        run.update(metadata={"secret": 1})
+        for number in range(3):
+            other.update(metadata={"number": number})
+            program.until("run", partial(has_number, number))
+        other.end()
+        lines = program.rest()
+    assert not [line for line in lines if "refused" in line]
+    statuses = [seen["status"] for seen in ahead.requests(f"/runs/{run.id}")]
+    assert statuses.count(401) == 1 and not any(seen["open"] for seen in ahead.requests(f"/runs/{run.id}"))

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.conftest import Relay
+from tests.e2e.conftest import Relay, both_brokers
 from tests.e2e.node import running
 from tests.e2e.site import TEST_S, Site
 
@@ -31,6 +31,7 @@ def read_all(site: Site, run: str, key: str) -> list[Any]:
     return [line["chunk"] for line in chunks]
 
 
+@both_brokers
 def test_a_pipe_writes_as_its_source_goes_on(site: Site) -> None:
     run = site.open()
     with (
@@ -131,6 +132,7 @@ def test_a_public_token_does_not_write(site: Site, program: str) -> None:
     assert read_all(site, run.id, "out") == []
 
 
+@both_brokers
 def test_what_is_sent_reaches_the_task(site: Site) -> None:
     data = [{"approved": True}, "text", None]
     run = site.trigger("steps", {"count": 3})
