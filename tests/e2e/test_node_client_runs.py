@@ -101,7 +101,8 @@ def test_a_run_that_is_over_is_told_once_and_the_feed_ends(site: Site) -> None:
 
 
 def test_an_output_of_any_kind_arrives_unchanged(site: Site) -> None:
-    for output in (None, "", 0, False, "null", "text with \u2028 and \U0001f600", {"": []}, [[], {}]):
+    outputs: list[Any] = [None, "", 0, False, "null", "text with \u2028 and \U0001f600", {"": []}, [[], {}]]
+    for output in outputs:
         run = site.open(metadata={"kind": output})
         run.end(output=output)
         with running("subscribe", site, feed="run", run=run.id, token=run.token) as feed:
