@@ -13,7 +13,8 @@ from asgi_realtime.asgi.feed_kinds import BatchFeed, Feed, RunFeed, TagFeed
 from asgi_realtime.asgi.lookup import find_batch, find_run
 from asgi_realtime.asgi.request import Request
 from asgi_realtime.asgi.subscription import Subscription
-from asgi_realtime.asgi.trigger_dev.shape_polls import AskedShape, ShapePoll, asked_shape
+from asgi_realtime.asgi.trigger_dev.shape_polls import ShapePoll
+from asgi_realtime.asgi.trigger_dev.shape_requests import ShapeRequest, read_shape_request
 from asgi_realtime.brokers.base import LiveTopic
 from asgi_realtime.core.config import Limits, parse_span
 from asgi_realtime.core.errors import InvalidRequest, LimitExceeded, UsageError, shown
@@ -86,12 +87,12 @@ def asked_window(text: str | None) -> float:
         ) from exc
 
 
-def _asked(request: Request) -> AskedShape | None:
+def _asked(request: Request) -> ShapeRequest | None:
     """None if events are asked for."""
-    return None if request.accepts_event_stream else asked_shape(request)
+    return None if request.accepts_event_stream else read_shape_request(request)
 
 
-async def _answer(request: Request, claims: Claims, feed: Feed, asked: AskedShape | None) -> Answer:
+async def _answer(request: Request, claims: Claims, feed: Feed, asked: ShapeRequest | None) -> Answer:
     if asked is None:
         return FeedSubscription(request, claims, feed)
-    return await ShapePoll(request, claims, feed, asked).answer()
+    return await ShapePoll(request, claims, feed, asked).respond()

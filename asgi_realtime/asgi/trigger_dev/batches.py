@@ -19,12 +19,12 @@ from asgi_realtime.asgi.request import Request
 from asgi_realtime.asgi.responses import json_bytes_response, json_response
 from asgi_realtime.asgi.trigger_dev.batch_json import BatchRun, batch_json
 from asgi_realtime.asgi.trigger_dev.credentials import check_task, find_parent, handle_token, once, run_token_id
+from asgi_realtime.asgi.trigger_dev.decoding import read_json
 from asgi_realtime.asgi.trigger_dev.ndjson import LineSplitter
 from asgi_realtime.asgi.trigger_dev.run_requests import (
     OPTIONS_BYTES,
     RunRequest,
     max_body_bytes,
-    read_json,
     read_options,
     read_payload,
 )

@@ -12,7 +12,7 @@ from asgi_realtime.asgi.auth import authorise, run_resources
 from asgi_realtime.asgi.request import Request
 from asgi_realtime.asgi.responses import json_response
 from asgi_realtime.asgi.trigger_dev.credentials import find_open_run, once
-from asgi_realtime.asgi.trigger_dev.run_requests import read_json
+from asgi_realtime.asgi.trigger_dev.decoding import read_json
 from asgi_realtime.brokers.base import ChangeMark
 from asgi_realtime.core.errors import LimitExceeded, RunNotFound
 from asgi_realtime.core.metadata import (

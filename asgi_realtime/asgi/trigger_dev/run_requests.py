@@ -10,12 +10,13 @@ A short text can describe millions of values, each of which costs time and memor
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 
 from asgi_realtime.asgi.trigger_dev import superjson
-from asgi_realtime.core.chunks import decode, json_line, scrub_escapes
+from asgi_realtime.asgi.trigger_dev.decoding import read_json
+from asgi_realtime.core.chunks import decode, json_line
 from asgi_realtime.core.config import MAX_SPAN_S, Limits, Span, parse_span
 from asgi_realtime.core.errors import InvalidRequest, LimitExceeded, UsageError, shown
 from asgi_realtime.tasks.options import RunOptions
@@ -37,10 +38,6 @@ NO_STORE = (
     f"the official client uploads payloads of {OFFLOADED_BYTES} bytes or more to an object store, which this server"
     f" does not have; the limit is {OFFLOADED_BYTES - 1} bytes, including the superjson types of the values"
 )
-
-_MAX_MESSAGE = 300
-
-T = TypeVar("T")
 
 
 class RunRequest(msgspec.Struct):
@@ -83,44 +80,8 @@ def max_body_bytes(limits: Limits) -> int:
 
 
 def _max_options_bytes(limits: Limits) -> int:
-    """Metadata may be sent as text too."""
+    """Metadata can be sent as text too."""
     return 2 * limits.metadata_bytes + OPTIONS_BYTES
-
-
-def read_json(data: bytes, type: type[T], *, what: str = "the body", error: type[UsageError] = InvalidRequest) -> T:
-    """Decode JSON from a client.
-
-    Raises `InvalidRequest` if it is malformed, `error` if a value has the wrong type, and `UsageError` if a value was
-    rejected by its struct's `__post_init__`.
-    """
-    try:
-        return _decode(data, type)
-    except msgspec.ValidationError as exc:
-        if isinstance(exc.__cause__, UsageError):
-            raise UsageError(f"{what}: {exc.__cause__}") from exc
-        raise error(f"{what} does not fit: {_cut(str(exc))}") from exc
-    except UsageError as exc:
-        raise InvalidRequest(f"{what} is malformed: {exc}") from exc
-
-
-def _decode(data: bytes, type: type[T]) -> T:
-    """Raises `msgspec.ValidationError`, or `UsageError` if it is not JSON."""
-    try:
-        return msgspec.json.decode(data, type=type)
-    except msgspec.ValidationError:
-        raise
-    except RecursionError as exc:
-        raise UsageError("JSON is nested too deeply") from exc
-    except (msgspec.MsgspecError, ValueError) as exc:
-        scrubbed = scrub_escapes(data)
-        if scrubbed == data:
-            raise UsageError(f"not valid JSON: {exc}") from exc
-    return _decode(scrubbed, type)
-
-
-def _cut(text: str) -> str:
-    """Messages of msgspec repeat input of any length."""
-    return text if len(text) <= _MAX_MESSAGE else f"{text[:_MAX_MESSAGE]}…"
 
 
 def read_options(request: RunRequest, limits: Limits) -> Options:

@@ -21,11 +21,11 @@ from asgi_realtime.asgi.trigger_dev.credentials import (
     once,
     run_token_id,
 )
+from asgi_realtime.asgi.trigger_dev.decoding import read_json
 from asgi_realtime.asgi.trigger_dev.run_requests import (
     NO_STORE,
     RunRequest,
     max_body_bytes,
-    read_json,
     read_options,
     read_payload,
 )

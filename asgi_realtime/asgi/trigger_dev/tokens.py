@@ -14,7 +14,7 @@ from starlette.responses import Response
 from asgi_realtime.asgi.request import Request
 from asgi_realtime.asgi.responses import json_response
 from asgi_realtime.asgi.trigger_dev.credentials import require_secret
-from asgi_realtime.asgi.trigger_dev.run_requests import read_json
+from asgi_realtime.asgi.trigger_dev.decoding import read_json
 from asgi_realtime.core.config import parse_span
 from asgi_realtime.core.errors import InvalidRequest, UsageError, shown
 from asgi_realtime.core.scopes import flatten_scopes

@@ -10,7 +10,7 @@ import anyio.lowlevel
 import pytest
 from starlette.types import Message
 
-from asgi_realtime.asgi.trigger_dev import shape_polls, shapes
+from asgi_realtime.asgi.trigger_dev import shape_polls, shape_requests, shapes
 from asgi_realtime.brokers.memory import MemoryBroker
 from asgi_realtime.core.config import Limits, Timeouts
 from asgi_realtime.core.errors import BrokerUnavailable
@@ -196,7 +196,7 @@ async def test_a_run_that_changes_all_the_time_is_told_now_and_then(
     await host.create()
     client = Client(host)
     await client.rows()
-    for number in range(shape_polls.AT_ONCE + 1):
+    for number in range(shape_requests.BURST + 1):
         await host.change("run_1", progress(number))
         assert len(await client.rows(live=True)) == 1
     async with client.polling() as answers:
@@ -229,7 +229,7 @@ async def test_the_end_of_a_run_is_told_at_once_whatever_came_before(
     await host.create()
     client = Client(host)
     await client.rows()
-    for number in range(shape_polls.AT_ONCE + 1):
+    for number in range(shape_requests.BURST + 1):
         await host.change("run_1", progress(number))
         await client.rows(live=True)
     monkeypatch.setattr(anyio, "sleep", sleep)
@@ -246,7 +246,7 @@ async def test_a_list_whose_runs_end_all_the_time_is_spaced_too(host: StandIn, m
     client = Client(host, TAGS, "read:runs", tags="a")
     await client.rows()
     monkeypatch.setattr(anyio, "sleep", sleep)
-    for number in range(shape_polls.AT_ONCE + 3):
+    for number in range(shape_requests.BURST + 3):
         await host.create(f"run_{number}", tags=["a"])
         await host.finish(f"run_{number}")
         await client.rows(live=True)
@@ -262,7 +262,7 @@ async def test_after_a_pause_changes_are_told_at_once_again(host: StandIn, monke
     await client.rows()
     monkeypatch.setattr(anyio, "sleep", sleep)
     for number in range(20):
-        if number % shape_polls.AT_ONCE == 0:
+        if number % shape_requests.BURST == 0:
             host.tick(1)
         await host.change("run_1", progress(number))
         await client.rows(live=True)

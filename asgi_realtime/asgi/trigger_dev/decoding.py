@@ -1,0 +1,50 @@
+"""Decode JSON that clients send into msgspec structs."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import msgspec
+
+from asgi_realtime.core.chunks import scrub_escapes
+from asgi_realtime.core.errors import InvalidRequest, UsageError
+
+_MAX_MESSAGE = 300
+
+T = TypeVar("T")
+
+
+def read_json(data: bytes, type: type[T], *, what: str = "the body", error: type[UsageError] = InvalidRequest) -> T:
+    """Decode JSON from a client.
+
+    Raises `InvalidRequest` if it is malformed, `error` if a value has the wrong type, and `UsageError` if a value was
+    rejected by its struct's `__post_init__`.
+    """
+    try:
+        return _decode(data, type)
+    except msgspec.ValidationError as exc:
+        if isinstance(exc.__cause__, UsageError):
+            raise UsageError(f"{what}: {exc.__cause__}") from exc
+        raise error(f"{what} does not fit: {_cut(str(exc))}") from exc
+    except UsageError as exc:
+        raise InvalidRequest(f"{what} is malformed: {exc}") from exc
+
+
+def _decode(data: bytes, type: type[T]) -> T:
+    """Raises `msgspec.ValidationError`, or `UsageError` if it is not JSON."""
+    try:
+        return msgspec.json.decode(data, type=type)
+    except msgspec.ValidationError:
+        raise
+    except RecursionError as exc:
+        raise UsageError("JSON is nested too deeply") from exc
+    except (msgspec.MsgspecError, ValueError) as exc:
+        scrubbed = scrub_escapes(data)
+        if scrubbed == data:
+            raise UsageError(f"not valid JSON: {exc}") from exc
+    return _decode(scrubbed, type)
+
+
+def _cut(text: str) -> str:
+    """Messages of msgspec repeat input of any length."""
+    return text if len(text) <= _MAX_MESSAGE else f"{text[:_MAX_MESSAGE]}…"
