@@ -162,9 +162,9 @@ class Execution:
 
     async def _store(self, result: Finished) -> RunRecord:
         async with self.run.buffer.storing:
-            changes = self.run.buffer.take()
+            changes, known = self.run.buffer.take(), self._runs.owned.record(self.run.id)
             try:
-                return await self._runs.update(self.run.id, *changes, result)
+                return await self._runs.update(self.run.id, *changes, result, known=known)
             except StreamLost as exc:  # a stream lacks acknowledged chunks that cannot be restored
                 return await self._runs.update(self.run.id, *changes, self._failure(exc))
 

@@ -88,7 +88,7 @@ class Executions(Mapping[str, Execution]):
             return {}
         return {
             found.id: RelatedRun(found, runs=self._runs, supervisor=supervisor, limits=self._limits)
-            for found in await self._runs.retry(lambda: self._runs.load(sorted(ids)))
+            for found in await self._runs.retry(self._runs.load, sorted(ids))
             if found is not None
         }
 

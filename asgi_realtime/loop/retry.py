@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from typing import ParamSpec, TypeVar
 
 import anyio
 
 from asgi_realtime.core.errors import BrokerUnavailable
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 FIRST_DELAY_S = 0.05
@@ -25,12 +26,12 @@ class Retry:
     def __init__(self, patience_s: float) -> None:
         self._patience_s = patience_s
 
-    async def __call__(self, call: Callable[[], Awaitable[T]]) -> T:
+    async def __call__(self, call: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T:
         deadline: float | None = None
         delay_s = FIRST_DELAY_S
         while True:
             try:
-                return await call()
+                return await call(*args, **kwargs)
             except BrokerUnavailable:
                 now = anyio.current_time()
                 deadline = now + self._patience_s if deadline is None else deadline

@@ -73,6 +73,11 @@ class OwnedRuns:
         if owned is not None:
             owned.record = record
 
+    def record(self, run_id: str) -> RunRecord | None:
+        """The version of a run of ours that this process stored last."""
+        owned = self._runs.get(run_id)
+        return None if owned is None else owned.record
+
     def renewed(self) -> None:
         """The leases were renewed. From any thread."""
         self._renewed_at = self._clock()
@@ -136,7 +141,7 @@ class OwnedRuns:
 
         Raises `StreamLost` if the run would be a success and one of its streams was lost.
         """
-        writers = self.writers(record.id) if record.is_completed and self._lossy else []
+        writers = self.writers(record.id) if self._lossy and record.is_completed else []
         for writer in writers:
             if isinstance(writer.failure, StreamLost) and record.is_success:
                 raise writer.failure

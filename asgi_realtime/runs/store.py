@@ -88,17 +88,20 @@ class RunStore:
     async def create(self, record: RunRecord) -> None:
         """Store a new run. Raises `VersionConflict` if there is one with this id."""
         mark = self._mark()
-        await self.retry(lambda: self._broker.commit(record, expect=0, change=mark))
+        await self.retry(self._broker.commit, record, expect=0, change=mark)
 
-    async def update(self, run_id: str, *changes: RunChange, mark: ChangeMark | None = None) -> RunRecord:
+    async def update(
+        self, run_id: str, *changes: RunChange, mark: ChangeMark | None = None, known: RunRecord | None = None
+    ) -> RunRecord:
         """Apply the changes to the newest record and store it, as one version; return the record.
 
         What is later than the end of the run is absorbed. Raises `RunNotFound`, `InvalidTransition`, and for changes
         that would take the run over a limit `LimitExceeded`, once the others are stored; if those have ended the run
         it is logged instead. With a `mark` of the caller the same call again changes nothing, as long as the mark is
-        among the newest `MARKS_KEPT` of the run.
+        among the newest `MARKS_KEPT` of the run. `known` is a version that the caller has just loaded or stored, which
+        saves a load; if it is outdated, the changes still apply to the newest version.
         """
-        record, refusal = await self.try_change(run_id, *changes, mark=mark)
+        record, refusal = await self.try_change(run_id, *changes, mark=mark, known=known)
         if refusal is not None:
             if not record.is_completed:
                 raise refusal
@@ -106,10 +109,10 @@ class RunStore:
         return record
 
     async def try_change(
-        self, run_id: str, *changes: RunChange, mark: ChangeMark | None = None
+        self, run_id: str, *changes: RunChange, mark: ChangeMark | None = None, known: RunRecord | None = None
     ) -> tuple[RunRecord, LimitExceeded | None]:
         """As `update`, but returns why a change was left out, if one was."""
-        record, stored = await self._newest(run_id)
+        record, stored = await self._newest(run_id) if known is None else (known, known.version)
         while True:
             if self.owned.taken(record):
                 return record, None
@@ -134,7 +137,7 @@ class RunStore:
 
     async def restored(self, run_id: str) -> RunRecord | None:
         """Store again what the broker has lost of a run that executes here; return what is stored then, if anything."""
-        (stored,) = await self.retry(lambda: self._broker.load([run_id]))
+        (stored,) = await self.retry(self._broker.load, [run_id])
         record = self.owned.restore_candidate(run_id, stored)
         if record is None or record is stored:
             return record
@@ -152,7 +155,7 @@ class RunStore:
             stored = conflict.current
         else:
             await self.wait_created(run_id)
-            (stored,) = await self.retry(lambda: self._broker.load([run_id]))
+            (stored,) = await self.retry(self._broker.load, [run_id])
         record = self.owned.restore_candidate(run_id, stored)
         if record is None:
             raise RunNotFound(f"no run {shown(run_id)}: it never was, or it is past its retention")
@@ -196,17 +199,17 @@ class RunStore:
 
     async def claim(self, key: str, value: str, *, ttl_s: float) -> str:
         """As `Broker.claim`."""
-        return await self.retry(lambda: self._broker.claim(key, value, ttl_s=ttl_s))
+        return await self.retry(self._broker.claim, key, value, ttl_s=ttl_s)
 
     async def claimed(self, key: str) -> str | None:
         """As `Broker.claimed`."""
-        return await self.retry(lambda: self._broker.claimed(key))
+        return await self.retry(self._broker.claimed, key)
 
     async def _commit(self, record: RunRecord, *, expect: int, mark: ChangeMark | None = None) -> int:
         """Store a version; return its number, or another if the mark says that this was stored before."""
         change = mark or self._mark()
         floors = self.owned.floors(record)
-        version = await self.retry(lambda: self._broker.commit(record, expect=expect, change=change, floors=floors))
+        version = await self.retry(self._broker.commit, record, expect=expect, change=change, floors=floors)
         if version == record.version:
             self.owned.stored(record)
         return version
@@ -225,11 +228,13 @@ class RunStore:
 
     async def ended(self, run_id: str) -> RunRecord:
         """Wait until the run is over and return its last record. Raises `RunNotFound`."""
-        await self.retry(lambda: self.get(run_id))
+        record = await self.retry(self.get, run_id)
+        if record.is_completed:
+            return record
         async with following(self._broker, run_topic(run_id)) as follower:
             while True:
                 await follower.changes(None, limit=1)  # raises if nothing is heard any more
-                record = await self.retry(lambda: self.get(run_id))
+                record = await self.retry(self.get, run_id)
                 if record.is_completed:
                     return record
                 await follower.wait()

@@ -188,7 +188,7 @@ class StreamWriter:
         producer = Producer(self.producer, self.chunks)
         while True:
             try:
-                return await self._runs.retry(lambda: self._broker.append(self.key, items, producer=producer))
+                return await self._runs.retry(self._broker.append, self.key, items, producer=producer)
             except ProducerGap:
                 await self._runs.restore_streams(self.key.run, self)
                 if self.failure is not None:
@@ -244,13 +244,13 @@ class StreamWriter:
         items = [one.data for one in kept]
         producer = Producer(self.producer, index)
         at = kept[0].seq if kept else None
-        await self._runs.retry(lambda: self._broker.append(self.key, items, producer=producer, at=at))
+        await self._runs.retry(self._broker.append, self.key, items, producer=producer, at=at)
 
     async def _lose(self) -> None:
         """End the stream: its readers have seen what is not there any more."""
         failure = StreamLost(f"entries of stream {self.key.name!r} were lost by the broker and could not be restored")
         self._forget(failure)
-        await self._runs.retry(lambda: self._broker.append(self.key, [], end=End("lost", str(failure))))
+        await self._runs.retry(self._broker.append, self.key, [], end=End("lost", str(failure)))
 
     def _forget(self, failure: RealtimeError) -> None:
         """What was acknowledged is not there, and will not be."""

@@ -180,7 +180,7 @@ class Batches:
         if batch.is_sealed:
             return FilledBatch(0, len(items))
         plan = await self._plan(batch.id, items)
-        if any(item.record.claim is not None for item in items):
+        if any(item.record.idempotency_key is not None for item in items):
             batch = await self.records.store(Stage.PLANNED, batch.with_plan(plan))
             plan = batch.plan
         members = _members(batch.id, items, plan)
@@ -211,8 +211,8 @@ class Batches:
         for index, item in enumerate(items):
             item = item.renamed(run_id_in(batch_id, index))
             run_id, found = item.record.id, None
-            if item.record.claim is not None:
-                holder = await self._launcher.claim_key(item.record.claim, item)
+            if item.record.idempotency_key is not None:
+                holder = await self._launcher.claim_key(item)
                 run_id, found = holder.run_id, holder.record
             if found is None or (found.batch is not None and found.batch.id == batch_id):
                 created.setdefault(run_id, index)  # a second item with the same key stands for the same run

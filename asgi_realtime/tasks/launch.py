@@ -97,8 +97,7 @@ class Launcher:
         before gets the run it made, even if its key names another run by now. Raises `TokenSpent`, and `RunNotFound` if
         the run was made before and has expired.
         """
-        claim = prepared.record.claim
-        if claim is None:
+        if prepared.record.idempotency_key is None:
             created = await self._create_once(prepared, once)
             return Launched(created.record, is_cached=False)
         if once is not None:
@@ -107,7 +106,7 @@ class Launcher:
             if made is not None:
                 return Launched(made, is_cached=False)
             prepared = prepared.renamed(spent.id)
-        holder = await self.claim_key(claim, prepared)
+        holder = await self.claim_key(prepared)
         if holder.record is not None:
             return Launched(holder.record, is_cached=True)
         created = await self._create_once(prepared.renamed(holder.run_id), once)
@@ -156,12 +155,14 @@ class Launcher:
             await self._engine.dispatcher.dispatch(record)
         return Created(record, is_new=True)
 
-    async def claim_key(self, claim: str, prepared: Prepared) -> KeyHolder:
-        """Claim an idempotency key for a run, or find the run that it names.
+    async def claim_key(self, prepared: Prepared) -> KeyHolder:
+        """Claim the idempotency key of a run, or find the run that it names. The run must have a key.
 
         A claim is released together with its run. If the same claim is found twice and no run in between, then its
         owner has not created the run yet and may never do so; this call creates it in its place.
         """
+        claim = prepared.record.claim
+        assert claim is not None
         previous = None
         while True:
             run_id = await self._runs.claim(claim, prepared.record.id, ttl_s=prepared.key_ttl_s)

@@ -47,13 +47,6 @@ class PipeOptions(TypedDict, total=False):
     metadata: Mapping[str, Any] | None
 
 
-def check_run_options(options: Mapping[str, Any]) -> None:
-    """Raises `UsageError` for an option that does not exist."""
-    if unknown := options.keys() - RunOptions.__optional_keys__:
-        allowed = ", ".join(sorted(RunOptions.__optional_keys__))
-        raise UsageError(f"unknown option {', '.join(sorted(map(str, unknown)))}; allowed: {allowed}")
-
-
 def run_id_of(run: RunLike) -> str:
     """The id of a run. Raises `UsageError` for anything that does not name one."""
     run_id = run if isinstance(run, str) else getattr(run, "id", None)

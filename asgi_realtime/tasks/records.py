@@ -21,7 +21,7 @@ from asgi_realtime.core.names import check_key, check_tags
 from asgi_realtime.core.runs import RunRecord, Status
 from asgi_realtime.engine.engine import Engine
 from asgi_realtime.runs.ids import new_run_id
-from asgi_realtime.tasks.options import RunOptions, check_run_options
+from asgi_realtime.tasks.options import RunOptions
 from asgi_realtime.tasks.task import Task
 
 
@@ -77,7 +77,7 @@ class RecordFactory:
 
     def new_triggered_run(self, task: Task[Any, Any], payload: Payload, options: RunOptions) -> Prepared:
         """A run that waits for its task. The caller has checked the payload against the task."""
-        check_run_options(options)
+        _check_names(options)
         ttl, key, key_ttl = options.get("ttl"), options.get("idempotency_key"), options.get("idempotency_key_ttl")
         record = self._new(task.id, Status.QUEUED, options.get("tags"), options.get("metadata"))
         now_ms = record.created_at_ms
@@ -132,6 +132,12 @@ def check_idempotency_key(key: object, limits: Limits) -> str:
     if any("\ud800" <= character <= "\udfff" for character in key):
         raise UsageError(f"idempotency_key {key!r} contains a lone surrogate, which cannot be encoded as UTF-8")
     return key
+
+
+def _check_names(options: RunOptions) -> None:
+    if unknown := options.keys() - RunOptions.__optional_keys__:
+        allowed = ", ".join(sorted(RunOptions.__optional_keys__))
+        raise UsageError(f"unknown option {', '.join(sorted(map(str, unknown)))}; allowed: {allowed}")
 
 
 def _delay_ms(delay: Span | datetime | None, now_ms: int) -> int:

@@ -122,27 +122,27 @@ class Tasks:
     async def execute(self, run_id: str) -> None:
         """Claim a run and execute its task. Returns at once if the run is not QUEUED."""
         await self._engine.ensure_started()
-        task = await self._task_of(run_id)
+        record = await self._runs.get(run_id)
+        task = await self._task_of(record)
         try:
-            record = await self._runs.update(run_id, Started(self._engine.owner))
+            record = await self._runs.update(run_id, Started(self._engine.owner), known=record)
         except InvalidTransition:
             return
         if record.is_completed:
             return
         execution = await self._engine.executions.start(record)
         try:
-            await run_task(task, execution, threads=self._task_threads())
+            await run_task(task, execution, threads=self._task_threads)
         finally:
             self._engine.executions.remove(execution)
 
-    async def _task_of(self, run_id: str) -> Task[Any, Any]:
-        record = await self._runs.get(run_id)
+    async def _task_of(self, record: RunRecord) -> Task[Any, Any]:
         try:
             return self.get(record.task)
         except UnknownTask:
             dispatcher = self._engine.dispatcher
             if not isinstance(dispatcher.executor, InProcessExecutor):  # the queue has already removed the run
-                await dispatcher.fail_unstarted(run_id, RunError("UnknownTask", "the worker does not know the task"))
+                await dispatcher.fail_unstarted(record.id, RunError("UnknownTask", "the worker does not know the task"))
             raise
 
     def _task_threads(self) -> TaskThreads:

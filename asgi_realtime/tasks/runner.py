@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import anyio
@@ -15,7 +16,7 @@ from asgi_realtime.loop.threads import TaskThreads
 from asgi_realtime.tasks.task import Task
 
 
-async def run_task(task: Task[Any, Any], execution: Execution, *, threads: TaskThreads) -> RunRecord:
+async def run_task(task: Task[Any, Any], execution: Execution, *, threads: Callable[[], TaskThreads]) -> RunRecord:
     """Call the task and end its run by what comes of it. Returns the last record.
 
     Cancelling the caller cancels the run, and goes on when that is stored.
@@ -53,10 +54,10 @@ async def run_task(task: Task[Any, Any], execution: Execution, *, threads: TaskT
         current.reset(token)
 
 
-async def _call(task: Task[Any, Any], execution: Execution, threads: TaskThreads) -> Any:
+async def _call(task: Task[Any, Any], execution: Execution, threads: Callable[[], TaskThreads]) -> Any:
     run = execution.run
     payload = task.decode_payload(run.record.payload_json or b"null") if task.takes_payload else None
     call = functools.partial(task.function, *task.arguments(payload, run))
     if task.is_async:
         return await call()
-    return await threads.run(call)
+    return await threads().run(call)

@@ -265,7 +265,7 @@ async def _append(host: Host, record: RunRecord, key: StreamKey, items: Sequence
     """Append, waiting while the broker is unavailable. Items that the producer has stored before are skipped, even if
     the run is over. Raises `InvalidRequest` for new items of a run that is over."""
     try:
-        await host.runs.retry(lambda: host.broker.append(key, items, producer=producer))
+        await host.runs.retry(host.broker.append, key, items, producer=producer)
     except StreamClosed as exc:
         if record.is_completed:
             raise _run_over(record) from exc
