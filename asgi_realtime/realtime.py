@@ -112,7 +112,7 @@ class Realtime:
             clock=clock,
             signals=signals,
             debug=debug,
-            after_end_s=self.retention.after_end,
+            retention=self.retention,
         )
         self.runs = self.engine.runs
         self._bridge = ThreadBridge(self.engine)

@@ -293,7 +293,7 @@ async def test_the_run_of_a_lone_pipe_is_checked_before_anything_happens() -> No
             realtime.pipe([1], task="a/b")
         with pytest.raises(UsageError):
             realtime.pipe([1], metadata={"": 1})
-        assert realtime.runs._opening == {}
+        assert realtime.runs._being_created == {}
 
 
 @pytest.mark.anyio

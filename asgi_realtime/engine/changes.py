@@ -95,12 +95,12 @@ class ChangeBuffer:
             if not changes:
                 return
             try:
-                record, refusal = await self._runs.try_change(self.run_id, *changes)
+                record, rejected = await self._runs.try_change(self.run_id, *changes)
             except BaseException:
                 with self.lock:
                     self._pending[:0] = changes
                 raise
             for notify in self.on_stored:
                 notify(record)
-            if refusal is not None:
-                raise refusal
+            if rejected is not None:
+                raise rejected

@@ -81,13 +81,13 @@ class Engine:
         clock: Callable[[], float],
         signals: bool,
         debug: bool,
-        after_end_s: float = Retention().after_end,
+        retention: Retention | None = None,
     ) -> None:
         self.broker = broker
         self.limits = limits
         self.timeouts = timeouts
         self.clock = clock
-        self.runs = RunStore(broker, clock=clock, patience_s=timeouts.append, limits=limits, after_end_s=after_end_s)
+        self.runs = RunStore(broker, clock=clock, patience_s=timeouts.append, limits=limits, retention=retention)
         self.threads = ThreadBudget(limits.source_threads)
         self.subscribers = Subscribers(
             signals=signals, supervisor=lambda: self.supervisor, is_left_alone=lambda: self._is_lazy

@@ -120,6 +120,7 @@ class Ticker:
         await self._each_due("cancel", lambda run_id: self._change(run_id, Finished(Status.CANCELED)))
         await self._each_due("unpublished", self._broker.publish)
         await self._each_due("expiry", self._broker.remove)
+        self._runs.owned.release_expired(time.monotonic())
 
     async def _dispatch_runs(self) -> None:
         self._refused = False

@@ -70,20 +70,20 @@ class RunWatch:
             async with self._execution.run.buffer.storing:
                 pass  # the news of a change of our own may come before its answer
         if version != self._seen and not self._execution.is_ending:
-            self._check(await self._runs.restored(self._run_id))
+            self._check(await self._runs.restorer.restore_run(self._run_id))
         return self._execution.stopped_by is not None
 
     def _check(self, record: RunRecord | None) -> None:
         if record is not None:
             self._seen = record.version  # which is lower than before if the broker has lost something
             asked = record.is_completed or record.cancel_requested_at_ms is not None
-            if not asked and not self._runs.owned.taken(record):
+            if not asked and not self._runs.owned.is_taken_over(record):
                 return
         execution = self._execution
         if execution.is_ending or execution.stopped_by is not None:
             return
         if record is None or record.status is Status.CRASHED:
             logger.warning("run %s was given up while it ran here: its lease was over", self._run_id)
-        elif self._runs.owned.taken(record):
+        elif self._runs.owned.is_taken_over(record):
             logger.warning("run %s is executed elsewhere now: the broker had lost that it ran here", self._run_id)
         execution.cancel()

@@ -354,7 +354,7 @@ async def test_a_run_with_a_stream_that_was_lost_is_no_success(
     storage: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nobody wrote to that stream any more, and the run completed without it."""
-    monkeypatch.setattr("asgi_realtime.streams.writer.KEPT_BYTES", 10)
+    monkeypatch.setattr("asgi_realtime.runs.restoring.HELD_BYTES", 10)
     async with storage.realtime() as realtime:
         async with realtime.open_run("r") as run:
             before = await storage.dump()
@@ -399,7 +399,7 @@ async def test_a_run_that_redis_has_lost_altogether_is_stored_again_by_its_owner
 async def test_what_cannot_be_restored_ends_the_stream_as_lost_and_fails_the_run(
     storage: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("asgi_realtime.streams.writer.KEPT_BYTES", 10)
+    monkeypatch.setattr("asgi_realtime.runs.restoring.HELD_BYTES", 10)
     async with storage.realtime() as realtime:
 
         @realtime.task("t")
@@ -572,21 +572,10 @@ async def test_who_writes_while_what_was_lost_is_restored_disturbs_nothing(stora
                     await writer.write(number)
                     await asyncio.sleep(0)
 
-            await asyncio.gather(write(one), write(other), one._writer.restore(), other._writer.restore())
+            await asyncio.gather(write(one), write(other), realtime.runs.restorer.restore_streams(run.id))
         chunks = [chunk async for chunk in realtime.read(run)]
         assert chunks[:60] == [number for number in range(30) for _ in range(2)]
         assert sorted(chunks[60:]) == [number for number in range(30, 60) for _ in range(2)]
-
-
-async def test_a_writer_that_is_quiet_keeps_nothing_for_long(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was acknowledged was kept until the same writer wrote again, and so for ever if its run was over."""
-    monkeypatch.setattr("asgi_realtime.streams.writer.KEPT_S", 0.0)
-    async with storage.realtime() as realtime:
-        for _ in range(30):
-            async with realtime.open_run("r"):
-                await realtime.append("x" * 10_000)
-        writers = realtime._producers._shared.values()
-        assert sum(writer._kept_bytes for writer in writers) <= 20_000
 
 
 async def test_readers_are_told_when_their_realtime_stops(storage: Storage) -> None:

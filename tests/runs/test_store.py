@@ -40,7 +40,7 @@ async def test_a_run_is_created_once() -> None:
     assert (await runs.get("run_1")).version == 1
     with pytest.raises(VersionConflict):
         await runs.create(record())
-    with pytest.raises(RunNotFound, match="no run 'run_2': it never was, or it is past its retention"):
+    with pytest.raises(RunNotFound, match="no run 'run_2': it does not exist or has expired"):
         await runs.get("run_2")
     assert await runs.load(["run_2", "run_1"]) == [None, await runs.get("run_1")]
 
@@ -104,7 +104,7 @@ async def test_a_run_ends_whatever_is_refused_beside_it(caplog: pytest.LogCaptur
     await runs.create(record())
     after = await runs.update("run_1", TagsAdded(("a", "b")), increment(), Finished(Status.COMPLETED))
     assert (after.status, after.tags, after.metadata) == (Status.COMPLETED, (), {"n": 1})
-    assert "a change of run run_1 was refused: run 'run_1' would have 2 tags, limit 1" in caplog.text
+    assert "a change of run run_1 was rejected: run 'run_1' would have 2 tags, limit 1" in caplog.text
 
 
 async def test_what_was_over_a_limit_before_may_shrink() -> None:
@@ -155,7 +155,7 @@ class Removing(MemoryBroker):
 async def test_a_run_that_is_removed_meanwhile_is_not_found() -> None:
     runs = store(Removing())
     await runs.create(record())
-    with pytest.raises(RunNotFound, match="past its retention"):
+    with pytest.raises(RunNotFound, match="has expired"):
         await runs.update("run_1", increment())
 
 
