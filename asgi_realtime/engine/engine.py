@@ -41,6 +41,9 @@ from asgi_realtime.streams.sources import ThreadBudget
 
 logger = logging.getLogger("asgi_realtime")
 
+_STOP_PATIENCE_S = 0.5
+"""How long calls are retried while the broker is unavailable, once a stop has waited for `timeouts.drain`."""
+
 
 @dataclass(slots=True)
 class Start:
@@ -201,6 +204,7 @@ class Engine:
         except anyio.NoEventLoopError:
             raise RuntimeError("no event loop runs in this thread: use realtime.sync") from None
         start = self._start = Start(supervisor, lazy)
+        self.runs.retry.patience_s = self.timeouts.append
         self.subscribers.begin()
         self.executions.clear()
         self.leases.stop()
@@ -270,6 +274,7 @@ class Engine:
             await self.dispatcher.fail_waiting()
             while self._is_busy:
                 await self.executions.changed.wait()
+        self.runs.retry.patience_s = min(self.timeouts.append, _STOP_PATIENCE_S)
         with anyio.move_on_after(self.timeouts.cancel):
             while self._is_busy:
                 await self.executions.shut_down()

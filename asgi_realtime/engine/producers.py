@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import anyio
 
 from asgi_realtime.brokers.base import StreamKey
+from asgi_realtime.core.errors import BrokerUnavailable, ServerShutdown
 from asgi_realtime.core.log import HIDDEN_STREAM
 from asgi_realtime.core.runs import RunRecord
 from asgi_realtime.engine.engine import Engine
@@ -110,6 +111,8 @@ class Producers:
         try:
             await pipe.run()
             await execution.finish_as_pipe(pipe)
+        except (BrokerUnavailable, ServerShutdown) as exc:
+            logger.error("the end of run %s could not be stored: %s", record.id, exc)
         except anyio.get_cancelled_exc_class():
             await execution.finish_stopped()
             raise

@@ -8,6 +8,7 @@ from typing import ParamSpec, TypeVar
 import anyio
 
 from asgi_realtime.core.errors import BrokerUnavailable
+from asgi_realtime.loop.waiting import WaitList
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -20,22 +21,34 @@ class Retry:
     """Calls a coroutine function again, with exponential backoff, while it raises `BrokerUnavailable`.
 
     Pass only calls that are safe to repeat. The error is raised once another attempt would start more than `patience_s`
-    seconds after the first failure; every other exception, and cancellation, passes through at once.
+    seconds after the first failure; every other exception, and cancellation, passes through at once. A new patience
+    takes effect at once, for calls in progress as well.
     """
 
     def __init__(self, patience_s: float) -> None:
         self._patience_s = patience_s
+        self._changed = WaitList()
+
+    @property
+    def patience_s(self) -> float:
+        return self._patience_s
+
+    @patience_s.setter
+    def patience_s(self, patience_s: float) -> None:
+        self._patience_s = patience_s
+        self._changed.wake()
 
     async def __call__(self, call: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T:
-        deadline: float | None = None
+        failed_at: float | None = None
         delay_s = FIRST_DELAY_S
         while True:
             try:
                 return await call(*args, **kwargs)
             except BrokerUnavailable:
                 now = anyio.current_time()
-                deadline = now + self._patience_s if deadline is None else deadline
-                if now + delay_s > deadline:
+                failed_at = now if failed_at is None else failed_at
+                if now + delay_s > failed_at + self._patience_s:
                     raise
-            await anyio.sleep(delay_s)
+            with anyio.move_on_after(delay_s):
+                await self._changed.wait()
             delay_s = min(delay_s * 2, MAX_DELAY_S)

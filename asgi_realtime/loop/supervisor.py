@@ -46,7 +46,7 @@ import anyio
 import anyio.abc
 import anyio.lowlevel
 
-from asgi_realtime.core.errors import ServerShutdown
+from asgi_realtime.core.errors import BrokerUnavailable, ServerShutdown
 from asgi_realtime.loop.failures import cancelled_itself, is_failure, is_interrupt
 from asgi_realtime.loop.waiting import WaitList, on_asyncio
 
@@ -279,7 +279,9 @@ class Supervisor:
             await job()
         except BaseException as exc:
             cancelled = anyio.get_cancelled_exc_class()
-            if is_failure(exc):
+            if isinstance(exc, (BrokerUnavailable, ServerShutdown)):  # the environment's: a traceback adds nothing
+                logger.warning("a background job could not finish: %s (%r)", exc, job)
+            elif is_failure(exc):
                 logger.exception("a background job failed: %r", job)
             elif isinstance(exc, cancelled) and cancelled_itself():
                 logger.exception("a background job cancelled itself: %r", job)

@@ -641,6 +641,38 @@ async def test_a_stop_without_the_broker_ends_all_the_same() -> None:
     assert realtime.engine.executions == {}
 
 
+@pytest.mark.anyio
+async def test_a_stop_without_the_broker_is_prompt_and_logs_no_traceback(caplog: pytest.LogCaptureFixture) -> None:
+    """It took as long as a commit is retried, 30 s, and logged the traceback of an expected error."""
+    broker = NoCommits()
+    realtime = make_realtime(broker=broker)
+
+    @realtime.task("t")
+    async def task() -> None:
+        await anyio.sleep(60)
+
+    async def endless() -> AsyncIterator[int]:
+        yield 1
+        await anyio.sleep(60)
+
+    async with realtime:
+        await realtime.trigger(task)
+        pipe = realtime.pipe(endless())
+        await until(lambda: pipe.result.chunks == 1 and len(realtime.engine.executions) == 2)
+        broker.away = True
+        began = anyio.current_time()
+    assert anyio.current_time() - began < 0.9
+    assert [record for record in caplog.records if record.exc_info] == []
+    broker.away = False
+    async with realtime, realtime.open_run("r") as run:  # the next start is patient again
+        broker.away = True
+        run.metadata.set("n", 1)
+        async with anyio.create_task_group() as group:
+            group.start_soon(run.metadata.flush)
+            await anyio.sleep(0.1)
+            broker.away = False
+
+
 # The ticker
 
 
