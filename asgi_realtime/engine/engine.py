@@ -176,6 +176,8 @@ class Engine:
 
         Raises what prevented the start; if a stop did, `ServerShutdown`.
         """
+        if lazy and self.running:
+            return
         supervisor = self.supervisor
         if supervisor is not None and supervisor.usable and supervisor.stopping and not lazy:
             await supervisor.wait_ended()

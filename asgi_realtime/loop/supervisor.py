@@ -40,7 +40,7 @@ import signal
 import threading
 from collections.abc import Awaitable, Callable
 from enum import Enum
-from typing import Any
+from typing import Any, TypeVar
 
 import anyio
 import anyio.abc
@@ -51,6 +51,8 @@ from asgi_realtime.loop.failures import cancelled_itself, is_failure, is_interru
 from asgi_realtime.loop.waiting import WaitList, on_asyncio
 
 logger = logging.getLogger("asgi_realtime")
+
+T = TypeVar("T")
 
 Job = Callable[[], Awaitable[None]]
 
@@ -250,11 +252,18 @@ class Supervisor:
         task.add_done_callback(self._brief.discard)
 
     def _spawn(self, context: contextvars.Context, job: Job) -> None:
-        if self._group is None or not _in_task():
+        if self._group is None or not self._in_task():
             self._queue.append((context, job))
             self._work.wake()
         else:
             self._start(self._group, context, job)
+
+    def _in_task(self) -> bool:
+        """Whether the calling code can start a task: anyio cannot in a callback of asyncio's loop, which is in no task.
+
+        Trio runs callbacks in a task of its own.
+        """
+        return self._loop is None or asyncio.current_task(self._loop) is not None
 
     def _start_queued(self, group: anyio.abc.TaskGroup) -> None:
         queue, self._queue = self._queue, []
@@ -290,33 +299,31 @@ class Supervisor:
             else:
                 raise
 
-    async def shielded(self, function: Callable[[], Awaitable[None]]) -> None:
-        """Run a coroutine function as a job and wait for it. Cancelling the caller does not cancel the job.
+    async def shielded(self, function: Callable[[], Awaitable[T]]) -> T:
+        """Run a coroutine function as a job and return its result. Cancelling the caller does not cancel the job.
 
         Raises what the function raises, and `ServerShutdown` if the job was cancelled.
         """
         if self.ending:
-            await function()
-            return
-        done = WaitList()
-        outcome: list[Exception | None] = []
+            return await function()
+        done = anyio.Event()
+        results: list[T] = []
+        error: Exception = ServerShutdown("the server was shut down")
 
         async def job() -> None:
-            error: Exception | None = ServerShutdown("the server was shut down")
+            nonlocal error
             try:
-                await function()
-                error = None
+                results.append(await function())
             except Exception as exc:
                 error = exc
             finally:
-                outcome.append(error)
-                done.wake()
+                done.set()
 
         self.spawn(job)
-        while not outcome:
-            await done.wait()
-        if outcome[0] is not None:
-            raise outcome[0]
+        await done.wait()
+        if not results:
+            raise error
+        return results[0]
 
     # Other threads
 
@@ -335,11 +342,3 @@ class Supervisor:
             call()
         else:
             self.post(call)
-
-
-def _in_task() -> bool:
-    """Whether the calling code can start a task: anyio cannot in a callback of asyncio's loop, which is in no task.
-
-    Trio runs callbacks in a task of its own.
-    """
-    return not on_asyncio() or asyncio.current_task() is not None

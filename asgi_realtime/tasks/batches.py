@@ -183,17 +183,16 @@ class Batches:
         if any(item.record.idempotency_key is not None for item in items):
             batch = await self.records.store(Stage.PLANNED, batch.with_plan(plan))
             plan = batch.plan
-        members = _members(batch.id, items, plan)
-        created = 0
 
-        async def launch() -> None:
-            nonlocal created
-            for number, member in enumerate(members, 1):
+        async def launch() -> int:
+            created = 0
+            for number, member in enumerate(_members(batch.id, items, plan), 1):
                 created += await self._is_new(member)
                 await _yield_after(number)
             await self.records.store(Stage.SEALED, batch.sealed())
+            return created
 
-        await self._engine.begin().shielded(launch)
+        created = await self._engine.begin().shielded(launch)
         return FilledBatch(created, len(items) - created)
 
     async def _is_new(self, member: RunRecord) -> bool:

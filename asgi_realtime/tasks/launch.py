@@ -122,15 +122,14 @@ class Launcher:
             if made is not None:
                 return Created(made, is_new=False)
             prepared = prepared.renamed(spent.id)
-        outcome: list[Created] = []
 
-        async def create() -> None:
-            outcome.append(await self.create(prepared.record))
+        async def create() -> Created:
+            created = await self.create(prepared.record)
             if once is not None:
                 await self._runs.claim(_made(prepared.record.id), "made", ttl_s=once.ttl_s)
+            return created
 
-        await self._engine.begin().shielded(create)
-        return outcome[0]
+        return await self._engine.begin().shielded(create)
 
     async def create(self, record: RunRecord) -> Created:
         """Store a run and hand it to the executor, or find the run that has its id.
