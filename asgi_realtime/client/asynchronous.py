@@ -2,48 +2,54 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Iterable
 from types import TracebackType
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 from weakref import WeakSet
 
-import anyio
 import httpx
 
-from asgi_realtime.client.calls import (
-    CONNECT_TIMEOUT,
-    GIVE_UP_AFTER,
-    MOST_OF_A_REFUSAL,
-    SILENCE_TIMEOUT,
-    ClientBase,
-    as_it_is,
-    check_token,
-    chunk_only,
+from asgi_realtime.client.arguments import (
+    batch_path,
+    check_start_index,
+    run_path,
+    stream_path,
+    tags_path,
 )
-from asgi_realtime.client.following import Following, Raised
+from asgi_realtime.client.errors import UnexpectedAnswer
+from asgi_realtime.client.protocol import ChunksProtocol, RunsProtocol, SubscriptionProtocol
 from asgi_realtime.client.states import RunState
+from asgi_realtime.client.subscription import Subscription
+from asgi_realtime.client.transport import Transport
 from asgi_realtime.core.config import Span
+from asgi_realtime.core.errors import UsageError
 from asgi_realtime.streams.followers import StreamChunk
 
 T = TypeVar("T")
-S = TypeVar("S")
+
+CONNECT_TIMEOUT = 10.0
+"""Seconds until a connection is established and the request is sent."""
+
+SILENCE_TIMEOUT = 45.0
+"""Seconds without a byte after which a connection counts as lost. The server sends a heartbeat every 15."""
+
+GIVE_UP_AFTER = 300.0
+"""Seconds without progress after which a subscription raises `ServerUnreachable`."""
 
 
-class RealtimeClient(ClientBase):
+class RealtimeClient:
     """Follows runs and reads streams of a `Realtime` in another service.
 
-    `base_url` is the origin and the mount: `https://api.example.com/realtime`. `access_token` is a public access token,
-    or a function, async or not, that returns one: it is asked for the first, and for a new one whenever the server does
-    not take the last any more.
+    `base_url` is the origin and the mount path: `https://api.example.com/realtime`. `access_token` is a public access
+    token, or a function, async or not, that returns one. The function is called for the first token, and again when the
+    server refuses the last one.
 
-    A subscription comes back by itself, where it was, after a lost connection, an answer 5xx, 408 or 429, a server's
-    shutdown, and `silence_timeout` without a byte; with pauses that grow from 1 s to 30 s. After `give_up_after`
-    without progress it raises `ServerUnreachable`; with None it never gives up. `connect_timeout` is for one try.
+    A subscription reconnects and resumes after a lost connection, a response with 5xx, 408 or 429, a server shutdown,
+    and `silence_timeout` without a byte; its pauses grow from 1 s to 30 s. After `give_up_after` without progress it
+    raises `ServerUnreachable`; None means never. `connect_timeout` limits one connection attempt.
 
-    `http` is used for the requests and not closed; so proxies and certificates may be set there. Use the client in
-    `async with`, or `aclose` it; then its subscriptions end, and new ones raise `UsageError`.
+    `http` sends the requests if given, so you can configure proxies and certificates; the client does not close it.
+    Use the client with `async with`, or call `aclose`. Then its subscriptions end, and new calls raise `UsageError`.
     """
 
     def __init__(
@@ -56,63 +62,70 @@ class RealtimeClient(ClientBase):
         give_up_after: Span | None = GIVE_UP_AFTER,
         http: httpx.AsyncClient | None = None,
     ) -> None:
-        super().__init__(
+        self._transport = Transport(
             base_url,
             access_token,
             connect_timeout=connect_timeout,
             silence_timeout=silence_timeout,
             give_up_after=give_up_after,
+            http=http,
         )
-        self._owns_http = http is None
-        self._http = http or httpx.AsyncClient(limits=httpx.Limits(max_connections=None))
-        self._sleep: Callable[[float], Awaitable[None]] = anyio.sleep
-        self._turn = anyio.Lock()
-        self._newest: str | None = None
+        self.base_url = self._transport.base_url
+        self._closed = False
         self._subscriptions: WeakSet[Subscription[Any]] = WeakSet()
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.base_url!r})"
+
     def subscribe_to_run(self, run_id: str) -> Subscription[RunState]:
-        """The states of a run, the present one first, until it is over. States may be skipped, never the last."""
-        return Subscription(self, self._run(run_id), as_it_is)
+        """The states of a run, starting with the current one, until the run is over.
+
+        Intermediate states can be skipped, the last one never.
+        """
+        return self._subscribe_to_runs(run_path(run_id))
 
     def subscribe_to_runs_with_tag(
         self, tags: str | Iterable[str], *, created_within: Span | None = None
     ) -> Subscription[RunState]:
-        """The runs that have all of these tags, the present ones first, then each change. Never ends.
+        """The current state of every run that has all of these tags, then each change. Never ends.
 
-        `created_within` is how far back it reaches: 24 h if it is None, and at most.
+        `created_within` limits the runs by age; the default, and the maximum, is 24 h.
         """
-        return Subscription(self, self._tagged(tags, created_within), as_it_is)
+        return self._subscribe_to_runs(tags_path(tags, created_within))
 
     def subscribe_to_batch(self, batch_id: str) -> Subscription[RunState]:
-        """The runs of a batch, the present state first. Ends when all are over and no more can come."""
-        return Subscription(self, self._batch(batch_id), as_it_is)
+        """The current state of every run of a batch, then each change.
+
+        Ends when all runs are over and no more can be added.
+        """
+        return self._subscribe_to_runs(batch_path(batch_id))
 
     def read(self, run_id: str, stream: str = "default", *, start_index: int = 0) -> Subscription[Any]:
-        """The decoded chunks of a stream from `start_index` on, present and to come, none lost and none twice.
+        """The decoded chunks of a stream from `start_index` on, stored and new ones, without loss or duplicates.
 
-        Ends when the run completes; raises `RunFailed` or `RunCanceled` after the last chunk if it ended otherwise.
-        Raises `StreamGap` if chunks are past their retention; whoever asks again gets the oldest that is kept.
+        Ends when the run completes. If it ended otherwise, raises `RunFailed` or `RunCanceled` after the last chunk.
+        Raises `StreamGap` if chunks have expired; iterating again continues with the oldest retained one.
         """
-        return Subscription(self, self._chunks(run_id, stream, start_index), chunk_only)
+        return self._read(run_id, stream, start_index, lambda item: item.chunk)
 
     def read_indexed(self, run_id: str, stream: str = "default", *, start_index: int = 0) -> Subscription[StreamChunk]:
-        """As `read`, each chunk with its index: who keeps that goes on later from `index + 1`."""
-        return Subscription(self, self._chunks(run_id, stream, start_index), as_it_is)
+        """As `read`, with the index of each chunk. To resume in another process, start at `index + 1`."""
+        return self._read(run_id, stream, start_index, lambda item: item)
 
     async def get_run(self, run_id: str) -> RunState:
-        """The present state of a run. Tries as long as a subscription does."""
+        """The current state of a run. Retries as long as a subscription does."""
         async with self.subscribe_to_run(run_id) as states:
             async for state in states:
                 return state
-        raise self._no_state()
+        self._check_open()
+        raise UnexpectedAnswer("the server sent no state of the run", status=200)
 
     async def aclose(self) -> None:
-        """End the subscriptions, those that are read too, and close the connections, unless `http` was given."""
+        """End all subscriptions, even while they are read, and close the connections unless `http` was given."""
         self._closed = True
         for subscription in list(self._subscriptions):
             await subscription.aclose()
-        if self._owns_http:
-            await self._http.aclose()
+        await self._transport.aclose()
 
     async def __aenter__(self) -> RealtimeClient:
         return self
@@ -122,149 +135,28 @@ class RealtimeClient(ClientBase):
     ) -> None:
         await self.aclose()
 
-    async def _token(self, refused: str | None) -> str:
-        """A token that is not the refused one, as far as the function has another. All subscriptions share it."""
-        if isinstance(self._access_token, str):
-            return self._access_token
-        async with self._turn:
-            if self._newest is None or self._newest == refused:
-                token = self._access_token()
-                self._newest = check_token(await token if inspect.isawaitable(token) else token)
-            return self._newest
+    def _subscribe_to_runs(self, path: str) -> Subscription[RunState]:
+        transport = self._transport
+        protocol = RunsProtocol(path, transport.backoff(), renewable=transport.renewable)
+        return self._subscribe(protocol, lambda state: state)
 
-
-class Subscription(AsyncIterator[T], Generic[T]):
-    """What a call of `RealtimeClient` iterates. It connects when it is first asked, and holds a connection to its end.
-
-    Whoever leaves early closes it, with `async with` or `aclose`. Cancellation closes the connection and loses nothing,
-    and neither does an error: asked again it goes on where it was, but for an end. For one task at a time; any other
-    may close it, which ends the iteration.
-
-    Raises `InvalidToken`, `ExpiredToken`, `ScopeDenied`, `RunNotFound` and others as the server refuses, then
-    `ServerUnreachable`, `UnexpectedAnswer`, and what the function for tokens raises.
-    """
-
-    def __init__(self, client: RealtimeClient, following: Following[S], shape: Callable[[S], T]) -> None:
-        self._client = client
-        self._following = following
-        self._shape = shape
-        self._response: httpx.Response | None = None
-        self._body: AsyncIterator[bytes] | None = None
-        self._closed = False
-        self._wait: anyio.CancelScope | None = None
-        """That of the task that is in `__anext__`."""
-        self._waited: anyio.Event
-        client._subscriptions.add(self)
-
-    def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self._following.path}>"
-
-    async def __anext__(self) -> T:
-        if not self._following.ready:
-            await self._wait_for_more()
-        if self._closed or not self._following.ready:
-            raise StopAsyncIteration
-        item = self._following.ready.popleft()
-        if isinstance(item, Raised):
-            raise item.error
-        return self._shape(item)
-
-    async def aclose(self) -> None:
-        """Close the connection; nothing comes after that. Ends the iteration of another task."""
-        self._closed = True
-        self._following.close()
-        if self._wait is None:
-            await self._disconnect()
-        else:
-            self._wait.cancel()
-            await self._waited.wait()
-
-    async def __aenter__(self) -> Subscription[T]:
-        return self
-
-    async def __aexit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        await self.aclose()
-
-    async def _wait_for_more(self) -> None:
-        """Until something is ready, or nothing more will come."""
-        self._waited = anyio.Event()
-        try:
-            with anyio.CancelScope() as self._wait:
-                try:
-                    while not (self._following.ready or self._following.over):
-                        await self._advance()
-                except BaseException:
-                    self._following.left()
-                    await self._disconnect()
-                    raise
-            if self._closed:
-                await self._disconnect()
-        finally:
-            self._wait = None
-            self._waited.set()
-
-    async def _advance(self) -> None:
-        """One step: to a response, or to the next bytes of it."""
-        request = await self._prepare() if self._body is None else None
-        try:
-            if request is not None:
-                going_on = await self._connect(request)
-            else:
-                going_on = await self._receive()
-        except httpx.RequestError as exc:
-            silent = isinstance(exc, httpx.TimeoutException)
-            self._following.lost(self._client._describe(exc), cause=exc, silent=silent)
-            going_on = False
-        if not going_on:
-            await self._disconnect()
-
-    async def _prepare(self) -> httpx.Request:
-        """The next request, when it is time for it."""
-        client, following = self._client, self._following
-        if pause_s := following.pause_s:
-            await client._sleep(pause_s)
-        headers = following.headers(await client._token(following.refused_token))
-        return client._http.build_request(
-            "GET", client.base_url + following.path, headers=headers, timeout=client._timeout
+    def _read(self, run_id: str, stream: str, start_index: int, convert: Callable[[StreamChunk], T]) -> Subscription[T]:
+        transport = self._transport
+        protocol = ChunksProtocol(
+            stream_path(run_id, stream),
+            transport.backoff(),
+            renewable=transport.renewable,
+            stream=stream,
+            start_index=check_start_index(start_index),
         )
+        return self._subscribe(protocol, convert)
 
-    async def _connect(self, request: httpx.Request) -> bool:
-        following = self._following
-        response = await self._client._http.send(request, stream=True, auth=None, follow_redirects=False)
-        self._response, self._body = response, response.aiter_bytes()
-        if following.takes(response.status_code, response.headers):
-            return True
-        following.answered(response.status_code, response.headers, await _begin(self._body))
-        return False
+    def _subscribe(self, protocol: SubscriptionProtocol[Any], convert: Callable[[Any], T]) -> Subscription[T]:
+        self._check_open()
+        subscription = Subscription(self._transport, protocol, convert)
+        self._subscriptions.add(subscription)
+        return subscription
 
-    async def _receive(self) -> bool:
-        assert self._body is not None
-        try:
-            data = await anext(self._body)
-        except StopAsyncIteration:
-            self._following.lost("the response ended")
-            return False
-        return self._following.received(data)
-
-    async def _disconnect(self) -> None:
-        response, body, self._response, self._body = self._response, self._body, None, None
-        if body is not None:
-            with anyio.CancelScope(shield=True) as scope, suppress(httpx.RequestError):
-                scope.cancel()  # ends the generators within each other that httpx reads with; trio warns of them if not
-                async for _ in body:
-                    pass
-        if response is not None:
-            with anyio.CancelScope(shield=True):
-                await response.aclose()
-
-
-async def _begin(body: AsyncIterator[bytes]) -> bytes:
-    """What an answer says that is no stream, if it is not long."""
-    begin = b""
-    async for data in body:
-        begin += data
-        if len(begin) >= MOST_OF_A_REFUSAL:
-            break
-    return begin
+    def _check_open(self) -> None:
+        if self._closed:
+            raise UsageError("this client is closed")

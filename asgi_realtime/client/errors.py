@@ -1,4 +1,4 @@
-"""What a server's refusal becomes: where there is one, the error that the same call raises in the server's process."""
+"""The errors of the clients. A refusal with a known code becomes the error that the same call raises in the server."""
 
 from __future__ import annotations
 
@@ -30,22 +30,24 @@ _KNOWN: tuple[type[RealtimeError], ...] = (
     UsageError,
 )
 _BY_CODE = {cls.code: cls for cls in _KNOWN}
-_MESSAGE = 500
-"""How much is shown of what is no answer of ours."""
+_EXCERPT = 500
+"""How many characters of a foreign error body an error shows."""
 
 
 class ServerUnreachable(RealtimeError):
-    """The server did not answer for `give_up_after`. Whoever asks again goes on where it was. `__cause__` is the last
-    failure, if it was one of the network."""
+    """The subscription made no progress for `give_up_after`; iterating it again resumes.
+
+    `__cause__` is the last network error, if there was one.
+    """
 
     status = 503
     code = "server_unreachable"
 
 
 class UnexpectedAnswer(RealtimeError):
-    """The server, or what stands in front of it, answered something else than a stream or a known refusal.
+    """The server, or a proxy in front of it, sent neither an event stream nor a known refusal.
 
-    `status` is the answer's, `code` the server's word if it gave one. Mostly `base_url` is not right.
+    Most often `base_url` is wrong. `status` is that of the response, `code` that of its JSON body if it has one.
     """
 
     code = "unexpected_answer"
@@ -57,41 +59,42 @@ class UnexpectedAnswer(RealtimeError):
             self.code = code  # type: ignore[misc]
 
 
-def refusal(status: int, body: bytes) -> RealtimeError:
-    """The error for an answer with a status that is final."""
-    told = _json_object(body)
-    code, message = told.get("code"), told.get("error")
+def error_from_response(status: int, body: bytes) -> RealtimeError:
+    """The error for a response whose status is final."""
+    details = _json_object(body)
+    code, message = details.get("code"), details.get("error")
     if not isinstance(code, str) or not isinstance(message, str):
-        return _foreign_refusal(status, body)
+        return _foreign_error(status, body)
     if code == LimitExceeded.code:
         return LimitExceeded(message, status=status)
     if code in _BY_CODE:
         return _BY_CODE[code](message)
-    return UnexpectedAnswer(f"the server answered {status} {code}: {message}", status=status, code=code)
+    return UnexpectedAnswer(f"the server responded with {status} {code}: {message}", status=status, code=code)
 
 
-def _foreign_refusal(status: int, body: bytes) -> RealtimeError:
+def _foreign_error(status: int, body: bytes) -> RealtimeError:
     text = body.decode("utf-8", "replace").strip()
-    detail = f": {shown(text[:_MESSAGE])}" if text else ""
-    message = f"the server answered {status}{detail}"
+    detail = f": {shown(text[:_EXCERPT])}" if text else ""
+    message = f"the server responded with {status}{detail}"
     if status == TokenError.status:
         return InvalidToken(message)
     return UnexpectedAnswer(message, status=status)
 
 
 def redirected(status: int, location: str) -> UnexpectedAnswer:
-    """Nothing of ours redirects, and a token must not follow to where it was not meant for."""
+    """Our server never redirects, and a token must not be sent to a host that it was not meant for."""
     target = shown(location.partition("?")[0])
     return UnexpectedAnswer(
-        f"the server answered {status}, a redirect to {target}, which is not followed; set base_url to where it leads",
+        f"the server responded with {status}, a redirect to {target}, which is not followed; set base_url to its"
+        " target",
         status=status,
     )
 
 
-def no_stream(status: int, content_type: str) -> UnexpectedAnswer:
+def not_a_stream(status: int, content_type: str) -> UnexpectedAnswer:
     return UnexpectedAnswer(
-        f"the server answered {status} with {shown(content_type)} instead of text/event-stream; base_url has to be"
-        " the origin and the mount, like https://api.example.com/realtime",
+        f"the server responded with {status} and {shown(content_type)} instead of text/event-stream; set base_url to"
+        " the origin and the mount path, like https://api.example.com/realtime",
         status=status,
     )
 

@@ -1,43 +1,57 @@
-"""The client for code that has no event loop: the same calls, which block."""
+"""The client for threads: the same calls, which block.
+
+It runs a `RealtimeClient` on an event loop in a daemon thread; each call that has to wait becomes a task there. The
+loop starts with the first such call. A daemon thread does not keep the process from exiting, and a client that is
+garbage collected without `close` stops its loop too.
+
+Only the token function does not run on the loop. It is the caller's code and may block, so the thread that waits for
+the call runs it (`_Call`).
+"""
 
 from __future__ import annotations
 
+import asyncio
 import inspect
-import socket
+import os
 import threading
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+import weakref
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from contextvars import ContextVar
+from queue import SimpleQueue
 from types import TracebackType
-from typing import Any, Generic, TypeVar
-from weakref import WeakSet
+from typing import Any, Generic, TypeVar, cast
 
+import anyio
+import anyio.from_thread
 import httpx
 
-from asgi_realtime.client.calls import (
+from asgi_realtime.client.asynchronous import (
     CONNECT_TIMEOUT,
     GIVE_UP_AFTER,
-    MOST_OF_A_REFUSAL,
     SILENCE_TIMEOUT,
-    ClientBase,
-    as_it_is,
-    check_token,
-    chunk_only,
+    RealtimeClient,
 )
-from asgi_realtime.client.following import Following, Raised
 from asgi_realtime.client.states import RunState
+from asgi_realtime.client.subscription import Subscription
 from asgi_realtime.core.config import Span
-from asgi_realtime.core.errors import InvalidConfiguration
+from asgi_realtime.core.errors import InvalidConfiguration, UsageError
+from asgi_realtime.loop.thread_calls import OwnLoop
 from asgi_realtime.streams.followers import StreamChunk
 
+R = TypeVar("R")
 T = TypeVar("T")
-S = TypeVar("S")
 
 
-class SyncRealtimeClient(ClientBase):
+class SyncRealtimeClient:
     """As `RealtimeClient`, for threads. `access_token` is a token, or a function that is not async.
 
-    It may be used by many threads, each subscription by one. Use the client in `with`, or `close` it: then its
-    subscriptions end, and new ones raise `UsageError`.
+    Many threads can use the client, but each subscription only one at a time. `http` sends the requests if given; it
+    must be an `httpx.AsyncClient`, is used on the event loop of this client only, and is closed with it.
+
+    Use the client in a `with` block, or call `close`. Then its subscriptions end, and new calls raise `UsageError`. So
+    do calls in a child process if the client was used before the fork.
     """
 
     def __init__(
@@ -48,67 +62,68 @@ class SyncRealtimeClient(ClientBase):
         connect_timeout: Span = CONNECT_TIMEOUT,
         silence_timeout: Span = SILENCE_TIMEOUT,
         give_up_after: Span | None = GIVE_UP_AFTER,
-        http: httpx.Client | None = None,
+        http: httpx.AsyncClient | None = None,
     ) -> None:
-        super().__init__(
+        if isinstance(http, httpx.Client):
+            raise InvalidConfiguration("http is an httpx.Client; pass an httpx.AsyncClient, also to this client")
+        self._client = RealtimeClient(
             base_url,
-            access_token,
+            _called_in_thread(access_token) if callable(access_token) else access_token,
             connect_timeout=connect_timeout,
             silence_timeout=silence_timeout,
             give_up_after=give_up_after,
+            http=http,
         )
-        self._owns_http = http is None
-        self._http = http or httpx.Client(limits=httpx.Limits(max_connections=None))
-        self._sleep: Callable[[float, threading.Event], object] = _sleep
-        self._turn = threading.Lock()
-        self._newest: str | None = None
-        self._subscriptions: WeakSet[SyncSubscription[Any]] = WeakSet()
+        self._client._transport.owns_http = True
+        self.base_url = self._client.base_url
+        self._lock = threading.RLock()  # reentrant, so that a signal handler can close the client
+        self._loop: OwnLoop | None = None
+        self._pid = os.getpid()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.base_url!r})"
 
     def subscribe_to_run(self, run_id: str) -> SyncSubscription[RunState]:
-        """The states of a run, the present one first, until it is over. States may be skipped, never the last."""
-        return SyncSubscription(self, self._run(run_id), as_it_is)
+        """As `RealtimeClient.subscribe_to_run`."""
+        return self._subscribe(lambda: self._client.subscribe_to_run(run_id))
 
     def subscribe_to_runs_with_tag(
         self, tags: str | Iterable[str], *, created_within: Span | None = None
     ) -> SyncSubscription[RunState]:
-        """The runs that have all of these tags, the present ones first, then each change. Never ends.
-
-        `created_within` is how far back it reaches: 24 h if it is None, and at most.
-        """
-        return SyncSubscription(self, self._tagged(tags, created_within), as_it_is)
+        """As `RealtimeClient.subscribe_to_runs_with_tag`."""
+        return self._subscribe(lambda: self._client.subscribe_to_runs_with_tag(tags, created_within=created_within))
 
     def subscribe_to_batch(self, batch_id: str) -> SyncSubscription[RunState]:
-        """The runs of a batch, the present state first. Ends when all are over and no more can come."""
-        return SyncSubscription(self, self._batch(batch_id), as_it_is)
+        """As `RealtimeClient.subscribe_to_batch`."""
+        return self._subscribe(lambda: self._client.subscribe_to_batch(batch_id))
 
     def read(self, run_id: str, stream: str = "default", *, start_index: int = 0) -> SyncSubscription[Any]:
-        """The decoded chunks of a stream from `start_index` on, present and to come, none lost and none twice.
-
-        Ends when the run completes; raises `RunFailed` or `RunCanceled` after the last chunk if it ended otherwise.
-        Raises `StreamGap` if chunks are past their retention; whoever asks again gets the oldest that is kept.
-        """
-        return SyncSubscription(self, self._chunks(run_id, stream, start_index), chunk_only)
+        """As `RealtimeClient.read`."""
+        return self._subscribe(lambda: self._client.read(run_id, stream, start_index=start_index))
 
     def read_indexed(
         self, run_id: str, stream: str = "default", *, start_index: int = 0
     ) -> SyncSubscription[StreamChunk]:
-        """As `read`, each chunk with its index: who keeps that goes on later from `index + 1`."""
-        return SyncSubscription(self, self._chunks(run_id, stream, start_index), as_it_is)
+        """As `RealtimeClient.read_indexed`."""
+        return self._subscribe(lambda: self._client.read_indexed(run_id, stream, start_index=start_index))
 
     def get_run(self, run_id: str) -> RunState:
-        """The present state of a run. Tries as long as a subscription does."""
-        with self.subscribe_to_run(run_id) as states:
-            for state in states:
-                return state
-        raise self._no_state()
+        """As `RealtimeClient.get_run`."""
+        call = self._start(lambda: self._client.get_run(run_id))
+        if call is None:
+            raise UsageError("this client is closed")
+        return call.result()
 
     def close(self) -> None:
-        """End the subscriptions, those that are read too, and close the connections, unless `http` was given."""
-        self._closed = True
-        for subscription in list(self._subscriptions):
-            subscription.close()
-        if self._owns_http:
-            self._http.close()
+        """End all subscriptions, even while other threads read them, and close the connections."""
+        if self._forked:
+            return
+        with self._lock:
+            self._client._closed = True
+            loop, self._loop = self._loop, None
+        if loop is not None:
+            self._finalizer.detach()
+            _stop(loop, self._client)
 
     def __enter__(self) -> SyncRealtimeClient:
         return self
@@ -118,58 +133,60 @@ class SyncRealtimeClient(ClientBase):
     ) -> None:
         self.close()
 
-    def _token(self, refused: str | None) -> str:
-        """A token that is not the refused one, as far as the function has another. All subscriptions share it."""
-        if isinstance(self._access_token, str):
-            return self._access_token
-        with self._turn:
-            if self._newest is None or self._newest == refused:
-                token = self._access_token()
-                if inspect.iscoroutine(token):
-                    token.close()
-                    raise InvalidConfiguration("access_token is an async function; use it with RealtimeClient")
-                self._newest = check_token(token)
-            return self._newest
+    @property
+    def _forked(self) -> bool:
+        """The loop runs in the parent process, so it cannot be used here."""
+        return self._loop is not None and self._pid != os.getpid()
+
+    def _subscribe(self, subscribe: Callable[[], Subscription[T]]) -> SyncSubscription[T]:
+        with self._lock:  # the client adds it to a set, which is not thread-safe
+            return SyncSubscription(self, subscribe())
+
+    def _start(self, function: Callable[[], Awaitable[T]]) -> _Call[T] | None:
+        """Start a call on the loop. None if the client is closed."""
+        if self._forked:
+            raise UsageError("this client was used before the process forked; create a new one in the child process")
+        with self._lock:  # `close` waits for every call that starts here
+            if self._client._closed:
+                return None
+            if self._loop is None:
+                self._loop, self._pid = OwnLoop(), os.getpid()
+                self._finalizer = weakref.finalize(self, _abandon, self._pid, self._loop, self._client)
+                self._finalizer.atexit = False
+            call = _Call(self._loop.portal, function)
+            call.start()
+        return call
 
 
 class SyncSubscription(Iterator[T], Generic[T]):
-    """What a call of `SyncRealtimeClient` iterates; see `Subscription`. Whoever leaves early closes it, with `with`.
+    """What the calls of `SyncRealtimeClient` return, to be iterated; see `Subscription`.
 
-    Any thread may close it. The one that reads then ends: at once, or, before the server has answered, after
-    `connect_timeout` or `silence_timeout` at the latest; with HTTP/2, which only your own `http` may have, when the
-    next bytes come.
+    If you stop iterating early, close the subscription with `with` or `close`. Any thread can close it, which ends the
+    iteration at once.
     """
 
-    def __init__(self, client: SyncRealtimeClient, following: Following[S], shape: Callable[[S], T]) -> None:
+    def __init__(self, client: SyncRealtimeClient, subscription: Subscription[T]) -> None:
         self._client = client
-        self._following = following
-        self._shape = shape
-        self._response: httpx.Response | None = None
-        self._body: Iterator[bytes] | None = None
-        self._closed = threading.Event()
-        self._reading = threading.Lock()
-        """Who has it uses the connection."""
-        client._subscriptions.add(self)
+        self._subscription = subscription
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self._following.path}>"
+        return repr(self._subscription).replace("<", "<Sync", 1)
 
     def __next__(self) -> T:
-        if not self._following.ready:
-            self._wait_for_more()
-        if self._closed.is_set() or not self._following.ready:
-            raise StopIteration
-        item = self._following.ready.popleft()
-        if isinstance(item, Raised):
-            raise item.error
-        return self._shape(item)
+        if not self._subscription._has_item:  # chunks that arrived together need only one switch of threads
+            call = self._client._start(self._subscription._wait_for_item)
+            if call is None:
+                raise StopIteration
+            call.result()
+        try:
+            return self._subscription._pop()
+        except StopAsyncIteration:
+            raise StopIteration from None
 
     def close(self) -> None:
-        """Close the connection; nothing comes after that. Ends the iteration of another thread."""
-        self._closed.set()
-        self._following.close()
-        if not self._leave():
-            self._wake()
+        """Close the connection and end the iteration, in whichever thread it runs."""
+        if not self._client._forked and (call := self._client._start(self._subscription.aclose)):
+            call.result()
 
     def __enter__(self) -> SyncSubscription[T]:
         return self
@@ -179,103 +196,93 @@ class SyncSubscription(Iterator[T], Generic[T]):
     ) -> None:
         self.close()
 
-    def _wait_for_more(self) -> None:
-        """Until something is ready, or nothing more will come."""
-        with self._reading:
-            try:
-                while not (self._following.ready or self._following.over):
-                    self._advance()
-            except BaseException as exc:
-                self._following.left()
-                self._disconnect()
-                if not (self._closed.is_set() and isinstance(exc, Exception)):
-                    raise
-        if self._closed.is_set():  # by a thread that may have found the connection in use
-            self._leave()
 
-    def _leave(self) -> bool:
-        """Disconnect, unless a thread reads."""
-        if not self._reading.acquire(blocking=False):
-            return False
+class _Call(Generic[T]):
+    """A coroutine that runs on the loop, and the thread that waits for its result and runs jobs for it."""
+
+    def __init__(self, portal: anyio.from_thread.BlockingPortal, function: Callable[[], Awaitable[T]]) -> None:
+        self._portal = portal
+        self._function = function
+        self._future: Future[T | None]
+        self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._scope: anyio.CancelScope | None = None
+        self._ended: anyio.Event
+
+    def start(self) -> None:
+        token = _current_call.set(self)
         try:
-            self._disconnect()
+            with self._cancelled_by_exceptions():
+                self._future = self._portal.start_task_soon(self._run)
         finally:
-            self._reading.release()
-        return True
+            _current_call.reset(token)
 
-    def _wake(self) -> None:
-        """A thread that waits for bytes hears the end of them. To close a socket would not wake it."""
-        response = self._response
-        if response is None or response.http_version == "HTTP/2":  # that connection is that of others too
-            return
-        stream = response.extensions.get("network_stream")
-        connected = None if stream is None else stream.get_extra_info("socket")
-        if connected is not None:
-            with suppress(OSError):
-                socket.socket.shutdown(connected, socket.SHUT_RDWR)  # of TLS too, without its farewell
+    def result(self) -> T:
+        """Wait for the end. If a signal handler raises meanwhile, such as `KeyboardInterrupt`, cancel the coroutine."""
+        with self._cancelled_by_exceptions():
+            while (job := self._jobs.get()) is not None:
+                job()
+        return cast(T, self._future.result())
 
-    def _advance(self) -> None:
-        """One step: to a response, or to the next bytes of it."""
-        request = self._prepare() if self._body is None else None
-        if self._closed.is_set():
-            return
+    async def run_in_thread(self, function: Callable[[], R]) -> R:
+        """Run a function in the thread that waits for this call."""
+        done: Future[R] = Future()
+
+        def job() -> None:
+            if done.set_running_or_notify_cancel():
+                try:
+                    done.set_result(function())
+                except Exception as exc:
+                    done.set_exception(exc)
+
+        self._jobs.put(job)
+        return await asyncio.wrap_future(done)
+
+    async def _run(self) -> T | None:
+        self._ended = anyio.Event()
         try:
-            if request is not None:
-                going_on = self._connect(request)
-            else:
-                going_on = self._receive()
-        except httpx.RequestError as exc:
-            silent = isinstance(exc, httpx.TimeoutException)
-            self._following.lost(self._client._describe(exc), cause=exc, silent=silent)
-            going_on = False
-        if not going_on:
-            self._disconnect()
+            with anyio.CancelScope() as self._scope:
+                return await self._function()
+        finally:
+            self._ended.set()
+            self._jobs.put(None)
+        return None  # cancelled
 
-    def _prepare(self) -> httpx.Request:
-        """The next request, when it is time for it."""
-        client, following = self._client, self._following
-        if pause_s := following.pause_s:
-            client._sleep(pause_s, self._closed)
-        headers = following.headers(client._token(following.refused_token))
-        return client._http.build_request(
-            "GET", client.base_url + following.path, headers=headers, timeout=client._timeout
-        )
-
-    def _connect(self, request: httpx.Request) -> bool:
-        following = self._following
-        response = self._client._http.send(request, stream=True, auth=None, follow_redirects=False)
-        self._response, self._body = response, response.iter_bytes()
-        if self._closed.is_set():  # before there was anything that could be woken
-            return False
-        if following.takes(response.status_code, response.headers):
-            return True
-        following.answered(response.status_code, response.headers, _begin(self._body))
-        return False
-
-    def _receive(self) -> bool:
-        assert self._body is not None
+    @contextmanager
+    def _cancelled_by_exceptions(self) -> Iterator[None]:
         try:
-            data = next(self._body)
-        except StopIteration:
-            self._following.lost("the response ended")
-            return False
-        return self._following.received(data)
+            yield
+        except BaseException:
+            self._portal.call(self._cancel)
+            raise
 
-    def _disconnect(self) -> None:
-        response, self._response, self._body = self._response, None, None
-        if response is not None:
-            response.close()
-
-
-def _sleep(seconds: float, closed: threading.Event) -> None:
-    closed.wait(seconds)
+    async def _cancel(self) -> None:
+        if self._scope is not None:
+            self._scope.cancel()
+            await self._ended.wait()
 
 
-def _begin(body: Iterator[bytes]) -> bytes:
-    """What an answer says that is no stream, if it is not long."""
-    begin = b""
-    for data in body:
-        begin += data
-        if len(begin) >= MOST_OF_A_REFUSAL:
-            break
-    return begin
+_current_call: ContextVar[_Call[Any]] = ContextVar("asgi_realtime_client_call")
+
+
+def _called_in_thread(function: Callable[[], str]) -> Callable[[], Awaitable[str]]:
+    async def call() -> str:
+        token = await _current_call.get().run_in_thread(function)
+        if inspect.iscoroutine(token):
+            token.close()
+            raise InvalidConfiguration("access_token is an async function; use it with RealtimeClient")
+        return token
+
+    return call
+
+
+def _stop(loop: OwnLoop, client: RealtimeClient) -> None:
+    try:
+        loop.portal.call(client.aclose)
+    finally:
+        loop.close()
+
+
+def _abandon(pid: int, loop: OwnLoop, client: RealtimeClient) -> None:
+    """Stop the loop of a client that was garbage collected, in whichever thread that happened, even the loop's own."""
+    if pid == os.getpid():
+        threading.Thread(target=_stop, args=(loop, client), daemon=True).start()

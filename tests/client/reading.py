@@ -1,4 +1,4 @@
-"""One way to use both clients: a test holds for `SyncRealtimeClient`, and for `RealtimeClient` on both loops."""
+"""Reads with either client, so that one test covers `SyncRealtimeClient`, and `RealtimeClient` on both loops."""
 
 from __future__ import annotations
 
@@ -10,40 +10,48 @@ import anyio
 import httpx
 
 from asgi_realtime.client import RealtimeClient, SyncRealtimeClient
+from asgi_realtime.client.transport import Transport
 
 KINDS = ["sync", "asyncio", "trio"]
 
 Call = Callable[[Any], Any]
-"""From a client of either kind to its subscription."""
+"""Takes a client of either kind and returns its subscription."""
 
 
 @dataclass
-class Surroundings:
-    """A clock that only pauses move, and dice that always fall alike. `pauses` are those that were asked for."""
+class FakeTime:
+    """A clock that only pauses move, and a constant in place of random numbers. `pauses` records what was slept."""
 
-    dice: float = 1.0
+    random: float = 1.0
     now: float = 0.0
     pauses: list[float] = field(default_factory=list)
 
-    def sleep(self, seconds: float, closed: object = None) -> None:
+    def install(self, transport: Transport) -> None:
+        transport.clock, transport.random, transport.sleep = lambda: self.now, lambda: self.random, self.sleep
+
+    async def sleep(self, seconds: float) -> None:
         self.pauses.append(seconds)
         self.now += seconds
-
-    async def asleep(self, seconds: float) -> None:
-        self.sleep(seconds)
         await anyio.lowlevel.checkpoint()
 
 
 @dataclass
-class Told:
-    """What a subscription gave: `error` is what it raised, or None if it ended."""
+class Outcome:
+    """What a subscription yielded and raised. Reading stops after `take` items, or one error more than `retries`."""
 
+    take: int | None
+    retries: int
     items: list[Any] = field(default_factory=list)
     errors: list[Exception] = field(default_factory=list)
 
     @property
     def error(self) -> Exception | None:
+        """The last error. None if the subscription ended."""
         return self.errors[-1] if self.errors else None
+
+    @property
+    def wants_more(self) -> bool:
+        return len(self.items) != self.take and len(self.errors) <= self.retries
 
 
 def read(
@@ -52,94 +60,61 @@ def read(
     token: Any,
     call: Call,
     *,
-    on_item: Callable[[Any], None] | None = None,
+    on_item: Callable[[Any], None] = lambda item: None,
     take: int | None = None,
-    ask_again: int = 0,
-    surroundings: Surroundings | None = None,
+    retries: int = 0,
+    fake_time: FakeTime | None = None,
     follow_redirects: bool = False,
     **options: Any,
-) -> Told:
-    """Read until the end, an error or `take` items. After an error ask again so many times. `on_item` hears of each."""
-    told = Told()
+) -> Outcome:
+    """Read until the end, `take` items, or more errors than `retries`. `on_item` is called with each item."""
+    outcome = Outcome(take, retries)
+    if follow_redirects:
+        options["http"] = httpx.AsyncClient(follow_redirects=True)
     if kind == "sync":
-        _read(told, url, token, call, on_item, take, ask_again, surroundings, follow_redirects, options)
-    else:
+        with SyncRealtimeClient(url, token, **options) as client:
+            if fake_time is not None:
+                fake_time.install(client._client._transport)
+            _read(client, call, on_item, outcome)
+        return outcome
 
-        async def main() -> None:
-            with anyio.fail_after(60):
-                await _aread(told, url, token, call, on_item, take, ask_again, surroundings, follow_redirects, options)
+    async def main() -> None:
+        with anyio.fail_after(60):
+            async with RealtimeClient(url, token, **options) as client:
+                if fake_time is not None:
+                    fake_time.install(client._transport)
+                await _aread(client, call, on_item, outcome)
+            if "http" in options:
+                assert not options["http"].is_closed
+                await options["http"].aclose()
 
-        anyio.run(main, backend=kind)
-    return told
-
-
-def _read(
-    told: Told,
-    url: str,
-    token: Any,
-    call: Call,
-    on_item: Callable[[Any], None] | None,
-    take: int | None,
-    ask_again: int,
-    surroundings: Surroundings | None,
-    follow_redirects: bool,
-    options: dict[str, Any],
-) -> None:
-    http = httpx.Client(follow_redirects=True) if follow_redirects else None
-    with SyncRealtimeClient(url, token, http=http, **options) as client:
-        if surroundings is not None:
-            client._sleep, client._clock = surroundings.sleep, lambda: surroundings.now
-            client._random = lambda: surroundings.dice
-        with call(client) as subscription:
-            while len(told.items) != take:
-                try:
-                    item = next(subscription)
-                except StopIteration:
-                    break
-                except Exception as exc:
-                    told.errors.append(exc)
-                    if len(told.errors) > ask_again:
-                        break
-                    continue
-                told.items.append(item)
-                if on_item is not None:
-                    on_item(item)
-    if http is not None:
-        assert not http.is_closed
-        http.close()
+    anyio.run(main, backend=kind)
+    return outcome
 
 
-async def _aread(
-    told: Told,
-    url: str,
-    token: Any,
-    call: Call,
-    on_item: Callable[[Any], None] | None,
-    take: int | None,
-    ask_again: int,
-    surroundings: Surroundings | None,
-    follow_redirects: bool,
-    options: dict[str, Any],
-) -> None:
-    http = httpx.AsyncClient(follow_redirects=True) if follow_redirects else None
-    async with RealtimeClient(url, token, http=http, **options) as client:
-        if surroundings is not None:
-            client._sleep, client._clock = surroundings.asleep, lambda: surroundings.now
-            client._random = lambda: surroundings.dice
-        async with call(client) as subscription:
-            while len(told.items) != take:
-                try:
-                    item = await anext(subscription)
-                except StopAsyncIteration:
-                    break
-                except Exception as exc:
-                    told.errors.append(exc)
-                    if len(told.errors) > ask_again:
-                        break
-                    continue
-                told.items.append(item)
-                if on_item is not None:
-                    await anyio.to_thread.run_sync(on_item, item)
-    if http is not None:
-        assert not http.is_closed
-        await http.aclose()
+def _read(client: SyncRealtimeClient, call: Call, on_item: Callable[[Any], None], outcome: Outcome) -> None:
+    with call(client) as subscription:
+        while outcome.wants_more:
+            try:
+                item = next(subscription)
+            except StopIteration:
+                break
+            except Exception as exc:
+                outcome.errors.append(exc)
+            else:
+                outcome.items.append(item)
+                on_item(item)
+
+
+async def _aread(client: RealtimeClient, call: Call, on_item: Callable[[Any], None], outcome: Outcome) -> None:
+    async with call(client) as subscription:
+        while outcome.wants_more:
+            try:
+                item = await anext(subscription)
+            except StopAsyncIteration:
+                break
+            except Exception as exc:
+                outcome.errors.append(exc)
+            else:
+                outcome.items.append(item)
+                await anyio.to_thread.run_sync(on_item, item)

@@ -1,4 +1,4 @@
-"""A server on a real socket that answers what a test wrote down, byte for byte, one answer for each request."""
+"""A server on a real socket that sends scripted responses, byte for byte, one per request."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 HOLD = b"<hold>"
-"""At the end of an answer: the connection stays open, and silent, until the client leaves."""
+"""At the end of a response: the connection stays open and silent until the client disconnects."""
 
 
 def answer(status: int, body: bytes = b"", **headers: str) -> bytes:
-    """A whole answer. In the names of headers `_` stands for `-`."""
-    lines = [f"HTTP/1.1 {status} Told", f"content-length: {len(body)}", "connection: close"]
+    """A complete response. In header names `_` becomes `-`."""
+    lines = [f"HTTP/1.1 {status} Scripted", f"content-length: {len(body)}", "connection: close"]
     lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
     return "\r\n".join([*lines, "", ""]).encode() + body
 
@@ -24,7 +24,7 @@ def refused(status: int, code: str, message: str, **headers: str) -> bytes:
 
 
 def stream(*frames: str) -> bytes:
-    """The begin of a stream. Where the answer ends the body ends."""
+    """The head of an event stream and its first frames. The body ends where the response ends."""
     head = (
         "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\nconnection: close\r\n\r\n: connected\n\n"
     )
@@ -39,33 +39,32 @@ def chunk(index: int, data: str = "0") -> str:
 
 
 @dataclass
-class Asked:
-    """A request as it came."""
-
+class Request:
     line: str
     headers: dict[str, str]
 
 
 class ScriptedServer:
-    """Answers with `answers`, the last one again and again."""
+    """Sends `responses` in order, and repeats the last one. With `concurrent` a held response does not block others."""
 
-    def __init__(self, *answers: bytes) -> None:
-        self._answers = list(answers)
+    def __init__(self, *responses: bytes, concurrent: bool = False) -> None:
+        self._responses = list(responses)
+        self._concurrent = concurrent
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._thread = threading.Thread(target=self._serve, daemon=True)
-        self.asked: list[Asked] = []
-        self.was_asked = threading.Event()
-        self.left = threading.Event()
-        """A client has left an answer that was held."""
+        self.requests: list[Request] = []
+        self.was_requested = threading.Event()
+        self.disconnected = threading.Event()
+        """A client has disconnected from a held response."""
         self.origin = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
 
     @property
     def positions(self) -> list[str | None]:
-        return [asked.headers.get("last-event-id") for asked in self.asked]
+        return [request.headers.get("last-event-id") for request in self.requests]
 
     @property
     def tokens(self) -> list[str]:
-        return [asked.headers["authorization"].removeprefix("Bearer ") for asked in self.asked]
+        return [request.headers["authorization"].removeprefix("Bearer ") for request in self.requests]
 
     def __enter__(self) -> ScriptedServer:
         self._thread.start()
@@ -81,10 +80,16 @@ class ScriptedServer:
         with suppress(OSError):
             while True:
                 connection, _ = self._listener.accept()
-                with connection, suppress(OSError):
-                    self._answer(connection)
+                if self._concurrent:
+                    threading.Thread(target=self._respond, args=[connection], daemon=True).start()
+                else:
+                    self._respond(connection)
 
-    def _answer(self, connection: socket.socket) -> None:
+    def _respond(self, connection: socket.socket) -> None:
+        with connection, suppress(OSError):
+            self._exchange(connection)
+
+    def _exchange(self, connection: socket.socket) -> None:
         head = b""
         while b"\r\n\r\n" not in head:
             if not (data := connection.recv(65536)):
@@ -92,11 +97,11 @@ class ScriptedServer:
             head += data
         line, *fields = head.decode().strip().split("\r\n")
         pairs = (field.partition(": ") for field in fields)
-        self.asked.append(Asked(line, {name.lower(): value for name, _, value in pairs}))
-        self.was_asked.set()
-        told = self._answers.pop(0) if len(self._answers) > 1 else self._answers[0]
-        connection.sendall(told.removesuffix(HOLD))
-        if told.endswith(HOLD):
+        self.requests.append(Request(line, {name.lower(): value for name, _, value in pairs}))
+        self.was_requested.set()
+        response = self._responses.pop(0) if len(self._responses) > 1 else self._responses[0]
+        connection.sendall(response.removesuffix(HOLD))
+        if response.endswith(HOLD):
             while connection.recv(65536):
                 pass
-            self.left.set()
+            self.disconnected.set()

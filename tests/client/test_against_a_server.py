@@ -24,7 +24,7 @@ from asgi_realtime import (
     StreamGap,
 )
 from asgi_realtime.client import RealtimeClient, RunState, ServerUnreachable, SyncRealtimeClient
-from tests.client.reading import Surroundings, read
+from tests.client.reading import FakeTime, read
 from tests.e2e.conftest import Relay
 from tests.e2e.site import SECRET, STREAM_BYTES, TEST_S, Opened, Site, serving, starting
 
@@ -66,7 +66,7 @@ def test_a_stream_that_is_cut_again_and_again_arrives_once(kind: str, site: Site
         run.token,
         lambda client: client.read(run.id),
         on_item=disturb,
-        surroundings=Surroundings(),
+        fake_time=FakeTime(),
     )
     assert (told.items, told.errors) == (list(range(cuts * step + step)), [])
     positions = [asked["last_event_id"] for asked in site.requests(f"/streams/{run.id}/")]
@@ -125,7 +125,7 @@ def test_chunks_past_their_retention_are_a_gap(kind: str, site: Site, run: Opene
     for number in range(count):
         run.append(f"{number:04d}" + "x" * size)
     run.end()
-    told = read(kind, site.base_url, run.token, lambda client: client.read_indexed(run.id), ask_again=1)
+    told = read(kind, site.base_url, run.token, lambda client: client.read_indexed(run.id), retries=1)
     (gap,) = told.errors
     assert isinstance(gap, StreamGap)
     assert (gap.requested, gap.first) == (0, told.items[0].index)
@@ -160,7 +160,7 @@ def test_a_run_is_followed_to_its_end(kind: str, site: Site, run: Opened, relay:
         run.token,
         lambda client: client.subscribe_to_run(run.id),
         on_item=go_on,
-        surroundings=Surroundings(),
+        fake_time=FakeTime(),
     )
     assert told.errors == []
     states = [(state.status, state.metadata) for state in told.items]
@@ -198,7 +198,7 @@ def test_a_list_goes_on_across_a_cut(kind: str, site: Site, run: Opened, relay: 
         lambda client: client.subscribe_to_runs_with_tag([tag, "other"], created_within="1h"),
         on_item=go_on,
         take=4,
-        surroundings=Surroundings(),
+        fake_time=FakeTime(),
     )
     assert [state.id for state in told.items] == [*(run.id for run in runs), runs[1].id]
     assert told.items[-1].output == "news"
@@ -316,7 +316,7 @@ def test_with_redis_nothing_is_lost_by_a_restart(kind: str, redis_url: str, leav
             run.token,
             lambda client: client.read(run.id),
             on_item=go_on,
-            surroundings=Surroundings(),
+            fake_time=FakeTime(),
             give_up_after=None,
         )
     assert (told.items, told.errors) == (list(range(5)), [])
@@ -332,7 +332,7 @@ def test_a_server_that_does_not_come_back_is_given_up(kind: str) -> None:
             run.token,
             lambda client: client.read(run.id),
             on_item=lambda chunk: site.stop(),
-            surroundings=Surroundings(),
+            fake_time=FakeTime(),
         )
     assert told.items == ["a"]
     assert type(told.error) is ServerUnreachable

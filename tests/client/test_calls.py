@@ -1,4 +1,4 @@
-"""What the clients refuse before they ask anybody."""
+"""Arguments that the clients reject before they send a request."""
 
 from __future__ import annotations
 
@@ -28,55 +28,55 @@ def make(request: pytest.FixtureRequest) -> Callable[..., Any]:
 @pytest.mark.parametrize(
     ("base_url", "words"),
     [
-        ("", "allowed are the origin and the mount"),
-        ("api.example.com", "allowed are the origin and the mount"),
-        ("/realtime", "allowed are the origin and the mount"),
-        ("ftp://api.example.com", "allowed are the origin and the mount"),
-        ("https://", "allowed are the origin and the mount"),
-        ("https://api.example.com/realtime?access_token=x", "allowed are the origin and the mount"),
-        ("https://api.example.com/realtime#x", "allowed are the origin and the mount"),
-        ("https://api.example.com/realtime?", "has '\\?', '#', white space or control characters; allowed are"),
-        ("https://api.example.com/realtime#", "has '\\?', '#', white space or control characters; allowed are"),
-        ("https://api.example.com/real time", "has '\\?', '#', white space or control characters; allowed are"),
-        (" https://api.example.com/realtime", "white space"),
+        ("", "pass the origin and the mount path"),
+        ("api.example.com", "pass the origin and the mount path"),
+        ("/realtime", "pass the origin and the mount path"),
+        ("ftp://api.example.com", "pass the origin and the mount path"),
+        ("https://", "pass the origin and the mount path"),
+        ("https://api.example.com/realtime?access_token=x", "pass the origin and the mount path"),
+        ("https://api.example.com/realtime#x", "pass the origin and the mount path"),
+        ("https://api.example.com/realtime?", "has '\\?', '#', whitespace or control characters; pass"),
+        ("https://api.example.com/realtime#", "has '\\?', '#', whitespace or control characters; pass"),
+        ("https://api.example.com/real time", "has '\\?', '#', whitespace or control characters; pass"),
+        (" https://api.example.com/realtime", "whitespace"),
         ("https://api.example.com/realtime\n", "base_url "),
         ("https://api.example.com/\0", "base_url "),
-        ("https://api..example.com/", "base_url is no URL"),
-        (f"https://{'a' * 64}.example.com/", "base_url is no URL"),
-        ("https://xn--a.example.com/", "base_url is no URL"),
-        ("https://\N{PILE OF POO}.example.com/", "base_url is no URL"),
-        ("https://api.example.com:port/", "base_url is no URL"),
-        ("https://[::1/", "base_url is no URL"),
+        ("https://api..example.com/", "base_url is not a URL"),
+        (f"https://{'a' * 64}.example.com/", "base_url is not a URL"),
+        ("https://xn--a.example.com/", "base_url is not a URL"),
+        ("https://\N{PILE OF POO}.example.com/", "base_url is not a URL"),
+        ("https://api.example.com:port/", "base_url is not a URL"),
+        ("https://[::1/", "base_url is not a URL"),
         (None, "base_url is a NoneType"),
     ],
 )
-def test_a_base_url_is_an_origin_and_a_mount(make: Callable[..., Any], base_url: Any, words: str) -> None:
+def test_base_url_must_be_an_origin_and_a_mount_path(make: Callable[..., Any], base_url: Any, words: str) -> None:
     with pytest.raises(InvalidConfiguration, match=words):
         make(base_url, TOKEN)
 
 
-def test_a_password_in_a_base_url_is_refused_and_not_shown(make: Callable[..., Any]) -> None:
+def test_a_password_in_base_url_is_refused_and_not_shown(make: Callable[..., Any]) -> None:
     with pytest.raises(InvalidConfiguration) as caught:
         make("https://user:password@api.example.com", TOKEN)
     assert "password@" not in str(caught.value)
 
 
 @pytest.mark.parametrize("token", ["", " ", "aaa bbb", "aaa\n", "ä"])
-def test_a_token_that_is_none_is_refused_and_not_shown(make: Callable[..., Any], token: str) -> None:
+def test_a_malformed_token_is_refused_and_not_shown(make: Callable[..., Any], token: str) -> None:
     with pytest.raises(InvalidToken) as caught:
         make(URL, token)
-    assert str(caught.value) == "the access token is empty or has characters that no token has"
+    assert str(caught.value) == "the access token is empty or has characters that no token contains"
 
 
 @pytest.mark.parametrize("token", [None, b"aaa.bbb.ccc", 5])
-def test_a_token_is_text_or_a_function(make: Callable[..., Any], token: Any) -> None:
-    with pytest.raises(InvalidConfiguration, match="allowed are a str and a function that returns one"):
+def test_a_token_must_be_text_or_a_function(make: Callable[..., Any], token: Any) -> None:
+    with pytest.raises(InvalidConfiguration, match="pass a str or a function that returns one"):
         make(URL, token)
 
 
 @pytest.mark.parametrize("name", ["connect_timeout", "silence_timeout", "give_up_after"])
 @pytest.mark.parametrize("value", [0, -1, "soon", True])
-def test_spans_are_checked(make: Callable[..., Any], name: str, value: Any) -> None:
+def test_timeouts_are_checked(make: Callable[..., Any], name: str, value: Any) -> None:
     with pytest.raises(UsageError, match=name):
         make(URL, TOKEN, **{name: value})
 
@@ -107,7 +107,7 @@ Call = Callable[[Any], Any]
         (lambda client: client.subscribe_to_runs_with_tag("a", created_within=0), "created_within is 0"),
     ],
 )
-def test_bad_arguments_are_refused_at_the_call(make: Callable[..., Any], call: Call, words: str) -> None:
+def test_bad_arguments_are_refused_before_iteration(make: Callable[..., Any], call: Call, words: str) -> None:
     with pytest.raises(UsageError) as caught:
         call(make(URL, TOKEN))
     assert words in str(caught.value)
@@ -118,14 +118,14 @@ def test_both_clients_have_the_same_calls() -> None:
     assert asynchronous - {"aclose"} == synchronous - {"close"}
 
 
-def test_nothing_shows_the_token(make: Callable[..., Any]) -> None:
+def test_repr_does_not_show_the_token(make: Callable[..., Any]) -> None:
     client = make(f"{URL}/", TOKEN)
     assert repr(client) == f"{make.__name__}({URL!r})"
     assert repr(client.read("run_1")).endswith("Subscription /v1/streams/run_1/default>")
 
 
 @pytest.mark.anyio
-async def test_a_client_closes_only_what_it_has_made() -> None:
+async def test_an_async_client_closes_only_an_http_client_of_its_own() -> None:
     async with httpx.AsyncClient() as http:
         async with RealtimeClient(URL, TOKEN, http=http):
             pass
@@ -140,7 +140,7 @@ async def test_a_client_closes_only_what_it_has_made() -> None:
         threaded.read("run_1")
 
 
-def test_names_are_sorted_and_there() -> None:
+def test_public_names_are_sorted_and_documented() -> None:
     names = asgi_realtime.client.__all__
     assert list(names) == sorted(names)
     for name in names:

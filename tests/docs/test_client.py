@@ -15,7 +15,7 @@ import pytest
 import asgi_realtime
 import asgi_realtime.client
 from asgi_realtime.client import RealtimeClient, SyncRealtimeClient
-from asgi_realtime.client.calls import CONNECT_TIMEOUT, GIVE_UP_AFTER, SILENCE_TIMEOUT
+from asgi_realtime.client.asynchronous import CONNECT_TIMEOUT, GIVE_UP_AFTER, SILENCE_TIMEOUT
 from tests.docs.blocks import ROOT, Block, blocks
 from tests.e2e.site import TEST_S, Opened, Site, serving
 
