@@ -11,7 +11,8 @@ from contextlib import AbstractAsyncContextManager
 from typing import Any, TypedDict, Unpack
 from urllib.parse import unquote, urlencode
 
-from asgi_realtime.testing.driver import App, Response, StreamedResponse, at_most, call_app, make_scope
+from asgi_realtime.asgi.host import App
+from asgi_realtime.testing.driver import Response, StreamedResponse, at_most, call_app, make_scope
 from asgi_realtime.testing.lifespan import Lifespan
 
 TIMEOUT_S = 10.0

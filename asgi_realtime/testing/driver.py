@@ -14,13 +14,11 @@ from typing import Any, Generic, TypeVar
 from urllib.parse import quote, urlencode
 
 import anyio
-from starlette.types import Message, Scope
 
+from asgi_realtime.asgi.host import App, Message, Scope
 from asgi_realtime.core.event_stream import Event, EventParser
 
 T = TypeVar("T")
-
-App = Callable[[Any, Any, Any], Awaitable[None]]
 
 LEAVE_S = 2.0
 """How long an app may take to return after its client disconnected, before it is cancelled."""

@@ -12,10 +12,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import anyio
-from starlette.types import Message, Receive, Scope, Send
 
+from asgi_realtime.asgi.host import App, Message, Receive, Scope, Send
 from asgi_realtime.core.event_stream import EventParser
-from asgi_realtime.testing.driver import App
 
 LEAVE_S = 2.0
 """How long an app may take to notice that its connection was cut, before it is cancelled."""

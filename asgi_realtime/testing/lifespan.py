@@ -10,11 +10,11 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import anyio
-from starlette.types import Message
 
+from asgi_realtime.asgi.host import App, Message
 from asgi_realtime.loop.failures import is_failure
 from asgi_realtime.loop.supervisor import Supervisor
-from asgi_realtime.testing.driver import LEAVE_S, App, at_most
+from asgi_realtime.testing.driver import LEAVE_S, at_most
 
 
 class Lifespan:

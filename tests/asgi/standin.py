@@ -7,10 +7,9 @@ from itertools import count
 from typing import Any, TypeVar, cast
 
 import anyio.lowlevel
-from starlette.types import Receive, Scope, Send
 
 from asgi_realtime.asgi.app import RealtimeApp
-from asgi_realtime.asgi.host import Subscriber
+from asgi_realtime.asgi.host import Receive, Scope, Send, Subscriber
 from asgi_realtime.brokers.base import Broker, ChangeMark
 from asgi_realtime.brokers.memory import MemoryBroker
 from asgi_realtime.core.chunks import encode_value

@@ -9,10 +9,10 @@ from typing import Any
 
 import anyio
 import pytest
-from starlette.types import Message
 
 from asgi_realtime import Realtime, Timeouts
 from asgi_realtime.asgi import limits
+from asgi_realtime.asgi.host import Message
 from asgi_realtime.testing.driver import make_scope
 from tests.asgi.standin import StandIn
 from tests.inprocess import SECRET, make_realtime

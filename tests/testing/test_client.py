@@ -14,8 +14,8 @@ from fastapi import BackgroundTasks, FastAPI, Request
 from litestar import Litestar
 from quart import Quart
 
+from asgi_realtime.asgi.host import App
 from asgi_realtime.testing import AsgiClient
-from asgi_realtime.testing.driver import App
 from tests.inprocess import run_without_anyio
 
 pytestmark = pytest.mark.anyio

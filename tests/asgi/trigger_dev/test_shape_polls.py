@@ -8,8 +8,8 @@ from typing import Any
 import anyio
 import anyio.lowlevel
 import pytest
-from starlette.types import Message
 
+from asgi_realtime.asgi.host import Message
 from asgi_realtime.asgi.trigger_dev import shape_polls, shape_requests, shapes
 from asgi_realtime.brokers.memory import MemoryBroker
 from asgi_realtime.core.config import Limits, Timeouts

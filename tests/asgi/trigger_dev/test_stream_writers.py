@@ -9,10 +9,10 @@ import anyio
 import anyio.abc
 import anyio.lowlevel
 import pytest
-from starlette.types import Message, Scope
 
 from asgi_realtime import Limits, Realtime, Timeouts
 from asgi_realtime.asgi.app import RealtimeApp
+from asgi_realtime.asgi.host import Message, Scope
 from asgi_realtime.brokers.base import Broker, StreamKey
 from asgi_realtime.core.chunks import decode
 from asgi_realtime.core.errors import ServerShutdown
