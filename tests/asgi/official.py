@@ -5,9 +5,14 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import pytest
+
 from asgi_realtime import Realtime
 from asgi_realtime.testing import AsgiClient, Response
 from tests.inprocess import SECRET, make_realtime
+
+on_one_loop = pytest.mark.parametrize("anyio_backend", ["asyncio"])
+"""For tables of inputs, which do not depend on the event loop."""
 
 
 class Answer:
