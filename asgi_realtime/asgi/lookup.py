@@ -15,7 +15,8 @@ from asgi_realtime.brokers.following import following
 from asgi_realtime.core.errors import RunNotFound, shown
 from asgi_realtime.core.runs import RunRecord, batch_topic, run_topic
 from asgi_realtime.core.scopes import names
-from asgi_realtime.loop.waiting import make_guard, make_waiter
+from asgi_realtime.loop.guards import make_guard
+from asgi_realtime.loop.waiting import make_waiter
 from asgi_realtime.tokens import Claims
 
 

@@ -17,7 +17,7 @@ from asgi_realtime.asgi.request import Request
 from asgi_realtime.asgi.responses import error_response
 from asgi_realtime.asgi.subscription import shutdown_response
 from asgi_realtime.core.errors import ServerShutdown
-from asgi_realtime.loop.waiting import make_interrupt
+from asgi_realtime.loop.interrupts import make_interrupt
 
 A = TypeVar("A")
 

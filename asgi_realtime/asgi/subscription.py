@@ -25,7 +25,8 @@ from asgi_realtime.asgi.host import Headers, Host, Receive, Scope, Send
 from asgi_realtime.asgi.responses import error_response
 from asgi_realtime.core.errors import BrokerUnavailable
 from asgi_realtime.core.log import End
-from asgi_realtime.loop.waiting import Guard, make_guard, make_waiter
+from asgi_realtime.loop.guards import Guard, make_guard
+from asgi_realtime.loop.waiting import make_waiter
 from asgi_realtime.tokens import Claims
 
 if TYPE_CHECKING:

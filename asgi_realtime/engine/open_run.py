@@ -11,7 +11,7 @@ from asgi_realtime.core.errors import RealtimeError
 from asgi_realtime.core.runs import RunRecord
 from asgi_realtime.engine.execution import Execution
 from asgi_realtime.engine.run import Run, current
-from asgi_realtime.loop.waiting import Interrupt, make_interrupt
+from asgi_realtime.loop.interrupts import Interrupt, make_interrupt
 
 logger = logging.getLogger("asgi_realtime")
 

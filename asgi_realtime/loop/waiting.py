@@ -1,16 +1,27 @@
-"""Waiting, once for each loop library: asyncio futures, trio's own events.
+"""Waiting for a condition: with asyncio futures on asyncio, with events on trio.
 
-A `Waiter` is one waiter's seat: whoever has something for it calls `wake`. A `WaitList` is a place where many wait for
-the same thing. Between the check that finds nothing and `arm()` there must be no `await`; then no wake is lost.
-A `Guard` runs a body beside a watcher of the connection and cancels the body from outside.
+A condition is some state that a reader checks, such as "the log has a chunk after my cursor". Code that changes the
+state wakes a `WaitList`, which wakes every `Waiter` in it; the readers check again. A wake-up carries no value and can
+be spurious.
+
+The rule that prevents lost wake-ups: no `await` between the check that fails and the `arm()` and `add()` of the waiter,
+or else these come before the check:
+
+    while True:
+        woken = waiter.arm()
+        waiting.add(waiter)
+        if condition():
+            break
+        await woken
+
+All of this belongs to one event loop and its thread. From another thread, post the wake-up (`Supervisor.post`).
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Coroutine, Generator
-from types import TracebackType
+from collections.abc import Awaitable, Generator
 from typing import Any, Protocol
 
 import anyio
@@ -20,13 +31,13 @@ logger = logging.getLogger("asgi_realtime")
 
 
 class Waiter(Protocol):
-    """One waiter. It may be woken by anyone on its loop, any number of times."""
+    """One task that waits, reusable. Any number of wake-ups, from any code on its loop, are allowed."""
 
     def arm(self) -> Awaitable[None]:
-        """Return what to await until the next `wake`."""
+        """Return an awaitable of the next `wake`. It need not be awaited."""
 
     def wake(self) -> None:
-        """End the present wait, if there is one. Never raises: one waiter must not keep others from being woken."""
+        """End the current wait, if any. Never raises, so that the other waiters of a list are woken too."""
 
 
 class _AsyncioWaiter:
@@ -45,13 +56,13 @@ class _AsyncioWaiter:
         if future is not None and not future.done():
             try:
                 future.set_result(None)
-            except RuntimeError:  # the loop was closed while this one waited, and nobody hears of it
+            except RuntimeError:  # the loop was closed while this waited, so no task is left to wake
                 if not self._loop.is_closed():
                     raise
 
 
 class _EventWait:
-    """Waits for an event when it is awaited, and is nothing until then: what is armed need not be awaited."""
+    """Creates the coroutine that waits only when awaited: one that is never awaited causes a warning."""
 
     __slots__ = ("_event",)
 
@@ -78,7 +89,7 @@ class _TrioWaiter:
 
 
 def on_asyncio() -> bool:
-    """Whether the running loop is asyncio's."""
+    """Whether the calling code runs on an asyncio loop."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:
@@ -92,12 +103,12 @@ def make_waiter() -> Waiter:
 
 
 class WaitList:
-    """Those who wait for one thing. `wake` wakes all and empties the place."""
+    """The waiters of one condition, in the order of arrival. `wake` wakes and removes all of them."""
 
     __slots__ = ("_waiters",)
 
     def __init__(self) -> None:
-        self._waiters: dict[Waiter, None] = {}  # in the order of coming
+        self._waiters: dict[Waiter, None] = {}
 
     def __len__(self) -> int:
         return len(self._waiters)
@@ -110,12 +121,12 @@ class WaitList:
 
     def wake(self) -> None:
         if self._waiters:
-            parked, self._waiters = self._waiters, {}
-            for waiter in parked:
+            woken, self._waiters = self._waiters, {}
+            for waiter in woken:
                 waiter.wake()
 
     async def wait(self) -> None:
-        """Wait for one `wake`, without a waiter of one's own."""
+        """Wait for the next `wake`."""
         waiter = make_waiter()
         self.add(waiter)
         try:
@@ -125,218 +136,36 @@ class WaitList:
 
 
 class WakeSoon:
-    """Wakes places at the next turn of the loop, each once, however often it was asked to meanwhile.
+    """Wakes wait lists on the next loop iteration, each once, however often `wake` was called for it.
 
-    What is appended in one turn then reaches a waiter in one piece. On a loop with little to do a turn is over at once;
-    on a busy one this is what gathers chunks, without a timer. On trio, which has no cheap way to call something at the
-    next turn, places are woken at once.
+    So all chunks that are appended in one iteration reach a reader together. On an idle loop the iteration ends at
+    once; on a busy one this batches chunks without a timer. Trio has no cheap way to schedule a call for the next
+    iteration, so there the lists are woken at once.
     """
 
-    __slots__ = ("_loop", "_places")
+    __slots__ = ("_loop", "_lists")
 
     def __init__(self) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._places: dict[WaitList, None] = {}
+        self._lists: dict[WaitList, None] = {}
 
-    def wake(self, place: WaitList) -> None:
-        """Wake the place soon. Who parks meanwhile may be woken for nothing."""
-        if not place:
+    def wake(self, waiting: WaitList) -> None:
+        """Schedule a wake-up on the next loop iteration. Waiters added before then may wake spuriously."""
+        if not waiting:
             return
-        if not on_asyncio():
-            place.wake()
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:  # trio
+            waiting.wake()
             return
-        loop = asyncio.get_running_loop()
-        if self._loop is not loop:  # the other one was closed before its next turn
+        if self._loop is not loop:  # the other loop was closed before its next iteration
             self._loop = loop
-            self._places.clear()
-        if not self._places:
+            self._lists.clear()
+        if not self._lists:
             loop.call_soon(self._flush)
-        self._places[place] = None
+        self._lists[waiting] = None
 
     def _flush(self) -> None:
-        places, self._places = self._places, {}
-        for place in places:
-            place.wake()
-
-
-class Interrupt(Protocol):
-    """A context manager whose body can be cancelled from outside, by `interrupt`.
-
-    That cancellation ends at the border of the `with`, where `interrupted` is true; any other passes through. On
-    asyncio the body may be left in another task than it was entered in; the one that entered is interrupted.
-    """
-
-    interrupted: bool
-    """The body was ended by `interrupt` and by nothing else."""
-
-    @property
-    def reachable(self) -> bool:
-        """Whether the task that entered is still there to be interrupted."""
-        ...
-
-    def interrupt(self) -> None: ...
-
-    def __enter__(self) -> Interrupt: ...
-
-    def __exit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
-    ) -> bool: ...
-
-
-class _AsyncioInterrupt:
-    """A task and no scope: one stands beside every subscriber, so its bytes count."""
-
-    __slots__ = ("_called", "_delivered", "_earlier", "_left", "_owner", "interrupted")
-
-    def __init__(self) -> None:
-        owner = asyncio.current_task()
-        assert owner is not None
-        self._owner = owner
-        self._earlier = owner.cancelling()  # a shielded body may run in a task that is being cancelled
-        self._called = self._delivered = self._left = False
-        self.interrupted = False
-
-    def __enter__(self) -> Interrupt:
-        return self
-
-    @property
-    def reachable(self) -> bool:
-        return not self._owner.done()
-
-    def interrupt(self) -> None:
-        if self._called:
-            return
-        self._called = True
-        if asyncio.current_task() is self._owner:
-            # Before Python 3.13 `uncancel` cannot take back what the task has asked of itself and not met yet.
-            asyncio.get_running_loop().call_soon(self._deliver)
-        else:
-            self._deliver()
-
-    def _deliver(self) -> None:
-        if not self._left:
-            self._delivered = True
-            self._owner.cancel()
-
-    def __exit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
-    ) -> bool:
-        self._called = self._left = True
-        if not self._delivered:
-            return False
-        others = self._owner.uncancel() > self._earlier
-        self.interrupted = exc_type is asyncio.CancelledError and not others
-        return self.interrupted
-
-
-class _AnyioInterrupt:
-    __slots__ = ("_scope", "interrupted")
-
-    def __init__(self) -> None:
-        self._scope = anyio.CancelScope()
-        self.interrupted = False
-
-    def __enter__(self) -> Interrupt:
-        self._scope.__enter__()
-        return self
-
-    @property
-    def reachable(self) -> bool:
-        return True  # a scope does not outlive its task
-
-    def interrupt(self) -> None:
-        self._scope.cancel()
-
-    def __exit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
-    ) -> bool:
-        swallowed = bool(self._scope.__exit__(exc_type, exc, tb))
-        self.interrupted = self._scope.cancelled_caught
-        return swallowed
-
-
-def make_interrupt() -> Interrupt:
-    """An interrupt for the running loop and task."""
-    return _AsyncioInterrupt() if on_asyncio() else _AnyioInterrupt()
-
-
-class Guard(Protocol):
-    """An async context manager that runs a watcher beside its body.
-
-    The body is cancelled when the watcher ends or somebody calls `cancel`; that cancellation ends at the border of the
-    `async with`. Any other passes through. The watcher is ended with the body. An error ends it as returning does: a
-    connection that cannot be watched is gone.
-    """
-
-    def cancel(self) -> None: ...
-
-    async def __aenter__(self) -> Guard: ...
-
-    async def __aexit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
-    ) -> bool | None: ...
-
-
-Watcher = Callable[[], Coroutine[Any, Any, None]]
-
-
-async def _watch(watcher: Watcher, then: Callable[[], None]) -> None:
-    try:
-        await watcher()
-    except Exception:
-        logger.debug("the connection cannot be watched any more", exc_info=True)
-    finally:
-        then()
-
-
-class _AsyncioGuard(_AsyncioInterrupt):
-    __slots__ = ("_task", "_watcher")
-
-    def __init__(self, watcher: Watcher) -> None:
-        super().__init__()
-        self._watcher = watcher
-
-    async def __aenter__(self) -> Guard:
-        self._task = asyncio.get_running_loop().create_task(_watch(self._watcher, self.interrupt))
-        return self
-
-    def cancel(self) -> None:
-        self.interrupt()
-
-    async def __aexit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
-    ) -> bool | None:
-        self._task.cancel()
-        return self.__exit__(exc_type, exc, tb)
-
-
-class _AnyioGuard:
-    __slots__ = ("_group", "_watcher")
-
-    def __init__(self, watcher: Watcher) -> None:
-        self._watcher = watcher
-        self._group = anyio.create_task_group()
-
-    async def __aenter__(self) -> Guard:
-        await self._group.__aenter__()
-        self._group.start_soon(_watch, self._watcher, self.cancel)
-        return self
-
-    def cancel(self) -> None:
-        self._group.cancel_scope.cancel()
-
-    async def __aexit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
-    ) -> bool | None:
-        self._group.cancel_scope.cancel()
-        try:
-            return await self._group.__aexit__(exc_type, exc, tb)
-        except BaseExceptionGroup as group:
-            if exc is not None and group.exceptions == (exc,):
-                return None  # the body's own error, as it was raised
-            raise
-
-
-def make_guard(watcher: Watcher) -> Guard:
-    """A guard for the running loop, made in the task that will be guarded."""
-    return _AsyncioGuard(watcher) if on_asyncio() else _AnyioGuard(watcher)
+        lists, self._lists = self._lists, {}
+        for waiting in lists:
+            waiting.wake()

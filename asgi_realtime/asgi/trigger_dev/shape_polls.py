@@ -26,7 +26,9 @@ from asgi_realtime.brokers.base import LiveTopic
 from asgi_realtime.brokers.following import Follower
 from asgi_realtime.core.errors import ExpiredToken
 from asgi_realtime.core.topics import Changes, Cursor
-from asgi_realtime.loop.waiting import make_guard, make_interrupt, make_waiter
+from asgi_realtime.loop.guards import make_guard
+from asgi_realtime.loop.interrupts import make_interrupt
+from asgi_realtime.loop.waiting import make_waiter
 from asgi_realtime.runs.paging import newest, pages
 from asgi_realtime.tokens import Claims
 
