@@ -49,10 +49,6 @@ def encode_value(value: object) -> bytes:
     return data
 
 
-encode_chunk = encode_value
-"""Chunks follow the same rules as all other values."""
-
-
 def decode(data: bytes) -> Any:
     """Decode JSON. Raises `UsageError` if it is malformed."""
     try:

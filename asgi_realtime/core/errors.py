@@ -43,12 +43,14 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-_SHOWN = 80
+_SHOWN_LENGTH = 80
 
 
-def shown(text: str) -> str:
-    """How a text from outside stands in a message: quoted, and cut if it is long."""
-    return repr(text) if len(text) <= _SHOWN else f"{text[:_SHOWN]!r}…"
+def shown(value: object) -> str:
+    """A value for an error message: text quoted and truncated, a number, True, False or None, else the type."""
+    if isinstance(value, str):
+        return repr(value) if len(value) <= _SHOWN_LENGTH else f"{value[:_SHOWN_LENGTH]!r}…"
+    return repr(value) if value is None or isinstance(value, int | float) else f"a {type(value).__name__}"
 
 
 class RealtimeError(Exception):
@@ -254,10 +256,13 @@ class TaskError(RealtimeError):
 
 
 class ServerShutdown(RealtimeError):
-    """The server stopped before the run was over. Runs end FAILED with this."""
+    """The server shut down. Its unfinished runs end FAILED with this error."""
 
     status = 503
     code = "server_shutdown"
+
+    def __init__(self, message: str = "the server was shut down") -> None:
+        super().__init__(message)
 
 
 class BrokerUnavailable(RealtimeError):

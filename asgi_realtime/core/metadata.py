@@ -9,7 +9,6 @@ decrement, replace), also that a key like `$.steps.0.done` names a place inside,
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -17,21 +16,20 @@ import msgspec
 
 from asgi_realtime.core import json_paths
 from asgi_realtime.core.chunks import decode, encode_value
-from asgi_realtime.core.errors import LimitExceeded, UsageError
+from asgi_realtime.core.errors import LimitExceeded, UsageError, shown
 from asgi_realtime.core.json_paths import Copies
+from asgi_realtime.core.names import CONTROL_CHARACTERS
 
 MAX_KEY_LENGTH = 128
 
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
-
-def check_key(key: str) -> None:
+def check_metadata_key(key: str) -> None:
     """Raise `UsageError` if this cannot be a metadata key."""
     if not isinstance(key, str):
         raise UsageError(f"metadata key is a {type(key).__name__}; allowed is a str")
     if not 0 < len(key) <= MAX_KEY_LENGTH:
         raise UsageError(f"metadata key is {len(key)} characters; allowed are 1 to {MAX_KEY_LENGTH}")
-    if _CONTROL.search(key):
+    if CONTROL_CHARACTERS.search(key):
         raise UsageError(f"metadata key {key!r} has control characters")
 
 
@@ -39,12 +37,12 @@ class _Keyed(msgspec.Struct, frozen=True):
     key: str
 
     def __post_init__(self) -> None:
-        check_key(self.key)
+        check_metadata_key(self.key)
 
 
 class _Placed(_Keyed, frozen=True):
     def __post_init__(self) -> None:
-        check_key(self.key)
+        check_metadata_key(self.key)
         if json_paths.is_path(self.key):
             json_paths.parse(self.key)
 
@@ -91,7 +89,7 @@ class Replace(msgspec.Struct, frozen=True, tag="update"):
         if not isinstance(self.value, dict):
             raise UsageError(f"metadata is a {type(self.value).__name__}; allowed is a dict")
         for key in self.value:
-            check_key(key)
+            check_metadata_key(key)
 
 
 Operation = Set | Delete | Append | Remove | Increment | Replace
@@ -205,7 +203,7 @@ def _incremented(old: Any, operation: Increment, strict: bool) -> Any:
         return total
     if strict:
         raise UsageError(
-            f"metadata {operation.key!r} is {_shown(old)} and cannot change by {operation.by!r};"
+            f"metadata {operation.key!r} is {shown(old)} and cannot change by {operation.by!r};"
             " allowed are finite numbers"
         )
     return old
@@ -226,10 +224,6 @@ def is_number(value: object) -> bool:
     if isinstance(value, float):
         return math.isfinite(value)
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _shown(value: object) -> str:
-    return f"{value!r}" if isinstance(value, bool | int | float | None) else f"a {type(value).__name__}"
 
 
 def normalize_value(value: object) -> Any:

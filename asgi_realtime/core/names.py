@@ -11,6 +11,7 @@ from asgi_realtime.core.errors import LimitExceeded, UsageError
 INPUT_PREFIX = "$trigger.input:"
 """Inputs are hidden streams of this name and the input's id, as the official clients have it."""
 
+CONTROL_CHARACTERS = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _BAD_IN_TAG = re.compile(r'[\x00-\x1f\x7f-\x9f\\",\ud800-\udfff]')
 _BAD_IN_KEY = re.compile(r"[\x00-\x1f\x7f-\x9f/?#\\\ud800-\udfff]")
 

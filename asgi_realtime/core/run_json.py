@@ -26,11 +26,6 @@ _COLUMNS = {
 _EMPTY: dict[str, Any] = {"tags": [], "costInCents": 0, "baseCostInCents": 0, "durationMs": 0, "isTest": False}
 """Required fields that may be left out all the same: what stands there instead."""
 
-_KEPT = frozenset(
-    {"id", "status", "taskIdentifier", "createdAt", "updatedAt", "depth", "triggerFunction", "relatedRuns"}
-    | {"isQueued", "isExecuting", "isWaiting", "isCompleted", "isSuccess", "isFailed", "isCancelled"}
-)
-
 _SKIPPABLE = frozenset(
     {*_COLUMNS, *_EMPTY, "metadata", "realtimeStreams", "startedAt", "finishedAt", "delayedUntil", "expiredAt"}
     | {"payload", "output", "error", "idempotencyKey", "ttl", "batchId"}
@@ -49,7 +44,7 @@ def run_json(record: RunRecord, *, skip: Collection[str] = ()) -> bytes:
         name = _COLUMNS.get(name, name)
         if name in _EMPTY:
             fields[name] = _EMPTY[name]
-        elif name not in _KEPT:
+        elif name in _SKIPPABLE:
             fields.pop(name, None)
     return encode_value(fields)
 

@@ -7,11 +7,11 @@ made, because its user would find out only when a browser gets a 403. Grammar: d
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from asgi_realtime.core.errors import UsageError
+from asgi_realtime.core.errors import UsageError, shown
+from asgi_realtime.core.names import CONTROL_CHARACTERS
 
 Resource = tuple[str, str | None]
 """A type and an id; without an id it is the whole type, such as the list of all runs."""
@@ -28,7 +28,6 @@ _TYPES_OF: dict[str, tuple[str, ...]] = {
     "batchTrigger": ("tasks", "all"),
     "*": _EVERY_TYPE,
 }
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
 class Scope(NamedTuple):
@@ -94,7 +93,7 @@ def _flatten(scopes: Mapping[str, Mapping[str, ScopeIds] | bool]) -> Iterator[st
         allowed = _allowed_types(action)
         if not isinstance(types, Mapping):
             raise UsageError(
-                f"scope {action!r} is {_shown(types)}, which admits nothing; allowed is a dict with {allowed}"
+                f"scope {action!r} is {shown(types)}, which admits nothing; allowed is a dict with {allowed}"
             )
         if not types:
             raise UsageError(f"scope {action!r} is empty, which admits nothing; name at least one of {allowed}")
@@ -110,7 +109,7 @@ def _of_type(action: str, type: str, ids: ScopeIds) -> Iterator[str]:
     elif isinstance(ids, str):
         yield f"{where}:{ids}"
     elif not isinstance(ids, list | tuple | set | frozenset):
-        raise UsageError(f"scope {where!r} is {_shown(ids)}; allowed are True, an id, or a list of ids")
+        raise UsageError(f"scope {where!r} is {shown(ids)}; allowed are True, an id, or a list of ids")
     elif not ids:
         raise UsageError(f"scope {where!r} is an empty list, which admits nothing; list at least one id, or pass True")
     else:
@@ -141,7 +140,7 @@ def _check_id(action: str, type: str, id: str) -> None:
         raise UsageError(f"scope '{action}:{type}' has an empty id, which admits nothing; pass an id")
     if type == "all":
         raise UsageError(f"scope '{action}:all' has an id, but 'all' admits everything; leave the id out")
-    if _CONTROL.search(id):
+    if CONTROL_CHARACTERS.search(id):
         raise UsageError(f"scope '{action}:{type}' has an id with control characters: {id!r}")
 
 
@@ -150,10 +149,6 @@ def _allowed_types(action: str) -> str:
     if types is None:
         raise UsageError(f"scope has the unknown action {action!r}; allowed are {', '.join(_TYPES_OF)}, admin")
     return ", ".join(types)
-
-
-def _shown(value: object) -> str:
-    return repr(value) if isinstance(value, bool | str | None) else f"a {_type(value)}"
 
 
 def _type(value: object) -> str:

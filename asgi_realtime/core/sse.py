@@ -16,7 +16,7 @@ _DATA = len(b"data: ")
 
 
 def chunk_frame(seq: int, data: bytes) -> bytes:
-    """The frame of a stream's entry. Unchecked, for the hot path: `data` is what `encode_chunk` returned."""
+    """The frame of a stream's entry. Unchecked, for the hot path: `data` is what `encode_value` returned."""
     return b"id: %d\ndata: %b\n\n" % (seq, data)
 
 

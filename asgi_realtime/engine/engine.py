@@ -190,7 +190,7 @@ class Engine:
         if start is not None and not start.supervisor.ended:
             if start.supervisor.usable:
                 if start.supervisor.ending:
-                    raise ServerShutdown("the server was shut down")
+                    raise ServerShutdown()
                 start.lazy = start.lazy and lazy
                 return start
             if not start.supervisor.loop_is_closed:

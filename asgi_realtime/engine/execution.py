@@ -90,7 +90,7 @@ class Execution:
 
     def shut_down(self) -> None:
         """Stop the run because the server shuts down. Idempotent."""
-        self._stop(ServerShutdown("the server was shut down"))
+        self._stop(ServerShutdown())
 
     def _stop(self, reason: RunCanceled | ServerShutdown) -> None:
         if not self._enter(Phase.STOPPING):

@@ -34,7 +34,7 @@ class HeldRun:
         while self._run is None and not self._is_over:
             await self._changed.wait()
         if self._run is None:
-            raise self._error or ServerShutdown("the server was shut down")  # the stop came before the run was open
+            raise self._error or ServerShutdown()  # the stop came before the run was open
         return self._run
 
     async def leave(self, error: BaseException | None) -> BaseException | None:

@@ -75,7 +75,7 @@ class ThreadBridge:
                     self._start()
             supervisor = engine.supervisor
         if supervisor is None:
-            raise ServerShutdown("the server was shut down")
+            raise ServerShutdown()
         return supervisor
 
     def _start(self) -> None:

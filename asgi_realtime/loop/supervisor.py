@@ -308,7 +308,7 @@ class Supervisor:
             return await function()
         done = anyio.Event()
         results: list[T] = []
-        error: Exception = ServerShutdown("the server was shut down")
+        error: Exception = ServerShutdown()
 
         async def job() -> None:
             nonlocal error

@@ -54,7 +54,7 @@ class ThreadCall(Generic[T]):
         try:
             self._supervisor.post(lambda: self._begin(context))
         except RuntimeError:  # closed, or at its end
-            raise _shut_down() from None
+            raise ServerShutdown() from None
         self._wait()
         if self._error is not None:
             try:
@@ -67,7 +67,7 @@ class ThreadCall(Generic[T]):
         try:
             while not self._over.wait(LOOK_S):
                 if self._supervisor.ended or self._supervisor.loop_is_closed:
-                    self._end(_shut_down())
+                    self._end(ServerShutdown())
         except BaseException:  # a signal handler raised here
             with suppress(RuntimeError):
                 self._supervisor.post(self._give_up)
@@ -77,7 +77,7 @@ class ThreadCall(Generic[T]):
 
     def _begin(self, context: contextvars.Context) -> None:
         if self._supervisor.ended:
-            self._end(_shut_down())
+            self._end(ServerShutdown())
         else:
             self._supervisor.spawn_brief(self._run, context)
 
@@ -90,12 +90,12 @@ class ThreadCall(Generic[T]):
                 self._results.append(await self._function())
         except anyio.get_cancelled_exc_class() as exc:
             if not cancelled_itself():
-                self._end(_shut_down())
+                self._end(ServerShutdown())
                 raise
             self._end(exc)
         except BaseException as exc:
             if not is_failure(exc):  # it ends the loop
-                self._end(_shut_down())
+                self._end(ServerShutdown())
                 raise
             self._end(exc)
         else:
@@ -111,10 +111,6 @@ class ThreadCall(Generic[T]):
         if not self._over.is_set():
             self._error = error
             self._over.set()
-
-
-def _shut_down() -> ServerShutdown:
-    return ServerShutdown("the server was shut down")
 
 
 class OwnLoop:

@@ -172,7 +172,7 @@ class Pipe(Generic[T]):
             self.error = RuntimeError(f"the source raised {type(cause).__name__}")
             self.error.__cause__ = cause
         else:
-            self._stop_reason = ServerShutdown("the server was shut down")
+            self._stop_reason = ServerShutdown()
 
     async def _end(self, last: Callable[[], Awaitable[None]]) -> None:
         """The local iteration ends now, the pipe after its last act."""

@@ -15,8 +15,7 @@ import msgspec
 
 from asgi_realtime.core.config import MAX_SPAN_S, Limits, Retention, Span, parse_span
 from asgi_realtime.core.errors import LimitExceeded, UsageError
-from asgi_realtime.core.metadata import check_key as check_metadata_key
-from asgi_realtime.core.metadata import check_size, normalize_value
+from asgi_realtime.core.metadata import check_metadata_key, check_size, normalize_value
 from asgi_realtime.core.names import check_key, check_tags
 from asgi_realtime.core.runs import RunRecord, Status
 from asgi_realtime.engine.engine import Engine

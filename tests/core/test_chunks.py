@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from openai.types.chat import ChatCompletionChunk
 
-from asgi_realtime.core.chunks import decode, encode_chunk, encode_value, json_line
+from asgi_realtime.core.chunks import decode, encode_value, json_line
 from asgi_realtime.core.errors import EncodingError, UsageError
 
 
@@ -105,16 +105,16 @@ class PydanticData:
     ],
 )
 def test_values_have_one_json_form(value: object, data: bytes) -> None:
-    assert encode_chunk(value) == data
+    assert encode_value(value) == data
     assert encode_value(value) == data
 
 
 def test_pydantic_models_are_encoded_by_alias() -> None:
     model = Model(userName="ada", at=datetime.date(2024, 1, 2))
     expected = {"userName": "ada", "score": None, "at": "2024-01-02"}
-    assert decode(encode_chunk(model)) == expected
-    assert decode(encode_chunk({"models": [model]})) == {"models": [expected]}
-    assert decode(encode_chunk(Data(model))) == {"a": expected}
+    assert decode(encode_value(model)) == expected
+    assert decode(encode_value({"models": [model]})) == {"models": [expected]}
+    assert decode(encode_value(Data(model))) == {"a": expected}
 
 
 def test_a_chunk_of_openai_is_encoded_as_the_api_sent_it() -> None:
@@ -128,27 +128,27 @@ def test_a_chunk_of_openai_is_encoded_as_the_api_sent_it() -> None:
         "unknown": {"kept": True},
     }
     chunk = ChatCompletionChunk.construct(**sent)
-    assert decode(encode_chunk(chunk)) == sent
-    assert decode(encode_chunk([chunk])) == [sent]
+    assert decode(encode_value(chunk)) == sent
+    assert decode(encode_value([chunk])) == [sent]
     assert "system_fingerprint" in chunk.model_dump()
 
 
 def test_an_openai_model_of_unexpected_shape_is_encoded_without_a_warning() -> None:
     sent: dict[str, Any] = {"id": 7, "choices": [{"index": "zero", "delta": "text"}]}
-    assert decode(encode_chunk(ChatCompletionChunk.construct(**sent))) == sent
+    assert decode(encode_value(ChatCompletionChunk.construct(**sent))) == sent
 
 
 def test_an_event_of_anthropic_is_encoded_as_the_api_sent_it() -> None:
     sent = {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": "hi"}}
     event = RawContentBlockDeltaEvent.model_validate(sent)
     assert isinstance(event.delta, TextDelta)
-    assert decode(encode_chunk(event)) == sent
+    assert decode(encode_value(event)) == sent
 
 
 @pytest.mark.parametrize("value", [b"x", bytearray(b"x"), memoryview(b"x")])
 def test_bytes_are_refused_with_what_to_use(value: object) -> None:
     with pytest.raises(EncodingError, match="base64") as caught:
-        encode_chunk(value)
+        encode_value(value)
     assert type(value).__name__ in str(caught.value)
     assert isinstance(caught.value, TypeError)
 
@@ -171,29 +171,29 @@ def test_bytes_are_refused_with_what_to_use(value: object) -> None:
     ],
 )
 def test_lone_surrogates_become_replacement_characters(value: object, expected: object) -> None:
-    assert decode(encode_chunk(value)) == expected
+    assert decode(encode_value(value)) == expected
 
 
 def test_a_model_that_writes_nan_gives_null() -> None:
-    assert decode(encode_chunk(LooseModel(number=float("nan")))) == {"text": None, "number": None}
-    assert decode(encode_chunk([LooseModel(number=float("-inf"))])) == [{"text": None, "number": None}]
-    assert decode(encode_chunk(LooseModel(text="NaN", number=0.5))) == {"text": "NaN", "number": 0.5}
+    assert decode(encode_value(LooseModel(number=float("nan")))) == {"text": None, "number": None}
+    assert decode(encode_value([LooseModel(number=float("-inf"))])) == [{"text": None, "number": None}]
+    assert decode(encode_value(LooseModel(text="NaN", number=0.5))) == {"text": "NaN", "number": 0.5}
 
 
 def test_what_has_no_json_form_is_named_with_its_place() -> None:
     with pytest.raises(EncodingError, match=r"^object has no JSON form; allowed are str, numbers"):
-        encode_chunk(object())
+        encode_value(object())
     with pytest.raises(EncodingError, match=r"^at \['a'\]\[1\]: complex has no JSON form"):
-        encode_chunk({"b": "\ud800", "a": [1, 1j]})
+        encode_value({"b": "\ud800", "a": [1, 1j]})
     with pytest.raises(EncodingError, match=r"^at \[0\]: dict has no JSON form: "):
-        encode_chunk([{(1,): 1}])
+        encode_value([{(1,): 1}])
     with pytest.raises(EncodingError, match="generator"):
-        encode_chunk({"a": (n for n in [1])})
+        encode_value({"a": (n for n in [1])})
 
 
 def test_the_error_of_a_foreign_serializer_is_ours_and_keeps_its_cause() -> None:
     with pytest.raises(EncodingError, match=r"^at \['m'\]: BrokenModel has no JSON form: .*out of order") as caught:
-        encode_chunk({"m": BrokenModel()})
+        encode_value({"m": BrokenModel()})
     assert caught.value.__cause__ is not None
 
 
@@ -224,19 +224,19 @@ def circular_model() -> LooseModel:
 )
 def test_nothing_but_an_encoding_error_comes_out(value: object) -> None:
     with pytest.raises(EncodingError):
-        encode_chunk(value)
+        encode_value(value)
 
 
 def test_a_circular_value_is_told() -> None:
     for value in (circular_list(), {"a": "\ud800", "b": circular_list()}):
         with pytest.raises(EncodingError, match="contains itself"):
-            encode_chunk(value)
+            encode_value(value)
 
 
 def test_raw_json_is_put_on_one_line() -> None:
-    assert encode_chunk(msgspec.Raw(b'{\n "a":\r\n 1}')) == b'{"a":1}'
+    assert encode_value(msgspec.Raw(b'{\n "a":\r\n 1}')) == b'{"a":1}'
     with pytest.raises(EncodingError, match="msgspec.Raw"):
-        encode_chunk({"a": msgspec.Raw(b'"\n')})
+        encode_value({"a": msgspec.Raw(b'"\n')})
 
 
 @pytest.mark.slow
@@ -248,11 +248,11 @@ def test_raw_json_is_put_on_one_line() -> None:
     )
 )
 def test_every_json_value_becomes_one_line_of_valid_json(value: object) -> None:
-    data = encode_chunk(value)
+    data = encode_value(value)
     assert b"\n" not in data
     assert b"\r" not in data
     json.loads(data, parse_constant=pytest.fail)
-    assert encode_chunk(decode(data)) == data
+    assert encode_value(decode(data)) == data
 
 
 def test_escaped_lone_surrogates_are_read_as_replacement_characters() -> None:

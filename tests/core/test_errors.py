@@ -11,7 +11,15 @@ import pytest
 import asgi_realtime
 import asgi_realtime.client
 from asgi_realtime.client import UnexpectedAnswer
-from asgi_realtime.core.errors import LimitExceeded, ProducerGap, RealtimeError, StreamGap, TaskError
+from asgi_realtime.core.errors import (
+    LimitExceeded,
+    ProducerGap,
+    RealtimeError,
+    ServerShutdown,
+    StreamGap,
+    TaskError,
+    shown,
+)
 from asgi_realtime.core.run_errors import RunEnded, VersionConflict
 from asgi_realtime.core.runs import RunRecord, Status
 
@@ -65,3 +73,26 @@ def test_an_error_survives_pickling(cls: type[RealtimeError], protocol: int) -> 
 def test_an_error_can_be_copied(cls: type[RealtimeError]) -> None:
     error = made(cls)
     assert vars(copy.copy(error)) == vars(error)
+
+
+def test_a_shutdown_needs_no_message() -> None:
+    assert str(ServerShutdown()) == "the server was shut down"
+    assert pickle.loads(pickle.dumps(ServerShutdown())).args == ("the server was shut down",)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ("a'b", '"a\'b"'),
+        ("x" * 80, f"'{'x' * 80}'"),
+        ("x" * 81, f"'{'x' * 80}'…"),
+        (1, "1"),
+        (1.5, "1.5"),
+        (True, "True"),
+        (None, "None"),
+        ([1], "a list"),
+        (b"x", "a bytes"),
+    ],
+)
+def test_error_messages_show_values_briefly(value: object, text: str) -> None:
+    assert shown(value) == text

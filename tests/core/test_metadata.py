@@ -154,7 +154,7 @@ def test_no_operations_give_a_copy() -> None:
 @pytest.mark.parametrize(
     ("old", "by", "shown"),
     [
-        ("1", 1, "a str"),
+        ("1", 1, "'1'"),
         (True, 1, "True"),
         (None, 1, "None"),
         ([1], 1, "a list"),

@@ -134,7 +134,7 @@ async def test_an_operation_that_is_refused_changes_nothing() -> None:
     async with make_realtime(limits=Limits(metadata_bytes=30)) as realtime, realtime.open_run("r") as run:
         run.metadata.set("text", "a")
         refused: list[tuple[type[Exception], str, Callable[[], None]]] = [
-            (UsageError, "metadata 'text' is a str and cannot change by 1", lambda: run.metadata.increment("text")),
+            (UsageError, "metadata 'text' is 'a' and cannot change by 1", lambda: run.metadata.increment("text")),
             (UsageError, "control characters", lambda: run.metadata.set("a\nb", 1)),
             (UsageError, "has no JSON form", lambda: run.metadata.set("k", object())),
             (UsageError, "metadata is a list; allowed is a dict", lambda: run.metadata.replace([1])),  # type: ignore[arg-type]

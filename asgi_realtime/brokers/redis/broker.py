@@ -172,7 +172,7 @@ class RedisBroker:
     def _open(self) -> _Open:
         if self._opened is None:
             if self._left:
-                raise ServerShutdown("this Realtime was stopped")
+                raise ServerShutdown()
             raise BrokerUnavailable("the Redis broker has not been entered")
         return self._opened
 

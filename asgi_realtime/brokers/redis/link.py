@@ -93,7 +93,7 @@ class Link:
         """Send a command; the future has its answer, or raises `Lost`, or the server's `ResponseError`."""
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         if self._closed:
-            future.set_exception(ServerShutdown("this Realtime was stopped"))
+            future.set_exception(ServerShutdown())
             return future
         self._queue.append((command, future))
         self._wanted.set()
@@ -108,7 +108,7 @@ class Link:
     async def aclose(self) -> None:
         """Fail what is under way and close the connection."""
         self._closed = True
-        self._fail(ServerShutdown("this Realtime was stopped"))
+        self._fail(ServerShutdown())
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait([self._task])

@@ -66,7 +66,7 @@ class Mirror(ABC):
 
     def shut_down(self) -> None:
         """The broker is left: whoever follows this hears no more."""
-        self._failure = ServerShutdown("this Realtime was stopped")
+        self._failure = ServerShutdown()
         self._changed.wake()
         self._lost(self._failure)
         self.close()

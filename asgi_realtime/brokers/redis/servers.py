@@ -204,7 +204,7 @@ class Servers:
 
     def _link(self, address: Address, bulk: bool) -> Link:
         if self._closed:  # by a job that outlives its caller: nobody would close another connection
-            raise ServerShutdown("this Realtime was stopped")
+            raise ServerShutdown()
         link = self._links.get((address, bulk))
         if link is None:
             link = self._links[address, bulk] = Link(
@@ -224,7 +224,7 @@ class Servers:
         await asyncio.wait([self._looking])
         if not self._known:
             if self._closed:
-                raise ServerShutdown("this Realtime was stopped")
+                raise ServerShutdown()
             raise BrokerUnavailable(self._unknown_why)
 
     def look_again(self) -> None:
@@ -234,7 +234,7 @@ class Servers:
 
     def _begin_to_look(self) -> None:
         if self._closed:
-            raise ServerShutdown("this Realtime was stopped")
+            raise ServerShutdown()
         if self._looking is None or self._looking.done():
             self._looked_at = asyncio.get_running_loop().time()
             self._looking = self._spawn(self._ask())

@@ -101,7 +101,7 @@ async def test_a_parent_that_is_gone_keeps_nothing_from_its_child() -> None:
         (op("update", value=[1]), 400, "Expected `object`, got `array`"),
         (op("set", "", 1), 422, "operations[1]: metadata key is 0 characters"),
         (op("set", "$.*", 1), 422, "operations[1]: metadata key '$.*' has the step '*'"),
-        (op("increment", "text", 1), 422, "metadata 'text' is a str and cannot change by 1"),
+        (op("increment", "text", 1), 422, "metadata 'text' is 't' and cannot change by 1"),
         (op("set", "a", "x" * 1000), 422, "limit 1000"),
         (op("set", "a", "x" * 5000), 413, "limit 4000"),
     ],
