@@ -1,7 +1,7 @@
-"""The kinds of run feeds: one run, the runs with some tags, or the runs of a batch; and finding their runs.
+"""The kinds of run feeds: one run, the runs with some tags, and the runs of a batch.
 
-A feed follows one topic. Which of the runs that this tells of belong to the feed, and when the feed is over, is said
-here; how it is told to a client is the matter of `feed_events` and `shape_polls`.
+A feed follows one topic. This module selects the runs of the topic that belong to the feed, and knows when the feed
+ends. How they are sent is the matter of `feed_events` and of the polls of the Trigger.dev dialect.
 """
 
 from __future__ import annotations
@@ -15,36 +15,37 @@ from asgi_realtime.core.log import End
 from asgi_realtime.core.runs import RunRecord, batch_topic, run_topic, tag_topic
 from asgi_realtime.core.topics import Change
 
-Admitted = tuple[Change, RunRecord]
+FeedChange = tuple[Change, RunRecord]
+"""A change of a topic that belongs to a feed, with the record of its run."""
 
 
 class Feed(Protocol):
-    """Which runs a feed has, and when it is over."""
+    """The runs of a feed, and its end."""
 
     topic: str
     run_id: str
-    """The run that all of this is about, or ""."""
+    """The only run of the feed, or ""."""
     floor_ms: int
-    """Runs that were created before are not in it."""
-    whole: bool
-    """Whether every run has to be met to know the end, also those that a resuming client is not told of."""
+    """Runs created before this time are not part of the feed."""
+    needs_every_run: bool
+    """Whether the end depends on every run of the topic, also on those that a resuming client does not get."""
 
     def has(self, record: RunRecord) -> bool: ...
 
-    def saw(self, record: RunRecord) -> None:
-        """A record of this feed was met."""
+    def note(self, record: RunRecord) -> None:
+        """Take a run of this feed into account for its end."""
 
     @property
     def end(self) -> End | None:
-        """How the feed ends, once all that was met is sent."""
+        """How the feed ends once all of the noted runs are sent; None while it continues."""
         ...
 
 
 class RunFeed:
-    """One run, to its terminal state."""
+    """One run, until it ends."""
 
     floor_ms = 0
-    whole = False
+    needs_every_run = False
 
     def __init__(self, run_id: str, end: End | None = None) -> None:
         self.topic = run_topic(run_id)
@@ -54,15 +55,15 @@ class RunFeed:
     def has(self, record: RunRecord) -> bool:
         return True
 
-    def saw(self, record: RunRecord) -> None:
+    def note(self, record: RunRecord) -> None:
         self.end = record.end
 
 
 class TagFeed:
-    """The runs that have all of these tags and were created after a time. Never over."""
+    """The runs that have all of these tags and were created after a time. It never ends."""
 
     run_id = ""
-    whole = False
+    needs_every_run = False
     end: End | None = None
 
     def __init__(self, tags: Collection[str], *, floor_ms: int) -> None:
@@ -73,16 +74,16 @@ class TagFeed:
     def has(self, record: RunRecord) -> bool:
         return record.created_at_ms >= self.floor_ms and self._tags.issubset(record.tags)
 
-    def saw(self, record: RunRecord) -> None:
+    def note(self, record: RunRecord) -> None:
         return None
 
 
 class BatchFeed:
-    """The runs of a batch, until all are over. `closed`: no more runs join it, and possibly it has none."""
+    """The runs of a batch, until all have ended. `closed`: no more runs join it, and possibly it has none."""
 
     run_id = ""
     floor_ms = 0
-    whole = True
+    needs_every_run = True
 
     def __init__(self, batch_id: str, *, closed: bool = False) -> None:
         self.topic = batch_topic(batch_id)
@@ -91,7 +92,7 @@ class BatchFeed:
     def has(self, record: RunRecord) -> bool:
         return True
 
-    def saw(self, record: RunRecord) -> None:
+    def note(self, record: RunRecord) -> None:
         self._progress.add(record)
 
     @property
@@ -99,8 +100,8 @@ class BatchFeed:
         return End("complete") if self._progress.is_over else None
 
 
-async def admitted(feed: Feed, run_cache: RunCache, page: Sequence[Change]) -> list[Admitted]:
-    """The changes that belong to the feed, with the records behind them."""
+async def select_changes(feed: Feed, run_cache: RunCache, page: Sequence[Change]) -> list[FeedChange]:
+    """The changes that belong to the feed, with their records. Notes the records in the feed."""
     records = await run_cache.records(page)
     found = [
         (change, record)
@@ -108,5 +109,5 @@ async def admitted(feed: Feed, run_cache: RunCache, page: Sequence[Change]) -> l
         if record is not None and feed.has(record)
     ]
     for _, record in found:
-        feed.saw(record)
+        feed.note(record)
     return found

@@ -1,16 +1,16 @@
-"""`GET /v1/health` as an event stream: a short stream that shows what stands between a client and the server.
+"""`GET /v1/health`: whether this process takes requests, and whether its responses reach the client unbuffered.
 
-A proxy that collects a body before it passes it on, or compresses it, cannot be seen in one answer. So a few events go
-out some time apart, each with the time when it was sent; whoever reads them compares. No token, no data; few at once.
-docs/protocol.md, section 9.
+Load balancers read the summary (`check`). With `Accept: text/event-stream` the same URL responds with a short stream
+(`probe`). A proxy that buffers or compresses a body cannot be seen in a single response, so the stream sends a few
+events some time apart, each with its time of sending, and the client compares. Neither needs a token or reveals data;
+the number of open probes is limited. Spec: docs/protocol.md, section 9.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import AsyncIterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, nullcontext
 from typing import Any
 
 import anyio
@@ -19,7 +19,7 @@ from starlette.responses import Response
 from asgi_realtime.asgi.limits import PROBE
 from asgi_realtime.asgi.request import Request
 from asgi_realtime.asgi.responses import json_response
-from asgi_realtime.asgi.subscription import WAITING, Subscription
+from asgi_realtime.asgi.subscription import WAITING, SubscriptionResponse
 from asgi_realtime.core.chunks import encode_value
 from asgi_realtime.core.errors import BrokerUnavailable
 from asgi_realtime.core.log import End
@@ -28,60 +28,53 @@ from asgi_realtime.tokens import Claims
 
 logger = logging.getLogger("asgi_realtime")
 
-EVENTS = 5
-APART_S = 0.2
+PROBE_EVENTS = 5
+PROBE_INTERVAL_S = 0.2
 
-_NOBODY = Claims(scopes=(), expires_at=math.inf, token_id=PROBE)
-
-
-class Probe(Subscription[None]):
-    """Sends its events and ends."""
-
-    __slots__ = ()
-
-    def __init__(self, request: Request) -> None:
-        super().__init__(request.host, request.subscription_limits, _NOBODY)
-
-    def _open(self) -> AbstractAsyncContextManager[None]:
-        return _nothing()
-
-    async def _prepare(self, source: None) -> str:
-        return "connected"
-
-    async def _follow(self, source: None) -> bytes:
-        for number in range(EVENTS):
-            if number:
-                self._phase = WAITING
-                with anyio.move_on_after(APART_S):
-                    await self._waiter.arm()
-            if self._alert:
-                self._heed()
-            sent_at = round(self._host.clock() * 1000)
-            await self._write(control_frame("probe", encode_value({"n": number, "sentAt": sent_at})))
-        return self._framing.end(End("complete"), None)
+_ANONYMOUS = Claims(scopes=(), expires_at=math.inf, token_id=PROBE)
 
 
-@asynccontextmanager
-async def _nothing() -> AsyncIterator[None]:
-    yield
-
-
-async def health(request: Request) -> Response | Probe:
-    """Whether this process takes requests, for load balancers; or a `Probe`. Needs no token and tells no data."""
-    if request.method == "GET" and request.accepts_event_stream:
-        await request.host.ensure_started()
-        return Probe(request)
+async def check(request: Request) -> Response:
+    """The status of this process and its broker: 200 if both are ready, otherwise 503."""
     broker = "unavailable"
     try:
         await request.host.ensure_started()
         await request.host.broker.ping()
         broker = "ok"
     except BrokerUnavailable:
-        pass  # expected of a broker that is away
+        pass
     except Exception:
-        logger.warning("the broker cannot be used", exc_info=True)
+        logger.warning("the health check of the broker failed", exc_info=True)
     status = "closing" if request.host.closing else broker
-    told: dict[str, Any] = {"status": status, "broker": broker}
+    summary: dict[str, Any] = {"status": status, "broker": broker}
     if request.host.broker.warnings:
-        told["warnings"] = request.host.broker.warnings
-    return json_response(told, 200 if status == "ok" else 503)
+        summary["warnings"] = request.host.broker.warnings
+    return json_response(summary, 200 if status == "ok" else 503)
+
+
+async def probe(request: Request) -> ProbeResponse:
+    """A short event stream."""
+    return ProbeResponse(request, _ANONYMOUS)
+
+
+class ProbeResponse(SubscriptionResponse[None]):
+    """Sends its events and ends."""
+
+    __slots__ = ()
+
+    def _open(self) -> AbstractAsyncContextManager[None]:
+        return nullcontext()
+
+    async def _prepare(self, source: None) -> str:
+        return "connected"
+
+    async def _follow(self, source: None) -> bytes:
+        for number in range(PROBE_EVENTS):
+            if number:
+                self._phase = WAITING
+                with anyio.move_on_after(PROBE_INTERVAL_S):
+                    await self._waiter.arm()
+            self._handle_alert()
+            sent_at = round(self._host.clock() * 1000)
+            await self._write(control_frame("probe", encode_value({"n": number, "sentAt": sent_at})))
+        return self.framing.end(End("complete"), None)

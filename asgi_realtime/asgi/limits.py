@@ -1,4 +1,4 @@
-"""How many subscriptions are open, in this process, for each run and for each token; and bodies of each token."""
+"""How many subscriptions and request bodies this process has open, by run and by token."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ MAX_BODIES_PER_TOKEN = 100
 """Requests with a body (POST, PUT) that one public token can have open at once in this process."""
 
 PROBE = "probe"
-"""What stands in place of a token where none is needed: all probes of the health are counted under it."""
+"""The token id under which all probes are counted, because they have no token."""
 
 
 class SubscriptionLimits:
-    """Counts, and refuses what is over a limit. An empty name is not counted."""
+    """Counts what is open and rejects what exceeds a limit. An empty run id or token id is not counted."""
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
@@ -28,7 +28,7 @@ class SubscriptionLimits:
         self.open = 0
 
     def acquire(self, run_id: str, token_id: str) -> None:
-        """Count one subscription more. Raises `LimitExceeded` (429) and then counts nothing."""
+        """Count one more subscription. Raises `LimitExceeded` (429) and then counts nothing."""
         limits = self._limits
         _check("this server", self.open, limits.subscribers)
         _check("this run", self._by_run[run_id] if run_id else 0, limits.subscribers_per_run)
@@ -42,32 +42,33 @@ class SubscriptionLimits:
             self._by_token[token_id] += 1
 
     def release(self, run_id: str, token_id: str) -> None:
-        """Count one less, with the names it was taken with."""
+        """Count one subscription less, under the ids it was acquired with."""
         self.open -= 1
         for counter, name in ((self._by_run, run_id), (self._by_token, token_id)):
             if name:
-                _uncount(counter, name)
+                _decrement(counter, name)
 
     def acquire_body(self, token_id: str) -> None:
-        """Count one open request with a body. Raises `LimitExceeded` (429) and then counts nothing."""
+        """Count one more request with a body. Raises `LimitExceeded` (429) and then counts nothing."""
         if self._bodies[token_id] >= MAX_BODIES_PER_TOKEN:
             raise LimitExceeded(
-                f"this token has {MAX_BODIES_PER_TOKEN} requests open that send a body, the limit", status=429
+                f"this token has {self._bodies[token_id]} open requests that send a body, limit {MAX_BODIES_PER_TOKEN}",
+                status=429,
             )
         self._bodies[token_id] += 1
 
     def release_body(self, token_id: str) -> None:
-        _uncount(self._bodies, token_id)
+        _decrement(self._bodies, token_id)
 
 
-def _uncount(counter: Counter[str], name: str) -> None:
+def _decrement(counter: Counter[str], name: str) -> None:
     counter[name] -= 1
     if not counter[name]:
         del counter[name]
 
 
-def _check(what: str, taken: int, limit: int) -> None:
-    if taken >= limit:
+def _check(what: str, count: int, limit: int) -> None:
+    if count >= limit:
         raise LimitExceeded(
-            f"{what} has {taken} open subscriptions, limit {limit}; close one, or try later", status=429
+            f"{what} has {count} open subscriptions, limit {limit}; close one, or try later", status=429
         )

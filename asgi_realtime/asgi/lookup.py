@@ -1,18 +1,19 @@
-"""Finding what a subscription asks for, also a moment before it is there.
+"""Look up the run or batch of a subscription, waiting briefly if it does not exist yet.
 
-A token that names a run is often in the browser before the run is in the broker of this process. So a run that the
-token names one by one is waited for; for all others 404 comes at once, or the answer would take as long as it tells.
+A browser often has a token before its run has reached the broker of this process. If the token names the run by its id,
+the request waits for it. Otherwise it gets 404 at once, so timing reveals nothing.
 """
 
 from __future__ import annotations
 
 from functools import partial
 
+from asgi_realtime.asgi.auth import authorise, run_resources
 from asgi_realtime.asgi.host import Host, Receive
 from asgi_realtime.asgi.request import Request
-from asgi_realtime.asgi.subscription import Leaving, until_disconnect
+from asgi_realtime.asgi.subscription import until_disconnect
 from asgi_realtime.brokers.following import following
-from asgi_realtime.core.errors import RunNotFound, shown
+from asgi_realtime.core.errors import RunNotFound, ServerShutdown, shown
 from asgi_realtime.core.runs import RunRecord, batch_topic, run_topic
 from asgi_realtime.core.scopes import names
 from asgi_realtime.loop.guards import make_guard
@@ -20,82 +21,84 @@ from asgi_realtime.loop.waiting import make_waiter
 from asgi_realtime.tokens import Claims
 
 
-class _Wait:
-    """A waiting request, as the ticker and the shutdown see it."""
+class _Deadline:
+    """Wakes a waiting lookup when its time is over. Driven by the ticker."""
 
-    __slots__ = ("_since", "_wait_s", "over", "waiter")
+    __slots__ = ("_since", "_wait_s", "is_over", "waiter")
 
     def __init__(self, wait_s: float) -> None:
         self._wait_s = wait_s
-        self._since: float | None = None  # when the ticker saw this first
-        self.over = False
+        self._since: float | None = None  # the first tick
+        self.is_over = False
         self.waiter = make_waiter()
 
     def tick(self, now: float, steady: float) -> None:
         if self._since is None:
             self._since = steady
         elif steady - self._since >= self._wait_s:
-            self.shut_down()
+            self.is_over = True
+            self.waiter.wake()
 
     def shut_down(self) -> None:
-        self.over = True
-        self.waiter.wake()
+        """Nothing to do: the shutdown interrupts the whole request."""
 
 
-async def find_run(request: Request, claims: Claims, run_id: str, *, events: bool) -> RunRecord:
-    """The record, waited for up to `timeouts.find` if the token names the run. Raises `RunNotFound`, `Leaving`.
+async def find_run(request: Request, claims: Claims, run_id: str) -> RunRecord:
+    """The record of a run that the token can read. Raises `RunNotFound`, `ScopeDenied`, `ServerShutdown`.
 
-    `events`: whether the client reads events, also those that a shutdown has.
+    Waits up to `timeouts.find` for a run that the token names.
     """
     runs = request.host.runs
     try:
-        return await runs.get(run_id)
+        record = await runs.get(run_id)
     except RunNotFound:
         if request.is_from_elsewhere or run_id not in names(claims.scopes, "read", "runs"):
             raise
-    await _appeared(request, claims, run_topic(run_id), events=events)
-    return await runs.get(run_id)
+        await _appears(request, claims, run_topic(run_id))
+        record = await runs.get(run_id)
+    authorise(claims, "read", run_resources(record))
+    return record
 
 
-async def find_batch(request: Request, claims: Claims, batch_id: str, *, events: bool) -> bool:
-    """Whether it is known that no more runs come to the batch. One of which nothing is kept but its runs has a run, or
-    has one soon. Raises `RunNotFound`, `Leaving`."""
+async def find_batch(request: Request, claims: Claims, batch_id: str) -> bool:
+    """Whether the batch is known to get no more runs. Raises `RunNotFound`, `ServerShutdown`.
+
+    Nothing but its runs can be known of a batch, so this waits up to `timeouts.find` for the first of them.
+    """
     closed = await request.host.tasks.batches.closed(batch_id)
     if closed is not None:
         return closed
-    if not await _appeared(request, claims, batch_topic(batch_id), events=events):
-        raise RunNotFound(f"no batch {shown(batch_id)}: it never was, or it is past its retention")
+    if not await _appears(request, claims, batch_topic(batch_id)):
+        raise RunNotFound(f"no batch {shown(batch_id)}: it does not exist or has expired (Retention.after_end)")
     return False
 
 
-async def _appeared(request: Request, claims: Claims, topic: str, *, events: bool) -> bool:
-    """Wait until the topic has a run. False if there is none in time or the client is gone.
+async def _appears(request: Request, claims: Claims, topic: str) -> bool:
+    """Wait until the topic has a run. False if none appears in time or the client disconnects.
 
-    Raises `Leaving` if the host shuts down: it may be there soon, so 404, after which no EventSource comes back, would
-    be wrong.
+    Raises `ServerShutdown` rather than returning False during a shutdown, because the run can appear soon after. An
+    EventSource would not reconnect after a 404.
     """
     host, token_id = request.host, "" if claims.secret else claims.token_id
-    wait = _Wait(host.timeouts.find)
+    if host.closing:
+        raise ServerShutdown("the server is shutting down; try again")
+    deadline = _Deadline(host.timeouts.find)
     request.subscription_limits.acquire("", token_id)
-    host.subscribers.add(wait)
+    host.subscribers.add(deadline)
     try:
-        found = await _wait_for(host, topic, wait, request.receive)
+        return await _wait_for_run(host, topic, deadline, request.receive)
     finally:
-        host.subscribers.discard(wait)
+        host.subscribers.discard(deadline)
         request.subscription_limits.release("", token_id)
-    if not found and host.closing:
-        raise Leaving(host, events=events)
-    return found
 
 
-async def _wait_for(host: Host, topic: str, wait: _Wait, receive: Receive) -> bool:
-    found = False
+async def _wait_for_run(host: Host, topic: str, deadline: _Deadline, receive: Receive) -> bool:
     async with (
-        following(host.broker, topic, waiter=wait.waiter) as follower,
+        following(host.broker, topic, waiter=deadline.waiter) as follower,
         make_guard(partial(until_disconnect, receive)),
     ):
-        while not found and not wait.over and not host.closing:
-            found = bool((await follower.changes(None, limit=1)).items)
-            if not found:
-                await follower.wait()
-    return found
+        while not deadline.is_over:
+            if (await follower.changes(None, limit=1)).items:
+                return True
+            await follower.wait()
+    return False

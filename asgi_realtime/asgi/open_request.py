@@ -1,21 +1,21 @@
-"""A request whose body is still on its way, or whose answer is: a POST or PUT.
+"""Requests that have no response yet.
 
-The shutdown ends it at once, wherever it waits: for its client, or for a broker that is away. A call of the broker that
-is cut off so happened entirely or not at all; who has a way to say that a request is a repeated one may repeat it. A
-client that sends nothing for long is not waited for. There is no timer: the ticker looks.
+A shutdown interrupts an endpoint wherever it waits: for the body of its client, or for a broker that does not answer.
+An interrupted broker call either took full effect or none, so clients that send an idempotency key can retry. A client
+that sends nothing of its body for too long gets 408. There is no timer per request; the ticker measures the silence.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 from starlette.responses import Response
 
-from asgi_realtime.asgi.host import Message, Receive
+from asgi_realtime.asgi.host import Host, Message, Receive
 from asgi_realtime.asgi.request import Request
 from asgi_realtime.asgi.responses import error_response
-from asgi_realtime.asgi.subscription import shutdown_response
 from asgi_realtime.core.errors import ServerShutdown
 from asgi_realtime.loop.interrupts import make_interrupt
 
@@ -23,59 +23,62 @@ A = TypeVar("A")
 
 
 class OpenRequest:
-    """The request as the ticker and the shutdown see it."""
+    """A request as the ticker and the shutdown see it."""
 
-    __slots__ = ("_listening", "_receive", "_silence_s", "_since", "interrupt", "silent")
+    __slots__ = ("_host", "_receive", "_receiving", "_silence_s", "_since", "interrupt", "is_silent")
 
-    def __init__(self, receive: Receive, silence_s: float) -> None:
+    def __init__(self, host: Host, receive: Receive, silence_s: float) -> None:
         self.interrupt = make_interrupt()
-        self.silent = False
-        """It was ended because nothing came."""
+        self.is_silent = False
+        """It was interrupted because its client sent nothing."""
+        self._host = host
         self._receive = receive
         self._silence_s = silence_s
-        self._listening = False
-        self._since: float | None = None  # when the ticker first saw that this message is waited for
+        self._receiving = False
+        self._since: float | None = None  # the first tick while it waits for this message
 
     async def receive(self) -> Message:
         """The next message of the client."""
-        self._listening = True
+        self._receiving = True
         self._since = None
         try:
             return await self._receive()
         finally:
-            self._listening = False
+            self._receiving = False
 
     def tick(self, now: float, steady: float) -> None:
-        if not self._listening:
+        if self._host.closing:  # it arrived during the shutdown
+            self.interrupt.interrupt()
+        elif not self._receiving:
             return
-        if self._since is None:
+        elif self._since is None:
             self._since = steady
         elif steady - self._since >= self._silence_s:
-            self.silent = True
+            self.is_silent = True
             self.interrupt.interrupt()
 
     def shut_down(self) -> None:
         self.interrupt.interrupt()
 
 
-async def until_shutdown(request: Request, answer: Callable[[], Awaitable[A]], *, silence_s: float) -> A | Response:
-    """What `answer` gives, unless the shutdown begins or the client is silent for too long before that.
+async def until_shutdown(
+    request: Request, respond: Callable[[], Awaitable[A]], *, silence_s: float = math.inf
+) -> A | Response:
+    """The response, or 408 if the client sends nothing for `silence_s`. Raises `ServerShutdown` once a shutdown begins.
 
-    These are answered by 503 and 408, with which the official clients come again.
+    During a shutdown a request with a body is rejected at once. Others can still be served until the next tick.
     """
     host = request.host
-    opened = OpenRequest(request.receive, silence_s)
+    opened = OpenRequest(host, request.receive, silence_s)
     request.receive = opened.receive
     host.subscribers.add(opened)
     try:
         with opened.interrupt:
-            if not host.closing:
-                return await answer()
-    except ServerShutdown:
-        pass  # the broker was left before this request was
+            if not (host.closing and request.has_body):
+                return await respond()
     finally:
         host.subscribers.discard(opened)
         request.release_body()
-    if opened.silent:
+    if opened.is_silent:
         return error_response(408, "silent", f"nothing came for {silence_s:g} s; send again what is not confirmed")
-    return shutdown_response()
+    raise ServerShutdown("the server is shutting down; try again")

@@ -1,36 +1,37 @@
 """One HTTP request, as the endpoints read it.
 
-It is gone once the answer is decided: an open stream keeps none of it.
+It is dropped once there is a response: an open stream retains nothing of it.
 """
 
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
 from urllib.parse import parse_qsl
 
 from asgi_realtime.asgi.auth import bearer, redact_query
 from asgi_realtime.asgi.host import Host, Receive, Scope
+from asgi_realtime.asgi.limits import SubscriptionLimits
+from asgi_realtime.asgi.run_cache import RunCache
 from asgi_realtime.core.errors import InvalidRequest, InvalidToken, LimitExceeded, RequestCutOff, shown
 from asgi_realtime.tokens import Claims
 
-if TYPE_CHECKING:
-    from asgi_realtime.asgi.limits import SubscriptionLimits
-    from asgi_realtime.asgi.run_cache import RunCache
-
 EVENT_STREAM = "text/event-stream"
-BODY_METHODS = frozenset({"POST", "PUT"})
 REQUEST_KEY = b"x-trigger-request-idempotency-key"
-"""The official clients' own name for one call, the same in each of its retries."""
+"""The official clients' name for one call, the same in each of its retries."""
 
 _NAME = re.compile(rb"[\x21-\x7e]{1,128}")
 
 
 class Request:
-    """Made first thing: with it the access token is out of the scope."""
+    """Created before anything else, because this removes the access token from the scope."""
 
     def __init__(
-        self, host: Host, subscription_limits: SubscriptionLimits, run_cache: RunCache, scope: Scope, receive: Receive
+        self,
+        host: Host,
+        subscription_limits: SubscriptionLimits,
+        run_cache: RunCache,
+        scope: Scope,
+        receive: Receive,
     ) -> None:
         self.host = host
         self.subscription_limits = subscription_limits
@@ -43,10 +44,10 @@ class Request:
         self._parameters: dict[str, str] | None = None
         self._body_token_id = ""
         self.claims: Claims | None = None
-        """What the credential says, once it was verified."""
+        """The content of the credential, once it was verified."""
 
     def header(self, name: bytes) -> bytes | None:
-        """The first value of a header, by its name in small letters."""
+        """The first value of a header, by its lowercase name."""
         for key, value in self._headers:
             if key.lower() == name:
                 return value
@@ -60,38 +61,41 @@ class Request:
             self._parameters = dict(parse_qsl(self._query.decode("latin-1"), keep_blank_values=True))
         return self._parameters.get(name)
 
-    def authenticate(self) -> Claims:
-        """Raises `InvalidToken`, also if there is no credential at all; for a request with a body also `LimitExceeded`,
-        if the token has too many of those open."""
-        self.claims = self._authenticated()
-        return self.claims
+    @property
+    def has_body(self) -> bool:
+        return self.method in ("POST", "PUT")
 
-    def _authenticated(self) -> Claims:
+    def authenticate(self) -> Claims:
+        """Raises `InvalidToken`, also without a credential; for a request with a body also `LimitExceeded`, if its
+        token has too many of those open."""
+        claims = self.claims = self._authenticate()
+        if self.has_body and not claims.secret:
+            self.subscription_limits.acquire_body(claims.token_id)
+            self._body_token_id = claims.token_id
+        return claims
+
+    def _authenticate(self) -> Claims:
         credential = bearer(self.header(b"authorization"))
         if credential or self.method != "GET":
-            claims = self.host.tokens.authenticate(credential)
-            if self.method in BODY_METHODS and not claims.secret:
-                self.subscription_limits.acquire_body(claims.token_id)
-                self._body_token_id = claims.token_id
-            return claims
+            return self.host.tokens.authenticate(credential)
         if self.host.tokens.is_secret(self._query_token):
             raise InvalidToken("the secret key must not stand in a URL; send it as `Authorization: Bearer …`")
         return self.host.tokens.authenticate(self._query_token)
 
-    @property
-    def is_from_elsewhere(self) -> bool:
-        """Whether its token is of a process that keeps its runs in its own memory, and not of this one."""
-        return self.claims is not None and self.host.tokens.is_from_elsewhere(self.claims)
-
     def release_body(self) -> None:
-        """The request is answered."""
+        """There is a response, so the body no longer counts."""
         if self._body_token_id:
             self.subscription_limits.release_body(self._body_token_id)
             self._body_token_id = ""
 
     @property
+    def is_from_elsewhere(self) -> bool:
+        """Whether another process, which has its runs in its own memory, created the token."""
+        return self.claims is not None and self.host.tokens.is_from_elsewhere(self.claims)
+
+    @property
     def last_event_id(self) -> str | None:
-        """Where a client resumes: the header that an EventSource sends, else the query, else None."""
+        """Where the client resumes: from the header that an EventSource sends, or else from the query."""
         header = self.header(b"last-event-id")
         text = header.decode("utf-8", "replace") if header else self.query("last_event_id")
         return text or None
@@ -102,21 +106,26 @@ class Request:
 
     @property
     def is_official_client(self) -> bool:
-        """Whether the client is one of Trigger.dev's, which read streams in a framing of their own."""
+        """Whether the client is Trigger.dev's, which reads streams in a framing of its own."""
         return self.header(b"trigger-version") is not None
 
+    @property
+    def is_event_source(self) -> bool:
+        """Whether the client reconnects after a body that ends, but never after an error such as 503."""
+        return self.method == "GET" and self.accepts_event_stream and not self.is_official_client
+
     def skipped_columns(self, claims: Claims) -> tuple[str, ...]:
-        """The columns of a run that are to be left out: what the token says, else the query."""
+        """The columns of a run to leave out: those in the token, or else those in the query."""
         return claims.skip_columns or tuple(filter(None, (self.query("skipColumns") or "").split(",")))
 
     def name(self, header: bytes) -> str | None:
-        """The value of a header that names something, if it is there. Raises `InvalidRequest`."""
+        """The value of a header that names something. Raises `InvalidRequest`."""
         value = self.header(header)
         if value is None:
             return None
         if not _NAME.fullmatch(value):
             name, text = header.decode().title(), shown(value.decode("latin-1"))
-            raise InvalidRequest(f"{name} is {text}; allowed are 1 to 128 characters of ASCII that can be seen")
+            raise InvalidRequest(f"{name} is {text}; allowed are 1 to 128 visible ASCII characters")
         return value.decode()
 
     async def body(self, max_bytes: int) -> bytes:

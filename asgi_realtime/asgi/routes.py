@@ -1,79 +1,140 @@
-"""From a request's path to one of our endpoints, whatever host passes it on.
+"""The route table, and how a request finds its row.
 
-Hosts differ: `path` comes with the mount's prefix (Starlette), without (Litestar, which adds a slash at the end), and
-with or without the `root_path` of a proxy in front. So each candidate is tried, and the first that is one of our
-routes wins. `realtime` may stand before a route, so that both `baseURL`s of the official clients work, and `api` may be
-missing where a host mounts this at `/api` and takes that off. Nothing is redirected: that is trouble for a cross-origin
-EventSource.
+To add a route, add a row. `{name}` matches one path segment and is passed to the endpoint as an argument, in order; a
+final `*` matches any number of segments and is not passed. A path belongs to the first pattern that matches it, and the
+request to the first row of that pattern with its method whose `when` holds. Rows of the Trigger.dev dialect and rows
+for other clients can thus share a pattern.
+
+Patterns under `api/` belong to the management API, which `Realtime(api=False)` removes.
+
+Hosts pass paths differently. `scope["path"]` can include the mount's prefix (Starlette) or not (Litestar, which also
+appends a slash), and the `root_path` of a proxy or not. `resolve` therefore tries every candidate, and the first one
+that matches a pattern wins. A leading `realtime` is optional, so that both values of `baseURL` that the official
+clients use work. A leading `api` is optional for hosts that mount the app at `/api` and strip it. Nothing is
+redirected, because a cross-origin EventSource does not follow redirects reliably.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from enum import Enum, auto
-from typing import NamedTuple
+import re
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Any, NamedTuple
+
+from starlette.responses import Response
+
+from asgi_realtime.asgi import feeds, health, streams
+from asgi_realtime.asgi.request import Request
+from asgi_realtime.asgi.subscription import SubscriptionResponse
+from asgi_realtime.asgi.trigger_dev import batches, metadata, runs, stream_writers, tokens
+from asgi_realtime.asgi.trigger_dev import feeds as shapes
+from asgi_realtime.asgi.trigger_dev import streams as batch_streams
 
 MAX_PREFIXES = 2
-"""How many leading `realtime` are passed over: the mount's own, where a host does not say so, and the client's."""
+"""How many leading `realtime` segments are skipped: the mount's, if the host does not declare it, and the client's."""
 
 
-class Endpoint(Enum):
-    """What we answer."""
-
-    RUN_FEED = auto()
-    TAG_FEED = auto()
-    BATCH_FEED = auto()
-    STREAM = auto()
-    WRITE_STREAM = auto()
-    APPEND = auto()
-    INPUT = auto()
-    HEALTH = auto()
-    TRIGGER = auto()
-    CREATE_BATCH = auto()
-    BATCH_ITEMS = auto()
-    RETRIEVE_BATCH = auto()
-    RETRIEVE_RUN = auto()
-    CANCEL_RUN = auto()
-    UPDATE_METADATA = auto()
-    ADD_TAGS = auto()
-    JWT_CLAIMS = auto()
-    PUBLIC_TOKENS = auto()
-    PACKETS = auto()
-
-
-API = frozenset(
-    {
-        Endpoint.TRIGGER,
-        Endpoint.CREATE_BATCH,
-        Endpoint.BATCH_ITEMS,
-        Endpoint.RETRIEVE_BATCH,
-        Endpoint.RETRIEVE_RUN,
-        Endpoint.CANCEL_RUN,
-        Endpoint.UPDATE_METADATA,
-        Endpoint.ADD_TAGS,
-        Endpoint.JWT_CLAIMS,
-        Endpoint.PUBLIC_TOKENS,
-        Endpoint.PACKETS,
-    }
-)
-"""The endpoints under `/api/`, which `Realtime(api=False)` does not have."""
+AnyResponse = Response | SubscriptionResponse[Any]
 
 
 class Route(NamedTuple):
-    """An endpoint and the variable segments of its path, in their order."""
+    """One row of the table."""
 
-    endpoint: Endpoint
+    method: str
+    pattern: str
+    endpoint: Callable[..., Awaitable[AnyResponse]]
+    """Called with the request and the variable segments of the path."""
+    when: Callable[[Request], bool] = lambda request: True
+    starts: bool = True
+    """The `Realtime` is started before the endpoint is called."""
+    reconnects: bool = False
+    """A shutdown that interrupts the endpoint is answered with an event `reconnect` instead of 503."""
+    open_ended: bool = False
+    """The body lasts as long as its source: silence is limited by `Timeouts.writer` instead of `Timeouts.receive`."""
+
+
+def _is_official(request: Request) -> bool:
+    return request.is_official_client
+
+
+def _accepts_events(request: Request) -> bool:
+    return request.accepts_event_stream
+
+
+ROUTES = (
+    Route("GET", "v1/streams/{run_id}/{key}", batch_streams.stream, when=_is_official),
+    Route("GET", "v1/streams/{run_id}/{key}", streams.stream, reconnects=True),
+    Route("GET", "v1/streams/{run_id}/input/{input_id}", batch_streams.tail_input, when=_is_official),
+    Route("GET", "v1/streams/{run_id}/input/{input_id}", streams.tail_input, reconnects=True),
+    Route("POST", "v1/streams/{run_id}/input/{input_id}", stream_writers.send_input),
+    Route("PUT", "v1/streams/{run_id}/{target}/{key}", stream_writers.create_stream),
+    Route("POST", "v1/streams/{run_id}/{target}/{key}", stream_writers.write_stream, open_ended=True),
+    Route("HEAD", "v1/streams/{run_id}/{target}/{key}", stream_writers.last_index),
+    Route("POST", "v1/streams/{run_id}/{target}/{key}/append", stream_writers.append),
+    Route("GET", "v1/runs", feeds.tag_feed, when=_accepts_events, reconnects=True),
+    Route("GET", "v1/runs", shapes.tag_feed),
+    Route("GET", "v1/runs/{run_id}", feeds.run_feed, when=_accepts_events, reconnects=True),
+    Route("GET", "v1/runs/{run_id}", shapes.run_feed),
+    Route("GET", "v1/batches/{batch_id}", feeds.batch_feed, when=_accepts_events, reconnects=True),
+    Route("GET", "v1/batches/{batch_id}", shapes.batch_feed),
+    Route("GET", "v1/health", health.probe, when=_accepts_events, reconnects=True),
+    Route("GET", "v1/health", health.check, starts=False),
+    Route("HEAD", "v1/health", health.check, starts=False),
+    Route("POST", "api/v1/tasks/{task_id}/trigger", runs.trigger),
+    Route("POST", "api/v3/batches", batches.create_batch),
+    Route("POST", "api/v3/batches/{batch_id}/items", batches.fill_batch),
+    Route("GET", "api/v2/batches/{batch_id}", batches.retrieve_batch),
+    Route("GET", "api/v3/runs/{run_id}", runs.retrieve_run),
+    Route("POST", "api/v2/runs/{run_id}/cancel", runs.cancel_run),
+    Route("GET", "api/v1/runs/{run_id}/metadata", metadata.retrieve_metadata),
+    Route("PUT", "api/v1/runs/{run_id}/metadata", metadata.update_metadata),
+    Route("POST", "api/v1/runs/{run_id}/tags", runs.add_tags),
+    Route("POST", "api/v1/auth/jwt/claims", tokens.jwt_claims),
+    Route("POST", "api/v1/auth/public-tokens", tokens.public_token),
+    Route("GET", "api/v1/packets/*", runs.packets),
+    Route("PUT", "api/v1/packets/*", runs.packets),
+    Route("GET", "api/v2/packets/*", runs.packets),
+    Route("PUT", "api/v2/packets/*", runs.packets),
+)
+
+
+class Match(NamedTuple):
+    """The pattern of a path, with the values of its variable segments."""
+
+    pattern: str
     params: tuple[str, ...] = ()
 
+    @property
+    def is_api(self) -> bool:
+        return self.pattern.startswith("api/")
 
-def resolve(path: str, root_path: str = "") -> Route | None:
-    """Return the route that a request asks for, or None."""
+    @property
+    def methods(self) -> list[str]:
+        return list(dict.fromkeys(route.method for route in _ROUTES_OF[self.pattern]))
+
+    def route(self, request: Request) -> Route | None:
+        """The row for the request, or None if its method is not allowed."""
+        for route in _ROUTES_OF[self.pattern]:
+            if route.method == request.method and route.when(request):
+                return route
+        return None
+
+
+def _compile(pattern: str) -> re.Pattern[str]:
+    return re.compile(re.sub(r"\{\w+\}", "([^/]+)", pattern).replace("/*", "(?:/[^/]+)*"))
+
+
+_ROUTES_OF = {route.pattern: [row for row in ROUTES if row.pattern == route.pattern] for route in ROUTES}
+_PATTERNS = [(_compile(pattern), pattern) for pattern in _ROUTES_OF]
+
+
+def resolve(path: str, root_path: str = "") -> Match | None:
+    """Find the pattern of a request's path."""
     if not path.startswith("/"):
-        return None  # `/realtimeX` in a Litestar mount at `/realtime` arrives as `X/`
+        return None  # Litestar passes `/realtimeX` to a mount at `/realtime` as `X/`
     for candidate in _candidates(_split(path), _split(root_path)):
-        route = _match(candidate)
-        if route is not None:
-            return route
+        match = _match(candidate)
+        if match is not None:
+            return match
     return None
 
 
@@ -83,7 +144,7 @@ def _split(path: str) -> list[str]:
 
 
 def _candidates(path: list[str], root: list[str]) -> Iterator[list[str]]:
-    """The path less the root path, less each end of it (a proxy may have taken the begin), and as it is."""
+    """The path without the root path, without each suffix of it (a proxy can have removed the front), and whole."""
     for start in range(len(root)):
         prefix = root[start:]
         if path[: len(prefix)] == prefix:
@@ -91,62 +152,17 @@ def _candidates(path: list[str], root: list[str]) -> Iterator[list[str]]:
     yield path
 
 
-def _match(segments: list[str]) -> Route | None:
+def _match(segments: list[str]) -> Match | None:
     for _ in range(MAX_PREFIXES):
         if segments[:1] == ["realtime"]:
             segments = segments[1:]
-    if "" in segments:
-        return None
-    if segments[:1] == ["api"]:
-        return _match_api(segments[1:])
-    return _match_realtime(segments) or _match_api(segments)
+    path = "/".join(segments)
+    return _match_pattern(path) or _match_pattern(f"api/{path}")
 
 
-def _match_realtime(segments: list[str]) -> Route | None:
-    match segments:
-        case ["v1", "streams", run_id, key]:
-            return Route(Endpoint.STREAM, (run_id, key))
-        case ["v1", "streams", run_id, "input", input_id]:
-            return Route(Endpoint.INPUT, (run_id, input_id))
-        case ["v1", "streams", run_id, target, key]:
-            return Route(Endpoint.WRITE_STREAM, (run_id, target, key))
-        case ["v1", "streams", run_id, target, key, "append"]:
-            return Route(Endpoint.APPEND, (run_id, target, key))
-        case ["v1", "runs"]:
-            return Route(Endpoint.TAG_FEED)
-        case ["v1", "runs", run_id]:
-            return Route(Endpoint.RUN_FEED, (run_id,))
-        case ["v1", "batches", batch_id]:
-            return Route(Endpoint.BATCH_FEED, (batch_id,))
-        case ["v1", "health"]:
-            return Route(Endpoint.HEALTH)
-        case _:
-            return None
-
-
-def _match_api(segments: list[str]) -> Route | None:
-    match segments:
-        case ["v1", "tasks", task_id, "trigger"]:
-            return Route(Endpoint.TRIGGER, (task_id,))
-        case ["v3", "batches"]:
-            return Route(Endpoint.CREATE_BATCH)
-        case ["v3", "batches", batch_id, "items"]:
-            return Route(Endpoint.BATCH_ITEMS, (batch_id,))
-        case ["v2", "batches", batch_id]:
-            return Route(Endpoint.RETRIEVE_BATCH, (batch_id,))
-        case ["v3", "runs", run_id]:
-            return Route(Endpoint.RETRIEVE_RUN, (run_id,))
-        case ["v2", "runs", run_id, "cancel"]:
-            return Route(Endpoint.CANCEL_RUN, (run_id,))
-        case ["v1", "runs", run_id, "metadata"]:
-            return Route(Endpoint.UPDATE_METADATA, (run_id,))
-        case ["v1", "runs", run_id, "tags"]:
-            return Route(Endpoint.ADD_TAGS, (run_id,))
-        case ["v1", "auth", "jwt", "claims"]:
-            return Route(Endpoint.JWT_CLAIMS)
-        case ["v1", "auth", "public-tokens"]:
-            return Route(Endpoint.PUBLIC_TOKENS)
-        case ["v1" | "v2", "packets", *_]:
-            return Route(Endpoint.PACKETS)
-        case _:
-            return None
+def _match_pattern(path: str) -> Match | None:
+    for regex, pattern in _PATTERNS:
+        found = regex.fullmatch(path)
+        if found is not None:
+            return Match(pattern, found.groups())
+    return None

@@ -1,10 +1,25 @@
-"""One open `text/event-stream` response: its head, its heartbeat, and everything that ends it from outside.
+"""One open `text/event-stream` response.
 
-There is one loop per connection and nothing else: no task, timer, scope or generator beside it but the guard's
-watcher, since no server tells of a disconnect in `send()`. What the loop sends is its subclass's matter (`streams`,
-`feeds`). The ticker and the shutdown call `tick` and `shut_down`; these set a flag and wake the loop, which does the
-sending, so that `send()` has one caller. An idle subscriber's bytes count: nothing of the request is kept once the head
-is out.
+Each connection has one loop, and besides it only the watcher of its guard, because no ASGI server reports a disconnect
+in `send()`. There is no queue, timer or generator per connection. Subclasses say what is followed (`_open`), check the
+request before the head is sent (`_prepare`) and run the loop (`_follow`).
+
+**Phases** say where the loop is suspended. OPENING: the broker is asked before the head is sent; an exception becomes
+the HTTP response. After the head nothing is raised; the body ends instead. SENDING: in `send()`. WAITING: parked until
+the source or an alert wakes it. ASKING: the broker is asked for what this process does not hold. STILL_SENDING and
+STILL_WAITING are set by the ticker when it finds a phase for the first time, so the loop itself needs no clock: if the
+ticker finds one of these again, the phase has lasted since `_since`. `TRANSITIONS` has every step. The loop stores its
+phase without consulting the table, because that happens for every chunk; the tests check each store against it.
+
+**Alerts** are what others ask of the loop: the ticker (heartbeat, token expired, connection too old) and the shutdown.
+They set `_alert` and wake the loop, which checks it in every iteration, also while there is more to send: a reader that
+never catches up has to end too. Only the loop calls `send()`, so frames cannot interleave. An alert replaces a less
+urgent one only.
+
+Invariant: a shutdown ends every phase promptly. WAITING is woken, ASKING and OPENING are interrupted, SENDING sees the
+alert when `send()` returns, and the ticker cancels a `send()` that does not return.
+
+Idle subscribers are many, so their size matters: nothing of the request is retained once the head is sent.
 """
 
 from __future__ import annotations
@@ -15,237 +30,265 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable
 from contextlib import AbstractAsyncContextManager
+from enum import Enum, IntEnum, auto
 from functools import partial
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import ClassVar, Generic, TypeVar
 
 from starlette.responses import Response
 
 from asgi_realtime.asgi.framing import NATIVE, Framing
-from asgi_realtime.asgi.host import Headers, Host, Receive, Scope, Send
-from asgi_realtime.asgi.responses import error_response
-from asgi_realtime.core.errors import BrokerUnavailable
+from asgi_realtime.asgi.host import Headers, Receive, Scope, Send
+from asgi_realtime.asgi.limits import SubscriptionLimits
+from asgi_realtime.asgi.request import Request
+from asgi_realtime.core.errors import BrokerUnavailable, ServerShutdown
 from asgi_realtime.core.log import End
 from asgi_realtime.loop.guards import Guard, make_guard
+from asgi_realtime.loop.interrupts import Interrupt, make_interrupt
 from asgi_realtime.loop.waiting import make_waiter
 from asgi_realtime.tokens import Claims
-
-if TYPE_CHECKING:
-    from asgi_realtime.asgi.limits import SubscriptionLimits
 
 logger = logging.getLogger("asgi_realtime")
 
 S = TypeVar("S")
+T = TypeVar("T")
 
 MIN_RECONNECT_MS = 250
-"""Nobody comes back at once: the server is still going down."""
+"""No client reconnects at once: after `reconnect` the server takes a moment to exit."""
 
 SHUTDOWN_RECONNECT_MS = 3000
 """Subscribers disconnected by a shutdown spread their reconnects over this time."""
 
 MAX_RECONNECT_MS = 1000
-"""When one comes back that only got too old."""
+"""The same for a subscriber whose connection became too old."""
 
 AGE_SPREAD = 0.15
-"""By how much of it the age at which they end differs."""
+"""Connections end up to this fraction before `Timeouts.stream_age`, so those opened together do not end together."""
 
 CLOSING_SEND_S = 1.0
-"""How long a send may take once the shutdown began: a reader that stands still must not hold it up."""
+"""How long one send can take during a shutdown. A stalled reader must not delay the exit."""
 
-SENDING, WAITING, STILL_SENDING, STILL_WAITING = "sending", "waiting", "still sending", "still waiting"
-"""What the loop does. It sets the first two when it begins with them; the ticker turns those into the others, so the
-loop needs no clock."""
-
-_HEAD = (
+HEAD = (
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache, no-transform"),
     (b"x-accel-buffering", b"no"),
 )
 
 
-async def until_disconnect(receive: Receive) -> None:
-    """Return when the client is gone."""
-    while (await receive())["type"] != "http.disconnect":
-        pass
+class Phase(Enum):
+    """Where the loop of a subscription is suspended; see the top of the module."""
+
+    OPENING = auto()
+    SENDING = auto()
+    STILL_SENDING = auto()
+    WAITING = auto()
+    STILL_WAITING = auto()
+    ASKING = auto()
+    CLOSED = auto()
 
 
-class Finished(Exception):
-    """Raised before the head is sent: what the client asks for is over and it has it all."""
+OPENING, SENDING, WAITING, ASKING, CLOSED = Phase.OPENING, Phase.SENDING, Phase.WAITING, Phase.ASKING, Phase.CLOSED
+STILL_SENDING, STILL_WAITING = Phase.STILL_SENDING, Phase.STILL_WAITING
 
-    def __init__(self, framing: Framing) -> None:
-        super().__init__()
-        self.answer = Response(status_code=framing.status_when_over, headers=_head(framing))
+_NEXT = frozenset({SENDING, WAITING, ASKING, CLOSED})
+TRANSITIONS: dict[Phase, frozenset[Phase]] = {
+    OPENING: frozenset({SENDING, CLOSED}),
+    SENDING: _NEXT | {STILL_SENDING},
+    STILL_SENDING: _NEXT,
+    WAITING: _NEXT | {STILL_WAITING},
+    STILL_WAITING: _NEXT,
+    ASKING: _NEXT,
+    CLOSED: frozenset(),
+}
 
 
-class Leaving(Exception):
-    """Raised before the head is sent: the host shuts down. Whoever asked is to come back."""
+class Alert(IntEnum):
+    """What others ask of the loop, in ascending urgency. All but the first two end the subscription."""
 
-    def __init__(self, host: Host, *, events: bool) -> None:
-        super().__init__()
-        self.answer = reconnect_response(host) if events else shutdown_response()
+    HEARTBEAT = auto()
+    SILENT = auto()
+    """Nothing was sent for as long as the client wanted to wait. Set by a subclass only."""
+    TOO_OLD = auto()
+    SHUTDOWN = auto()
+    EXPIRED = auto()
 
 
-class Over(Exception):
-    """Raised in `_follow`: the subscription ends with this frame."""
+class Ended(Exception):
+    """Raised within `_follow`: the body ends with this frame."""
 
     def __init__(self, last: bytes) -> None:
         super().__init__()
         self.last = last
 
 
-def _reconnect(framing: Framing) -> bytes:
-    return framing.reconnect(random.randint(MIN_RECONNECT_MS, SHUTDOWN_RECONNECT_MS))
+async def until_disconnect(receive: Receive) -> None:
+    """Return when the client has disconnected."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
 
-def reconnect_response(host: Host) -> Response:
-    """What an EventSource is answered at a shutdown, or while the broker is away: it comes back when a body ends."""
-    return Response(NATIVE.preamble("connected") + _reconnect(NATIVE), headers=_head(NATIVE))
+def reconnect_response() -> Response:
+    """A complete event stream that makes its client reconnect. An EventSource does so after a body, never after 503."""
+    body = NATIVE.preamble("connected") + _reconnect(NATIVE, SHUTDOWN_RECONNECT_MS)
+    return Response(body, headers={name.decode(): value.decode() for name, value in HEAD})
 
 
-def shutdown_response() -> Response:
-    """The answer to everybody else at a shutdown."""
-    return error_response(503, "server_shutdown", "the server is shutting down; try again")
+def _reconnect(framing: Framing, longest_ms: int) -> bytes:
+    return framing.reconnect(random.randint(MIN_RECONNECT_MS, longest_ms))
 
 
-def _head(framing: Framing) -> dict[str, str]:
-    return {name.decode(): value.decode() for name, value in (*_HEAD, *framing.headers)}
-
-
-class Subscription(ABC, Generic[S]):
-    """An ASGI app that answers one request with what comes from a source. Raises before its head is sent or not at all.
-
-    In `_follow` stands the loop. Each turn of it looks at `_alert` first, also while there is more to send: a reader
-    that is never through with it has to hear of its end too.
-    """
+class SubscriptionResponse(ABC, Generic[S]):
+    """An ASGI app that responds to one request with frames from a source."""
 
     __slots__ = (
         "_alert",
-        "_expired",
+        "_call",
+        "_ends_at",
         "_expires_at",
-        "_framing",
         "_guard",
         "_host",
-        "_old",
-        "_old_at",
-        "_waiter",
         "_phase",
         "_run_id",
-        "_subscription_limits",
         "_send",
         "_since",
+        "_subscription_limits",
         "_token_id",
+        "_waiter",
         "raw_headers",
     )
+    framing: ClassVar[Framing] = NATIVE
     _send: Send
 
-    def __init__(
-        self,
-        host: Host,
-        subscription_limits: SubscriptionLimits,
-        claims: Claims,
-        *,
-        run_id: str = "",
-        framing: Framing = NATIVE,
-    ) -> None:
-        self._host = host
-        self._subscription_limits: SubscriptionLimits | None = subscription_limits
+    def __init__(self, request: Request, claims: Claims, *, run_id: str = "") -> None:
+        self._host = request.host
+        self._subscription_limits: SubscriptionLimits | None = request.subscription_limits
         self._run_id = run_id
         self._token_id = "" if claims.secret else claims.token_id
         self._expires_at = claims.expires_at
-        self._framing = framing
         self._waiter = make_waiter()
         self._guard: Guard | None = None
-        self._alert = False  # something of the following is to be looked at
-        self._expired = False
-        self._old = False
-        self._old_at: float | None = None if host.timeouts.stream_age < math.inf else math.inf
-        self._phase = SENDING
-        self._since = 0.0  # when the ticker first saw this phase
+        self._call: Interrupt | None = None
+        self._alert: Alert | None = None
+        self._phase = OPENING
+        self._since = 0.0  # of STILL_SENDING and STILL_WAITING
+        self._ends_at: float | None = None if self._host.timeouts.stream_age < math.inf else math.inf
         self.raw_headers: Headers = []
-        """More headers for the head, such as those of CORS."""
+        """Headers to add to the head, such as those of CORS."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Respond. Raises only before the head is sent, among others `LimitExceeded`."""
         limits = self._subscription_limits
-        assert limits is not None, "a subscription answers once"
+        assert limits is not None, "a subscription responds once"
         limits.acquire(self._run_id, self._token_id)
         self._send = send
         self._host.subscribers.add(self)
-        self._alert = self._host.closing  # a shutdown that begins later calls `shut_down`
-        started = False
+        self._alert = Alert.SHUTDOWN if self._host.closing else None  # one that begins later calls `shut_down`
         try:
-            async with self._open() as source:
+            async with make_guard(partial(until_disconnect, receive)) as self._guard, self._open() as source:
                 comment = await self._prepare(source)
-                async with make_guard(partial(until_disconnect, receive)) as self._guard:
-                    started = True
-                    try:
-                        await self._start(comment)
-                        last = await self._follow(source)
-                    except Over as over:
-                        last = over.last
-                    except OSError:
-                        return  # the peer is gone; only some servers say so
-                    except BrokerUnavailable as exc:  # the broker says so once, and not each of its readers
-                        logger.debug("a subscription has to come back: %s", exc)
-                        last = _reconnect(self._framing)
-                    except Exception:
-                        logger.exception("a subscription failed; its client will resume")
-                        last = self._framing.interrupted()
-                    await self._finish(last)
+                self._phase = SENDING
+                if comment is None:
+                    return await self._send_nothing(scope, receive)
+                try:
+                    await self._send_head(comment)
+                    last = await self._follow(source)
+                except Exception as exc:
+                    last = self._frame_after(exc)
+                await self._send_last(last)
+            if self._phase is OPENING and self._host.closing:
+                await self._send_head("connected")
+                await self._send_last(_reconnect(self.framing, SHUTDOWN_RECONNECT_MS))
         except Exception:
-            if not started:
+            if self._phase is OPENING:
                 raise
-            logger.debug("leaving a subscription failed", exc_info=True)
+            logger.debug("a subscription was not closed cleanly", exc_info=True)
         finally:
-            self._host.subscribers.discard(self)
-            self._guard = None
+            self._phase = CLOSED
             self._release()
+            self._guard = self._call = None  # both refer to this task
 
     @abstractmethod
     def _open(self) -> AbstractAsyncContextManager[S]:
-        """What is followed."""
+        """The source, such as a stream or a topic."""
         ...
 
     @abstractmethod
-    async def _prepare(self, source: S) -> str:
-        """Look before the head is sent: the last chance to raise. Returns the comment to begin with."""
+    async def _prepare(self, source: S) -> str | None:
+        """Check the request against the source: the last chance to raise.
+
+        Returns the comment that opens the body, or None if the client has everything and there is nothing to send.
+        """
         ...
 
     @abstractmethod
     async def _follow(self, source: S) -> bytes:
-        """Send what there is and wait for more, until there is no more. Returns the frame to end with."""
+        """Send what there is and wait for more, until there is no more. Returns the last frame."""
         ...
 
-    async def _start(self, comment: str) -> None:
-        headers, self.raw_headers = [*_HEAD, *self._framing.headers, *self.raw_headers], []
+    async def _send_nothing(self, scope: Scope, receive: Receive) -> None:
+        response = Response(status_code=self.framing.status_when_over)
+        response.raw_headers += [*HEAD, *self.framing.headers, *self.raw_headers]
+        await response(scope, receive, self._send)
+
+    async def _send_head(self, comment: str) -> None:
+        headers, self.raw_headers = [*HEAD, *self.framing.headers, *self.raw_headers], []
         await self._send({"type": "http.response.start", "status": 200, "headers": headers})
-        await self._write(self._framing.preamble(comment))
+        await self._write(self.framing.preamble(comment))
 
     def _write(self, body: bytes) -> Awaitable[None]:
-        """Send part of the body. The message is a fresh one: a host's compression writes into it."""
+        """Send part of the body. The message is a new one each time: a host's compression writes into it."""
         self._phase = SENDING
         return self._send({"type": "http.response.body", "body": body, "more_body": True})
 
-    async def _finish(self, last: bytes) -> None:
+    async def _send_last(self, last: bytes) -> None:
         self._phase = SENDING
         await self._send({"type": "http.response.body", "body": last, "more_body": False})
 
-    def _last_words(self) -> bytes | None:
-        """The frame to end with, if the subscription has to end now."""
-        if self._expired:
-            return self._framing.end(End("token_expired"), None)
-        if self._host.closing:
-            return _reconnect(self._framing)
-        if self._old:
-            return self._framing.reconnect(random.randint(MIN_RECONNECT_MS, MAX_RECONNECT_MS))
+    async def _ask(self, call: Awaitable[T]) -> T:
+        """Await a call of the broker. Raises `Ended` if a shutdown interrupts it."""
+        self._phase = ASKING
+        with make_interrupt() as self._call:
+            return await call
+        raise Ended(_reconnect(self.framing, SHUTDOWN_RECONNECT_MS))
+
+    def _frame_after(self, exc: Exception) -> bytes:
+        """The last frame of a body that an exception ends. Raises `OSError`, with which some servers report a
+        disconnect."""
+        if isinstance(exc, Ended):
+            return exc.last
+        if isinstance(exc, OSError):
+            raise exc
+        if isinstance(exc, BrokerUnavailable | ServerShutdown):  # the broker logs that once, not once per reader
+            logger.debug("a subscription has to reconnect: %s", exc)
+            return _reconnect(self.framing, SHUTDOWN_RECONNECT_MS)
+        logger.error("a subscription failed; its client will resume", exc_info=exc)
+        return self.framing.interrupted()
+
+    # Alerts
+
+    def _frame_for(self, alert: Alert) -> bytes | None:
+        """The frame with which an alert ends the body; None if it does not end it."""
+        match alert:
+            case Alert.EXPIRED:
+                return self.framing.end(End("token_expired"), None)
+            case Alert.SHUTDOWN:
+                return _reconnect(self.framing, SHUTDOWN_RECONNECT_MS)
+            case Alert.TOO_OLD:
+                return _reconnect(self.framing, MAX_RECONNECT_MS)
         return None
 
-    def _heed(self) -> None:
-        """End the subscription, out of whatever it is sending, if it has to end now. Takes the alert back."""
-        self._alert = False
-        last = self._last_words()
+    def _handle_alert(self) -> None:
+        """Clear the alert. Raises `Ended` if it ends the body."""
+        alert, self._alert = self._alert, None
+        last = None if alert is None else self._frame_for(alert)
         if last is not None:
-            raise Over(last)
+            raise Ended(last)
 
-    # What others call
+    def _notify(self, alert: Alert) -> None:
+        if self._alert is None or alert > self._alert:
+            self._alert = alert
+        self._waiter.wake()
+
+    # Called by the host
 
     def tick(self, now: float, steady: float) -> None:
         phase = self._phase
@@ -254,33 +297,37 @@ class Subscription(ABC, Generic[S]):
             self._since = steady
         elif phase is STILL_SENDING:
             self._check_send(steady)
-        elif steady - self._since >= self._host.timeouts.heartbeat:
-            self._rouse()
-        if now >= self._expires_at and not self._expired:
-            self._expired = True
-            self._rouse()
-        if self._old_at is None:
-            self._old_at = steady + self._host.timeouts.stream_age * (1 - AGE_SPREAD * random.random())
-        elif steady >= self._old_at and not self._old:
-            self._old = True
-            self._rouse()
+        elif phase is STILL_WAITING:
+            if steady - self._since >= self._host.timeouts.heartbeat:
+                self._notify(Alert.HEARTBEAT)
+        elif self._host.closing:  # it was opened during the shutdown
+            self._interrupt()
+        if now >= self._expires_at:
+            self._notify(Alert.EXPIRED)
+        if self._ends_at is None:
+            self._ends_at = steady + self._host.timeouts.stream_age * (1 - AGE_SPREAD * random.random())
+        elif steady >= self._ends_at:
+            self._notify(Alert.TOO_OLD)
 
     def shut_down(self) -> None:
-        self._rouse()
+        self._notify(Alert.SHUTDOWN)
+        self._interrupt()
 
-    def _rouse(self) -> None:
-        self._alert = True
-        self._waiter.wake()
+    def _interrupt(self) -> None:
+        if self._phase is OPENING and self._guard is not None:
+            self._guard.cancel()
+        elif self._phase is ASKING and self._call is not None:
+            self._call.interrupt()
 
     def _check_send(self, steady: float) -> None:
         allowed_s = CLOSING_SEND_S if self._host.closing else self._host.timeouts.send
         if steady - self._since >= allowed_s and self._guard is not None:
             self._guard.cancel()
-            # Not left to the loop: there are servers whose send() cannot be cancelled.
-            self._release()
-            self._host.subscribers.discard(self)
+            self._release()  # here, because the send() of some servers cannot be cancelled
 
     def _release(self) -> None:
+        """Stop counting and ticking this subscription. Idempotent."""
+        self._host.subscribers.discard(self)
         limits, self._subscription_limits = self._subscription_limits, None
         if limits is not None:
             limits.release(self._run_id, self._token_id)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from itertools import count
 from typing import Any, TypeVar, cast
 
@@ -66,6 +66,7 @@ class StandIn:
         debug: bool = False,
     ) -> None:
         self.now = NOW
+        self.secret = SECRET
         self.limits = limits or Limits()
         self.timeouts = timeouts or Timeouts()
         self.cors = cors
@@ -157,11 +158,19 @@ class StandIn:
         return await self.change(run_id, Started("me")) if executing else record
 
     async def change(self, run_id: str, *changes: RunChange) -> RunRecord:
+        return await (await self.prepare_change(run_id, *changes))()
+
+    async def prepare_change(self, run_id: str, *changes: RunChange) -> Callable[[], Awaitable[RunRecord]]:
+        """Load the run now; the returned function commits the changes, without loading."""
         record = await self.get(run_id)
         following = apply(record, changes, round(self.now * 1000))
-        if following is not record:
-            await self.broker.commit(following, expect=record.version, change=self._mark())
-        return following
+
+        async def commit() -> RunRecord:
+            if following is not record:
+                await self.broker.commit(following, expect=record.version, change=self._mark())
+            return following
+
+        return commit
 
     async def finish(
         self, run_id: str = "run_1", status: Status = Status.COMPLETED, *, output: Any = None, error: str | None = None
@@ -196,8 +205,10 @@ class StandIn:
         for subscriber in tuple(self.subscribers):
             subscriber.tick(self.now, self.now)
 
-    async def one_subscriber(self) -> Subscriber:
-        while not self.subscribers:
+    async def wait_for_subscriber(self, kind: type[R] = object) -> R:  # type: ignore[assignment]
+        """Wait until a request is open, and return a subscriber of this kind."""
+        while True:
+            for subscriber in self.subscribers:
+                if isinstance(subscriber, kind):
+                    return subscriber
             await anyio.lowlevel.checkpoint()
-        (subscriber,) = self.subscribers
-        return subscriber

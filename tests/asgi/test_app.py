@@ -7,9 +7,7 @@ import anyio
 import pytest
 
 from asgi_realtime import Realtime
-from asgi_realtime.asgi.app import ENDPOINTS
 from asgi_realtime.asgi.host import Host
-from asgi_realtime.asgi.routes import Endpoint
 from asgi_realtime.core.config import Cors
 from asgi_realtime.core.errors import BrokerUnavailable, InvalidConfiguration, ServerShutdown
 from asgi_realtime.testing import AsgiClient
@@ -19,10 +17,6 @@ from tests.asgi.standin import SECRET, StandIn
 pytestmark = pytest.mark.anyio
 
 STREAM = "/v1/streams/run_1/default"
-
-
-def test_every_endpoint_is_answered() -> None:
-    assert set(ENDPOINTS) == set(Endpoint)
 
 
 async def test_the_real_thing_is_a_host() -> None:

@@ -58,7 +58,7 @@ async def test_it_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
         handle = await finished(first)
         for _ in range(3):
             await refused(second, "GET", f"/v1/runs/{handle.id}", handle.public_access_token)
-    assert caplog.text.count("this process does not have it") == 1
+    assert caplog.text.count("this worker does not have the run") == 1
 
 
 async def test_a_run_that_is_here_is_read_with_any_token() -> None:

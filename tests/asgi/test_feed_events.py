@@ -159,7 +159,7 @@ async def test_a_run_feed_waits_for_the_run_that_its_token_names(host: StandIn) 
     async with anyio.create_task_group() as tasks:
 
         async def appear() -> None:
-            await host.one_subscriber()
+            await host.wait_for_subscriber()
             await anyio.wait_all_tasks_blocked()
             await host.create()
 
@@ -529,7 +529,7 @@ async def test_an_unknown_batch_is_waited_for_and_then_404(host: StandIn) -> Non
     async with anyio.create_task_group() as tasks:
 
         async def pass_time() -> None:
-            await host.one_subscriber()
+            await host.wait_for_subscriber()
             await anyio.wait_all_tasks_blocked()
             host.tick()
             host.tick(5)

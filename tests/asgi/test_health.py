@@ -5,8 +5,7 @@ import json
 import anyio
 import pytest
 
-from asgi_realtime.asgi import health as probe
-from asgi_realtime.asgi import limits
+from asgi_realtime.asgi import health, limits
 from asgi_realtime.testing import AsgiClient
 from tests.asgi.standin import StandIn
 
@@ -21,7 +20,7 @@ async def test_events_come_one_by_one_with_their_times(host: StandIn) -> None:
         assert response.status_code == 200
         assert response.headers["content-type"].startswith("text/event-stream")
         assert response.headers["x-accel-buffering"] == "no"
-        for number in range(probe.EVENTS):
+        for number in range(health.PROBE_EVENTS):
             host.now += 1
             (event,) = await response.read_events()
             assert event.event == "probe"

@@ -39,7 +39,7 @@ def test_bodies_are_counted_by_token(monkeypatch: pytest.MonkeyPatch) -> None:
     counts.acquire_body("a")
     counts.acquire_body("a")
     counts.acquire_body("b")
-    with pytest.raises(LimitExceeded, match="this token has 2 requests open") as refused:
+    with pytest.raises(LimitExceeded, match="this token has 2 open requests that send a body, limit 2") as refused:
         counts.acquire_body("a")
     assert refused.value.status == 429
     counts.release_body("a")

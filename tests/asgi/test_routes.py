@@ -1,27 +1,33 @@
 from __future__ import annotations
 
+import re
+
 import pytest
 
-from asgi_realtime.asgi.routes import Endpoint, Route, resolve
+from asgi_realtime.asgi.routes import ROUTES, Match, resolve
 
-RUN = Route(Endpoint.RUN_FEED, ("run_1",))
-STREAM = Route(Endpoint.STREAM, ("run_1", "default"))
-RETRIEVE = Route(Endpoint.RETRIEVE_RUN, ("run_1",))
+RUN = Match("v1/runs/{run_id}", ("run_1",))
+STREAM = Match("v1/streams/{run_id}/{key}", ("run_1", "default"))
+DEFAULT = ("run_1", "self", "default")
+RETRIEVE = Match("api/v3/runs/{run_id}", ("run_1",))
 
 
 @pytest.mark.parametrize(
-    ("path", "root_path", "route"),
+    ("path", "root_path", "match"),
     [
         # the routes themselves, with the app as the root app
         ("/v1/streams/run_1/default", "", STREAM),
-        ("/v1/streams/run_1/input/approval", "", Route(Endpoint.INPUT, ("run_1", "approval"))),
-        ("/v1/streams/run_1/input", "", Route(Endpoint.STREAM, ("run_1", "input"))),
+        ("/v1/streams/run_1/input/approval", "", Match("v1/streams/{run_id}/input/{input_id}", ("run_1", "approval"))),
+        ("/v1/streams/run_1/input", "", Match("v1/streams/{run_id}/{key}", ("run_1", "input"))),
         ("/v1/runs/run_1", "", RUN),
-        ("/v1/runs", "", Route(Endpoint.TAG_FEED)),
-        ("/v1/batches/batch_1", "", Route(Endpoint.BATCH_FEED, ("batch_1",))),
-        ("/v1/health", "", Route(Endpoint.HEALTH)),
+        ("/v1/runs", "", Match("v1/runs")),
+        ("/v1/batches/batch_1", "", Match("v1/batches/{batch_id}", ("batch_1",))),
+        ("/v1/health", "", Match("v1/health")),
         ("/api/v3/runs/run_1", "", RETRIEVE),
-        ("/api/v2/runs/run_1/cancel", "", Route(Endpoint.CANCEL_RUN, ("run_1",))),
+        ("/v1/streams/run_1/self/default/append", "", Match("v1/streams/{run_id}/{target}/{key}/append", DEFAULT)),
+        ("/api/v1/packets", "", Match("api/v1/packets/*")),
+        ("/api/v2/packets/a/b.json", "", Match("api/v2/packets/*")),
+        ("/api/v2/runs/run_1/cancel", "", Match("api/v2/runs/{run_id}/cancel", ("run_1",))),
         # mounted at /realtime, in both configurations of the official clients
         ("/realtime/v1/runs/run_1", "/realtime", RUN),
         ("/realtime/realtime/v1/runs/run_1", "/realtime", RUN),
@@ -42,12 +48,12 @@ RETRIEVE = Route(Endpoint.RETRIEVE_RUN, ("run_1",))
         ("/realtime/realtime/v1/runs/run_1", "", RUN),
         ("/realtime/api/v3/runs/run_1", "", RETRIEVE),
         # a run that is called like a part of ours
-        ("/v1/runs/realtime", "", Route(Endpoint.RUN_FEED, ("realtime",))),
-        ("/v1/runs/runs", "/v1/runs", Route(Endpoint.RUN_FEED, ("runs",))),
+        ("/v1/runs/realtime", "", Match("v1/runs/{run_id}", ("realtime",))),
+        ("/v1/runs/runs", "/v1/runs", Match("v1/runs/{run_id}", ("runs",))),
     ],
 )
-def test_a_route_is_found_however_the_host_passes_it_on(path: str, root_path: str, route: Route) -> None:
-    assert resolve(path, root_path) == route
+def test_a_route_is_found_however_the_host_passes_it_on(path: str, root_path: str, match: Match) -> None:
+    assert resolve(path, root_path) == match
 
 
 @pytest.mark.parametrize(
@@ -76,3 +82,9 @@ def test_a_route_is_found_however_the_host_passes_it_on(path: str, root_path: st
 )
 def test_what_only_looks_like_a_route_is_none(path: str, root_path: str) -> None:
     assert resolve(path, root_path) is None
+
+
+def test_every_row_of_the_table_can_be_reached() -> None:
+    for route in ROUTES:
+        path = re.sub(r"\{\w+\}", "x", route.pattern).replace("*", "x")
+        assert resolve(f"/{path}") == Match(route.pattern, ("x",) * route.pattern.count("{")), route

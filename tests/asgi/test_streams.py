@@ -447,7 +447,7 @@ async def test_a_run_that_the_token_names_is_waited_for(host: StandIn) -> None:
     async with anyio.create_task_group() as tasks:
 
         async def appear() -> None:
-            await host.one_subscriber()
+            await host.wait_for_subscriber()
             await anyio.wait_all_tasks_blocked()
             await host.create()
 
@@ -463,7 +463,7 @@ async def test_a_run_that_never_comes_is_404_after_a_while(host: StandIn) -> Non
     async with anyio.create_task_group() as tasks:
 
         async def wait() -> None:
-            await host.one_subscriber()
+            await host.wait_for_subscriber()
             await anyio.wait_all_tasks_blocked()
             host.tick(0)
             host.tick(4.9)
@@ -483,7 +483,7 @@ async def test_waiting_for_a_run_ends_with_the_shutdown(host: StandIn) -> None:
     async with anyio.create_task_group() as tasks:
 
         async def shut_down() -> None:
-            await host.one_subscriber()
+            await host.wait_for_subscriber()
             await anyio.wait_all_tasks_blocked()
             host.begin_shutdown()
 
@@ -729,10 +729,10 @@ async def test_shutdown_ends_each_stream_with_reconnect_and_a_time_of_its_own(ho
 
 
 async def test_the_times_to_come_back_are_spread_evenly_over_what_is_allowed(
-    host: StandIn, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(subscription, "SHUTDOWN_RECONNECT_MS", 300)
-    retries = [EventParser().feed(bytes(reconnect_response(host).body))[0].retry for _ in range(200)]
+    retries = [EventParser().feed(bytes(reconnect_response().body))[0].retry for _ in range(200)]
     assert set(retries) <= set(range(MIN_RECONNECT_MS, 301))
     assert retries.count(MIN_RECONNECT_MS) < 40  # one in 51, and not all that would lie below
 

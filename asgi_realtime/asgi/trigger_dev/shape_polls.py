@@ -15,16 +15,16 @@ from functools import lru_cache, partial
 import anyio
 from starlette.responses import Response
 
-from asgi_realtime.asgi.feed_kinds import Admitted, Feed, admitted
+from asgi_realtime.asgi.feed_kinds import Feed, FeedChange, select_changes
 from asgi_realtime.asgi.request import Request
 from asgi_realtime.asgi.responses import json_bytes_response
-from asgi_realtime.asgi.subscription import shutdown_response, until_disconnect
+from asgi_realtime.asgi.subscription import until_disconnect
 from asgi_realtime.asgi.trigger_dev import shapes
 from asgi_realtime.asgi.trigger_dev.shape_requests import ShapeRequest
 from asgi_realtime.asgi.trigger_dev.shapes import ShapeCursor
 from asgi_realtime.brokers.base import LiveTopic
 from asgi_realtime.brokers.following import Follower
-from asgi_realtime.core.errors import ExpiredToken
+from asgi_realtime.core.errors import ExpiredToken, ServerShutdown
 from asgi_realtime.core.topics import Changes, Cursor
 from asgi_realtime.loop.guards import make_guard
 from asgi_realtime.loop.interrupts import make_interrupt
@@ -78,7 +78,9 @@ class ShapePoll:
         finally:
             self._host.subscribers.discard(self)
             self._subscription_limits.release(self._feed.run_id, self._token_id)
-        return shutdown_response()  # if the client has disconnected instead, nothing receives this
+        raise ServerShutdown(
+            "the server is shutting down; try again"
+        )  # if the client has disconnected instead, nothing receives this
 
     async def _poll(self, topic: LiveTopic) -> Response:
         shape = self._shape
@@ -109,20 +111,20 @@ class ShapePoll:
         return await topic.changes(cursor, limit=self._host.limits.topic_runs)
 
     async def _snapshot(self, changes: Changes) -> Response:
-        load = partial(admitted, self._feed, self._run_cache)
+        load = partial(select_changes, self._feed, self._run_cache)
         found = await newest(changes.items, load, limit=self._host.limits.feed_runs)
         return self._rows(found, changes.cursor)
 
-    async def _find(self, changes: Changes) -> list[Admitted]:
+    async def _find(self, changes: Changes) -> list[FeedChange]:
         """The changes that belong to this feed, at least as many as fit into one response."""
-        found: list[Admitted] = []
+        found: list[FeedChange] = []
         for page in pages(changes.items):
-            found += await admitted(self._feed, self._run_cache, page)
+            found += await select_changes(self._feed, self._run_cache, page)
             if len(found) > MAX_ROWS:
                 break
         return found
 
-    async def _delay(self, found: Sequence[Admitted]) -> bool:
+    async def _delay(self, found: Sequence[FeedChange]) -> bool:
         """Delay the response once if the last ones came in quick succession; True after a delay.
 
         The end of the run that a feed is about is never delayed, because the client stops polling then.
@@ -138,12 +140,12 @@ class ShapePoll:
     def _without_changes(self, cursor: Cursor) -> Response | None:
         """The response to a poll without changes, or None to hold it."""
         if self._host.closing:
-            return shutdown_response()
+            raise ServerShutdown("the server is shutting down; try again")
         if self._host.clock() >= self._expires_at:
             raise ExpiredToken("token has expired")
         return None if self._shape.live and not self._is_hold_over else self._rows([], cursor)
 
-    def _rows(self, found: Sequence[Admitted], cursor: Cursor) -> Response:
+    def _rows(self, found: Sequence[FeedChange], cursor: Cursor) -> Response:
         """As many rows as fit into one response, and the cursor after them."""
         rows: list[bytes] = []
         size = 0

@@ -10,7 +10,7 @@ from typing import Any
 import anyio
 import pytest
 
-from asgi_realtime.asgi.framing import BATCHES
+from asgi_realtime.asgi.trigger_dev.batch_framing import BATCHES
 from asgi_realtime.brokers.base import StreamKey
 from asgi_realtime.brokers.live_log import LiveLog
 from asgi_realtime.core.chunks import encode_value
@@ -184,7 +184,7 @@ async def test_a_position_before_what_is_kept_is_410(host: StandIn) -> None:
     async with reading(host, last_event_id="2") as response:
         assert response.status_code == 410
         error = json.loads(await response.read())
-    assert error["code"] == "stream_gap" and "chunk 3 is past its retention" in error["error"]
+    assert error["code"] == "stream_gap" and "chunk 3 has expired" in error["error"]
 
 
 async def test_who_names_no_position_begins_with_what_is_kept(host: StandIn) -> None:

@@ -78,7 +78,7 @@ class Client:
         with anyio.fail_after(5):
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(poll)
-                await self.host.one_subscriber()
+                await self.host.wait_for_subscriber()
                 await anyio.wait_all_tasks_blocked()
                 assert not answers, "the poll was not held"
                 self.host.tick(0)
@@ -310,7 +310,7 @@ async def test_a_held_poll_ends_when_its_client_leaves(host: StandIn) -> None:
     with anyio.fail_after(5):
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(host, scope, receive, send)
-            await host.one_subscriber()
+            await host.wait_for_subscriber()
             gone.set()
     assert not host.subscribers
     assert not host.app.subscription_limits.open
@@ -328,7 +328,7 @@ async def test_a_shutdown_answers_held_polls_with_503(host: StandIn) -> None:
     with anyio.fail_after(5):
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(poll)
-            await host.one_subscriber()
+            await host.wait_for_subscriber()
             host.begin_shutdown()
     (answer,) = answers
     assert (answer.status_code, json.loads(answer.body)["code"]) == (503, "server_shutdown")
@@ -358,7 +358,7 @@ async def test_a_held_poll_ends_with_its_token(host: StandIn) -> None:
     with anyio.fail_after(5):
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(poll)
-            await host.one_subscriber()
+            await host.wait_for_subscriber()
             host.tick(5.1)
     assert (answers[0].status_code, json.loads(answers[0].body)["code"]) == (401, "token_expired")
 
@@ -370,8 +370,7 @@ async def test_polls_that_began_together_do_not_end_together(host: StandIn) -> N
         client = Client(host)
         await client.rows()
         async with client.polling():
-            poll = await host.one_subscriber()
-            assert isinstance(poll, shape_polls.ShapePoll)
+            poll = await host.wait_for_subscriber(shape_polls.ShapePoll)
             ends.add(poll._hold_s)
             await host.change("run_1", progress(len(ends)))
     poll_s = host.timeouts.poll
@@ -592,7 +591,7 @@ async def test_who_waits_for_a_run_at_the_shutdown_is_told_to_come_back(host: St
     with anyio.fail_after(5):
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(ask)
-            await host.one_subscriber()
+            await host.wait_for_subscriber()
             host.begin_shutdown()
     assert answers[0].status_code == 503
 

@@ -1,0 +1,118 @@
+"""The endpoints of streams for the official clients: native streams in another framing, with two headers of their own.
+
+These clients take a body that ends for a stream that is complete. So a position that cannot be served is an error
+response, and a body ends cleanly after silence only if the broker confirms that there is nothing more. Spec:
+docs/protocol.md, section 4.4.
+"""
+
+from __future__ import annotations
+
+import math
+
+from asgi_realtime.asgi.lookup import find_run
+from asgi_realtime.asgi.request import Request
+from asgi_realtime.asgi.streams import StreamResponse, parse_position
+from asgi_realtime.asgi.subscription import STILL_WAITING, WAITING, Alert
+from asgi_realtime.asgi.trigger_dev.batch_framing import BATCHES
+from asgi_realtime.brokers.live_log import LiveLog
+from asgi_realtime.core.errors import InvalidRequest, StreamGap, StreamLost, shown
+from asgi_realtime.core.names import input_stream, stream_name
+from asgi_realtime.core.runs import RunRecord
+from asgi_realtime.tokens import Claims
+
+MAX_SILENCE_S = 600
+"""The limit of `Timeout-Seconds`."""
+
+
+async def stream(request: Request, run_id: str, key: str) -> BatchStreamResponse:
+    """Follow a stream of a run."""
+    claims = request.authenticate()
+    return await _respond(request, claims, run_id, stream_name(key, request.host.limits))
+
+
+async def tail_input(request: Request, run_id: str, input_id: str) -> BatchStreamResponse:
+    """Follow an input of a run, which is a hidden stream."""
+    claims = request.authenticate()
+    return await _respond(request, claims, run_id, input_stream(input_id, request.host.limits))
+
+
+async def _respond(request: Request, claims: Claims, run_id: str, name: str) -> BatchStreamResponse:
+    after = parse_position(request.last_event_id)
+    silence_s = _parse_silence(request.header(b"timeout-seconds"))
+    start = (request.header(b"x-trigger-stream-start") or b"").strip().lower()
+    latest = start == b"latest" and request.last_event_id is None
+    record = await find_run(request, claims, run_id)
+    return BatchStreamResponse(request, claims, record, name, after=after, latest=latest, silence_s=silence_s)
+
+
+def _parse_silence(header: bytes | None) -> float:
+    if header is None:
+        return math.inf
+    text = header.decode("latin-1").strip()
+    if not (text.isascii() and text.isdigit() and len(text) <= 3 and 1 <= int(text) <= MAX_SILENCE_S):
+        raise InvalidRequest(f"Timeout-Seconds is {shown(text)}; allowed are whole numbers from 1 to {MAX_SILENCE_S}")
+    return int(text)
+
+
+class BatchStreamResponse(StreamResponse):
+    """Sends the chunks of a stream in batches, and ends after `silence_s` without one."""
+
+    __slots__ = ("_latest", "_seen", "_seen_at", "_silence_s")
+    framing = BATCHES
+
+    def __init__(
+        self,
+        request: Request,
+        claims: Claims,
+        record: RunRecord,
+        name: str,
+        *,
+        after: int,
+        latest: bool,
+        silence_s: float,
+    ) -> None:
+        super().__init__(request, claims, record, name, after=after)
+        self._latest = latest
+        self._silence_s = silence_s
+        self._seen = -2  # the cursor at an earlier tick, and the time of that tick
+        self._seen_at = 0.0
+
+    async def _prepare(self, source: LiveLog) -> str | None:
+        if self._latest:
+            self._after = source.log.next - 1
+        comment = await super()._prepare(source)
+        if comment is not None:
+            await self._check_position(source)
+        return comment
+
+    async def _check_position(self, source: LiveLog) -> None:
+        """Raises `StreamGap` before the retained part of the stream, `StreamLost` at the end of a lost stream."""
+        end, following = source.end, self._after + 1
+        if end is not None and end.reason == "lost" and following >= source.log.next:
+            raise StreamLost(end.error or "entries of this stream were lost")
+        if following >= source.log.first:
+            return
+        page = await self._host.broker.read(self._key, after=self._after, limit=1)
+        if page.first <= following:
+            return
+        if following:
+            message = f"chunk {following} has expired; the oldest retained chunk is {page.first}"
+            raise StreamGap(message, requested=following, first=page.first)
+        self._after = page.first - 1  # a client without a position starts at the oldest chunk
+
+    async def _respond_to_alert(self, source: LiveLog, cursor: int) -> bytes | None:
+        if self._alert is Alert.SILENT and source.log.next <= cursor + 1:
+            # Messages of the broker can be late, and then silence here does not mean that there is nothing more.
+            page = await self._ask(self._host.broker.read(self._key, after=cursor, limit=1))
+            if not page.entries:
+                return b""
+        return await super()._respond_to_alert(source, cursor)
+
+    def tick(self, now: float, steady: float) -> None:
+        super().tick(now, steady)
+        if self._silence_s == math.inf:
+            return
+        if self._after != self._seen or self._phase not in (WAITING, STILL_WAITING):
+            self._seen, self._seen_at = self._after, steady
+        elif steady - self._seen_at >= self._silence_s:
+            self._notify(Alert.SILENT)
