@@ -78,9 +78,7 @@ class ShapePoll:
         finally:
             self._host.subscribers.discard(self)
             self._subscription_limits.release(self._feed.run_id, self._token_id)
-        raise ServerShutdown(
-            "the server is shutting down; try again"
-        )  # if the client has disconnected instead, nothing receives this
+        raise ServerShutdown("the server is shutting down; try again")  # a disconnected client does not receive it
 
     async def _poll(self, topic: LiveTopic) -> Response:
         shape = self._shape
