@@ -1,8 +1,9 @@
-"""`Realtime`: the one object of the library, and all that the host calls.
+"""`Realtime`: the object that users hold, and every call of the library.
 
-It holds the parts together and does little itself: the engine runs things, runs are changed in `runstore`, triggered in
-`tasks.trigger`, streams written by `producers` and read in `reading`. What touches only memory is sync, what
-may wait for the broker is async. After the first two arguments all are keyword-only.
+It joins the parts and does little itself. `engine` starts and stops everything and executes runs, `tasks` triggers
+them, `runs.store` changes them, `engine.producers` writes streams, and `streams.readers` and `streams.followers` read
+them. Calls that only touch memory are sync; calls that can wait for the broker are async. All arguments after the first
+two are keyword-only.
 """
 
 from __future__ import annotations
@@ -19,16 +20,16 @@ from asgi_realtime.brokers import Broker, open_broker
 from asgi_realtime.brokers.base import InOneProcess, StreamKey
 from asgi_realtime.core.chunks import decode
 from asgi_realtime.core.config import Cors, Limits, Retention, Span, Timeouts, parse_span
-from asgi_realtime.core.errors import InvalidConfiguration, NoCurrentRun, UsageError
+from asgi_realtime.core.errors import InvalidConfiguration, UsageError
 from asgi_realtime.core.names import check_key, check_tags, input_stream, stream_name
 from asgi_realtime.core.run_errors import end_error
-from asgi_realtime.core.runs import CancelRequested, RunRecord
+from asgi_realtime.core.runs import RunRecord
 from asgi_realtime.core.scopes import flatten_scopes
 from asgi_realtime.engine.engine import Engine
 from asgi_realtime.engine.execution import Execution
 from asgi_realtime.engine.open_run import OpenRun
 from asgi_realtime.engine.producers import Producers
-from asgi_realtime.engine.run import Run, current
+from asgi_realtime.engine.run import Run, current_run_of, no_current_run
 from asgi_realtime.engine.thread_bridge import ThreadBridge
 from asgi_realtime.runs.handles import TOKEN_EXPIRES_IN, BatchHandle, RunHandle, batch_scopes, run_scopes
 from asgi_realtime.streams.followers import BatchFollower, RunFollower, RunWithStreams, StreamChunk, TagFollower
@@ -56,7 +57,7 @@ Asgi = Callable[[Any, Any, Any], Awaitable[None]]
 
 
 class TaskDecorator(Protocol):
-    """What `Realtime.task` gives: it makes a `Task` of a function and keeps its types."""
+    """The decorator that `Realtime.task` returns. It turns a function into a `Task` with the same types."""
 
     @overload
     def __call__(self, function: Callable[P, Awaitable[R]], /) -> Task[P, R]: ...
@@ -68,13 +69,13 @@ class TaskDecorator(Protocol):
 class Realtime:
     """Live run updates and token streams for one app. An ASGI app and an async context manager.
 
-    Mount it (`app.mount("/realtime", realtime)`) and start it with the app: `lifespan=realtime.lifespan`, or
-    `async with realtime:`, or `RealtimeMiddleware`; without any of these it starts on first use.
+    Mount it (`app.mount("/realtime", realtime)`) and start it with the app: `lifespan=realtime.lifespan`,
+    `async with realtime:`, or `RealtimeMiddleware`. Without any of these it starts on first use.
 
-    `secret_key` signs tokens: 32 bytes or more. With several the first signs and all verify. `cors` is "*", a list of
-    origins, a `Cors`, or None to leave it to the host. `api=False` answers 404 on all of `/api/`. `signals=False`
-    leaves signal handlers alone. `debug=True` shows subscribers the messages of all exceptions. `clock` gives unix
-    seconds. Raises `InvalidConfiguration`.
+    `secret_key` signs tokens and needs at least 32 bytes; of several keys, the first signs and all verify. `cors` is
+    "*", a list of origins, a `Cors`, or None if the host handles CORS. `api=False` responds 404 to all of `/api/`.
+    `signals=False` installs no signal handlers. `debug=True` shows subscribers the messages of all exceptions. `clock`
+    returns unix seconds. Raises `InvalidConfiguration`.
     """
 
     def __init__(
@@ -125,23 +126,26 @@ class Realtime:
     def _home(self) -> str:
         return self.broker.home if isinstance(self.broker, InOneProcess) else ""
 
-    # Life
+    # Start and stop
 
     async def start(self) -> None:
-        """Start, in the context of the caller. Idempotent; after `stop` it may be started again, on any loop."""
+        """Start, in the context of the caller. Idempotent. Can start again after `stop`, on any event loop."""
         async with self._bridge.host_start():
             await self.engine.ensure_started(lazy=False)
 
     async def ensure_started(self) -> None:
-        """Start on first use, outside of the context of the caller."""
+        """Start unless this runs already, outside of the context of the caller."""
         await self.engine.ensure_started()
 
     async def stop(self) -> None:
-        """End every subscription, let tasks run for `timeouts.drain`, cancel them, and leave the broker. Idempotent."""
+        """End every subscription, give runs `timeouts.drain` to finish, cancel the rest, and close the broker.
+
+        Idempotent.
+        """
         await self.engine.stop()
 
     def begin_shutdown(self) -> None:
-        """End every subscription cleanly; their clients come back later. From any thread; idempotent."""
+        """End every subscription so that its client reconnects later. Thread-safe; idempotent."""
         self.engine.subscribers.begin_shutdown()
 
     async def __aenter__(self) -> Realtime:
@@ -159,7 +163,7 @@ class Realtime:
 
     @property
     def closing(self) -> bool:
-        """The shutdown has begun."""
+        """Whether the shutdown has begun."""
         return self.engine.subscribers.closing
 
     @property
@@ -169,7 +173,7 @@ class Realtime:
 
     @cached_property
     def _app(self) -> Asgi:
-        from asgi_realtime.asgi.app import RealtimeApp  # the one import upward: an object that is both API and app
+        from asgi_realtime.asgi.app import RealtimeApp  # the only upward import: `Realtime` is an ASGI app too
 
         app: Asgi = RealtimeApp(self)
         return app
@@ -184,17 +188,18 @@ class Realtime:
 
     @cached_property
     def sync(self) -> SyncRealtime:
-        """The same calls for code that is not on the event loop: a thread, a sync view, a worker process."""
+        """Blocking forms of these calls for code outside of the event loop: a thread, a sync view, a worker process."""
         return SyncRealtime(self, self._bridge)
 
     # Tasks and runs
 
     def task(self, id: str, *, max_duration: Span | None = None, concurrency_limit: int | None = None) -> TaskDecorator:
-        """Register a function as a task: `async def`, or `def`, which runs in a thread.
+        """Register an `async def` function as a task, or a `def` function, which runs in a thread.
 
-        It takes `()`, `(payload)`, `(payload, run)` or `(run: Run)`. The annotation of the payload decodes it: a
-        dataclass, msgspec struct, pydantic model, TypedDict or plain JSON. What it returns is the run's output. The
-        result is a `Task`, which can still be called as the plain function. Raises `InvalidConfiguration`.
+        The function takes `()`, `(payload)`, `(payload, run)` or `(run: Run)`. The payload is decoded into its
+        annotation: a dataclass, msgspec struct, pydantic model, TypedDict or plain JSON. The return value is the run's
+        output. The decorator returns a `Task`, which can still be called as the plain function. Raises
+        `InvalidConfiguration`.
         """
         if callable(id):
             raise InvalidConfiguration(f'a task needs an id: @realtime.task("{getattr(id, "__name__", "report")}")')
@@ -215,13 +220,19 @@ class Realtime:
     async def trigger(
         self, task: Task[P, R] | str, payload: Any = None, **options: Unpack[TriggerOptions]
     ) -> RunHandle[R] | RunHandle[Any]:
-        """Start a run of a task and return its handle, ready to be sent to a browser as JSON.
+        """Create a run of a task and return its handle, which can be sent to a browser as JSON.
 
-        `idempotency_key`: the same key gives the same run, for a day or `idempotency_key_ttl`, and as long as the run
-        is kept. `ttl`: EXPIRED if it has not begun by then. `delay`: begins later, after a span or at a `datetime` with
-        a time zone. `max_duration`: less than its task may take. `parent`: the run that triggers it, by default the
-        current one. A run that the executor does not take now stays QUEUED until it does. Raises `UnknownTask`,
-        `InvalidPayload`, `LimitExceeded`, `UsageError`; nothing has happened then. `BrokerUnavailable`.
+        * `tags`, `metadata`: what the run has from its creation on.
+        * `idempotency_key`: the same key returns the same run, for `idempotency_key_ttl` (default: a day) and as long
+          as the run is retained.
+        * `ttl`: the run is EXPIRED if it has not started by then.
+        * `delay`: when the run starts: after a span, or at a `datetime` with a time zone.
+        * `max_duration`: shortens the `max_duration` of the task.
+        * `parent`: the run that triggers this one; by default the current run.
+        * `token_expires_in`: how long the handle's token is valid (default: an hour).
+
+        If the executor does not accept the run now, it stays QUEUED until the executor does. Raises `UnknownTask`,
+        `InvalidPayload`, `LimitExceeded` and `UsageError` before anything is stored, and `BrokerUnavailable`.
         """
         expires_in_s = parse_span(options.pop("token_expires_in", TOKEN_EXPIRES_IN), name="token_expires_in")
         parent = options.pop("parent", None)
@@ -232,11 +243,12 @@ class Realtime:
     async def batch_trigger(
         self, items: Iterable[BatchItem], *, token_expires_in: Span = TOKEN_EXPIRES_IN
     ) -> BatchHandle:
-        """Start several runs: `(task, payload)` or `(task, payload, options)` each. Options are a dict of `tags`,
+        """Create several runs: `(task, payload)` or `(task, payload, options)` each. Options are a dict of `tags`,
         `metadata`, `idempotency_key`, `idempotency_key_ttl`, `ttl`, `delay`, `max_duration`, as in `trigger`.
 
-        An item whose idempotency key stands for an earlier run gives that run, which does not become one of the batch.
-        All are checked before the first is started. Raises as `trigger`, and `LimitExceeded` for too many.
+        If the idempotency key of an item names an earlier run, the handle lists that run, but it does not become part
+        of the batch. All items are checked before the first run is created. Raises what `trigger` raises, and
+        `LimitExceeded` for too many items.
         """
         expires_in_s = parse_span(token_expires_in, name="token_expires_in")
         batch = await self._tasks.batch_trigger(items)
@@ -244,50 +256,49 @@ class Realtime:
         return BatchHandle(batch.id, self._mint(scopes, expires_in_s), runs=batch.run_ids, result=self.result)
 
     async def execute(self, run_id: str) -> None:
-        """Run a triggered task here and now; what a queue's worker calls.
+        """Execute a triggered run in this process and wait until it is over. The worker of a job queue calls this.
 
-        A run is executed at most once: if it is not QUEUED any more, this returns. Raises `RunNotFound`,
-        `UnknownTask`. Cancelling the caller cancels the run.
+        A run executes at most once: if it is no longer QUEUED, this returns. Raises `RunNotFound`, `UnknownTask`.
+        Cancelling the caller cancels the run.
         """
         await self._tasks.execute(run_id)
 
     def open_run(
         self, name: str, *, tags: str | Iterable[str] | None = None, metadata: Mapping[str, Any] | None = None
     ) -> AbstractAsyncContextManager[Run]:
-        """A run of the host's own code, in an `async with`.
+        """A run around the host's own code, as an `async with`.
 
-        Leaving completes it with what `run.set_output` was given. An exception fails it and goes on; the host's
-        cancellation cancels it and goes on; `cancel(run)` cancels the body and raises `RunCanceled` from the
-        `async with`. On asyncio it may be left in another task than it was entered in.
+        Leaving it completes the run with what `run.set_output` received. An exception fails the run and propagates; a
+        cancellation by the host cancels it and propagates; `cancel(run)` cancels the body, and the `async with` raises
+        `RunCanceled`. On asyncio it can be left in another task than it was entered in.
         """
         record = self._tasks.records.new_open_run(name, tags=tags, metadata=metadata)
 
-        async def begin() -> Execution:
+        async def start() -> Execution:
             await self.ensure_started()
             await self.runs.create(record)
             return await self.engine.executions.start(record)
 
-        return OpenRun(begin, self.engine.executions.remove)
+        return OpenRun(start, self.engine.executions.remove)
 
     async def cancel(self, run: RunLike) -> RunRecord:
-        """Cancel a run, from any process. A waiting run is CANCELED at once; a running one is asked to stop.
+        """Cancel a run, from any process. A waiting run is CANCELED at once; an executing one is asked to stop.
 
-        What its pipes hold is still written. A run that is over stays as it is. Raises `RunNotFound`.
+        Its pipes still write the chunks they hold. A run that is over does not change. Raises `RunNotFound`.
         """
         await self.ensure_started()
-        record = await self.runs.update(run_id_of(run), CancelRequested())
-        execution = self.engine.executions.get(record.id)
-        if execution is not None and not record.is_completed:
-            execution.cancel()
-        return record
+        return await self.engine.executions.cancel(run_id_of(run))
 
     async def get_run(self, run: RunLike) -> RunRecord:
-        """The newest state of a run. Raises `RunNotFound`."""
+        """The newest record of a run. Raises `RunNotFound`."""
         await self.ensure_started()
         return await self.runs.get(run_id_of(run))
 
     async def result(self, run: RunLike, *, timeout: Span | None = None) -> Any:
-        """Wait until a run is over and return its output. Raises `RunFailed`, `RunCanceled`, `TimeoutError`."""
+        """Wait until a run is over and return its output.
+
+        Raises `RunFailed`, `RunCanceled`, `RunNotFound`, and `TimeoutError` after `timeout`.
+        """
         await self.ensure_started()
         seconds = None if timeout is None else parse_span(timeout, name="timeout")
         with anyio.fail_after(seconds):
@@ -309,22 +320,22 @@ class Realtime:
         tags: str | Iterable[str] | None = None,
         metadata: Mapping[str, Any] | None = None,
     ) -> Pipe[T]:
-        """Forward a source into a stream, and get the same objects to iterate. Forwarding begins at once.
+        """Forward a source into a stream, starting now, and return an iterable of the same objects.
 
-        Inside a run (or with `run`) the stream is the run's. Elsewhere a run is opened, named by `task`, with `tags`
-        and `metadata`, that lives as long as the source. See `Pipe`. Raises `InvalidSource`, `UsageError`.
+        Inside a run (or with `run`) the stream belongs to that run. Elsewhere this creates a run with the name `task`,
+        `tags` and `metadata`, which ends with the source. See `Pipe`. Raises `InvalidSource`, `UsageError`.
         """
         check_source(source)
         name = stream_name(stream, self.limits)
-        if run is None and self._current() is None:
+        if run is None and current_run_of(self.runs) is None:
             record = self._tasks.records.new_open_run(task, tags=tags, metadata=metadata)
             return self._producers.pipe_alone(source, record, name)
         if tags is not None or metadata is not None:
-            raise UsageError("tags= and metadata= are for a run that pipe() opens; this one is there: use run.tags.add")
+            raise UsageError("tags= and metadata= are for a run that pipe() creates; use run.tags and run.metadata")
         return self._producers.pipe_into(source, StreamKey(self._run_id(run), name))
 
     async def append(self, chunk: Any, stream: str = "default", *, run: RunLike | None = None) -> None:
-        """Append one chunk; it is in the log when this returns.
+        """Append one chunk. It is in the log when this returns.
 
         Raises `EncodingError`, `LimitExceeded`, `RunNotFound`, `StreamClosed`, `BrokerUnavailable`, `NoCurrentRun`.
         """
@@ -337,7 +348,7 @@ class Realtime:
         await writer.settled()
 
     async def send_input(self, run: RunLike, input_id: str, data: Any) -> None:
-        """Send data into a run; `run.input(input_id)` gets it there. Raises as `append`."""
+        """Send data to a run, which receives it with `run.input(input_id)`. Raises what `append` raises."""
         key = StreamKey(run_id_of(run), input_stream(input_id, self.limits))
         encoded = encode_within(data, self.limits.input_bytes)
         await self.ensure_started()
@@ -347,21 +358,21 @@ class Realtime:
         await writer.settled()
 
     def writer(self, stream: str = "default", *, run: RunLike | None = None) -> StreamWriterContext[Any]:
-        """An async context manager to write many chunks: `await writer.write(chunk)`, `writer.merge(source)`."""
+        """An async context manager that writes many chunks: `await writer.write(chunk)`, `writer.merge(source)`."""
         key = StreamKey(self._run_id(run), stream_name(stream, self.limits))
         return StreamWriterContext(self, self._producers.writer(key), chunk_bytes=self.limits.chunk_bytes)
 
     def define_stream(self, key: str, chunk_type: type[T1]) -> TypedStream[T1]:
-        """A stream under a fixed key whose chunks have a type, with `pipe`, `append`, `writer` and `read`."""
+        """A stream with a fixed key whose chunks have a type. It has `pipe`, `append`, `writer` and `read`."""
         return TypedStream(self, stream_name(key, self.limits), chunk_type)
 
     def read(
         self, run: RunLike, stream: str = "default", *, start_index: int = 0, timeout: Span | None = None
     ) -> AsyncIterator[Any]:
-        """The decoded chunks of a stream from `start_index` on, present and to come.
+        """The decoded chunks of a stream, from `start_index` on, as they arrive.
 
-        Ends when the run completes; raises `RunFailed` or `RunCanceled` after the last chunk if it ended otherwise.
-        Raises `StreamGap` if chunks are past their retention, `TimeoutError` after `timeout` of silence, `RunNotFound`.
+        Ends when the run completes. If the run ends otherwise, raises `RunFailed` or `RunCanceled` after the last
+        chunk. Raises `StreamGap` if chunks have expired, `TimeoutError` if none arrives for `timeout`, `RunNotFound`.
         """
         return self.read_as(run, stream, decode, start_index=start_index, timeout=timeout)
 
@@ -374,7 +385,7 @@ class Realtime:
         start_index: int = 0,
         timeout: Span | None = None,
     ) -> AsyncIterator[T]:
-        """As `read`, with another way to decode the JSON of a chunk."""
+        """As `read`, with `decode_chunk` for the JSON of each chunk."""
         if isinstance(start_index, bool) or not isinstance(start_index, int) or start_index < 0:
             raise UsageError(f"start_index is {start_index!r}; allowed are whole numbers from 0")
         key = StreamKey(run_id_of(run), stream_name(stream, self.limits))
@@ -385,7 +396,7 @@ class Realtime:
         )
         return ChunkReader(reader, decode_chunk)
 
-    # Following runs
+    # Follow runs
 
     @overload
     def subscribe_to_run(
@@ -400,9 +411,10 @@ class Realtime:
     def subscribe_to_run(
         self, run: RunLike, *, stop_on_completion: bool = True, with_streams: bool = False
     ) -> AsyncIterator[RunRecord] | AsyncIterator[RunRecord | StreamChunk]:
-        """The states of a run, the present one first; a reader who is behind gets the newest.
+        """The records of a run: the current one, then one for each change. A slow reader skips to the newest.
 
-        With streams, `StreamChunk`s come in between, and the terminal state after the last chunk. Raises `RunNotFound`.
+        With streams, `StreamChunk`s come in between, and the terminal record after the last chunk. Raises
+        `RunNotFound`.
         """
         run_id = run_id_of(run)
         self.engine.begin()
@@ -417,7 +429,7 @@ class Realtime:
     def subscribe_to_runs_with_tag(
         self, tags: str | Iterable[str], *, created_within: Span = "24h"
     ) -> AsyncIterator[RunRecord]:
-        """The runs that have all of these tags, the present ones first, then each change. Never ends."""
+        """The runs that have all of these tags: first the existing ones, then each change. Never ends."""
         wanted = check_tags(tags, self.limits)
         if not wanted:
             raise UsageError("tags are empty; name at least one")
@@ -434,8 +446,8 @@ class Realtime:
         )
 
     def subscribe_to_batch(self, batch: str | BatchHandle) -> AsyncIterator[RunRecord]:
-        """The runs of a batch, the present state first. Ends when all that are there are over. Raises
-        `RunNotFound` if there is none."""
+        """The runs of a batch: the current records, then each change. Ends when all of its runs are over. Raises
+        `RunNotFound`."""
         batch_id = batch if isinstance(batch, str) else batch.id
         self.engine.begin()
         return BatchFollower(
@@ -456,11 +468,12 @@ class Realtime:
         expires_in: Span = PUBLIC_TOKEN_EXPIRES_IN,
         skip_columns: Iterable[str] = (),
     ) -> str:
-        """A token for a browser: `{"read": {"runs": [run.id], "tags": ["user:1"]}}`, or scopes as a list of strings.
+        """Create a token for a browser. `scopes` is like `{"read": {"runs": [run.id], "tags": ["user:1"]}}`, or a list
+        of strings.
 
-        `skip_columns` are left out of every run that is read with it: `["payload", "metadata"]`, whatever the client
-        asks for. They have the names of the run feed's columns, such as `runTags` for the tags. Raises `UsageError` for
-        an unknown word, an empty list, or a scope that admits nothing.
+        `skip_columns`, such as `["payload", "metadata"]`, are omitted from every run that the token reads. The names
+        are the columns of the run feed, such as `runTags`. Raises `UsageError` for an unknown name, an empty list, or a
+        scope that grants nothing.
         """
         seconds = parse_span(expires_in, name="expires_in")
         return self._mint(flatten_scopes(scopes), seconds, skip_columns=check_columns(skip_columns))
@@ -473,9 +486,9 @@ class Realtime:
         expires_in: Span = PUBLIC_TOKEN_EXPIRES_IN,
         skip_columns: Iterable[str] = (),
     ) -> str:
-        """A token with which a browser may trigger these tasks: once, or as often as it likes until it expires.
+        """Create a token with which a browser can trigger these tasks once; with `multiple_use`, any number of times.
 
-        `skip_columns`, as in `create_public_token`, hold for the token that it gets with the run.
+        `skip_columns` apply to the token that the browser receives with the run; see `create_public_token`.
         """
         return self._mint_for_tasks("trigger", tasks, multiple_use, expires_in, skip_columns)
 
@@ -487,7 +500,7 @@ class Realtime:
         expires_in: Span = PUBLIC_TOKEN_EXPIRES_IN,
         skip_columns: Iterable[str] = (),
     ) -> str:
-        """A token with which a browser may trigger a batch of these tasks, as `create_trigger_public_token`."""
+        """As `create_trigger_public_token`, for a batch of these tasks."""
         return self._mint_for_tasks("batchTrigger", tasks, multiple_use, expires_in, skip_columns)
 
     def _mint_for_tasks(
@@ -521,17 +534,10 @@ class Realtime:
         token = self._mint(run_scopes(run_id), expires_in_s)
         return RunHandle(run_id, token, is_cached=is_cached, result=self.result)
 
-    # The current run
-
-    def _current(self) -> Run | None:
-        """The current run, if it is one of ours."""
-        run = current.get(None)
-        return run if run is not None and run.belongs_to(self.runs) else None
-
     def _run_id(self, run: RunLike | None) -> str:
         if run is not None:
             return run_id_of(run)
-        found = self._current()
+        found = current_run_of(self.runs)
         if found is None:
-            raise NoCurrentRun("there is no current run here: call this inside a task or `open_run`, or pass run=")
+            raise no_current_run()
         return found.id

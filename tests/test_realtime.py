@@ -278,7 +278,7 @@ async def test_without_a_current_run_one_must_be_named() -> None:
 @pytest.mark.anyio
 async def test_inside_a_run_a_pipe_takes_no_tags_of_its_own() -> None:
     async with make_realtime() as realtime, realtime.open_run("r"):
-        with pytest.raises(UsageError, match="use run.tags.add"):
+        with pytest.raises(UsageError, match="use run.tags and run.metadata"):
             realtime.pipe([1], tags="x")
 
 

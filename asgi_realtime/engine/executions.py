@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 from asgi_realtime.brokers.base import Broker
 from asgi_realtime.core.config import Limits
-from asgi_realtime.core.runs import RunRecord
+from asgi_realtime.core.runs import CancelRequested, RunRecord
 from asgi_realtime.engine.execution import Execution
 from asgi_realtime.engine.run import RelatedRun, Run
 from asgi_realtime.engine.watch import RunWatch
@@ -112,6 +112,14 @@ class Executions(Mapping[str, Execution]):
         if watch is not None:
             watch.end()
         self.changed.wake()
+
+    async def cancel(self, run_id: str) -> RunRecord:
+        """Request that a run is canceled, and stop its execution if it has one. Raises `RunNotFound`."""
+        record = await self._runs.update(run_id, CancelRequested())
+        execution = self._by_id.get(run_id)
+        if execution is not None and not record.is_completed:
+            execution.cancel()
+        return record
 
     async def shut_down(self) -> None:
         """Stop the code of every execution. A run that has no code to stop is ended here."""

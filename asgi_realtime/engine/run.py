@@ -69,10 +69,6 @@ class Run(RelatedRun):
         self._limits = limits
         self._inputs: dict[str, Input] = {}
 
-    def belongs_to(self, runs: RunStore) -> bool:
-        """Whether this is a run of that store, and so of that `Realtime`."""
-        return self._runs is runs
-
     @property
     def payload(self) -> Any:
         """The payload, decoded."""
@@ -101,5 +97,15 @@ def current_run() -> Run:
     """The run that the calling code executes. Raises `NoCurrentRun` outside of one."""
     run = current.get(None)
     if run is None:
-        raise NoCurrentRun("there is no current run here: call this inside a task or `open_run`, or pass run=")
+        raise no_current_run()
     return run
+
+
+def current_run_of(runs: RunStore) -> Run | None:
+    """The run that the calling code executes, if it belongs to the `Realtime` of this store."""
+    run = current.get(None)
+    return run if run is not None and run._runs is runs else None
+
+
+def no_current_run() -> NoCurrentRun:
+    return NoCurrentRun("there is no current run here: call this inside a task or `open_run`, or pass run=")

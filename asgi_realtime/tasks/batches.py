@@ -18,7 +18,7 @@ import msgspec
 
 from asgi_realtime.core.config import Retention
 from asgi_realtime.core.errors import LimitExceeded, RealtimeError, RunNotFound, UsageError
-from asgi_realtime.core.runs import BatchMember, CancelRequested, RunRecord
+from asgi_realtime.core.runs import BatchMember, RunRecord
 from asgi_realtime.engine.engine import Engine
 from asgi_realtime.runs.ids import new_batch_id
 from asgi_realtime.tasks.batch_records import BatchRecord, BatchRecords, Plan, Stage, run_id_in
@@ -112,18 +112,11 @@ class Batches:
                 await self._launcher.create(member)
             except Exception:
                 for launched in members[:index]:
-                    await self._cancel(launched.id)
+                    try:
+                        await self._engine.executions.cancel(launched.id)
+                    except RealtimeError as exc:
+                        logger.warning("run %s of a failed batch could not be canceled: %s", launched.id, exc)
                 raise
-
-    async def _cancel(self, run_id: str) -> None:
-        try:
-            await self._runs.update(run_id, CancelRequested())
-        except RealtimeError as exc:
-            logger.warning("run %s of a batch that failed could not be canceled: %s", run_id, exc)
-            return
-        execution = self._engine.executions.get(run_id)
-        if execution is not None:
-            execution.cancel()
 
     # Over HTTP
 

@@ -16,7 +16,7 @@ from asgi_realtime.core.names import check_key
 from asgi_realtime.core.runs import RunError, RunRecord, Started
 from asgi_realtime.engine.engine import Engine
 from asgi_realtime.engine.executor import AttachedExecutor, Executor, InProcessExecutor
-from asgi_realtime.engine.run import current
+from asgi_realtime.engine.run import current_run_of
 from asgi_realtime.loop.threads import TaskThreads
 from asgi_realtime.tasks.batches import Batches, BatchItem, TriggeredBatch, check_item
 from asgi_realtime.tasks.launch import Launched, Launcher
@@ -114,8 +114,8 @@ class Tasks:
         """The run that triggers another: the one named, or the current one."""
         if parent_id is not None:
             return await self._runs.get(parent_id)
-        run = current.get(None)
-        return run.record if run is not None and run.belongs_to(self._runs) else None
+        run = current_run_of(self._runs)
+        return None if run is None else run.record
 
     # Execute
 

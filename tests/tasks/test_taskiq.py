@@ -234,21 +234,22 @@ async def test_one_executor_serves_one_realtime() -> None:
         make_realtime(executor=executor)
 
 
-async def test_two_realtimes_may_share_a_queue() -> None:
+async def test_two_realtimes_can_share_a_queue() -> None:
     queue = Queue()
     one = make_realtime(executor=TaskiqExecutor(queue), broker=MemoryBroker())
     two = make_realtime(executor=TaskiqExecutor(queue, task_name="two"), broker=MemoryBroker())
-    for realtime in (one, two):
 
-        @realtime.task("t")
-        async def task(run: Run) -> bool:
-            return run.belongs_to(realtime.runs)  # noqa: B023
+    @one.task("t")
+    async def task_of_one() -> str:
+        return "one"
 
-    async with one:
-        first = await one.trigger("t")
-        assert not await first.result(timeout=5)  # the variable is that of the last turn
-        async with two:
-            assert await (await two.trigger("t")).result(timeout=5)
+    @two.task("t")
+    async def task_of_two() -> str:
+        return "two"
+
+    async with one, two:
+        assert await (await one.trigger("t")).result(timeout=5) == "one"
+        assert await (await two.trigger("t")).result(timeout=5) == "two"
 
 
 def test_without_taskiq_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
