@@ -283,7 +283,7 @@ def test_the_check_finds_cycles() -> None:
     ("module", "source", "wrong"),
     [
         ("brokers.redis", "import redis.asyncio", False),
-        ("brokers.redis.link", "import hiredis", False),
+        ("brokers.redis.command_connection", "import hiredis", False),
         ("brokers.memory", "import redis.asyncio", True),
         ("tasks.taskiq", "import taskiq", False),
         ("engine.executor", "import taskiq", True),

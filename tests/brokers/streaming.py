@@ -168,15 +168,15 @@ class Log:
 
     @property
     def away(self) -> int:
-        return len(self.having(" is away: "))
+        return len(self.having(" is unavailable: "))
 
     @property
     def broke(self) -> int:
-        return len(self.having(" broke and is made anew: "))
+        return len(self.having(" broke; connecting again: "))
 
     @property
     def back(self) -> int:
-        return len(self.having(" is back, after "))
+        return len(self.having(" is available again, after "))
 
     async def until_back(self) -> None:
         await until(lambda: self.away == self.back, "the log says that Redis is back")

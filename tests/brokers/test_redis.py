@@ -28,9 +28,8 @@ from asgi_realtime import (
     Timeouts,
 )
 from asgi_realtime.brokers.base import Changes, End, Producer, StreamKey
-from asgi_realtime.brokers.redis import RedisBroker
-from asgi_realtime.brokers.redis import idle_mirrors as lingering
-from asgi_realtime.brokers.redis.mirror import TopicMirror
+from asgi_realtime.brokers.redis import RedisBroker, idle_mirrors
+from asgi_realtime.brokers.redis.topic_mirror import TopicMirror
 from asgi_realtime.core.runs import Finished, RunError, TagsAdded, apply
 from asgi_realtime.core.sse import chunk_frame
 from asgi_realtime.tasks.options import RunOptions
@@ -150,16 +149,16 @@ async def test_a_topic_that_is_followed_again_and_again_is_read_once(storage: St
                 assert topic is first
                 await hears_of(run, first)
         assert not broker.held
-        broker._lingering._sweep()
+        broker._idle._sweep()
         async with broker.follow("tag:a") as topic:
             assert topic is first, "it stays for a whole turn of the timer"
         for _ in range(2):
-            broker._lingering._sweep()
+            broker._idle._sweep()
         assert not broker._topics
         async with broker.follow("tag:a") as topic:
             assert topic is not first
-            broker._lingering._sweep()
-            broker._lingering._sweep()
+            broker._idle._sweep()
+            broker._idle._sweep()
             assert (await topic.changes(None)).items[0].run_id == run.id
 
 
@@ -177,7 +176,7 @@ async def test_who_enters_a_topic_knows_what_was_committed_before_however_late_m
             assert not (await empty.changes(None)).items
         if followed:  # by another one
             await stack.enter_async_context(broker.follow(topic))
-        broker._topics[topic].hear = lambda message: None  # type: ignore[method-assign]
+        broker._topics[topic].on_message = lambda message: None  # type: ignore[method-assign]
         await store(peer, record)
         async with broker.follow(topic) as first:
             changes = await first.changes(None)
@@ -191,7 +190,7 @@ async def test_who_enters_a_topic_knows_what_was_committed_before_however_late_m
 
 
 async def test_no_more_topics_linger_than_a_limit(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lingering, "MAX_LINGERING", 3)
+    monkeypatch.setattr(idle_mirrors, "MAX_IDLE", 3)
     async with opened(storage) as backend:
         broker = backend.broker
         assert isinstance(broker, RedisBroker)
@@ -200,7 +199,7 @@ async def test_no_more_topics_linger_than_a_limit(storage: Storage, monkeypatch:
                 pass
             assert len(broker._topics) <= 4
         assert list(broker._topics) == ["tag:7", "tag:8", "tag:9"]
-        broker._lingering._sweep()
+        broker._idle._sweep()
         for number in range(8, 12):
             async with broker.follow(f"tag:{number}"):
                 pass

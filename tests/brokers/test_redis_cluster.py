@@ -143,7 +143,7 @@ async def test_a_primary_is_away_and_the_others_go_on(cluster: RedisCluster, log
         for broker in backend.processes:
             await broker.ping()
         await log.assert_told_once()
-        assert all(f"Redis at 127.0.0.1:{node.port} is " in line for line in log.having(" is away: "))
+        assert all(f"Redis at 127.0.0.1:{node.port} is " in line for line in log.having(" is unavailable: "))
 
 
 async def test_while_a_primary_is_away_nothing_spins(cluster: RedisCluster) -> None:

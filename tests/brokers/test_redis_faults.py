@@ -22,7 +22,7 @@ from asgi_realtime import Retention, Timeouts
 from asgi_realtime.brokers.base import Producer, StreamKey
 from asgi_realtime.brokers.redis import RedisBroker, schedule
 from asgi_realtime.brokers.redis import broker as redis_broker
-from asgi_realtime.brokers.redis.listener import Listener
+from asgi_realtime.brokers.redis.pubsub import PubSub
 from asgi_realtime.brokers.redis.server_health import ServerHealthLog
 from asgi_realtime.core.errors import BrokerUnavailable, RunNotFound
 from asgi_realtime.core.runs import DUE_KINDS, Status, tag_topic
@@ -201,7 +201,7 @@ async def test_memory_full(redis_server: RedisServer, log: Log, hurried: None) -
             redis_server.configure("maxmemory", 0)
             await stream.goes_on()
         await backend.broker.ping()
-        await until(lambda: log.having("takes calls again"))
+        await until(lambda: log.having("accepts calls again"))
     assert len(log.having("Redis refuses calls: Redis has no memory left")) == 1
     assert (log.away, log.back) == (0, 0)
 
@@ -218,7 +218,7 @@ async def test_the_password_is_changed_and_comes_right_again(log: Log) -> None:
             server.password = "right"
             await stream.goes_on()
             await log.assert_told_once()
-    assert "password" in log.having("is away")[0]
+    assert "password" in log.having("is unavailable")[0]
     assert "another" not in "".join(log.having(""))
 
 
@@ -246,7 +246,7 @@ async def test_a_user_that_may_not_listen(redis_server: RedisServer, log: Log) -
             with pytest.raises(BrokerUnavailable, match="(?i)no permissions to access .* channel"):
                 await reader.run()
             following = asyncio.create_task(patiently(partial(reader.run, enough=have(stream.sent + 10))))
-            await until(lambda: broker._open.listener.trouble)
+            await until(lambda: broker._open.pubsub.trouble)
             with pytest.raises(BrokerUnavailable, match="(?i)nothing can be followed: .*no permissions"):
                 await broker.ping()
             redis_server.command("ACL", "SETUSER", "app", "&*")
@@ -338,7 +338,7 @@ async def test_a_message_that_never_came_is_missed_after_some_silence(
         await backend.broker.append(key, items(1))
         await until(lambda: reader.seen)
         with monkeypatch.context() as patched:
-            patched.setattr(Listener, "heard", lambda *message: None)
+            patched.setattr(PubSub, "on_message", lambda *message: None)
             connected = {client["id"] for client in redis_server.clients("pubsub")}
             await backend.broker.append(key, items(2, start=1))
             await until(lambda: len(reader.seen) == 3)
@@ -366,7 +366,7 @@ async def test_a_message_that_makes_no_sense_stops_nobody(
         assert stream.resumed == 0
     errors = [record for record in caplog.records if record.levelname == "ERROR"]
     assert len(errors) <= 2
-    assert all("cannot be read" in record.getMessage() for record in errors)
+    assert all("cannot read a message on" in record.getMessage() for record in errors)
     caplog.clear()
 
 
@@ -415,10 +415,10 @@ async def test_a_process_is_killed_between_its_commit_and_telling(redis_server: 
 
         async def main(url, prefix, tag):
             async with RedisBroker(url, prefix=prefix) as broker:
-                async def tell(run_id, *args):
+                async def publish(run_id, *args):
                     print(run_id, flush=True)
                     await asyncio.sleep(3600)
-                broker._open.topics.tell = tell
+                broker._open.topics.publish = publish
                 record = new_record(Backend(broker=broker, peer=broker), tags=(tag,))
                 await broker.commit(record, expect=0, change=new_mark())
 
@@ -471,7 +471,7 @@ async def test_a_failover_that_loses_the_last_writes(redis_pair: ReplicaPair, lo
             await until(lambda: live.log.next == 10)
             await asyncio.to_thread(redis_pair.fail_over)
             await until(lambda: live.failure is not None, "a reader ahead of its log is ended")
-            assert "5 entries of stream 'default' are left of 10" in str(live.failure)
+            assert "stream 'default' has 5 entries left of 10" in str(live.failure)
         reader = Reader(backend.peer, key, after=9)
         reading = asyncio.create_task(patiently(reader.run))
         again = partial(backend.broker.append, key, items(5, start=5), producer=Producer("p", 5), at=5)
@@ -565,33 +565,33 @@ async def test_a_stranger_is_a_redis_that_is_away(log: Log, answer: bytes) -> No
 
 
 async def test_what_goes_and_comes_in_a_second_is_one_absence(log: Log) -> None:
-    presence = ServerHealthLog()
-    presence.absent("it")
+    health = ServerHealthLog()
+    health.not_answering("it")
     for _ in range(100):
-        presence.lost("it", "it is away", "nobody knows")
-        presence.works("it", "it is back")
+        health.failed("it", "it is unavailable", "nobody knows")
+        health.works("it", "it is available again")
         await asyncio.sleep(0)
-    assert log.having("it is") == ["it is away: nobody knows"]
-    assert presence.present_for_s() == 0.0
-    presence.present("it")
-    assert presence.present_for_s() < GUARD_S
-    await until(lambda: log.having("it is back, after "))
+    assert log.having("it is") == ["it is unavailable: nobody knows"]
+    assert health.answering_for_s() == 0.0
+    health.answering("it")
+    assert health.answering_for_s() < GUARD_S
+    await until(lambda: log.having("it is available again, after "))
     assert len(log.having("it is")) == 2
 
 
 async def test_a_server_that_has_left_the_cluster_is_not_away_for_ever(log: Log) -> None:
-    presence = ServerHealthLog()
-    presence.absent("it")
-    presence.lost("it", "it is away", "nobody knows")
-    presence.works("it", "it is back")
-    presence.forget("it")
-    presence.lost("it", "it is away", "it came again")
-    assert len(log.having("it is away")) == 2
-    assert presence.present_for_s() < GUARD_S
+    health = ServerHealthLog()
+    health.not_answering("it")
+    health.failed("it", "it is unavailable", "nobody knows")
+    health.works("it", "it is available again")
+    health.forget("it")
+    health.failed("it", "it is unavailable", "it came again")
+    assert len(log.having("it is unavailable")) == 2
+    assert health.answering_for_s() < GUARD_S
 
 
 async def test_a_connection_that_breaks_all_the_time_is_told_of_once(log: Log) -> None:
-    presence = ServerHealthLog()
+    health = ServerHealthLog()
     for _ in range(100):
-        presence.broke("it", "it", "nobody knows")
+        health.broke("it", "it", "nobody knows")
     assert log.broke == 1

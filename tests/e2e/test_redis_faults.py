@@ -218,7 +218,7 @@ async def test_the_answer_is_complete(
         await site.goes_on()
         await site.until_healthy()
         await sites.finish(site, following)
-    assert len(site.logged("Redis is away")) <= 2
+    assert len(site.logged("Redis is unavailable")) <= 2
     assert site.logged("ERROR") == []
 
 
@@ -262,8 +262,8 @@ async def test_redis_comes_after_the_processes(sites: Sites, redis_server: Redis
         site, following = await sites.begin(worker, web)
         await site.until_healthy()
         await sites.finish(site, following)
-        await site.until_logged("Redis is back", 2)
-    assert len(site.logged("Redis is away")) == 2
+        await site.until_logged("Redis is available again", 2)
+    assert len(site.logged("Redis is unavailable")) == 2
 
 
 @pytest.mark.parametrize("keep_data", [True, False])
@@ -299,5 +299,5 @@ async def test_a_failover(sites: Sites, redis_pair: ReplicaPair, lost: str) -> N
         await asyncio.to_thread(redis_pair.fail_over)
         await site.goes_on()
         await sites.finish(site, following)
-    assert len(site.logged("Redis is away")) <= 2
+    assert len(site.logged("Redis is unavailable")) <= 2
     assert site.logged("ERROR") == []

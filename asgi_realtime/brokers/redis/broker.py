@@ -1,9 +1,9 @@
 """The broker on Redis 7 or later, or Valkey: one server, a Sentinel's, or a Cluster.
 
-Redis keeps everything and tells of every change; a process keeps what its readers follow. Each change is one script,
-so it happens entirely or not at all, also if the caller is cancelled or the connection is lost meanwhile. What has to
-change at two places (a run and its tags' topics, a claim) is done in an order in which dying in between leaves nothing
-wrong, and a mark by which any process does the rest. Runs on asyncio.
+Redis stores everything and announces every change; a process holds only what its readers follow. Each change is one
+script, so it happens entirely or not at all, also if its caller is cancelled or the connection is lost. Changes at two
+places (a run and the topics of its tags, a claim) are ordered so that a crash in between leaves nothing wrong, and a
+mark by which any process completes them. Runs on asyncio only.
 """
 
 from __future__ import annotations
@@ -13,23 +13,26 @@ import logging
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from functools import lru_cache
-from itertools import chain
 from typing import Any, NamedTuple, TypeVar
 
 import anyio
 import msgspec
 from redis.asyncio.client import Redis
 
-from asgi_realtime.brokers.base import MARKS_KEPT, ChangeMark, LiveTopic
+from asgi_realtime.brokers.base import ChangeMark, LiveTopic
 from asgi_realtime.brokers.live_log import LiveLog
 from asgi_realtime.brokers.redis import scripts
+from asgi_realtime.brokers.redis.clients import open_client
 from asgi_realtime.brokers.redis.idle_mirrors import IdleMirrors
 from asgi_realtime.brokers.redis.keys import Keys
-from asgi_realtime.brokers.redis.listener import Listener
-from asgi_realtime.brokers.redis.mirror import Mirror, StreamMirror, TopicMirror, decode_end
-from asgi_realtime.brokers.redis.schedule import STATES, Schedule
-from asgi_realtime.brokers.redis.servers import Servers, open_client
-from asgi_realtime.brokers.redis.topics import Topics, new_epoch, random_step
+from asgi_realtime.brokers.redis.mirror import Mirror
+from asgi_realtime.brokers.redis.pubsub import PubSub
+from asgi_realtime.brokers.redis.records import Records
+from asgi_realtime.brokers.redis.schedule import Schedule
+from asgi_realtime.brokers.redis.servers import Servers
+from asgi_realtime.brokers.redis.stream_mirror import StreamMirror, decode_end
+from asgi_realtime.brokers.redis.topic_mirror import TopicMirror
+from asgi_realtime.brokers.redis.topics import Topics
 from asgi_realtime.core.config import Limits, Retention, Timeouts
 from asgi_realtime.core.errors import (
     BrokerUnavailable,
@@ -39,12 +42,10 @@ from asgi_realtime.core.errors import (
     RunNotFound,
     ServerShutdown,
     StateError,
-    StreamBehind,
     StreamClosed,
 )
 from asgi_realtime.core.log import End, Entry, Page, Position, Producer, StreamKey, misplaced
-from asgi_realtime.core.run_errors import VersionConflict
-from asgi_realtime.core.runs import RunRecord, due_times
+from asgi_realtime.core.runs import RunRecord
 from asgi_realtime.core.topics import Changes, Cursor
 from asgi_realtime.loop.waiting import WakeSoon, on_asyncio
 
@@ -55,22 +56,21 @@ M = TypeVar("M", bound=Mirror)
 PREFIX = "asgi_realtime"
 
 _INLINE_BYTES = 64 * 1024
-"""What a message carries itself. Of more it names the position only, and those who follow read it."""
+"""The largest append that a message carries. For a larger one it carries the position, and subscribers read."""
 
 _PAGE_BYTES = 256 * 1024
 _SILENCE_S = 10.0
 
 _EVICTS = (
-    "Redis evicts keys when its memory is full, and with them runs that go on and chunks that are not read yet:"
+    "Redis deletes keys when its memory is full, including active runs and unread chunks;"
     " set maxmemory-policy to noeviction"
 )
 
 _json = msgspec.json.Encoder()
-_record = msgspec.json.Decoder(RunRecord)
 
 
 class _StreamNames(NamedTuple):
-    """The keys of a stream in the order in which the scripts take them, its name, its channel."""
+    """A stream's keys in the order of the scripts, its name, its channel."""
 
     keys: tuple[str, str, str]
     name: bytes
@@ -78,10 +78,11 @@ class _StreamNames(NamedTuple):
 
 
 class _Open(NamedTuple):
-    """What a broker consists of between its start and its stop."""
+    """The parts of a broker between its start and its stop."""
 
     servers: Servers
-    listener: Listener
+    pubsub: PubSub
+    records: Records
     topics: Topics
     schedule: Schedule
 
@@ -91,7 +92,7 @@ class RedisBroker:
 
     `server` is a URL as redis-py takes it (`redis://`, `rediss://`, `unix://`), of one server or of any node of a
     Cluster; or an asyncio client of redis-py, such as `Sentinel(…).master_for("mymaster")`, whose settings are used for
-    connections of the broker's own. `prefix` keeps applications on one server apart. Raises `InvalidConfiguration`.
+    the broker's own connections. `prefix` separates applications on one server. Raises `InvalidConfiguration`.
     """
 
     shared = True
@@ -115,11 +116,11 @@ class RedisBroker:
         self._names = lru_cache(maxsize=10_000)(self._names_of)
         self._streams: dict[StreamKey, StreamMirror] = {}
         self._topics: dict[str, TopicMirror] = {}
-        self._lingering = IdleMirrors(self._forget_topic)
+        self._idle = IdleMirrors(self._discard_topic)
         self._jobs: set[asyncio.Task[None]] = set()
         self._wakes = WakeSoon()
         self._quiet = False
-        self._left = False
+        self._was_open = False
         self._opened: _Open | None = None
 
     def __repr__(self) -> str:
@@ -128,13 +129,14 @@ class RedisBroker:
     async def __aenter__(self) -> RedisBroker:
         if not on_asyncio():
             raise RuntimeError("the Redis broker runs on asyncio only; on trio use the memory broker")
-        # Of a loop that was closed without a stop something may be left, and it hears nothing any more.
+        # An event loop that was closed without a stop leaves mirrors that receive nothing.
         self._streams, self._topics, self._jobs = {}, {}, set()
-        self._lingering = IdleMirrors(self._forget_topic)
+        self._idle = IdleMirrors(self._discard_topic)
         servers = Servers(self._client, timeout_s=self._timeouts.broker, spawn=self._spawn, quiet=self._quiet)
         self._opened = _Open(
             servers,
-            Listener(servers, timeout_s=self._timeouts.broker, silence_s=_SILENCE_S, spawn=self._spawn),
+            PubSub(servers, timeout_s=self._timeouts.broker, silence_s=_SILENCE_S, spawn=self._spawn),
+            Records(servers, self._keys, timeouts=self._timeouts, retention=self._retention),
             Topics(servers, self._keys, max_runs=self._limits.topic_runs),
             Schedule(servers, self._keys, lease_s=self._timeouts.lease),
         )
@@ -142,27 +144,27 @@ class RedisBroker:
 
     async def __aexit__(self, *exc_info: object) -> None:
         opened, self._opened = self._open, None
-        self._left = True
-        self._lingering.clear()
+        self._was_open = True
+        self._idle.clear()
         for mirror in (*self._streams.values(), *self._topics.values()):
             mirror.shut_down()
         self._streams.clear()
         self._topics.clear()
-        with anyio.CancelScope(shield=True):  # a stop cancels who has entered, and connections would stay open
-            await opened.listener.aclose()
+        with anyio.CancelScope(shield=True):  # a stop cancels the task that is here, and connections would stay open
+            await opened.pubsub.aclose()
             await opened.servers.aclose()
             for job in tuple(self._jobs):
                 job.cancel()
             await asyncio.gather(*self._jobs, return_exceptions=True)
 
     def _spawn(self, job: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """Run a job of the broker's own; it is ended with the broker."""
+        """Run a job until it ends or the broker is closed."""
         task = asyncio.get_running_loop().create_task(job)
         self._jobs.add(task)
-        task.add_done_callback(self._ended)
+        task.add_done_callback(self._on_done)
         return task
 
-    def _ended(self, task: asyncio.Task[None]) -> None:
+    def _on_done(self, task: asyncio.Task[None]) -> None:
         self._jobs.discard(task)
         failure = None if task.cancelled() else task.exception()
         if failure is not None and not isinstance(failure, ServerShutdown):
@@ -171,18 +173,18 @@ class RedisBroker:
     @property
     def _open(self) -> _Open:
         if self._opened is None:
-            if self._left:
+            if self._was_open:
                 raise ServerShutdown()
             raise BrokerUnavailable("the Redis broker has not been entered")
         return self._opened
 
     @property
     def held(self) -> int:
-        """What is held for readers: mirrors, their users, those who wait."""
+        """How much is held for readers: mirrors, their users, waiters. Idle mirrors do not count."""
         lives = [mirror.live for mirror in self._streams.values()]
         return (
             len(self._streams)
-            + sum(1 for mirror in self._topics.values() if mirror.users)  # the others only linger
+            + sum(1 for mirror in self._topics.values() if mirror.users)
             + sum(mirror.users for mirror in (*self._streams.values(), *self._topics.values()))
             + sum(live.readers + len(live.waiting) for live in lives)
             + sum(len(mirror.waiting) for mirror in self._topics.values())
@@ -224,12 +226,11 @@ class RedisBroker:
         )
         if answer[0] == b"ok":
             return Position(int(answer[1]), int(answer[2]))
-        raise self._refusal(key, answer[0], answer[-1], at)
+        raise self._append_error(key, answer[0], answer[-1], at)
 
-    def _refusal(self, key: StreamKey, reason: bytes, detail: bytes, at: int | None) -> RealtimeError:
-        """Why an append was refused."""
+    def _append_error(self, key: StreamKey, reason: bytes, detail: bytes, at: int | None) -> RealtimeError:
         match reason:
-            case b"gone":
+            case b"missing":
                 return _not_found(key.run)
             case b"hole":
                 return ProducerGap(f"the append leaves a hole, expected item {int(detail)}", expected=int(detail))
@@ -254,7 +255,7 @@ class RedisBroker:
         return int(counted)
 
     async def _read_for_mirror(self, key: StreamKey, after: int | None) -> Page:
-        """A page to be mirrored; the newest part of the stream if there is no position yet."""
+        """A page after a seq; the newest part of the stream if that is None."""
         if after is None:
             return await self._read(key, "tail", limit=1_000_000, max_bytes=self._limits.mirror_bytes)
         return await self._read(key, str(after), limit=1_000_000, max_bytes=_PAGE_BYTES)
@@ -262,7 +263,7 @@ class RedisBroker:
     async def _read(self, key: StreamKey, after: str, *, limit: int, max_bytes: int) -> Page:
         names = self._names(key)
         answer = await self._open.servers.run(scripts.READ, names.keys, names.name, after, limit, max_bytes, bulk=True)
-        if answer[0] == b"gone":
+        if answer[0] == b"missing":
             raise _not_found(key.run)
         _, first, following, end, rows = answer
         entries = [Entry(int(row[0][:-2]) - 1, row[1][3], int(row[1][1])) for row in rows]
@@ -270,7 +271,7 @@ class RedisBroker:
 
     @asynccontextmanager
     async def live(self, key: StreamKey) -> AsyncIterator[LiveLog]:
-        async with self._followed(self._streams, key, lambda: self._stream_mirror(key), self._forget) as mirror:
+        async with self._followed(self._streams, key, lambda: self._stream_mirror(key), self._leave_stream) as mirror:
             mirror.live.enter()
             try:
                 yield mirror.live
@@ -282,13 +283,13 @@ class RedisBroker:
             key,
             read=self._read_for_mirror,
             keys=self._keys,
-            listener=self._open.listener,
+            pubsub=self._open.pubsub,
             spawn=self._spawn,
             wakes=self._wakes,
             max_bytes=self._limits.mirror_bytes,
         )
 
-    def _forget(self, mirror: StreamMirror) -> None:
+    def _leave_stream(self, mirror: StreamMirror) -> None:
         mirror.close()
         if self._streams.get(mirror.key) is mirror:
             del self._streams[mirror.key]
@@ -299,7 +300,7 @@ class RedisBroker:
     ) -> AsyncIterator[M]:
         _ = self._open
         mirror = mirrors.get(key)
-        if mirror is None or mirror.gone:
+        if mirror is None or not mirror.is_usable:
             mirror = mirrors[key] = make()
         mirror.users += 1
         try:
@@ -315,73 +316,45 @@ class RedisBroker:
     async def commit(
         self, record: RunRecord, *, expect: int, change: ChangeMark, floors: Mapping[tuple[str, str], int] | None = None
     ) -> int:
+        records, topics, schedule = self._open.records, self._open.topics, self._open.schedule
         try:
-            version, began = await self._commit(record, expect, change, floors or {})
-            noting = self._open.schedule.note(
-                record.id, self._due_times(record), status=record.status if began else None
+            version, has_new_lease = await records.store(record, expect, change, floors or {})
+            hints = schedule.add_hints(
+                record.id, records.due_times(record), status=record.status if has_new_lease else None
             )
             if record.topics:
-                await asyncio.gather(noting, self._open.topics.publish(record.id, version, record.topics))
+                await asyncio.gather(hints, topics.publish(record.id, version, record.topics))
             else:
-                await noting
+                await hints
         except StateError:
             raise
-        except BaseException:  # nobody knows whether it is stored; if so, somebody has to do the rest
-            self._spawn(self._note_quietly(record))
+        except BaseException:  # it may have been stored, and then other processes have to complete it
+            self._spawn(self._hint_at(record))
             raise
         return version
 
-    async def _commit(
-        self, record: RunRecord, expect: int, change: ChangeMark, floors: Mapping[tuple[str, str], int]
-    ) -> tuple[int, bool]:
-        """Store a version. Returns its number, and whether a lease or the like began with it."""
-        due = self._due_times(record)
-        end = record.end
-        answer = await self._open.servers.run(
-            scripts.COMMIT if end is None else scripts.COMMIT_END,
-            [self._keys.run(record.id), self._keys.streams(record.id), *self._keys.due_of(record.id)],
-            record.id,
-            expect,
-            record.version,
-            f"{change.writer}:{change.number}",
-            _json.encode(msgspec.structs.replace(record, payload_json=None, payload_meta_json=None, output_json=None)),
-            _stored_payload(record) if expect == 0 else b"",
-            record.output_json or b"",
-            b"" if end is None else _json.encode(end),
-            STATES.get(record.status, ""),
-            record.owner or "",
-            self._open.schedule.lease_ms,
-            int(bool(record.topics)),
-            self._keys.topic_channel(f"run:{record.id}"),
-            random_step(),
-            new_epoch(),
-            MARKS_KEPT,
-            *(due.get(kind, "") for kind in ("delay", "ttl", "cancel", "expiry")),
-            *chain.from_iterable((*of, count) for of, count in floors.items()),
-            channel=self._keys.topic_channel(f"run:{record.id}"),
-        )
-        if answer[0] == b"short":
-            raise StreamBehind(f"stream {answer[1].decode()!r} has lost entries that were acknowledged")
-        if answer[0] == b"conflict":
-            current = _decode_record(answer[2])
-            raise VersionConflict(f"run {record.id!r} has version {int(answer[1])}, expected {expect}", current=current)
-        return int(answer[1]), answer[2] == b"1"
-
-    def _due_times(self, record: RunRecord) -> dict[str, int]:
-        return due_times(record, cancel_s=self._timeouts.cancel, after_end_s=self._retention.after_end)
-
-    async def _note_quietly(self, record: RunRecord) -> None:
-        with suppress(BrokerUnavailable):  # then it is found when its partition has its turn
-            await self._open.schedule.note(record.id, self._due_times(record), status=record.status, unpublished=True)
+    async def _hint_at(self, record: RunRecord) -> None:
+        with suppress(BrokerUnavailable):  # then it is found when its partition is scanned
+            opened = self._open
+            times = opened.records.due_times(record)
+            await opened.schedule.add_hints(record.id, times, status=record.status, unpublished=True)
 
     async def load(self, run_ids: Sequence[str]) -> list[RunRecord | None]:
-        return list(await asyncio.gather(*(self._load(run_id) for run_id in run_ids)))
+        return list(await asyncio.gather(*map(self._open.records.load, run_ids)))
 
-    async def _load(self, run_id: str) -> RunRecord | None:
-        key = self._keys.run(run_id)
-        return _decode_record(
-            await self._open.servers.call(key, "HMGET", key, "record", "payload", "output", bulk=True)
-        )
+    async def remove(self, run_id: str) -> None:
+        """Remove a run: from its topics first and itself last, so that after a crash in between it is still due."""
+        opened = self._open
+        record = await opened.records.load(run_id)
+        if record is None or not record.is_completed:
+            return
+        await opened.topics.remove(run_id, record.topics)
+        if record.claim is not None:
+            await opened.servers.run(scripts.RELEASE_CLAIM, [self._keys.claim(record.claim)], run_id)
+        await opened.records.remove(run_id)
+        await opened.topics.wake(record.topics)  # now followers that load the run do not find it
+
+    # Topics
 
     async def changes(self, topic: str, *, after: Cursor | None = None, limit: int = 1000) -> Changes:
         return await self._open.topics.changes(topic, after, limit)
@@ -390,18 +363,18 @@ class RedisBroker:
     async def follow(self, topic: str) -> AsyncIterator[LiveTopic]:
         known = self._topics.get(topic)
         async with self._followed(self._topics, topic, lambda: self._topic_mirror(topic), self._leave_topic) as mirror:
-            self._lingering.take_back(mirror)
+            self._idle.discard(mirror)
             if mirror is known:
                 await mirror.refresh()
             yield mirror
 
     def _leave_topic(self, mirror: TopicMirror) -> None:
-        if mirror.gone or self._opened is None:
-            self._forget_topic(mirror)
+        if mirror.is_usable and self._opened is not None:
+            self._idle.add(mirror)
         else:
-            self._lingering.keep(mirror)
+            self._discard_topic(mirror)
 
-    def _forget_topic(self, mirror: TopicMirror) -> None:
+    def _discard_topic(self, mirror: TopicMirror) -> None:
         if not mirror.users:
             mirror.close()
             if self._topics.get(mirror.topic) is mirror:
@@ -414,29 +387,14 @@ class RedisBroker:
             read=opened.topics.index,
             ask=opened.topics.changes,
             keys=self._keys,
-            listener=opened.listener,
+            pubsub=opened.pubsub,
             spawn=self._spawn,
         )
 
-    async def remove(self, run_id: str) -> None:
-        """Remove a run: from its topics first and itself last, so that dying in between leaves it due."""
-        key = self._keys.run(run_id)
-        record = await self._load(run_id)
-        if record is None or not record.is_completed:
-            return
-        await self._open.topics.remove(run_id, record.topics)
-        if record.claim is not None:
-            await self._open.servers.run(scripts.RELEASE_CLAIM, [self._keys.claim(record.claim)], run_id)
-        fields = await self._open.servers.call(key, "HKEYS", self._keys.streams(run_id))
-        streams = [StreamKey(run_id, field[2:].decode()) for field in fields if field.startswith(b"n:")]
-        await self._open.servers.run(
-            scripts.REMOVE_RUN,
-            [key, self._keys.streams(run_id), *self._keys.due_of(run_id), *map(self._keys.entries, streams)],
-            run_id,
-            self._keys.topic_channel(f"run:{run_id}"),
-            len(streams),
-        )
-        await self._open.topics.wake(record.topics)  # who looks now finds that it is gone
+    async def publish(self, run_id: str) -> None:
+        record = await self._open.records.load(run_id)
+        if record is not None:
+            await self._open.topics.publish(run_id, record.version, record.topics)
 
     # Claims, due times, leases
 
@@ -458,11 +416,11 @@ class RedisBroker:
         await self._open.schedule.renew(run_ids, owner=owner)
 
     def renew_from_thread(self, run_ids: Sequence[str], *, owner: str) -> None:
-        """As `renew`, with a loop and connections of its own: the loop of the broker may be blocked."""
+        """As `renew`, on a loop and connections of its own, because the broker's loop may be blocked."""
 
         async def renew() -> None:
             broker = RedisBroker(self._client, prefix=self._prefix, timeouts=self._timeouts)
-            broker._quiet = True  # whoever renews tells the log
+            broker._quiet = True  # the caller logs
             async with broker:
                 await broker.renew(run_ids, owner=owner)
 
@@ -471,20 +429,15 @@ class RedisBroker:
     async def enqueued(self, run_id: str) -> None:
         await self._open.schedule.enqueued(run_id)
 
-    async def publish(self, run_id: str) -> None:
-        record = await self._load(run_id)
-        if record is not None:
-            await self._open.topics.publish(run_id, record.version, record.topics)
-
     async def ping(self) -> None:
         await self._open.servers.check()
-        if (trouble := self._open.listener.trouble) is not None:
+        if (trouble := self._open.pubsub.trouble) is not None:
             raise BrokerUnavailable(f"nothing can be followed: {trouble}")
-        with suppress(BrokerUnavailable):  # INFO may not be allowed, and then nothing is known
-            evicting = any(map(_evicts, await self._open.servers.ask_all("INFO", "memory")))
-            if evicting and not self.warnings:
+        with suppress(BrokerUnavailable):  # the user may not have the permission for INFO
+            evicts = any(map(_evicts, await self._open.servers.ask_all("INFO", "memory")))
+            if evicts and not self.warnings:
                 logger.warning("%s", _EVICTS)
-            self.warnings = (_EVICTS,) if evicting else ()
+            self.warnings = (_EVICTS,) if evicts else ()
 
 
 def _evicts(info: bytes) -> bool:
@@ -493,24 +446,5 @@ def _evicts(info: bytes) -> bool:
     return fields.get("maxmemory", "0") != "0" and fields.get("maxmemory_policy", "noeviction") != "noeviction"
 
 
-def _decode_record(fields: Sequence[bytes | None]) -> RunRecord | None:
-    record, payload, output = fields
-    if record is None:
-        return None
-    decoded: RunRecord = _record.decode(record)
-    if payload is None and output is None:
-        return decoded
-    payload, _, meta = (payload or b"").partition(b"\n")
-    return msgspec.structs.replace(
-        decoded, payload_json=payload or None, payload_meta_json=meta or None, output_json=output
-    )
-
-
-def _stored_payload(record: RunRecord) -> bytes:
-    """The payload, and behind a line break, which no JSON of ours holds, what superjson says of it."""
-    payload = record.payload_json or b""
-    return payload if record.payload_meta_json is None else payload + b"\n" + record.payload_meta_json
-
-
 def _not_found(run_id: str) -> RunNotFound:
-    return RunNotFound(f"no run {run_id!r}: it never was, or it is past its retention")
+    return RunNotFound(f"no run {run_id!r}: it does not exist or has expired (Retention.after_end)")

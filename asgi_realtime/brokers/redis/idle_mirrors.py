@@ -1,7 +1,7 @@
-"""Mirrors that nobody follows just now, kept a while for those who come back.
+"""Topic mirrors without users, retained for a while in case their users return.
 
-A client that polls follows its topic anew with each request. Without this each of them would subscribe and read the
-whole topic again.
+A client that polls follows its topic anew with each request. Without this, each poll would subscribe and read the whole
+topic again.
 """
 
 from __future__ import annotations
@@ -9,43 +9,42 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from asgi_realtime.brokers.redis.mirror import TopicMirror
+from asgi_realtime.brokers.redis.topic_mirror import TopicMirror
 
-LINGER_S = 5.0
-"""A mirror stays for as long as this at least, and for twice as long at most."""
+IDLE_S = 5.0
+"""How long an idle mirror is retained at least; twice that at most."""
 
-
-MAX_LINGERING = 1000
-"""Of all topics together. What a client asks for may be any name, so it is bounded; the oldest go at once."""
+MAX_IDLE = 1000
+"""Of all topics together; the oldest are dropped first. Clients choose the names of topics, so this is a bound."""
 
 
 class IdleMirrors:
-    """One timer for all. `let_go` is called with each mirror that was not taken back in time."""
+    """One timer for all. `drop` is called with each mirror that was not used again in time."""
 
-    def __init__(self, let_go: Callable[[TopicMirror], None]) -> None:
-        self._let_go = let_go
+    def __init__(self, drop: Callable[[TopicMirror], None]) -> None:
+        self._drop = drop
         self._young: dict[TopicMirror, None] = {}
         self._old: dict[TopicMirror, None] = {}
         self._timer: asyncio.TimerHandle | None = None
 
-    def keep(self, mirror: TopicMirror) -> None:
+    def add(self, mirror: TopicMirror) -> None:
         self._old.pop(mirror, None)
         self._young[mirror] = None
-        if len(self._young) + len(self._old) > MAX_LINGERING:
+        if len(self._young) + len(self._old) > MAX_IDLE:
             oldest = self._old or self._young
             mirror = next(iter(oldest))
             del oldest[mirror]
-            self._let_go(mirror)
+            self._drop(mirror)
         if self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(LINGER_S, self._sweep)
+            self._timer = asyncio.get_running_loop().call_later(IDLE_S, self._sweep)
 
-    def take_back(self, mirror: TopicMirror) -> None:
-        """Somebody follows it again."""
+    def discard(self, mirror: TopicMirror) -> None:
+        """The mirror has a user again."""
         self._young.pop(mirror, None)
         self._old.pop(mirror, None)
 
     def clear(self) -> None:
-        """The broker is left, and ends them all."""
+        """Forget all without dropping them, because the broker closes."""
         self._young.clear()
         self._old.clear()
         if self._timer is not None:
@@ -54,6 +53,6 @@ class IdleMirrors:
 
     def _sweep(self) -> None:
         expired, self._old, self._young = self._old, self._young, {}
-        self._timer = asyncio.get_running_loop().call_later(LINGER_S, self._sweep) if self._old else None
+        self._timer = asyncio.get_running_loop().call_later(IDLE_S, self._sweep) if self._old else None
         for mirror in expired:
-            self._let_go(mirror)
+            self._drop(mirror)

@@ -1,8 +1,8 @@
-"""The names of everything in Redis.
+"""The names of all keys and channels in Redis.
 
-All keys of a run carry the hash tag of its partition, so that one script may touch them on a Cluster; a topic and a
-claim have tags of their own. Channels are sharded ones, with the tags of what they tell of. The number of partitions is
-part of the data: a run is found where `crc16(run id) mod 256` says.
+All keys of a run carry the hash tag of its partition, so that one script can use them on a Cluster; a topic and a claim
+have tags of their own. Channels are sharded and carry the tag of what they announce. The number of partitions is part
+of the data: a run belongs to partition `crc16(run id) mod 256`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from asgi_realtime.core.runs import run_topic
 PARTITIONS = 256
 
 DUE_OF_PARTITION = ("lease", "enqueue", "unpublished", "delay", "ttl", "cancel", "expiry")
-"""In the order in which the scripts take their keys."""
+"""In the order of the scripts' keys."""
 
 _RUN_TOPIC = run_topic("")
 
@@ -34,31 +34,33 @@ class Keys:
         return f"{self._prefix}{{{self.partition(run_id)}}}:{what}:{run_id}"
 
     def run(self, run_id: str) -> str:
-        """HASH: version, record, payload, output, end, position, epoch, state, owner, inputs, and its marks."""
+        """HASH: version, record, payload, output, end, position, epoch, state, owner, inputs;
+        m:<mark> the version of a commit, v:<version> its mark."""
         return self._of_run(run_id, "run")
 
     def streams(self, run_id: str) -> str:
-        """HASH, by stream: n:<name> next, f: first, b: bytes, e: end, and p:<name>NUL<producer> their counts."""
+        """HASH, by stream: n:<name> next seq, f: first seq, b: bytes, e: end;
+        p:<name>NUL<producer> the items of a producer and the seq of the last one."""
         return self._of_run(run_id, "streams")
 
     def entries(self, key: StreamKey) -> str:
-        """STREAM: entry `<seq + 1>-0` with its time and data."""
+        """STREAM: entry `<seq + 1>-0` with t (time in unix milliseconds) and d (data)."""
         return f"{self._of_run(key.run, 'entries')}:{key.name}"
 
     def due(self, kind: str, partition: int) -> str:
-        """ZSET of run ids by time, for one kind."""
+        """ZSET: the run ids of a partition by the time at which they are due."""
         return f"{self._prefix}{{{partition}}}:due:{kind}"
 
     def due_of(self, run_id: str) -> list[str]:
         partition = self.partition(run_id)
         return [self.due(kind, partition) for kind in DUE_OF_PARTITION]
 
-    def note(self, kind: str) -> str:
-        """ZSET of partitions by the time at which the first of their runs may be due."""
+    def hints(self, kind: str) -> str:
+        """ZSET: partitions by the time at which their first run may be due."""
         return f"{self._prefix}{{due}}:{kind}"
 
     def topic(self, topic: str) -> tuple[str, str]:
-        """ZSET of run ids by position, and HASH of their versions with #epoch, #position, #floor."""
+        """ZSET: run ids by position. HASH: their versions, and #epoch, #position, #floor."""
         tagged = f"{self._prefix}{{{_digest(topic)}}}"
         return f"{tagged}:positions:{topic}", f"{tagged}:versions:{topic}"
 
@@ -66,10 +68,11 @@ class Keys:
         return f"{self._prefix}{{{_digest(key)}}}:claim:{key}"
 
     def stream_channel(self, key: StreamKey) -> str:
+        """Announces appends and the end of the stream."""
         return f"{self._of_run(key.run, 'stream')}:{key.name}"
 
     def topic_channel(self, topic: str) -> str:
-        """What a topic's changes are told on; that of a run also tells how its streams end."""
+        """Announces changes of the topic. The channel of a run's topic also announces how its streams end."""
         if topic.startswith(_RUN_TOPIC):
             return self._of_run(topic.removeprefix(_RUN_TOPIC), "changes")
         return f"{self._prefix}{{{_digest(topic)}}}:changes:{topic}"
@@ -84,5 +87,5 @@ def _digest(text: str) -> str:
 
 
 def run_of_topic(topic: str) -> str | None:
-    """The run whose own topic this is."""
+    """The id of the run whose own topic this is, or None."""
     return topic.removeprefix(_RUN_TOPIC) if topic.startswith(_RUN_TOPIC) else None

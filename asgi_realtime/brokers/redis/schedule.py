@@ -1,10 +1,12 @@
-"""What runs are due for, and when: sorted sets by Redis's clock, seven for each partition.
+"""What runs are due for, and when: sorted sets by Redis's clock, seven for each of the 256 partitions.
 
-A commit writes those of its run in its own step. Nobody wants to look into all partitions all the time, so beside
-each commit a note is made of when its partition has to be looked into next. Who polls puts the notes that are due
-aside, looks, and notes anew. A note may be missing, since it is made after the commit; so a few partitions are looked
-into at each poll though nothing is noted of them, and all have their turn within about a minute.
-"""
+A commit updates the sets of its run's partition in its own step. Reading all partitions at every poll would be too
+much, so after each commit a *hint* records when its partition may have something due. A poll takes the hints that are
+due, reads those partitions, and adds a hint for what comes next there.
+
+A hint can be missing, because it is added after the commit. So a few partitions are read at each poll without a hint,
+in rotation; all are read within about a minute. Hints make things fast, the rotation makes them certain. Nothing counts
+as read before it was: a hint that was taken becomes due again unless its partition is read within `_READ_MS`."""
 
 from __future__ import annotations
 
@@ -20,15 +22,18 @@ from asgi_realtime.core.runs import Status
 
 _SCAN_S = 1.0
 _SCANNED = 4
-"""Partitions that are looked into after so much time though nothing is noted of them."""
+"""How many partitions are read without a hint, once per `_SCAN_S`."""
+
+_READ_MS = 5000
+"""How long a poll has to read the partitions whose hints it took, before other polls do."""
 
 _UNPUBLISHED_MS = 1000
-"""How long whoever has committed has to tell the topics, before others do it."""
+"""How long the committing process has to publish to topics before other processes do it."""
 
 STATES = {Status.EXECUTING: "executing", Status.QUEUED: "queued"}
-"""Statuses in which somebody has to look after a run, and what they are called in Redis."""
+"""The statuses in which a run needs a process that renews it, and their names in Redis."""
 
-_LOOKED_AFTER = {Status.EXECUTING: "lease", Status.QUEUED: "enqueue"}
+_LEASES = {Status.EXECUTING: "lease", Status.QUEUED: "enqueue"}
 
 
 class Schedule:
@@ -38,58 +43,62 @@ class Schedule:
         self._servers = servers
         self._keys = keys
         self._lease_s = lease_s
-        self.lease_ms = round(lease_s * 1000)
-        self._next = random.randrange(PARTITIONS)
+        self._lease_ms = round(lease_s * 1000)
+        self._next_scanned = random.randrange(PARTITIONS)
         self._scanned_at = -_SCAN_S
 
-    async def note(
+    async def add_hints(
         self, run_id: str, times: Mapping[str, int], *, status: Status | None = None, unpublished: bool = False
     ) -> None:
-        """Note when a run is due for what, in unix milliseconds; with a status, that its lease or the like begins."""
-        notes = {kind: f"a{at}" for kind, at in times.items()}
-        if status in _LOOKED_AFTER:
-            notes[_LOOKED_AFTER[status]] = f"r{self.lease_ms}"
+        """Hint at the unix milliseconds at which a run is due. With a status, also at the lease that it begins."""
+        hints = {kind: f"a{at}" for kind, at in times.items()}
+        if status in _LEASES:
+            hints[_LEASES[status]] = f"r{self._lease_ms}"
         if unpublished:
-            notes["unpublished"] = f"r{_UNPUBLISHED_MS}"
-        if notes:
-            keys = [self._keys.note(kind) for kind in notes]
-            await self._servers.run(scripts.ADD_HINTS, keys, self._keys.partition(run_id), *notes.values())
+            hints["unpublished"] = f"r{_UNPUBLISHED_MS}"
+        if hints:
+            keys = [self._keys.hints(kind) for kind in hints]
+            await self._servers.run(scripts.ADD_HINTS, keys, self._keys.partition(run_id), *hints.values())
 
     async def due(self, kind: str, *, limit: int, skip: int) -> list[str]:
         """As `Broker.due`."""
-        if kind == "lease" and self._servers.presence.present_for_s() < self._lease_s:
-            return []  # nobody could renew while Redis was away: owners have a lease's time to do so
+        if kind == "lease" and self._servers.health.answering_for_s() < self._lease_s:
+            return []  # no owner could renew while Redis was unavailable: they get a lease's time to do so
         await self._scan()
-        partitions = await self._servers.run(scripts.TAKE_HINTS, [self._keys.note(kind)])
-        found = await asyncio.gather(*(self._due_in(kind, int(partition), skip + limit) for partition in partitions))
+        partitions, moved_to = await self._servers.run(scripts.TAKE_HINTS, [self._keys.hints(kind)], _READ_MS)
+        found = await asyncio.gather(
+            *(self._due_in(kind, int(partition), skip + limit, moved_to) for partition in partitions)
+        )
         return [run_id for _, run_id in heapq.merge(*found)][skip : skip + limit]
 
-    async def _due_in(self, kind: str, partition: int, limit: int) -> list[tuple[float, str]]:
-        """What is due in one partition, by time. Notes when there is something next."""
-        pairs, following = await self._servers.run(scripts.DUE, [self._keys.due(kind, partition)], limit)
-        if following:
-            await self._note_again(kind, partition, following)
+    async def _due_in(self, kind: str, partition: int, limit: int, moved_to: bytes) -> list[tuple[float, str]]:
+        """The due runs of a partition by time. Replaces the hint that was taken."""
+        pairs, first = await self._servers.run(scripts.DUE, [self._keys.due(kind, partition)], limit)
+        if first:
+            await self._add_hint(kind, partition, first)
+        else:
+            await self._servers.run(scripts.DROP_HINT, [self._keys.hints(kind)], partition, moved_to)
         return [(float(at), run_id.decode()) for run_id, at in zip(pairs[::2], pairs[1::2], strict=True)]
 
     async def _scan(self) -> None:
-        """Look into some partitions, each in its turn, and note what is in them."""
+        """Read the partitions whose turn it is, and hint at what they hold."""
         now = asyncio.get_running_loop().time()
         if now - self._scanned_at < _SCAN_S:
             return
         self._scanned_at = now
-        partitions = [(self._next + number) % PARTITIONS for number in range(_SCANNED)]
-        self._next = (self._next + _SCANNED) % PARTITIONS
+        partitions = [(self._next_scanned + number) % PARTITIONS for number in range(_SCANNED)]
         await asyncio.gather(*map(self._scan_one, partitions))
+        self._next_scanned = (self._next_scanned + _SCANNED) % PARTITIONS  # not before: what failed is read again
 
     async def _scan_one(self, partition: int) -> None:
         keys = [self._keys.due(kind, partition) for kind in DUE_OF_PARTITION]
         firsts = await self._servers.run(scripts.FIRST_DUE, keys)
         for kind, first in zip(DUE_OF_PARTITION, firsts, strict=True):
             if first:
-                await self._note_again(kind, partition, first)
+                await self._add_hint(kind, partition, first)
 
-    async def _note_again(self, kind: str, partition: int, at: bytes) -> None:
-        await self._servers.run(scripts.ADD_HINTS, [self._keys.note(kind)], partition, b"a" + at)
+    async def _add_hint(self, kind: str, partition: int, at: bytes) -> None:
+        await self._servers.run(scripts.ADD_HINTS, [self._keys.hints(kind)], partition, b"a" + at)
 
     async def renew(self, run_ids: Sequence[str], *, owner: str) -> None:
         """As `Broker.renew`."""
@@ -97,7 +106,7 @@ class Schedule:
 
     async def _renew(self, run_id: str, owner: str) -> None:
         lease, enqueue, *_ = self._keys.due_of(run_id)
-        await self._servers.run(scripts.RENEW, [self._keys.run(run_id), lease, enqueue], run_id, owner, self.lease_ms)
+        await self._servers.run(scripts.RENEW, [self._keys.run(run_id), lease, enqueue], run_id, owner, self._lease_ms)
 
     async def enqueued(self, run_id: str) -> None:
         """As `Broker.enqueued`."""

@@ -1,7 +1,7 @@
-"""Whether Redis is there, as the log tells it: once that something is wrong, and once that it is well again.
+"""Whether the Redis servers work, as the log reports it: one line when a problem starts, one when it is over.
 
-Every connection reports here. What goes away and comes back many times in a row is one absence: it is over when nothing
-was lost for a while.
+All connections report here. Problems that follow each other within a second are one problem: it is over once nothing
+has failed for that long.
 """
 
 from __future__ import annotations
@@ -16,73 +16,72 @@ _silent = logging.Logger("silent", logging.CRITICAL + 1)
 
 _STEADY_S = 1.0
 _QUIET_S = 10.0
-"""After a broken connection was told of, until the next one is: they may break a hundred times in a second."""
+"""How long broken connections are not logged again: a hundred can break in a second."""
 
 
 class ServerHealthLog:
-    """What does not work now, by what it is: a server that is away, a script that is refused."""
+    """What fails now, by its subject: a server that is unavailable, a script that is refused.
+
+    Separately it counts how long all servers have been answering calls, because leases could not be renewed before.
+    """
 
     def __init__(self, *, quiet: bool = False) -> None:
         self._logger = _silent if quiet else logger
-        self._since: dict[Hashable, float] = {}
-        self._ending: dict[Hashable, asyncio.TimerHandle] = {}
+        self._failing_since: dict[Hashable, float] = {}
+        self._recovering: dict[Hashable, asyncio.TimerHandle] = {}
         self._broke_at: dict[Hashable, float] = {}
-        self._absent: set[Hashable] = set()
-        self._present_since = -math.inf
+        self._unanswering: set[Hashable] = set()
+        self._answering_since = -math.inf
 
-    def present_for_s(self) -> float:
-        """For how long all servers have answered calls; endless if they always did."""
-        return 0.0 if self._absent else asyncio.get_running_loop().time() - self._present_since
+    def answering_for_s(self) -> float:
+        """How long all servers have been answering calls; infinite if they always have."""
+        return 0.0 if self._unanswering else asyncio.get_running_loop().time() - self._answering_since
 
-    def absent(self, server: Hashable) -> None:
-        """It does not answer calls."""
-        self._absent.add(server)
+    def not_answering(self, server: Hashable) -> None:
+        self._unanswering.add(server)
 
-    def present(self, server: Hashable) -> None:
-        """It answers calls."""
-        if server in self._absent:
-            self._absent.discard(server)
-            self._present_since = asyncio.get_running_loop().time()
+    def answering(self, server: Hashable) -> None:
+        if server in self._unanswering:
+            self._unanswering.discard(server)
+            self._answering_since = asyncio.get_running_loop().time()
 
     def forget(self, server: Hashable) -> None:
-        """It is none of ours any more."""
-        self.present(server)
-        self._since.pop(server, None)
+        """The server has left the Cluster."""
+        self.answering(server)
+        self._failing_since.pop(server, None)
         self._broke_at.pop(server, None)
-        ending = self._ending.pop(server, None)
-        if ending is not None:
-            ending.cancel()
+        timer = self._recovering.pop(server, None)
+        if timer is not None:
+            timer.cancel()
 
-    def broke(self, what: Hashable, name: str, reason: object) -> None:
-        """A connection that worked broke. That alone is no absence: the next try tells."""
+    def broke(self, subject: Hashable, name: str, reason: object) -> None:
+        """A working connection broke. That alone is not a failure: the next attempt decides."""
         now = asyncio.get_running_loop().time()
-        if what not in self._since and now - self._broke_at.get(what, -math.inf) > _QUIET_S:
-            self._broke_at[what] = now
-            self._logger.info("a connection to %s broke and is made anew: %s", name, reason)
+        if subject not in self._failing_since and now - self._broke_at.get(subject, -math.inf) > _QUIET_S:
+            self._broke_at[subject] = now
+            self._logger.info("a connection to %s broke; connecting again: %s", name, reason)
 
-    def lost(self, what: Hashable, trouble: str, reason: object) -> None:
-        """It does not work, and why."""
-        ending = self._ending.pop(what, None)
-        if ending is not None:
-            ending.cancel()
-        if what not in self._since:
-            self._since[what] = asyncio.get_running_loop().time()
-            self._logger.warning("%s: %s", trouble, reason)
+    def failed(self, subject: Hashable, problem: str, reason: object) -> None:
+        timer = self._recovering.pop(subject, None)
+        if timer is not None:
+            timer.cancel()
+        if subject not in self._failing_since:
+            self._failing_since[subject] = asyncio.get_running_loop().time()
+            self._logger.warning("%s: %s", problem, reason)
 
-    def works(self, what: Hashable, relief: str) -> None:
-        """It works."""
-        if what in self._since and what not in self._ending:
+    def works(self, subject: Hashable, recovery: str) -> None:
+        if subject in self._failing_since and subject not in self._recovering:
             loop = asyncio.get_running_loop()
-            self._ending[what] = loop.call_later(_STEADY_S, self._well, what, relief, loop.time())
+            timer = loop.call_later(_STEADY_S, self._recovered, subject, recovery, loop.time())
+            self._recovering[subject] = timer
 
-    def _well(self, what: Hashable, relief: str, at: float) -> None:
-        del self._ending[what]
-        self._logger.info("%s, after %.1f s", relief, at - self._since.pop(what))
+    def _recovered(self, subject: Hashable, recovery: str, at: float) -> None:
+        del self._recovering[subject]
+        self._logger.info("%s, after %.1f s", recovery, at - self._failing_since.pop(subject))
 
     def close(self) -> None:
-        """Nobody looks any more."""
-        for ending in self._ending.values():
-            ending.cancel()
-        self._ending.clear()
-        self._since.clear()
+        for timer in self._recovering.values():
+            timer.cancel()
+        self._recovering.clear()
+        self._failing_since.clear()
         self._broke_at.clear()

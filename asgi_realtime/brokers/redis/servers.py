@@ -1,129 +1,74 @@
-"""The servers behind a URL: one, or the primaries of a Cluster; and how a call finds the right one.
+"""Calls to Redis: each is sent to the primary that owns its key, and repeated where that is safe.
 
-Whether it is a Cluster is asked of the server itself. A call that meets a moved slot, a server that is loading, or one
-that is no primary any more, is made again for a while; one whose connection broke is made again once. What is known of
-the slots is used until something better is known, so a primary that is away delays nobody who does not need it. Foreign
-exceptions become ours here and nowhere else.
+* A refusal that passes (a slot moves, a server loads its data or is no longer a primary) is retried until `timeout_s`.
+* After a working connection broke, a call is repeated once on a new one, unless executing it twice would do harm.
+* Everything else is raised as `BrokerUnavailable`; the caller decides whether to wait.
 """
 
 from __future__ import annotations
 
 import asyncio
-import math
-import random
-from collections.abc import Callable, Coroutine, Sequence
-from copy import copy
-from typing import Any, NamedTuple
+from collections.abc import Awaitable, Sequence
+from typing import Any
 
 from redis.asyncio.client import Redis
-from redis.asyncio.connection import AbstractConnection, ConnectionPool
-from redis.asyncio.retry import Retry
-from redis.asyncio.sentinel import SentinelConnectionPool
-from redis.backoff import NoBackoff
-from redis.crc import key_slot
-from redis.exceptions import (
-    AskError,
-    AuthorizationError,
-    ClusterDownError,
-    MovedError,
-    NoPermissionError,
-    NoScriptError,
-    OutOfMemoryError,
-    ReadOnlyError,
-    RedisError,
-    ResponseError,
-    TryAgainError,
-)
+from redis.asyncio.connection import AbstractConnection
+from redis.exceptions import AskError, MovedError, NoScriptError, ReadOnlyError, ResponseError
 
-from asgi_realtime.brokers.redis.link import Command, Link, Lost
+from asgi_realtime.brokers.redis.clients import close_sentinels, new_connection, own_pool
+from asgi_realtime.brokers.redis.command_connection import Command, CommandConnection, ConnectionLost
+from asgi_realtime.brokers.redis.refusals import is_transient, unavailable
 from asgi_realtime.brokers.redis.scripts import Script
 from asgi_realtime.brokers.redis.server_health import ServerHealthLog
-from asgi_realtime.core.errors import BrokerUnavailable, InvalidConfiguration, ServerShutdown
+from asgi_realtime.brokers.redis.slots import THE_URL, Address, SlotMap, Spawn
+from asgi_realtime.core.errors import BrokerUnavailable, ServerShutdown
 
-Spawn = Callable[[Coroutine[Any, Any, None]], Any]
+_RETRY_S = 0.02
 
-_PAUSE_S = 0.02
-_LOOKS_S = 0.2
-"""Between two looks at who has which slot."""
-
-LOOK = b"?"
-"""Published on a channel: something happened there, and nothing else is said."""
+RESYNC = b"?"
+"""A message that names no change: whoever receives it reads again."""
 
 WRITABLE = Script("#!lua\nreturn 1")
-"""Writes nothing, but is refused where a script that does would be: without memory, on a replica."""
-
-_PASSING = (MovedError, AskError, TryAgainError, ClusterDownError, ReadOnlyError)
-_PASSING_WORDS = ("LOADING", "MASTERDOWN", "READONLY", "CLUSTERDOWN", "TRYAGAIN")
-_NO_CLUSTER = "cluster support disabled"
-
-
-class Address(NamedTuple):
-    """Where a primary listens. The empty host stands for the one that the URL names."""
-
-    host: str
-    port: int
-
-
-THE_URL = Address("", 0)
+"""Writes nothing, but is refused wherever a writing script would be: without memory, on a replica."""
 
 
 class Servers:
-    """All primaries. `client` is redis-py's, of a URL or the user's own (a Sentinel's too); its settings are used.
+    """All primaries. `client` is redis-py's, from a URL or the user's own (Sentinel too); its settings are used.
 
-    `quiet`: somebody else channel the log whether they are there.
+    `quiet`: write nothing to the log, because the caller does.
     """
 
     def __init__(self, client: Redis, *, timeout_s: float, spawn: Spawn, quiet: bool = False) -> None:
-        self._pool = _pool_of_our_own(client.connection_pool, timeout_s=timeout_s)
+        self._pool = own_pool(client.connection_pool, timeout_s=timeout_s)
         self._timeout_s = timeout_s
         self._spawn = spawn
-        self._links: dict[tuple[Address, bool], Link] = {}
-        self._slots: list[Address] = []  # by slot; empty without a Cluster
-        self._known = False
+        self._connections: dict[tuple[Address, bool], CommandConnection] = {}
         self._closed = False
-        self._looking: asyncio.Task[None] | None = None
-        self._looked_at = -math.inf
-        self._unknown_why = ""
         self._refusals: dict[tuple[Address, object], tuple[Address, str]] = {}
-        self.presence = ServerHealthLog(quiet=quiet)
+        self.health = ServerHealthLog(quiet=quiet)
+        self.slots = SlotMap(self, default_host=str(self._pool.connection_kwargs.get("host", "localhost")), spawn=spawn)
 
     def connection(self, address: Address) -> AbstractConnection:
-        """A new connection, not open yet, that waits for answers as long as it has to."""
-        settings = {
-            **self._pool.connection_kwargs,
-            "socket_timeout": None,
-            "socket_connect_timeout": self._timeout_s,
-            "health_check_interval": 0,
-            "decode_responses": False,
-            "protocol": 2,
-            "retry": Retry(NoBackoff(), 0),
-        }
-        if address is not THE_URL:
-            settings |= {"host": address.host, "port": address.port}
-        made: AbstractConnection = self._pool.connection_class(**settings)
-        return made
+        """A connection that is not open yet."""
+        return new_connection(self._pool, address, timeout_s=self._timeout_s)
 
     def reporter(self, address: Address, *, of_calls: bool = False) -> ServerReporter:
-        """Whom a connection to a server channel how it fares."""
-        return ServerReporter(self.presence, address, of_calls=of_calls)
+        """What a connection to a server reports its state to."""
+        return ServerReporter(self.health, address, of_calls=of_calls)
 
     async def address_of(self, key: str) -> Address:
-        """The primary that has a key. Raises `BrokerUnavailable` if no server can be asked, the first time."""
-        if not self._known:
-            await self._look()
-        return self.address_now(key)
-
-    def address_now(self, key: str) -> Address:
-        """The primary that has a key, as far as is known."""
-        return self._slots[key_slot(key.encode())] if self._slots else THE_URL
+        """The primary of a key. Raises `BrokerUnavailable` if that is not known yet and no server answers."""
+        if not self.slots.is_known:
+            await self.slots.known()
+        return self.slots.owner(key)
 
     async def call(self, key: str, *command: Any, bulk: bool = False) -> Any:
-        """Send a command to the primary that has the key. Raises `BrokerUnavailable`.
+        """Send a command to the primary of a key. Raises `BrokerUnavailable`.
 
-        It may be carried out twice. `bulk` is for answers that may be large: they have a connection of their own, and
-        delay nobody else's.
+        It can be executed twice. `bulk` is for answers that may be large: they have a connection of their own, so that
+        they delay no others.
         """
-        return await self._patiently(key, command, bulk)
+        return await self._call(key, command, bulk)
 
     async def run(
         self,
@@ -134,179 +79,121 @@ class Servers:
         repeat: bool = True,
         channel: str | None = None,
     ) -> Any:
-        """Run a script on the primary that has its keys. Raises `BrokerUnavailable`.
+        """Run a script on the primary of its keys. Raises `BrokerUnavailable`.
 
-        It may be carried out twice, unless `repeat` says that this would do harm. `channel` is the channel on which the
-        script publishes.
+        It can be executed twice unless `repeat` is false. `channel` is where the script publishes.
         """
         rest = (len(keys), *keys, *args)
         try:
-            return await self._patiently(keys[0], ("EVALSHA", script.sha, *rest), bulk, repeat, channel)
-        except NoScriptError:  # a new server, or SCRIPT FLUSH: with its text a script is known from then on
-            return await self._patiently(keys[0], ("EVAL", script.text, *rest), bulk, repeat, channel)
+            return await self._call(keys[0], ("EVALSHA", script.sha, *rest), bulk, repeat, channel)
+        except NoScriptError:  # a new server, or SCRIPT FLUSH; EVAL also loads the script
+            return await self._call(keys[0], ("EVAL", script.text, *rest), bulk, repeat, channel)
 
-    async def _patiently(
+    async def _call(
         self, key: str, command: Command, bulk: bool, repeat: bool = True, channel: str | None = None
     ) -> Any:
         deadline = asyncio.get_running_loop().time() + self._timeout_s
-        asked: Address | None = None
+        redirect: Address | None = None  # where an ASK has sent this call, for one time
         while True:
-            address = asked or (self.address_now(key) if self._known else await self.address_of(key))
-            link = self._link(address, bulk)
+            address = redirect or (self.slots.owner(key) if self.slots.is_known else await self.address_of(key))
+            connection = self._connection(address, bulk)
             try:
-                if asked is not None:
-                    link.send("ASKING")
-                answer = await link.send(*command)
+                if redirect is not None:
+                    connection.send("ASKING")
+                answer = await connection.send(*command)
             except NoScriptError:
                 raise
             except ResponseError as exc:
-                if not _is_passing(exc) or asyncio.get_running_loop().time() > deadline:
+                if not is_transient(exc) or asyncio.get_running_loop().time() > deadline:
                     raise self._refused(address, command, exc) from exc
-                failure: Exception = exc
-            except Lost as exc:
-                self.look_again()  # a primary may have gone for good
+                refusal: Exception = exc
+            except ConnectionLost as exc:
+                self.slots.refresh_soon()  # the primary may have been replaced
                 if not exc.broke or not repeat:
                     raise
                 repeat = False
-                asked = None
+                redirect = None
                 continue
             else:
                 if self._refusals:
                     self._accepted(address, command)
-                if asked is not None and channel is not None:
-                    self._tell(channel)
+                if redirect is not None and channel is not None:
+                    self._resync(channel)
                 return answer
-            asked = None
-            if type(failure) is AskError:  # a MovedError is one too, and that one is for good
-                asked = Address(failure.host, failure.port)
+            redirect = None
+            if type(refusal) is AskError:  # not isinstance: MovedError is a subclass, and is permanent
+                redirect = Address(refusal.host, refusal.port)
                 continue
-            if isinstance(failure, MovedError):
-                self.learn(failure)
-            elif isinstance(failure, ReadOnlyError):
-                link.reset()
-            await asyncio.sleep(_PAUSE_S)
+            if isinstance(refusal, MovedError):
+                self.slots.learn(refusal)
+            elif isinstance(refusal, ReadOnlyError):
+                connection.reset()
+            await asyncio.sleep(_RETRY_S)
 
-    def _tell(self, channel: str) -> None:
-        """The slot is on its way: those who listen do so at its old primary, and the script published at the new."""
-        told = self._link(self.address_now(channel), False).send("SPUBLISH", channel, LOOK)
-        told.add_done_callback(lambda future: future.cancelled() or future.exception())
+    def _resync(self, channel: str) -> None:
+        """A slot is moving: subscribers are at the old primary, and the script has published at the new one."""
+        sent = self._connection(self.slots.owner(channel), False).send("SPUBLISH", channel, RESYNC)
+        sent.add_done_callback(lambda future: future.cancelled() or future.exception())  # silence finds it otherwise
 
     def _refused(self, address: Address, command: Command, exc: ResponseError) -> BrokerUnavailable:
         refusal = unavailable(exc)
-        what = self._refusals[address, _kind(command)] = (address, str(refusal))
-        self.presence.lost(what, "Redis refuses calls", refusal)
+        subject = self._refusals[address, _kind(command)] = (address, str(refusal))
+        self.health.failed(subject, "Redis refuses calls", refusal)
         return refusal
 
     def _accepted(self, address: Address, command: Command) -> None:
-        what = self._refusals.pop((address, _kind(command)), None)
-        if what is not None:
-            self.presence.works(what, "Redis takes calls again that it refused")
+        subject = self._refusals.pop((address, _kind(command)), None)
+        if subject is not None:
+            self.health.works(subject, "Redis accepts calls again")
 
-    def _link(self, address: Address, bulk: bool) -> Link:
-        if self._closed:  # by a job that outlives its caller: nobody would close another connection
+    def _connection(self, address: Address, bulk: bool) -> CommandConnection:
+        if self._closed:  # a job that outlives its caller must not open a connection that nothing closes
             raise ServerShutdown()
-        link = self._links.get((address, bulk))
-        if link is None:
-            link = self._links[address, bulk] = Link(
+        connection = self._connections.get((address, bulk))
+        if connection is None:
+            connection = self._connections[address, bulk] = CommandConnection(
                 lambda: self.connection(address),
                 timeout_s=self._timeout_s,
                 spawn=self._spawn,
                 reporter=self.reporter(address, of_calls=True),
             )
-        return link
+        return connection
 
-    # Where the slots are
+    # For the map of slots
 
-    async def _look(self) -> None:
-        """Learn who has which slot, for the first time. Many may wait for one look."""
-        self._begin_to_look()
-        assert self._looking is not None
-        await asyncio.wait([self._looking])
-        if not self._known:
-            if self._closed:
-                raise ServerShutdown()
-            raise BrokerUnavailable(self._unknown_why)
+    def ask(self, address: Address, *command: Any) -> Awaitable[Any]:
+        """Send a command to one server. Raises `ConnectionLost`, or redis-py's `ResponseError`."""
+        return self._connection(address, False).send(*command)
 
-    def look_again(self) -> None:
-        """On a Cluster, ask who has which slot, beside everything else. Not more often than makes sense."""
-        if self._slots and not self._closed and asyncio.get_running_loop().time() - self._looked_at > _LOOKS_S:
-            self._begin_to_look()
+    def is_failing(self, address: Address) -> bool:
+        return self._connection(address, False).is_failing
 
-    def _begin_to_look(self) -> None:
-        if self._closed:
-            raise ServerShutdown()
-        if self._looking is None or self._looking.done():
-            self._looked_at = asyncio.get_running_loop().time()
-            self._looking = self._spawn(self._ask())
-
-    async def _ask(self) -> None:
-        try:
-            self._slots = await self._ask_anyone()
-            self._known = True
-            for address in {address for address, _ in self._links}.difference(self._slots or (THE_URL,)):
-                self.presence.forget(address)  # it has left the Cluster, or was only asked who is in it
-        except ServerShutdown:
-            return
-        except BrokerUnavailable as exc:
-            self._unknown_why = str(exc)
-
-    def learn(self, moved: MovedError) -> None:
-        """A server that does not have a slot says who has."""
-        if self._slots:
-            host = moved.host or self._slots[moved.slot_id].host
-            self._slots[moved.slot_id] = Address(host, moved.port)
-
-    async def _ask_anyone(self) -> list[Address]:
-        """The owner of each slot, from the first server that answers; nothing if there is no Cluster."""
-        known = list(dict.fromkeys(self._slots))
-        random.shuffle(known)
-        known.sort(key=lambda address: self._link(address, False).failing)
-        failure: BrokerUnavailable | None = None
-        for address in (*known, THE_URL):
-            try:
-                slots = _owners(await self._link(address, False).send("CLUSTER", "SLOTS"), self._pool)
-            except Lost as exc:
-                failure = exc
-            except ResponseError as exc:
-                if _NO_CLUSTER in str(exc) or isinstance(exc, NoPermissionError):
-                    return []
-                failure = unavailable(exc)
-            else:
-                if slots is not None:
-                    return slots
-                failure = BrokerUnavailable("the Redis Cluster does not serve all slots")
-        assert failure is not None
-        raise failure
+    def on_refreshed(self, primaries: list[Address]) -> None:
+        for address in {address for address, _ in self._connections}.difference(primaries):
+            self.health.forget(address)  # it has left the Cluster, or was only asked for its slots
 
     # All of them
 
-    async def primaries(self) -> list[Address]:
-        """Every primary that serves slots; the one server without a Cluster."""
-        if not self._known:
-            await self._look()
-        return list(dict.fromkeys(self._slots)) or [THE_URL]
-
     async def check(self) -> None:
-        """Return if all primaries answer and take writes. Raises `BrokerUnavailable`."""
-        await asyncio.gather(*(self._check(address) for address in await self.primaries()))
+        """Return if all primaries answer and accept writes. Raises `BrokerUnavailable`."""
+        await asyncio.gather(*(self._check(address) for address in await self.slots.primaries()))
 
     async def ask_all(self, *command: Any) -> list[Any]:
         """The answer of each primary. Raises `BrokerUnavailable`."""
-        addresses = await self.primaries()
+        addresses = await self.slots.primaries()
         try:
-            return await asyncio.gather(*(self._link(address, False).send(*command) for address in addresses))
+            return await asyncio.gather(*(self.ask(address, *command) for address in addresses))
         except ResponseError as exc:
             raise unavailable(exc) from exc
 
     async def _check(self, address: Address, *, again: bool = False) -> None:
-        link = self._link(address, False)
         try:
             try:
-                await link.send("EVALSHA", WRITABLE.sha, 0)
+                await self.ask(address, "EVALSHA", WRITABLE.sha, 0)
             except NoScriptError:
-                await link.send("EVAL", WRITABLE.text, 0)
-        except Lost as exc:
-            self.look_again()
+                await self.ask(address, "EVAL", WRITABLE.text, 0)
+        except ConnectionLost as exc:
+            self.slots.refresh_soon()
             if not exc.broke or again:
                 raise
             await self._check(address, again=True)
@@ -314,95 +201,40 @@ class Servers:
             raise unavailable(exc) from exc
 
     async def aclose(self) -> None:
-        """Close all connections, for good."""
+        """Close all connections for good."""
         self._closed = True
-        links = list(self._links.values())
-        self._links.clear()
-        for link in links:
-            await link.aclose()
-        self.presence.close()
-        if isinstance(self._pool, SentinelConnectionPool):
-            for sentinel in self._pool.sentinel_manager.sentinels:
-                await sentinel.connection_pool.disconnect()
+        self.slots.close()
+        connections = list(self._connections.values())
+        self._connections.clear()
+        for connection in connections:
+            await connection.aclose()
+        self.health.close()
+        await close_sentinels(self._pool)
 
 
 class ServerReporter:
-    """What the connections to one server tell the log."""
+    """Reports the connections to one server to the log."""
 
-    def __init__(self, presence: ServerHealthLog, address: Address, *, of_calls: bool) -> None:
-        self._presence = presence
+    def __init__(self, health: ServerHealthLog, address: Address, *, of_calls: bool) -> None:
+        self._health = health
         self._of_calls = of_calls
         self._address = address
-        self._name = f"Redis at {address.host}:{address.port}" if address.host else "Redis"
+        self._name = "Redis" if address == THE_URL else f"Redis at {address.host}:{address.port}"
 
     def broke(self, reason: Exception) -> None:
-        self._presence.broke(self._address, self._name, reason)
+        self._health.broke(self._address, self._name, reason)
 
-    def lost(self, reason: Exception) -> None:
+    def failed(self, reason: Exception) -> None:
         if self._of_calls:
-            self._presence.absent(self._address)
-        self._presence.lost(self._address, f"{self._name} is away", str(reason) or type(reason).__name__)
+            self._health.not_answering(self._address)
+        self._health.failed(self._address, f"{self._name} is unavailable", str(reason) or type(reason).__name__)
 
     def works(self) -> None:
         if self._of_calls:
-            self._presence.present(self._address)
-        self._presence.works(self._address, f"{self._name} is back")
-
-
-def _pool_of_our_own(pool: ConnectionPool, *, timeout_s: float) -> ConnectionPool:
-    """A Sentinel's pool asks its sentinels over connections that belong to one loop; make ours ask over ours."""
-    if not isinstance(pool, SentinelConnectionPool):
-        return pool
-    manager = copy(pool.sentinel_manager)
-    manager.sentinels = [_sentinel(one.connection_pool, timeout_s / 3) for one in manager.sentinels]
-    settings = {name: value for name, value in pool.connection_kwargs.items() if name != "connection_pool"}
-    return SentinelConnectionPool(  # type: ignore[no-untyped-call]
-        pool.service_name,
-        manager,
-        connection_class=pool.connection_class,
-        is_master=pool.is_master,
-        check_connection=pool.check_connection,
-        **settings,
-    )
-
-
-def _sentinel(pool: ConnectionPool, timeout_s: float) -> Redis:
-    """One that does not answer must leave time to ask the next."""
-    settings = {"socket_timeout": timeout_s, "socket_connect_timeout": timeout_s, **pool.connection_kwargs}
-    settings["retry"] = Retry(NoBackoff(), 0)
-    return Redis(connection_pool=ConnectionPool(connection_class=pool.connection_class, **settings))
-
-
-def _owners(answer: Any, pool: ConnectionPool) -> list[Address] | None:
-    """CLUSTER SLOTS as a list by slot; None if a slot has no owner."""
-    slots: list[Address | None] = [None] * 16384
-    for begin, end, primary, *_ in answer:
-        host = primary[0].decode() if primary[0] else str(pool.connection_kwargs.get("host", "localhost"))
-        slots[begin : end + 1] = [Address(host, primary[1])] * (end + 1 - begin)
-    return None if None in slots else [owner for owner in slots if owner is not None]
+            self._health.answering(self._address)
+        self._health.works(self._address, f"{self._name} is available again")
 
 
 def _kind(command: Command) -> object:
     """The script, or the command without its keys."""
     return command[1] if command[0] == "EVALSHA" else command[0]
-
-
-def _is_passing(exc: ResponseError) -> bool:
-    return isinstance(exc, _PASSING) or str(exc).startswith(_PASSING_WORDS)
-
-
-def unavailable(exc: RedisError) -> BrokerUnavailable:
-    """A refusal of the server as our own error, with what the user can do about it."""
-    if isinstance(exc, OutOfMemoryError):
-        return BrokerUnavailable("Redis has no memory left (maxmemory): raise it, or keep less by Retention")
-    if isinstance(exc, NoPermissionError | AuthorizationError):
-        return BrokerUnavailable(f"the Redis user may not do this ({exc}); docs/scaling.md has the rules it needs")
-    return BrokerUnavailable(f"Redis refused: {exc}")
-
-
-def open_client(url: str) -> Redis:
-    """The client of a URL as redis-py takes it: `redis://`, `rediss://`, `unix://`. Raises `InvalidConfiguration`."""
-    try:
-        return Redis.from_url(url)
-    except ValueError as exc:
-        raise InvalidConfiguration(f"the broker's URL is not one that redis-py takes: {exc}") from exc

@@ -1,6 +1,6 @@
 #!lua flags=allow-oom
--- Notes that a partition may have something due from a time on: at (a…) that time, or so long from now (r…).
--- KEYS: one for each kind. ARGV: the partition, then a time for each.
+-- Hints that a partition may have something due: at a time (a<unix ms>), or after a delay from now (r<ms>).
+-- KEYS: the hints of each kind. ARGV: the partition, then a time for each key.
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 for index, key in ipairs(KEYS) do

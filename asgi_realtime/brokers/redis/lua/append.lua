@@ -1,10 +1,10 @@
 #!lua
 -- Appends items to a stream, and ends it if an end is given. Checks everything before it writes anything.
--- KEYS: the run, the positions of its streams, the entries of this stream.
+-- KEYS: the run, its streams, the entries of this stream.
 local name, producer, start = ARGV[1], ARGV[2], tonumber(ARGV[3])
-local keep_bytes, inputs_bytes = tonumber(ARGV[4]), tonumber(ARGV[5])  -- 0: without a limit
+local keep_bytes, inputs_bytes = tonumber(ARGV[4]), tonumber(ARGV[5])  -- 0: unlimited
 local ending, at, channel, inline_bytes = ARGV[6], ARGV[7], ARGV[8], tonumber(ARGV[9])
-local ITEMS = 10  -- the first of them in ARGV
+local ITEMS = 10  -- the index of the first item in ARGV
 
 local call = redis.call
 local NEXT, FIRST, BYTES, END = 'n:' .. name, 'f:' .. name, 'b:' .. name, 'e:' .. name
@@ -15,19 +15,19 @@ end
 
 local run = call('HMGET', KEYS[1], 'version', 'end', 'inputs')
 if not run[1] then
-    return {'gone'}
+    return {'missing'}
 end
 local counter = 'p:' .. name .. '\0' .. producer
-local held = call('HMGET', KEYS[2], NEXT, FIRST, BYTES, END, counter)
-local following, first, bytes = tonumber(held[1] or 0), tonumber(held[2] or 0), tonumber(held[3] or 0)
-local ended = held[4] or run[2]
+local stream = call('HMGET', KEYS[2], NEXT, FIRST, BYTES, END, counter)
+local following, first, bytes = tonumber(stream[1] or 0), tonumber(stream[2] or 0), tonumber(stream[3] or 0)
+local ended = stream[4] or run[2]
 
 local given, from = #ARGV - ITEMS + 1, ITEMS
 local expected, last = 0, following - 1
 if producer ~= '' then
     last = -1
-    if held[5] then
-        local counted, at_seq = string.match(held[5], '^(%d+) (-?%d+)$')
+    if stream[5] then
+        local counted, at_seq = string.match(stream[5], '^(%d+) (-?%d+)$')
         expected, last = tonumber(counted), tonumber(at_seq)
     end
     if start > expected then

@@ -1,12 +1,12 @@
--- Stores a version of a run if the stored one is the expected one. Checks everything before it writes anything.
--- KEYS: the run, the positions of its streams, then what is due of this partition: lease, enqueue, unpublished, delay, ttl,
--- cancel, expiry.
+-- Stores a version of a run if the stored version is the expected one. Checks everything before it writes anything.
+-- KEYS: the run, its streams, then the due times of its partition: lease, enqueue, unpublished, delay, ttl, cancel,
+-- expiry.
 local run_id, expect, version, mark = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3]), ARGV[4]
 local record, payload, output, ending = ARGV[5], ARGV[6], ARGV[7], ARGV[8]
 local state, owner, lease_ms, has_topics = ARGV[9], ARGV[10], tonumber(ARGV[11]), ARGV[12] == '1'
 local channel, step, epoch, marks_kept = ARGV[13], tonumber(ARGV[14]), ARGV[15], tonumber(ARGV[16])
-local DUE = 17  -- the first of four times in ARGV: delay, ttl, cancel, expiry
-local FLOORS = 21  -- then by threes: a stream, a producer, and how many of its items must have been counted
+local DUE = 17  -- the index of four times in ARGV: delay, ttl, cancel, expiry
+local FLOORS = 21  -- then in threes: a stream, a producer, and how many of its items must be counted
 
 local function text(number)
     return string.format('%d', number)
@@ -23,7 +23,7 @@ end
 for index = FLOORS, #ARGV, 3 do
     local counted = redis.call('HGET', KEYS[2], 'p:' .. ARGV[index] .. '\0' .. ARGV[index + 1])
     if tonumber(string.match(counted or '0', '^%d+')) < tonumber(ARGV[index + 2]) then
-        return {'short', ARGV[index]}
+        return {'behind', ARGV[index]}
     end
 end
 
@@ -42,19 +42,19 @@ end
 if output ~= '' then
     redis.call('HSET', KEYS[1], 'output', output)
 end
-local forgotten = 'v:' .. text(version - marks_kept)
-local old = redis.call('HGET', KEYS[1], forgotten)
+local oldest = 'v:' .. text(version - marks_kept)
+local old = redis.call('HGET', KEYS[1], oldest)
 if old then
-    redis.call('HDEL', KEYS[1], forgotten, 'm:' .. old)
+    redis.call('HDEL', KEYS[1], oldest, 'm:' .. old)
 end
 
-local began = '0'
-for index, one in ipairs({'executing', 'queued'}) do
-    if state ~= one then
+local has_new_lease = '0'
+for index, name in ipairs({'executing', 'queued'}) do
+    if state ~= name then
         redis.call('ZREM', KEYS[2 + index], run_id)
-    elseif run[4] ~= one then
+    elseif run[4] ~= name then
         redis.call('ZADD', KEYS[2 + index], text(now + lease_ms), run_id)
-        began = '1'
+        has_new_lease = '1'
     end
 end
 if has_topics then
@@ -81,4 +81,4 @@ if ending ~= '' then
     local packed = next(positions) and cmsgpack.pack(positions) or '\128'  -- an empty map
     redis.call('SPUBLISH', channel, 'E ' .. #ending .. '\n' .. ending .. packed)
 end
-return {'ok', text(version), began}
+return {'ok', text(version), has_new_lease}

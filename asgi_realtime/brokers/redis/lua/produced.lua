@@ -1,10 +1,9 @@
 #!lua flags=no-writes
--- How many items of a producer a stream has counted; nothing if there is no such run.
--- KEYS: the run, the positions of its streams.
+-- How many items of a producer a stream has counted; nil if the run does not exist. KEYS: the run, its streams.
 local name, producer = ARGV[1], ARGV[2]
 
 if not redis.call('HGET', KEYS[1], 'version') then
     return nil
 end
-local held = redis.call('HGET', KEYS[2], 'p:' .. name .. '\0' .. producer)
-return held and tonumber(string.match(held, '^%d+')) or 0
+local counter = redis.call('HGET', KEYS[2], 'p:' .. name .. '\0' .. producer)
+return counter and tonumber(string.match(counter, '^%d+')) or 0

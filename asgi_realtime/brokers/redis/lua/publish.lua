@@ -1,6 +1,6 @@
 #!lua flags=allow-oom
--- Moves a run to the end of a topic, unless the topic knows this version or a newer one.
--- KEYS: the positions, the versions. A topic is told of what is stored already, so memory is no reason to refuse.
+-- Moves a run to the end of a topic, unless the topic knows this version or a newer one. The version is stored already,
+-- so full memory is no reason to refuse. KEYS: the topic's positions and versions.
 local run_id, version, step, epoch = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3]), ARGV[4]
 local max_runs, channel = tonumber(ARGV[5]), ARGV[6]
 

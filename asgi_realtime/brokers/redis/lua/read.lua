@@ -1,6 +1,6 @@
 #!lua flags=no-writes
--- A page of a stream: what is retained, how it ended, and entries after a position (or the newest, if that is 'tail').
--- KEYS: the run, the positions of its streams, the entries of this stream.
+-- A page of a stream: the retained range, how it ended, and the entries after a seq (the newest ones after 'tail').
+-- KEYS: the run, its streams, the entries of this stream.
 local name, after, limit, max_bytes = ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
 
 local function text(number)
@@ -9,14 +9,14 @@ end
 
 local run = redis.call('HMGET', KEYS[1], 'version', 'end')
 if not run[1] then
-    return {'gone'}
+    return {'missing'}
 end
-local held = redis.call('HMGET', KEYS[2], 'n:' .. name, 'f:' .. name, 'b:' .. name, 'e:' .. name)
-local following, first, bytes = tonumber(held[1] or 0), tonumber(held[2] or 0), tonumber(held[3] or 0)
+local stream = redis.call('HMGET', KEYS[2], 'n:' .. name, 'f:' .. name, 'b:' .. name, 'e:' .. name)
+local following, first, bytes = tonumber(stream[1] or 0), tonumber(stream[2] or 0), tonumber(stream[3] or 0)
 local entries = {}
 if following > first then
-    local usual = bytes / (following - first)  -- of one entry; what is asked for is bounded by bytes, roughly
-    local count = math.max(1, math.min(limit, math.floor(max_bytes / usual)))
+    local mean_bytes = bytes / (following - first)  -- bounds the answer in bytes, roughly
+    local count = math.max(1, math.min(limit, math.floor(max_bytes / mean_bytes)))
     local from
     if after == 'tail' then
         from = math.max(first, following - count)
@@ -27,4 +27,4 @@ if following > first then
         entries = redis.call('XRANGE', KEYS[3], text(from + 1) .. '-0', '+', 'COUNT', count)
     end
 end
-return {'ok', text(first), text(following), held[4] or run[2] or '', entries}
+return {'ok', text(first), text(following), stream[4] or run[2] or '', entries}

@@ -1,6 +1,6 @@
 #!lua flags=allow-oom
--- Removes a run that is over. KEYS: the run, the positions of its streams, the seven of what is due, all its entries.
--- What the streams are was looked up before; one that came since then is left for the next try.
+-- Removes a run that is over. KEYS: the run, its streams, the seven kinds of due times, the entries of each stream.
+-- The caller has listed the streams before. If one has been added since, nothing is removed and the run stays due.
 local run_id, channel, streams = ARGV[1], ARGV[2], tonumber(ARGV[3])
 local ended = redis.call('HGET', KEYS[1], 'end')
 if not ended then

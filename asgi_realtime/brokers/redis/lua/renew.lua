@@ -1,6 +1,6 @@
 #!lua flags=allow-oom
--- Puts off what a run is due for as long as somebody looks after it: its lease, if the owner asks, or its enqueueing.
--- KEYS: the run, leases, what is to be enqueued.
+-- Renews the lease of an executing run if the caller owns it, or puts off the enqueueing of a queued run.
+-- XX: a run that is not due at any time does not become due. KEYS: the run, the times of `lease`, those of `enqueue`.
 local run_id, owner, lease_ms = ARGV[1], ARGV[2], tonumber(ARGV[3])
 local run = redis.call('HMGET', KEYS[1], 'state', 'owner')
 local time = redis.call('TIME')

@@ -1,12 +1,12 @@
 #!lua flags=no-writes
--- What changed in a topic after a position; the newest runs, if the position is of another epoch or was dropped.
--- KEYS: the positions, the versions.
+-- The runs that changed after a position; the newest runs if the position has another epoch or was dropped.
+-- KEYS: the topic's positions and versions.
 local epoch, after, limit = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
 local head = redis.call('HMGET', KEYS[2], '#epoch', '#position', '#floor')
 if not head[1] then
     return {'0', '0', '0', 1, {}, {}}
 end
-if epoch == '0' then  -- of a topic that was empty: everything has come since
+if epoch == '0' then  -- the cursor of a topic that did not exist: everything is after it
     epoch, after = head[1], 0
 end
 local position, floor = tonumber(head[2]), tonumber(head[3])

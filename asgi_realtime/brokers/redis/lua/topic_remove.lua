@@ -1,5 +1,5 @@
 #!lua flags=allow-oom
--- Takes a run out of a topic; the topic goes with its last run. KEYS: the positions, the versions.
+-- Removes a run from a topic, and the topic with its last run. KEYS: the topic's positions and versions.
 redis.call('ZREM', KEYS[1], ARGV[1])
 redis.call('HDEL', KEYS[2], ARGV[1])
 if redis.call('ZCARD', KEYS[1]) == 0 then

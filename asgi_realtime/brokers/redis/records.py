@@ -1,0 +1,118 @@
+"""Run records in Redis: one hash per run, changed by scripts that compare the version first."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import chain
+from typing import NamedTuple
+
+import msgspec
+
+from asgi_realtime.brokers.base import MARKS_KEPT, ChangeMark
+from asgi_realtime.brokers.redis import scripts
+from asgi_realtime.brokers.redis.keys import Keys
+from asgi_realtime.brokers.redis.schedule import STATES
+from asgi_realtime.brokers.redis.servers import Servers
+from asgi_realtime.brokers.redis.topics import new_epoch, random_step
+from asgi_realtime.core.config import Retention, Timeouts
+from asgi_realtime.core.errors import StreamBehind
+from asgi_realtime.core.log import StreamKey
+from asgi_realtime.core.run_errors import VersionConflict
+from asgi_realtime.core.runs import RunRecord, due_times, run_topic
+
+_json = msgspec.json.Encoder()
+_record = msgspec.json.Decoder(RunRecord)
+
+
+class Stored(NamedTuple):
+    """The version that a commit stored, and whether the run came to a status that has a lease."""
+
+    version: int
+    has_new_lease: bool
+
+
+class Records:
+    """Raises `BrokerUnavailable`."""
+
+    def __init__(self, servers: Servers, keys: Keys, *, timeouts: Timeouts, retention: Retention) -> None:
+        self._servers = servers
+        self._keys = keys
+        self._timeouts = timeouts
+        self._retention = retention
+        self._lease_ms = round(timeouts.lease * 1000)
+
+    def due_times(self, record: RunRecord) -> dict[str, int]:
+        return due_times(record, cancel_s=self._timeouts.cancel, after_end_s=self._retention.after_end)
+
+    async def store(
+        self, record: RunRecord, expect: int, change: ChangeMark, floors: Mapping[tuple[str, str], int]
+    ) -> Stored:
+        """Store a version in one step with the run's own topic. Raises `VersionConflict`, `StreamBehind`."""
+        due = self.due_times(record)
+        end = record.end
+        channel = self._keys.topic_channel(run_topic(record.id))
+        answer = await self._servers.run(
+            scripts.COMMIT if end is None else scripts.COMMIT_END,
+            [self._keys.run(record.id), self._keys.streams(record.id), *self._keys.due_of(record.id)],
+            record.id,
+            expect,
+            record.version,
+            f"{change.writer}:{change.number}",
+            _json.encode(msgspec.structs.replace(record, payload_json=None, payload_meta_json=None, output_json=None)),
+            _encode_payload(record) if expect == 0 else b"",
+            record.output_json or b"",
+            b"" if end is None else _json.encode(end),
+            STATES.get(record.status, ""),
+            record.owner or "",
+            self._lease_ms,
+            int(bool(record.topics)),
+            channel,
+            random_step(),
+            new_epoch(),
+            MARKS_KEPT,
+            *(due.get(kind, "") for kind in ("delay", "ttl", "cancel", "expiry")),
+            *chain.from_iterable((*stream_and_producer, count) for stream_and_producer, count in floors.items()),
+            channel=channel,
+        )
+        if answer[0] == b"behind":
+            raise StreamBehind(f"stream {answer[1].decode()!r} has lost entries that were acknowledged")
+        if answer[0] == b"conflict":
+            current = _decode_record(answer[2])
+            raise VersionConflict(f"run {record.id!r} has version {int(answer[1])}, expected {expect}", current=current)
+        return Stored(int(answer[1]), answer[2] == b"1")
+
+    async def load(self, run_id: str) -> RunRecord | None:
+        key = self._keys.run(run_id)
+        return _decode_record(await self._servers.call(key, "HMGET", key, "record", "payload", "output", bulk=True))
+
+    async def remove(self, run_id: str) -> None:
+        """Remove a run that is over, with its streams and due times."""
+        key = self._keys.run(run_id)
+        fields = await self._servers.call(key, "HKEYS", self._keys.streams(run_id))
+        streams = [StreamKey(run_id, field[2:].decode()) for field in fields if field.startswith(b"n:")]
+        await self._servers.run(
+            scripts.REMOVE_RUN,
+            [key, self._keys.streams(run_id), *self._keys.due_of(run_id), *map(self._keys.entries, streams)],
+            run_id,
+            self._keys.topic_channel(run_topic(run_id)),
+            len(streams),
+        )
+
+
+def _decode_record(fields: Sequence[bytes | None]) -> RunRecord | None:
+    record, payload, output = fields
+    if record is None:
+        return None
+    decoded: RunRecord = _record.decode(record)
+    if payload is None and output is None:
+        return decoded
+    payload, _, meta = (payload or b"").partition(b"\n")
+    return msgspec.structs.replace(
+        decoded, payload_json=payload or None, payload_meta_json=meta or None, output_json=output
+    )
+
+
+def _encode_payload(record: RunRecord) -> bytes:
+    """The payload, and after a line feed, which our JSON never contains, its superjson `meta`."""
+    payload = record.payload_json or b""
+    return payload if record.payload_meta_json is None else payload + b"\n" + record.payload_meta_json

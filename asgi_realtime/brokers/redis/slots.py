@@ -1,0 +1,147 @@
+"""Which primary owns which slot of a Cluster; without a Cluster, one server owns everything.
+
+Whether it is a Cluster is a question for the server itself (CLUSTER SLOTS). What is known is used until something
+better is known: from a MOVED answer, or from the next question, which is asked in the background after a connection was
+lost. A primary that is down therefore delays only the calls that need it."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import random
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, NamedTuple, Protocol
+
+from redis.crc import key_slot
+from redis.exceptions import MovedError, NoPermissionError, ResponseError
+
+from asgi_realtime.brokers.redis.command_connection import ConnectionLost
+from asgi_realtime.brokers.redis.refusals import unavailable
+from asgi_realtime.core.errors import BrokerUnavailable, ServerShutdown
+
+Spawn = Callable[[Coroutine[Any, Any, None]], Any]
+
+SLOTS = 16384
+
+_REFRESH_S = 0.2
+"""The shortest time between two questions in the background."""
+
+_NO_CLUSTER = "cluster support disabled"
+
+
+class Address(NamedTuple):
+    """Where a primary listens. An empty host means the server of the URL."""
+
+    host: str
+    port: int
+
+
+THE_URL = Address("", 0)
+
+
+class Asks(Protocol):
+    """How the map reaches servers."""
+
+    def ask(self, address: Address, *command: Any) -> Awaitable[Any]: ...
+
+    def is_failing(self, address: Address) -> bool: ...
+
+    def on_refreshed(self, primaries: list[Address]) -> None: ...
+
+
+class SlotMap:
+    """`default_host` is what a server means that lists itself without a host."""
+
+    def __init__(self, servers: Asks, *, default_host: str, spawn: Spawn) -> None:
+        self._servers = servers
+        self._default_host = default_host
+        self._spawn = spawn
+        self._owners: list[Address] = []  # by slot; empty without a Cluster
+        self._job: asyncio.Task[None] | None = None
+        self._asked_at = -math.inf
+        self._failure = ""
+        self._closed = False
+        self.is_known = False
+
+    def owner(self, key: str) -> Address:
+        """The primary of a key, as far as is known."""
+        return self._owners[key_slot(key.encode())] if self._owners else THE_URL
+
+    async def primaries(self) -> list[Address]:
+        """Every primary that owns slots; the one server without a Cluster. Raises `BrokerUnavailable`."""
+        await self.known()
+        return list(dict.fromkeys(self._owners)) or [THE_URL]
+
+    async def known(self) -> None:
+        """Return once the owners are known. Raises `BrokerUnavailable`. Many callers can wait for one question."""
+        if self.is_known:
+            return
+        job = self._refresh()
+        await asyncio.wait([job])
+        if not self.is_known:
+            if self._closed:
+                raise ServerShutdown()
+            raise BrokerUnavailable(self._failure)
+
+    def refresh_soon(self) -> None:
+        """Ask again in the background, if this is a Cluster and it was not asked just now."""
+        if self._owners and not self._closed and asyncio.get_running_loop().time() - self._asked_at > _REFRESH_S:
+            self._refresh()
+
+    def learn(self, moved: MovedError) -> None:
+        """Use the answer of a server that does not own a slot and names the one that does."""
+        if self._owners:
+            host = moved.host or self._owners[moved.slot_id].host
+            self._owners[moved.slot_id] = Address(host, moved.port)
+
+    def close(self) -> None:
+        self._closed = True
+
+    def _refresh(self) -> asyncio.Task[None]:
+        if self._closed:
+            raise ServerShutdown()
+        if self._job is None or self._job.done():
+            self._asked_at = asyncio.get_running_loop().time()
+            self._job = self._spawn(self._ask())
+        return self._job
+
+    async def _ask(self) -> None:
+        try:
+            self._owners = await self._ask_any()
+        except ServerShutdown:
+            return
+        except BrokerUnavailable as exc:
+            self._failure = str(exc)
+            return
+        self.is_known = True
+        self._servers.on_refreshed(self._owners or [THE_URL])
+
+    async def _ask_any(self) -> list[Address]:
+        """The owner of each slot, from the first server that answers; an empty list if there is no Cluster."""
+        known = list(dict.fromkeys(self._owners))
+        random.shuffle(known)
+        known.sort(key=self._servers.is_failing)
+        failure: BrokerUnavailable | None = None
+        for address in (*known, THE_URL):
+            try:
+                owners = self._parse(await self._servers.ask(address, "CLUSTER", "SLOTS"))
+            except ConnectionLost as exc:
+                failure = exc
+            except ResponseError as exc:
+                if _NO_CLUSTER in str(exc) or isinstance(exc, NoPermissionError):
+                    return []
+                failure = unavailable(exc)
+            else:
+                if owners is not None:
+                    return owners
+                failure = BrokerUnavailable("the Redis Cluster does not serve all slots")
+        assert failure is not None
+        raise failure
+
+    def _parse(self, answer: Any) -> list[Address] | None:
+        """CLUSTER SLOTS as a list by slot; None if a slot has no owner."""
+        slots: list[Address | None] = [None] * SLOTS
+        for first, last, primary, *_ in answer:
+            host = primary[0].decode() if primary[0] else self._default_host
+            slots[first : last + 1] = [Address(host, primary[1])] * (last + 1 - first)
+        return None if None in slots else [owner for owner in slots if owner is not None]
