@@ -18,6 +18,7 @@ from playwright.sync_api import Browser, sync_playwright
 
 from examples.local_model import Model, ModelMissing, find_model, serving
 from tests.e2e import node
+from tests.e2e.fake_model import FakeModel, fake_model
 from tests.e2e.site import Site
 from tests.e2e.site import serving as serving_site
 from tests.requirements import missing, node_binary, npm_packages
@@ -122,8 +123,15 @@ def model_path() -> Path:
 
 @pytest.fixture(scope="session")
 def model(model_path: Path) -> Iterator[Model]:
-    """One model for all tests that do not start or end it. Its answers are short, to save time."""
+    """One real model for all tests that do not start or end it. Its answers are short, to save time."""
     with serving(model_path, api_key="for the tests only", answer_tokens=150) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def fake() -> Iterator[FakeModel]:
+    """A model that says what the test wants, and stops in the middle of an answer when held."""
+    with fake_model() as running:
         yield running
 
 

@@ -1,7 +1,7 @@
-"""The chat page in Chromium, on a real server, with a real language model.
+"""The chat page in Chromium, on a real server.
 
-A model that is in the middle of an answer can be held there (SIGSTOP) and let go again, so nothing here depends on who
-is faster. What the page shows is compared with what the run holds.
+A whole answer comes from a real language model, on each host. The other tests hold a fake model in the middle of its
+answer and let it go again, so that nothing depends on timing. What the page shows is compared with what the run holds.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from playwright.sync_api import Browser, BrowserContext, Page, Request
 
 from examples.local_model import Model
 from tests.e2e.conftest import GUARD_S, Relay, Server, example
+from tests.e2e.fake_model import ANSWER, FakeModel
 from tests.ports import free_port
 
-pytestmark = [pytest.mark.slow, pytest.mark.chromium, pytest.mark.model, pytest.mark.timeout(3 * GUARD_S)]
+pytestmark = [pytest.mark.slow, pytest.mark.chromium, pytest.mark.timeout(3 * GUARD_S)]
 
 QUESTION = "Tell me a long story about a lighthouse keeper and a whale."
 
@@ -51,8 +52,8 @@ def any_server(request: pytest.FixtureRequest, model: Model) -> Iterator[Server]
 
 
 @pytest.fixture(scope="module")
-def server(model: Model) -> Iterator[Server]:
-    with example("fastapi_app", model.environment) as server:
+def server(fake: FakeModel) -> Iterator[Server]:
+    with example("fastapi_app", fake.environment) as server:
         yield server
 
 
@@ -74,24 +75,10 @@ def page(context: BrowserContext) -> Page:
     return context.new_page()
 
 
-class Held:
-    """Keeps the model where it is until it is let go."""
-
-    def __init__(self, model: Model) -> None:
-        self._process = model.process
-
-    def hold(self) -> None:
-        self._process.send_signal(signal.SIGSTOP)
-
-    def let_go(self) -> None:
-        self._process.send_signal(signal.SIGCONT)
-
-
 @pytest.fixture
-def held(model: Model) -> Iterator[Held]:
-    held = Held(model)
-    yield held
-    held.let_go()
+def held(fake: FakeModel) -> Iterator[FakeModel]:
+    yield fake
+    fake.let_go()
 
 
 def open_chat(page: Page, server: Server) -> None:
@@ -141,18 +128,15 @@ def load_run(page: Page, server: Server, run_id: str) -> dict[str, Any]:
     return run
 
 
-def ask_and_hold(page: Page, server: Server, held: Held) -> str:
-    """Ask, and hold the model in the middle of the answer. Returns the run's id."""
-    for _ in range(5):
-        run_id = ask(page)
-        wait_for_text(page, 20)
-        held.hold()
-        if load_run(page, server, run_id)["status"] == "EXECUTING":
-            return run_id
-        held.let_go()  # so small a model may say next to nothing; then the run was over before it was held
-    raise AssertionError("the model gave five short answers to a question for a long story")
+def ask_and_hold(page: Page, held: FakeModel) -> str:
+    """Ask, and wait until the page shows the answer of a held model as far as it goes. Returns the run's id."""
+    held.hold(after=10)
+    run_id = ask(page)
+    wait_for_text(page, len("".join(ANSWER[:10])))
+    return run_id
 
 
+@pytest.mark.model
 def test_an_answer_comes_token_by_token_and_is_the_output(any_server: Server, page: Page) -> None:
     open_chat(page, any_server)
     run_id = ask(page)
@@ -167,10 +151,10 @@ def test_an_answer_comes_token_by_token_and_is_the_output(any_server: Server, pa
 
 
 def test_a_reload_in_mid_answer_goes_on_without_a_missing_or_doubled_token(
-    server: Server, page: Page, held: Held
+    server: Server, page: Page, held: FakeModel
 ) -> None:
     open_chat(page, server)
-    run_id = ask_and_hold(page, server, held)
+    run_id = ask_and_hold(page, held)
     before = answer(page)
 
     page.reload()
@@ -185,11 +169,13 @@ def test_a_reload_in_mid_answer_goes_on_without_a_missing_or_doubled_token(
     assert len(output) > len(before)
 
 
-def test_a_lost_connection_goes_on_without_a_missing_or_doubled_token(server: Server, page: Page, held: Held) -> None:
+def test_a_lost_connection_resumes_without_a_missing_or_doubled_token(
+    server: Server, page: Page, held: FakeModel
+) -> None:
     with Relay(server.port) as relay:
         through_relay = Server(server.process, relay.url)
         open_chat(page, through_relay)
-        run_id = ask_and_hold(page, through_relay, held)
+        run_id = ask_and_hold(page, held)
         relay.cut()
         # The browser comes back by itself, and names the last token that it has.
         page.wait_for_function("opened.filter(isOpen).map((source) => source.times).join() === '2,2'")
@@ -199,14 +185,14 @@ def test_a_lost_connection_goes_on_without_a_missing_or_doubled_token(server: Se
         assert answer(page) == load_run(page, server, run_id)["output"]["text"]
 
 
-def test_runs_that_a_restart_has_forgotten_go_off_the_page(model: Model, page: Page, held: Held) -> None:
+def test_runs_that_a_restart_has_forgotten_go_off_the_page(page: Page, held: FakeModel) -> None:
     key, port = "a fixed key for tests, 32 bytes or more", str(free_port())
-    environment = {**model.environment, "REALTIME_SECRET_KEY": key, "PORT": port}
+    environment = {**held.environment, "REALTIME_SECRET_KEY": key, "PORT": port}
     with example("fastapi_app", environment) as before:
         open_chat(page, before)
         ask(page, "Say hello.")
         wait_for_end(page, "COMPLETED")
-        ask_and_hold(page, before, held)
+        ask_and_hold(page, held)
         assert page.locator("[data-run]").count() >= 2
     with example("fastapi_app", environment) as after:
         assert after.url == before.url
@@ -215,9 +201,9 @@ def test_runs_that_a_restart_has_forgotten_go_off_the_page(model: Model, page: P
         page.wait_for_selector("#note:has-text('The server does not have this run any more.')")
 
 
-def test_stop_ends_the_run_and_keeps_the_partial_answer(server: Server, page: Page, held: Held) -> None:
+def test_stop_ends_the_run_and_keeps_the_partial_answer(server: Server, page: Page, held: FakeModel) -> None:
     open_chat(page, server)
-    run_id = ask_and_hold(page, server, held)
+    run_id = ask_and_hold(page, held)
     before = answer(page)
     page.click("#stop")
     wait_for_end(page, "CANCELED")
@@ -234,14 +220,14 @@ def test_stop_ends_the_run_and_keeps_the_partial_answer(server: Server, page: Pa
 
 
 def test_the_list_of_runs_follows_what_happens_in_another_tab(
-    server: Server, context: BrowserContext, page: Page, held: Held
+    server: Server, context: BrowserContext, page: Page, held: FakeModel
 ) -> None:
     open_chat(page, server)
     other = context.new_page()
     open_chat(other, server)
     assert other.is_visible("#no-runs")
 
-    run_id = ask_and_hold(page, server, held)
+    run_id = ask_and_hold(page, held)
     row = f"[data-run={run_id}]"
     other.wait_for_selector(f"{row} [data-status=EXECUTING]")
     assert other.text_content(f"{row} .text") == QUESTION
@@ -314,9 +300,9 @@ def test_a_browser_stops_at_the_end_of_a_stream_that_nobody_closes(server: Serve
     assert len(plain_event_source(page, path)) == 2
 
 
-def test_a_browser_stops_at_the_end_of_an_empty_stream(server: Server, page: Page, held: Held) -> None:
+def test_a_browser_stops_at_the_end_of_an_empty_stream(server: Server, page: Page, held: FakeModel) -> None:
     open_chat(page, server)
-    held.hold()
+    held.hold(after=0)
     run_id = ask(page)
     page.wait_for_selector("#status[data-status=EXECUTING]")
     page.click("#stop")
@@ -329,6 +315,7 @@ def test_a_browser_stops_at_the_end_of_an_empty_stream(server: Server, page: Pag
     assert len(plain_event_source(page, path)) == 2
 
 
+@pytest.mark.model
 def test_ctrl_c_in_mid_answer_ends_server_and_model_at_once(model_path: Path, page: Page) -> None:
     with example("fastapi_app", {}) as server:  # with a model of its own, as `make demo` starts it
         children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()

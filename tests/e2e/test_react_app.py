@@ -19,7 +19,7 @@ from playwright.sync_api import Browser, BrowserContext, Page, Request, Route
 from asgi_realtime.tokens import TokenAuthority
 from tests.e2e import react_page
 from tests.e2e.conftest import GUARD_S, Server, example
-from tests.e2e.fake_model import ANSWER, FAILS, FakeModel, fake_model
+from tests.e2e.fake_model import ANSWER, FAILS, FakeModel
 
 pytestmark = [pytest.mark.slow, pytest.mark.chromium, pytest.mark.timeout(3 * GUARD_S)]
 
@@ -41,32 +41,31 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return react_page.build(tmp_path_factory.mktemp("react"))
 
 
+@contextmanager
+def started(built: Path, folder: Path, fake: FakeModel, **environment: str) -> Iterator[Chat]:
+    environment = {**fake.environment, "REALTIME_SECRET_KEY": SECRET, **environment}
+    with example("fastapi_app", environment) as server, react_page.served(built, folder, server.url) as url:
+        yield Chat(server, url)
+
+
 @pytest.fixture(scope="module")
-def model() -> Iterator[FakeModel]:
-    with fake_model() as model:
-        yield model
+def chat(built: Path, fake: FakeModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chat]:
+    with started(built, tmp_path_factory.mktemp("memory"), fake) as chat:
+        yield chat
 
 
-@pytest.fixture(scope="module", params=["memory", "redis"])
-def either_chat(
-    request: pytest.FixtureRequest, built: Path, model: FakeModel, tmp_path_factory: pytest.TempPathFactory
+@pytest.fixture(scope="module")
+def redis_chat(
+    built: Path, fake: FakeModel, redis_url: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Chat]:
-    broker = "memory://" if request.param == "memory" else request.getfixturevalue("redis_url")
-    environment = {**model.environment, "REALTIME_SECRET_KEY": SECRET, "REALTIME_BROKER": broker}
-    with (
-        example("fastapi_app", environment) as server,
-        react_page.served(built, tmp_path_factory.mktemp("served"), server.url) as url,
-    ):
-        yield Chat(server, url)
+    with started(built, tmp_path_factory.mktemp("redis"), fake, REALTIME_BROKER=redis_url) as chat:
+        yield chat
 
 
-@pytest.fixture(scope="module")
-def chat(built: Path, model: FakeModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chat]:
-    with (
-        example("fastapi_app", {**model.environment, "REALTIME_SECRET_KEY": SECRET}) as server,
-        react_page.served(built, tmp_path_factory.mktemp("served"), server.url) as url,
-    ):
-        yield Chat(server, url)
+@pytest.fixture(params=["chat", pytest.param("redis_chat", marks=pytest.mark.redis)], ids=["memory", "redis"])
+def either_chat(request: pytest.FixtureRequest) -> Chat:
+    chat: Chat = request.getfixturevalue(request.param)
+    return chat
 
 
 @pytest.fixture
@@ -93,10 +92,10 @@ def page(context: BrowserContext) -> Page:
 
 
 @pytest.fixture
-def held(model: FakeModel) -> Iterator[FakeModel]:
-    model.hold()
-    yield model
-    model.let_go()
+def held(fake: FakeModel) -> Iterator[FakeModel]:
+    fake.hold()
+    yield fake
+    fake.let_go()
 
 
 def ask(page: Page, question: str = QUESTION) -> str:
@@ -150,9 +149,9 @@ def test_the_page_triggers_a_run_and_shows_its_answer_and_its_end(either_chat: C
 
 
 def test_the_answer_is_shown_while_it_is_written_and_a_reload_does_no_harm(
-    either_chat: Chat, page: Page, held: FakeModel
+    chat: Chat, page: Page, held: FakeModel
 ) -> None:
-    page.goto(either_chat.url)
+    page.goto(chat.url)
     ask(page)
     wait_for_answer(page, 10)
     wait_for_status(page, "EXECUTING")
@@ -187,8 +186,8 @@ def test_the_list_of_runs_follows_what_another_tab_does(
     other.wait_for_selector(row(second, "COMPLETED"))
 
 
-def test_an_approval_is_sent_into_the_run_that_waits_for_it(either_chat: Chat, page: Page) -> None:
-    page.goto(either_chat.url)
+def test_an_approval_is_sent_into_the_run_that_waits_for_it(chat: Chat, page: Page) -> None:
+    page.goto(chat.url)
     ask(page)
     page.click("button:text-is('Publish')")
     page.click("button:text-is('Approve')")  # with the token of the handle
@@ -209,8 +208,8 @@ def test_an_approval_can_be_sent_after_a_reload(either_chat: Chat, page: Page) -
     assert load_run(page, either_chat, shown_run(page))["output"] == {"published": False}
 
 
-def test_the_stop_button_cancels_the_run_and_the_answer_stays(either_chat: Chat, page: Page, held: FakeModel) -> None:
-    page.goto(either_chat.url)
+def test_the_stop_button_cancels_the_run_and_the_answer_stays(chat: Chat, page: Page, held: FakeModel) -> None:
+    page.goto(chat.url)
     run_id = ask(page)
     wait_for_answer(page, 10)
     page.click("button:text-is('Stop')")
@@ -226,11 +225,11 @@ def test_a_failed_run_shows_its_error(chat: Chat, page: Page) -> None:
     assert page.inner_text("article [role=alert]") == "task failed"
 
 
-def test_the_demo_serves_the_page_for_whoever_works_on_it(built: Path, model: FakeModel, page: Page) -> None:
+def test_the_demo_serves_the_page_for_whoever_works_on_it(built: Path, fake: FakeModel, page: Page) -> None:
     """Vite's own server, where React mounts everything twice: each hook begins, is dropped, and begins again."""
     complaints: list[str] = []
     page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
-    with example("react_app", model.environment) as server:
+    with example("react_app", fake.environment) as server:
         page.goto(server.url)
         run_id = ask(page)
         wait_for_status(page, "COMPLETED")
@@ -292,7 +291,7 @@ def test_an_answer_outlives_the_token_that_it_began_with(chat: Chat, page: Page,
     """The client renews the token of a stream. That of a feed it does not, so the feed ends with an error."""
     page.goto(chat.url)
     ask(page)
-    lives_s = iter([5.0, 900.0])
+    lives_s = iter([3.0, 900.0])
     asked = replace_tokens(page, chat, token=lambda tag: minted(f"read:tags:{tag}", expires_in_s=next(lives_s)))
     page.reload()
     wait_for_answer(page, 10)
@@ -322,27 +321,27 @@ def requests_while_idle(page: Page, chat: Chat) -> list[str]:
     return seen
 
 
-def test_a_page_that_waits_asks_for_nothing(either_chat: Chat, page: Page, held: FakeModel) -> None:
-    page.goto(either_chat.url)
+def test_a_page_that_waits_asks_for_nothing(chat: Chat, page: Page, held: FakeModel) -> None:
+    page.goto(chat.url)
     run_id = ask(page)
     wait_for_answer(page, 10)
     for status in ("article footer .status", "aside .status"):  # the last change has been told
         page.wait_for_selector(f"{status}:has-text('10 tokens')")
-    assert len(requests_while_idle(page, either_chat)) <= 2  # a held request of each feed may end meanwhile
+    assert len(requests_while_idle(page, chat)) <= 2  # a held request of each feed may end meanwhile
 
     held.let_go()
     wait_for_status(page, "COMPLETED")
     wait_for_answer(page, len(ANSWER))
     page.wait_for_selector(row(run_id, "COMPLETED"))
-    assert len(requests_while_idle(page, either_chat)) <= 1
+    assert len(requests_while_idle(page, chat)) <= 1
 
 
 # A host that has CORS middleware of its own
 
 
 @contextmanager
-def host_with_cors(cure: str, built: Path, model: FakeModel, folder: Path) -> Iterator[Chat]:
-    environment = {**model.environment, "CURE": cure}
+def host_with_cors(cure: str, built: Path, fake: FakeModel, folder: Path) -> Iterator[Chat]:
+    environment = {**fake.environment, "CURE": cure}
     with (
         example("cors_app", environment, package="tests.e2e") as server,
         react_page.served(built, folder, server.url) as url,
@@ -351,17 +350,17 @@ def host_with_cors(cure: str, built: Path, model: FakeModel, folder: Path) -> It
 
 
 def test_a_host_that_exposes_other_headers_breaks_feeds(
-    built: Path, model: FakeModel, tmp_path: Path, page: Page
+    built: Path, fake: FakeModel, tmp_path: Path, page: Page
 ) -> None:
-    with host_with_cors("none", built, model, tmp_path) as chat:
+    with host_with_cors("none", built, fake, tmp_path) as chat:
         page.goto(chat.url)
         page.wait_for_selector("aside [role=alert]")
         assert "electric-offset" in page.inner_text("aside [role=alert]")
 
 
 @pytest.mark.parametrize("cure", ["exposed", "outermost"])
-def test_the_cures_for_such_a_host(built: Path, model: FakeModel, tmp_path: Path, page: Page, cure: str) -> None:
-    with host_with_cors(cure, built, model, tmp_path) as chat:
+def test_the_cures_for_such_a_host(built: Path, fake: FakeModel, tmp_path: Path, page: Page, cure: str) -> None:
+    with host_with_cors(cure, built, fake, tmp_path) as chat:
         page.goto(chat.url)
         run_id = ask(page)
         wait_for_status(page, "COMPLETED")

@@ -18,12 +18,11 @@ import pytest
 from playwright.sync_api import Page
 
 from asgi_realtime.testing import Event, EventParser
-from examples.local_model import Model
 from examples.redis_workers.__main__ import WEB, WORKER
 from tests.docs.programs import completions_endpoint
 from tests.e2e.conftest import GUARD_S, ROOT, Server, example
+from tests.e2e.fake_model import ANSWER, FakeModel
 from tests.e2e.test_chat_page import (
-    Held,
     answer,
     ask,
     ask_and_hold,
@@ -127,15 +126,21 @@ def test_nothing_is_left_running_if_the_starter_is_killed(answering: dict[str, s
         wait_until(lambda: not running(children))
 
 
-def test_the_redis_of_the_environment_is_used(answering: dict[str, str], redis_url: str) -> None:
-    with example("redis_workers", {**answering, "REDIS_URL": redis_url}) as server:
-        commands = [Path(f"/proc/{pid}/cmdline").read_text() for pid in descendants(server.process.pid)]
-        assert not any("redis-server" in command for command in commands)
-        with httpx.Client(base_url=server.url, timeout=GUARD_S) as client:
-            _, events = chat(client)
-        assert len(events) == 3
+@pytest.fixture(scope="module")
+def server(fake: FakeModel, redis_url: str) -> Iterator[Server]:
+    """The example on a Redis that it did not start."""
+    with example("redis_workers", {**fake.environment, "REDIS_URL": redis_url}) as server:
+        yield server
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(GUARD_S) == 0
+
+
+def test_the_redis_of_the_environment_is_used(server: Server) -> None:
+    commands = [Path(f"/proc/{pid}/cmdline").read_text() for pid in descendants(server.process.pid)]
+    assert commands and not any("redis-server" in command for command in commands)
+    with httpx.Client(base_url=server.url, timeout=GUARD_S) as client:
+        _, events = chat(client)
+    assert len(events) == len(ANSWER) + 1
 
 
 def test_without_a_redis_it_says_what_to_do(answering: dict[str, str]) -> None:
@@ -152,25 +157,22 @@ def test_without_a_redis_it_says_what_to_do(answering: dict[str, str]) -> None:
 
 
 @pytest.mark.chromium
-@pytest.mark.model
-@pytest.mark.usefixtures("without_redis_url")
-def test_the_chat_page_with_workers(model: Model, page: Page, held: Held) -> None:
-    with started(model.environment) as server:
-        open_chat(page, server)
-        run_id = ask(page)
-        wait_for_end(page, "COMPLETED")
-        run = load_run(page, server, run_id)
-        assert answer(page) == run["output"]["text"]
-        assert page.text_content("#progress") == f"{run['metadata']['tokens']} tokens"
+def test_the_chat_page_with_workers(server: Server, page: Page, held: FakeModel) -> None:
+    open_chat(page, server)
+    run_id = ask(page)
+    wait_for_end(page, "COMPLETED")
+    run = load_run(page, server, run_id)
+    assert answer(page) == run["output"]["text"]
+    assert page.text_content("#progress") == f"{run['metadata']['tokens']} tokens"
 
-        run_id = ask_and_hold(page, server, held)
-        before = answer(page)
-        page.click("#stop")  # it reaches the worker, which waits for the model
-        wait_for_end(page, "CANCELED")
-        held.let_go()
-        assert answer(page).startswith(before)
-        assert load_run(page, server, run_id)["status"] == "CANCELED"
-        page.goto("about:blank")
+    run_id = ask_and_hold(page, held)
+    before = answer(page)
+    page.click("#stop")  # it reaches the worker, which waits for the model
+    wait_for_end(page, "CANCELED")
+    held.let_go()
+    assert answer(page).startswith(before)
+    assert load_run(page, server, run_id)["status"] == "CANCELED"
+    page.goto("about:blank")
 
 
 def test_the_compose_file_starts_the_same() -> None:
