@@ -6,6 +6,7 @@ import anyio
 import pytest
 
 from asgi_realtime.asgi import health, limits
+from asgi_realtime.core.errors import BrokerUnavailable
 from asgi_realtime.testing import AsgiClient
 from tests.asgi.standin import StandIn
 
@@ -59,3 +60,49 @@ async def test_few_are_open_at_once(host: StandIn, monkeypatch: pytest.MonkeyPat
 async def test_head_and_get_are_answered_as_before(host: StandIn) -> None:
     assert json.loads((await AsgiClient(host).get(PATH)).body) == {"status": "ok", "broker": "ok"}
     assert (await AsgiClient(host).request("HEAD", PATH, headers=HEADERS)).body == b""
+
+
+async def test_health_needs_no_token(host: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    response = await AsgiClient(host).get("/v1/health")
+    assert (response.status_code, json.loads(response.body)) == (200, {"status": "ok", "broker": "ok"})
+
+    async def away() -> None:
+        raise BrokerUnavailable("redis at 10.0.0.1 does not answer")
+
+    monkeypatch.setattr(host.broker, "ping", away)
+    response = await AsgiClient(host).get("/v1/health")
+    assert (response.status_code, response.json()) == (503, {"status": "unavailable", "broker": "unavailable"})
+
+
+async def test_health_tells_of_foreign_errors_without_their_words(
+    host: StandIn, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A broker that raised an exception of its driver's gave 500, which tells a load balancer nothing."""
+    down = (503, {"status": "unavailable", "broker": "unavailable"})
+    host.start_error = OSError("no route to 10.0.0.1")
+    response = await AsgiClient(host).get("/v1/health")
+    assert (response.status_code, json.loads(response.body)) == down
+    host.start_error = None
+
+    async def away() -> None:
+        raise OSError("10.0.0.1 went away")
+
+    monkeypatch.setattr(host.broker, "ping", away)
+    response = await AsgiClient(host).get("/v1/health")
+    assert (response.status_code, json.loads(response.body)) == down
+    assert "10.0.0.1 went away" in caplog.text
+
+
+async def test_health_answers_head_without_a_body(host: StandIn) -> None:
+    """Load balancers that probe with HEAD took the 405 for a dead process."""
+    response = await AsgiClient(host).request("HEAD", "/v1/health")
+    assert (response.status_code, response.body) == (200, b"")
+    assert response.headers["content-length"] == str(len((await AsgiClient(host).get("/v1/health")).body))
+    host.begin_shutdown()
+    assert (await AsgiClient(host).request("HEAD", "/v1/health")).status_code == 503
+
+
+async def test_health_says_when_the_shutdown_began(host: StandIn) -> None:
+    host.begin_shutdown()
+    response = await AsgiClient(host).get("/v1/health")
+    assert (response.status_code, json.loads(response.body)) == (503, {"status": "closing", "broker": "ok"})
