@@ -1,4 +1,4 @@
-"""Both clients on all loops, and one real server for the tests that do not stop it."""
+"""Parametrizes tests over both clients and both loops, and starts one real server for tests that do not stop it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The fixtures as a user has them: in a test file elsewhere, found through the entry point."""
+"""The fixtures in a test folder elsewhere, where pytest finds them through the entry point."""
 
 from __future__ import annotations
 
@@ -31,19 +31,13 @@ async def test_it(realtime_client, realtime_clock, realtime_factory):
     with pytest.raises(ExpiredToken):
         realtime.verify_token(token)
 
-def test_settings_of_the_user_come_first(realtime_factory, realtime_clock):
+def test_explicit_settings_come_first(realtime_factory, realtime_clock):
     made = realtime_factory(secret_key="another secret of 32 bytes or more.", debug=True)
     assert (made.debug, made.clock, made.timeouts.tick) == (True, realtime_clock, 0.02)
     assert made.tokens.is_secret("another secret of 32 bytes or more.")
 """
 
-MODES = {
-    "asyncio-strict": ("@pytest.mark.asyncio", ["--asyncio-mode=strict"]),
-    "asyncio-auto": ("", ["--asyncio-mode=auto"]),
-    "anyio": ("@pytest.mark.anyio", []),
-}
-
-IN_A_FIXTURE = """
+CLIENT_AS_FIXTURE = """
 import pytest_asyncio
 
 @pytest_asyncio.fixture
@@ -73,32 +67,32 @@ asyncio_default_fixture_loop_scope = function
 """
 
 
-def run_pytest(folder: Path, source: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    (folder / "test_user.py").write_text(source, "utf-8")
+def run_pytest(folder: Path, mode: str, **sources: str) -> str:
+    for name, source in sources.items():
+        (folder / f"test_{name}.py").write_text(source, "utf-8")
     (folder / "pytest.ini").write_text(INI, "utf-8")
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:valkey", *arguments]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=60)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(90)
-@pytest.mark.parametrize("mode", MODES)
-def test_the_fixtures_work_under(mode: str, tmp_path: Path) -> None:
-    mark, arguments = MODES[mode]
-    done = run_pytest(tmp_path, TEST.replace("MARK", mark), *arguments)
+    options = ["-q", "-p", "no:cacheprovider", "-p", "no:valkey", f"--asyncio-mode={mode}"]
+    command = [sys.executable, "-m", "pytest", *options]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"{3 if mode == 'anyio' else 2} passed" in done.stdout  # anyio's plugin runs it on asyncio and on trio
+    return done.stdout
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(90)
-def test_a_client_may_live_in_a_fixture_of_pytest_asyncio(tmp_path: Path) -> None:
-    done = run_pytest(tmp_path, IN_A_FIXTURE, "--asyncio-mode=auto")
-    assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout + done.stderr
+def test_the_fixtures_work_with_the_marks_of_pytest_asyncio_and_anyio(tmp_path: Path) -> None:
+    sources = {name: TEST.replace("MARK", f"@pytest.mark.{name}") for name in ("asyncio", "anyio")}
+    assert "5 passed" in run_pytest(tmp_path, "strict", **sources)  # anyio runs it on asyncio and on trio
 
 
-def test_the_fixtures_are_documented_and_nothing_happens_by_itself() -> None:
+@pytest.mark.slow
+@pytest.mark.timeout(90)
+def test_the_fixtures_work_in_the_auto_mode_of_pytest_asyncio(tmp_path: Path) -> None:
+    assert "3 passed" in run_pytest(tmp_path, "auto", test=TEST.replace("MARK", ""), client=CLIENT_AS_FIXTURE)
+
+
+def test_the_fixtures_are_documented_and_the_plugin_does_nothing_else() -> None:
     source = Path(plugin.__file__).read_text("utf-8")
     assert "autouse" not in source and "def pytest_" not in source
     for name in FIXTURES:
