@@ -21,10 +21,13 @@ def anyio_backend() -> str:
     return "asyncio"
 
 
-@pytest.fixture(params=["early", "late"])
+either_acknowledgement = pytest.mark.parametrize("stage", ["early", "late"], indirect=True)
+
+
+@pytest.fixture
 async def stage(request: pytest.FixtureRequest, redis_url: str, tmp_path: Path) -> AsyncIterator[Stage]:
-    """With a worker of two processes."""
-    late = request.param == "late"
+    """A worker of two processes, which acknowledge early if the test does not ask for late."""
+    late = getattr(request, "param", "early") == "late"
     async with staged(redis_url, tmp_path, lambda url, prefix: make(url, prefix, late=late)[0]) as stage:
         quickly = ("--without-gossip", "--without-mingle", "--without-heartbeat")
         command = ("celery", "-A", "tests.e2e.celery_app:celery", "worker", "--concurrency", "2", *quickly)
@@ -32,6 +35,7 @@ async def stage(request: pytest.FixtureRequest, redis_url: str, tmp_path: Path) 
         yield stage
 
 
+@either_acknowledgement
 async def test_a_worker_executes_with_full_context(stage: Stage) -> None:
     for number in range(3):  # each process of the worker, and one of them again
         handle = await stage.realtime.trigger("context", {"count": 100}, tags=["user:1"])
@@ -74,6 +78,7 @@ async def test_the_soft_time_limit_of_a_task_cancels_the_run(stage: Stage) -> No
     assert is_alive(pid)
 
 
+@either_acknowledgement
 async def test_a_process_that_is_killed_leaves_a_crashed_run_that_is_not_executed_again(
     stage: Stage, request: pytest.FixtureRequest
 ) -> None:

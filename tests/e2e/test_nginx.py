@@ -56,9 +56,9 @@ def site(certificate: Certificate, port: int, app_port: int, changes: dict[str, 
 
 
 @contextmanager
-def front(folder: Path, changes: dict[str, str] | None = None) -> Iterator[Front]:
-    """An nginx without an app behind it."""
-    found = Front(folder, Certificate.make(folder), free_port(), free_port())
+def front(folder: Path, changes: dict[str, str] | None = None, *, app_port: int | None = None) -> Iterator[Front]:
+    """An nginx, before the app on `app_port` or before none yet."""
+    found = Front(folder, Certificate.make(folder), free_port(), app_port or free_port())
     with nginx(folder, site(found.certificate, found.port, found.app_port, changes or {}), port=found.port):
         yield found
 
@@ -70,9 +70,25 @@ def served(folder: Path, changes: dict[str, str] | None = None, *options: str, *
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Front]:
+def quiet_app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    """The port of an app that sends nothing but chunks, for the tests that do not stop it."""
+    port = free_port()
+    with app(tmp_path_factory.mktemp("quiet"), port=port):
+        yield port
+
+
+@pytest.fixture(scope="module")
+def beating_app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    """The port of an app that sends heartbeats all the time."""
+    port = free_port()
+    with app(tmp_path_factory.mktemp("beating"), port=port, HEARTBEAT="0.2"):
+        yield port
+
+
+@pytest.fixture(scope="module")
+def plain(quiet_app: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Front]:
     """The site as printed, for the tests that stop nothing."""
-    with served(tmp_path_factory.mktemp("nginx")) as found:
+    with front(tmp_path_factory.mktemp("nginx"), app_port=quiet_app) as found:
         yield found
 
 
@@ -105,8 +121,8 @@ def test_a_reader_who_goes_is_noticed_by_the_app(plain: Front) -> None:
         wait_for(lambda: host.count() == 0, "the app was not told")
 
 
-def test_no_token_is_in_the_access_log(tmp_path: Path) -> None:
-    with served(tmp_path) as found, found.visitor() as visitor:
+def test_no_token_is_in_the_access_log(quiet_app: int, tmp_path: Path) -> None:
+    with front(tmp_path, app_port=quiet_app) as found, found.visitor() as visitor:
         run = visitor.post("/open")
         visitor.post("/append", run=run["id"], chunk="one")
         visitor.post("/end", run=run["id"])
@@ -123,8 +139,8 @@ BUFFERED = {"proxy_buffering off;": "proxy_ignore_headers X-Accel-Buffering; pro
 COMPRESSED = {"gzip off;": "gzip on; gzip_types *;"}
 
 
-def test_the_header_of_the_library_is_enough_against_buffering(tmp_path: Path) -> None:
-    with served(tmp_path, UNBUFFERED) as found, found.visitor() as visitor:
+def test_the_header_of_the_library_is_enough_against_buffering(quiet_app: int, tmp_path: Path) -> None:
+    with front(tmp_path, UNBUFFERED, app_port=quiet_app) as found, found.visitor() as visitor:
         check_chunks_come_as_they_are_written(visitor)
 
 
@@ -141,10 +157,10 @@ def test_the_header_of_the_library_is_enough_against_buffering(tmp_path: Path) -
     ids=["http1", "http1 with tls", "http2", "http1, gzip", "http1 with tls, gzip", "http2, gzip"],
 )
 def test_where_the_header_is_ignored_a_quiet_stream_may_be_held_to_its_end(
-    tmp_path: Path, changes: dict[str, str], http2: bool, held: bool
+    beating_app: int, tmp_path: Path, changes: dict[str, str], http2: bool, held: bool
 ) -> None:
     """What the others would see if nginx buffered: this is how they could fail."""
-    with served(tmp_path, BUFFERED | changes, HEARTBEAT="0.2") as found:
+    with front(tmp_path, BUFFERED | changes, app_port=beating_app) as found:
         url = found.url if " ssl http2" not in changes else found.url.replace("https", "http")
         host = Visitor(url, found.certificate.trust)
         visitor = Visitor(url, found.certificate.trust, http2=http2)
@@ -153,6 +169,7 @@ def test_where_the_header_is_ignored_a_quiet_stream_may_be_held_to_its_end(
 
 
 def check_a_quiet_stream(host: Visitor, visitor: Visitor, *, held: bool) -> None:
+    wait_for(lambda: host.count() == 0, "subscribers of other tests are still there")
     run = host.post("/open")
     arrived = threading.Event()
     events: list[str] = []
@@ -176,8 +193,8 @@ def check_a_quiet_stream(host: Visitor, visitor: Visitor, *, held: bool) -> None
 HURRIED = {"proxy_read_timeout 75s;": "proxy_read_timeout 1s;"}
 
 
-def test_a_read_timeout_shorter_than_the_heartbeat_cuts_and_the_reader_resumes(tmp_path: Path) -> None:
-    with served(tmp_path, HURRIED) as found, found.visitor() as visitor:
+def test_a_read_timeout_shorter_than_the_heartbeat_cuts_and_the_reader_resumes(quiet_app: int, tmp_path: Path) -> None:
+    with front(tmp_path, HURRIED, app_port=quiet_app) as found, found.visitor() as visitor:
         run = visitor.post("/open")
         with visitor.stream(run) as stream:
             visitor.post("/append", run=run["id"], chunk="first")
@@ -189,19 +206,19 @@ def test_a_read_timeout_shorter_than_the_heartbeat_cuts_and_the_reader_resumes(t
             assert stream.event().json() == "meanwhile"
 
 
-def test_a_read_timeout_longer_than_the_heartbeat_cuts_nothing(tmp_path: Path) -> None:
-    with served(tmp_path, HURRIED, HEARTBEAT="0.4") as found, found.visitor() as visitor:
+def test_a_read_timeout_longer_than_the_heartbeat_cuts_nothing(beating_app: int, tmp_path: Path) -> None:
+    with front(tmp_path, HURRIED, app_port=beating_app) as found, found.visitor() as visitor:
         run = visitor.post("/open")
         with visitor.stream(run) as stream:
-            stream.wait_for_comments(6)  # which is more than twice the timeout
+            stream.wait_for_comments(11)  # which is more than twice the timeout
             visitor.post("/append", run=run["id"], chunk="still there")
             assert stream.event().json() == "still there"
 
 
 @pytest.mark.parametrize("types", ["", "gzip_types *;"], ids=["by default", "of all types"])
-def test_gzip_does_not_hold_chunks_back(tmp_path: Path, types: str) -> None:
+def test_gzip_does_not_hold_chunks_back(quiet_app: int, tmp_path: Path, types: str) -> None:
     compressing = {"gzip off;": f"gzip on; gzip_proxied any; {types}"}
-    with served(tmp_path, compressing) as found, found.visitor() as visitor:
+    with front(tmp_path, compressing, app_port=quiet_app) as found, found.visitor() as visitor:
         check_chunks_come_as_they_are_written(visitor)
         with visitor.stream(visitor.post("/open"), **{"accept-encoding": "gzip"}) as stream:
             encoding = stream.response.headers.get("content-encoding")
@@ -298,9 +315,11 @@ OPENED = "sources.filter((source) => source.readyState === EventSource.OPEN).len
 @pytest.mark.chromium
 @pytest.mark.parametrize("http2", [False, True], ids=["http1", "http2"])
 def test_a_browser_opens_six_streams_over_http1_and_all_over_http2(
-    tmp_path: Path, chromium: Browser, http2: bool
+    quiet_app: int, tmp_path: Path, chromium: Browser, http2: bool
 ) -> None:
-    with served(tmp_path, {} if http2 else {"ssl http2;": "ssl;"}) as found, found.visitor() as host:
+    changes = {} if http2 else {"ssl http2;": "ssl;"}
+    with front(tmp_path, changes, app_port=quiet_app) as found, found.visitor() as host:
+        wait_for(lambda: host.count() == 0, "subscribers of other tests are still there")
         run = host.post("/open")
         context = chromium.new_context(ignore_https_errors=True)
         page = context.new_page()

@@ -241,10 +241,11 @@ async def test_more_is_lost_than_can_be_restored(sites: Sites, redis_server: Red
 
 async def test_an_absence_longer_than_a_lease(sites: Sites, redis_server: RedisServer) -> None:
     """No process takes the run for crashed only because nobody could renew its lease."""
-    with sites.processes({"REDIS_URL": redis_server.url, "LEASE": "3"}) as (worker, web):
+    lease_s = 1.5
+    with sites.processes({"REDIS_URL": redis_server.url, "LEASE": str(lease_s)}) as (worker, web):
         site, following = await sites.begin(worker, web)
         redis_server.kill()
-        await asyncio.sleep(3.5)
+        await asyncio.sleep(1.2 * lease_s)
         await asyncio.to_thread(redis_server.restart, keep_data=True)
         await site.goes_on()
         await sites.finish(site, following)

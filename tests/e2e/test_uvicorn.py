@@ -167,30 +167,36 @@ async def test_a_reader_that_leaves_is_forgotten(http: httpx.AsyncClient) -> Non
                 pass
 
 
-@pytest.mark.parametrize("name", ["fastapi_app", "litestar_app"])
-async def test_the_access_log_of_an_example_shows_no_token(http: httpx.AsyncClient, tmp_path: Path, name: str) -> None:
-    """Litestar gives a mount a copy of the scope, so that the token stood in uvicorn's access log."""
-    path = tmp_path / "access.log"
-    with path.open("wb") as log, served(app=f"examples.{name}.app:app", log=log) as server:
-        session = (await http.post(f"{server.url}/session")).json()
-        query = {"tags": session["tag"], "access_token": session["token"]}
-        headers = {"accept": "text/event-stream"}
-        async with http.stream("GET", f"{server.url}/realtime/v1/runs", params=query, headers=headers) as response:
-            assert response.status_code == 200
-            await anext(response.aiter_bytes())
-        await http.aclose()
-        server.process.send_signal(signal.SIGTERM)
-        await asyncio.to_thread(server.process.wait)
-    logged = path.read_text()
-    assert "access_token=REDACTED" in logged
-    assert session["token"] not in logged
+@pytest.fixture(scope="module", params=["fastapi_app", "litestar_app"])
+def example(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+    """The URL of an example, and its access log."""
+    path = tmp_path_factory.mktemp("example") / "access.log"
+    with path.open("wb") as log, served(app=f"examples.{request.param}.app:app", log=log) as server:
+        yield server.url, path
 
 
-@pytest.mark.parametrize("name", ["fastapi_app", "litestar_app"])
-async def test_stopping_a_run_that_is_gone_is_404_in_the_examples(http: httpx.AsyncClient, name: str) -> None:
+async def test_the_access_log_of_an_example_shows_no_token(http: httpx.AsyncClient, example: tuple[str, Path]) -> None:
+    """Litestar gives a mount a copy of the scope, so uvicorn's access log contained the token."""
+    url, log = example
+    session = (await http.post(f"{url}/session")).json()
+    query = {"tags": session["tag"], "access_token": session["token"]}
+    headers = {"accept": "text/event-stream"}
+    async with http.stream("GET", f"{url}/realtime/v1/runs", params=query, headers=headers) as response:
+        assert response.status_code == 200
+        await anext(response.aiter_bytes())
+    async with asyncio.timeout(GUARD_S):
+        while "GET /realtime/v1/runs" not in log.read_text():  # noqa: ASYNC110 - of another process
+            await asyncio.sleep(0.01)
+    assert "access_token=REDACTED" in log.read_text()
+    assert session["token"] not in log.read_text()
+
+
+async def test_stopping_a_run_that_does_not_exist_is_404_in_the_examples(
+    http: httpx.AsyncClient, example: tuple[str, Path]
+) -> None:
     """The Stop button of a page that was left open for a day got a 500."""
-    with served(app=f"examples.{name}.app:app") as server:
-        assert (await http.post(f"{server.url}/chat/run_gone/stop")).status_code == 404
+    url, _ = example
+    assert (await http.post(f"{url}/chat/run_gone/stop")).status_code == 404
 
 
 def _resident_kib(pid: int) -> int:
