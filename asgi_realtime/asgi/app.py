@@ -48,15 +48,11 @@ class RealtimeApp:
         self._has_warned_of_elsewhere = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
-            await self._http(scope, receive, send)
-        elif scope["type"] == "lifespan":
-            await self._lifespan(receive, send)
-        elif scope["type"] == "websocket":
-            await receive()
-            await send({"type": "websocket.close", "code": 1000})  # before it is accepted: the client gets 403
-
-    async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            return await self._lifespan(receive, send)
+        if scope["type"] == "websocket":
+            return await _reject_websocket(receive, send)
+        # Not in a method of its own: each frame adds to the memory of an idle subscriber.
         response: AnyResponse | None = None
         request = Request(self._host, self.subscription_limits, self._run_cache, scope, receive)
         origin, reconnects = request.header(b"origin"), request.is_event_source
@@ -153,6 +149,11 @@ class RealtimeApp:
             await send({"type": "lifespan.shutdown.failed", "message": f"{type(exc).__name__}: {exc}"})
             return
         await send({"type": "lifespan.shutdown.complete"})
+
+
+async def _reject_websocket(receive: Receive, send: Send) -> None:
+    await receive()
+    await send({"type": "websocket.close", "code": 1000})  # before it is accepted: the client gets 403
 
 
 async def _send_quietly(response: Response, scope: Scope, receive: Receive, send: Send) -> None:

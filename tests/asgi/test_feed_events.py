@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import anyio
 import pytest
@@ -181,6 +181,33 @@ async def test_the_feed_of_a_run_that_is_removed_ends(host: StandIn) -> None:
         with anyio.fail_after(5):
             assert await response.read_all_events() == []
         assert response.ended
+
+
+async def test_an_idle_feed_loads_no_record(host: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each heartbeat of each feed loaded the whole record, with payload and output."""
+    await host.create()
+    loaded: list[str] = []
+    load = host.broker.load
+
+    async def counting(run_ids: Sequence[str]) -> list[RunRecord | None]:
+        loaded.extend(run_ids)
+        return await load(run_ids)
+
+    monkeypatch.setattr(host.broker, "load", counting)
+    async with AsgiClient(host).stream(RUN, headers=host.feed_headers()) as response:
+        await response.read_until("ready")
+        loaded.clear()
+        for _ in range(3):
+            await anyio.wait_all_tasks_blocked()
+            host.tick()
+            host.tick(15)
+            assert await response.chunk() == b": heartbeat\n\n"
+        assert loaded == []
+        commit = await host.prepare_change("run_1", progress(0.5))
+        loaded.clear()
+        await commit()
+        await response.read_until("run")
+        assert loaded == ["run_1"]
 
 
 async def test_refusals_of_a_run_feed(host: StandIn) -> None:
