@@ -1,4 +1,4 @@
-"""Streams as the official clients read them: the batch framing, and what a clean end of a body may mean."""
+"""Streams as the official clients read them: in batches, and with a clean end only if the stream is complete."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from asgi_realtime.core.errors import BrokerUnavailable
 from asgi_realtime.core.log import End, Entry, Log, Page
 from asgi_realtime.core.runs import Status
 from asgi_realtime.testing import AsgiClient, Event, StreamedResponse
+from tests.asgi.official import on_one_loop
 from tests.asgi.standin import NOW, StandIn
 
 pytestmark = pytest.mark.anyio
@@ -79,15 +80,16 @@ async def test_a_client_without_the_version_header_gets_native_events(host: Stan
         assert [event.event for event in await response.read_all_events()] == ["message", "end"]
 
 
+@on_one_loop
 @pytest.mark.parametrize("chunk", ["", 'q"q\\', "\u2028\u2029", "é😀", None, 1e300, [{}], {"data": 1, "id": "x"}, True])
-async def test_every_chunk_survives_the_wrapping(host: StandIn, chunk: Any) -> None:
+async def test_chunks_of_every_type_are_wrapped(host: StandIn, chunk: Any) -> None:
     await host.create()
     await host.append(chunk)
     await host.finish()
     assert chunks(await read_all(host)) == [chunk]
 
 
-async def test_chunks_come_as_they_are_written(host: StandIn) -> None:
+async def test_chunks_arrive_when_they_are_written(host: StandIn) -> None:
     await host.create()
     async with reading(host) as response:
         for number in range(3):
@@ -102,7 +104,7 @@ async def test_chunks_come_as_they_are_written(host: StandIn) -> None:
     assert [record["timestamp"] for record in seen] == [round((NOW + second) * 1000) for second in range(3)]
 
 
-def test_a_body_is_made_once_for_the_readers_at_one_place() -> None:
+def test_readers_at_the_same_cursor_share_a_body() -> None:
     live = LiveLog(Log())
     live.log.append([encode_value("x")], 1)
     body = BATCHES.take(live, -1)
@@ -115,7 +117,7 @@ def test_a_body_is_made_once_for_the_readers_at_one_place() -> None:
     assert BATCHES.take(live, 1) is None
 
 
-def test_a_body_has_no_more_chunks_than_a_native_one() -> None:
+def test_a_body_has_as_many_chunks_as_a_native_one() -> None:
     live = LiveLog(Log())
     live.log.append([encode_value("x" * 1000) for _ in range(200)], 1)
     cursor, found = -1, 0
@@ -126,7 +128,7 @@ def test_a_body_has_no_more_chunks_than_a_native_one() -> None:
     assert cursor == 199 and found > 1
 
 
-def test_entries_that_are_read_from_elsewhere_look_the_same() -> None:
+def test_entries_read_from_the_broker_are_encoded_alike() -> None:
     live = LiveLog(Log())
     live.log.append([encode_value("x"), encode_value("y")], 5)
     piece = BATCHES.take(live, -1)
@@ -134,19 +136,21 @@ def test_entries_that_are_read_from_elsewhere_look_the_same() -> None:
     assert BATCHES.encode([Entry(0, b'"x"', 5), Entry(1, b'"y"', 5)]) == piece.body
 
 
-# Positions
+# Cursors
 
 
+@on_one_loop
 @pytest.mark.parametrize(("last", "expected"), [("0", [1, 2]), ("1", [2]), ("2", [])])
-async def test_a_resume_goes_on_behind_the_last_chunk(host: StandIn, last: str, expected: list[int]) -> None:
+async def test_a_resume_continues_after_the_last_chunk(host: StandIn, last: str, expected: list[int]) -> None:
     await host.create()
     await host.append(0, 1, 2)
     await host.finish()
     assert chunks(await read_all(host, last_event_id=last)) == expected
 
 
+@on_one_loop
 @pytest.mark.parametrize("last", ["3", "99"])
-async def test_behind_the_end_it_is_an_empty_200(host: StandIn, last: str) -> None:
+async def test_a_resume_beyond_the_end_is_an_empty_200(host: StandIn, last: str) -> None:
     await host.create()
     await host.append(0, 1, 2)
     await host.finish()
@@ -157,7 +161,7 @@ async def test_behind_the_end_it_is_an_empty_200(host: StandIn, last: str) -> No
         assert await response.read() == b""
 
 
-async def test_latest_begins_at_the_end(host: StandIn) -> None:
+async def test_latest_starts_at_the_end(host: StandIn) -> None:
     await host.create()
     await host.append(0, 1)
     async with reading(host, x_trigger_stream_start="latest") as response:
@@ -168,7 +172,7 @@ async def test_latest_begins_at_the_end(host: StandIn) -> None:
         assert await response.read_all_events() == []
 
 
-async def test_a_position_is_stronger_than_latest(host: StandIn) -> None:
+async def test_a_cursor_takes_precedence_over_latest(host: StandIn) -> None:
     await host.create()
     await host.append(0, 1)
     await host.finish()
@@ -176,7 +180,7 @@ async def test_a_position_is_stronger_than_latest(host: StandIn) -> None:
     assert chunks(await read_all(host, x_trigger_stream_start="latest")) == []
 
 
-async def test_a_position_before_what_is_kept_is_410(host: StandIn) -> None:
+async def test_a_cursor_before_the_first_entry_is_410(host: StandIn) -> None:
     host = StandIn(retention=Retention(stream_bytes=60))
     await host.create()
     for number in range(20):
@@ -187,7 +191,7 @@ async def test_a_position_before_what_is_kept_is_410(host: StandIn) -> None:
     assert error["code"] == "stream_gap" and "chunk 3 has expired" in error["error"]
 
 
-async def test_who_names_no_position_begins_with_what_is_kept(host: StandIn) -> None:
+async def test_without_a_cursor_the_first_retained_entry_comes_first(host: StandIn) -> None:
     host = StandIn(retention=Retention(stream_bytes=60))
     await host.create()
     for number in range(20):
@@ -199,13 +203,13 @@ async def test_who_names_no_position_begins_with_what_is_kept(host: StandIn) -> 
     assert chunks(events) == list(range(first, 20))
 
 
-async def test_a_gap_in_the_middle_makes_the_client_come_back_and_hear_of_it(host: StandIn) -> None:
+async def test_a_gap_while_reading_makes_the_client_reconnect_for_its_410(host: StandIn) -> None:
     host = StandIn(retention=Retention(stream_bytes=60))
     await host.create()
     await host.append("first")
     async with reading(host) as response:
         events = await response.read_events()
-        for number in range(20):  # in one go, so that the reader does not get a turn
+        for number in range(20):  # without suspending, so the reader does not run
             await host.broker.append(StreamKey("run_1", "default"), [encode_value(number)])
         events += await response.read_all_events()
         assert response.ended
@@ -215,8 +219,9 @@ async def test_a_gap_in_the_middle_makes_the_client_come_back_and_hear_of_it(hos
         assert response.status_code == 410
 
 
+@on_one_loop
 @pytest.mark.parametrize("last", ["x", "-1", "1.5", "1" * 19])
-async def test_a_malformed_position_is_400(host: StandIn, last: str) -> None:
+async def test_a_malformed_cursor_is_400(host: StandIn, last: str) -> None:
     await host.create()
     async with reading(host, last_event_id=last) as response:
         assert response.status_code == 400
@@ -225,6 +230,7 @@ async def test_a_malformed_position_is_400(host: StandIn, last: str) -> None:
 # Ends
 
 
+@on_one_loop
 @pytest.mark.parametrize("status", [Status.COMPLETED, Status.FAILED, Status.CANCELED, Status.CRASHED, Status.TIMED_OUT])
 async def test_the_end_of_a_run_is_a_clean_end(host: StandIn, status: Status) -> None:
     await host.create()
@@ -233,18 +239,18 @@ async def test_the_end_of_a_run_is_a_clean_end(host: StandIn, status: Status) ->
     assert [event.event for event in await read_all(host)] == ["batch"]
 
 
-async def test_what_is_lost_is_never_a_clean_end(host: StandIn) -> None:
+async def test_a_lost_stream_is_never_a_clean_end(host: StandIn) -> None:
     await host.create()
     await host.append("x")
     await host.broker.append(StreamKey("run_1", "default"), [], end=End("lost", "entries were lost"))
     assert [event.event for event in await read_all(host)] == ["batch", "error"]
     for last in ("0", "5"):
         async with reading(host, last_event_id=last) as response:
-            assert response.status_code == 409  # which is final for them
+            assert response.status_code == 409  # final for the clients
             assert json.loads(await response.read())["code"] == "stream_lost"
 
 
-async def test_a_shutdown_makes_the_client_come_back(host: StandIn) -> None:
+async def test_a_shutdown_makes_the_client_reconnect(host: StandIn) -> None:
     await host.create()
     await host.append("x")
     async with reading(host) as response:
@@ -255,7 +261,7 @@ async def test_a_shutdown_makes_the_client_come_back(host: StandIn) -> None:
         assert response.ended
 
 
-async def test_a_stream_that_is_read_to_its_end_ends_cleanly_at_a_shutdown(host: StandIn) -> None:
+async def test_a_complete_stream_ends_cleanly_at_a_shutdown(host: StandIn) -> None:
     await host.create()
     await host.append("x")
     await host.finish()
@@ -264,7 +270,7 @@ async def test_a_stream_that_is_read_to_its_end_ends_cleanly_at_a_shutdown(host:
     assert await read_all(host, last_event_id="0") == []
 
 
-async def test_an_expired_token_makes_the_client_come_back_for_its_401(host: StandIn) -> None:
+async def test_an_expired_token_makes_the_client_reconnect_for_its_401(host: StandIn) -> None:
     await host.create()
     async with reading(host) as response:
         await response.chunk()
@@ -273,7 +279,7 @@ async def test_an_expired_token_makes_the_client_come_back_for_its_401(host: Sta
     assert event.event == "error"
 
 
-async def test_a_log_that_cannot_be_followed_is_no_clean_end(host: StandIn) -> None:
+async def test_an_unavailable_stream_is_not_a_clean_end(host: StandIn) -> None:
     await host.create()
     async with reading(host) as response:
         await response.chunk()
@@ -283,7 +289,7 @@ async def test_a_log_that_cannot_be_followed_is_no_clean_end(host: StandIn) -> N
     assert event.event == "error"
 
 
-async def test_an_absent_broker_and_a_shutdown_before_the_head_are_503(host: StandIn) -> None:
+async def test_an_unavailable_broker_and_a_shutdown_before_the_head_are_503(host: StandIn) -> None:
     host.begin_shutdown()
     async with reading(host) as response:
         assert response.status_code == 503
@@ -296,7 +302,7 @@ async def test_an_absent_broker_and_a_shutdown_before_the_head_are_503(host: Sta
 # Silence
 
 
-async def test_the_body_ends_after_as_much_silence_as_was_asked_for(host: StandIn) -> None:
+async def test_the_body_ends_after_the_requested_silence(host: StandIn) -> None:
     await host.create()
     async with reading(host, timeout_seconds="20") as response:
         await response.chunk()
@@ -305,7 +311,7 @@ async def test_the_body_ends_after_as_much_silence_as_was_asked_for(host: StandI
         assert chunks(await response.read_events()) == ["x"]
         host.tick(1)
         host.tick(18)
-        assert await response.chunk() == b": heartbeat\n\n"  # which is no news
+        assert await response.chunk() == b": heartbeat\n\n"  # does not break the silence
         await anyio.wait_all_tasks_blocked()
         assert not response.ended
         host.tick(2)
@@ -314,7 +320,7 @@ async def test_the_body_ends_after_as_much_silence_as_was_asked_for(host: StandI
 
 
 @pytest.mark.parametrize("broker_has", ["more", "no answer", "nothing"])
-async def test_silence_is_no_end_if_the_broker_has_more_or_does_not_answer(host: StandIn, broker_has: str) -> None:
+async def test_silence_ends_the_body_only_if_the_broker_has_no_more(host: StandIn, broker_has: str) -> None:
     await host.create()
     await host.append("x")
     async with reading(host, timeout_seconds="20") as response:
@@ -341,7 +347,7 @@ async def test_silence_is_no_end_if_the_broker_has_more_or_does_not_answer(host:
             assert response.ended
 
 
-async def test_setting_the_clock_ends_no_stream(host: StandIn) -> None:
+async def test_a_clock_change_does_not_end_a_stream(host: StandIn) -> None:
     await host.create()
     async with reading(host, timeout_seconds="20") as response:
         await response.chunk()
@@ -353,7 +359,7 @@ async def test_setting_the_clock_ends_no_stream(host: StandIn) -> None:
         assert not response.ended
 
 
-async def test_a_reader_ahead_of_the_stream_hears_only_silence(host: StandIn) -> None:
+async def test_a_cursor_ahead_of_the_stream_ends_after_the_silence(host: StandIn) -> None:
     await host.create()
     await host.append("x")
     async with reading(host, timeout_seconds="20", last_event_id="99") as response:
@@ -365,7 +371,7 @@ async def test_a_reader_ahead_of_the_stream_hears_only_silence(host: StandIn) ->
         assert response.ended
 
 
-async def test_without_it_the_stream_is_waited_for(host: StandIn) -> None:
+async def test_without_a_timeout_the_body_stays_open(host: StandIn) -> None:
     await host.create()
     async with reading(host) as response:
         await response.chunk()
@@ -376,16 +382,18 @@ async def test_without_it_the_stream_is_waited_for(host: StandIn) -> None:
             assert await response.chunk() == b": heartbeat\n\n"
 
 
+@on_one_loop
 @pytest.mark.parametrize("seconds", ["0", "601", "-1", "x", "1.5", "", "9" * 30])
-async def test_a_malformed_silence_is_400(host: StandIn, seconds: str) -> None:
+async def test_a_malformed_timeout_is_400(host: StandIn, seconds: str) -> None:
     await host.create()
     async with reading(host, timeout_seconds=seconds) as response:
         assert response.status_code == 400
         assert "1 to 600" in json.loads(await response.read())["error"]
 
 
+@on_one_loop
 @pytest.mark.parametrize("seconds", ["1", "600"])
-async def test_the_borders_are_taken(host: StandIn, seconds: str) -> None:
+async def test_the_shortest_and_longest_timeout_are_accepted(host: StandIn, seconds: str) -> None:
     await host.create()
     async with reading(host, timeout_seconds=seconds) as response:
         assert response.status_code == 200
@@ -394,7 +402,7 @@ async def test_the_borders_are_taken(host: StandIn, seconds: str) -> None:
 # Inputs
 
 
-async def test_inputs_are_read_in_the_same_framing(host: StandIn) -> None:
+async def test_inputs_are_read_in_batches(host: StandIn) -> None:
     await host.create()
     await host.send_input("run_1", "approval", {"yes": True})
     await host.finish()
@@ -402,7 +410,7 @@ async def test_inputs_are_read_in_the_same_framing(host: StandIn) -> None:
         assert chunks(await response.read_all_events()) == [{"yes": True}]
 
 
-async def test_what_this_process_does_not_hold_is_framed_alike() -> None:
+async def test_entries_missing_in_this_process_are_read_from_the_broker() -> None:
     host = StandIn(limits=Limits())
     await host.create()
     await host.append(*range(1200))
@@ -410,7 +418,7 @@ async def test_what_this_process_does_not_hold_is_framed_alike() -> None:
     live_class = LiveLog
     async with host.broker.live(StreamKey("run_1", "default")) as live:
         assert isinstance(live, live_class)
-        first, live.log.first = live.log.first, 1100  # as a mirror that begins later
+        first, live.log.first = live.log.first, 1100  # as in a mirror that starts later
         broker_read = host.broker.read
 
         async def read(key: StreamKey, *, after: int = -1, limit: int = 500) -> Any:

@@ -15,7 +15,17 @@ from asgi_realtime.core.errors import LimitExceeded
 from asgi_realtime.core.runs import BatchMember
 from asgi_realtime.testing import AsgiClient, EventParser
 from asgi_realtime.testing.driver import make_scope
-from tests.asgi.official import Answer, call, count_runs, create_batch, fill_batch, item, lines, with_tasks
+from tests.asgi.official import (
+    Answer,
+    call,
+    count_runs,
+    create_batch,
+    fill_batch,
+    item,
+    lines,
+    on_one_loop,
+    with_tasks,
+)
 from tests.brokers.backends import DistantBroker
 from tests.inprocess import GUARD_S, SECRET, FakeClock, ended
 
@@ -40,13 +50,13 @@ async def retrieve(realtime: Realtime, batch_id: str, *, token: str = SECRET) ->
 
 
 async def members(realtime: Realtime, batch_id: str) -> list[RunRecord]:
-    """The runs of a batch, in their order."""
+    """The runs of a batch, in order."""
     changes = await realtime.broker.changes(f"batch:{batch_id}")
     records = await realtime.runs.load([change.run_id for change in changes.items])
     return sorted((record for record in records if record and record.batch), key=lambda record: record.batch.index)  # type: ignore[union-attr]
 
 
-# Two steps
+# Create and fill
 
 
 async def test_a_batch_is_created_and_then_filled() -> None:
@@ -71,33 +81,33 @@ async def test_a_batch_is_created_and_then_filled() -> None:
         assert (run.status, run.json["batchId"], run.json["triggerFunction"]) == (200, batch_id, "batchTrigger")
 
 
-async def test_items_are_started_in_the_order_of_their_indexes() -> None:
+async def test_items_start_in_the_order_of_their_indexes() -> None:
     async with with_tasks() as realtime:
         batch_id = await batch_of(realtime, item(2, "c"), item(0, "a"), item(1, "b"))
         assert [record.payload for record in await members(realtime, batch_id)] == ["a", "b", "c"]
 
 
-async def test_others_have_a_turn_while_a_long_batch_is_checked() -> None:
+async def test_checking_a_large_batch_does_not_block_the_event_loop() -> None:
     async with with_tasks() as realtime:
         batch_id = (await create_batch(realtime, 100)).json["id"]
-        turns = 0
+        iterations = 0
         filling = True
 
-        async def look() -> None:
-            nonlocal turns
+        async def count() -> None:
+            nonlocal iterations
             while filling:
-                turns += 1
+                iterations += 1
                 await anyio.lowlevel.checkpoint()
 
         async with anyio.create_task_group() as group:
-            group.start_soon(look)
+            group.start_soon(count)
             body = lines(*(item(index, index) for index in range(99)), item(99, "text", "number"))
             assert (await fill_batch(realtime, batch_id, body)).status == 422
             filling = False
-        assert turns >= 4
+        assert iterations >= 4
 
 
-async def test_lines_may_come_in_any_form() -> None:
+async def test_blank_lines_and_both_line_breaks_are_accepted() -> None:
     async with with_tasks() as realtime:
         batch_id = (await create_batch(realtime, 2)).json["id"]
         body = b"\r\n" + lines(item(0, "\u2028 \ud83d\ude00")) + b"\n\n" + lines(item(1, "b"))[:-1]
@@ -122,9 +132,9 @@ async def test_the_feed_of_a_batch_ends_with_its_runs() -> None:
         assert last == {record.id: "COMPLETED" for record in await members(realtime, batch_id)}
 
 
-# Batches that have no runs of their own
+# Batches of earlier runs
 
-Made = Callable[[Realtime], Awaitable[str]]
+MakeBatch = Callable[[Realtime], Awaitable[str]]
 
 
 async def over_http(realtime: Realtime) -> str:
@@ -137,7 +147,7 @@ async def in_process(realtime: Realtime) -> str:
 
 
 def with_open_task(**options: Any) -> tuple[Realtime, anyio.Event]:
-    """As `with_tasks`, and a task "open" whose runs go on until the event."""
+    """`with_tasks` with a task "open", whose runs continue until the event is set."""
     realtime, gate = with_tasks(**options), anyio.Event()
 
     @realtime.task("open")
@@ -148,14 +158,14 @@ def with_open_task(**options: Any) -> tuple[Realtime, anyio.Event]:
 
 
 @pytest.mark.parametrize("make", [over_http, in_process])
-async def test_a_batch_of_earlier_runs_is_told_by_those(make: Made) -> None:
-    """It was COMPLETED while they went on, and in process 404."""
+async def test_a_batch_of_earlier_runs_has_their_status(make: MakeBatch) -> None:
+    """It was COMPLETED while they still executed, and 404 if triggered in process."""
     realtime, gate = with_open_task()
     async with realtime:
         earlier = [(await realtime.trigger("open", 1, idempotency_key=f"k{index}")).id for index in range(2)]
         batch_id = await make(realtime)
-        told = (await retrieve(realtime, batch_id)).json
-        assert (told["status"], told["runs"], told["runCount"]) == ("PROCESSING", earlier, 2)
+        batch = (await retrieve(realtime, batch_id)).json
+        assert (batch["status"], batch["runs"], batch["runCount"]) == ("PROCESSING", earlier, 2)
         gate.set()
         for run_id in earlier:
             await ended(realtime, run_id)
@@ -163,8 +173,8 @@ async def test_a_batch_of_earlier_runs_is_told_by_those(make: Made) -> None:
 
 
 @pytest.mark.parametrize("make", [over_http, in_process])
-async def test_the_feeds_of_a_batch_of_earlier_runs_are_empty_and_over(make: Made) -> None:
-    """They were 404, with which the official client is silent for ever."""
+async def test_the_feeds_of_a_batch_of_earlier_runs_are_empty_and_end(make: MakeBatch) -> None:
+    """They were 404, after which the official client waits forever without an error."""
     realtime, gate = with_open_task(timeouts=Timeouts(poll=0.01, tick=0.01))
     async with realtime:
         for index in range(2):
@@ -188,7 +198,7 @@ async def test_the_feeds_of_a_batch_of_earlier_runs_are_empty_and_over(make: Mad
         gate.set()
 
 
-async def test_a_batch_that_is_not_filled_yet_has_a_feed() -> None:
+async def test_a_batch_has_a_feed_before_it_is_filled() -> None:
     async with with_tasks() as realtime:
         batch_id = (await create_batch(realtime, 2)).json["id"]
         followed = realtime.subscribe_to_batch(batch_id)
@@ -209,11 +219,11 @@ async def test_a_batch_that_is_not_filled_yet_has_a_feed() -> None:
         assert statuses == {"a": Status.COMPLETED, "b": Status.COMPLETED}
 
 
-# Half a batch
+# Incomplete batches
 
 
-class Refuses(MemoryBroker):
-    """Takes so many runs, and no more."""
+class RejectsThird(MemoryBroker):
+    """Accepts two runs, then no more."""
 
     room = 2
 
@@ -225,10 +235,10 @@ class Refuses(MemoryBroker):
         return await super().commit(record, expect=expect, **more)
 
 
-async def test_a_batch_that_stays_half_filled_is_never_complete() -> None:
-    """An hour later it was, with three runs of which two were there; and its feed stayed open."""
+async def test_an_incomplete_batch_is_partial_failed_when_it_expires() -> None:
+    """An hour later it was COMPLETED with three runs, of which two existed, and its feed stayed open."""
     clock = FakeClock()
-    async with with_tasks(clock=clock, broker=Refuses(clock=clock)) as realtime:
+    async with with_tasks(clock=clock, broker=RejectsThird(clock=clock)) as realtime:
         batch_id = (await create_batch(realtime, 3)).json["id"]
         assert (await fill_batch(realtime, batch_id, lines(*(item(n, n) for n in range(3))))).status == 503
         started = [record.id for record in await members(realtime, batch_id)]
@@ -236,14 +246,14 @@ async def test_a_batch_that_stays_half_filled_is_never_complete() -> None:
             await ended(realtime, run_id)
         assert (await retrieve(realtime, batch_id)).json["status"] == "PENDING"
         clock.seconds += 3601
-        told = (await retrieve(realtime, batch_id)).json
-        assert (told["status"], told["runCount"], told["runs"]) == ("PARTIAL_FAILED", 3, started)
+        batch = (await retrieve(realtime, batch_id)).json
+        assert (batch["status"], batch["runCount"], batch["runs"]) == ("PARTIAL_FAILED", 3, started)
         headers = {"authorization": f"Bearer {SECRET}", "accept": "text/event-stream"}
         feed = await AsgiClient(realtime).get(f"/v1/batches/{batch_id}", headers=headers)
         assert [event.event for event in EventParser().feed(feed.body)] == ["run", "run", "ready", "end"]
 
 
-async def test_a_batch_that_was_never_filled_is_aborted() -> None:
+async def test_a_batch_that_is_never_filled_is_aborted() -> None:
     clock = FakeClock()
     async with with_tasks(clock=clock) as realtime:
         batch_id = (await create_batch(realtime, 3)).json["id"]
@@ -251,9 +261,10 @@ async def test_a_batch_that_was_never_filled_is_aborted() -> None:
         assert (await retrieve(realtime, batch_id)).json["status"] == "ABORTED"
 
 
-# What is refused
+# Errors
 
 
+@on_one_loop
 @pytest.mark.parametrize(
     ("body", "status", "message"),
     [
@@ -273,7 +284,7 @@ async def test_a_batch_that_was_never_filled_is_aborted() -> None:
         (b'{"runCount": 1}' + b" " * 71_000, 413, "limit 70912"),
     ],
 )
-async def test_a_batch_that_cannot_be_is_not_created(body: bytes, status: int, message: str) -> None:
+async def test_an_invalid_batch_is_not_created(body: bytes, status: int, message: str) -> None:
     async with with_tasks(limits=Limits(batch_runs=3)) as realtime:
         answer = await call(realtime, "POST", BATCHES, body)
         assert answer.status == status
@@ -284,6 +295,7 @@ async def test_a_batch_that_cannot_be_is_not_created(body: bytes, status: int, m
 GOOD = item(0, 1, tags="seen")
 
 
+@on_one_loop
 @pytest.mark.parametrize(
     ("body", "status", "message"),
     [
@@ -311,7 +323,7 @@ GOOD = item(0, 1, tags="seen")
         (lines(GOOD, item(1, "x" * 100_000)), 413, "limit 100000"),
     ],
 )
-async def test_one_bad_item_and_nothing_is_started(body: bytes, status: int, message: str) -> None:
+async def test_one_invalid_item_and_nothing_starts(body: bytes, status: int, message: str) -> None:
     async with with_tasks(limits=Limits(payload_bytes=200, metadata_bytes=100, batch_bytes=100_000)) as realtime:
         batch_id = (await create_batch(realtime, 2)).json["id"]
         answer = await fill_batch(realtime, batch_id, body)
@@ -321,7 +333,7 @@ async def test_one_bad_item_and_nothing_is_started(body: bytes, status: int, mes
         assert (await fill_batch(realtime, batch_id, lines(GOOD, item(1, 1)))).status == 200
 
 
-async def test_items_that_are_missing_are_asked_for_and_nothing_is_started() -> None:
+async def test_a_batch_with_missing_items_is_not_sealed_and_nothing_starts() -> None:
     async with with_tasks() as realtime:
         batch_id = (await create_batch(realtime, 2)).json["id"]
         for body in (b"", b"\n", lines(GOOD), lines(GOOD, GOOD)):
@@ -340,14 +352,14 @@ async def test_items_that_are_missing_are_asked_for_and_nothing_is_started() -> 
         assert await count_runs(realtime, "tag:seen") == 0
 
 
-async def test_a_line_that_comes_twice_is_one_item() -> None:
+async def test_a_repeated_line_is_one_item() -> None:
     async with with_tasks() as realtime:
         batch_id = (await create_batch(realtime, 2)).json["id"]
         answer = await fill_batch(realtime, batch_id, lines(GOOD, item(1, 1), GOOD))
         assert (answer.status, answer.json["itemsAccepted"]) == (200, 2)
 
 
-async def test_items_of_no_batch_are_404() -> None:
+async def test_items_without_a_waiting_batch_are_404() -> None:
     clock = FakeClock()
     async with with_tasks(clock=clock) as realtime:
         for batch_id in ("batch_nope", "batch_nope:sealed", "x" * 300):
@@ -361,7 +373,7 @@ async def test_items_of_no_batch_are_404() -> None:
         assert await count_runs(realtime, "tag:seen") == 0
 
 
-async def test_a_body_that_is_cut_off_starts_nothing() -> None:
+async def test_a_cut_off_body_starts_nothing() -> None:
     async with with_tasks() as realtime:
         batch_id = (await create_batch(realtime, 1)).json["id"]
         messages: list[Any] = [
@@ -382,7 +394,7 @@ async def test_a_body_that_is_cut_off_starts_nothing() -> None:
         assert await count_runs(realtime, "tag:seen") == 0
 
 
-# Who may
+# Authorization
 
 
 async def test_a_batch_needs_a_scope_for_every_task() -> None:
@@ -398,7 +410,7 @@ async def test_a_batch_needs_a_scope_for_every_task() -> None:
             assert (await fill_batch(realtime, "batch_x", b"", token=token)).status == 403
         token = realtime.create_public_token(scopes=["batchTrigger:tasks:echo"])
         assert (await create_batch(realtime, 1, token=token, taskIdentifiers=["echo", "number"])).status == 403
-        assert (await create_batch(realtime, 1, token=token)).status == 403, "it does not say which tasks"
+        assert (await create_batch(realtime, 1, token=token)).status == 403, "the tasks are not named"
         created = await create_batch(realtime, 2, token=token, taskIdentifiers=["echo"])
         assert created.status == 202
         answer = await fill_batch(realtime, created.json["id"], lines(GOOD, item(1, 1, "number")), token=token)
@@ -411,7 +423,7 @@ async def test_a_batch_needs_a_scope_for_every_task() -> None:
             await batch_of(realtime, item(0, 1), item(1, 1, "number"), token=token)
 
 
-async def test_the_runs_of_a_batch_may_have_a_parent() -> None:
+async def test_the_runs_of_a_batch_can_have_a_parent() -> None:
     async with with_tasks() as realtime, realtime.open_run("parent") as parent:
         batch_id = await batch_of(realtime, item(0, 1), item(1, 2), parentRunId=parent.id)
         assert [(record.parent_id, record.depth) for record in await members(realtime, batch_id)] == [
@@ -424,15 +436,15 @@ async def test_the_runs_of_a_batch_may_have_a_parent() -> None:
 
 
 def batch_token(realtime: Realtime, *scopes: str) -> str:
-    """As `auth.createBatchTriggerPublicToken` makes one."""
+    """A token as from `auth.createBatchTriggerPublicToken`."""
     return realtime.tokens.mint(scopes or ["batchTrigger:tasks:echo"], expires_in_s=900, one_time=True)
 
 
-async def test_a_one_time_token_makes_one_batch() -> None:
+async def test_a_one_time_token_creates_one_batch() -> None:
     async with with_tasks() as realtime:
         token = batch_token(realtime)
-        refused = await create_batch(realtime, 0, token=token, key="a", taskIdentifiers=["echo"])
-        assert refused.status == 422, "and that spends nothing"
+        rejected = await create_batch(realtime, 0, token=token, key="a", taskIdentifiers=["echo"])
+        assert rejected.status == 422, "this does not spend the token"
         created = await create_batch(realtime, 1, token=token, key="a", taskIdentifiers=["echo"])
         assert created.status == 202
         again = await create_batch(realtime, 1, token=token, key="a", taskIdentifiers=["echo"])
@@ -445,8 +457,8 @@ async def test_a_one_time_token_makes_one_batch() -> None:
         assert await count_runs(realtime, "tag:seen") == 1
 
 
-async def test_a_batch_is_filled_by_who_created_it() -> None:
-    """Whoever may batch the task and had the id of a batch could fill it, and its owner was told that all is there."""
+async def test_a_batch_is_filled_by_the_token_that_created_it() -> None:
+    """Any token for the task could fill a batch whose id it knew, and its creator then saw it as complete."""
     async with with_tasks() as realtime:
         owner, other = (realtime.create_public_token(scopes=["batchTrigger:tasks:echo"]) for _ in range(2))
         spent = batch_token(realtime)
@@ -461,25 +473,25 @@ async def test_a_batch_is_filled_by_who_created_it() -> None:
         assert (await fill_batch(realtime, batch_id, lines(GOOD), token=SECRET)).status == 200
 
 
-async def test_a_one_time_token_makes_a_batch_or_a_run_and_not_both() -> None:
+async def test_a_one_time_token_creates_a_batch_or_a_run_but_not_both() -> None:
     async with with_tasks() as realtime:
         for first, second in (("batch", "run"), ("run", "batch")):
             token = batch_token(realtime, "batchTrigger:tasks:echo", "trigger:tasks:echo")
-            made: list[int] = []
+            statuses: list[int] = []
             for what in (first, second):
                 if what == "run":
                     path = "/api/v1/tasks/echo/trigger"
-                    made.append((await call(realtime, "POST", path, {"payload": 1}, token=token, key="a")).status)
+                    statuses.append((await call(realtime, "POST", path, {"payload": 1}, token=token, key="a")).status)
                 else:
                     answer = await create_batch(realtime, 1, token=token, key="a", taskIdentifiers=["echo"])
-                    made.append(answer.status)
-            assert made[1] == 422 and made[0] in (200, 202)
+                    statuses.append(answer.status)
+            assert statuses[1] == 422 and statuses[0] in (200, 202)
 
 
-# Sent again
+# Repeated requests
 
 
-async def test_items_that_are_sent_again_make_no_run_twice() -> None:
+async def test_repeated_items_create_no_run_twice() -> None:
     executions: list[int] = []
     realtime = with_tasks()
 
@@ -500,8 +512,8 @@ async def test_items_that_are_sent_again_make_no_run_twice() -> None:
     assert sorted(executions) == [0, 1, 2]
 
 
-class Full(MemoryBroker):
-    """Takes so many runs, and then no more for once."""
+class RejectsThirdOnce(MemoryBroker):
+    """Accepts two runs, rejects the third once, then accepts all."""
 
     room = 2
 
@@ -514,10 +526,10 @@ class Full(MemoryBroker):
         return await super().commit(record, expect=expect, **more)
 
 
-@pytest.mark.parametrize("keys", [False, True])
-async def test_what_failed_half_way_is_completed_by_the_same_request(keys: bool) -> None:
+@pytest.mark.parametrize(("anyio_backend", "keys"), [("asyncio", False), ("trio", True)])
+async def test_a_repeated_request_completes_a_batch_that_failed_half_way(keys: bool) -> None:
     executions: list[int] = []
-    broker = Full()
+    broker = RejectsThirdOnce()
     realtime = with_tasks(broker=broker)
 
     @realtime.task("count")
@@ -533,7 +545,7 @@ async def test_what_failed_half_way_is_completed_by_the_same_request(keys: bool)
         assert len(started) == 2
         assert (await retrieve(realtime, batch_id)).json["status"] == "PENDING"
         await ended(realtime, started[0].id)
-        await broker.remove(started[0].id)  # a full memory broker drops what has ended
+        await broker.remove(started[0].id)  # a full memory broker removes ended runs
         answer = await fill_batch(realtime, batch_id, body)
         assert answer.json == {"id": batch_id, "itemsAccepted": 3, "itemsDeduplicated": 2, "sealed": True}
         records = await members(realtime, batch_id)
@@ -544,7 +556,7 @@ async def test_what_failed_half_way_is_completed_by_the_same_request(keys: bool)
 
 
 @pytest.mark.parametrize("make_broker", [MemoryBroker, DistantBroker])
-async def test_items_that_are_sent_twice_at_once_make_no_run_twice(make_broker: Callable[[], Broker]) -> None:
+async def test_concurrent_repeats_of_items_create_no_run_twice(make_broker: Callable[[], Broker]) -> None:
     async with with_tasks(broker=make_broker()) as realtime:
         batch_id = (await create_batch(realtime, 4)).json["id"]
         body = lines(*(item(n, n, **({"idempotencyKey": f"k{n}"} if n % 2 else {})) for n in range(4)))
@@ -562,8 +574,8 @@ async def test_items_that_are_sent_twice_at_once_make_no_run_twice(make_broker: 
         assert [record.payload for record in await members(realtime, batch_id)] == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize("anyio_backend", ["asyncio"])
-async def test_two_processes_on_redis_make_no_run_twice(redis_url: str) -> None:
+@on_one_loop
+async def test_two_processes_on_redis_create_no_run_twice(redis_url: str) -> None:
     async with with_tasks(broker=redis_url) as one, with_tasks(broker=redis_url) as other:
         created = await create_batch(one, 10)
         batch_id = created.json["id"]
@@ -586,11 +598,11 @@ async def test_two_processes_on_redis_make_no_run_twice(redis_url: str) -> None:
 # Idempotency keys
 
 
-async def test_a_batch_under_a_key_is_cached_once_it_is_complete() -> None:
+async def test_a_batch_with_an_idempotency_key_is_cached_once_it_is_complete() -> None:
     async with with_tasks() as realtime:
         first = await create_batch(realtime, 2, idempotencyKey="key")
         again = await create_batch(realtime, 2, idempotencyKey="key")
-        assert again.json == first.json, "nobody would send its items if it were told that they are there"
+        assert again.json == first.json, "the client would not send items of a cached batch"
         batch_id = first.json["id"]
         assert (await fill_batch(realtime, batch_id, lines(item(0, 1), item(1, 2)))).json["sealed"]
         cached = await create_batch(realtime, 2, idempotencyKey="key")
@@ -600,7 +612,7 @@ async def test_a_batch_under_a_key_is_cached_once_it_is_complete() -> None:
         assert (await create_batch(realtime, 2, idempotencyKey="other")).json["id"] != batch_id
 
 
-async def test_an_open_batch_under_a_key_has_its_number_of_runs() -> None:
+async def test_an_open_batch_with_an_idempotency_key_keeps_its_run_count() -> None:
     async with with_tasks() as realtime:
         token = batch_token(realtime, "batchTrigger:tasks")
         await create_batch(realtime, 2, token=token, key="a", idempotencyKey="key")
@@ -609,7 +621,7 @@ async def test_an_open_batch_under_a_key_has_its_number_of_runs() -> None:
         assert "with 2 runs; this one has 3" in answer.error
 
 
-async def test_a_key_of_a_batch_outlives_the_time_for_its_items() -> None:
+async def test_an_idempotency_key_outlives_the_time_for_the_items() -> None:
     clock = FakeClock()
     async with with_tasks(clock=clock) as realtime:
         first = await create_batch(realtime, 1, idempotencyKey="key")
@@ -619,8 +631,8 @@ async def test_a_key_of_a_batch_outlives_the_time_for_its_items() -> None:
         assert (await fill_batch(realtime, first.json["id"], lines(item(0, 1)))).json["sealed"]
 
 
-async def test_keys_of_batches_belong_to_who_uses_them() -> None:
-    """Who guessed a key had a token for the batch into which somebody else's items came."""
+async def test_idempotency_keys_of_batches_are_separate_for_each_credential() -> None:
+    """Guessing a key gave a token for a batch that another client then filled."""
     async with with_tasks() as realtime:
         tokens = [realtime.create_public_token(scopes=["batchTrigger:tasks"]) for _ in range(2)]
         ids = {
@@ -630,7 +642,7 @@ async def test_keys_of_batches_belong_to_who_uses_them() -> None:
         assert len(ids) == 3
 
 
-async def test_an_item_whose_key_stands_for_a_run_is_that_run() -> None:
+async def test_an_item_whose_key_finds_a_run_is_that_run() -> None:
     async with with_tasks() as realtime:
         before = await realtime.trigger("echo", "before", idempotency_key="k1")
         items = [
@@ -645,31 +657,31 @@ async def test_an_item_whose_key_stands_for_a_run_is_that_run() -> None:
         first, last = await members(realtime, batch_id)
         assert (first.payload, first.batch) == ("a", BatchMember(batch_id, 0, 2))
         assert (last.payload, last.batch) == ("d", BatchMember(batch_id, 1, 2)), "so that its feed ends"
-        told = (await retrieve(realtime, batch_id)).json
-        assert told["runs"] == [first.id, before.id, first.id, last.id]
-        assert told["runCount"] == 4
+        batch = (await retrieve(realtime, batch_id)).json
+        assert batch["runs"] == [first.id, before.id, first.id, last.id]
+        assert batch["runCount"] == 4
         again = await fill_batch(realtime, batch_id, lines(*items))
         assert again.json == {"id": batch_id, "itemsAccepted": 0, "itemsDeduplicated": 4, "sealed": True}
 
 
-async def test_a_batch_of_runs_that_are_all_there_is_complete() -> None:
+async def test_a_batch_of_completed_runs_is_complete() -> None:
     async with with_tasks() as realtime:
         before = await realtime.trigger("echo", 1, idempotency_key="k")
         batch_id = await batch_of(realtime, item(0, 1, idempotencyKey="k"))
-        told = (await retrieve(realtime, batch_id)).json
-        assert (told["status"], told["runs"], told["runCount"]) == ("COMPLETED", [before.id], 1)
+        batch = (await retrieve(realtime, batch_id)).json
+        assert (batch["status"], batch["runs"], batch["runCount"]) == ("COMPLETED", [before.id], 1)
 
 
 # Retrieve
 
 
-async def test_a_batch_is_retrieved_as_it_stands() -> None:
+async def test_retrieve_shows_the_progress_of_a_batch() -> None:
     clock = FakeClock()
     async with with_tasks(clock=clock) as realtime:
         created = await create_batch(realtime, 2, idempotencyKey="key")
         batch_id = created.json["id"]
-        told = (await retrieve(realtime, batch_id, token=created.token)).json
-        assert told == {
+        batch = (await retrieve(realtime, batch_id, token=created.token)).json
+        assert batch == {
             "id": batch_id,
             "status": "PENDING",
             "createdAt": "2023-11-14T22:13:20.000Z",
@@ -683,47 +695,47 @@ async def test_a_batch_is_retrieved_as_it_stands() -> None:
         await fill_batch(realtime, batch_id, lines(item(0, 1), item(1, 2, delay="1m")))
         first, second = await members(realtime, batch_id)
         await ended(realtime, first.id)
-        told = (await retrieve(realtime, batch_id)).json
-        assert (told["status"], told["runs"]) == ("PROCESSING", [first.id, second.id])
-        assert told["createdAt"] == "2023-11-14T22:13:20.000Z"
-        assert told["processing"] == {"errors": [], "completedAt": "2023-11-14T22:13:21.000Z"}
+        batch = (await retrieve(realtime, batch_id)).json
+        assert (batch["status"], batch["runs"]) == ("PROCESSING", [first.id, second.id])
+        assert batch["createdAt"] == "2023-11-14T22:13:20.000Z"
+        assert batch["processing"] == {"errors": [], "completedAt": "2023-11-14T22:13:21.000Z"}
         await realtime.cancel(second.id)
         clock.seconds += 3600
-        told = (await retrieve(realtime, batch_id)).json
-        assert (told["status"], told["runCount"], told["idempotencyKey"]) == ("COMPLETED", 2, "key")
-        assert (told["createdAt"], told["updatedAt"]) == ("2023-11-14T22:13:20.000Z", "2023-11-14T22:13:21.000Z")
+        batch = (await retrieve(realtime, batch_id)).json
+        assert (batch["status"], batch["runCount"], batch["idempotencyKey"]) == ("COMPLETED", 2, "key")
+        assert (batch["createdAt"], batch["updatedAt"]) == ("2023-11-14T22:13:20.000Z", "2023-11-14T22:13:21.000Z")
 
 
-async def test_a_batch_that_was_triggered_in_process_is_retrieved_too() -> None:
+async def test_a_batch_triggered_in_process_is_retrieved() -> None:
     async with with_tasks() as realtime:
         batch = await realtime.batch_trigger([("echo", number) for number in range(3)])
         await batch.results(timeout=GUARD_S)
-        told = (await retrieve(realtime, batch.id, token=batch.public_access_token)).json
-        assert (told["status"], told["runs"], told["runCount"]) == ("COMPLETED", batch.runs, 3)
+        body = (await retrieve(realtime, batch.id, token=batch.public_access_token)).json
+        assert (body["status"], body["runs"], body["runCount"]) == ("COMPLETED", batch.runs, 3)
 
 
-async def test_items_with_one_key_are_one_run_also_in_process() -> None:
+async def test_items_with_the_same_key_are_one_run_in_process() -> None:
     async with with_tasks() as realtime:
         items: list[Any] = [("echo", number, {"idempotency_key": "k"}) for number in range(2)]
         batch = await realtime.batch_trigger(items)
-        told = (await retrieve(realtime, batch.id)).json
-        assert (told["runs"], told["runCount"]) == (batch.runs, 2)
+        body = (await retrieve(realtime, batch.id)).json
+        assert (body["runs"], body["runCount"]) == (batch.runs, 2)
         assert len(set(batch.runs)) == 1
         assert len([record async for record in realtime.subscribe_to_batch(batch)]) >= 1
 
 
-async def test_runs_that_are_past_their_retention_are_left_out() -> None:
+async def test_expired_runs_are_omitted() -> None:
     async with with_tasks(retention=Retention(after_end=3600)) as realtime:
         batch_id = await batch_of(realtime, item(0, 1), item(1, 2))
         first, second = await members(realtime, batch_id)
         for record in (first, second):
             assert (await ended(realtime, record.id)).status is Status.COMPLETED
         await realtime.broker.remove(first.id)
-        told = (await retrieve(realtime, batch_id)).json
-        assert (told["status"], told["runs"], told["runCount"]) == ("COMPLETED", [second.id], 2)
+        batch = (await retrieve(realtime, batch_id)).json
+        assert (batch["status"], batch["runs"], batch["runCount"]) == ("COMPLETED", [second.id], 2)
 
 
-async def test_who_may_retrieve_a_batch() -> None:
+async def test_retrieve_needs_a_scope_for_the_batch() -> None:
     async with with_tasks() as realtime:
         batch_id = await batch_of(realtime, item(0, 1))
         assert (await AsgiClient(realtime).get(f"/api/v2/batches/{batch_id}")).status_code == 401
@@ -735,6 +747,6 @@ async def test_who_may_retrieve_a_batch() -> None:
         ):
             token = realtime.create_public_token(scopes=[scope])
             assert (await retrieve(realtime, batch_id, token=token)).status == status
-        for nobody in ("batch_nope", "batch_nope:sealed"):
-            answer = await retrieve(realtime, nobody)
+        for missing in ("batch_nope", "batch_nope:sealed"):
+            answer = await retrieve(realtime, missing)
             assert (answer.status, answer.json["code"]) == (404, "run_not_found")

@@ -10,7 +10,7 @@ from asgi_realtime import BrokerUnavailable, Limits, Realtime, Run, RunRecord, T
 from asgi_realtime.asgi.trigger_dev import metadata as metadata_endpoints
 from asgi_realtime.brokers.memory import MemoryBroker
 from asgi_realtime.testing import AsgiClient
-from tests.asgi.official import Answer, call, count_runs, with_tasks
+from tests.asgi.official import Answer, call, count_runs, on_one_loop, with_tasks
 from tests.faults import RemoteBroker
 from tests.inprocess import ended
 
@@ -36,6 +36,7 @@ def op(type: str, key: str | None = None, value: Any = ...) -> dict[str, Any]:
     return {name: item for name, item in operation.items() if item is not ... and (name != "key" or item is not None)}
 
 
+@on_one_loop
 @pytest.mark.parametrize(
     ("operations", "metadata"),
     [
@@ -50,7 +51,7 @@ def op(type: str, key: str | None = None, value: Any = ...) -> dict[str, Any]:
         ([op("update", value={}), op("set", "a", 1), op("increment", "a", 1)], {"a": 2}),
     ],
 )
-async def test_operations_are_applied_in_their_order(operations: Any, metadata: Any) -> None:
+async def test_operations_are_applied_in_order(operations: Any, metadata: Any) -> None:
     async with opened({"n": 1, "list": [1, 2, 1]}) as (realtime, run):
         answer = await update(realtime, run.id, {"operations": operations})
         assert (answer.status, answer.json) == (200, {"metadata": metadata})
@@ -58,13 +59,13 @@ async def test_operations_are_applied_in_their_order(operations: Any, metadata: 
     assert (await ended(realtime, run.id)).metadata == metadata
 
 
-async def test_metadata_may_be_replaced_as_a_whole() -> None:
+async def test_metadata_is_replaced_before_operations_apply() -> None:
     async with opened({"old": 1}) as (realtime, run):
         answer = await update(realtime, run.id, {"metadata": {"a": 1}, "operations": [op("increment", "a", 1)]})
         assert answer.json == {"metadata": {"a": 2}}
 
 
-async def test_parent_and_root_are_changed_too() -> None:
+async def test_operations_change_the_parent_and_the_root() -> None:
     async with opened() as (realtime, root):
         child = (await realtime.trigger("echo", parent=root, delay="1h")).id
         grandchild = (await realtime.trigger("echo", parent=child, delay="1h")).id
@@ -77,20 +78,21 @@ async def test_parent_and_root_are_changed_too() -> None:
         found = [(await realtime.get_run(run_id)).metadata for run_id in (grandchild, child, root.id)]
         assert found == [{"at": "grandchild"}, {"at": "child"}, {"at": "root", "n": 1}]
         answer = await update(realtime, root.id, body)
-        assert answer.json == {"metadata": {"at": "root", "n": 2}}, "who has no parent is its own"
+        assert answer.json == {"metadata": {"at": "root", "n": 2}}, "a run without a parent counts as its own"
 
 
-async def test_a_parent_that_is_gone_keeps_nothing_from_its_child() -> None:
+async def test_a_parent_that_is_over_or_removed_is_skipped() -> None:
     async with with_tasks() as realtime:
         parent = await realtime.trigger("echo", 1)
         child = await realtime.trigger("echo", parent=parent, delay="1h")
         await ended(realtime, parent.id)
         body = {"operations": [op("set", "a", 1)], "parentOperations": [op("set", "b", 1)]}
-        assert (await update(realtime, child.id, body)).status == 200, "one that is over takes no change"
+        assert (await update(realtime, child.id, body)).status == 200
         await realtime.broker.remove(parent.id)
         assert (await update(realtime, child.id, body)).json == {"metadata": {"a": 1}}
 
 
+@on_one_loop
 @pytest.mark.parametrize(
     ("bad", "status", "message"),
     [
@@ -106,7 +108,7 @@ async def test_a_parent_that_is_gone_keeps_nothing_from_its_child() -> None:
         (op("set", "a", "x" * 5000), 413, "limit 4000"),
     ],
 )
-async def test_one_bad_operation_and_nothing_is_applied(
+async def test_one_invalid_operation_and_nothing_is_applied(
     bad: Any, status: int, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(metadata_endpoints, "MAX_UPDATE_BYTES", 4000)
@@ -118,8 +120,8 @@ async def test_one_bad_operation_and_nothing_is_applied(
         assert (await realtime.get_run(run.id)).metadata == {"text": "t"}
 
 
-async def test_a_parent_that_is_over_keeps_nothing_from_its_child_whatever_it_holds() -> None:
-    """An increment of what was no number there was refused, and the child was not changed either."""
+async def test_operations_that_do_not_fit_a_parent_that_is_over_are_skipped() -> None:
+    """An increment of text in the ended parent was rejected, and the child was not changed either."""
     async with with_tasks() as realtime:
         parent = await realtime.trigger("echo", 1, metadata={"n": "text"})
         child = await realtime.trigger("echo", parent=parent, delay="1h")
@@ -131,26 +133,26 @@ async def test_a_parent_that_is_over_keeps_nothing_from_its_child_whatever_it_ho
 
 
 class Flaky(RemoteBroker):
-    """Stores no changes of one run."""
+    """Rejects changes of one run."""
 
-    refused = ""
+    rejected = ""
 
     async def commit(self, record: RunRecord, **options: Any) -> int:
-        if record.id == self.refused:
+        if record.id == self.rejected:
             raise BrokerUnavailable("its partition is away")
         return await super().commit(record, **options)
 
 
-async def test_a_request_that_is_sent_again_changes_once() -> None:
-    """Its answer was lost, or the second of its runs could not be changed: what was counted was counted twice."""
+async def test_a_repeated_request_changes_each_run_once() -> None:
+    """After a lost response, or a failure at the second run, the repeat counted the increments twice."""
     broker = Flaky(MemoryBroker())
     async with with_tasks(broker=broker, timeouts=Timeouts(append=0.01)) as realtime:
         parent = await realtime.trigger("echo", 1, delay="1h")
         child = await realtime.trigger("echo", 1, delay="1h", parent=parent)
         body = {name: [op("increment", "n", 1), op("append", "l", 1)] for name in ("operations", "parentOperations")}
-        broker.refused = parent.id
+        broker.rejected = parent.id
         assert (await update(realtime, child.id, body, key="a")).status == 503
-        broker.refused = ""
+        broker.rejected = ""
         for _ in range(2):
             assert (await update(realtime, child.id, body, key="a")).json == {"metadata": {"n": 1, "l": [1]}}
             assert (await realtime.get_run(parent)).metadata == {"n": 1, "l": [1]}
@@ -161,7 +163,7 @@ async def test_a_request_that_is_sent_again_changes_once() -> None:
 
 
 @pytest.mark.parametrize(("counts", "status"), [((1, 1, 1), 200), ((2, 1, 1), 422), ((0, 0, 4), 422)])
-async def test_the_operations_of_a_request_are_counted(
+async def test_the_operations_of_a_request_are_limited(
     counts: tuple[int, int, int], status: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(metadata_endpoints, "MAX_OPERATIONS", 3)
@@ -182,7 +184,7 @@ async def test_operations_are_counted_before_their_paths_are_parsed() -> None:
         assert (answer.status, answer.json["code"]) == (422, "limit_exceeded")
 
 
-async def test_what_is_deep_may_be_removed() -> None:
+async def test_deeply_nested_values_are_compared() -> None:
     deep = "[" * 900 + "]" * 900
     async with opened() as (realtime, run):
         body = '{"operations":[{"type":"set","key":"a","value":[%s]},{"type":"remove","key":"a","value":%s}]}'
@@ -190,6 +192,7 @@ async def test_what_is_deep_may_be_removed() -> None:
         assert (answer.status, answer.json) == (200, {"metadata": {"a": []}})
 
 
+@on_one_loop
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b'{"operations": {}}', b'{"metadata": [1]}'])
 async def test_a_malformed_update_is_400(body: bytes) -> None:
     async with opened() as (realtime, run):
@@ -197,7 +200,7 @@ async def test_a_malformed_update_is_400(body: bytes) -> None:
         assert (await add_tags(realtime, run.id, body.replace(b"operations", b"tags"))).status == 400
 
 
-async def test_metadata_is_read_with_a_scope_for_the_run() -> None:
+async def test_reading_metadata_needs_a_scope_for_the_run() -> None:
     async with opened({"a": 1}) as (realtime, run):
         path = f"/api/v1/runs/{run.id}/metadata"
         token = realtime.create_public_token(scopes=[f"read:runs:{run.id}"])
@@ -218,6 +221,7 @@ async def test_tags_are_added() -> None:
         assert await count_runs(realtime, "tag:b") == 1
 
 
+@on_one_loop
 @pytest.mark.parametrize(
     ("tags", "message"),
     [
@@ -227,7 +231,7 @@ async def test_tags_are_added() -> None:
         ([str(number) for number in range(10)], "a run has 11 tags, limit 10"),
     ],
 )
-async def test_tags_that_cannot_be_are_422(tags: Any, message: str) -> None:
+async def test_invalid_tags_are_422(tags: Any, message: str) -> None:
     async with opened() as (realtime, run):
         await add_tags(realtime, run.id, {"tags": "first"})
         answer = await add_tags(realtime, run.id, {"tags": tags})
@@ -237,7 +241,7 @@ async def test_tags_that_cannot_be_are_422(tags: Any, message: str) -> None:
 
 
 @pytest.mark.parametrize("change", [update, add_tags])
-async def test_a_run_is_changed_with_the_secret_key_only(change: Any) -> None:
+async def test_changing_a_run_needs_the_secret_key(change: Any) -> None:
     body = {"operations": [op("set", "a", 1)], "tags": "x"}
     async with opened() as (realtime, run):
         for scope in (f"write:runs:{run.id}", "admin"):
@@ -251,7 +255,7 @@ async def test_a_run_is_changed_with_the_secret_key_only(change: Any) -> None:
 
 
 @pytest.mark.parametrize("change", [update, add_tags])
-async def test_a_run_that_is_over_is_not_changed(change: Any) -> None:
+async def test_a_run_that_is_over_cannot_be_changed(change: Any) -> None:
     async with opened() as (realtime, run):
         pass
     async with realtime:
@@ -260,7 +264,7 @@ async def test_a_run_that_is_over_is_not_changed(change: Any) -> None:
         assert f"run '{run.id}' is over (COMPLETED) and cannot be changed" in answer.error
 
 
-async def test_the_run_itself_sees_what_others_changed() -> None:
+async def test_the_executing_run_sees_changes_made_over_http() -> None:
     async with opened({"n": 1}) as (realtime, run):
         run.metadata.increment("n", 1)
         await update(realtime, run.id, {"operations": [op("increment", "n", 5)]})
@@ -268,7 +272,7 @@ async def test_the_run_itself_sees_what_others_changed() -> None:
         assert run.metadata.get("n") == 7
 
 
-async def test_a_message_does_not_repeat_a_long_text_from_outside() -> None:
+async def test_an_error_does_not_repeat_a_long_input() -> None:
     async with opened() as (realtime, run):
         answer = await update(realtime, run.id, {"operations": [op("x" * 100_000, "a")]})
         assert answer.status == 400

@@ -10,7 +10,7 @@ from asgi_realtime.core.errors import UsageError
 
 WHEN = "2026-01-02T03:04:05.678Z"
 
-# As `superjson.stringify` of the official package writes them.
+# Output of `superjson.stringify` of the official package.
 WRITTEN = [
     text.replace("WHEN", WHEN)
     for text in (
@@ -33,7 +33,7 @@ WRITTEN = [
 
 
 @pytest.mark.parametrize("text", WRITTEN)
-def test_what_a_client_writes_is_kept(text: str) -> None:
+def test_the_output_of_superjson_is_kept(text: str) -> None:
     parsed = parse(text.encode())
     assert parsed.meta is not None
     assert f'{{"json":{parsed.json.decode()},"meta":{parsed.meta.decode()}}}' == text
@@ -44,7 +44,7 @@ def test_plain_values_have_no_meta(text: str) -> None:
     assert parse(text.encode()) == (b'{"a":1}', None)
 
 
-def test_json_is_kept_as_it_came() -> None:
+def test_json_is_kept_unchanged() -> None:
     text = b'{\n "json": {"n": 1.0, "big": 12345678901234567890123, "s": "\\ud800"},\n "meta": {}}'
     assert parse(text) == (b'{"n": 1.0, "big": 12345678901234567890123, "s": "\\ufffd"}', None)
 
@@ -69,7 +69,7 @@ def values_kept(value: Any, values: Any, **meta: Any) -> Any:
         ("data:text/plain,x", ["URL"], None),
     ],
 )
-def test_what_a_reader_may_stumble_over_is_dropped_and_the_value_stays(value: Any, values: Any, kept: Any) -> None:
+def test_an_annotation_that_cannot_be_checked_is_dropped(value: Any, values: Any, kept: Any) -> None:
     assert values_kept(value, values) == kept
 
 
@@ -90,7 +90,7 @@ def test_what_a_reader_may_stumble_over_is_dropped_and_the_value_stays(value: An
     ],
 )
 def test_an_annotation_that_leads_nowhere_is_dropped(value: Any, values: Any, kept: Any) -> None:
-    """The package writes the name of a leaf as it is, dots and all, and its own reader passes that over."""
+    """superjson does not escape dots in the key of a leaf, and its own reader ignores the annotation."""
     assert values_kept(value, values) == kept
 
 
@@ -104,12 +104,12 @@ def test_an_annotation_that_leads_nowhere_is_dropped(value: Any, values: Any, ke
         ({"a.b": {"c": WHEN}, "a": {"b": {"c": 1}}}, {r"a\.b.c": ["Date"]}, {r"a\.b.c": ["Date"]}),
     ],
 )
-def test_an_annotation_is_not_taken_for_one_of_another_value(value: Any, values: Any, kept: Any) -> None:
-    """`a.b` may be the name of a value, or a way to one: where there are both, nobody knows which is meant."""
+def test_an_ambiguous_annotation_is_dropped(value: Any, values: Any, kept: Any) -> None:
+    """`a.b` can be a key or a path. If a value has both, the annotation can mean either."""
     assert values_kept(value, values) == kept
 
 
-def test_a_buffer_becomes_what_browsers_have_too() -> None:
+def test_a_buffer_becomes_a_uint8array() -> None:
     assert values_kept({"b": [104, 105]}, {"b": [["custom", "buffer"]]}) == {"b": [["typed-array", "Uint8Array"]]}
 
 
@@ -120,7 +120,7 @@ def test_equal_references_become_copies() -> None:
 
 
 @pytest.mark.parametrize("tree", [None, {}, [], False, 0, "", {"a": None}, {"a": {}}])
-def test_what_says_nothing_is_left_out(tree: Any) -> None:
+def test_an_empty_annotation_is_omitted(tree: Any) -> None:
     assert values_kept({"a": 1}, tree) is None
 
 
@@ -164,8 +164,8 @@ def test_what_says_nothing_is_left_out(tree: Any) -> None:
         ([1], "set", "annotation of the payload is malformed"),
     ],
 )
-def test_an_annotation_that_does_not_fit_is_refused(value: Any, values: Any, message: str) -> None:
-    """A client that reads it throws, and a feed of runs with it."""
+def test_an_annotation_that_does_not_fit_is_rejected(value: Any, values: Any, message: str) -> None:
+    """A client throws when it reads one, which ends its run feed."""
     with pytest.raises(UsageError, match=message):
         values_kept(value, values)
 
@@ -183,12 +183,12 @@ def test_an_annotation_that_does_not_fit_is_refused(value: Any, values: Any, mes
         ('{"json":' + "[" * 100_000, "nested too deeply"),
     ],
 )
-def test_what_is_no_superjson_is_refused(text: str, message: str) -> None:
+def test_malformed_superjson_is_rejected(text: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         parse(text.encode())
 
 
-def test_annotations_may_be_deep_but_not_endless() -> None:
+def test_the_nesting_of_annotations_is_limited() -> None:
     value: Any = WHEN
     tree: Any = ["Date"]
     for _ in range(100):
@@ -203,7 +203,7 @@ def test_annotations_may_be_deep_but_not_endless() -> None:
 
 
 def _nested(value: Any) -> str:
-    """As JSON, without recursion."""
+    """Encode without recursion."""
     text, end = "", ""
     while isinstance(value, list | dict) and value:
         if isinstance(value, dict):
@@ -216,8 +216,8 @@ def _nested(value: Any) -> str:
     return text + json.dumps(value) + end
 
 
-def test_many_annotations_take_no_time_by_the_square() -> None:
-    """A payload of one megabyte with a long way to each of its annotations took a minute."""
+def test_many_long_annotations_take_linear_time() -> None:
+    """A payload of 1 MB with a long path to each of its annotations took a minute."""
     depth, width = 300, 1000
     inside = ",".join(['""'] * width)
     way = ".".join(["0"] * depth)

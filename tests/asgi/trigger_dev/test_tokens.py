@@ -7,7 +7,7 @@ import pytest
 
 from asgi_realtime import Limits
 from asgi_realtime.testing import AsgiClient
-from tests.asgi.official import call, with_tasks
+from tests.asgi.official import call, on_one_loop, with_tasks
 from tests.inprocess import SECRET, FakeClock
 
 pytestmark = pytest.mark.anyio
@@ -16,8 +16,8 @@ CLAIMS = "/api/v1/auth/jwt/claims"
 TOKENS = "/api/v1/auth/public-tokens"
 
 
-async def test_the_sdk_is_told_what_its_tokens_say() -> None:
-    """It adds scopes and times, and signs with the secret key."""
+async def test_the_sdk_gets_the_claims_of_its_tokens() -> None:
+    """The SDK adds scopes and times and signs with the secret key."""
     async with with_tasks() as realtime:
         answer = await call(realtime, "POST", CLAIMS)
         assert (answer.status, answer.json) == (200, {"sub": "asgi_realtime", "pub": True})
@@ -32,7 +32,7 @@ async def test_the_sdk_is_told_what_its_tokens_say() -> None:
 
 
 @pytest.mark.parametrize("path", [CLAIMS, TOKENS])
-async def test_tokens_are_made_with_the_secret_key_only(path: str) -> None:
+async def test_creating_tokens_needs_the_secret_key(path: str) -> None:
     async with with_tasks() as realtime:
         assert (await AsgiClient(realtime).post(path)).status_code == 401
         token = realtime.create_public_token(scopes=["admin"])
@@ -41,7 +41,7 @@ async def test_tokens_are_made_with_the_secret_key_only(path: str) -> None:
         assert "needs the secret key" in answer.error
 
 
-async def test_a_token_is_made() -> None:
+async def test_a_token_is_created() -> None:
     clock = FakeClock()
     async with with_tasks(clock=clock) as realtime:
         answer = await call(realtime, "POST", TOKENS, {"scopes": ["read:runs:run_1", "read:tags"]})
@@ -52,7 +52,7 @@ async def test_a_token_is_made() -> None:
         assert (claims.one_time, claims.skip_columns) == (False, ())
 
 
-async def test_a_token_may_be_for_one_use_and_keep_columns() -> None:
+async def test_a_token_can_be_one_time_and_hide_columns() -> None:
     async with with_tasks() as realtime:
         body = {
             "scopes": ["trigger:tasks:echo"],
@@ -68,6 +68,7 @@ async def test_a_token_may_be_for_one_use_and_keep_columns() -> None:
         assert (claims.one_time, claims.skip_columns) == (False, ())
 
 
+@on_one_loop
 @pytest.mark.parametrize(
     ("time", "seconds"),
     [
@@ -85,7 +86,7 @@ async def test_a_token_may_be_for_one_use_and_keep_columns() -> None:
         ("30d", 30 * 86400),
     ],
 )
-async def test_a_token_lasts_for_a_span_or_until_a_time(time: Any, seconds: int) -> None:
+async def test_a_token_expires_after_a_span_or_at_a_time(time: Any, seconds: int) -> None:
     clock = FakeClock()
     async with with_tasks(clock=clock) as realtime:
         answer = await call(realtime, "POST", TOKENS, {"scopes": ["read:runs"], "expirationTime": time})
@@ -93,6 +94,7 @@ async def test_a_token_lasts_for_a_span_or_until_a_time(time: Any, seconds: int)
         assert realtime.verify_token(answer.json["token"]).expires_at == clock.seconds + seconds
 
 
+@on_one_loop
 @pytest.mark.parametrize(
     ("body", "status", "message"),
     [
@@ -125,14 +127,14 @@ async def test_a_token_lasts_for_a_span_or_until_a_time(time: Any, seconds: int)
         (b" " * 65_537, 413, "limit 65536"),
     ],
 )
-async def test_a_token_that_cannot_be_is_refused(body: Any, status: int, message: str) -> None:
+async def test_an_invalid_token_request_is_rejected(body: Any, status: int, message: str) -> None:
     async with with_tasks(clock=FakeClock()) as realtime:
         answer = await call(realtime, "POST", TOKENS, body)
         assert answer.status == status
         assert message in answer.error
 
 
-async def test_how_long_a_token_may_last_can_be_set() -> None:
+async def test_the_longest_lifetime_is_configurable() -> None:
     async with with_tasks(limits=Limits(token_life=60), clock=FakeClock()) as realtime:
         statuses = [
             (await call(realtime, "POST", TOKENS, {"scopes": ["read:runs"], "expirationTime": time})).status
