@@ -61,13 +61,15 @@ check: $(DEV)  ## format, lint, types, layers, version: what CI runs before the 
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_layering.py tests/test_version.py
 
-# Without the programs of the guide on job queues, which are written for the present versions of those.
-lowest: $(DEV) $(NPM_PACKAGES)  ## the tests on the lowest versions of our dependencies that pyproject.toml allows
+# What depends on our dependencies. The library's own kits, documents and real servers run once, in make test.
+lowest: $(DEV)  ## the tests on the lowest versions of our dependencies that pyproject.toml allows
 	$(BIN)/python -m pip install --quiet uv
 	$(BIN)/uv venv --quiet --clear --no-python-downloads --python $(BIN)/python $(LOWEST)
 	$(BIN)/uv pip compile --quiet --python $(LOWEST) --resolution lowest-direct --all-extras pyproject.toml -o $(LOWEST)/pins.txt
 	$(BIN)/uv pip install --quiet --python $(LOWEST) --constraints $(LOWEST)/pins.txt --editable '.[client,redis,taskiq,trio]' --group dev
-	$(LOWEST)/bin/python -m pytest -n auto --dist loadfile -p no:cacheprovider --ignore=tests/e2e --ignore=tests/docs/test_queues.py -k 'not valkey' $(ARGS)
+	$(LOWEST)/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -p no:cacheprovider \
+		-m 'redis or not server' -k 'not valkey' --ignore=tests/e2e --ignore=tests/docs --ignore=tests/benchmarks \
+		--ignore=tests/test_redis_servers.py --ignore=tests/brokers/test_conformance_catches.py $(ARGS)
 
 newest: $(DEV)  ## the tests in Node on the newest 4.x of the official clients, if those are newer than the ones pinned
 	@rm -rf $(NEWEST) && mkdir -p $(NEWEST) && cp tests/clients/package.json tests/clients/*.mjs $(NEWEST)
