@@ -19,7 +19,7 @@ class Event:
 
 
 class Child:
-    """A process as hypercorn's command line starts it, as far as it is looked at."""
+    """A child process of hypercorn's command line, as far as `watch` inspects it."""
 
     def __init__(self, **kwargs: Any) -> None:
         self._kwargs = kwargs
@@ -37,14 +37,14 @@ def event(monkeypatch: pytest.MonkeyPatch) -> Event:
 
 
 @pytest.mark.anyio
-async def test_subscriptions_end_when_hypercorn_tells_its_child_to_stop(event: Event) -> None:
+async def test_subscriptions_end_when_hypercorn_stops_its_child(event: Event) -> None:
     realtime = make_realtime()
     assert hypercorn.watch(realtime)
     async with realtime:
         assert not realtime.closing
         event.set = True
         await until(lambda: realtime.closing)
-        assert realtime.engine.supervisor is not None  # the stop comes with the lifespan
+        assert realtime.engine.supervisor is not None  # the lifespan stops it
 
 
 @pytest.mark.anyio
@@ -58,7 +58,7 @@ async def test_after_a_lazy_start_it_stops_too(event: Event) -> None:
 
 
 @pytest.mark.anyio
-async def test_it_is_watched_for_after_each_start(event: Event) -> None:
+async def test_the_event_is_watched_after_each_start(event: Event) -> None:
     realtime = make_realtime()
     hypercorn.watch(realtime)
     for _ in range(2):
@@ -78,9 +78,9 @@ async def test_in_any_other_process_it_does_nothing() -> None:
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"shutdown_event": None}])
-def test_an_event_that_is_not_where_it_was_is_told(
+def test_a_missing_event_is_logged(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, kwargs: dict[str, Any]
 ) -> None:
     monkeypatch.setattr(multiprocessing, "current_process", lambda: Child(**kwargs))
     assert not hypercorn.watch(make_realtime())
-    assert "hypercorn's shutdown event is not where it was" in caplog.text
+    assert "hypercorn's shutdown event was not found" in caplog.text

@@ -36,7 +36,7 @@ from asgi_realtime import (
 from asgi_realtime.brokers.memory import MemoryBroker
 from asgi_realtime.core.runs import run_topic
 from asgi_realtime.engine import thread_bridge
-from asgi_realtime.loop.thread_calls import OwnLoop
+from asgi_realtime.loop.thread_calls import LoopThread
 from asgi_realtime.sync import SyncRealtime
 from tests.inprocess import make_realtime, until
 
@@ -447,11 +447,11 @@ async def test_the_host_starts_after_a_thread_lost_the_race_to_start(monkeypatch
     """`start` raised, because closing the thread's idle loop tried to stop the host's, and a lock stayed held."""
     realtime = with_tasks(broker=Shared())
 
-    def lose_the_race() -> OwnLoop:
+    def lose_the_race() -> LoopThread:
         anyio.from_thread.run(realtime.ensure_started)  # the first use on the host's loop
-        return OwnLoop()
+        return LoopThread()
 
-    monkeypatch.setattr(thread_bridge, "OwnLoop", lose_the_race)
+    monkeypatch.setattr(thread_bridge, "LoopThread", lose_the_race)
     with anyio.fail_after(GUARD_S):
         assert await in_thread(lambda: realtime.sync.result(realtime.sync.trigger("double", 1), timeout=5)) == 2
         for _ in range(2):
@@ -465,15 +465,15 @@ def test_a_start_that_fails_releases_its_lock(monkeypatch: pytest.MonkeyPatch) -
     """Every later call that had to start waited forever."""
     realtime = with_tasks(broker=Shared())
     realtime.sync.trigger("double", 1)
-    close = OwnLoop.close
+    close = LoopThread.close
 
-    def fail(self: OwnLoop) -> None:
+    def fail(self: LoopThread) -> None:
         close(self)
         raise OSError("no thread")
 
     async def host() -> None:
         with monkeypatch.context() as patch:
-            patch.setattr(OwnLoop, "close", fail)
+            patch.setattr(LoopThread, "close", fail)
             with pytest.raises(OSError, match="no thread"):
                 await realtime.start()
         with anyio.fail_after(GUARD_S):

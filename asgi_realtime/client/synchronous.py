@@ -37,7 +37,7 @@ from asgi_realtime.client.states import RunState
 from asgi_realtime.client.subscription import Subscription
 from asgi_realtime.core.config import Span
 from asgi_realtime.core.errors import InvalidConfiguration, UsageError
-from asgi_realtime.loop.thread_calls import OwnLoop
+from asgi_realtime.loop.thread_calls import LoopThread
 from asgi_realtime.streams.followers import StreamChunk
 
 R = TypeVar("R")
@@ -77,7 +77,7 @@ class SyncRealtimeClient:
         self._client._transport.owns_http = True
         self.base_url = self._client.base_url
         self._lock = threading.RLock()  # reentrant, so that a signal handler can close the client
-        self._loop: OwnLoop | None = None
+        self._loop: LoopThread | None = None
         self._pid = os.getpid()
 
     def __repr__(self) -> str:
@@ -150,7 +150,7 @@ class SyncRealtimeClient:
             if self._client._closed:
                 return None
             if self._loop is None:
-                self._loop, self._pid = OwnLoop(), os.getpid()
+                self._loop, self._pid = LoopThread(), os.getpid()
                 self._finalizer = weakref.finalize(self, _abandon, self._pid, self._loop, self._client)
                 self._finalizer.atexit = False
             call = _Call(self._loop.portal, function)
@@ -275,14 +275,14 @@ def _called_in_thread(function: Callable[[], str]) -> Callable[[], Awaitable[str
     return call
 
 
-def _stop(loop: OwnLoop, client: RealtimeClient) -> None:
+def _stop(loop: LoopThread, client: RealtimeClient) -> None:
     try:
         loop.portal.call(client.aclose)
     finally:
         loop.close()
 
 
-def _abandon(pid: int, loop: OwnLoop, client: RealtimeClient) -> None:
+def _abandon(pid: int, loop: LoopThread, client: RealtimeClient) -> None:
     """Stop the loop of a client that was garbage collected, in whichever thread that happened, even the loop's own."""
     if pid == os.getpid():
         threading.Thread(target=_stop, args=(loop, client), daemon=True).start()

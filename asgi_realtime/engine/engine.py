@@ -207,7 +207,7 @@ class Engine:
             raise RuntimeError("no event loop runs in this thread: use realtime.sync") from None
         start = self._start = Start(supervisor, lazy)
         self.runs.retry.patience_s = self.timeouts.append
-        self.subscribers.begin()
+        self.subscribers.start()
         self.executions.clear()
         self.leases.stop()
         supervisor.start()
@@ -227,7 +227,7 @@ class Engine:
             async with self.broker, self.dispatcher.running():
                 start.succeed()
                 if self._siblings is not None:
-                    self._siblings.look()
+                    self._siblings.check()
                 self.leases.keep()
                 await self.make_ticker().run()
         except Exception as exc:
@@ -240,8 +240,8 @@ class Engine:
         finally:
             self.leases.stop()
             if self._siblings is not None:
-                self._siblings.leave()
-            self.subscribers.end()
+                self._siblings.release()
+            self.subscribers.stop()
 
     def make_ticker(self) -> Ticker:
         """A ticker of this engine."""

@@ -13,9 +13,10 @@ from asgi_realtime.loop.waiting import WaitList
 
 
 class HeldRun:
-    """A run that a thread has open. It is entered and left by one job on the loop, and nothing else can be.
+    """An open run whose body is in a thread. `enter` and `leave` are coroutine functions for `ThreadCall`.
 
-    The calls are coroutine functions for `ThreadCall`.
+    One job on the loop enters and leaves the context manager, because a cancel scope must be left in the task that
+    entered it, and each `ThreadCall` is another task.
     """
 
     def __init__(self, supervisor: Supervisor, opened: AbstractAsyncContextManager[Run]) -> None:
@@ -34,13 +35,13 @@ class HeldRun:
         while self._run is None and not self._is_over:
             await self._changed.wait()
         if self._run is None:
-            raise self._error or ServerShutdown()  # the stop came before the run was open
+            raise self._error or ServerShutdown()  # the job was cancelled before the run was open
         return self._run
 
     async def leave(self, error: BaseException | None) -> BaseException | None:
-        """Leave the run, with the exception of its body if there was one; return the one that the run ended with."""
+        """Leave the run with the exception of its body, if any, and return the exception that the run ended with."""
         self._is_left = True
-        if self._is_over:  # somebody canceled it, or the server was shut down
+        if self._is_over:  # the run was canceled, or the server was shut down
             return self._error
         if isinstance(error, Exception):
             self._error = error

@@ -1,6 +1,6 @@
-"""The producers of this process: the shared writers behind `append`, and the jobs of pipes.
+"""The producers of this process: the shared writers of `append`, and the jobs of pipes.
 
-A pipe's job runs beside a run that is there, or around a run of its own that lives as long as the source.
+A pipe writes into an existing run, or into a run that is created for it and ends with its source.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _SHARED_WRITERS = 10_000
 
 
 class Producers:
-    """Makes writers and pipes, and runs the pipes' jobs. `handle` makes the handle of a run."""
+    """Creates writers and pipes, and runs the jobs of the pipes. `handle` creates the handle of a run."""
 
     def __init__(self, engine: Engine, *, handle: Callable[[str], RunHandle[Any]]) -> None:
         self._engine = engine
@@ -39,19 +39,19 @@ class Producers:
     # Writers
 
     def writer(self, key: StreamKey) -> StreamWriter:
-        """A writer of its own: one more producer of the stream."""
+        """A new writer: one more producer of the stream."""
         engine = self._engine
         return StreamWriter(key, broker=engine.broker, runs=engine.runs, spawn=engine.spawn_brief, limits=engine.limits)
 
     def known(self, run_id: str, stream: object) -> StreamWriter | None:
-        """The shared writer of a user's stream, if it is open and nothing is to be waited for. For the hot path."""
+        """The shared writer of a user's stream, if `append` can use it without waiting. For the hot path."""
         if not isinstance(stream, str) or stream.startswith(HIDDEN_STREAM) or not self._engine.running:
             return None
         writer = self._shared.get((run_id, stream))
         return None if writer is None or writer.failure is not None else writer
 
     async def shared(self, key: StreamKey) -> StreamWriter:
-        """The writer that all single appends to a stream share, so that they keep their order. Opened."""
+        """The writer that all calls of `append` for a stream share, so that they keep their order. It is open."""
         await self._engine.ensure_started()
         writer = self.writer(key)
         await writer.open()
@@ -66,7 +66,7 @@ class Producers:
     # Pipes
 
     def pipe_alone(self, source: Source[T], record: RunRecord, stream: str) -> Pipe[T]:
-        """Forward a source in a run of its own, which begins and ends with it."""
+        """Forward a source into a new run, which starts and ends with it."""
         supervisor = self._engine.begin()
         pipe = self._pipe(source, StreamKey(record.id, stream))
         self._engine.runs.expect_creation(record.id)
@@ -74,7 +74,7 @@ class Producers:
         return pipe
 
     def pipe_into(self, source: Source[T], key: StreamKey) -> Pipe[T]:
-        """Forward a source into a run that is there, or is being opened."""
+        """Forward a source into a run that exists or is being created."""
         supervisor = self._engine.begin()
         pipe = self._pipe(source, key)
         execution = self._engine.executions.get(key.run)

@@ -1,9 +1,9 @@
-"""Noticing other workers of the same server, which a broker in memory does not reach.
+"""Detecting other workers of the same server, with which a broker in memory shares nothing.
 
-Workers have the same parent, command line and folder. The first of them locks a file that is named after these three;
-whoever finds it locked by another process says so in the log. The lock goes with the process, however that ends. This
-does not see other machines and containers, nor workers that were started one by one by hand; where a request shows
-them, it is answered `run_kept_elsewhere`.
+Workers have the same parent, command line and working directory. The first one locks a file that is named after these
+three, and each worker that finds it locked by another process logs a warning. The lock ends with the process, however
+that ends. Workers on other machines, in other containers, or started separately are not detected at the start; a
+request that reveals one is answered with 404 `run_kept_elsewhere`, by the `home` claim of its token.
 """
 
 from __future__ import annotations
@@ -20,55 +20,56 @@ from pathlib import Path
 logger = logging.getLogger("asgi_realtime")
 
 WARNING = (
-    "several workers run this app, and the broker is in memory: each has runs of its own, and a browser that reaches"
-    " another one does not find its run. Run one worker, or give all of them broker='redis://…' and the same secret_key"
+    "several workers run this app with a broker in memory: each has only its own runs, so a browser that reaches"
+    " another worker does not find its run; run one worker, or give all of them broker='redis://…' and the same"
+    " secret_key"
 )
 
 
 class Siblings:
-    """Locks the file of this process's family. Holds it from `look` to `leave`."""
+    """Holds the lock from `check` to `release`, if this worker is the first."""
 
     def __init__(self) -> None:
         self._held: tuple[int, Path] | None = None
         self._pid = os.getpid()
 
-    def look(self) -> None:
-        """Warn if another process of the family has the lock. Where there can be no such file, nothing is said."""
-        if "PYTEST_XDIST_WORKER" in os.environ:  # its workers have one parent too, and share nothing on purpose
+    def check(self) -> None:
+        """Log a warning if another worker holds the lock. Does nothing where the file cannot be created."""
+        if "PYTEST_XDIST_WORKER" in os.environ:  # these workers have one parent too, and share nothing on purpose
             return
-        self.leave()
+        self.release()
         self._pid = os.getpid()
-        path = _family()
+        path = _lock_path()
         try:
             self._held = (_lock(path), path)
         except BlockingIOError:
             logger.warning(WARNING)
-        except (ImportError, OSError) as exc:  # Windows has no such locks; a folder may be read-only
-            logger.debug("other workers cannot be seen: %s", exc)
+        except (ImportError, OSError) as exc:  # Windows has no such locks; a directory can be read-only
+            logger.debug("other workers cannot be detected: %s", exc)
 
-    def leave(self) -> None:
-        """Let another process have the lock. Idempotent."""
+    def release(self) -> None:
+        """Release the lock, so that another worker can hold it. Idempotent."""
         held, self._held = self._held, None
         if held is None:
             return
         file, path = held
-        if self._pid == os.getpid():  # in a child by a fork it is the lock of the parent
+        if self._pid == os.getpid():  # in a forked child the lock belongs to the parent
             with suppress(OSError):
                 path.unlink()
         os.close(file)
 
 
-def _family() -> Path:
-    told = "\0".join([str(os.getppid()), os.getcwd(), *sys.argv])
-    name = hashlib.sha256(told.encode("utf-8", "surrogateescape")).hexdigest()[:24]
+def _lock_path() -> Path:
+    identity = "\0".join([str(os.getppid()), os.getcwd(), *sys.argv])
+    name = hashlib.sha256(identity.encode("utf-8", "surrogateescape")).hexdigest()[:24]
     return Path(tempfile.gettempdir()) / f"asgi_realtime-{name}.lock"
 
 
 def _lock(path: Path) -> int:
-    """The locked file. Raises `BlockingIOError` if another process has the lock.
+    """Lock the file and return its descriptor. Raises `BlockingIOError` if another process holds the lock.
 
-    A lock of POSIX: it belongs to the process, so a second `Realtime` in here gets it too, and a child that this
-    process forks does not hold it.
+    POSIX locks belong to a process, so a second `Realtime` in this process gets the lock as well, and a forked child
+    does not hold it.
     """
     import fcntl
 

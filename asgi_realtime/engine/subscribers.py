@@ -1,9 +1,20 @@
-"""The open subscriptions of this process, and what ends them all: the user, a signal, a server that stops, the stop."""
+"""The open subscriptions of this process, and the events that end all of them.
+
+**States.** `OPEN` serves subscriptions. A shutdown that is announced (by a signal, or by a server that stops) leads to
+`ANNOUNCED`: every subscription ends, and so does each that arrives. That has to happen early, because servers wait for
+open responses before they stop the app. But a signal is only an announcement: a host can have a handler that ignores
+it. So if no stop follows within `ANNOUNCEMENT_COUNTS_S`, the state is `OPEN` again. In `CLOSED`, which `begin_shutdown`
+and the stop enter, subscriptions end as well, until the next start.
+
+A `Realtime` that was started on first use has no host to stop it, so there an announcement stops it directly.
+"""
 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
+from enum import Enum
 from typing import Protocol
 
 import anyio
@@ -14,58 +25,94 @@ from asgi_realtime.loop.supervisor import Supervisor
 logger = logging.getLogger("asgi_realtime")
 
 ANNOUNCEMENT_COUNTS_S = 30.0
-"""How long an announced shutdown ends subscriptions if none comes: a host may have a handler that ignores signals."""
+"""How long an announced shutdown ends subscriptions while no stop follows."""
 
 
 class Subscriber(Protocol):
     """An open subscription, as the ticker and the shutdown see it. Neither call suspends or raises."""
 
     def tick(self, now: float, steady: float) -> None:
-        """Look after heartbeat, expiry and stalled sends.
+        """Check heartbeat, expiry and stalled sends.
 
-        `now` is unix seconds of the host's clock, for what expires; `steady` are seconds of a clock that is never set,
-        for spans.
+        `now` is the host's clock in unix seconds, for what expires; `steady` is a monotonic clock in seconds, for
+        spans.
         """
 
     def shut_down(self) -> None:
-        """End soon and cleanly, so that the client comes back later."""
+        """End soon and cleanly, so that the client reconnects later."""
+
+
+class State(Enum):
+    OPEN = "open"
+    ANNOUNCED = "announced"
+    CLOSED = "closed"
+
+
+_NEXT: dict[State, frozenset[State]] = {
+    State.OPEN: frozenset({State.ANNOUNCED, State.CLOSED}),
+    State.ANNOUNCED: frozenset({State.OPEN, State.CLOSED}),
+    State.CLOSED: frozenset({State.OPEN}),
+}
 
 
 class Subscribers:
-    """What is `open`, and whether this is `closing`: who comes then is sent away at once.
+    """The set `open`, and whether it is `closing`.
 
-    `supervisor` gives the one that runs, if any; `is_left_alone` says whether no host will stop it.
+    `supervisor` returns the current one, if any; `is_left_alone` whether no host is going to stop this `Realtime`.
     """
 
     def __init__(
         self, *, signals: bool, supervisor: Callable[[], Supervisor | None], is_left_alone: Callable[[], bool]
     ) -> None:
         self.open: set[Subscriber] = set()
-        self.closing = False
+        self._state = State.OPEN
         self._supervisor = supervisor
         self._is_left_alone = is_left_alone
         self._signals = ShutdownSignals(self.announce_shutdown, in_background=self._in_background) if signals else None
-        self._announcements = 0
-        self._shut_for_good = False
+        self._announced_at = 0.0
+
+    @property
+    def closing(self) -> bool:
+        """Whether subscriptions end, and new ones are rejected."""
+        return self._state is not State.OPEN
+
+    def _enter(self, state: State) -> None:
+        if state is not self._state:
+            if state not in _NEXT[self._state]:
+                raise RuntimeError(f"subscriptions are {self._state.value} and cannot become {state.value}")
+            self._state = state
 
     def _in_background(self) -> bool:
         supervisor = self._supervisor()
         return supervisor is not None and supervisor.has_the_loop
 
-    def begin(self) -> None:
-        """Something starts: nothing is open yet, and signals are heard."""
+    # Called by the engine
+
+    def start(self) -> None:
+        """A start begins: no subscription is open, and signals are watched."""
         self.open.clear()
-        self.closing = self._shut_for_good = False
+        self._enter(State.OPEN)
         if self._signals is not None:
             self._signals.install()
 
-    def end(self) -> None:
-        """It has stopped: signals are the server's alone again."""
+    def stop(self) -> None:
+        """The stop is complete: signals reach the server only."""
         if self._signals is not None:
             self._signals.restore()
 
+    def close(self) -> None:
+        """End every subscription cleanly, and each that arrives until the next start."""
+        self._end_all(State.CLOSED)
+
+    def _end_all(self, state: State) -> None:
+        self._enter(state)
+        for subscriber in tuple(self.open):
+            subscriber.shut_down()
+
+    # Called by the ticker
+
     def tick(self, now: float, steady: float) -> None:
-        """Have each of them look at the time."""
+        """Tick every subscription."""
         for subscriber in tuple(self.open):
             try:
                 subscriber.tick(now, steady)
@@ -73,55 +120,44 @@ class Subscribers:
                 logger.exception("the ticker failed for %r", subscriber)
 
     def check_server(self) -> None:
-        """Hear of a shutdown that came without a signal, and be there for one if the server has replaced handlers."""
+        """Detect a shutdown without a signal, and install the handlers again if the server has replaced them."""
         if self._signals is None:
             return
         self._signals.install()
         if self._signals.server_stops and not self.closing:
             self.announce_shutdown()
 
-    def close(self) -> None:
-        """End every one of them cleanly, and each that comes."""
-        self.closing = True
-        for subscriber in tuple(self.open):
-            subscriber.shut_down()
+    # Called from any thread or signal handler, even one that interrupts this very code
 
     def begin_shutdown(self) -> None:
-        """End every one of them cleanly, at the next turn of the loop, and every later one until the next start.
-
-        From any thread or signal handler, also one that interrupts this very code; idempotent. It cannot be taken back.
-        """
+        """End every subscription on the next loop iteration, and each that arrives until the next start. Idempotent."""
         supervisor = self._supervisor()
         if supervisor is not None:
-            supervisor.post(self._shut)
-
-    def _shut(self) -> None:
-        self._shut_for_good = True
-        self.close()
+            supervisor.post(self.close)
 
     def announce_shutdown(self) -> None:
-        """The server was told to stop: end every subscription, and if nobody else will stop this, begin with that too.
-
-        From any thread or signal handler; idempotent.
-        """
+        """The server was asked to stop: end subscriptions, and stop if no host will. Idempotent."""
         supervisor = self._supervisor()
         if supervisor is not None:
-            supervisor.post(lambda: self._heed_announcement(supervisor))
+            supervisor.post(lambda: self._on_announcement(supervisor))
 
-    def _heed_announcement(self, supervisor: Supervisor) -> None:
-        self.close()
+    def _on_announcement(self, supervisor: Supervisor) -> None:
         if self._is_left_alone():
+            self.close()
             supervisor.request_stop()
-        else:
-            self._announcements += 1
-            heard = self._announcements
-            supervisor.spawn_detached(lambda: self._reopen_if_ignored(supervisor, heard))
+            return
+        self._announced_at = time.monotonic()
+        if self._state is State.OPEN:
+            self._end_all(State.ANNOUNCED)
+            supervisor.spawn_detached(lambda: self._reopen_if_ignored(supervisor))
 
-    async def _reopen_if_ignored(self, supervisor: Supervisor, heard: int) -> None:
-        await anyio.sleep(ANNOUNCEMENT_COUNTS_S)
-        stops = supervisor.stopping or self._shut_for_good or (self._signals is not None and self._signals.server_stops)
-        if heard == self._announcements and not stops:
-            logger.warning(
-                "nothing stopped within %g s of a signal: subscriptions are served again", ANNOUNCEMENT_COUNTS_S
-            )
-            self.closing = False
+    async def _reopen_if_ignored(self, supervisor: Supervisor) -> None:
+        while (left_s := self._announced_at + ANNOUNCEMENT_COUNTS_S - time.monotonic()) > 0:  # noqa: ASYNC110 - later announcements extend it
+            await anyio.sleep(left_s)
+        if self._state is not State.ANNOUNCED:
+            return
+        if supervisor.stopping or (self._signals is not None and self._signals.server_stops):
+            self._enter(State.CLOSED)
+            return
+        logger.warning("no stop followed a signal within %g s: subscriptions are served again", ANNOUNCEMENT_COUNTS_S)
+        self._enter(State.OPEN)

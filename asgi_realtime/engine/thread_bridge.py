@@ -25,7 +25,7 @@ import anyio.to_thread
 from asgi_realtime.core.errors import ServerShutdown
 from asgi_realtime.engine.engine import Engine
 from asgi_realtime.loop.supervisor import Supervisor
-from asgi_realtime.loop.thread_calls import OwnLoop, ThreadCall
+from asgi_realtime.loop.thread_calls import LoopThread, ThreadCall
 from asgi_realtime.loop.waiting import on_asyncio
 
 T = TypeVar("T")
@@ -38,7 +38,7 @@ class ThreadBridge:
         self._engine = engine
         self._lock = threading.Lock()
         self._starting = threading.Lock()
-        self._own: OwnLoop | None = None
+        self._own: LoopThread | None = None
         self._pid = os.getpid()
 
     def call(self, function: Callable[[], Awaitable[T]], supervisor: Supervisor | None = None) -> T:
@@ -86,7 +86,7 @@ class ThreadBridge:
             )
         with self._lock:
             if self._own is None:
-                self._own = OwnLoop()
+                self._own = LoopThread()
             portal = self._own.portal
         try:
             portal.call(self._engine.ensure_started)

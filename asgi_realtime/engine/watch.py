@@ -1,7 +1,7 @@
-"""What other processes do to a run that executes here: they ask to cancel it, or end it.
+"""Changes that other processes make to a run that executes here: they request its cancellation, or end it.
 
-The topic of the run tells of each version. Those that this process has stored itself are known, so only what others
-did is looked at, and nothing is asked while nothing happens.
+The topic of the run announces each version. The watch knows the versions that this process has stored, so it loads the
+record only after a change by another process. While nothing changes it sends no request.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from asgi_realtime.runs.store import RunStore
 logger = logging.getLogger("asgi_realtime")
 
 _PAUSE_S = 0.5
-"""Between two tries to follow, while the broker is away."""
+"""Pause between attempts to follow the topic while the broker is unavailable."""
 
 
 class RunWatch:
@@ -33,14 +33,14 @@ class RunWatch:
         self._run_id = execution.run.id
         self._seen = execution.run.record.version
         self._scope = anyio.CancelScope()
-        execution.run.buffer.on_stored.append(self._check)  # the stored record has the changes of others as well
+        execution.run.buffer.on_stored.append(self._check)  # the stored record includes what others changed
 
     def end(self) -> None:
-        """The execution is over. Idempotent."""
+        """Stop watching. Idempotent."""
         self._scope.cancel()
 
     async def run(self) -> None:
-        """The job: until the execution is stopped, or `end`."""
+        """Watch until the execution is stopped, or until `end`."""
         with self._scope:
             while True:
                 try:
@@ -48,7 +48,7 @@ class RunWatch:
                         await self._follow(follower)
                     return
                 except BrokerUnavailable:
-                    pass  # the ticker says so
+                    pass  # the ticker logs it
                 except Exception:
                     logger.exception("run %s cannot be followed", self._run_id)
                 await anyio.sleep(_PAUSE_S)
@@ -60,7 +60,7 @@ class RunWatch:
             cursor = changes.cursor
             newest = max((change.version for change in changes.items), default=None)
             if newest is None and changes.snapshot:
-                newest = self._seen + 1  # the topic is gone, and with it the run
+                newest = self._seen + 1  # the topic was removed, and so was the run
             if newest is not None and await self._is_stopped_by(newest):
                 return
             await follower.wait()
@@ -68,22 +68,23 @@ class RunWatch:
     async def _is_stopped_by(self, version: int) -> bool:
         if version != self._seen:
             async with self._execution.run.buffer.storing:
-                pass  # the news of a change of our own may come before its answer
+                pass  # the topic can announce our own change before its call returns
         if version != self._seen and not self._execution.is_ending:
             self._check(await self._runs.restorer.restore_run(self._run_id))
         return self._execution.stopped_by is not None
 
     def _check(self, record: RunRecord | None) -> None:
+        """Stop the execution if the record, or the lack of one, requires it."""
         if record is not None:
-            self._seen = record.version  # which is lower than before if the broker has lost something
-            asked = record.is_completed or record.cancel_requested_at_ms is not None
-            if not asked and not self._runs.owned.is_taken_over(record):
+            self._seen = record.version  # lower than before after a data loss
+            is_to_stop = record.is_completed or record.cancel_requested_at_ms is not None
+            if not is_to_stop and not self._runs.owned.is_taken_over(record):
                 return
         execution = self._execution
         if execution.is_ending or execution.stopped_by is not None:
             return
         if record is None or record.status is Status.CRASHED:
-            logger.warning("run %s was given up while it ran here: its lease was over", self._run_id)
+            logger.warning("run %s was ended elsewhere while it executed here: its lease had expired", self._run_id)
         elif self._runs.owned.is_taken_over(record):
-            logger.warning("run %s is executed elsewhere now: the broker had lost that it ran here", self._run_id)
+            logger.warning("run %s executes elsewhere now: the broker had lost that it executed here", self._run_id)
         execution.cancel()

@@ -1,11 +1,13 @@
-"""Hearing of a shutdown in time: a server waits for open streams before it tells its app, so the signal must.
+"""Detecting a shutdown early: a server waits for open streams before it stops its app, so the signal must end them.
 
-The handlers are chained: ours sets things going and calls the one that was there. They are put in at start, only on
-the main thread, never over the default action or "ignore", and taken out again only if they are still in place. A
-server may put in its own after that, so the ticker looks now and then whether ours are still reached.
+The handlers are chained: ours notifies and then calls the previous one. They are installed at start, on the main thread
+only, and never over the default action or "ignore", because a program without a handler ends at once. They are removed
+at the stop, if they are still in place. A server can install its own handlers later, so the ticker checks regularly
+whether ours are still reached.
 
-A server may also stop by itself. uvicorn does (`--limit-max-requests`, or code that sets `should_exit`), and then waits
-for open streams as after a signal, its port closed. Its handlers are methods of the server, so that is in reach.
+A server can also stop without a signal. uvicorn does (`--limit-max-requests`, or code that sets `should_exit`), and
+waits for open streams as it does after a signal, with its port closed. Its handlers are methods of the server object,
+so that object is within reach.
 """
 
 from __future__ import annotations
@@ -22,19 +24,18 @@ WATCHED = (signal.SIGTERM, signal.SIGINT)
 
 
 class ShutdownSignals:
-    """Calls `on_signal` from the signal handler of each watched signal, before the handler of the server.
+    """Calls `on_signal` from the handler of each watched signal, before the handler of the server.
 
-    `in_background` says whether the signal came while a task of ours had the loop. It is the program's matter all the
-    same, and no code of ours is to be interrupted for it.
+    `in_background` returns whether the signal interrupted a task of ours.
     """
 
     def __init__(self, on_signal: Callable[[], None], *, in_background: Callable[[], bool]) -> None:
         self._on_signal = on_signal
         self._in_background = in_background
-        self._hearing = False
+        self._handling = False
 
     def install(self) -> None:
-        """Put the handlers in before those that are there, unless they are reached already."""
+        """Chain our handlers before the present ones, unless they are reached already."""
         if threading.current_thread() is not threading.main_thread():
             return
         for number in WATCHED:
@@ -44,7 +45,7 @@ class ShutdownSignals:
 
     @property
     def server_stops(self) -> bool:
-        """Whether the server whose handler ours precedes stops without a signal, as far as that can be seen."""
+        """Whether the server whose handler follows ours is stopping, as far as that is visible."""
         for number in WATCHED:
             chain = list(_chain(signal.getsignal(number)))
             if self in [handler.owner for handler in chain]:
@@ -52,7 +53,7 @@ class ShutdownSignals:
         return False
 
     def restore(self) -> None:
-        """Take the handlers out, as far as they are reached through handlers of this kind only."""
+        """Remove our handlers from the chain, as far as handlers of this class lead to them."""
         if threading.current_thread() is not threading.main_thread():
             return
         for number in WATCHED:
@@ -65,13 +66,14 @@ class ShutdownSignals:
                 else:
                     above.previous = handler.previous
 
-    def hear(self, number: int, frame: FrameType | None, then: Handler) -> None:
-        """A signal came, and `then` handles it. That may call an older handler of ours: it is told once all the same.
+    def handle(self, number: int, frame: FrameType | None, then: Handler) -> None:
+        """Handle a signal, then call the previous handler. If that calls an older handler of ours, it notifies no more.
 
-        trio's handler of Ctrl-C raises in the code that it is told of, if that may be interrupted, and else in the main
-        task at its next checkpoint. Without a frame it takes the second way.
+        Trio's handler of Ctrl-C raises `KeyboardInterrupt` in the interrupted code if that is not protected, and else
+        in the main task at its next checkpoint. Without a frame it does the latter. The interrupt concerns the program,
+        so it must not end a task of ours that happens to run.
         """
-        outermost, self._hearing = not self._hearing, True
+        outermost, self._handling = not self._handling, True
         try:
             if outermost:
                 self._on_signal()
@@ -79,31 +81,31 @@ class ShutdownSignals:
             try:
                 then(number, None if self._in_background() else frame)
             finally:
-                self._hearing = not outermost
+                self._handling = not outermost
 
 
 class _Chained:
-    """A handler that tells its owner and then calls the one that was there before."""
+    """A handler that notifies its owner and then calls the previous handler."""
 
     def __init__(self, owner: ShutdownSignals, previous: Handler) -> None:
         self.owner = owner
         self.previous = previous
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        self.owner.hear(number, frame, self.previous)
+        self.owner.handle(number, frame, self.previous)
 
 
 def _chain(handler: Any) -> Iterator[_Chained]:
-    """The handlers of this kind that are called one after the other, from the outermost on."""
+    """The consecutive handlers of this class, from the outermost inward."""
     while isinstance(handler, _Chained):
         yield handler
         handler = handler.previous
 
 
 def _uvicorn_stops(server: Any) -> bool:
-    """Whether this is a `uvicorn.Server` that was told to stop, or takes no connections any more."""
+    """Whether this is a `uvicorn.Server` that was asked to stop, or does not accept connections anymore."""
     listeners = getattr(server, "servers", None)
     if not isinstance(listeners, list):
         return False
-    told = getattr(server, "should_exit", False) is True
-    return told or (bool(listeners) and not any(listener.is_serving() for listener in listeners))
+    exits = getattr(server, "should_exit", False) is True
+    return exits or (bool(listeners) and not any(listener.is_serving() for listener in listeners))

@@ -1,7 +1,7 @@
-"""Calls that a thread makes on the loop of a `Realtime` and waits for, and a loop for a process that has none.
+"""Calls that a thread makes on the event loop of a `Realtime`, and an event loop in a thread for a process without one.
 
-A call is a job of the supervisor and ends with it, so a thread that waits hears of the shutdown as `ServerShutdown`. A
-loop that is abandoned tells nobody; so who waits also looks now and then whether it is still there.
+A call is a job of the supervisor and ends with it, so at a shutdown the waiting thread gets `ServerShutdown`. A loop
+that is abandoned without a stop notifies no thread, so the thread also checks regularly whether the loop still exists.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from asgi_realtime.loop.threads import without_loop
 
 T = TypeVar("T")
 
-LOOK_S = 0.5
-"""How often a thread that waits looks whether the loop is still there."""
+CHECK_PERIOD_S = 0.5
+"""How often a waiting thread checks whether the loop still exists."""
 
 
 class ThreadCall(Generic[T]):
@@ -37,45 +37,45 @@ class ThreadCall(Generic[T]):
         self._results: list[T] = []
         self._error: BaseException | None = None
         self._scope: anyio.CancelScope | None = None
-        self._given_up = False
+        self._is_abandoned = False
 
     def make(self) -> T:
         """Make the call and wait for its result, on a thread that runs no loop.
 
         An exception that interrupts the thread, such as `KeyboardInterrupt`, cancels the call. Raises what the function
-        raises, `ServerShutdown`, and `RuntimeError` where the loop is this thread's and stands still.
+        raises, `ServerShutdown`, and `RuntimeError` if the loop belongs to this thread and is not running.
         """
         if self._supervisor.on_own_thread and not self._supervisor.loop_is_closed:
             raise RuntimeError(
-                "this Realtime was started on an event loop of this thread that does not run now: await the async call"
-                " there, or let the loop run in another thread"
+                "this Realtime was started on an event loop of this thread that is not running; await the async call"
+                " there, or run the loop in another thread"
             )
         context = without_loop(contextvars.copy_context())
         try:
-            self._supervisor.post(lambda: self._begin(context))
-        except RuntimeError:  # closed, or at its end
+            self._supervisor.post(lambda: self._start(context))
+        except RuntimeError:  # the loop is closed or closing
             raise ServerShutdown() from None
         self._wait()
         if self._error is not None:
             try:
                 raise self._error
             finally:
-                self._error = None  # its traceback holds this frame, and this frame the call
+                self._error = None  # breaks a cycle: the traceback holds this frame, and the frame holds the call
         return self._results[0]
 
     def _wait(self) -> None:
         try:
-            while not self._over.wait(LOOK_S):
+            while not self._over.wait(CHECK_PERIOD_S):
                 if self._supervisor.ended or self._supervisor.loop_is_closed:
                     self._end(ServerShutdown())
-        except BaseException:  # a signal handler raised here
+        except BaseException:  # raised by a signal handler
             with suppress(RuntimeError):
-                self._supervisor.post(self._give_up)
+                self._supervisor.post(self._abandon)
             raise
 
     # On the loop's thread
 
-    def _begin(self, context: contextvars.Context) -> None:
+    def _start(self, context: contextvars.Context) -> None:
         if self._supervisor.ended:
             self._end(ServerShutdown())
         else:
@@ -85,7 +85,7 @@ class ThreadCall(Generic[T]):
         try:
             with anyio.CancelScope() as scope:
                 self._scope = scope
-                if self._given_up:
+                if self._is_abandoned:
                     scope.cancel()
                 self._results.append(await self._function())
         except anyio.get_cancelled_exc_class() as exc:
@@ -101,9 +101,9 @@ class ThreadCall(Generic[T]):
         else:
             self._end(None)
 
-    def _give_up(self) -> None:
-        """Nobody waits any more."""
-        self._given_up = True
+    def _abandon(self) -> None:
+        """Cancel the call, because the thread does not wait for it anymore."""
+        self._is_abandoned = True
         if self._scope is not None:
             self._scope.cancel()
 
@@ -113,8 +113,8 @@ class ThreadCall(Generic[T]):
             self._over.set()
 
 
-class OwnLoop:
-    """A loop in a daemon thread. (That of anyio's `start_blocking_portal` is waited for at the exit of Python.)"""
+class LoopThread:
+    """A loop in a daemon thread. (Python waits at its exit for the thread of anyio's `start_blocking_portal`.)"""
 
     def __init__(self) -> None:
         self._ready: Future[anyio.from_thread.BlockingPortal] = Future()
@@ -136,6 +136,6 @@ class OwnLoop:
             await portal.sleep_until_stopped()
 
     def close(self) -> None:
-        """Let the loop end, and wait for that."""
+        """End the loop and wait for the thread."""
         self.portal.start_task_soon(self.portal.stop)
         self._thread.join()

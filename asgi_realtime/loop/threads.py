@@ -1,6 +1,6 @@
-"""Threads for `def` tasks: daemons, so that one which blocks does not hold up the exit of its process.
+"""Threads for `def` tasks. They are daemons, so a thread that blocks does not delay the exit of its process.
 
-(anyio's worker threads on asyncio are not daemons, and Python waits for those before it exits.)
+(anyio's worker threads on asyncio are not daemons, so Python waits for them before it exits.)
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from asgi_realtime.loop.waiting import WaitList
 
 
 def without_loop(context: contextvars.Context) -> contextvars.Context:
-    """The context without sniffio's note of the running loop, so that the thread may run one of its own."""
+    """The context without sniffio's variable for the running loop, so that the thread can run a loop itself."""
     for variable in context:
         if variable.name == "current_async_library_cvar":
             context.run(variable.set, None)
@@ -34,7 +34,7 @@ class _Call:
 
 
 class TaskThreads:
-    """Up to `limit` threads; who comes later waits. Belongs to one start of a `Realtime`."""
+    """Up to `limit` threads; further calls wait. Belongs to one start of a `Realtime`."""
 
     def __init__(self, limit: int, supervisor: Supervisor) -> None:
         self.supervisor = supervisor
@@ -45,7 +45,7 @@ class TaskThreads:
     async def run(self, function: Callable[[], Any]) -> Any:
         """Call a function in a thread, in a copy of the caller's context.
 
-        Cancelling the caller leaves the thread to itself; it counts until it ends.
+        Cancelling the caller abandons the thread, which counts toward the limit until it ends.
         """
         while self._used >= self._limit:
             await self._freed.wait()
@@ -61,7 +61,7 @@ class TaskThreads:
         return call.output
 
     def _work(self, call: _Call) -> None:
-        """The thread."""
+        """Runs in the thread."""
         try:
             call.output = call.function()
         except BaseException as exc:
@@ -69,7 +69,7 @@ class TaskThreads:
         try:
             self.supervisor.post(lambda: self._end(call))
         except RuntimeError:
-            pass  # the loop is gone, and with it whoever waited
+            pass  # the loop is closed, so no task waits for the call
 
     def _end(self, call: _Call) -> None:
         self._used -= 1

@@ -19,7 +19,7 @@ logging.basicConfig(format="%(levelname)s %(message)s", stream=sys.stdout)
 
 async def main():
     async with Realtime(secret_key="s" * 32, broker=sys.argv[1]):
-        async with Realtime(secret_key="t" * 32):  # a second one in this process is no worker of its own
+        async with Realtime(secret_key="t" * 32):  # a second one in this process is not another worker
             print("ready", flush=True)
             sys.stdin.readline()
 
@@ -28,7 +28,7 @@ anyio.run(main)
 
 
 class Worker:
-    """A process of the family. Ends when the test lets it."""
+    """A worker process. Ends when the test calls `end`."""
 
     def __init__(self, folder: Path, broker: str = "memory://") -> None:
         (folder / "worker.py").write_text(PROGRAM)
@@ -51,11 +51,11 @@ class Worker:
 
 
 @pytest.mark.slow
-def test_the_second_worker_of_a_family_warns_and_one_that_comes_after_the_end_of_all_does_not(tmp_path: Path) -> None:
+def test_the_second_worker_warns_and_one_that_starts_after_all_have_ended_does_not(tmp_path: Path) -> None:
     first = Worker(tmp_path)
     assert first.until_ready() == []
     second = Worker(tmp_path)
-    assert second.until_ready() == [f"WARNING {WARNING}\n"] * 2  # of both its objects
+    assert second.until_ready() == [f"WARNING {WARNING}\n"] * 2  # from both of its objects
     second.end()
     first.end()
     third = Worker(tmp_path)
@@ -87,7 +87,7 @@ def test_another_folder_is_another_app(tmp_path: Path) -> None:
 
 
 @pytest.mark.anyio
-async def test_where_there_can_be_no_lock_nothing_is_said(
+async def test_without_a_directory_for_the_lock_nothing_is_logged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "gone"))
@@ -98,18 +98,18 @@ async def test_where_there_can_be_no_lock_nothing_is_said(
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
-def test_a_child_by_a_fork_leaves_the_lock_of_its_parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It removed the file, and the parent's next sibling saw nobody."""
+def test_a_forked_child_leaves_the_lock_of_its_parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It removed the file, so the next worker did not detect the parent."""
     monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     siblings = Siblings()
-    siblings.look()
+    siblings.check()
     (lock,) = tmp_path.glob("*.lock")
     child = os.fork()
     if not child:
-        siblings.leave()
+        siblings.release()
         os._exit(0)
     os.waitpid(child, 0)
     assert lock.exists()
-    siblings.leave()
+    siblings.release()
     assert not lock.exists()
