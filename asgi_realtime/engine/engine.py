@@ -37,7 +37,7 @@ from asgi_realtime.engine.ticker import Ticker
 from asgi_realtime.loop.supervisor import Job, Supervisor
 from asgi_realtime.loop.waiting import WaitList
 from asgi_realtime.runs.store import RunStore
-from asgi_realtime.streams.sources import ThreadBudget
+from asgi_realtime.streams.thread_iterator import ThreadBudget
 
 logger = logging.getLogger("asgi_realtime")
 

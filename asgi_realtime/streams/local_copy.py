@@ -1,12 +1,17 @@
 """The local copy of a pipe: what the host's own code iterates while subscribers get the same chunks.
 
-Bounded. Until it is full nobody waits for the local consumer. When it is full a consumer that reads makes the producer
-wait; without one, or when somebody waits for the end, the copy is given up: subscribers come first.
+The copy is bounded. While it has room, the producer never waits for the local reader. When it is full there are two
+cases: if a reader is iterating, the producer waits for it, because the host wants every chunk. Otherwise nothing will
+make room, so the copy is dropped and iterating it later raises `LocalCopyLost`. The second case includes a host that
+waits for the end of the pipe (`draining`). Subscribers come first: they lose nothing either way.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import Enum
 from typing import Generic, TypeVar
 
 from asgi_realtime.core.errors import LocalCopyLost
@@ -15,94 +20,115 @@ from asgi_realtime.loop.waiting import WaitList
 T = TypeVar("T")
 
 
+class CopyState(Enum):
+    OPEN = "open"
+    DROPPED = "dropped"
+    """It was full without a reader. Its items are gone."""
+    FINISHED = "finished"
+    """No item follows."""
+
+
+TRANSITIONS: dict[CopyState, frozenset[CopyState]] = {
+    CopyState.OPEN: frozenset({CopyState.DROPPED, CopyState.FINISHED}),
+    CopyState.DROPPED: frozenset(),
+    CopyState.FINISHED: frozenset(),
+}
+_OPEN = CopyState.OPEN  # on the hot path, a module constant is cheaper than an enum member
+
+
 class LocalCopy(Generic[T]):
-    """A bounded queue with a producer that may give it up."""
+    """A bounded queue that its producer can drop."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._items: deque[T] = deque()
+        self._state = CopyState.OPEN
+        self._error: Exception | None = None
         self._readers = 0
         self._draining = 0
-        self._lost = False
-        self._finished = False
-        self._error: Exception | None = None
         self._arrived = WaitList()
         self._space = WaitList()
         self.error_seen = False
-        """The source's error was raised to a reader."""
+        """Whether a reader got the source's error."""
+
+    def _move_to(self, state: CopyState) -> None:
+        assert state in TRANSITIONS[self._state]
+        self._state = state
+        self._arrived.wake()
+
+    # Producer
 
     def put(self, item: T) -> None:
-        """Add an item. If that was one too many (`full`), wait for `room` before the next."""
-        if not self._lost:
+        """Add an item. If the copy is `full` afterwards, wait for `room` before the next one."""
+        if self._state is _OPEN:
             self._items.append(item)
             self._arrived.wake()
 
     @property
     def full(self) -> bool:
-        """Whether it holds more than its limit: the item that the producer could not get rid of."""
+        """Whether it holds one item more than its limit: the one that the producer had already read."""
         return len(self._items) > self._limit
 
     async def room(self) -> None:
-        """Wait while the copy is full and read; give it up if it is full and not."""
-        while self.full:
-            if not self._readers or self._draining:
-                self._lost = True
-                self._items.clear()
-                self._arrived.wake()
-            else:
+        """Wait while the copy is full and a reader is iterating. Drop it if it is full otherwise."""
+        while self.full and self._state is _OPEN:
+            if self._readers and not self._draining:
                 await self._space.wait()
+            else:
+                self._move_to(CopyState.DROPPED)
+                self._items.clear()
 
     def finish(self, error: Exception | None) -> None:
-        """No item follows. Readers get the error, if there is one, after the items. The first call decides."""
-        if self._finished:
-            return
-        self._finished = True
-        self._error = error
-        self._arrived.wake()
+        """No item follows. Readers get the error, if any, after the items. The first call wins."""
+        if self._state is _OPEN:
+            self._move_to(CopyState.FINISHED)
+            self._error = error
+
+    # Reader
 
     async def get(self) -> T:
         """The next item. Raises `StopAsyncIteration` at the end, the source's error, or `LocalCopyLost`."""
-        while True:
-            if self._lost:
+        while not self._items:
+            if self._state is CopyState.DROPPED:
                 raise LocalCopyLost(
-                    f"the local copy held {self._limit} chunks and nobody read them, so it was given up;"
-                    " subscribers lost nothing (see limits.pipe_buffer)"
+                    f"the local copy held {self._limit} chunks (Limits.pipe_buffer) and was not read, so it was"
+                    " dropped; subscribers lost nothing"
                 )
-            if self._items:
-                item = self._items.popleft()
-                self._space.wake()
-                return item
-            if self._finished:
-                if self._error is not None:
-                    self.error_seen = True
-                    raise self._error
-                raise StopAsyncIteration
+            if self._state is CopyState.FINISHED:
+                if self._error is None:
+                    raise StopAsyncIteration
+                self.error_seen = True
+                raise self._error
             await self._arrived.wait()
+        self._space.wake()
+        return self._items.popleft()
 
-    def reader_came(self) -> None:
+    def add_reader(self) -> None:
         self._readers += 1
 
-    def reader_left(self) -> None:
+    def remove_reader(self) -> None:
         self._readers -= 1
         self._space.wake()
 
-    def drain_began(self) -> None:
-        """Somebody waits for the end and reads nothing meanwhile."""
+    @contextmanager
+    def draining(self) -> Iterator[None]:
+        """The host waits for the end of the pipe, and does not read in the meantime."""
         self._draining += 1
         self._space.wake()
-
-    def drain_ended(self) -> None:
-        self._draining -= 1
+        try:
+            yield
+        finally:
+            self._draining -= 1
 
 
 class Reader(Generic[T]):
-    """One `async for` over a local copy. Leaving the loop, by whatever way, drops it and so counts it off."""
+    """One `async for` over a local copy. The reader counts until it is deleted, however the loop was left."""
 
     __slots__ = ("_copy",)
 
     def __init__(self, copy: LocalCopy[T]) -> None:
         self._copy = copy
-        copy.reader_came()
+        copy.add_reader()
 
     def __aiter__(self) -> Reader[T]:
         return self
@@ -111,4 +137,4 @@ class Reader(Generic[T]):
         return await self._copy.get()
 
     def __del__(self) -> None:
-        self._copy.reader_left()
+        self._copy.remove_reader()

@@ -1,13 +1,24 @@
 """`Pipe`: forwards a source to a stream and hands the same objects to the host's own code.
 
-One job makes, reads and closes the source's iterator. Its life is the source's, not the consumer's: leaving the loop
-or dropping the pipe does not stop it, cancelling the run or `aclose()` does.
+One job creates, reads and closes the source's iterator. The job lives as long as the source, not as long as the
+consumer: leaving the loop over a pipe, or dropping the pipe, does not stop it. Canceling the run or `aclose()` does.
+
+The states of a pipe:
+
+* FORWARDING: the job reads the source, or has not started yet.
+* STOPPING: `stop` was called, by `aclose` or because the run ends. The job is being cancelled. It closes the source and
+  writes the chunks that it has already taken.
+* ENDED: the source is closed and the broker has acknowledged every chunk, or the writer has failed. Whoever waits for
+  the pipe continues. A source that ends by itself skips STOPPING.
+
+The local copy finishes before the pipe ends, so that the host's loop does not wait for the broker.
 """
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import AbstractAsyncContextManager
+from enum import Enum
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
@@ -19,7 +30,8 @@ from asgi_realtime.core.errors import BrokerUnavailable, RealtimeError, ServerSh
 from asgi_realtime.loop.failures import cancelled_itself, is_failure
 from asgi_realtime.loop.waiting import WaitList
 from asgi_realtime.streams.local_copy import LocalCopy, Reader
-from asgi_realtime.streams.sources import ThreadBudget, discard, open_source
+from asgi_realtime.streams.sources import discard, open_source
+from asgi_realtime.streams.thread_iterator import ThreadBudget
 from asgi_realtime.streams.writer import YIELD_EVERY, StreamWriter, encode_numbered
 
 if TYPE_CHECKING:
@@ -31,17 +43,30 @@ Source = AsyncIterable[T] | Iterable[T] | AbstractAsyncContextManager[AsyncItera
 
 
 class PipeResult(NamedTuple):
-    """What the broker has acknowledged of a pipe: chunks, their bytes, and the index of the last (None if none)."""
+    """What the broker has acknowledged of a pipe: chunks, their bytes, and the index of the last one (None if none)."""
 
     chunks: int
     bytes: int
     last_index: int | None
 
 
-class Pipe(Generic[T]):
-    """A source on its way into a stream. Made by `Realtime.pipe`; forwarding has begun.
+class PipeState(Enum):
+    FORWARDING = "forwarding"
+    STOPPING = "stopping"
+    ENDED = "ended"
 
-    Iterate it for the original objects, unchanged.
+
+TRANSITIONS: dict[PipeState, frozenset[PipeState]] = {
+    PipeState.FORWARDING: frozenset({PipeState.STOPPING, PipeState.ENDED}),
+    PipeState.STOPPING: frozenset({PipeState.ENDED}),
+    PipeState.ENDED: frozenset(),
+}
+
+
+class Pipe(Generic[T]):
+    """A source on its way into a stream. Created by `Realtime.pipe`; forwarding has started.
+
+    Iterate it to get the original objects, unchanged.
     """
 
     def __init__(
@@ -66,14 +91,12 @@ class Pipe(Generic[T]):
         self._post = post
         self._copy: LocalCopy[T] = LocalCopy(limits.pipe_buffer)
         self._index = 0
-        self._unwritable = False
+        self._state = PipeState.FORWARDING
         self._scope: anyio.CancelScope | None = None
         self._stop_reason: RealtimeError | None = None
-        self._stopped = False
         self.error: Exception | None = None
-        """What went wrong, with the source or with a chunk of it."""
+        """What failed: the source, or the publishing of one of its chunks."""
         self._error_seen = False
-        self.done = False
         self._ended = WaitList()
 
     def __repr__(self) -> str:
@@ -85,22 +108,26 @@ class Pipe(Generic[T]):
         """The handle of the pipe's run, with a token that reads it."""
         return self._make_handle()
 
+    # The host's side
+
     def __aiter__(self) -> AsyncIterator[T]:
         return Reader(self._copy)
 
     async def __anext__(self) -> T:
         """The next original object, for code that calls `anext()` on the pipe itself.
 
-        Between two calls nobody counts as reading: who may fall behind by `limits.pipe_buffer` keeps `aiter(pipe)`.
+        Between two calls no reader counts as iterating. If your code can fall behind by `Limits.pipe_buffer` chunks,
+        keep the iterator: `reader = aiter(pipe)`.
         """
         return await Reader(self._copy).__anext__()
 
     async def wait_until_complete(self) -> PipeResult:
         """Wait until the source has ended and the broker has acknowledged every chunk.
 
-        Raises the source's own error, `EncodingError` or `LimitExceeded` for a chunk that could not be forwarded,
-        `BrokerUnavailable` if the broker was away for longer than `timeouts.append`, and `RunCanceled`, `RunFailed` or
-        `ServerShutdown` if the run ended before the source. Cancelling the caller does not stop the pipe.
+        Raises the source's own error, `EncodingError` or `LimitExceeded` for a chunk that could not be published,
+        `BrokerUnavailable` if the broker was unavailable for longer than `Timeouts.append`, and `RunCanceled`,
+        `RunFailed` or `ServerShutdown` if the run ended before the source. Cancelling the caller does not stop the
+        pipe.
         """
         await self.settled()
         if self.error is not None:
@@ -111,7 +138,7 @@ class Pipe(Generic[T]):
         return self.result
 
     async def aclose(self) -> None:
-        """Stop forwarding and close the source. What it gave before is in the stream. Idempotent."""
+        """Stop forwarding and close the source. The stream keeps the chunks so far. Idempotent."""
         self.stop(None)
         await self.settled()
 
@@ -120,35 +147,44 @@ class Pipe(Generic[T]):
         """What the broker has acknowledged so far."""
         return PipeResult(self._writer.chunks, self._writer.bytes, self._writer.last_index)
 
+    # The run's side
+
+    @property
+    def done(self) -> bool:
+        return self._state is PipeState.ENDED
+
     @property
     def unseen_error(self) -> Exception | None:
-        """An error that was raised to nobody yet: it will fail the run."""
+        """An error that was not raised to the host's code yet. It fails the run."""
         if self._error_seen or self._copy.error_seen:
             return None
         return self.error
 
     async def settled(self) -> None:
         """Wait until the pipe has ended, however it did."""
-        self._copy.drain_began()
-        try:
+        with self._copy.draining():
             while not self.done:
                 await self._ended.wait()
-        finally:
-            self._copy.drain_ended()
 
     def stop(self, reason: RealtimeError | None) -> None:
-        """Make the job end. A consumer then gets `reason`, or a clean end."""
-        if not self._stopped and not self.done:
-            self._stopped = True
+        """Cancel the job. The consumer gets `reason`, or a clean end. Idempotent; the first reason wins."""
+        if self._state is PipeState.FORWARDING:
+            self._move_to(PipeState.STOPPING)
             self._stop_reason = reason
             if self._scope is not None:
                 self._scope.cancel()
+
+    def _move_to(self, state: PipeState) -> None:
+        assert state in TRANSITIONS[self._state]
+        self._state = state
+
+    # The job
 
     async def run(self) -> None:
         """The job."""
         try:
             with anyio.CancelScope() as self._scope:
-                if self._stopped:
+                if self._state is PipeState.STOPPING:
                     self._scope.cancel()
                 await self._forward_all()
         except BaseException as exc:
@@ -160,7 +196,7 @@ class Pipe(Generic[T]):
                 await self._end(self._drain)
 
     async def fail(self, cause: BaseException) -> None:
-        """The job cannot begin."""
+        """End the pipe in place of its job, which cannot start."""
         self._note(cause)
         with anyio.CancelScope(shield=True):
             await self._end(lambda: discard(self._source, close_s=self._timeouts.close))
@@ -175,12 +211,12 @@ class Pipe(Generic[T]):
             self._stop_reason = ServerShutdown()
 
     async def _end(self, last: Callable[[], Awaitable[None]]) -> None:
-        """The local iteration ends now, the pipe after its last act."""
+        """Finish the local iteration now, and the pipe after its last action."""
         self._copy.finish(self.error or self._stop_reason)
         try:
             await last()
         finally:
-            self.done = True
+            self._move_to(PipeState.ENDED)
             self._ended.wake()
 
     async def _forward_all(self) -> None:
@@ -200,14 +236,13 @@ class Pipe(Generic[T]):
                     await anyio.lowlevel.checkpoint()
 
     def _forward(self, item: T) -> None:
-        """Write one item. Without a broker the local iteration goes on; the failure is raised at the end."""
+        """Write one item. If the broker fails, the local iteration continues, and the failure is raised at the end."""
         data = encode_numbered(item, self._limits.chunk_bytes, key=self._writer.key, index=self._index)
         self._index += 1
-        if not self._unwritable:
-            try:
-                self._writer.write(data)
-            except BrokerUnavailable:
-                self._unwritable = True
+        try:
+            self._writer.write(data)
+        except BrokerUnavailable:
+            pass  # the writer keeps this failure, and `_drain` raises it
 
     async def _drain(self) -> None:
         try:
@@ -217,5 +252,5 @@ class Pipe(Generic[T]):
 
 
 def _is_foreign(exc: BaseException) -> bool:
-    """A cancellation that the source met inside itself and nobody meant for its pipe."""
+    """Whether this is a cancellation from inside the source, which was not meant for its pipe."""
     return isinstance(exc, anyio.get_cancelled_exc_class()) and cancelled_itself()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 import anyio
 import pytest
 
@@ -87,14 +89,15 @@ async def test_full_and_read_the_producer_waits() -> None:
 async def test_a_waiting_producer_goes_on_when(ending: str) -> None:
     copy = filled(3, 4)
     readers = [Reader(copy)]
-    with anyio.fail_after(5):
+    draining = ExitStack()
+    with draining, anyio.fail_after(5):
         async with anyio.create_task_group() as group:
             group.start_soon(copy.room)
             await steps(5)
             if ending == "the reader leaves":
                 readers.clear()
             else:
-                copy.drain_began()
+                draining.enter_context(copy.draining())
     with pytest.raises(LocalCopyLost):
         await anext(Reader(copy))
 
@@ -102,8 +105,8 @@ async def test_a_waiting_producer_goes_on_when(ending: str) -> None:
 async def test_after_a_drain_readers_count_again() -> None:
     copy = filled(3, 4)
     reader = Reader(copy)
-    copy.drain_began()
-    copy.drain_ended()
+    with copy.draining():
+        pass
     with anyio.move_on_after(0) as scope:
         await copy.room()
     assert scope.cancelled_caught

@@ -22,7 +22,7 @@ from asgi_realtime.core.config import Limits, Timeouts
 from asgi_realtime.core.errors import EncodingError, InvalidSource, LimitExceeded, ServerShutdown
 from asgi_realtime.core.run_errors import RunCanceled
 from asgi_realtime.core.runs import Status
-from asgi_realtime.streams.sources import THREAD_AHEAD
+from asgi_realtime.streams.thread_iterator import THREAD_AHEAD
 from tests.faults import make, others, steps, stored, until
 
 pytestmark = pytest.mark.anyio
@@ -361,7 +361,7 @@ async def test_a_source_made_inside_async_with_needs_the_wait_inside_of_it() -> 
 )
 async def test_plain_collections_are_read_inline(source: Any) -> None:
     async with make(limits=Limits(source_threads=1)) as realtime, realtime.open_run("report") as run:
-        realtime.engine.threads.take()
+        realtime.engine.threads.acquire()
         await realtime.pipe(source).wait_until_complete()
         assert await stored(realtime, run.id) == [1, 2, 3]
 
