@@ -78,7 +78,9 @@ class FeedResponse(SubscriptionResponse[LiveTopic]):
                     if await self._is_removed(source):
                         return b""  # its end is unknown; the client reconnects and gets 404
                 except BrokerUnavailable:
-                    pass  # the cursor has not moved, and the broker wakes its followers when it is back
+                    if source.failure is not None:
+                        return b""  # it never wakes its followers again; the client resumes on a new one
+                    # The cursor has not moved, and the broker wakes its followers when it is back.
                 self._phase = WAITING
                 await follower.wait()
 

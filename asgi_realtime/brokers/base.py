@@ -1,8 +1,8 @@
-"""What a broker keeps, and what it guarantees.
+"""The interface of a broker: what it stores, and what each method guarantees.
 
-A broker keeps streams (append-only logs), runs (versioned records), topics (indexes of changed runs) and claims. Every
-guarantee stands at its method and is tested by the suite in `asgi_realtime.testing.conformance`, which a backend has
-to pass. A cancelled call happened entirely or not at all.
+A broker stores streams (append-only logs), runs (versioned records), topics (indexes of changed runs) and claims. Each
+guarantee is stated at its method and tested by the suite in `asgi_realtime.testing.conformance`, which every backend
+has to pass. A call that is cancelled took full effect or none.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ MARKS_KEPT = 64
 
 
 class ChangeMark(NamedTuple):
-    """The name of one commit, the same in each retry: the writer, and a number that it uses once for each run.
+    """Identifies one commit, and is the same in each retry: the writer, and a number it uses once for each run.
 
-    Numbers need not arrive in order: one writer may have several commits under way.
+    Numbers need not arrive in order, because a writer can have several commits under way.
     """
 
     writer: str
@@ -32,28 +32,33 @@ class ChangeMark(NamedTuple):
 
 
 class LiveTopic(Protocol):
-    """A topic that is followed: ask `changes`, then wait at `waiting`. One for each topic and process."""
+    """A topic that is followed, one for each topic and process. Use it through `brokers.following.Follower`."""
 
     waiting: WaitList
 
+    @property
+    def failure(self) -> Exception | None:
+        """Why the topic can no longer be followed. It is final: to continue, follow the topic anew."""
+        ...
+
     async def changes(self, cursor: Cursor | None, *, limit: int = 1000) -> Changes:
-        """As `Broker.changes`. Raises `BrokerUnavailable` if the topic cannot be followed any more, `ServerShutdown` if
-        the broker was left."""
+        """As `Broker.changes`. Raises `failure` once that is set: `BrokerUnavailable`, or `ServerShutdown` if the
+        broker was closed. `BrokerUnavailable` without a `failure` is temporary; the broker then wakes `waiting`."""
         ...
 
 
 class Broker(Protocol):
-    """The storage and distribution behind a `Realtime`. An async context manager that may be entered again after exit.
+    """The storage and distribution behind a `Realtime`. An async context manager that can be entered again after exit.
 
-    All methods raise `BrokerUnavailable` when the backend does not answer; nothing is known of such a call then. One
-    that is under way when the broker is left may raise `ServerShutdown`.
+    All methods raise `BrokerUnavailable` when the backend does not answer; such a call may or may not have taken
+    effect. A call that is under way when the broker is closed may raise `ServerShutdown`.
     """
 
     shared: bool
     """Whether other processes see what this one writes."""
 
     warnings: Sequence[str]
-    """What is wrong with how the backend is set up, in words for people; as known since the last `ping`."""
+    """Problems with the setup of the backend, for people to read; as of the last `ping`."""
 
     async def __aenter__(self) -> Broker: ...
 
@@ -70,139 +75,138 @@ class Broker(Protocol):
     ) -> Position:
         """Append JSON items with consecutive seqs, and end the stream in the same step if `end` is given.
 
-        Appends to one key are serialised and no reader sees part of a call. An end is durable, final and idempotent.
-        With a producer a retried call is harmless: what was stored is skipped, also if the stream has ended since.
-        An input (`key.hidden`) is never trimmed; what would take all inputs of the run over `Limits.inputs_bytes` is
-        refused. Raises `RunNotFound`, `StreamClosed` (the stream or its run is over), `ProducerGap`, `LimitExceeded`.
+        Appends to one stream are serialized, and no reader sees part of a call. An end is durable, final and
+        idempotent. With a producer, retries are harmless: items that were stored before are skipped, even if the stream
+        has ended since. An input (`key.hidden`) is never trimmed; an append that would take the items of all inputs of
+        the run over `Limits.inputs_bytes` (their JSON, without framing) is rejected. Raises `RunNotFound`,
+        `StreamClosed` (the stream or its run has ended), `ProducerGap`, `LimitExceeded`.
 
-        `at` is for a backend that can lose what it acknowledged: the producer writes it again, from the seq where it
-        stood. Raises `StreamLost` if that place is taken, `RestoreOutOfOrder` if the stream has not come to it yet.
+        `at` is for backends that can lose acknowledged data: the producer restores its items from this seq on. Raises
+        `StreamLost` if other items have taken the place, `RestoreOutOfOrder` if earlier items have yet to be restored.
         """
         ...
 
     async def read(self, key: StreamKey, *, after: int = -1, limit: int = 500) -> Page:
-        """The entries after a cursor (exclusive), at most `limit`: some if there are any. A stream that nobody wrote is
-        empty.
+        """The entries after a cursor (exclusive): at most `limit`, and at least one if there are any.
 
-        A page that starts behind `after + 1` tells of a gap: what lies between was trimmed. Raises `RunNotFound`.
+        A stream that was never written is empty. A page that starts after `after + 1` shows a gap: the entries in
+        between were trimmed. Raises `RunNotFound`.
         """
         ...
 
     async def produced(self, key: StreamKey, producer_id: str) -> int:
-        """How many items of a producer the stream has counted: its next append may start there, or before.
+        """How many items of a producer the stream has counted: its next append starts there, or before.
 
-        0 for one that never wrote here, also of a stream that nobody wrote. The count outlives the entries and the end
-        of the stream. Raises `RunNotFound`.
+        0 for a producer or stream that never wrote. The count outlives the entries and the end of the stream. Raises
+        `RunNotFound`.
         """
         ...
 
     def live(self, key: StreamKey) -> AbstractAsyncContextManager[LiveLog]:
         """Follow a stream: its newest part and every later append, joined without a gap or a duplicate.
 
-        The log may begin later than what is retained: what lies before is to be `read`. If acknowledged entries were
-        lost so that readers are ahead of the stream, the log fails, and they come back by their cursors. Entering
-        raises `RunNotFound`. Leaving, also by cancellation, leaves nothing behind.
+        The log can start later than the retained part; `read` has what is before. If acknowledged entries were lost, so
+        that readers are ahead of the stream, the log fails, and readers resume by their cursors. Entering raises
+        `RunNotFound`. Leaving, also by cancellation, releases everything.
         """
         ...
 
     async def commit(
         self, record: RunRecord, *, expect: int, change: ChangeMark, floors: Mapping[tuple[str, str], int] | None = None
     ) -> int:
-        """Store a record if the stored version is `expect` (0: the run must not exist yet); return its version.
+        """Store a record if the stored version is `expect` (0: the run must not exist); return its version.
 
-        A record follows the stored version; one that is created may have any, since its owner may have to create it
-        again. `floors` say, by stream and producer id, how many items of a producer a stream must have counted: if it
-        has not, acknowledged entries were lost, and `StreamBehind` is raised before anything is changed. Nothing
-        follows a terminal record.
+        Versions are consecutive, except that a new record may have any: its owner may have to create it again after
+        data loss. `floors` maps a stream and a producer id to the number of items that the stream must have counted. If
+        it has counted fewer, acknowledged entries were lost, and `StreamBehind` is raised before anything is changed.
+        Nothing follows a terminal record.
 
         The record and its own topic `run:<id>` change in one step; a terminal record ends all streams of the run in
-        that step. Before the call returns, the topics in `record.topics` are told: each change at least once, never an
-        older version over a newer one; a mark of the same step makes the run due as `unpublished` until that is done.
-        A commit whose mark is among the newest `MARKS_KEPT` of the run changes nothing and returns the version of then.
-        Raises `VersionConflict` with the stored record, `LimitExceeded` for a new run that there is no room for.
+        that step. Before the call returns, the change is published to the topics in `record.topics`: at least once, and
+        never an older version over a newer one. A mark set in the same step makes the run due as `unpublished` until
+        that is done. A commit whose mark is among the newest `MARKS_KEPT` of the run changes nothing and returns the
+        version that it stored then. Raises `VersionConflict` with the stored record, `LimitExceeded` for a new run
+        without room.
         """
         ...
 
     async def load(self, run_ids: Sequence[str]) -> list[RunRecord | None]:
-        """The newest records, in the order asked; None for a run that does not exist."""
+        """The newest records in the order of the ids; None for a run that does not exist."""
         ...
 
     async def changes(self, topic: str, *, after: Cursor | None = None, limit: int = 1000) -> Changes:
-        """What changed in a topic after a cursor, oldest first; a snapshot if the cursor is of no use (or None).
+        """The changes of a topic after a cursor, oldest first; a snapshot without a cursor, or with an unusable one.
 
         Index and position are read in one step, and a record that is loaded afterwards is at least as new.
         """
         ...
 
     def follow(self, topic: str) -> AbstractAsyncContextManager[LiveTopic]:
-        """Follow a topic. A change that was committed before entering is known then, whoever committed it; one that is
-        committed after entering wakes those who wait, and so does a removal."""
+        """Follow a topic. Every change that any process committed before entering is known; changes that are committed
+        after entering wake the waiters, and so do removals."""
         ...
 
     async def claim(self, key: str, value: str, *, ttl_s: float) -> str:
-        """Store a value under a key unless there is one; return the one that is stored. The first wins.
+        """Store a value under a key unless it has one; return the stored value. The first wins.
 
-        It stays until `ttl_s` is over, or until the run that it was claimed for is removed.
+        The claim lasts for `ttl_s`, or until the run that it was made for is removed.
         """
         ...
 
     async def claimed(self, key: str) -> str | None:
-        """The value that is stored under a key now; None if there is none, or none any more.
-
-        It says what `claim` would have returned, and stores nothing: between the two another may claim.
-        """
+        """The value under a key now, or None. Stores nothing, so another process can claim the key right after."""
         ...
 
     async def due(self, kind: str, *, limit: int = 100, skip: int = 0) -> list[str]:
         """The runs that are due for `kind` (see `core.runs.DUE_KINDS`) by the broker's clock, oldest first.
 
-        `skip` leaves out so many of the oldest: those that the caller has seen and cannot do anything for.
+        `skip` leaves out that many of the oldest: runs that the caller has seen and can do nothing for.
 
         A run stays due until a commit, `renew`, `enqueued`, `publish` or `remove` changes that.
 
-        `enqueue` and `lease` are counted from the commit that makes a run QUEUED, or EXECUTING: it is due
-        `Timeouts.lease` later, by the broker's clock whatever the record says, unless it leaves that status. Other
-        commits in between change nothing about that.
+        `enqueue` and `lease` count from the commit that makes a run QUEUED or EXECUTING: it is due `Timeouts.lease`
+        later, by the broker's clock whatever the record says, unless it leaves that status. Other commits in between
+        do not change that.
         """
         ...
 
     async def renew(self, run_ids: Sequence[str], *, owner: str) -> None:
-        """Put off what is due of runs that this process has in hand, to `Timeouts.lease` from now.
+        """Put off what this process is responsible for, to `Timeouts.lease` from now.
 
-        That is `lease` for those that are EXECUTING and owned by `owner`, and `enqueue` for those that are QUEUED,
-        whoever calls: who holds them in memory sees to them. What is not due at any time, since `enqueued`, does not
-        become so. Other runs are left alone.
+        That is `lease` for runs that are EXECUTING and owned by `owner`, and `enqueue` for QUEUED runs, whoever calls:
+        a process that holds them in memory is going to start them. A run that is not due at any time, because of
+        `enqueued`, does not become due. Other runs are left alone.
         """
         ...
 
     async def enqueued(self, run_id: str) -> None:
-        """A queue that outlives this process has the run: it is not due as `enqueue` any more.
+        """A queue that outlives this process has accepted the run, so it is no longer due as `enqueue`.
 
-        Changes nothing for a run that is not QUEUED, also not for what follows if it becomes so later.
+        Does nothing for a run that is not QUEUED, and does not affect it if it is QUEUED later.
         """
         ...
 
     async def publish(self, run_id: str) -> None:
-        """Tell the topics of a run again. Harmless at any time."""
+        """Publish the newest version of a run to its topics again. Harmless at any time."""
         ...
 
     async def remove(self, run_id: str) -> None:
-        """Remove a run that is over: its record, its streams, its places in all topics, and in the same step
-        `record.claim` if that still stands for this run: an id is never used for another run.
+        """Remove a run that has ended: its record, its streams, its entries in all topics, and in the same step
+        `record.claim` if its value is still this run, because ids are never reused.
 
-        Those who follow its streams still get what is there and the end. Those who follow its topics are woken: that
-        it is gone stands in no change, but loading it tells.
+        Subscribers of its streams still get the remaining entries and the end. Followers of its topics are woken; no
+        change records the removal, but loading the run shows it.
         """
         ...
 
     async def ping(self) -> None:
-        """Return if the backend answers, raise `BrokerUnavailable` if not."""
+        """Return if the backend answers. Raises `BrokerUnavailable`."""
         ...
 
 
 @runtime_checkable
 class ImmediateBroker(Protocol):
-    """A broker that appends at once, in memory: a pipe then needs no task of its own for writing."""
+    """A broker that appends in memory. A pipe then needs no task for writing."""
 
     def append_nowait(
         self,
@@ -219,21 +223,21 @@ class ImmediateBroker(Protocol):
 
 @runtime_checkable
 class InOneProcess(Protocol):
-    """A broker that keeps everything in the process that it is used in."""
+    """A broker that stores everything in its own process."""
 
     @property
     def home(self) -> str:
-        """Names that process and this broker in it. Tokens carry it, so that another process can tell why it does not
-        find their runs."""
+        """Identifies this process and broker. Tokens carry it, so that another process can explain why it does not find
+        their runs."""
         ...
 
 
 @runtime_checkable
 class ThreadRenewal(Protocol):
-    """A broker whose leases can be renewed while the loop is blocked, so that this crashes no runs."""
+    """A broker whose leases can be renewed while the loop is blocked, so that a blocked loop crashes no runs."""
 
     def renew_from_thread(self, run_ids: Sequence[str], *, owner: str) -> None:
-        """As `Broker.renew`, blocking, from a thread that is not the loop's. Raises `BrokerUnavailable`."""
+        """As `Broker.renew`, blocking, for threads without an event loop. Raises `BrokerUnavailable`."""
         ...
 
 

@@ -1,7 +1,7 @@
-"""The broker of one process: its storage is what readers follow.
+"""The broker of one process: readers follow its storage directly.
 
-Every method does its work without suspending, so each is atomic on its loop and a cancelled call has not begun. Nothing
-leaves the process; a restart of the `Realtime` keeps what is stored, a restart of the process starts empty.
+No method suspends, so each is atomic on its event loop, and a cancelled call has not begun. Nothing leaves the process.
+The data survives a restart of the `Realtime`, not of the process.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 
 from asgi_realtime.brokers.base import MARKS_KEPT, ChangeMark, LiveTopic
+from asgi_realtime.brokers.due_times import DueTimes
 from asgi_realtime.brokers.live_log import LiveLog
 from asgi_realtime.core.chunks import encode_value
 from asgi_realtime.core.config import Limits, Retention, Timeouts
@@ -25,96 +26,49 @@ from asgi_realtime.core.topics import Changes, Cursor, TopicIndex
 from asgi_realtime.loop.waiting import WaitList, WakeSoon
 
 _RECORD_BYTES = 3072
-"""What a stored run costs besides its payload, output, metadata and streams, roughly."""
+"""What a stored run costs in addition to its payload, output, metadata and streams, roughly."""
 
 ENTRY_BYTES = 64
-"""What an entry costs besides the bytes of its frame, roughly."""
+"""What an entry costs in addition to the bytes of its frame, roughly."""
 
 _PRODUCER_BYTES = 220
-"""What the count of a producer costs, roughly: each append over HTTP is one of its own."""
+"""What the count of a producer costs, roughly. Each append over HTTP has a producer of its own."""
 
 _CLAIM_BYTES = 256
-"""What a claim costs besides its key and value, roughly."""
+"""What a claim costs in addition to its key and value, roughly."""
 
 _LEASES = {"enqueue": Status.QUEUED, "lease": Status.EXECUTING}
-"""What a run is due for a lease after it came to a status, unless somebody has it in hand."""
+"""The statuses in which a run has a lease, and what it is due for when nobody renews it."""
 
 Clock = Callable[[], float]
 
 
 class _StoredRun:
-    """A run and all that lives and ends with it."""
+    """A run, and what is removed with it."""
 
-    __slots__ = ("marks", "record", "record_size", "size", "streams", "told")
+    __slots__ = ("inputs_bytes", "marks", "published_to", "record", "record_size", "size", "streams")
 
     def __init__(self, record: RunRecord) -> None:
         self.record = record
         self.streams: dict[str, LiveLog] = {}
-        self.marks: dict[ChangeMark, int] = {}  # the versions that the newest commits made
-        self.told: tuple[str, ...] = ()  # topics that the run was ever told to
+        self.marks: dict[ChangeMark, int] = {}  # the versions that the newest commits stored
+        self.published_to: tuple[str, ...] = ()  # every topic that has ever listed the run
+        self.inputs_bytes = 0
         self.record_size = 0
         self.size = 0
 
 
 class _MemoryTopic:
-    __slots__ = ("followers", "index", "waiting")
+    __slots__ = ("failure", "followers", "index", "waiting")
 
     def __init__(self, index: TopicIndex) -> None:
         self.index = index
         self.waiting = WaitList()
         self.followers = 0
+        self.failure: Exception | None = None
 
     async def changes(self, cursor: Cursor | None, *, limit: int = 1000) -> Changes:
         return self.index.after(cursor, limit=limit)
-
-
-class _Schedule:
-    """Times at which runs are due, for one kind. Entries that were superseded are skipped when they come up."""
-
-    __slots__ = ("_at", "_heap")
-
-    def __init__(self) -> None:
-        self._at: dict[str, int] = {}
-        self._heap: list[tuple[int, str]] = []
-
-    def __contains__(self, run_id: str) -> bool:
-        return run_id in self._at
-
-    def set(self, run_id: str, at_ms: int | None) -> None:
-        if at_ms is None:
-            self._at.pop(run_id, None)
-        elif self._at.get(run_id) != at_ms:
-            self._at[run_id] = at_ms
-            heapq.heappush(self._heap, (at_ms, run_id))
-        if len(self._heap) > 64 + 2 * len(self._at):
-            self._heap = [(at, run) for run, at in self._at.items()]
-            heapq.heapify(self._heap)
-
-    def due(self, now_ms: int, limit: int) -> list[str]:
-        """The due runs; they stay due."""
-        found: dict[str, int] = {}
-        while self._heap and self._heap[0][0] <= now_ms and len(found) < limit:
-            at_ms, run_id = heapq.heappop(self._heap)
-            if self._at.get(run_id) == at_ms:
-                found[run_id] = at_ms
-        for run_id, at_ms in found.items():
-            heapq.heappush(self._heap, (at_ms, run_id))
-        return list(found)
-
-    def first(self, *, besides: str) -> str | None:
-        """The run that is due next, if any, leaving one out."""
-        left_out: tuple[int, str] | None = None
-        while self._heap:
-            at_ms, run_id = self._heap[0]
-            current = self._at.get(run_id) == at_ms
-            if current and run_id != besides:
-                break
-            heapq.heappop(self._heap)
-            left_out = (at_ms, run_id) if current else left_out
-        found = self._heap[0][1] if self._heap else None
-        if left_out is not None:
-            heapq.heappush(self._heap, left_out)
-        return found
 
 
 class MemoryBroker:
@@ -139,11 +93,11 @@ class MemoryBroker:
         self._runs: dict[str, _StoredRun] = {}
         self._topics: dict[str, _MemoryTopic] = {}
         self._claims: dict[str, tuple[str, int]] = {}
-        self._claims_expire = _Schedule()
-        self._due = {kind: _Schedule() for kind in DUE_KINDS}
+        self._claims_expire = DueTimes()
+        self._due = {kind: DueTimes() for kind in DUE_KINDS}
         self._size = 0
-        self._room_at = self._retention.total_bytes  # the size at which room is made
-        self._full = False  # there was no room to be made
+        self._room_at = self._retention.total_bytes  # the size at which to make room
+        self._full = False  # no room could be made
         self._wakes = WakeSoon()
 
     async def __aenter__(self) -> MemoryBroker:
@@ -154,14 +108,14 @@ class MemoryBroker:
 
     @property
     def home(self) -> str:
-        return f"{self._name}-{os.getpid()}"  # what is written after a fork, the other one does not have
+        return f"{self._name}-{os.getpid()}"  # after a fork, each process has data of its own
 
     def _now_ms(self) -> int:
         return int(self._clock() * 1000)
 
     @property
     def size(self) -> int:
-        """Bytes held, roughly: retained frames, payloads, outputs, metadata, claims, and a sum for each of these."""
+        """The bytes in use, roughly: frames, payloads, outputs, metadata and claims, with their overhead."""
         return self._size
 
     # Streams
@@ -181,12 +135,12 @@ class MemoryBroker:
         before = _log_bytes(log)
         if self._full and items:
             self._refuse()
-        if key.hidden:
-            self._check_inputs(run, items if producer is None else log.unseen(items, producer))
+        added = self._check_inputs(run, items if producer is None else log.unseen(items, producer)) if key.hidden else 0
         position = log.append(items, self._now_ms(), producer=producer, at=at)
+        run.inputs_bytes += added
         if end is not None:
             log.close(end)
-        run.streams[key.name] = live  # not before: a refused append leaves nothing behind
+        run.streams[key.name] = live  # only now, so that a refused append leaves no trace
         if log.size > self._retention.stream_bytes and not key.hidden:
             log.trim(self._retention.stream_bytes)
         grown = _log_bytes(log) - before
@@ -228,17 +182,20 @@ class MemoryBroker:
         finally:
             live.leave()
             if not live.readers and not live.log.next and live.end in (None, run.record.end):
-                run.streams.pop(key.name, None)  # only readers ever knew it
+                run.streams.pop(key.name, None)  # nobody has ever written it
 
     def _refuse(self) -> None:
         limit = self._retention.total_bytes
-        raise LimitExceeded(f"the broker holds {self._size} bytes of runs that go on, limit {limit}", status=503)
+        raise LimitExceeded(
+            f"the broker holds {self._size} bytes of active runs, limit {limit} (Retention.total_bytes)", status=503
+        )
 
-    def _check_inputs(self, run: _StoredRun, items: Sequence[bytes]) -> None:
-        held = sum(live.log.size for name, live in run.streams.items() if name.startswith(HIDDEN_STREAM))
-        limit = self._limits.inputs_bytes
-        if items and held + sum(map(len, items)) > limit:
+    def _check_inputs(self, run: _StoredRun, items: Sequence[bytes]) -> int:
+        """The bytes that an append adds to the inputs of a run. Raises `LimitExceeded`."""
+        added, held, limit = sum(map(len, items)), run.inputs_bytes, self._limits.inputs_bytes
+        if items and held + added > limit:
             raise LimitExceeded(f"the inputs of run {run.record.id!r} hold {held} bytes, limit {limit}", status=429)
+        return added
 
     def _make_stream(self, run: _StoredRun) -> LiveLog:
         live = LiveLog(Log(), self._wakes)
@@ -249,7 +206,7 @@ class MemoryBroker:
     def _run(self, run_id: str) -> _StoredRun:
         run = self._runs.get(run_id)
         if run is None:
-            raise RunNotFound(f"no run {run_id!r}: it never was, or it is past its retention")
+            raise RunNotFound(f"no run {run_id!r}: it does not exist or has expired (Retention.after_end)")
         return run
 
     # Runs
@@ -270,7 +227,7 @@ class MemoryBroker:
         for (name, producer), floor in (floors or {}).items():
             live = None if run is None else run.streams.get(name)
             if live is None or live.log.counted(producer) < floor:
-                raise StreamBehind(f"stream {name!r} has less than {floor} items of one of its producers")
+                raise StreamBehind(f"stream {name!r} has lost entries that were acknowledged")
         if run is None:
             if self._full:
                 self._refuse()
@@ -285,14 +242,14 @@ class MemoryBroker:
         if len(run.marks) > MARKS_KEPT:
             del run.marks[next(iter(run.marks))]
         self._schedule(record, was)
-        self._tell(run_topic(record.id), record)
+        self._publish(run_topic(record.id), record)
         if record.end is not None:
             self._full = False
             self._room_at = self._retention.total_bytes
             for live in run.streams.values():
                 live.log.close(record.end)
                 live.wake()
-        self._tell_topics(run)
+        self._publish_topics(run)
         if self._size > self._room_at:
             self._make_room(record.id)
         return record.version
@@ -308,13 +265,13 @@ class MemoryBroker:
     def _lease_end(self) -> int:
         return self._now_ms() + round(self._timeouts.lease * 1000)
 
-    def _tell_topics(self, run: _StoredRun) -> None:
+    def _publish_topics(self, run: _StoredRun) -> None:
         topics = run.record.topics
         for topic in topics:
-            self._tell(topic, run.record)
-        run.told = tuple(dict.fromkeys((*run.told, *topics)))
+            self._publish(topic, run.record)
+        run.published_to = tuple(dict.fromkeys((*run.published_to, *topics)))
 
-    def _tell(self, topic: str, record: RunRecord) -> None:
+    def _publish(self, topic: str, record: RunRecord) -> None:
         entry = self._topics.get(topic)
         if entry is None:
             entry = self._add_topic(topic)
@@ -363,14 +320,14 @@ class MemoryBroker:
         claim = run.record.claim
         if claim is not None and self._claims.get(claim, ("", 0))[0] == run_id:
             self._drop_claim(claim)
-        for topic in (run_topic(run_id), *run.told):
+        for topic in (run_topic(run_id), *run.published_to):
             entry = self._topics.get(topic)
             if entry is not None:
                 entry.index.forget(run_id)
                 entry.waiting.wake()
                 self._drop_unused(topic, entry)
         for live in run.streams.values():
-            live.fail(RunNotFound(f"run {run_id!r} is past its retention"))
+            live.fail(RunNotFound(f"run {run_id!r} has expired (Retention.after_end)"))
 
     # Claims, due times, leases
 
@@ -427,7 +384,7 @@ class MemoryBroker:
     async def publish(self, run_id: str) -> None:
         run = self._runs.get(run_id)
         if run is not None:
-            self._tell_topics(run)
+            self._publish_topics(run)
 
     async def ping(self) -> None:
         return None
@@ -439,26 +396,27 @@ class MemoryBroker:
         run.size = size
 
     def _make_room(self, run_id: str) -> None:
-        """Get a tenth below the total: runs that ended first go, then the older halves of the largest streams.
+        """Free memory until a tenth of the total is unused: remove ended runs, oldest first, then trim large streams.
 
-        The run that has just been written to stays: its writer was told that this is stored. If less can be freed, the
-        next try comes after some growth or once a run has ended, and until then nothing is appended beyond the total.
+        The run that was just written to stays, because its writer was told that the write is stored. If less can be
+        freed, the next attempt is made after some growth or when a run ends, and until then appends beyond the total
+        are rejected.
         """
         total = self._retention.total_bytes
         target = total * 9 // 10
         self._drop_expired_claims(self._now_ms(), limit=len(self._claims))
         expiry = self._due["expiry"]
-        while self._size > target and (ended := expiry.first(besides=run_id)) is not None:
+        while self._size > target and (ended := expiry.first(other_than=run_id)) is not None:
             self._remove(ended)
         if run_id in expiry:
-            return  # it has ended and goes next, as soon as another is written to
+            return  # it has ended, so the next write to another run removes it
         if self._size > target:
             self._halve_streams(target)
         self._room_at = total if self._size <= target else max(total, self._size + total // 50)
         self._full = self._size > total
 
     def _halve_streams(self, target: int) -> None:
-        """Trim the largest streams, as far as they can be: the last entry stays, and so do inputs."""
+        """Halve the largest streams until the target is met. Inputs and the last entry of each stream stay."""
         found = (
             (-live.log.size, number, run, live.log)
             for number, (run, name, live) in enumerate(self._streams())

@@ -7,7 +7,9 @@ import anyio
 import pytest
 
 from asgi_realtime.asgi import feed_events
+from asgi_realtime.brokers.memory import MemoryBroker, _MemoryTopic
 from asgi_realtime.core.config import Cors, Limits, Timeouts
+from asgi_realtime.core.errors import BrokerUnavailable
 from asgi_realtime.core.metadata import Set
 from asgi_realtime.core.run_json import run_json
 from asgi_realtime.core.runs import BatchMember, MetadataChanged, RunChange, RunRecord, Started, Status, TagsAdded
@@ -642,6 +644,26 @@ async def test_a_large_snapshot_does_not_hold_up_the_shutdown(host: StandIn) -> 
     assert len(events) < 5
     assert events[-1].event == "reconnect"
     assert response.last_event_id is None  # the snapshot was not complete: the next one begins anew
+
+
+async def test_a_feed_whose_topic_can_no_longer_be_followed_ends(
+    host: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It waited forever for a topic that never woke it again."""
+    await host.create()
+    async with AsgiClient(host).stream(RUN, headers=host.feed_headers()) as response:
+        await response.read_until("ready")
+
+        async def fail(*args: object, **kwargs: object) -> None:
+            raise BrokerUnavailable("unreadable")
+
+        monkeypatch.setattr(_MemoryTopic, "changes", fail)
+        assert isinstance(host.broker, MemoryBroker)
+        topic = host.broker._topics["run:run_1"]
+        topic.failure = BrokerUnavailable("unreadable")
+        topic.waiting.wake()
+        with anyio.fail_after(5):
+            assert await response.read() == b"", "without `end`, so the client resumes"
 
 
 async def test_a_stalled_feed_is_dropped() -> None:

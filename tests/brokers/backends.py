@@ -104,15 +104,15 @@ class RepeatingBroker(MemoryBroker):
         self, record: RunRecord, *, expect: int, change: ChangeMark, floors: Mapping[tuple[str, str], int] | None = None
     ) -> int:
         version = await super().commit(record, expect=expect, change=change, floors=floors)
-        self._later.start_soon(self._tell_again, record.id)
+        self._later.start_soon(self._publish_again, record.id)
         return version
 
-    async def _tell_again(self, run_id: str) -> None:
+    async def _publish_again(self, run_id: str) -> None:
         await pause(3)
         run = self._runs.get(run_id)
         if run is not None:
-            self._tell(run_topic(run_id), run.record)
-            self._tell_topics(run)
+            self._publish(run_topic(run_id), run.record)
+            self._publish_topics(run)
 
 
 class DistantBroker(MemoryBroker):
@@ -161,7 +161,7 @@ class DistantBroker(MemoryBroker):
         await pause(1)
         return version
 
-    def _tell_topics(self, run: _StoredRun) -> None:
+    def _publish_topics(self, run: _StoredRun) -> None:
         self._due["unpublished"].set(run.record.id, self._now_ms() + 1000)
 
     async def publish(self, run_id: str) -> None:
@@ -169,9 +169,9 @@ class DistantBroker(MemoryBroker):
         for topic in () if run is None else run.record.topics:
             await pause(1)
             if run_id in self._runs and run is not None:
-                self._tell(topic, run.record)
+                self._publish(topic, run.record)
         if run_id in self._runs and run is not None:
-            super()._tell_topics(run)  # what was committed meanwhile
+            super()._publish_topics(run)  # what was committed meanwhile
             self._due["unpublished"].set(run_id, None)
 
     async def load(self, run_ids: Sequence[str]) -> list[RunRecord | None]:
@@ -197,6 +197,7 @@ class DistantBroker(MemoryBroker):
 class DistantTopic:
     def __init__(self, topic: LiveTopic) -> None:
         self.waiting = topic.waiting
+        self.failure: Exception | None = None
         self._topic = topic
 
     async def changes(self, cursor: Cursor | None, *, limit: int = 1000) -> Changes:

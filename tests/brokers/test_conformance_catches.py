@@ -114,9 +114,16 @@ class ReusesSeqs(MemoryBroker):
 
 
 class TrimsInputs(MemoryBroker):
-    def _check_inputs(self, run: _StoredRun, items: Sequence[bytes]) -> None:
+    def _check_inputs(self, run: _StoredRun, items: Sequence[bytes]) -> int:
         for live in run.streams.values():
             live.log.trim(2000)
+        return 0
+
+
+class CountsFramesOfInputs(MemoryBroker):
+    def _check_inputs(self, run: _StoredRun, items: Sequence[bytes]) -> int:
+        run.inputs_bytes = sum(live.log.size for live in run.streams.values())
+        return super()._check_inputs(run, items)
 
 
 class CountsRetriedInputs(MemoryBroker):
@@ -409,18 +416,18 @@ class TellsLater(MemoryBroker):
         self._later.cancel_scope.cancel()
         await self._later.__aexit__(None, None, None)
 
-    def _tell_topics(self, run: _StoredRun) -> None:
+    def _publish_topics(self, run: _StoredRun) -> None:
         self._later.start_soon(self._tell_late, run)
 
     async def _tell_late(self, run: _StoredRun) -> None:
         await pause(5)
-        super()._tell_topics(run)
+        super()._publish_topics(run)
 
 
 class TellsWithoutMark(MemoryBroker):
     """Who dies between the commit and the telling takes the change along."""
 
-    def _tell_topics(self, run: _StoredRun) -> None:
+    def _publish_topics(self, run: _StoredRun) -> None:
         pass
 
     async def commit(
@@ -428,7 +435,7 @@ class TellsWithoutMark(MemoryBroker):
     ) -> int:
         version = await super().commit(record, expect=expect, change=change, floors=floors)
         await pause(1)
-        super()._tell_topics(self._runs[record.id])
+        super()._publish_topics(self._runs[record.id])
         return version
 
 
@@ -436,14 +443,14 @@ class TellsTheRunTopicLater(MemoryBroker):
     async def commit(
         self, record: RunRecord, *, expect: int, change: ChangeMark, floors: Mapping[tuple[str, str], int] | None = None
     ) -> int:
-        told, self._tell = self._tell, lambda topic, record: None  # type: ignore[method-assign]
+        told, self._publish = self._publish, lambda topic, record: None  # type: ignore[method-assign]
         try:
             version = await super().commit(record, expect=expect, change=change, floors=floors)
         finally:
-            self._tell = told  # type: ignore[method-assign]
+            self._publish = told  # type: ignore[method-assign]
         await pause(1)
-        self._tell(f"run:{record.id}", self._runs[record.id].record)
-        self._tell_topics(self._runs[record.id])
+        self._publish(f"run:{record.id}", self._runs[record.id].record)
+        self._publish_topics(self._runs[record.id])
         return version
 
 
@@ -467,7 +474,7 @@ class OverwritesNewerVersions(MemoryBroker):
             record = run.record
             await pause(2)
             for topic in record.topics:
-                self._tell(topic, record)
+                self._publish(topic, record)
 
 
 class BoundlessIndex(TopicIndex):
@@ -636,7 +643,7 @@ class SkipsNothing(MemoryBroker):
 class LeavesTopicsBehind(MemoryBroker):
     def _remove(self, run_id: str) -> None:
         if run_id in self._runs:
-            self._runs[run_id].told = ()
+            self._runs[run_id].published_to = ()
         super()._remove(run_id)
 
 
@@ -713,6 +720,7 @@ CATCHES: dict[type[MemoryBroker], tuple[str, ...]] = {
     LeavesTopicsBehind: ("test_a_removed_run_is_gone_from_everywhere",),
     RemovesInSilence: ("test_a_removal_wakes_those_who_follow_the_topics_of_the_run",),
     TrimsInputs: ("test_an_input_is_refused_and_never_trimmed",),
+    CountsFramesOfInputs: ("test_the_limit_of_inputs_counts_the_bytes_of_their_items",),
     CountsRetriedInputs: ("test_an_input_is_refused_and_never_trimmed",),
     KeepsClaimsOfTheRemoved: ("test_a_claim_goes_with_the_run_that_it_stands_for",),
     DropsClaimsOfOthers: ("test_a_claim_that_stands_for_another_run_stays",),

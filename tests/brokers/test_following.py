@@ -20,6 +20,7 @@ class QuietTopic:
 
     def __init__(self) -> None:
         self.waiting = WaitList()
+        self.failure: Exception | None = None
 
     async def changes(self, cursor: Cursor | None, *, limit: int = 1000) -> Changes:
         return Changes(Cursor("epoch", 0), [], snapshot=False)

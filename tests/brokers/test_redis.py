@@ -28,8 +28,9 @@ from asgi_realtime import (
     Timeouts,
 )
 from asgi_realtime.brokers.base import Changes, End, Producer, StreamKey
-from asgi_realtime.brokers.redis import RedisBroker, idle_mirrors
+from asgi_realtime.brokers.redis import RedisBroker, idle_mirrors, schedule
 from asgi_realtime.brokers.redis.topic_mirror import TopicMirror
+from asgi_realtime.core.errors import BrokerUnavailable
 from asgi_realtime.core.runs import Finished, RunError, TagsAdded, apply
 from asgi_realtime.core.sse import chunk_frame
 from asgi_realtime.tasks.options import RunOptions
@@ -695,3 +696,52 @@ async def test_urls_are_those_of_redis_py(way: str) -> None:
                 await broker.append(key, items(3))
                 await until(lambda: live.log.next == 3)
             await broker.ping()
+
+
+# Due runs
+
+
+async def fail(*args: object) -> None:
+    raise BrokerUnavailable("the connection was lost")
+
+
+async def test_a_poll_that_failed_is_repeated_soon(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The runs of the partitions that it was about to read were found a minute later."""
+    monkeypatch.setattr(schedule, "_SCANNED", 0)
+    monkeypatch.setattr(schedule, "_READ_MS", 50)
+    async with opened(storage) as backend:
+        run = await create(backend, status=Status.DELAYED, delay_until_ms=backend.now_ms())
+        with monkeypatch.context() as patched:
+            patched.setattr(schedule.Schedule, "_due_in", fail)
+            with pytest.raises(BrokerUnavailable):
+                await backend.broker.due("delay")
+        async with asyncio.timeout(10):
+            while await backend.peer.due("delay") != [run.id]:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+
+
+async def test_hints_of_partitions_with_nothing_due_are_dropped(storage: Storage) -> None:
+    async with opened(storage) as backend:
+        run = await create(backend, status=Status.DELAYED, delay_until_ms=backend.now_ms())
+        await store(backend.broker, apply(run, [Finished(Status.CANCELED)], backend.now_ms()))
+        assert await backend.broker.due("delay") == []
+        assert await storage.client.zcard(storage.broker()._keys.hints("delay")) == 0
+
+
+async def test_partitions_whose_scan_failed_are_scanned_again(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their turn came a minute later."""
+    monkeypatch.setattr(schedule, "_SCANNED", 1)
+    monkeypatch.setattr(schedule, "_SCAN_S", 0.0)
+    async with opened(storage) as backend:
+        broker = backend.broker
+        assert isinstance(broker, RedisBroker)
+        run = await create(backend, status=Status.DELAYED, delay_until_ms=backend.now_ms())
+        await storage.client.delete(broker._keys.hints("delay"))
+        broker._open.schedule._next_scanned = broker._keys.partition(run.id)
+        with monkeypatch.context() as patched:
+            patched.setattr(schedule.Schedule, "_scan_one", fail)
+            with pytest.raises(BrokerUnavailable):
+                await broker.due("delay")
+        assert await broker.due("delay") == [run.id]

@@ -60,6 +60,21 @@ async def test_an_input_is_refused_and_never_trimmed(make_broker: MakeBroker) ->
 
 
 @pytest.mark.anyio
+async def test_the_limit_of_inputs_counts_the_bytes_of_their_items(make_broker: MakeBroker) -> None:
+    """One broker counted whole frames, so the same messages were rejected on one backend and accepted on another."""
+    async with open_backend(make_broker, inputs_bytes=100) as backend:
+        run = await create(backend)
+        one, other = (StreamKey(run.id, f"$input {name}") for name in ("one", "other"))
+        await backend.broker.append(one, [b"12"] * 30, producer=Producer("p", 0))
+        await backend.peer.append(other, [b"12"] * 20)
+        with pytest.raises(LimitExceeded, match="hold 100 bytes, limit 100"):
+            await backend.broker.append(other, [b"1"])
+        await backend.peer.append(one, [b"12"] * 30, producer=Producer("p", 0))  # a retry adds nothing
+        with pytest.raises(LimitExceeded, match="hold 100 bytes, limit 100"):
+            await backend.peer.append(one, [b"12", b"1"], producer=Producer("p", 29))
+
+
+@pytest.mark.anyio
 async def test_entries_come_back_in_order_with_seqs_from_zero(make_broker: MakeBroker) -> None:
     async with open_backend(make_broker) as backend:
         key = await new_key(backend)
