@@ -1,4 +1,4 @@
-"""Requests as the official SDK sends them, to a real `Realtime` without sockets."""
+"""Requests of the official SDK, sent to a real `Realtime` without sockets."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ on_one_loop = pytest.mark.parametrize("anyio_backend", ["asyncio"])
 
 
 class Answer:
-    """An answer, with its JSON."""
+    """A response and its JSON."""
 
     def __init__(self, response: Response) -> None:
         self.status = response.status_code
@@ -30,14 +30,14 @@ class Answer:
 
     @property
     def token(self) -> str:
-        """The token of the handle."""
+        """The public token of the handle."""
         return self.headers["x-trigger-jwt"]
 
 
 async def call(
     app: Realtime, method: str, path: str, body: Any = None, *, token: str = SECRET, key: str | None = None
 ) -> Answer:
-    """`key` is the request's idempotency key. A body of bytes is sent as it is."""
+    """`key` is the idempotency key of the request. A body that is not bytes is sent as JSON."""
     headers = {"authorization": f"Bearer {token}", "trigger-version": "4.8.3"}
     if key is not None:
         headers["x-trigger-request-idempotency-key"] = key
@@ -75,7 +75,7 @@ async def count_runs(app: Realtime, topic: str) -> int:
 
 
 def with_tasks(**options: Any) -> Realtime:
-    """A `Realtime` with the tasks `echo`, which gives its payload back, `nothing`, which takes none, and `number`."""
+    """A `Realtime` with the tasks `echo`, which returns its payload, `nothing`, which has none, and `number`."""
     realtime = make_realtime(**options)
 
     @realtime.task("echo")

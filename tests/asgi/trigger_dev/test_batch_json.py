@@ -20,15 +20,15 @@ def member(index: int, status: Status, *, created_ms: int = 1000, updated_ms: in
     )
 
 
-def told(*members: RunRecord, **known: Any) -> dict[str, Any]:
+def encoded(*members: RunRecord, **known: Any) -> dict[str, Any]:
     batch: dict[str, Any] = json.loads(batch_json("batch_1", [BatchRun.of(member) for member in members], **known))
     return batch
 
 
-def test_a_batch_is_told_by_its_runs() -> None:
+def test_a_batch_is_described_by_its_runs() -> None:
     first = member(0, Status.COMPLETED, updated_ms=5000)
     second = member(1, Status.EXECUTING, created_ms=1500)
-    assert told(first, second) == {
+    assert encoded(first, second) == {
         "id": "batch_1",
         "status": "PROCESSING",
         "createdAt": "1970-01-01T00:00:01.000Z",
@@ -41,12 +41,12 @@ def test_a_batch_is_told_by_its_runs() -> None:
 
 @pytest.mark.parametrize("status", Status)
 def test_a_batch_is_complete_when_all_its_runs_are_over(status: Status) -> None:
-    batch = told(member(0, Status.COMPLETED), member(1, status))
+    batch = encoded(member(0, Status.COMPLETED), member(1, status))
     assert batch["status"] == ("COMPLETED" if status in TERMINAL else "PROCESSING")
 
 
-def test_what_is_known_besides_stands_for_what_runs_cannot_tell() -> None:
-    assert told(count=2, created_at_ms=7, waits=True, idempotency_key="k") == {
+def test_known_values_take_precedence_over_those_of_the_runs() -> None:
+    assert encoded(count=2, created_at_ms=7, waits=True, idempotency_key="k") == {
         "id": "batch_1",
         "status": "PENDING",
         "createdAt": "1970-01-01T00:00:00.007Z",
@@ -56,7 +56,7 @@ def test_what_is_known_besides_stands_for_what_runs_cannot_tell() -> None:
         "processing": {"errors": []},
         "idempotencyKey": "k",
     }
-    batch = told(member(0, Status.QUEUED, updated_ms=1), count=3, created_at_ms=5000)
+    batch = encoded(member(0, Status.QUEUED, updated_ms=1), count=3, created_at_ms=5000)
     assert (batch["runCount"], batch["runs"]) == (3, ["run_0"])
     assert batch["createdAt"] == batch["updatedAt"] == batch["processing"]["completedAt"] == "1970-01-01T00:00:05.000Z"
 
@@ -69,5 +69,5 @@ def test_what_is_known_besides_stands_for_what_runs_cannot_tell() -> None:
         ([member(0, Status.COMPLETED), member(1, Status.QUEUED)], "PROCESSING"),
     ],
 )
-def test_a_batch_of_which_not_all_runs_were_created_is_never_complete(members: list[RunRecord], status: str) -> None:
-    assert told(*members, count=3, created_at_ms=7, whole=False)["status"] == status
+def test_a_batch_without_all_its_runs_is_never_complete(members: list[RunRecord], status: str) -> None:
+    assert encoded(*members, count=3, created_at_ms=7, whole=False)["status"] == status

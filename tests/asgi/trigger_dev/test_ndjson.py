@@ -17,7 +17,7 @@ def split(*parts: bytes, max_bytes: int = 100) -> list[bytes]:
 
 
 @pytest.mark.parametrize("end", [b"", b"\n", b"\r\n", b"\n\n"])
-def test_lines_are_the_same_wherever_the_body_is_split(end: bytes) -> None:
+def test_a_body_can_be_split_anywhere(end: bytes) -> None:
     body = BODY + end
     for first in range(len(body) + 1):
         for second in range(first, len(body) + 1):
@@ -26,13 +26,13 @@ def test_lines_are_the_same_wherever_the_body_is_split(end: bytes) -> None:
 
 
 @given(st.lists(st.binary(max_size=20).map(lambda line: b"<" + line.replace(b"\n", b"") + b">")), st.data())
-def test_lines_come_back_from_any_parts(lines: list[bytes], data: st.DataObject) -> None:
+def test_lines_survive_any_split(lines: list[bytes], data: st.DataObject) -> None:
     body = b"\n".join(lines)
     cuts = sorted(data.draw(st.lists(st.integers(0, len(body)))))
     assert split(*(body[a:b] for a, b in zip([0, *cuts], [*cuts, len(body)], strict=True))) == lines
 
 
-def test_a_line_is_given_as_soon_as_its_end_has_come() -> None:
+def test_a_line_is_yielded_when_its_end_arrives() -> None:
     splitter = LineSplitter(100)
     assert list(splitter.feed(b"1\n2")) == [b"1"]
     assert list(splitter.feed(b"")) == []
@@ -41,7 +41,7 @@ def test_a_line_is_given_as_soon_as_its_end_has_come() -> None:
 
 
 @pytest.mark.parametrize("end", [b"", b"\n", b"\r\n"])
-def test_a_line_may_be_as_long_as_the_limit(end: bytes) -> None:
+def test_the_length_limit_is_exact(end: bytes) -> None:
     body = b"x" * 10 + end
     for place in range(len(body) + 1):
         assert split(body[:place], body[place:], max_bytes=10) == [b"x" * 10]
@@ -50,13 +50,13 @@ def test_a_line_may_be_as_long_as_the_limit(end: bytes) -> None:
         assert caught.value.status == 413
 
 
-def test_a_line_that_is_too_long_is_told_before_its_end_and_after_those_before_it() -> None:
+def test_a_line_that_is_too_long_raises_early_but_after_earlier_lines() -> None:
     splitter = LineSplitter(10)
     seen: list[bytes] = []
     with pytest.raises(LimitExceeded):
         for line in splitter.feed(b"1\n2\n" + b"x" * 11):
             seen.append(line)  # noqa: PERF402
     assert seen == [b"1", b"2"]
-    assert list(splitter.feed(b"x" * 10)) == [], "nothing of it is held"
+    assert list(splitter.feed(b"x" * 10)) == [], "the rejected line is not kept"
     with pytest.raises(LimitExceeded):
         list(splitter.feed(b"x"))

@@ -18,6 +18,7 @@ from asgi_realtime.core.metadata import Set
 from asgi_realtime.core.runs import BatchMember, MetadataChanged, RunChange, Started, Status
 from asgi_realtime.testing import AsgiClient, Response
 from asgi_realtime.testing.driver import make_scope
+from tests.asgi.official import on_one_loop
 from tests.asgi.standin import StandIn
 
 pytestmark = pytest.mark.anyio
@@ -30,7 +31,7 @@ MUST_REFETCH = [{"headers": {"control": "must-refetch"}}]
 
 
 class Client:
-    """Asks as the official clients do: first without a cursor, then on from the last answer."""
+    """Polls like the official clients: first without a cursor, then with that of the last response."""
 
     def __init__(self, host: StandIn, path: str = RUN, *scopes: str, **query: str) -> None:
         self.host = host
@@ -41,7 +42,7 @@ class Client:
         self.offset = "-1"
         self.cursor: str | None = None
 
-    def asked(self, *, live: bool) -> dict[str, str]:
+    def next_query(self, *, live: bool) -> dict[str, str]:
         query = {**self.query, "log": "full", "offset": self.offset}
         if self.handle:
             query["handle"] = self.handle
@@ -50,8 +51,8 @@ class Client:
         return query
 
     async def get(self, *, live: bool = False) -> Response:
-        """One request; takes the cursor of the answer."""
-        answer = await AsgiClient(self.host).get(self.path, headers=self.headers, query=self.asked(live=live))
+        """Poll once, and keep the cursor of the response."""
+        answer = await AsgiClient(self.host).get(self.path, headers=self.headers, query=self.next_query(live=live))
         if answer.status_code == 200:
             self.handle, self.offset = answer.headers["electric-handle"], answer.headers["electric-offset"]
             self.cursor = answer.headers.get("electric-cursor")
@@ -60,7 +61,7 @@ class Client:
         return answer
 
     async def rows(self, *, live: bool = False) -> list[dict[str, Any]]:
-        """The rows of one answer, which must be a good one."""
+        """The rows of one response, which must succeed."""
         answer = await self.get(live=live)
         assert answer.status_code == 200, answer.body
         messages = json.loads(answer.body)
@@ -69,7 +70,7 @@ class Client:
 
     @asynccontextmanager
     async def polling(self) -> AsyncIterator[list[list[dict[str, Any]]]]:
-        """A live poll that is held; what it is answered is in the list once the block is left."""
+        """A live poll that is held. The list has its rows after the block."""
         answers: list[list[dict[str, Any]]] = []
 
         async def poll() -> None:
@@ -97,7 +98,7 @@ def ids(rows: list[dict[str, Any]]) -> list[str]:
     return [row["friendlyId"] for row in rows]
 
 
-# The first answer
+# Snapshots
 
 
 async def test_a_snapshot_on_the_wire(host: StandIn) -> None:
@@ -116,7 +117,7 @@ async def test_a_snapshot_on_the_wire(host: StandIn) -> None:
     assert "electric-schema" in headers["access-control-expose-headers"]
 
 
-async def test_a_run_that_is_over_gives_its_state(host: StandIn) -> None:
+async def test_a_run_that_is_over_has_its_final_state(host: StandIn) -> None:
     await host.create()
     await host.finish(output={"text": "hi"})
     (row,) = await Client(host).rows()
@@ -124,10 +125,10 @@ async def test_a_run_that_is_over_gives_its_state(host: StandIn) -> None:
     assert row["completedAt"]
 
 
-# Live
+# Live polls
 
 
-async def test_a_poll_is_held_and_woken_by_a_change(host: StandIn) -> None:
+async def test_a_poll_is_held_until_a_change(host: StandIn) -> None:
     await host.create(executing=False)
     client = Client(host)
     assert statuses(await client.rows()) == ["PENDING"]
@@ -140,7 +141,7 @@ async def test_a_poll_is_held_and_woken_by_a_change(host: StandIn) -> None:
     assert row["output"] == "1" and row["completedAt"] and row["status"] == "COMPLETED_SUCCESSFULLY"
 
 
-async def test_a_change_between_two_polls_is_told_at_once(host: StandIn) -> None:
+async def test_a_change_between_two_polls_is_in_the_next_response(host: StandIn) -> None:
     await host.create()
     client = Client(host)
     await client.rows()
@@ -149,7 +150,7 @@ async def test_a_change_between_two_polls_is_told_at_once(host: StandIn) -> None
     assert row["metadata"] == '{"progress":1}'
 
 
-async def test_several_changes_are_told_as_one_state(host: StandIn) -> None:
+async def test_several_changes_are_sent_as_one_state(host: StandIn) -> None:
     await host.create(executing=False)
     client = Client(host)
     await client.rows()
@@ -159,7 +160,7 @@ async def test_several_changes_are_told_as_one_state(host: StandIn) -> None:
     assert statuses(await client.rows(live=True)) == ["COMPLETED_SUCCESSFULLY"]
 
 
-async def test_a_poll_with_no_news_ends_after_its_time_and_the_next_one_has_another_url(host: StandIn) -> None:
+async def test_a_poll_without_changes_ends_after_its_time_and_the_next_url_differs(host: StandIn) -> None:
     await host.create()
     client = Client(host)
     await client.rows()
@@ -177,7 +178,7 @@ async def test_a_poll_with_no_news_ends_after_its_time_and_the_next_one_has_anot
     assert not host.subscribers
 
 
-async def test_the_cursor_differs_even_at_one_instant(host: StandIn) -> None:
+async def test_the_cursor_differs_even_at_the_same_time(host: StandIn) -> None:
     await host.create()
     client = Client(host)
     await client.rows()
@@ -189,7 +190,7 @@ async def test_the_cursor_differs_even_at_one_instant(host: StandIn) -> None:
     assert seen[0] != seen[1] != seen[2]
 
 
-async def test_a_run_that_changes_all_the_time_is_told_now_and_then(
+async def test_responses_about_a_run_that_changes_continuously_are_spaced_out(
     host: StandIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shape_polls, "SPACING_S", 0.01)
@@ -201,30 +202,28 @@ async def test_a_run_that_changes_all_the_time_is_told_now_and_then(
         assert len(await client.rows(live=True)) == 1
     async with client.polling() as answers:
         with pytest.MonkeyPatch.context() as patch:
-            slept = anyio.Event()
-            go_on = anyio.Event()
+            sleeping = anyio.Event()
+            wake = anyio.Event()
 
             async def sleep(seconds: float) -> None:
                 assert 0 < seconds <= 0.01
-                slept.set()
-                await go_on.wait()
+                sleeping.set()
+                await wake.wait()
 
             patch.setattr(anyio, "sleep", sleep)
             await host.change("run_1", progress(100))
-            await slept.wait()
+            await sleeping.wait()
             await host.change("run_1", progress(101))
             assert not answers
-            go_on.set()
+            wake.set()
             while not answers:
                 await anyio.lowlevel.checkpoint()
     assert [row["metadata"] for row in answers[0]] == ['{"progress":101}']
 
 
-async def test_the_end_of_a_run_is_told_at_once_whatever_came_before(
-    host: StandIn, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_the_end_of_a_run_is_never_delayed(host: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
     async def sleep(seconds: float) -> None:
-        raise AssertionError("it waited")
+        raise AssertionError("the response was delayed")
 
     await host.create()
     client = Client(host)
@@ -237,7 +236,7 @@ async def test_the_end_of_a_run_is_told_at_once_whatever_came_before(
     assert statuses(await client.rows(live=True)) == ["COMPLETED_SUCCESSFULLY"]
 
 
-async def test_a_list_whose_runs_end_all_the_time_is_spaced_too(host: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_responses_about_a_list_are_spaced_out(host: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
     slept: list[float] = []
 
     async def sleep(seconds: float) -> None:
@@ -253,9 +252,9 @@ async def test_a_list_whose_runs_end_all_the_time_is_spaced_too(host: StandIn, m
     assert len(slept) == 2
 
 
-async def test_after_a_pause_changes_are_told_at_once_again(host: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_after_a_pause_responses_are_immediate_again(host: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
     async def sleep(seconds: float) -> None:
-        raise AssertionError("it waited")
+        raise AssertionError("the response was delayed")
 
     await host.create()
     client = Client(host)
@@ -268,8 +267,9 @@ async def test_after_a_pause_changes_are_told_at_once_again(host: StandIn, monke
         await client.rows(live=True)
 
 
+@on_one_loop
 @pytest.mark.parametrize("cursor", ["", "x", "5", "5-", "-5", "9" * 16 + "-9", "999999999999999-999"])
-async def test_a_cursor_from_elsewhere_delays_nothing_for_long(
+async def test_a_foreign_cursor_does_not_delay_a_response_for_long(
     host: StandIn, cursor: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shape_polls, "SPACING_S", 0.01)
@@ -281,7 +281,7 @@ async def test_a_cursor_from_elsewhere_delays_nothing_for_long(
     assert len(await client.rows(live=True)) == 1
 
 
-async def test_a_request_that_is_not_live_is_answered_at_once(host: StandIn) -> None:
+async def test_a_poll_that_is_not_live_is_not_held(host: StandIn) -> None:
     await host.create()
     client = Client(host)
     await client.rows()
@@ -290,18 +290,18 @@ async def test_a_request_that_is_not_live_is_answered_at_once(host: StandIn) -> 
     assert len(await client.rows()) == 1
 
 
-async def test_a_held_poll_ends_when_its_client_leaves(host: StandIn) -> None:
+async def test_a_held_poll_ends_when_its_client_disconnects(host: StandIn) -> None:
     await host.create()
     client = Client(host)
     await client.rows()
-    scope = make_scope("GET", RUN, headers=client.headers, query=client.asked(live=True))
-    gone = anyio.Event()
-    asked = [{"type": "http.request", "body": b"", "more_body": False}]
+    scope = make_scope("GET", RUN, headers=client.headers, query=client.next_query(live=True))
+    disconnected = anyio.Event()
+    messages = [{"type": "http.request", "body": b"", "more_body": False}]
 
     async def receive() -> Message:
-        if asked:
-            return asked.pop()
-        await gone.wait()
+        if messages:
+            return messages.pop()
+        await disconnected.wait()
         return {"type": "http.disconnect"}
 
     async def send(message: Message) -> None:
@@ -311,12 +311,12 @@ async def test_a_held_poll_ends_when_its_client_leaves(host: StandIn) -> None:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(host, scope, receive, send)
             await host.wait_for_subscriber()
-            gone.set()
+            disconnected.set()
     assert not host.subscribers
     assert not host.app.subscription_limits.open
 
 
-async def test_a_shutdown_answers_held_polls_with_503(host: StandIn) -> None:
+async def test_held_polls_are_503_at_the_shutdown(host: StandIn) -> None:
     await host.create()
     client = Client(host)
     await client.rows()
@@ -333,10 +333,10 @@ async def test_a_shutdown_answers_held_polls_with_503(host: StandIn) -> None:
     (answer,) = answers
     assert (answer.status_code, json.loads(answer.body)["code"]) == (503, "server_shutdown")
     assert answer.headers["access-control-allow-origin"] == "*"
-    assert (await client.get(live=True)).status_code == 503  # and it holds none any more
+    assert (await client.get(live=True)).status_code == 503, "no poll is held any more"
 
 
-async def test_what_there_is_to_tell_is_told_during_the_shutdown(host: StandIn) -> None:
+async def test_changes_are_sent_during_the_shutdown(host: StandIn) -> None:
     await host.create()
     client = Client(host)
     await client.rows()
@@ -345,7 +345,7 @@ async def test_what_there_is_to_tell_is_told_during_the_shutdown(host: StandIn) 
     assert statuses(await client.rows(live=True)) == ["COMPLETED_SUCCESSFULLY"]
 
 
-async def test_a_held_poll_ends_with_its_token(host: StandIn) -> None:
+async def test_a_held_poll_ends_when_its_token_expires(host: StandIn) -> None:
     await host.create()
     client = Client(host)
     client.headers["authorization"] = f"Bearer {host.token(expires_in_s=5)}"
@@ -363,7 +363,7 @@ async def test_a_held_poll_ends_with_its_token(host: StandIn) -> None:
     assert (answers[0].status_code, json.loads(answers[0].body)["code"]) == (401, "token_expired")
 
 
-async def test_polls_that_began_together_do_not_end_together(host: StandIn) -> None:
+async def test_polls_that_began_together_end_at_different_times(host: StandIn) -> None:
     await host.create()
     ends = set[float]()
     for _ in range(20):
@@ -389,10 +389,10 @@ async def test_polls_count_as_subscriptions(host: StandIn) -> None:
         await host.finish()
 
 
-# Cursors that are of no use
+# Invalid cursors
 
 
-async def test_a_cursor_of_another_epoch_is_told_to_start_over(host: StandIn) -> None:
+async def test_a_cursor_of_another_epoch_must_refetch(host: StandIn) -> None:
     await host.create(tags=["a"])
     client = Client(host, TAGS, "read:runs", tags="a")
     await client.rows()
@@ -412,7 +412,7 @@ async def test_a_cursor_of_another_epoch_is_told_to_start_over(host: StandIn) ->
     ("handle", "offset"),
     [("57129943-1767323045678", "1767323045678_3"), ("", "5_0"), ("deadbeef.0", "5_0"), ("same", "99999_0")],
 )
-async def test_a_cursor_that_is_not_ours_is_told_to_start_over(host: StandIn, handle: str, offset: str) -> None:
+async def test_a_foreign_cursor_must_refetch(host: StandIn, handle: str, offset: str) -> None:
     await host.create()
     client = Client(host)
     await client.rows()
@@ -424,8 +424,9 @@ async def test_a_cursor_that_is_not_ours_is_told_to_start_over(host: StandIn, ha
     assert len(await client.rows()) == 1
 
 
+@on_one_loop
 @pytest.mark.parametrize("offset", ["", "now", "-2", "5", "x_0", "1_0_0", "1" * 30 + "_0", "٣_٠"])
-async def test_a_malformed_offset_is_400_and_says_what_is_allowed(host: StandIn, offset: str) -> None:
+async def test_a_malformed_offset_is_400(host: StandIn, offset: str) -> None:
     await host.create()
     client = Client(host)
     client.offset = offset
@@ -434,7 +435,7 @@ async def test_a_malformed_offset_is_400_and_says_what_is_allowed(host: StandIn,
     assert "offset" in json.loads(answer.body)["error"]
 
 
-async def test_a_position_that_the_topic_has_dropped_is_told_to_start_over(host: StandIn) -> None:
+async def test_a_trimmed_position_must_refetch(host: StandIn) -> None:
     host = StandIn(limits=Limits(topic_runs=2))
     await host.create("run_0", tags=["a"])
     client = Client(host, TAGS, "read:runs", tags="a")
@@ -448,7 +449,7 @@ async def test_a_position_that_the_topic_has_dropped_is_told_to_start_over(host:
 # Lists
 
 
-async def test_a_tag_feed_has_the_runs_with_all_tags_and_those_that_come(host: StandIn) -> None:
+async def test_a_tag_feed_has_the_existing_and_new_runs_with_all_tags(host: StandIn) -> None:
     await host.create("run_1", tags=["a", "b"])
     await host.create("run_2", tags=["a"])
     client = Client(host, TAGS, "read:tags:b", tags="b,a")
@@ -461,7 +462,7 @@ async def test_a_tag_feed_has_the_runs_with_all_tags_and_those_that_come(host: S
     assert ids(answers[0]) == ["run_4"]
 
 
-async def test_a_tag_that_nobody_has_yet_is_waited_for(host: StandIn) -> None:
+async def test_a_tag_feed_waits_for_the_first_run(host: StandIn) -> None:
     client = Client(host, TAGS, "read:tags:a", tags="a")
     for _ in range(2):
         assert await client.rows() == []
@@ -475,7 +476,7 @@ async def test_a_tag_that_nobody_has_yet_is_waited_for(host: StandIn) -> None:
     assert ids(answers[0]) == ["run_1"]
 
 
-async def test_the_window_of_a_list_stays_where_the_first_request_put_it(host: StandIn) -> None:
+async def test_the_first_poll_fixes_the_window_of_a_list(host: StandIn) -> None:
     await host.create("run_old", tags=["a"], created_ago_s=7200)
     await host.create("run_new", tags=["a"], created_ago_s=1800)
     client = Client(host, TAGS, "read:tags:a", tags="a", createdAt="1h")
@@ -509,7 +510,7 @@ async def test_a_snapshot_has_the_newest_runs_up_to_the_limit(host: StandIn) -> 
 
 
 @pytest.mark.parametrize("what", ["rows", "bytes"])
-async def test_what_does_not_go_into_one_answer_comes_with_the_next(
+async def test_rows_that_do_not_fit_follow_in_the_next_response(
     host: StandIn, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     if what == "rows":
@@ -533,7 +534,7 @@ async def test_what_does_not_go_into_one_answer_comes_with_the_next(
 # Columns
 
 
-async def test_columns_are_left_out_by_the_query_or_rather_by_the_token(host: StandIn) -> None:
+async def test_the_query_skips_columns_unless_the_token_does(host: StandIn) -> None:
     await host.create(payload={"secret": 1})
     client = Client(host, RUN, skipColumns="payload,id,updatedAt,nonsense")
     answer = await client.get()
@@ -547,7 +548,7 @@ async def test_columns_are_left_out_by_the_query_or_rather_by_the_token(host: St
     assert "payload" not in row and "output" in row
 
 
-async def test_a_row_is_encoded_once_for_all(host: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_row_is_encoded_once_for_all_clients(host: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
 
     def counting(record: Any, *, skip: Any) -> bytes:
@@ -567,10 +568,10 @@ async def test_a_row_is_encoded_once_for_all(host: StandIn, monkeypatch: pytest.
     assert calls == [2, 3]
 
 
-# Refusals
+# Errors
 
 
-async def test_refusals_come_before_anything_is_held(host: StandIn) -> None:
+async def test_errors_are_immediate(host: StandIn) -> None:
     await host.create(tags=["a"])
     assert (await Client(host, RUN, "read:runs:run_2").get()).status_code == 403
     assert (await Client(host, "/v1/runs/run_9", "read:runs").get()).status_code == 404
@@ -582,48 +583,48 @@ async def test_refusals_come_before_anything_is_held(host: StandIn) -> None:
         assert (answer.status_code, json.loads(answer.body)["code"]) == (400, "invalid_request")
 
 
-async def test_who_waits_for_a_run_at_the_shutdown_is_told_to_come_back(host: StandIn) -> None:
+async def test_a_poll_that_waits_for_a_run_is_503_at_the_shutdown(host: StandIn) -> None:
     answers: list[Response] = []
 
-    async def ask() -> None:
+    async def poll() -> None:
         answers.append(await Client(host).get())
 
     with anyio.fail_after(5):
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(ask)
+            tasks.start_soon(poll)
             await host.wait_for_subscriber()
             host.begin_shutdown()
     assert answers[0].status_code == 503
 
 
-async def test_a_token_that_names_the_run_needs_no_look_at_its_record(host: StandIn) -> None:
+async def test_a_token_that_names_the_run_does_not_load_its_record(host: StandIn) -> None:
     await host.create(payload="x" * 1000)
     by_id, by_task = Client(host), Client(host, RUN, "read:tasks:chat")
     await by_id.rows()
     await by_task.rows()
 
     async def get(run_id: str) -> Any:
-        raise AssertionError("it was read")
+        raise AssertionError("the record was loaded")
 
     host.get = get  # type: ignore[method-assign]
     host.debug = True
     assert await by_id.rows() == []
     answer = await by_task.get()
-    assert (answer.status_code, "it was read" in json.loads(answer.body)["error"]) == (500, True)
+    assert (answer.status_code, "the record was loaded" in json.loads(answer.body)["error"]) == (500, True)
 
 
-async def test_a_poll_of_a_run_that_is_gone_starts_over_and_hears_so(host: StandIn) -> None:
+async def test_a_poll_of_a_removed_run_must_refetch_and_gets_404(host: StandIn) -> None:
     await host.create()
     client = Client(host)
     await client.rows()
     await host.finish()
     await host.broker.remove("run_1")
     assert (await client.get(live=True)).status_code == 409
-    client.headers = Client(host, RUN, "read:runs").headers  # does not wait for it to appear
+    client.headers = Client(host, RUN, "read:runs").headers  # a token that does not name the run does not wait for it
     assert (await client.get()).status_code == 404
 
 
-async def test_a_shutdown_ends_a_poll_whose_broker_does_not_answer(host: StandIn) -> None:
+async def test_the_shutdown_ends_a_poll_that_waits_for_the_broker(host: StandIn) -> None:
     await host.create()
     client = Client(host)
     await client.rows()
@@ -649,7 +650,7 @@ async def test_a_shutdown_ends_a_poll_whose_broker_does_not_answer(host: StandIn
     assert answers[0].status_code == 503
 
 
-async def test_an_absent_broker_is_503(host: StandIn) -> None:
+async def test_an_unavailable_broker_is_503(host: StandIn) -> None:
     host = StandIn(timeouts=Timeouts())
-    host.start_error = BrokerUnavailable("away")
+    host.start_error = BrokerUnavailable("unavailable")
     assert (await Client(host).get()).status_code == 503

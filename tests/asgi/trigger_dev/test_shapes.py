@@ -41,7 +41,7 @@ def columns(record: RunRecord, skip: tuple[str, ...] = ()) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("record", [QUEUED, FULL])
-def test_every_value_is_text_or_null_and_numbers_are_never_null(record: RunRecord) -> None:
+def test_values_are_text_or_null_and_numbers_are_never_null(record: RunRecord) -> None:
     row = columns(record)
     assert all(value is None or isinstance(value, str) for value in row.values())
     assert not [name for name in NUMBERS | REQUIRED_COLUMNS if row[name] is None]
@@ -81,24 +81,24 @@ def test_a_full_record() -> None:
     }
 
 
-def test_every_status_has_one_on_the_wire() -> None:
+def test_every_status_has_a_wire_form() -> None:
     assert shapes.WIRE_STATUS.keys() == set(Status)
     for status in Status:
         assert columns(msgspec.structs.replace(QUEUED, status=status))["status"] == shapes.WIRE_STATUS[status]
 
 
-def test_a_run_that_expired_says_when() -> None:
+def test_an_expired_run_has_its_time() -> None:
     expired = msgspec.structs.replace(QUEUED, status=Status.EXPIRED, completed_at_ms=1_767_323_047_001)
     assert columns(expired)["expiredAt"] == "2026-01-02T03:04:07.001"
 
 
-def test_elements_of_arrays_are_quoted_whatever_they_hold() -> None:
+def test_array_elements_are_quoted() -> None:
     tricky = msgspec.structs.replace(QUEUED, streams=("NULL", "a,b", "{}", 'q"q', "b\\b", ""))
     assert columns(tricky)["realtimeStreams"] == r'{"NULL","a,b","{}","q\"q","b\\b",""}'
     assert columns(QUEUED)["runTags"] == "{}"
 
 
-def test_an_error_is_one_of_the_kinds_that_clients_know() -> None:
+def test_an_error_has_a_type_that_clients_know() -> None:
     failed = msgspec.structs.replace(QUEUED, status=Status.FAILED, error=RunError("TaskError", 'no "luck"'))
     assert json.loads(columns(failed)["error"]) == {
         "type": "BUILT_IN_ERROR",
@@ -108,7 +108,7 @@ def test_an_error_is_one_of_the_kinds_that_clients_know() -> None:
     }
 
 
-def test_a_payload_that_javascript_sent_goes_back_as_it_was() -> None:
+def test_a_superjson_payload_is_sent_back_with_its_types() -> None:
     sent = msgspec.structs.replace(
         QUEUED, payload_json=b'{"at":"2026-01-02T03:04:05.678Z"}', payload_meta_json=b'{"values":{"at":["Date"]}}'
     )
@@ -120,22 +120,21 @@ def test_a_payload_that_javascript_sent_goes_back_as_it_was() -> None:
     }
 
 
-def test_columns_are_left_out_but_those_that_clients_need() -> None:
-    asked = ("output", "id", "payload", "updatedAt", "unknown", "payload")
-    skip = shapes.skippable_columns(asked)
+def test_columns_are_skipped_unless_clients_require_them() -> None:
+    skip = shapes.skippable_columns(["output", "id", "payload", "updatedAt", "unknown", "payload"])
     assert skip == ("payload", "output")
     assert columns(FULL).keys() - columns(FULL, skip).keys() == {"payload", "output"}
     assert json.loads(shapes.schema(skip=skip)).keys() == columns(FULL, skip).keys()
 
 
-def test_the_schema_tells_types_and_arrays() -> None:
+def test_the_schema_has_types_and_arrays() -> None:
     schema = json.loads(shapes.schema())
     assert schema["runTags"] == {"type": "text", "dims": 1}
     assert schema["usageDurationMs"] == {"type": "int4"}
     assert shapes.schema().isascii()
 
 
-def test_a_body_ends_with_the_message_that_shows_it() -> None:
+def test_a_body_ends_with_up_to_date() -> None:
     up_to_date = {"headers": {"control": "up-to-date"}}
     assert json.loads(shapes.body([])) == [up_to_date]
     rows = [shapes.row(QUEUED), shapes.row(FULL)]
@@ -145,7 +144,7 @@ def test_a_body_ends_with_the_message_that_shows_it() -> None:
     assert json.loads(shapes.MUST_REFETCH) == [{"headers": {"control": "must-refetch"}}]
 
 
-def test_a_cursor_goes_to_a_client_and_back() -> None:
+def test_a_cursor_survives_a_round_trip() -> None:
     cursor = ShapeCursor("9f3c01d2", 1_767_323_045_678, 17)
     assert (cursor.handle, cursor.offset) == ("9f3c01d2.1767323045678", "17_0")
     assert ShapeCursor.parse(cursor.handle, cursor.offset) == cursor
@@ -168,5 +167,5 @@ def test_a_cursor_goes_to_a_client_and_back() -> None:
         ("9f3c01d2.٣", "1_0"),
     ],
 )
-def test_what_is_not_ours_is_no_cursor(handle: str, offset: str) -> None:
+def test_a_foreign_cursor_is_none(handle: str, offset: str) -> None:
     assert ShapeCursor.parse(handle, offset) is None
