@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractAsyncContextManager, contextmanager
+from contextlib import AbstractAsyncContextManager, contextmanager, suppress
 from typing import Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar, Unpack, overload
 
 from asgi_realtime.core.config import Span
@@ -195,7 +195,12 @@ class SyncRealtime:
         """
         supervisor = self._bridge.supervisor()
         held = HeldRun(supervisor, self._realtime.open_run(name, tags=tags, metadata=metadata))
-        run = self._bridge.call(held.enter, supervisor)
+        try:
+            run = self._bridge.call(held.enter, supervisor)
+        except BaseException:
+            with suppress(RuntimeError):  # the loop is closed
+                supervisor.post(held.abandon)
+            raise
         token = current.set(run)
         try:
             yield run

@@ -668,6 +668,44 @@ def test_an_interrupted_call_leaves_nobody_waiting() -> None:
         signal.signal(signal.SIGUSR1, before)
 
 
+def test_a_run_whose_opening_is_interrupted_does_not_stay_open() -> None:
+    """An interrupted `open_run` left the run EXECUTING until the server stopped."""
+    broker = Shared()
+    realtime = with_tasks(broker=broker)
+    commit, stored = broker.commit, threading.Event()
+
+    async def interrupted_commit(record: RunRecord, **options: Any) -> int:
+        version = await commit(record, **options)
+        if record.status is Status.EXECUTING:
+            stored.set()
+            with anyio.CancelScope(shield=True):
+                await anyio.sleep(0.05)  # the signal arrives now
+        return version
+
+    def on_signal(number: int, frame: object) -> None:
+        raise TimeLimit
+
+    def interrupt() -> None:
+        assert stored.wait(GUARD_S)
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
+
+    before = signal.signal(signal.SIGUSR1, on_signal)
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    try:
+        realtime.sync.trigger("double", 1)
+        broker.commit = interrupted_commit  # type: ignore[method-assign]
+        with pytest.raises(TimeLimit):
+            with realtime.sync.open_run("r"):
+                raise AssertionError("it was interrupted before")
+        (run,) = [run for run in broker._runs.values() if run.record.task == "r"]
+        wait_for(lambda: run.record.status is Status.CANCELED)
+    finally:
+        thread.join()
+        realtime.sync.close()
+        signal.signal(signal.SIGUSR1, before)
+
+
 def wait_for(fact: Callable[[], object]) -> None:
     """Wait in this thread until something is so."""
     deadline = time.monotonic() + GUARD_S

@@ -1,4 +1,4 @@
-"""A run that a thread holds open while the event loop runs its context manager."""
+"""A run that a thread holds open while a job on the event loop runs its context manager."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ class HeldRun:
         self._run: Run | None = None
         self._error: BaseException | None = None
         self._scope: anyio.CancelScope | None = None
+        self._is_abandoned = False
         self._is_left = False
         self._is_over = False
         self._changed = WaitList()
@@ -45,16 +46,24 @@ class HeldRun:
             return self._error
         if isinstance(error, Exception):
             self._error = error
-        elif error is not None and self._scope is not None:
-            self._scope.cancel()
+        elif error is not None:
+            self.abandon()
         self._changed.wake()
         while not self._is_over:
             await self._changed.wait()
         return self._error
 
+    def abandon(self) -> None:
+        """Cancel the run: the thread was interrupted. While it opens the run, this is the only way to leave it."""
+        self._is_abandoned = True
+        if self._scope is not None:
+            self._scope.cancel()
+
     async def _hold(self) -> None:
         try:
             with anyio.CancelScope() as self._scope:
+                if self._is_abandoned:
+                    self._scope.cancel()
                 async with self._opened as run:
                     self._run = run
                     self._changed.wake()
