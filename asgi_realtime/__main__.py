@@ -1,4 +1,4 @@
-"""`python -m asgi_realtime`: see `cli`."""
+"""Makes `python -m asgi_realtime` run the command line."""
 
 from __future__ import annotations
 

@@ -13,8 +13,8 @@ from asgi_realtime.core.config import Span
 from asgi_realtime.core.errors import RealtimeError
 from asgi_realtime.streams.pipe import Pipe, Source
 from asgi_realtime.streams.writer import StreamWriter, encode_numbered
+from asgi_realtime.tasks.decoding import decoder_of
 from asgi_realtime.tasks.options import PipeOptions, RunLike
-from asgi_realtime.tasks.task import decode_as
 
 logger = logging.getLogger("asgi_realtime")
 
@@ -128,5 +128,5 @@ class TypedStream(Generic[T]):
     def read(self, run: RunLike, *, start_index: int = 0, timeout: Span | None = None) -> AsyncIterator[T]:
         """As `Realtime.read`, decoding chunks into the type. Raises `UsageError` for a chunk that does not match it."""
         return self._realtime.read_as(
-            run, self.key, lambda data: decode_as(data, self.chunk_type), start_index=start_index, timeout=timeout
+            run, self.key, decoder_of(self.chunk_type), start_index=start_index, timeout=timeout
         )

@@ -76,9 +76,6 @@ def test_everything_is_documented(package: types.ModuleType, name: str) -> None:
         assert value.__doc__ and not value.__doc__.startswith(f"{name}("), name
 
 
-NAMED_WELL_ENOUGH = {"aclose", "is_completed", "is_success"}
-
-
 def members(cls: Any) -> list[tuple[str, Any]]:
     return [
         (name, member.fget if isinstance(member, property) else getattr(member, "__func__", member))

@@ -151,6 +151,7 @@ class Pipe(Generic[T]):
 
     @property
     def done(self) -> bool:
+        """Whether the source has ended and its chunks are stored, or that failed."""
         return self._state is PipeState.ENDED
 
     @property

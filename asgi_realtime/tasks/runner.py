@@ -1,4 +1,4 @@
-"""Runs the function of a task inside its run."""
+"""Calls the function of a task inside its run, and ends the run by the outcome."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from asgi_realtime.tasks.task import Task
 
 
 async def run_task(task: Task[Any, Any], execution: Execution, *, threads: Callable[[], TaskThreads]) -> RunRecord:
-    """Call the task and end its run by what comes of it. Returns the last record.
+    """Call the task and end its run. Returns the last record.
 
-    Cancelling the caller cancels the run, and goes on when that is stored.
+    `threads` returns the pool for `def` functions. Cancelling the caller cancels the run, and propagates once that is
+    stored.
     """
     limits = [seconds for seconds in (task.max_duration_s, execution.run.record.max_duration_s) if seconds is not None]
     max_duration_s = min(limits, default=None)
@@ -37,14 +38,14 @@ async def run_task(task: Task[Any, Any], execution: Execution, *, threads: Calla
             except BaseException as exc:
                 if not is_failure(exc):
                     raise
-                return await execution.finish_failed(exc)  # a task that exits does not end the server
+                return await execution.finish_failed(exc)  # `SystemExit` in a task does not end the server
         if execution.stopped_by is None and max_duration_s is not None:
             return await execution.finish_timed_out(max_duration_s)
         return await execution.finish_stopped()
     except BaseException as exc:
         if execution.is_ending or isinstance(exc, KeyboardInterrupt | GeneratorExit):
             raise
-        # On trio a scope takes its cancellation out of a group of exceptions, and what is left comes here.
+        # On trio the scope removes its cancellation from an exception group, and the other exceptions arrive here.
         if is_failure(exc) or (isinstance(exc, anyio.get_cancelled_exc_class()) and cancelled_itself()):
             return await execution.finish_failed(exc)
         await execution.finish_stopped()

@@ -22,7 +22,7 @@ from asgi_realtime import (
     UsageError,
 )
 from asgi_realtime.core.chunks import decode
-from asgi_realtime.tasks.task import decode_as
+from asgi_realtime.tasks.decoding import decoder_of
 from tests.inprocess import make_realtime
 
 
@@ -164,7 +164,7 @@ async def test_the_annotation_decodes_the_payload_always_through_json(
         (takes_pet, {"wings": 2}, "does not fit"),
         (takes_prompt, {}, "text"),
         (takes_dict, [1], "Expected `object`, got `array`"),
-        (takes_anything, b"raw", "has no JSON form"),
+        (takes_anything, b"raw", "cannot be encoded as JSON"),
         (takes_anything, {"a": object()}, "at ['a']: object has no JSON form"),
     ],
 )
@@ -445,10 +445,12 @@ def test_a_decorator_without_an_id_says_what_to_write() -> None:
 async def test_what_is_no_task_is_not_triggered(task: Any) -> None:
     async with make_realtime() as realtime:
         for call in (realtime.trigger(task), realtime.batch_trigger([(task, None)])):
-            with pytest.raises(UsageError, match=r"is not a task; allowed are what @realtime\.task\(id\) gives"):
+            with pytest.raises(
+                UsageError, match=r"is not a task; pass a function decorated with @realtime\.task\(id\)"
+            ):
                 await call
         for mint in (realtime.create_trigger_public_token, realtime.create_batch_trigger_public_token):
-            with pytest.raises(UsageError, match=r"is not a task; allowed are"):
+            with pytest.raises(UsageError, match=r"is not a task; pass a function decorated with"):
                 mint(task)
 
 
@@ -465,11 +467,11 @@ def test_max_duration_is_a_span() -> None:
         realtime.task("b", max_duration="soon")(nothing)
 
 
-def test_decode_as_refuses_what_is_no_json() -> None:
+def test_decoding_rejects_invalid_json() -> None:
     with pytest.raises(UsageError):
-        decode_as(b"{", Order)
+        decoder_of(Order)(b"{")
     with pytest.raises(UsageError):
-        decode_as(b"{", Any)
+        decoder_of(Any)(b"{")
 
 
 class Unknown:
@@ -482,7 +484,7 @@ async def takes_unknowns(payload: list[Unknown]) -> None: ...
 def test_a_part_that_cannot_be_made_from_json_is_refused_with_the_payload() -> None:
     task = make_realtime().task("t")(takes_unknowns)
     assert task.encode_payload([], limit_bytes=100) == b"[]"
-    with pytest.raises(InvalidPayload, match="Unknown cannot be made from JSON"):
+    with pytest.raises(InvalidPayload, match="Unknown cannot be decoded from JSON"):
         task.encode_payload([1], limit_bytes=100)
 
 
@@ -501,7 +503,7 @@ def test_a_payload_that_is_nested_too_deeply_is_refused() -> None:
 
 def test_without_pydantic_its_types_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pydantic", None)
-    with pytest.raises(InvalidConfiguration, match="is not a type for payloads or chunks"):
+    with pytest.raises(InvalidConfiguration, match="cannot be the type of a payload or chunk"):
         make_realtime().task("t")(takes_pet)
 
 

@@ -200,7 +200,7 @@ async def test_what_cannot_be_executed_is_not_tried_for_ever(
     await executor.enqueue("run_1", "t")
     await queue.wait_all()
     assert host.asked == ["run_1"]
-    assert f"run run_1 came from the queue and is not executed: {error}" in caplog.text
+    assert f"run run_1 from the queue cannot be executed: {error}" in caplog.text
     assert not queue.result_backend.results["run_1"].is_err
 
 
@@ -214,7 +214,7 @@ async def test_an_absent_broker_is_waited_for(
     await executor.enqueue("run_1", "t")
     await queue.wait_all()
     assert host.asked == ["run_1"] * 4
-    assert caplog.text.count("run run_1 came from the queue and waits: away") == 1
+    assert caplog.text.count("run run_1 from the queue waits: away") == 1
 
 
 async def test_a_worker_that_ends_waits_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,7 +230,7 @@ async def test_a_worker_that_ends_waits_no_more(monkeypatch: pytest.MonkeyPatch)
 async def test_one_executor_serves_one_realtime() -> None:
     executor = TaskiqExecutor(Queue())
     make_realtime(executor=executor)
-    with pytest.raises(RuntimeError, match="make one for each"):
+    with pytest.raises(RuntimeError, match="create one for each"):
         make_realtime(executor=executor)
 
 
