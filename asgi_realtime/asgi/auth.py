@@ -1,8 +1,8 @@
-"""Who asks: the credential of a request, where it must not be seen, and what its scopes admit.
+"""The credential of a request, and what its scopes grant.
 
-A token comes as `Authorization: Bearer`, or on GET as `?access_token=` because an EventSource cannot set headers
-(RFC 6750, section 2.3). The latter is taken out of the scope before anything else, so that a server's access log does
-not print it. Scopes and resource names: docs/protocol.md.
+A token is sent as `Authorization: Bearer`, or on GET as `?access_token=`, because an EventSource cannot set headers
+(RFC 6750, section 2.3). The app removes the latter from the scope before anything else, so the server's access log does
+not print it. Scopes and resource names: docs/protocol.md, section 3.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _IN_TEXT = re.compile(r"(?i)(\baccess(?:_|%5f)token=)[^&\s\"'<>]+")
 
 
 def redact_query(scope: Scope) -> str:
-    """Replace the value of `access_token` in the scope's query, in place. Returns the (last) value that was there."""
+    """Redact `access_token` in the scope's query, in place. Returns its last value, or ""."""
     query: bytes = scope.get("query_string", b"")
     if not query:
         return ""
@@ -41,13 +41,13 @@ def redact_query(scope: Scope) -> str:
 
 
 def bearer(authorization: bytes | None) -> str:
-    """The token of an `Authorization` header, or "" if there is none or it is of another kind."""
+    """The token of an `Authorization` header, or "" if the header is missing or has another scheme."""
     scheme, _, credential = (authorization or b"").decode("latin-1").strip().partition(" ")
     return credential.strip() if scheme.lower() == "bearer" else ""
 
 
 class RedactAccessToken(logging.Filter):
-    """Hides `access_token=…` in log records, for servers and proxies that log what we cannot reach.
+    """Redacts `access_token=…` in log records, for servers that log a query from before the app redacts it.
 
     `logging.getLogger("uvicorn.access").addFilter(RedactAccessToken())`
     """
@@ -67,7 +67,7 @@ def _redact(text: str) -> str:
 
 
 def run_resources(record: RunRecord) -> list[Resource]:
-    """The names under which a run, its streams and its inputs may be read."""
+    """The names of a run: a scope for any of them grants access to the run, its streams and its inputs."""
     resources: list[Resource] = [("runs", record.id), ("tasks", record.task)]
     resources += [("tags", tag) for tag in record.tags]
     if record.batch is not None:
@@ -76,7 +76,7 @@ def run_resources(record: RunRecord) -> list[Resource]:
 
 
 def tag_resources(tags: Iterable[str]) -> list[Resource]:
-    """The names of a list of runs with these tags."""
+    """The names of the list of runs with these tags."""
     return [("runs", None), ("tags", None), *(("tags", tag) for tag in tags)]
 
 
@@ -84,16 +84,16 @@ def batch_resources(batch_id: str) -> list[Resource]:
     return [("batch", batch_id), ("runs", None)]
 
 
-def may(claims: Claims, action: str, resources: Iterable[Resource]) -> bool:
-    """Whether the claims admit the action."""
+def allows(claims: Claims, action: str, resources: Iterable[Resource]) -> bool:
+    """Whether the claims grant the action on the resource with these names."""
     return claims.secret or admits(claims.scopes, action, resources)
 
 
-def authorise(claims: Claims, action: str, resources: Iterable[Resource]) -> None:
-    """Raises `ScopeDenied`, naming the scope that would do, unless the claims admit the action."""
+def authorize(claims: Claims, action: str, resources: Iterable[Resource]) -> None:
+    """Raises `ScopeDenied`, which names the missing scope, unless the claims grant the action."""
     names = list(resources)
-    if may(claims, action, names):
+    if allows(claims, action, names):
         return
     type, id = names[0]
     needed = ":".join(filter(None, (action, type, id)))
-    raise ScopeDenied(f"the token's scopes do not admit this; a token with the scope {shown(needed)} does")
+    raise ScopeDenied(f"this token does not grant access; it needs the scope {shown(needed)}")

@@ -1,7 +1,8 @@
-"""CORS headers of our own: on every answer, errors too, and the answer to a preflight.
+"""CORS headers, on every response including errors, and the response to a preflight request.
 
-A preflight is answered before authentication, as it carries no credential. Requested headers are reflected, since `*`
-does not cover `authorization`. Credentials are never allowed, so `*` is safe. Spec: WHATWG Fetch, section 3.2.
+A preflight request is answered before authentication, because it carries no credential. The headers it asks for are
+reflected, because `*` does not cover `authorization`. Credentials are never allowed, so `*` is safe for the origin.
+Spec: WHATWG Fetch, section 3.2.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ _HEADER_NAMES = re.compile(rb"[A-Za-z0-9!#$%&'*+.^_`|~\-, ]{1,4096}")
 
 
 def cors_headers(cors: Cors | None, origin: bytes | None) -> Headers:
-    """The headers of any answer to a request from this origin."""
+    """The headers of every response to a request from this origin."""
     if cors is None:
         return []
     if cors.origins == "*":
         return [(b"access-control-allow-origin", b"*"), (b"access-control-expose-headers", EXPOSED)]
-    # Also without an origin: a cache must not give an answer for one origin to another.
+    # Also without an origin, because a cache must not reuse the response for another origin.
     vary = (b"vary", b"Origin")
     if origin is None or origin.decode("latin-1") not in cors.origins:
         return [vary]
@@ -31,7 +32,7 @@ def cors_headers(cors: Cors | None, origin: bytes | None) -> Headers:
 
 
 def preflight_headers(cors: Cors, requested: bytes | None) -> Headers:
-    """What the answer to a preflight has besides those. Of no effect for an origin that may not read."""
+    """The additional headers of a response to a preflight. Without effect for an origin that is not allowed."""
     headers = [
         (b"access-control-allow-methods", METHODS),
         (b"access-control-max-age", b"%d" % cors.max_age),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from asgi_realtime.asgi.auth import authorise, batch_resources, tag_resources
+from asgi_realtime.asgi.auth import authorize, batch_resources, tag_resources
 from asgi_realtime.asgi.feed_events import FeedResponse
 from asgi_realtime.asgi.feed_kinds import BatchFeed, RunFeed, TagFeed
 from asgi_realtime.asgi.lookup import find_batch, find_run
@@ -26,14 +26,14 @@ async def tag_feed(request: Request) -> FeedResponse:
     """Follow the recent runs that have all of the tags."""
     claims = request.authenticate()
     tags, floor_ms = requested_tags(request), requested_floor_ms(request)
-    authorise(claims, "read", tag_resources(tags))
+    authorize(claims, "read", tag_resources(tags))
     return FeedResponse(request, claims, TagFeed(tags, floor_ms=floor_ms))
 
 
 async def batch_feed(request: Request, batch_id: str) -> FeedResponse:
     """Follow the runs of a batch."""
     claims = request.authenticate()
-    authorise(claims, "read", batch_resources(batch_id))
+    authorize(claims, "read", batch_resources(batch_id))
     closed = await find_batch(request, claims, batch_id)
     return FeedResponse(request, claims, BatchFeed(batch_id, closed=closed))
 

@@ -1,6 +1,7 @@
-"""What the HTTP surface needs of a `Realtime`, and what a `Realtime` needs of a subscription.
+"""What the HTTP endpoints need of a `Realtime`, as protocols, and the ASGI types.
 
-The one direction is `Host`, the other `Subscriber`. Everything here runs on the loop of the `Realtime`.
+`Host` is the `Realtime` as an endpoint sees it. `Subscriber` is an open request or subscription as the ticker and the
+shutdown of the `Realtime` see it. Everything here runs on the loop of the `Realtime`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Any, Any, Any], Awaitable[None]]
-"""Any host's app: each framework has types of its own for these three."""
+"""The app of any framework. Each framework has types of its own for the three arguments."""
 Headers = list[tuple[bytes, bytes]]
 
 
@@ -33,19 +34,19 @@ class Runs(Protocol):
         ...
 
     async def load(self, run_ids: Sequence[str], /) -> list[RunRecord | None]:
-        """The newest records, in the order asked; None for those that do not exist."""
+        """The newest records, in the given order; None for each run that does not exist."""
         ...
 
 
 class WritableRuns(Runs, Protocol):
-    """Run records, and what changing them and writing into streams of theirs needs besides the broker."""
+    """Read and write access to run records, and what a writer of streams needs besides the broker."""
 
     async def update(self, run_id: str, /, *changes: RunChange, mark: ChangeMark | None = None) -> RunRecord:
-        """Apply changes to the newest record and store it, once for a mark. Raises `RunNotFound`, `LimitExceeded`."""
+        """Apply changes to the newest record and store it, once per mark. Raises `RunNotFound`, `LimitExceeded`."""
         ...
 
     async def add_stream(self, key: StreamKey, /) -> None:
-        """Make sure that the run lists the stream or input. Raises `RunNotFound`, `LimitExceeded`."""
+        """Add the stream or input to the list of its run. Raises `RunNotFound`, `LimitExceeded`."""
         ...
 
     @property
@@ -55,10 +56,10 @@ class WritableRuns(Runs, Protocol):
 
 
 class Host(Protocol):
-    """The part of a `Realtime` that answers are made of.
+    """The part of a `Realtime` that endpoints use.
 
-    The one ticker of a host calls `tick` of every subscriber about each `timeouts.tick` seconds; `begin_shutdown` sets
-    `closing` and then calls `shut_down` of every subscriber. Both go through a copy of `subscribers`.
+    A host has one ticker, which calls `tick` of every subscriber about every `timeouts.tick` seconds. A shutdown sets
+    `closing` and then calls `shut_down` of every subscriber. Both iterate over a copy of `subscribers`.
     """
 
     @property
@@ -87,7 +88,7 @@ class Host(Protocol):
     def clock(self) -> Callable[[], float]: ...
 
     async def ensure_started(self) -> None:
-        """Start unless started. Called before anything else of a request."""
+        """Start unless started. Called first for each request."""
         ...
 
     async def start(self) -> None:
@@ -95,7 +96,7 @@ class Host(Protocol):
         ...
 
     async def stop(self) -> None:
-        """Begin the shutdown, end everything that runs, and leave the broker. Idempotent."""
+        """Shut down: end everything that runs, and leave the broker. Idempotent."""
         ...
 
     async def cancel(self, run_id: str, /) -> object:
@@ -104,7 +105,7 @@ class Host(Protocol):
 
 
 class HostApp(Protocol):
-    """A `Realtime` as the middleware sees it: an ASGI app with a life of its own."""
+    """A `Realtime` as the middleware sees it: an ASGI app that is started and stopped."""
 
     async def start(self) -> None: ...
 

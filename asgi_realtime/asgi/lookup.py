@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from asgi_realtime.asgi.auth import authorise, run_resources
+from asgi_realtime.asgi.auth import authorize, run_resources
 from asgi_realtime.asgi.host import Host, Receive
 from asgi_realtime.asgi.request import Request
 from asgi_realtime.asgi.subscription import until_disconnect
@@ -56,7 +56,7 @@ async def find_run(request: Request, claims: Claims, run_id: str) -> RunRecord:
             raise
         await _appears(request, claims, run_topic(run_id))
         record = await runs.get(run_id)
-    authorise(claims, "read", run_resources(record))
+    authorize(claims, "read", run_resources(record))
     return record
 
 

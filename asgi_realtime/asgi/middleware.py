@@ -1,21 +1,25 @@
 """`RealtimeMiddleware`: serves a `Realtime` under a path of any ASGI app, and starts and stops it with the app.
 
-It starts before the host's own start-up and stops when the host's shutdown is through, so the host may publish in both.
-A host that does not speak the lifespan protocol (Django raises) has it answered here. It is pure ASGI: nothing of the
-host's `send` and `receive` is wrapped on http.
+The `Realtime` starts before the host and stops after it, so the host can publish in its start-up and shutdown. It is
+pure ASGI: the host's `send` and `receive` are not wrapped for HTTP.
+
+**The lifespan** is the host's, and the middleware watches its messages. INITIAL: nothing was received. STARTING:
+`lifespan.startup` was received, and the `Realtime` has started. RUNNING: the start-up is complete. STOPPING:
+`lifespan.shutdown` was received. OVER: the last message was sent, and the `Realtime` has stopped. A host can leave the
+protocol early, because it does not support it (Django raises) or returns after its start-up. The middleware then
+continues alone from the state it is in.
 """
 
 from __future__ import annotations
 
 import logging
+from enum import Enum, auto
 
 from asgi_realtime.asgi.auth import redact_query
 from asgi_realtime.asgi.host import App, HostApp, Message, Receive, Scope, Send
 from asgi_realtime.core.errors import InvalidConfiguration
 
 logger = logging.getLogger("asgi_realtime")
-
-_LAST = frozenset({"lifespan.startup.failed", "lifespan.shutdown.complete", "lifespan.shutdown.failed"})
 
 
 class RealtimeMiddleware:
@@ -24,7 +28,7 @@ class RealtimeMiddleware:
     def __init__(self, app: App, realtime: HostApp, path: str = "/realtime") -> None:
         if not path.startswith("/") or not path.strip("/") or any(mark in path for mark in "?#"):
             raise InvalidConfiguration(
-                f"path is {path!r}; it must begin with '/' and name a prefix, such as '/realtime'"
+                f"path is {path!r}; it must start with '/' and name a prefix, such as '/realtime'"
             )
         self.app = app
         self.realtime = realtime
@@ -35,7 +39,7 @@ class RealtimeMiddleware:
             await _Lifespan(self.realtime, receive, send).run(self.app, scope)
         elif scope["type"] in ("http", "websocket") and self._is_ours(scope):
             inner = {**scope, "root_path": scope.get("root_path", "").rstrip("/") + self.path}
-            redact_query(scope)  # this is the one that the server's access log reads
+            redact_query(scope)  # the server's access log reads this one
             await self.realtime(inner, receive, send)
         else:
             await self.app(scope, receive, send)
@@ -48,21 +52,41 @@ class RealtimeMiddleware:
         return path == self.path or path.startswith(self.path + "/")
 
 
+class _State(Enum):
+    INITIAL = auto()
+    STARTING = auto()
+    RUNNING = auto()
+    STOPPING = auto()
+    OVER = auto()
+
+
+_TRANSITIONS: dict[_State, frozenset[_State]] = {
+    _State.INITIAL: frozenset({_State.STARTING}),
+    _State.STARTING: frozenset({_State.RUNNING, _State.STOPPING, _State.OVER}),
+    _State.RUNNING: frozenset({_State.STOPPING, _State.OVER}),
+    _State.STOPPING: frozenset({_State.OVER}),
+    _State.OVER: frozenset(),
+}
+
+_LAST = frozenset({"lifespan.startup.failed", "lifespan.shutdown.complete", "lifespan.shutdown.failed"})
+
+
 class _StartFailed(Exception):
-    """Takes the host out of its lifespan when ours could not start."""
+    """Makes the host leave its lifespan when the `Realtime` could not start."""
 
 
 class _Lifespan:
-    """One conversation with the server, led by the host and listened to."""
+    """One conversation with the server; see the top of the module."""
 
     def __init__(self, realtime: HostApp, receive: Receive, send: Send) -> None:
         self._realtime = realtime
         self._receive = receive
         self._send = send
-        self._begun = False  # lifespan.startup was received
-        self._complete = False  # the host answered it
-        self._ending = False  # lifespan.shutdown was received
-        self._over = False  # the last message was sent
+        self._state = _State.INITIAL
+
+    def _move(self, state: _State) -> None:
+        assert state in _TRANSITIONS[self._state], (self._state, state)
+        self._state = state
 
     async def run(self, app: App, scope: Scope) -> None:
         try:
@@ -70,53 +94,57 @@ class _Lifespan:
         except _StartFailed:
             return
         except Exception:
-            if self._over:
+            if self._state is _State.OVER:
                 raise
-            if self._complete:
+            if self._state in (_State.RUNNING, _State.STOPPING):
                 await self._stop()
                 raise
-            # Servers go on in this case. If the host took the message it may have meant to fail, which it should say.
-            level = logging.WARNING if self._begun else logging.DEBUG
+            # Servers continue without a lifespan then. A host that received the message possibly meant to fail.
+            level = logging.WARNING if self._state is _State.STARTING else logging.DEBUG
             logger.log(level, "the host app raised on lifespan; serving without its start-up", exc_info=True)
-        if not self._over:  # a host may also answer the start-up and return
-            await self._alone()
+        await self._continue_alone()
 
     async def receive(self) -> Message:
+        """The host's `receive`."""
         message = await self._receive()
-        if message["type"] == "lifespan.startup" and not self._begun:
-            self._begun = True
+        if message["type"] == "lifespan.startup" and self._state is _State.INITIAL:
+            self._move(_State.STARTING)
             await self._start()
-        self._ending = message["type"] == "lifespan.shutdown"
+        elif message["type"] == "lifespan.shutdown" and self._state in (_State.STARTING, _State.RUNNING):
+            self._move(_State.STOPPING)
         return message
 
     async def send(self, message: Message) -> None:
-        if self._over:
+        """The host's `send`."""
+        if self._state is _State.INITIAL:
+            await self.receive()
+        if self._state is _State.OVER:
             return
         if message["type"] in _LAST:
             await self._stop()
-            self._over = True
-        else:
-            self._complete = True
+            self._move(_State.OVER)
+        elif self._state is _State.STARTING:
+            self._move(_State.RUNNING)
         await self._send(message)
 
-    async def _alone(self) -> None:
+    async def _continue_alone(self) -> None:
         try:
-            if not self._begun:
+            if self._state is _State.INITIAL:
                 await self.receive()
         except _StartFailed:
             return
-        if not self._complete:
+        if self._state is _State.STARTING:
             await self.send({"type": "lifespan.startup.complete"})
-        if not self._ending:
-            await self._receive()
-        await self.send({"type": "lifespan.shutdown.complete"})
+        if self._state is _State.RUNNING:
+            await self.receive()
+        await self.send({"type": "lifespan.shutdown.complete"})  # unless the host has sent its last message
 
     async def _start(self) -> None:
         try:
             await self._realtime.start()
         except Exception as exc:
             logger.exception("start failed")
-            self._over = True
+            self._move(_State.OVER)
             await self._send({"type": "lifespan.startup.failed", "message": f"{type(exc).__name__}: {exc}"})
             raise _StartFailed from exc
 

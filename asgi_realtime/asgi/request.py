@@ -79,7 +79,7 @@ class Request:
         if credential or self.method != "GET":
             return self.host.tokens.authenticate(credential)
         if self.host.tokens.is_secret(self._query_token):
-            raise InvalidToken("the secret key must not stand in a URL; send it as `Authorization: Bearer …`")
+            raise InvalidToken("the secret key must not be in a URL; send it as `Authorization: Bearer …`")
         return self.host.tokens.authenticate(self._query_token)
 
     def release_body(self) -> None:

@@ -328,7 +328,7 @@ async def test_a_secret_key_in_a_url_is_refused(host: StandIn) -> None:
     await host.create()
     response = await AsgiClient(host).get("/api/v3/runs/run_1", query={"access_token": SECRET})
     assert response.status_code == 401
-    assert "must not stand in a URL" in json.loads(response.body)["error"]
+    assert "must not be in a URL" in json.loads(response.body)["error"]
     assert SECRET not in response.body.decode()
 
 

@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from asgi_realtime.asgi.auth import RedactAccessToken, authorise, bearer, redact_query, run_resources
+from asgi_realtime.asgi.auth import RedactAccessToken, authorize, bearer, redact_query, run_resources
 from asgi_realtime.core.errors import ScopeDenied
 from asgi_realtime.core.runs import BatchMember, RunRecord, Status
 from asgi_realtime.tokens import Claims
@@ -98,8 +98,8 @@ def test_the_names_of_a_run() -> None:
 def test_a_refusal_names_a_scope_that_would_do_and_nothing_of_the_run() -> None:
     claims = Claims(scopes=("read:runs:run_2",), expires_at=0)
     with pytest.raises(ScopeDenied, match="'read:runs:run_1'") as refused:
-        authorise(claims, "read", run_resources(RECORD))
+        authorize(claims, "read", run_resources(RECORD))
     assert "chat" not in str(refused.value)
     with pytest.raises(ScopeDenied, match="'read:runs'"):
-        authorise(claims, "read", [("runs", None)])
-    authorise(Claims(scopes=(), expires_at=0, secret=True), "read", run_resources(RECORD))
+        authorize(claims, "read", [("runs", None)])
+    authorize(Claims(scopes=(), expires_at=0, secret=True), "read", run_resources(RECORD))

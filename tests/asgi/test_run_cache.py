@@ -48,7 +48,7 @@ def change(run_id: str, version: int) -> Change:
 
 async def test_a_version_is_loaded_once() -> None:
     runs = Runs()
-    cache = RunCache(runs, max_rows=10)
+    cache = RunCache(runs, max_runs=10)
     first = runs.put("a", 1)
     assert await cache.records([change("a", 1), change("gone", 1)]) == [first, None]
     assert await cache.records([change("a", 1)]) == [first]
@@ -63,7 +63,7 @@ async def test_a_version_is_loaded_once() -> None:
 
 async def test_a_form_is_of_the_record_that_is_asked_for() -> None:
     runs = Runs()
-    cache = RunCache(runs, max_rows=10)
+    cache = RunCache(runs, max_runs=10)
     first = runs.put("a", 1)
     await cache.records([change("a", 1)])
     assert cache.encoded(first, run_json) is cache.encoded(first, run_json)
@@ -73,7 +73,7 @@ async def test_a_form_is_of_the_record_that_is_asked_for() -> None:
 
 async def test_each_form_is_encoded_once_and_counted() -> None:
     runs = Runs()
-    cache = RunCache(runs, max_rows=10)
+    cache = RunCache(runs, max_runs=10)
     record = runs.put("a", 1, b'"text"')
     await cache.records([change("a", 1)])
     before = cache._size
@@ -86,17 +86,17 @@ async def test_each_form_is_encoded_once_and_counted() -> None:
 
 async def test_only_a_few_forms_of_a_row_are_kept() -> None:
     runs = Runs()
-    cache = RunCache(runs, max_rows=10)
+    cache = RunCache(runs, max_runs=10)
     record = runs.put("a", 1)
     await cache.records([change("a", 1)])
     for number in range(10):
         cache.encoded(record, run_json, (f"field{number}",))
-    assert len(cache._rows["a"].forms) == 4
+    assert len(cache._cached["a"].encodings) == 4
 
 
 async def test_the_least_used_go_first() -> None:
     runs = Runs()
-    cache = RunCache(runs, max_rows=2)
+    cache = RunCache(runs, max_runs=2)
     for run_id in "abc":
         runs.put(run_id, 1)
     await cache.records([change("a", 1), change("b", 1)])
@@ -110,21 +110,21 @@ async def test_the_least_used_go_first() -> None:
 async def test_bytes_are_bounded_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_cache, "MAX_BYTES", 100_000)
     runs = Runs()
-    cache = RunCache(runs, max_rows=1000)
+    cache = RunCache(runs, max_runs=1000)
     for number in range(10):
         runs.put(str(number), 1, b'"%b"' % (b"x" * 20_000))
         await cache.records([change(str(number), 1)])
         cache.encoded(runs.records[str(number)], run_json)
-    assert len(cache._rows) == 2
+    assert len(cache._cached) == 2
     assert cache._size <= 100_000
     runs.put("large", 1, b'"%b"' % (b"x" * 200_000))
     await cache.records([change("large", 1)])
-    assert list(cache._rows) == ["large"]
+    assert list(cache._cached) == ["large"]
 
 
 async def test_a_slower_load_does_not_put_an_older_version_back() -> None:
     runs = Runs()
-    cache = RunCache(runs, max_rows=10)
+    cache = RunCache(runs, max_runs=10)
     old = runs.put("a", 1)
 
     class Racing(Runs):
@@ -136,4 +136,4 @@ async def test_a_slower_load_does_not_put_an_older_version_back() -> None:
 
     cache._runs = Racing()
     assert await cache.records([change("a", 1)]) == [old]
-    assert cache._rows["a"].record.version == 2
+    assert cache._cached["a"].record.version == 2

@@ -13,7 +13,7 @@ import anyio.lowlevel
 import msgspec
 from starlette.responses import Response
 
-from asgi_realtime.asgi.auth import authorise, batch_resources
+from asgi_realtime.asgi.auth import authorize, batch_resources
 from asgi_realtime.asgi.host import Host
 from asgi_realtime.asgi.request import Request
 from asgi_realtime.asgi.responses import json_bytes_response, json_response
@@ -83,7 +83,7 @@ async def create_batch(request: Request) -> Response:
     attempt = once(request, claims, "batch") if claims.one_time else None
 
     body = read_json(await request.body(max_create_bytes(request.host.limits)), CreateBatch)
-    _authorise_tasks(request, claims, body.task_identifiers)
+    _authorize_tasks(request, claims, body.task_identifiers)
     if body.idempotency_key is not None:
         check_idempotency_key(body.idempotency_key, request.host.limits)
     await find_parent(request, claims, body.parent_run_id)
@@ -131,11 +131,11 @@ def _check_can_batch(claims: Claims) -> None:
         raise ScopeDenied("the token's scopes do not allow this; it needs a scope such as 'batchTrigger:tasks:chat'")
 
 
-def _authorise_tasks(request: Request, claims: Claims, task_ids: Sequence[str] | None) -> None:
+def _authorize_tasks(request: Request, claims: Claims, task_ids: Sequence[str] | None) -> None:
     if not task_ids:
-        authorise(claims, "batchTrigger", [("tasks", None), ("batch", None)])
+        authorize(claims, "batchTrigger", [("tasks", None), ("batch", None)])
     for task_id in dict.fromkeys(task_ids or ()):
-        authorise(claims, "batchTrigger", [("tasks", task_id), ("batch", None)])
+        authorize(claims, "batchTrigger", [("tasks", task_id), ("batch", None)])
         check_task(request, claims, task_id)
 
 
@@ -174,7 +174,7 @@ async def _prepare_items(request: Request, claims: Claims, batch: BatchRecord, i
 def _prepare(request: Request, claims: Claims, parent: RunRecord | None, item: Item) -> Prepared:
     if not item.task:
         raise InvalidRequest("task is missing; it must be the id of a task")
-    _authorise_tasks(request, claims, [item.task])
+    _authorize_tasks(request, claims, [item.task])
     tasks, limits = request.host.tasks, request.host.limits
     options = read_options(item, limits)
     payload, run_options = read_payload(item, options, limits), options.run_options()
@@ -198,7 +198,7 @@ class _Pacer:
 
 async def retrieve_batch(request: Request, batch_id: str) -> Response:
     claims = request.authenticate()
-    authorise(claims, "read", batch_resources(batch_id))
+    authorize(claims, "read", batch_resources(batch_id))
     host = request.host
     batch = await host.tasks.batches.records.find(batch_id)
     body = await _batch_of_runs(host, batch_id) if batch is None else await _batch_with_record(host, batch_id, batch)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Sequence
 
-from asgi_realtime.asgi.auth import authorise, run_resources
+from asgi_realtime.asgi.auth import authorize, run_resources
 from asgi_realtime.asgi.host import Host
 from asgi_realtime.asgi.request import REQUEST_KEY, Request
 from asgi_realtime.core.config import MAX_SPAN_S, parse_span
@@ -84,7 +84,7 @@ async def find_parent(request: Request, claims: Claims, run_id: str | None) -> R
     writing to the parent. Raises `ScopeDenied`, `RunNotFound`."""
     if run_id is None:
         return None
-    authorise(claims, "write", [("runs", run_id)])
+    authorize(claims, "write", [("runs", run_id)])
     return await request.host.runs.get(run_id)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from starlette.responses import Response
 
-from asgi_realtime.asgi.auth import authorise, batch_resources, may, tag_resources
+from asgi_realtime.asgi.auth import allows, authorize, batch_resources, tag_resources
 from asgi_realtime.asgi.feed_kinds import BatchFeed, RunFeed, TagFeed
 from asgi_realtime.asgi.feeds import requested_floor_ms, requested_tags
 from asgi_realtime.asgi.lookup import find_batch, find_run
@@ -22,7 +22,7 @@ async def run_feed(request: Request, run_id: str) -> Response:
     claims = request.authenticate()
     shape = read_shape_request(request)
     feed = RunFeed(run_id)
-    if shape.cursor is None or not may(claims, "read", [("runs", run_id)]):
+    if shape.cursor is None or not allows(claims, "read", [("runs", run_id)]):
         record = await find_run(request, claims, run_id)
         feed = RunFeed(record.id, record.end)
     return await ShapePoll(request, claims, feed, shape).respond()
@@ -33,7 +33,7 @@ async def tag_feed(request: Request) -> Response:
     claims = request.authenticate()
     tags, floor_ms = requested_tags(request), requested_floor_ms(request)
     shape = read_shape_request(request)
-    authorise(claims, "read", tag_resources(tags))
+    authorize(claims, "read", tag_resources(tags))
     if shape.cursor is not None:
         floor_ms = shape.cursor.floor_ms
     return await ShapePoll(request, claims, TagFeed(tags, floor_ms=floor_ms), shape).respond()
@@ -43,6 +43,6 @@ async def batch_feed(request: Request, batch_id: str) -> Response:
     """Poll the runs of a batch."""
     claims = request.authenticate()
     shape = read_shape_request(request)
-    authorise(claims, "read", batch_resources(batch_id))
+    authorize(claims, "read", batch_resources(batch_id))
     closed = shape.cursor is None and await find_batch(request, claims, batch_id)
     return await ShapePoll(request, claims, BatchFeed(batch_id, closed=closed), shape).respond()

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 from starlette.responses import Response
 
-from asgi_realtime.asgi.auth import authorise, run_resources
+from asgi_realtime.asgi.auth import authorize, run_resources
 from asgi_realtime.asgi.request import Request
 from asgi_realtime.asgi.responses import json_response
 from asgi_realtime.asgi.trigger_dev.credentials import find_open_run, once
@@ -70,7 +70,7 @@ class MetadataUpdate(msgspec.Struct, rename="camel"):
 async def retrieve_metadata(request: Request, run_id: str) -> Response:
     claims = request.authenticate()
     record = await request.host.runs.get(run_id)
-    authorise(claims, "read", run_resources(record))
+    authorize(claims, "read", run_resources(record))
     return json_response({"metadata": {} if "metadata" in claims.skip_columns else record.metadata})
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import msgspec
 from starlette.responses import Response
 
-from asgi_realtime.asgi.auth import authorise, run_resources
+from asgi_realtime.asgi.auth import authorize, run_resources
 from asgi_realtime.asgi.request import Request
 from asgi_realtime.asgi.responses import exception_response, json_bytes_response, json_response
 from asgi_realtime.asgi.trigger_dev.credentials import (
@@ -46,7 +46,7 @@ class NewTags(msgspec.Struct):
 
 async def trigger(request: Request, task_id: str) -> Response:
     claims = request.authenticate()
-    authorise(claims, "trigger", [("tasks", task_id)])
+    authorize(claims, "trigger", [("tasks", task_id)])
     check_task(request, claims, task_id)
     attempt = once(request, claims, f"trigger {task_id}")
 
@@ -83,14 +83,14 @@ async def retrieve_run(request: Request, run_id: str) -> Response:
         if run_id in names(claims.scopes, "read", "runs"):  # the run may not have reached the broker yet
             response.headers["x-should-retry"] = "true"
         return response
-    authorise(claims, "read", run_resources(record))
+    authorize(claims, "read", run_resources(record))
     return json_bytes_response(run_json(record, skip=claims.skip_columns))
 
 
 async def cancel_run(request: Request, run_id: str) -> Response:
     claims = request.authenticate()
     record = await request.host.runs.get(run_id)
-    authorise(claims, "write", [("runs", record.id)])
+    authorize(claims, "write", [("runs", record.id)])
     await request.host.cancel(run_id)
     return json_response({"id": run_id})
 

@@ -15,7 +15,7 @@ import anyio.lowlevel
 import msgspec
 from starlette.responses import Response
 
-from asgi_realtime.asgi.auth import authorise
+from asgi_realtime.asgi.auth import authorize
 from asgi_realtime.asgi.host import Host
 from asgi_realtime.asgi.request import REQUEST_KEY, Request
 from asgi_realtime.asgi.responses import error_response, json_response
@@ -194,7 +194,7 @@ async def send_input(request: Request, run_id: str, input_id: str) -> Response:
     """Append to an input of a run, which the run receives through `run.input(input_id)`."""
     claims = request.authenticate()
     record = await request.host.runs.get(run_id)
-    authorise(claims, "write", [("inputStreams", run_id)])
+    authorize(claims, "write", [("inputStreams", run_id)])
     stream = StreamKey(record.id, input_stream(input_id, request.host.limits))
 
     data = _input_data(await request.body(request.host.limits.input_bytes))
