@@ -1,7 +1,7 @@
-"""The stream framing of the official clients: the second version of their streams, with one event per batch of chunks.
+"""The stream framing of the official clients: version 2 of their protocol, with one SSE event for a batch of chunks.
 
-These clients know two ways for a body to end: cleanly, which means "complete", and with an event `error`, which means
-"resume from your last index". Everything else is expressed as one of the two. Spec: docs/protocol.md, section 4.4.
+These clients know two ways for a body to end. A clean end means that the stream is complete, and an event `error` means
+"resume from your last index", so everything else is expressed as one of the two. Spec: docs/protocol.md, section 4.4.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ class _Record(msgspec.Struct, frozen=True):
 
 
 class BatchFraming:
-    """For the official clients: the second version of their streams, where one event has the chunks of one moment."""
+    """A `Framing` for the official clients."""
 
     __slots__ = ()
     heartbeat = HEARTBEAT
     headers: Headers = [(b"x-stream-version", b"v2")]
     has_gaps = False
-    status_when_over = 200  # a 204 has no body, which they take for a failure
+    status_when_over = 200  # the clients retry a 204, because it has no body
 
     def preamble(self, comment: str) -> bytes:
         return comment_frame(comment)
@@ -43,27 +43,27 @@ class BatchFraming:
         return control_frame("batch", msgspec.json.encode({"records": [_record(entry) for entry in entries]}))
 
     def gap(self, requested: int, first: int) -> bytes:
-        return self._come_back(f"chunks {requested} to {first - 1} are past their retention")
+        return self._error(f"chunks {requested} to {first - 1} have expired")
 
     def end(self, end: End, id: str | None) -> bytes:
-        """Whatever the run ended with, its stream is complete; how the run ended is told by its feed."""
-        return b"" if end.reason in _RUN_ENDS else self._come_back(end.error or end.reason)
+        """The stream of a run that is over is complete, whatever the status of the run."""
+        return b"" if end.reason in _RUN_ENDS else self._error(end.error or end.reason)
 
     def reconnect(self, retry_ms: int) -> bytes:
-        return self._come_back("the server is not there just now")
+        return self._error("the server is shutting down")
 
     def interrupted(self) -> bytes:
-        return self._come_back("the stream was interrupted")
+        return self._error("the stream was interrupted")
 
-    def _come_back(self, why: str) -> bytes:
-        return control_frame("error", msgspec.json.encode({"message": why}))
+    def _error(self, message: str) -> bytes:
+        return control_frame("error", msgspec.json.encode({"message": message}))
 
 
 _RUN_ENDS = frozenset(END_REASONS.values())
 
 
 def _record(entry: Entry) -> _Record:
-    """A chunk as the clients know it: wrapped, with an id by which one that comes twice would be dropped."""
+    """A chunk in the wrapper of the clients, which drop a chunk with an id that they have seen."""
     return _Record(entry.seq, entry.time_ms, f'{{"data":{entry.data.decode()},"id":"{entry.seq}"}}')
 
 

@@ -1,4 +1,4 @@
-"""What a credential allows a request to do, and what it may read of what the request creates."""
+"""What a credential grants to a request, how a repeated request is recognized, and what a handle grants."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def handle_scopes(claims: Claims, record: RunRecord) -> list[str]:
     """What the handle of a run grants.
 
     An idempotency key can find a run of another user: a client that knows or guesses the key gets the id of the run,
-    but can read the run only if its own token allows that.
+    but can read the run only if its token grants that.
     """
     if claims.secret or record.token_id == claims.token_id:
         return run_scopes(record.id)

@@ -1,7 +1,7 @@
 """What a poll of a run feed requests.
 
-A poll carries everything that the server knows about the client, so any process can respond to it, also after a
-restart: its handle and offset say what the client has, and its `cursor` when it was last sent something.
+A poll carries everything that the server knows about the client: what it has, in the handle and the offset, and when it
+got its last response, in the `cursor`. So any process can respond to it, also after a restart.
 """
 
 from __future__ import annotations

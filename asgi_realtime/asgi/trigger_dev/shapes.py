@@ -1,7 +1,7 @@
 """Runs as rows of a shape: the data model of the run feeds that the official clients poll.
 
 A shape is a set of rows that a client holds and updates by requesting the changes after its offset. Every value of a
-row is text or null, in the format that Postgres prints, and the schema tells the client how to parse it. A row is
+row is text or null, in the format that Postgres prints, and a client parses it by the schema. A row is
 always complete, so it can be sent again at any time. Pure: rows and cursors in, bytes out. Spec: docs/protocol.md, and
 the HTTP API of Electric, whose client reads this.
 """

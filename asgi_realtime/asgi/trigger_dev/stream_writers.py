@@ -66,7 +66,7 @@ async def write_stream(request: Request, run_id: str, target: str, key: str) -> 
     host = request.host
     producer, start = _writer(request)
     if record.is_completed and not await host.broker.produced(stream, producer):
-        raise _run_over(record)  # a writer that has stored everything before may send it again and gets 200
+        raise _run_over(record)  # but a writer that repeats stored chunks gets 200
 
     body = _WriterBody(host, record, stream, producer, start)
     request.subscription_limits.acquire(record.id, "")
@@ -74,8 +74,8 @@ async def write_stream(request: Request, run_id: str, target: str, key: str) -> 
         await host.runs.add_stream(stream)
         await body.read(request)
     except ProducerGap as gap:
-        # After an error that it retries, the client asks by HEAD where to resume. It retries 503, so after a failover
-        # it sends what the broker has lost. 409 would be final.
+        # The client retries 503: it sends HEAD to learn where to resume. So after a failover it sends what the broker
+        # has lost. 409 would end the writer.
         message = f"chunk {body.index} leaves a gap: {gap.expected} are stored of this writer; resume after those"
         return error_response(503, gap.code, message)
     finally:
@@ -149,7 +149,7 @@ class _WriterBody:
     async def _store(self, lines: Iterator[bytes]) -> None:
         for number, chunks in enumerate(self._calls(lines)):
             if number:
-                await anyio.lowlevel.checkpoint()  # a server may deliver a large body in one part
+                await anyio.lowlevel.checkpoint()  # some servers deliver a large body in one part
             await _append(self._host, self._record, self._key, chunks, Producer(self._producer, self.index))
             self.index += len(chunks)
 

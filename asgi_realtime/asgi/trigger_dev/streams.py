@@ -1,7 +1,7 @@
-"""The endpoints of streams for the official clients: native streams in another framing, with two headers of their own.
+"""Streams for the official clients: native streams in another framing, with two more request headers.
 
-These clients take a body that ends for a stream that is complete. So a position that cannot be served is an error
-response, and a body ends cleanly after silence only if the broker confirms that there is nothing more. Spec:
+These clients treat the end of a body as the end of the stream. A cursor that cannot be served is therefore an error
+response, and a body ends after a silence only if the broker confirms that the stream has no more chunks. Spec:
 docs/protocol.md, section 4.4.
 """
 
