@@ -363,7 +363,7 @@ class Realtime:
         return StreamWriterContext(self, self._producers.writer(key), chunk_bytes=self.limits.chunk_bytes)
 
     def define_stream(self, key: str, chunk_type: type[T1]) -> TypedStream[T1]:
-        """A stream with a fixed key whose chunks have a type. It has `pipe`, `append`, `writer` and `read`."""
+        """A stream with a fixed key and a type for its chunks. It has `pipe`, `append`, `writer` and `read`."""
         return TypedStream(self, stream_name(key, self.limits), chunk_type)
 
     def read(
@@ -511,8 +511,8 @@ class Realtime:
         expires_in: Span,
         skip_columns: Iterable[str],
     ) -> str:
-        given = [tasks] if isinstance(tasks, str) or not isinstance(tasks, Iterable) else tasks
-        ids = [check_key(id_of(task), self.limits, what="task id") for task in given]
+        listed = [tasks] if isinstance(tasks, str) or not isinstance(tasks, Iterable) else tasks
+        ids = [check_key(id_of(task), self.limits, what="task id") for task in listed]
         scopes = flatten_scopes({action: {"tasks": ids}})
         seconds = parse_span(expires_in, name="expires_in")
         return self._mint(scopes, seconds, one_time=not multiple_use, skip_columns=check_columns(skip_columns))

@@ -1,8 +1,8 @@
-"""Public access tokens: minting, verifying, and the secret key itself as a credential.
+"""Public tokens: mint and verify them, and accept the secret key as a credential.
 
-HS256 and nothing else, `exp` required, issuer and audience those of the official clients, which mint such tokens with
-our secret themselves (docs/protocol.md). A verified token is remembered, its expiry is checked each time.
-No message, repr or log of this module carries a token or a secret.
+A public token is a JWT (RFC 7519), signed with HS256 only and with a required `exp`. Issuer and audience are those of
+the official clients, which can mint such tokens themselves from the secret key (docs/protocol.md). Verified tokens are
+cached; their expiry is checked on each use. No message, repr or log of this module contains a token or a secret.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ AUDIENCE = "https://api.trigger.dev"
 SUBJECT = "asgi_realtime"
 MIN_SECRET_BYTES = 32
 PUBLIC_TOKEN_EXPIRES_IN = "15m"
-"""How long a token lasts that is made for a browser, unless it is said otherwise."""
+"""Default lifetime of a token for a browser."""
 
 MAKE_SECRET = 'python -c "import secrets; print(secrets.token_urlsafe(32))"'
 
-_ALGORITHM = "HS256"  # pinned: a token that may choose its algorithm may choose "none" (RFC 8725, 2.1)
+_ALGORITHM = "HS256"  # pinned: a token that could choose its algorithm could choose "none" (RFC 8725, 2.1)
 _OWN_CLAIMS = frozenset({"iss", "aud", "sub", "pub", "iat", "exp", "scopes", "otu", "jti", "home"})
-# PyJWT reads the clock of the machine; ours is an argument, so the claims with times are checked here. `iat` is not
-# checked: a host whose clock is a second ahead mints good tokens. Nothing uses `sub`.
+# PyJWT reads the machine's clock, but ours is an argument, so `_read_claims` checks `exp` and `nbf`. `iat` is not
+# checked: a host with a clock that is a second ahead mints valid tokens. `sub` is not used.
 _OPTIONS: Any = {
     "require": ["iss", "aud", "exp"],
     "verify_exp": False,
@@ -47,26 +47,26 @@ _OPTIONS: Any = {
 
 @dataclass(frozen=True, slots=True)
 class Claims:
-    """What a credential says. `secret` is true for the secret key itself, which may do everything."""
+    """The claims of a credential. `secret` is true for the secret key, which grants full access."""
 
     scopes: tuple[str, ...]
     expires_at: float
     one_time: bool = False
     skip_columns: tuple[str, ...] = ()
     token_id: str = ""
-    """Names the token in limits and claims, without giving it away."""
+    """Identifies the token in limits and broker claims, without revealing it."""
     secret: bool = False
     home: str = ""
-    """The process that made the token, if that keeps its runs in its own memory."""
+    """The process that minted the token, if its runs are in its own memory."""
 
 
-_ALL_POWERS = Claims(scopes=("admin",), expires_at=math.inf, token_id="secret", secret=True)
+_FULL_ACCESS = Claims(scopes=("admin",), expires_at=math.inf, token_id="secret", secret=True)
 
 
 class TokenAuthority:
     """Mints and verifies tokens with one secret or several: the first signs, all verify. Thread-safe.
 
-    `home` gives the name of this process where it keeps its runs in memory, and "" where processes share them.
+    `home` returns the name of this process if its runs are in its own memory, and "" if processes share them.
     """
 
     def __init__(
@@ -99,11 +99,11 @@ class TokenAuthority:
         subject: str = SUBJECT,
         extra: Mapping[str, Any] | None = None,
     ) -> str:
-        """Return a signed token. The scopes are taken as they are; see `core.scopes.flatten_scopes`.
+        """Return a signed token. The scopes are not validated here; see `core.scopes.flatten_scopes`.
 
-        With `own_id` it differs from all others, as a one-time token does; if not, two that say the same in one second
-        are one and the same. `skip_columns` are kept from whoever reads runs with it; see `check_columns`. `extra` are
-        further claims.
+        With `own_id` the token is unique, as one-time tokens always are; otherwise tokens with the same claims, minted
+        within the same second, are identical. `skip_columns` are omitted from the runs that the token reads; see
+        `check_columns`. `extra` are further claims.
         """
         if isinstance(scopes, str) or not all(isinstance(scope, str) for scope in scopes):
             raise UsageError("scopes must be a list of strings")
@@ -121,12 +121,12 @@ class TokenAuthority:
         if one_time:
             claims["otu"] = True
         if one_time or own_id:
-            # Without an id of its own, a second one-time token of the same second would count as spent with the first.
+            # Without a unique id, spending a one-time token would spend another one minted within the same second.
             claims["jti"] = random.token_urlsafe(12)
         return _sign(claims, self._secrets[0])
 
     def verify(self, token: str) -> Claims:
-        """Return what a token says. Raises `InvalidToken`, or `ExpiredToken` if that is all that is wrong with it."""
+        """Return the claims of a token. Raises `InvalidToken`, or `ExpiredToken` if it is otherwise valid."""
         now = self._clock()
         with self._lock:
             claims = self._cache.pop(token, None)
@@ -141,22 +141,22 @@ class TokenAuthority:
         return claims
 
     def is_from_elsewhere(self, claims: Claims) -> bool:
-        """Whether a token is of a process that keeps its runs in its own memory, and not of this one."""
+        """Whether another process minted the token and holds its runs in its own memory."""
         return bool(claims.home) and claims.home != self._home()
 
     def is_secret(self, credential: str) -> bool:
-        """Whether this is one of the secret keys, in constant time."""
-        given = credential.encode("utf-8", "surrogatepass")
-        found = [hmac.compare_digest(given, secret) for secret in self._secret_bytes]  # no early exit
+        """Whether this is one of the secret keys. Takes constant time."""
+        encoded = credential.encode("utf-8", "surrogatepass")
+        found = [hmac.compare_digest(encoded, secret) for secret in self._secret_bytes]  # no early exit
         return any(found)
 
     def authenticate(self, credential: str) -> Claims:
-        """Return the claims of a token, or full powers for a secret key. Raises as `verify`."""
-        return _ALL_POWERS if self.is_secret(credential) else self.verify(credential)
+        """Return the claims of a token, or full access for a secret key. Raises what `verify` raises."""
+        return _FULL_ACCESS if self.is_secret(credential) else self.verify(credential)
 
 
 def check_columns(columns: Iterable[str]) -> tuple[str, ...]:
-    """Columns of runs that a token may keep from its holder, without repeats. Raises `UsageError` for any other."""
+    """The columns that a token omits from runs, without duplicates. Raises `UsageError` for an unknown column."""
     found = (columns,) if isinstance(columns, str) else tuple(columns)
     for column in found:
         if column not in SKIPPABLE_COLUMNS:
@@ -168,11 +168,11 @@ def check_columns(columns: Iterable[str]) -> tuple[str, ...]:
 def _checked_secrets(secrets: str | Sequence[str]) -> tuple[str, ...]:
     found = (secrets,) if isinstance(secrets, str | bytes) else tuple(secrets or ())
     if not found or "" in found:
-        raise InvalidConfiguration(f"secret_key is missing; make one with: {MAKE_SECRET}")
+        raise InvalidConfiguration(f"secret_key is missing; generate one with: {MAKE_SECRET}")
     for secret in found:
         if not isinstance(secret, str):
             raise InvalidConfiguration(
-                f"secret_key is a {type(secret).__name__}; allowed is a str, from: {MAKE_SECRET}"
+                f"secret_key is a {type(secret).__name__}; pass a str, generated with: {MAKE_SECRET}"
             )
         _check_secret(secret)
     return found
@@ -182,14 +182,15 @@ def _check_secret(secret: str) -> None:
     size = len(secret.encode("utf-8", "surrogatepass"))
     if size < MIN_SECRET_BYTES:
         raise InvalidConfiguration(
-            f"secret_key is {size} bytes, at least {MIN_SECRET_BYTES}; make one with: {MAKE_SECRET}"
+            f"secret_key is {size} bytes, minimum {MIN_SECRET_BYTES}; generate one with: {MAKE_SECRET}"
         )
     try:
         jwt.encode({}, secret, algorithm=_ALGORITHM)
     except (jwt.InvalidKeyError, UnicodeEncodeError):
-        # Without a cause: that of an encoding error carries the secret.
+        # `from None`: the cause of an encoding error contains the secret.
         raise InvalidConfiguration(
-            f"secret_key is a public key, a certificate or no text, not a random secret; make one with: {MAKE_SECRET}"
+            f"secret_key is not a random secret but a public key, a certificate or invalid text; generate one with:"
+            f" {MAKE_SECRET}"
         ) from None
 
 
@@ -197,12 +198,12 @@ def _sign(claims: dict[str, Any], secret: str) -> str:
     try:
         return jwt.encode(claims, secret, algorithm=_ALGORITHM)
     except (TypeError, ValueError) as exc:
-        raise UsageError(f"extra claims have no JSON form: {exc}") from exc
+        raise UsageError(f"extra claims cannot be encoded as JSON: {exc}") from exc
 
 
 def _token_id(token: str) -> str:
-    # Of the signed part only: base64 spells one signature in several ways (padding, spare bits), and a one-time token
-    # that can be respelled could be used again.
+    # Hashes the signed part only. Base64 allows several spellings of one signature (padding, spare bits), so otherwise
+    # respelling a one-time token would make it usable again.
     return hashlib.sha256(token.rpartition(".")[0].encode()).hexdigest()[:32]
 
 
@@ -215,8 +216,8 @@ def _decode(token: str, secrets: tuple[str, ...]) -> dict[str, Any]:
         return _decode_with_any(token, secrets)
     except jwt.InvalidSignatureError as exc:
         raise InvalidToken(
-            "token has a wrong signature: it was signed with another secret, or changed, or this server made its own"
-            " key anew: another worker, or a restart"
+            "token has a wrong signature: it was signed with another secret, or modified, or this server generates its"
+            " secret_key at startup (another worker, or a restart)"
         ) from exc
     except jwt.InvalidAlgorithmError as exc:
         raise InvalidToken(_algorithm_message(token)) from exc
@@ -252,7 +253,7 @@ def _algorithm_message(token: str) -> str:
 def _read_claims(payload: dict[str, Any], *, now: float, token_id: str) -> Claims:
     expires_at = payload["exp"]
     if not _is_time(expires_at) or not _is_time(payload.get("nbf", 0)):
-        raise InvalidToken("token has an exp or nbf that is no number")
+        raise InvalidToken("token has an exp or nbf that is not a finite number")
     if expires_at <= now:
         raise ExpiredToken("token has expired")
     if payload.get("nbf", 0) > now:

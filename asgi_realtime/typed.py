@@ -1,4 +1,4 @@
-"""Objects that write and read one stream: a writer for the host's own chunks, and a stream whose chunks have a type."""
+"""Objects that write and read one stream: a writer for the host's own chunks, and a stream with a chunk type."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ class StreamWriterContext(Generic[T]):
 
 
 class TypedStream(Generic[T]):
-    """A stream with a fixed key whose chunks have a type. Created by `Realtime.define_stream`."""
+    """A stream with a fixed key and a type for its chunks. Created by `Realtime.define_stream`."""
 
     def __init__(self, realtime: StreamHost, key: str, chunk_type: type[T]) -> None:
         self.key = key

@@ -35,7 +35,7 @@ OTHER = "another secret of the tests, also of 32 bytes or more"
 def test_a_missing_secret_is_refused_with_the_one_liner_that_makes_one(secret: Any) -> None:
     with pytest.raises(InvalidConfiguration) as caught:
         Realtime(secret_key=secret)
-    assert str(caught.value) == f"secret_key is missing; make one with: {ONE_LINER}"
+    assert str(caught.value) == f"secret_key is missing; generate one with: {ONE_LINER}"
 
 
 def test_a_secret_is_needed_also_if_nothing_is_said() -> None:
@@ -47,7 +47,7 @@ def test_a_secret_is_needed_also_if_nothing_is_said() -> None:
 def test_a_short_secret_is_refused_with_the_one_liner_and_not_shown(secret: Any) -> None:
     with pytest.raises(InvalidConfiguration) as caught:
         Realtime(secret_key=secret)
-    assert str(caught.value) == f"secret_key is 31 bytes, at least 32; make one with: {ONE_LINER}"
+    assert str(caught.value) == f"secret_key is 31 bytes, minimum 32; generate one with: {ONE_LINER}"
 
 
 @pytest.mark.parametrize("secret", ["x" * 32, "ä" * 16, [SECRET, OTHER], (SECRET,)])

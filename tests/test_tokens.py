@@ -118,7 +118,7 @@ def test_further_claims_and_the_subject_can_be_given() -> None:
         ({"expires_in_s": math.inf}, "expires_in_s is inf"),
         ({"expires_in_s": math.nan}, "expires_in_s is nan"),
         ({"extra": {"exp": 1, "aud": "x"}}, "extra has aud, exp"),
-        ({"extra": {"x": object()}}, "no JSON form"),
+        ({"extra": {"x": object()}}, "cannot be encoded as JSON"),
     ],
 )
 def test_what_cannot_be_minted_is_refused(arguments: dict[str, Any], message: str) -> None:
@@ -153,10 +153,10 @@ DEEP = f"{base64.urlsafe_b64encode(b'[' * 3000).decode()}.{part({})}.AAAA"
         (forged(secret=OTHER), "wrong signature.*another secret.*another worker, or a restart"),
         (f"{forged(scopes=['admin']).rpartition('.')[0]}.{forged().rpartition('.')[2]}", "wrong signature"),
         (forged(exp=...), "no exp"),
-        (forged(exp=True), "no number"),
-        (forged(exp="soon"), "no number"),
-        (forged(exp=math.inf), "no number"),
-        (forged(nbf="later"), "no number"),
+        (forged(exp=True), "not a finite number"),
+        (forged(exp="soon"), "not a finite number"),
+        (forged(exp=math.inf), "not a finite number"),
+        (forged(nbf="later"), "not a finite number"),
         (forged(nbf=NOW + 1), "not valid yet"),
         (forged(iss=...), "no iss"),
         (forged(iss="https://evil.example"), "wrong iss"),
@@ -242,12 +242,12 @@ def test_authenticate_takes_tokens_too() -> None:
         (None, "missing"),
         ([], "missing"),
         ([SECRET, ""], "missing"),
-        (SECRET[:31], "31 bytes, at least 32"),
+        (SECRET[:31], "31 bytes, minimum 32"),
         ([SECRET, "short"], "5 bytes"),
         (SECRET.encode(), "is a bytes"),
         ([1], "is a int"),
         ("ssh-rsa AAAAB3NzaC1yc2EAAAADAQABAAABgQC", "public key"),
-        ("\ud800" * 32, "no text"),
+        ("\ud800" * 32, "invalid text"),
     ],
 )
 def test_a_missing_or_weak_secret_is_refused_with_the_command_that_makes_one(secrets: Any, message: str) -> None:

@@ -108,7 +108,7 @@ class Execution:
     # End
 
     async def finish_returned(self) -> RunRecord:
-        """End a run whose code returned, once its pipes are done."""
+        """End a run after its code returned, once its pipes are done."""
         await self._pipes_settled()
         if self.stopped_by is not None:
             return await self.finish_stopped()
@@ -124,17 +124,17 @@ class Execution:
         return await self.finish_returned()
 
     async def finish_failed(self, error: BaseException) -> RunRecord:
-        """End a run whose code raised an error."""
+        """End a run after its code raised an error."""
         return await self._end(self._failure(error))
 
     async def finish_stopped(self) -> RunRecord:
-        """End a run whose code was stopped: by `cancel`, `shut_down`, or a cancellation by the host."""
+        """End a run after its code was stopped: by `cancel`, `shut_down`, or a cancellation by the host."""
         if isinstance(self.stopped_by, ServerShutdown):
             return await self._end(Finished(Status.FAILED, error=RunError("ServerShutdown", str(self.stopped_by))))
         return await self._end(Finished(Status.CANCELED))
 
     async def finish_timed_out(self, max_duration_s: float) -> RunRecord:
-        """End a run whose code exceeded its `max_duration`."""
+        """End a run after its code exceeded its `max_duration`."""
         message = f"the task took longer than its max_duration of {max_duration_s:g} s"
         return await self._end(Finished(Status.TIMED_OUT, error=RunError("TimedOut", message)))
 
@@ -146,8 +146,8 @@ class Execution:
         return Finished(Status.FAILED, error=RunError(type(error).__name__, message))
 
     async def _end(self, result: Finished) -> RunRecord:
-        """Write what the pipes hold, then store the result. Cancelling the caller does not interrupt this: a run whose
-        code has ended must not stay open."""
+        """Write what the pipes hold, then store the result. Cancelling the caller does not interrupt this: the run
+        must not stay open after its code has ended."""
         self._enter(Phase.ENDING)
         with anyio.CancelScope(shield=True):
             if result.status is not Status.COMPLETED:

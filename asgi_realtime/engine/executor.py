@@ -136,7 +136,7 @@ class InProcessExecutor:
             self._waiting.pop(task_id, None)
 
     async def _run(self, run_id: str, task_id: str, running: dict[str, list[str]]) -> None:
-        """Execute a run and free its slot. `running` tells whether the executor has restarted since."""
+        """Execute a run and free its slot. A different `self._running` means that the executor has restarted since."""
         try:
             await self._execute(run_id)
         finally:

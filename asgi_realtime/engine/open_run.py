@@ -57,7 +57,7 @@ class OpenRun:
         try:
             current.reset(token)
         except ValueError:
-            pass  # left in another task than it was entered in, whose context never had the run
+            pass  # left in another task than it was entered in: this context never had the run
         try:
             await self._end(execution, exc, interrupted=interrupted)
         except RealtimeError as failure:

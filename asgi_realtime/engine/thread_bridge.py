@@ -4,7 +4,7 @@ If the `Realtime` runs in this process, calls go to its loop. If it does not (in
 an event loop in a daemon thread that this module starts; that needs a broker which other processes share. The thread
 does not keep the process from exiting, and a forked child starts a thread of its own.
 
-Two starts can race: the host's, and the one that a thread requests. The lock `_starting` admits one at a time. A host
+Two starts can race: the host's, and the one that a thread requests. The lock `_starting` permits one at a time. A host
 that starts explicitly first closes the daemon thread's loop. A host that starts on first use takes no lock, so a thread
 can lose that race; its own loop is then idle, and closing it must not stop the host's.
 """
@@ -64,7 +64,7 @@ class ThreadBridge:
             yield item
 
     def supervisor(self) -> Supervisor:
-        """The supervisor that runs, started if there is none. Raises `RuntimeError`, `ServerShutdown`."""
+        """The running supervisor; starts one if necessary. Raises `RuntimeError`, `ServerShutdown`."""
         if _runs_event_loop():
             raise RuntimeError("realtime.sync was called on an event loop's thread: await the async call there")
         engine = self._engine

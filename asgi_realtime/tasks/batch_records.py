@@ -1,17 +1,17 @@
-"""What is known about a batch besides its runs, and where it is stored.
+"""The record of a batch: what its runs alone do not show, and where it is stored.
 
 A batch moves through three stages:
 
 * OPEN: created over HTTP; its items come in a second request, until `waits_until_ms`;
-* PLANNED: the items are known and some have idempotency keys. The plan fixes which run each item stands for, because a
+* PLANNED: the items are known and some have idempotency keys. The plan fixes which run each item refers to, because a
   key can name another run when the request is repeated;
 * SEALED: all runs were created. A repeated request creates nothing, even after the runs have expired.
 
 Each stage is one claim of the broker (the first value wins) that holds the whole record, so it contains what earlier
-stages stored, and the latest stage is all there is to know. Taking the claim of a stage is the compare-and-set of the
+stages stored, and the latest stage is complete. Taking the claim of a stage is the compare-and-set of the
 record: of two processes that fill a batch at once, the second learns the plan of the first. Stages can be skipped: a
 batch without idempotency keys has no plan, and a batch triggered in process is stored only if its runs alone do not
-tell which items it has, and then as SEALED. A run record could not hold this instead: it expires with
+show which items it has, and then as SEALED. A run record could not hold this instead: it expires with
 `Retention.after_end`, while the idempotency key of a batch must find it for `Retention.idempotency_key`.
 """
 
@@ -38,7 +38,7 @@ class Stage(Enum):
 
 
 class Plan(msgspec.Struct, frozen=True):
-    """Which run each item of a batch stands for, and which items create a run of the batch."""
+    """Which run each item of a batch refers to, and which items create a run of the batch."""
 
     run_ids: list[str]
     created: list[int]

@@ -59,7 +59,7 @@ class OpenedBatch:
 
 @dataclass(frozen=True, slots=True)
 class FilledBatch:
-    """How many items of a batch created a run in this request, and how many stand for a run that existed."""
+    """How many items of a batch created a run in this request, and how many refer to a run that existed."""
 
     accepted: int
     deduplicated: int
@@ -99,7 +99,7 @@ class Batches:
 
         async def launch() -> None:
             await self._launch_or_cancel(members)
-            if len(members) < len(items):  # so the members alone do not tell which items the batch has
+            if len(members) < len(items):  # so the members alone do not show which items the batch has
                 await self.records.store(Stage.SEALED, batch)
 
         await self._engine.begin().shielded(launch)
@@ -123,7 +123,7 @@ class Batches:
     async def open(
         self, count: int, *, parent_id: str | None, idempotency_key: str | None, owner: str, once: Once | None
     ) -> OpenedBatch:
-        """Create a batch whose items come later, or find the batch that was created with this key.
+        """Create a batch to be filled with items later, or find the batch that was created with this key.
 
         `owner` is the credential, and the same key of another owner is a different key: otherwise guessing a key would
         reveal the batch. Raises `UsageError`, `LimitExceeded`, `TokenSpent`.
@@ -207,7 +207,7 @@ class Batches:
                 holder = await self._launcher.claim_key(item)
                 run_id, found = holder.run_id, holder.record
             if found is None or (found.batch is not None and found.batch.id == batch_id):
-                created.setdefault(run_id, index)  # a second item with the same key stands for the same run
+                created.setdefault(run_id, index)  # a second item with the same key refers to the same run
             run_ids.append(run_id)
             await _yield_after(index + 1)
         return Plan(run_ids, list(created.values()))

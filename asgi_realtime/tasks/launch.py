@@ -4,7 +4,7 @@ Three claims of the broker, on which the first value wins, make a repeated reque
 
 * the *idempotency key* of the caller names a run. The claim is released when that run expires;
 * a *request* of an official client (`Once.claim`) names the run or batch that it makes. A one-time token is such a
-  claim too: `Once.mark` tells requests apart, and a different request finds the token spent;
+  claim too: `Once.mark` distinguishes requests, and a different request finds the token spent;
 * `made:<run id>` records that the run of a request existed, and outlives the run. Without it a late retry would execute
   the run a second time.
 
@@ -158,7 +158,7 @@ class Launcher:
         """Claim the idempotency key of a run, or find the run that it names. The run must have a key.
 
         A claim is released together with its run. If the same claim is found twice and no run in between, then its
-        owner has not created the run yet and may never do so; this call creates it in its place.
+        owner has not created the run yet and possibly never will; this call creates it instead.
         """
         claim = prepared.record.claim
         assert claim is not None

@@ -1,4 +1,4 @@
-"""A task: a function with an id, whose annotations are the types of its payload and output.
+"""A task: a function with an id. Its annotations are the types of the payload and the output.
 
 Payloads and outputs are always encoded as JSON, even within one process, so a task receives the same values whichever
 process executes it.
