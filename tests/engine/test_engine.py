@@ -68,7 +68,7 @@ async def test_start_and_stop_are_idempotent() -> None:
 
 
 @pytest.mark.anyio
-async def test_many_may_start_and_stop_at_once() -> None:
+async def test_many_tasks_can_start_and_stop_it_at_once() -> None:
     realtime = make_realtime()
     for _ in range(3):
         async with anyio.create_task_group() as group:
@@ -80,11 +80,11 @@ async def test_many_may_start_and_stop_at_once() -> None:
         assert realtime.engine.supervisor is None
 
 
-@pytest.mark.parametrize("turns", range(16))
+@pytest.mark.parametrize("iterations", range(16))
 @pytest.mark.parametrize("busy", [False, True])
 @pytest.mark.anyio
-async def test_a_pipe_that_comes_at_any_turn_of_a_stop_has_an_end(turns: int, busy: bool) -> None:
-    """In the last turn it hung, and the stop with it, at 100 % CPU."""
+async def test_a_pipe_that_starts_at_any_point_of_a_stop_ends(iterations: int, busy: bool) -> None:
+    """In the last loop iteration it hung, and so did the stop, at 100 % CPU."""
     realtime = make_realtime()
     async with realtime:
         if busy:
@@ -92,14 +92,14 @@ async def test_a_pipe_that_comes_at_any_turn_of_a_stop_has_an_end(turns: int, bu
         async with anyio.create_task_group() as group:
             with anyio.fail_after(5):
                 group.start_soon(realtime.stop)
-                for _ in range(turns):
+                for _ in range(iterations):
                     await anyio.lowlevel.checkpoint()
                 with suppress(ServerShutdown):
                     await realtime.pipe(["x"]).wait_until_complete()
 
 
 @pytest.mark.anyio
-async def test_who_goes_on_to_use_it_does_not_keep_it_from_stopping() -> None:
+async def test_constant_use_does_not_prevent_a_stop() -> None:
     realtime = make_realtime()
 
     @realtime.task("work")
@@ -125,7 +125,7 @@ async def test_who_goes_on_to_use_it_does_not_keep_it_from_stopping() -> None:
 
 @pytest.mark.anyio
 async def test_a_start_during_a_stop_starts_again_after_it() -> None:
-    """It returned at once, and then everything stopped."""
+    """It returned at once, and then everything was stopped."""
     realtime = make_realtime()
 
     @realtime.task("t")
@@ -148,7 +148,7 @@ async def test_a_start_during_a_stop_starts_again_after_it() -> None:
 
 
 @pytest.mark.anyio
-async def test_what_the_memory_broker_holds_is_kept_over_a_restart() -> None:
+async def test_the_memory_broker_retains_its_data_over_a_restart() -> None:
     realtime = make_realtime()
     async with realtime, realtime.open_run("r") as run:
         await realtime.append("kept")
@@ -182,7 +182,7 @@ def test_it_can_be_started_again_on_another_loop(first: str, second: str) -> Non
     anyio.run(use, backend=first)
 
 
-def test_a_loop_that_was_closed_without_a_stop_is_noticed() -> None:
+def test_a_loop_that_was_closed_without_a_stop_is_detected() -> None:
     realtime = make_realtime()
     go = threading.Event()
 
@@ -210,8 +210,8 @@ def test_a_loop_that_was_closed_without_a_stop_is_noticed() -> None:
 
     async def again() -> None:
         async with realtime:
-            assert await realtime.result(second, timeout=5) == "second"  # it waited, and has its turn
-            assert (await realtime.get_run(first)).status is Status.EXECUTING  # until its lease ends
+            assert await realtime.result(second, timeout=5) == "second"  # it waited, and is started now
+            assert (await realtime.get_run(first)).status is Status.EXECUTING  # until its lease expires
             assert first not in realtime.engine.executions
 
     asyncio.run(again())
@@ -221,7 +221,7 @@ def test_a_loop_that_was_closed_without_a_stop_is_noticed() -> None:
 
 
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
-def test_a_program_that_never_stops_it_ends_all_the_same(backend: str) -> None:
+def test_a_program_that_never_stops_it_can_exit(backend: str) -> None:
     realtime = make_realtime()
     begun: list[str] = []
 
@@ -245,7 +245,7 @@ def test_a_program_that_never_stops_it_ends_all_the_same(backend: str) -> None:
 
 
 @pytest.mark.anyio
-async def test_lazy_start_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_start_on_first_use_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="asgi_realtime")
     realtime = make_realtime()
     async with realtime.open_run("r"):
@@ -260,7 +260,7 @@ async def test_lazy_start_says_so_once(caplog: pytest.LogCaptureFixture) -> None
     async with realtime, realtime.open_run("r"):
         pass
     assert caplog.records == []
-    async with realtime.open_run("r"):  # the host is gone
+    async with realtime.open_run("r"):  # the host has stopped it
         pass
     await realtime.stop()
     assert [record.message for record in caplog.records] == [
@@ -269,7 +269,7 @@ async def test_lazy_start_says_so_once(caplog: pytest.LogCaptureFixture) -> None
 
 
 @pytest.mark.anyio
-async def test_a_lifespan_is_for_any_app() -> None:
+async def test_the_lifespan_accepts_any_app() -> None:
     realtime = make_realtime()
     async with realtime.lifespan(object()):
         assert realtime.engine.supervisor is not None
@@ -283,7 +283,7 @@ async def test_a_lifespan_is_for_any_app() -> None:
 
 @pytest.mark.parametrize("theirs", ["asyncio", "trio", None])
 @pytest.mark.anyio
-async def test_use_from_another_loop_or_thread_while_it_runs_is_refused(theirs: str | None) -> None:
+async def test_use_from_another_loop_or_thread_is_refused(theirs: str | None) -> None:
     realtime = make_realtime()
     errors: list[Exception] = []
 
@@ -329,7 +329,7 @@ async def test_use_from_another_loop_or_thread_while_it_runs_is_refused(theirs: 
         assert realtime.engine.supervisor is not None
 
 
-def test_use_without_any_loop_is_refused() -> None:
+def test_use_without_a_loop_is_refused() -> None:
     realtime = make_realtime()
     with pytest.raises(RuntimeError, match="no event loop runs in this thread: use realtime.sync"):
         realtime.pipe([1])
@@ -345,12 +345,12 @@ def test_use_without_any_loop_is_refused() -> None:
 async def test_begin_shutdown_ends_subscriptions_once_and_nothing_else() -> None:
     realtime = make_realtime()
     realtime.begin_shutdown()
-    assert not realtime.closing  # it did not run
+    assert not realtime.closing  # it was not running
     async with realtime:
         subscriber = Subscriber(realtime)
         realtime.begin_shutdown()
         realtime.begin_shutdown()
-        assert not realtime.closing  # a signal handler may have interrupted the loop anywhere
+        assert not realtime.closing  # the call can come from a signal handler that interrupted any code
         await until(lambda: realtime.closing)
         assert subscriber.shut == 1
         async with realtime.open_run("r") as run:
@@ -359,7 +359,7 @@ async def test_begin_shutdown_ends_subscriptions_once_and_nothing_else() -> None
 
 
 @pytest.mark.anyio
-async def test_begin_shutdown_may_be_called_from_a_thread() -> None:
+async def test_begin_shutdown_can_be_called_from_a_thread() -> None:
     async with make_realtime() as realtime:
         subscriber = Subscriber(realtime)
         thread = threading.Thread(target=realtime.begin_shutdown)
@@ -379,7 +379,7 @@ async def test_stop_ends_subscriptions() -> None:
 
 
 @pytest.mark.anyio
-async def test_stop_lets_tasks_end_for_the_drain() -> None:
+async def test_stop_waits_for_tasks_during_the_drain() -> None:
     realtime = make_realtime(timeouts=Timeouts(tick=0.01, drain=5))
     begun = anyio.Event()
 
@@ -397,7 +397,7 @@ async def test_stop_lets_tasks_end_for_the_drain() -> None:
 
 
 @pytest.mark.anyio
-async def test_stop_cancels_what_goes_on_and_fails_it_with_server_shutdown() -> None:
+async def test_stop_cancels_unfinished_runs_and_fails_them_with_server_shutdown() -> None:
     realtime = make_realtime()
     begun: list[str] = []
     cleaned: list[str] = []
@@ -440,8 +440,8 @@ async def test_stop_cancels_what_goes_on_and_fails_it_with_server_shutdown() -> 
 
 
 @pytest.mark.anyio
-async def test_a_run_that_was_triggered_right_before_the_stop_is_ended() -> None:
-    """It stayed QUEUED: it had its place and had not begun."""
+async def test_a_run_that_is_triggered_right_before_the_stop_ends() -> None:
+    """It stayed QUEUED: the executor had accepted it and had not started it."""
     for _ in range(8):
         realtime = make_realtime()
 
@@ -457,7 +457,7 @@ async def test_a_run_that_was_triggered_right_before_the_stop_is_ended() -> None
 
 
 @pytest.mark.anyio
-async def test_runs_that_are_triggered_during_the_stop_are_ended() -> None:
+async def test_runs_that_are_triggered_during_the_stop_end() -> None:
     realtime = make_realtime()
     ids: list[str] = []
 
@@ -480,7 +480,7 @@ async def test_runs_that_are_triggered_during_the_stop_are_ended() -> None:
 
 
 @pytest.mark.anyio
-async def test_a_task_that_refuses_to_end_is_left_behind_after_the_time_for_it() -> None:
+async def test_a_task_that_ignores_its_cancellation_does_not_block_the_stop_forever() -> None:
     realtime = make_realtime(timeouts=Timeouts(tick=0.01, drain=0.01, cancel=0.02))
     begun = anyio.Event()
     go = threading.Event()
@@ -506,7 +506,7 @@ async def test_a_task_that_refuses_to_end_is_left_behind_after_the_time_for_it()
 
 
 @pytest.mark.anyio
-async def test_nothing_is_left_after_a_stop() -> None:
+async def test_a_stop_leaves_no_tasks_or_threads() -> None:
     realtime = make_realtime()
 
     @realtime.task("t")
@@ -539,7 +539,7 @@ async def test_nothing_is_left_after_a_stop() -> None:
 
 
 @pytest.mark.anyio
-async def test_a_realtime_that_was_stopped_is_collected() -> None:
+async def test_a_stopped_realtime_is_garbage_collected() -> None:
     realtime = make_realtime()
     async with realtime, realtime.open_run("r"):
         pass
@@ -549,29 +549,29 @@ async def test_a_realtime_that_was_stopped_is_collected() -> None:
     assert gone() is None
 
 
-# Brokers that fail
+# Unavailable brokers
 
 
 class Unreachable(MemoryBroker):
-    """Cannot be entered until it is told so."""
+    """Cannot be entered until `there` is set."""
 
     there = False
 
     async def __aenter__(self) -> Unreachable:
         if not self.there:
-            raise BrokerUnavailable("nobody listens")
+            raise BrokerUnavailable("connection refused")
         return self
 
 
 @pytest.mark.anyio
-async def test_a_start_without_its_broker_raises_and_may_be_tried_again(caplog: pytest.LogCaptureFixture) -> None:
-    """Every later use raised the same error, also when the broker was back."""
+async def test_a_start_without_its_broker_raises_and_can_be_retried(caplog: pytest.LogCaptureFixture) -> None:
+    """Every later use raised the same error, even when the broker was available again."""
     broker = Unreachable()
     realtime = make_realtime(broker=broker)
-    with pytest.raises(BrokerUnavailable, match="nobody listens"):
+    with pytest.raises(BrokerUnavailable, match="connection refused"):
         await realtime.start()
     await until(lambda: realtime.engine.supervisor is None)
-    with pytest.raises(BrokerUnavailable, match="nobody listens"):
+    with pytest.raises(BrokerUnavailable, match="connection refused"):
         await realtime.get_run("run_x")
     await until(lambda: realtime.engine.supervisor is None)
     broker.there = True
@@ -582,7 +582,7 @@ async def test_a_start_without_its_broker_raises_and_may_be_tried_again(caplog: 
 
 
 class NeverThere(MemoryBroker):
-    """Is being entered for ever."""
+    """Waits forever when entered."""
 
     async def __aenter__(self) -> NeverThere:
         await anyio.sleep_forever()
@@ -590,8 +590,8 @@ class NeverThere(MemoryBroker):
 
 
 @pytest.mark.anyio
-async def test_who_waits_for_a_start_hears_of_a_stop() -> None:
-    """A request that came while the broker was being entered hung for ever if the server was stopped then."""
+async def test_a_call_that_waits_for_a_start_ends_with_a_stop() -> None:
+    """A request that arrived while the broker was being entered hung forever if the server was stopped then."""
     realtime = make_realtime(broker=NeverThere())
     errors: list[str] = []
 
@@ -617,12 +617,12 @@ class NoCommits(MemoryBroker):
         self, record: RunRecord, *, expect: int, change: ChangeMark, floors: Mapping[tuple[str, str], int] | None = None
     ) -> int:
         if self.away:
-            raise BrokerUnavailable("gone")
+            raise BrokerUnavailable("no answer")
         return await super().commit(record, expect=expect, change=change, floors=floors)
 
 
 @pytest.mark.anyio
-async def test_a_stop_without_the_broker_ends_all_the_same() -> None:
+async def test_a_stop_without_the_broker_ends() -> None:
     broker = NoCommits()
     realtime = make_realtime(broker=broker, timeouts=Timeouts(tick=0.01, drain=0.01, cancel=0.05, append=0.01))
     begun = anyio.Event()
@@ -677,8 +677,8 @@ async def test_a_stop_without_the_broker_is_prompt_and_logs_no_traceback(caplog:
 
 
 @pytest.mark.anyio
-async def test_the_ticker_ticks_every_subscription_also_beside_a_broken_one(caplog: pytest.LogCaptureFixture) -> None:
-    """One that raised ended the ticker, and the broker with it."""
+async def test_a_subscription_that_raises_does_not_stop_the_ticker(caplog: pytest.LogCaptureFixture) -> None:
+    """It ended the ticker, and with it the broker."""
     realtime = make_realtime(clock=lambda: 5.0)
     async with realtime:
         broken, sound = Subscriber(realtime, broken=True), Subscriber(realtime)
@@ -690,7 +690,7 @@ async def test_the_ticker_ticks_every_subscription_also_beside_a_broken_one(capl
 
 
 @pytest.mark.anyio
-async def test_the_context_of_the_start_is_that_of_background_jobs() -> None:
+async def test_background_jobs_run_in_the_context_of_the_start() -> None:
     name: ContextVar[str] = ContextVar("name", default="unset")
     seen: list[str] = []
     realtime = make_realtime()
@@ -708,7 +708,7 @@ async def test_the_context_of_the_start_is_that_of_background_jobs() -> None:
 
 
 @pytest.mark.anyio
-async def test_a_child_of_a_fork_is_another_owner_and_leaves_what_runs_to_its_parent() -> None:
+async def test_a_forked_child_is_another_owner_and_leaves_all_runs_to_its_parent() -> None:
     realtime = make_realtime()
 
     @realtime.task("t", concurrency_limit=1)
@@ -722,7 +722,7 @@ async def test_a_child_of_a_fork_is_another_owner_and_leaves_what_runs_to_its_pa
         engine, owner = realtime.engine, realtime.engine.owner
         start = engine._start
         assert start is not None and len(engine.held) == 2
-        engine._pid = -1  # what a child sees: the memory of its parent, under another pid
+        engine._pid = -1  # a child has the memory of its parent, but another pid
         assert engine.supervisor is None
         assert engine.owner != owner
         assert isinstance(engine.dispatcher.executor, InProcessExecutor)

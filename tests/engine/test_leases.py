@@ -18,7 +18,7 @@ NAME = "asgi_realtime leases"
 
 
 class Threaded(MemoryBroker):
-    """Is renewed from a thread. Notes what, and may be away."""
+    """Its leases are renewed from a thread. Records the renewals; `error` makes them fail."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -26,10 +26,10 @@ class Threaded(MemoryBroker):
         self.owners: set[str] = set()
         self.threads: set[str] = set()
         self.error: Exception | None = None
-        self.asked = 0
+        self.calls = 0
 
     def renew_from_thread(self, run_ids: Sequence[str], *, owner: str) -> None:
-        self.asked += 1
+        self.calls += 1
         self.threads.add(threading.current_thread().name)
         if self.error is not None:
             raise self.error
@@ -41,7 +41,7 @@ class Threaded(MemoryBroker):
                     self._due[kind].set(run_id, self._lease_end())
 
     async def renew(self, run_ids: Sequence[str], *, owner: str) -> None:
-        raise AssertionError("the thread does that")
+        raise AssertionError("only the thread renews")
 
 
 def lease_threads() -> int:
@@ -49,7 +49,7 @@ def lease_threads() -> int:
 
 
 def wait_in_thread(fact: Callable[[], object]) -> None:
-    """Block until something is so."""
+    """Block the thread until a condition holds."""
     deadline = time.monotonic() + 10
     while not fact():
         assert time.monotonic() < deadline
@@ -60,14 +60,14 @@ def make(broker: Threaded) -> Realtime:
     return make_realtime(broker=broker, timeouts=SHORT)
 
 
-def test_a_broker_may_be_renewed_from_a_thread() -> None:
+def test_a_broker_can_support_renewal_from_a_thread() -> None:
     assert isinstance(Threaded(), ThreadRenewal)
     assert not isinstance(MemoryBroker(), ThreadRenewal)
 
 
 @pytest.mark.anyio
 async def test_a_blocked_loop_does_not_crash_its_runs() -> None:
-    """A task that computed for longer than its lease was taken for dead."""
+    """A run whose task computed for longer than its lease was CRASHED."""
     broker = Threaded()
     async with make(broker) as realtime, realtime.open_run("r") as run:
         renewed = len(broker.renewed)
@@ -101,7 +101,7 @@ async def test_a_run_that_the_thread_renews_is_restored_however_long_it_executes
 
 
 @pytest.mark.anyio
-async def test_a_run_that_waits_in_this_process_is_renewed_too() -> None:
+async def test_waiting_runs_are_renewed_too() -> None:
     broker = Threaded()
     realtime = make(broker)
     go = anyio.Event()
@@ -120,9 +120,9 @@ async def test_a_run_that_waits_in_this_process_is_renewed_too() -> None:
 
 
 @pytest.mark.anyio
-async def test_the_thread_is_there_while_there_is_something_to_renew() -> None:
+async def test_the_thread_exists_while_runs_are_held() -> None:
     broker = Threaded()
-    await until(lambda: not lease_threads())  # that of another test may be on its way out
+    await until(lambda: not lease_threads())  # one of an earlier test can still be ending
     async with make(broker) as realtime:
         for _ in range(3):
             async with realtime.open_run("r"):
@@ -134,13 +134,13 @@ async def test_the_thread_is_there_while_there_is_something_to_renew() -> None:
 
 
 @pytest.mark.anyio
-async def test_an_absent_broker_is_reported_once_and_asked_again(caplog: pytest.LogCaptureFixture) -> None:
+async def test_an_unavailable_broker_is_logged_once_and_retried(caplog: pytest.LogCaptureFixture) -> None:
     broker = Threaded()
     async with make(broker) as realtime, realtime.open_run("r"):
         for error in (BrokerUnavailable("no answer"), ValueError("nonsense")):
             broker.error = error
-            asked = broker.asked
-            await until(lambda: broker.asked > asked + 3)  # noqa: B023
+            calls = broker.calls
+            await until(lambda: broker.calls > calls + 3)  # noqa: B023
             broker.error = None
             renewed = len(broker.renewed)
             await until(lambda: len(broker.renewed) > renewed)  # noqa: B023
@@ -149,8 +149,8 @@ async def test_an_absent_broker_is_reported_once_and_asked_again(caplog: pytest.
     assert (unknown.message, bool(unknown.exc_info)) == ("leases cannot be renewed: nonsense", True)
 
 
-def test_who_comes_while_the_thread_is_about_to_end_is_renewed() -> None:
-    """Stress: what is held comes and goes as fast as the thread looks."""
+def test_a_run_that_arrives_while_the_thread_is_ending_is_renewed() -> None:
+    """Stress: runs come and go as fast as the thread checks."""
     broker = Threaded()
     held: list[str] = []
     wait_in_thread(lambda: not lease_threads())
@@ -166,4 +166,4 @@ def test_who_comes_while_the_thread_is_about_to_end_is_renewed() -> None:
     leases.stop()
     wait_in_thread(lambda: not lease_threads())
     leases.keep()
-    assert lease_threads() == 0  # it has been stopped
+    assert lease_threads() == 0  # stopped

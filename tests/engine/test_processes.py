@@ -1,4 +1,4 @@
-"""Several processes on one Redis: `Realtime` objects that know of each other by what Redis has, and nothing else."""
+"""Several processes on one Redis: `Realtime` objects that share nothing but the server."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def anyio_backend() -> str:
 
 @pytest.fixture
 def make(redis_url: str) -> Make:
-    """Makes a process."""
+    """Creates the `Realtime` of one process."""
     prefix = f"t{secrets.token_hex(4)}"
     timeouts = Timeouts(tick=0.05)
 
@@ -108,7 +108,7 @@ async def test_a_run_that_several_processes_change_at_once_loses_no_operation(ma
             assert own == [f"{name}{number}" for number in range(40)]
 
 
-async def test_an_idempotency_key_stands_for_one_run_under_a_storm(make: Make) -> None:
+async def test_an_idempotency_key_creates_one_run_however_many_requests_use_it(make: Make) -> None:
     async with make() as ours, make() as theirs:
         ran: list[str] = []
         for process in (ours, theirs):
@@ -126,17 +126,17 @@ async def test_an_idempotency_key_stands_for_one_run_under_a_storm(make: Make) -
         assert await ours.result(handles[0].id, timeout=10) == 1
         assert ran == [handles[0].id]
         with pytest.raises(InvalidPayload):
-            await ours.trigger("t", "no number", idempotency_key="one")
+            await ours.trigger("t", "not a number", idempotency_key="one")
 
 
-async def test_a_claim_is_won_once_by_many(make: Make) -> None:
-    """What one-time tokens stand on."""
+async def test_one_of_many_concurrent_claims_wins(make: Make) -> None:
+    """One-time tokens rely on this."""
     async with make() as ours, make() as theirs:
         claims = ((ours, theirs)[n % 2].runs.claim("token", f"run {n}", ttl_s=60) for n in range(100))
         assert len(set(await asyncio.gather(*claims))) == 1
 
 
-async def test_a_subscriber_elsewhere_sees_the_last_chunk_before_the_terminal_state(make: Make) -> None:
+async def test_a_subscriber_in_another_process_sees_the_last_chunk_before_the_end(make: Make) -> None:
     async with make() as ours, make() as theirs:
 
         @ours.task("t")
@@ -159,7 +159,7 @@ async def test_a_subscriber_elsewhere_sees_the_last_chunk_before_the_terminal_st
             assert [chunk.chunk for chunk in chunks if chunk.stream == "two"] == ["last"]
 
 
-async def test_states_elsewhere_only_go_forward(make: Make) -> None:
+async def test_versions_seen_by_another_process_only_increase(make: Make) -> None:
     async with make() as ours, make() as theirs:
 
         @ours.task("t")
@@ -174,7 +174,7 @@ async def test_states_elsewhere_only_go_forward(make: Make) -> None:
         assert (await anext(theirs.subscribe_to_runs_with_tag("a"))).status is Status.COMPLETED
 
 
-async def test_a_run_waits_for_input_that_another_process_sends(make: Make) -> None:
+async def test_a_run_gets_input_from_another_process(make: Make) -> None:
     async with make() as ours, make() as theirs:
 
         @ours.task("t")

@@ -13,7 +13,7 @@ from tests.inprocess import FakeClock, ended, make_realtime, until
 pytestmark = pytest.mark.anyio
 
 
-async def test_what_is_past_its_retention_is_removed() -> None:
+async def test_expired_runs_are_removed() -> None:
     clock = FakeClock()
     realtime = make_realtime(clock=clock, retention=Retention(after_end=60))
     async with realtime:
@@ -29,8 +29,8 @@ async def test_what_is_past_its_retention_is_removed() -> None:
         assert (await realtime.broker.changes("tag:x")).items == []
 
 
-async def test_a_delayed_run_is_begun_by_a_process_that_has_its_task() -> None:
-    """A process without the task took it, could not begin it, and had its ticker ended by that."""
+async def test_a_delayed_run_is_started_by_a_process_that_has_its_task() -> None:
+    """A process without the task accepted it, could not start it, and its ticker ended."""
     clock = FakeClock()
     broker = MemoryBroker(clock=clock)
     knows, knows_not = (make_realtime(broker=broker, clock=clock) for _ in range(2))
@@ -51,8 +51,8 @@ async def test_a_delayed_run_is_begun_by_a_process_that_has_its_task() -> None:
         assert knows_not.engine.supervisor is not None
 
 
-async def test_runs_that_nobody_here_can_begin_do_not_keep_others_waiting() -> None:
-    """A hundred delayed runs of a task of another service, which was down, and no delay of this one was ever over."""
+async def test_runs_of_unknown_tasks_do_not_delay_others() -> None:
+    """After a hundred delayed runs of another service, which was down, no delayed run of this one ever started."""
     clock = FakeClock()
     broker = MemoryBroker(clock=clock)
     ours, theirs = (make_realtime(broker=broker, clock=clock) for _ in range(2))
@@ -75,7 +75,7 @@ async def test_runs_that_nobody_here_can_begin_do_not_keep_others_waiting() -> N
         assert (await ours.get_run(waiting[0])).status is Status.DELAYED
 
 
-async def test_of_several_processes_that_begin_a_delayed_run_one_does() -> None:
+async def test_one_of_several_processes_starts_a_delayed_run() -> None:
     clock = FakeClock()
     broker = DistantBroker(clock=clock)
     executions = 0
@@ -102,7 +102,7 @@ async def test_of_several_processes_that_begin_a_delayed_run_one_does() -> None:
     assert executions == 5
 
 
-async def test_topics_that_were_not_told_are_told_again() -> None:
+async def test_missed_topic_updates_are_repeated() -> None:
     class Forgetful(DistantBroker):
         forget = True
 
@@ -122,39 +122,39 @@ async def test_topics_that_were_not_told_are_told_again() -> None:
 
 
 class Away(MemoryBroker):
-    """Does not answer what the ticker asks, or answers nonsense."""
+    """Fails the ticker's requests with `error`."""
 
     error: Exception | None = None
-    asked = 0
+    requests = 0
 
     async def due(self, kind: str, *, limit: int = 100, skip: int = 0) -> list[str]:
-        self.asked += 1
+        self.requests += 1
         if self.error is not None:
             raise self.error
         return await super().due(kind, limit=limit, skip=skip)
 
 
-async def test_an_absent_broker_is_reported_once_and_asked_again(caplog: pytest.LogCaptureFixture) -> None:
+async def test_an_unavailable_broker_is_logged_once_and_retried(caplog: pytest.LogCaptureFixture) -> None:
     broker = Away()
     async with make_realtime(broker=broker) as realtime:
         for _ in range(2):
             broker.error = BrokerUnavailable("no answer")
-            asked = broker.asked
-            await until(lambda: broker.asked > asked + 3)  # noqa: B023
+            requests = broker.requests
+            await until(lambda: broker.requests > requests + 3)  # noqa: B023
             broker.error = None
-            asked = broker.asked
-            await until(lambda: broker.asked > asked + 10)  # noqa: B023
+            requests = broker.requests
+            await until(lambda: broker.requests > requests + 10)  # noqa: B023
         async with realtime.open_run("r"):
             pass
     assert [record.message for record in caplog.records] == ["the broker is unavailable: no answer"] * 2
 
 
-async def test_the_ticker_outlives_an_error_that_it_does_not_know(caplog: pytest.LogCaptureFixture) -> None:
+async def test_the_ticker_survives_unexpected_errors(caplog: pytest.LogCaptureFixture) -> None:
     broker = Away()
     async with make_realtime(broker=broker) as realtime:
         broker.error = ZeroDivisionError()
-        asked = broker.asked
-        await until(lambda: broker.asked > asked + 3)
+        requests = broker.requests
+        await until(lambda: broker.requests > requests + 3)
         broker.error = None
         async with realtime.open_run("r") as run:
             pass
@@ -162,7 +162,7 @@ async def test_the_ticker_outlives_an_error_that_it_does_not_know(caplog: pytest
     assert "the ticker failed" in caplog.text
 
 
-async def test_a_due_run_that_fails_does_not_hold_up_the_others(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_due_run_that_fails_does_not_delay_the_others(caplog: pytest.LogCaptureFixture) -> None:
     class Picky(MemoryBroker):
         picky = ""
 
@@ -180,20 +180,20 @@ async def test_a_due_run_that_fails_does_not_hold_up_the_others(caplog: pytest.L
                 ids.append(run.id)
         broker.picky = ids[0]
         clock.seconds += 61
-        gone: list[bool] = []
+        removed: list[bool] = []
 
-        async def look(run_ids: Sequence[str]) -> None:
-            gone.extend(record is None for record in await realtime.runs.load(run_ids))
+        async def check(run_ids: Sequence[str]) -> None:
+            removed.extend(record is None for record in await realtime.runs.load(run_ids))
 
         with anyio.fail_after(5):
-            while gone != [False, True, True]:
-                gone.clear()
-                await look(ids)
+            while removed != [False, True, True]:
+                removed.clear()
+                await check(ids)
                 await anyio.lowlevel.checkpoint()
     assert f"run {ids[0]} is due (expiry), and acting on it failed" in caplog.text
 
 
-async def test_housekeeping_of_nothing_is_nothing() -> None:
+async def test_the_ticker_does_nothing_without_runs() -> None:
     realtime: Realtime = make_realtime()
     async with realtime:
         await realtime.engine.make_ticker().once()
@@ -207,7 +207,7 @@ class CountingRenewals(MemoryBroker):
         await super().renew(run_ids, owner=owner)
 
 
-async def test_leases_are_renewed_three_times_in_their_length_and_not_at_every_tick() -> None:
+async def test_leases_are_renewed_three_times_per_lease_and_not_at_every_tick() -> None:
     clock = FakeClock()
     broker = CountingRenewals(clock=clock)
     realtime = make_realtime(broker=broker, clock=clock)
@@ -216,7 +216,7 @@ async def test_leases_are_renewed_three_times_in_their_length_and_not_at_every_t
         before = broker.renewals
         for _ in range(5):
             await ticker.once()
-        assert broker.renewals - before <= 2  # this one's, and that of the ticker
+        assert broker.renewals - before <= 2  # one by this ticker and one by the engine's own
         before = broker.renewals
         clock.seconds += realtime.timeouts.lease / 3
         await ticker.once()

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.anyio
 
 
 class Counting(DistantBroker):
-    """Counts what it is asked, and may be away."""
+    """Counts requests; unavailable while `away`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class Counting(DistantBroker):
     async def follow(self, topic: str) -> AsyncIterator[LiveTopic]:
         self.follows += 1
         if self.away:
-            raise BrokerUnavailable("nobody there")
+            raise BrokerUnavailable("no answer")
         async with super().follow(topic) as followed:
             yield followed
 
@@ -55,7 +55,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watch, "_PAUSE_S", 0.001)
 
 
-async def test_a_pipe_of_its_own_is_canceled_by_another_process() -> None:
+async def test_another_process_can_cancel_the_run_of_a_pipe() -> None:
     owner, other = two_processes()
     async with owner, other:
         pipe = owner.pipe(numbers())
@@ -67,8 +67,8 @@ async def test_a_pipe_of_its_own_is_canceled_by_another_process() -> None:
         await until(lambda: not owner.engine.executions)
 
 
-async def test_a_run_that_was_given_up_is_fenced_off() -> None:
-    """A process that was paused for longer than its lease and woken wrote on, and thought that its run went well."""
+async def test_a_run_that_another_process_crashed_is_stopped() -> None:
+    """A process that was paused for longer than its lease continued to write, and its run seemed to succeed."""
     owner, other = two_processes()
     raised: list[type[Exception]] = []
 
@@ -98,7 +98,7 @@ async def test_a_run_that_was_given_up_is_fenced_off() -> None:
 async def test_a_run_that_was_removed_is_stopped() -> None:
     owner, other = two_processes()
     async with owner, other:
-        with pytest.raises(RunNotFound):  # there is nothing left that could be ended
+        with pytest.raises(RunNotFound):  # no run is left to end
             async with owner.open_run("r") as run:
                 await other.runs.update(run.id, Finished(Status.CRASHED))
                 await other.broker.remove(run.id)
@@ -106,13 +106,15 @@ async def test_a_run_that_was_removed_is_stopped() -> None:
         assert owner.engine.executions == {}
 
 
-async def test_what_a_process_does_itself_is_not_looked_at() -> None:
+async def test_own_changes_cause_no_loads() -> None:
     broker = Counting()
     async with make_realtime(broker=broker) as realtime, realtime.open_run("r") as run:
         await realtime.append(0)
         await until(lambda: realtime.engine.executions._watches)
         own = next(iter(realtime.engine.executions._watches.values()))
-        await until(lambda: own._seen == 2 and broker._topics[run_topic(run.id)].waiting)  # of the new stream it asks
+        await until(
+            lambda: own._seen == 2 and broker._topics[run_topic(run.id)].waiting
+        )  # it has loaded the run for the new stream
         for number in range(20):
             run.metadata.set("n", number)
             run.tags.add(f"tag-{number % 10}")
@@ -120,23 +122,23 @@ async def test_what_a_process_does_itself_is_not_looked_at() -> None:
             await run.metadata.flush()
             for _ in range(20):
                 await anyio.lowlevel.checkpoint()
-            assert broker.loads == loads + 1  # the one that the change itself is applied to
+            assert broker.loads == loads + 1  # the load that the change itself needs
         loads, follows = broker.loads, broker.follows
         for number in range(100):
             await realtime.append(number)
         assert (broker.loads, broker.follows) == (loads, follows)
 
 
-async def test_a_cancellation_between_two_changes_of_the_run_itself_is_seen() -> None:
+async def test_a_cancellation_between_two_own_changes_is_noticed() -> None:
     owner, other = two_processes(DistantBroker())
-    for turns in range(12):
+    for iterations in range(12):
         async with owner, other:
             with pytest.raises(RunCanceled):
                 async with owner.open_run("r") as run:
                     run.metadata.set("before", 1)
                     async with anyio.create_task_group() as group:
                         group.start_soon(other.cancel, run.id)
-                        for _ in range(turns):
+                        for _ in range(iterations):
                             await anyio.lowlevel.checkpoint()
                         await run.metadata.flush()
                     run.metadata.set("after", 1)
@@ -144,7 +146,7 @@ async def test_a_cancellation_between_two_changes_of_the_run_itself_is_seen() ->
                     await anyio.sleep(60)
 
 
-async def test_a_broker_that_was_away_is_followed_again() -> None:
+async def test_a_broker_that_was_unavailable_is_followed_again() -> None:
     broker = Counting()
     owner, other = two_processes(broker)
     async with owner, other:
@@ -153,13 +155,13 @@ async def test_a_broker_that_was_away_is_followed_again() -> None:
             async with owner.open_run("r") as run:
                 follows = broker.follows
                 await until(lambda: broker.follows > follows)
-                await other.cancel(run.id)  # nobody is told of it
+                await other.cancel(run.id)  # no watch is notified
                 broker.away = False
                 await anyio.sleep(60)
         assert (await owner.get_run(run)).status is Status.CANCELED
 
 
-async def test_a_topic_that_cannot_be_followed_any_more_is_followed_again(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_topic_that_fails_is_followed_again(caplog: pytest.LogCaptureFixture) -> None:
     class Failing(DistantBroker):
         failures: list[Exception] = []
 
@@ -182,7 +184,7 @@ async def test_a_topic_that_cannot_be_followed_any_more_is_followed_again(caplog
     assert [record.message for record in caplog.records] == [f"run {run.id} cannot be followed"]
 
 
-async def test_nothing_is_left_of_a_run_that_is_over() -> None:
+async def test_an_ended_run_leaves_nothing_behind() -> None:
     broker = DistantBroker()
     async with make_realtime(broker=broker) as realtime:
 

@@ -20,7 +20,7 @@ Handler = Any
 
 
 class Server:
-    """The handlers that a server has put in."""
+    """A server with signal handlers."""
 
     def __init__(self) -> None:
         self.got: list[int] = []
@@ -47,24 +47,24 @@ def installed() -> list[Handler]:
 
 
 @pytest.mark.anyio
-async def test_a_signal_ends_subscriptions_and_then_the_server_hears_of_it(server: Server) -> None:
+async def test_a_signal_ends_subscriptions_and_then_reaches_the_server(server: Server) -> None:
     realtime = make_realtime(signals=True)
     async with realtime:
         assert installed() != [server.handle] * 2
         signal.raise_signal(signal.SIGTERM)
         assert server.got == [signal.SIGTERM]
         await until(lambda: realtime.closing)
-        assert realtime.engine.supervisor is not None  # the stop is the host's
+        assert realtime.engine.supervisor is not None  # the host stops it
         signal.raise_signal(signal.SIGINT)
         assert server.got == [signal.SIGTERM, signal.SIGINT]
     assert installed() == [server.handle] * 2
 
 
 @pytest.mark.anyio
-async def test_a_signal_that_the_host_ignores_does_not_end_subscriptions_for_ever(
+async def test_after_a_signal_that_the_host_ignores_subscriptions_are_served_again(
     server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The app went on and sent every subscription away, until it was restarted."""
+    """The app rejected every subscription until it was restarted."""
     monkeypatch.setattr("asgi_realtime.engine.subscribers.ANNOUNCEMENT_COUNTS_S", 0.02)
     async with make_realtime(signals=True) as realtime:
         signal.raise_signal(signal.SIGTERM)
@@ -79,24 +79,24 @@ async def test_a_signal_that_the_host_ignores_does_not_end_subscriptions_for_eve
 
 
 @pytest.mark.anyio
-async def test_a_server_that_stops_by_itself_ends_subscriptions_too(
+async def test_a_server_that_stops_without_a_signal_ends_subscriptions_too(
     server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """uvicorn waited for open streams without end, and took no new connection."""
+    """uvicorn waited for open streams forever, and accepted no new connection."""
     monkeypatch.setattr("asgi_realtime.engine.subscribers.ANNOUNCEMENT_COUNTS_S", 0.02)
     async with make_realtime(signals=True) as realtime:
         realtime.engine.subscribers.check_server()
         await anyio.wait_all_tasks_blocked()
         assert not realtime.closing
         server.should_exit = True
-        await until(lambda: realtime.closing)  # the ticker has looked
+        await until(lambda: realtime.closing)  # the ticker has checked
         assert realtime.engine.supervisor is not None
         await anyio.sleep(0.04)
-        assert realtime.closing and not caplog.records, "such a server does not change its mind"
+        assert realtime.closing and not caplog.records, "such a stop is final"
 
 
 @pytest.mark.anyio
-async def test_a_server_that_stops_is_not_asked_if_signals_are_left_alone(server: Server) -> None:
+async def test_a_server_that_stops_is_not_checked_if_signals_are_left_alone(server: Server) -> None:
     server.should_exit = True
     async with make_realtime(signals=False) as realtime:
         realtime.engine.subscribers.check_server()
@@ -105,7 +105,7 @@ async def test_a_server_that_stops_is_not_asked_if_signals_are_left_alone(server
 
 
 @pytest.mark.anyio
-async def test_after_a_lazy_start_a_signal_stops_too(server: Server) -> None:
+async def test_after_a_start_on_first_use_a_signal_stops_it_too(server: Server) -> None:
     realtime = make_realtime(signals=True)
     async with realtime.open_run("r"):
         pass
@@ -116,8 +116,8 @@ async def test_after_a_lazy_start_a_signal_stops_too(server: Server) -> None:
 
 
 @pytest.mark.anyio
-async def test_a_host_that_starts_it_after_its_first_use_also_stops_it(server: Server) -> None:
-    """The signal stopped it, as if nobody else would."""
+async def test_a_host_that_starts_it_after_its_first_use_is_the_one_to_stop_it(server: Server) -> None:
+    """The signal stopped it as if it had no host."""
     realtime = make_realtime(signals=True)
     async with realtime.open_run("r"):
         pass
@@ -129,7 +129,7 @@ async def test_a_host_that_starts_it_after_its_first_use_also_stops_it(server: S
 
 
 @pytest.mark.anyio
-async def test_signals_may_be_left_alone(server: Server) -> None:
+async def test_signals_can_be_left_alone(server: Server) -> None:
     async with make_realtime(signals=False):
         assert installed() == [server.handle] * 2
 
@@ -145,7 +145,7 @@ async def test_the_default_action_and_ignore_are_left_in_place(server: Server, a
 
 
 @pytest.mark.anyio
-async def test_a_handler_that_was_put_over_ours_is_left_in_place(server: Server) -> None:
+async def test_a_handler_that_was_installed_over_ours_is_left_in_place(server: Server) -> None:
     later = Server()
     async with make_realtime(signals=True):
         signal.signal(signal.SIGTERM, later.handle)
@@ -153,7 +153,7 @@ async def test_a_handler_that_was_put_over_ours_is_left_in_place(server: Server)
 
 
 @pytest.mark.anyio
-async def test_several_are_chained_and_taken_out_in_any_order(server: Server) -> None:
+async def test_several_are_chained_and_removed_in_any_order(server: Server) -> None:
     first, second = make_realtime(signals=True), make_realtime(signals=True)
     await first.start()
     await second.start()
@@ -166,7 +166,7 @@ async def test_several_are_chained_and_taken_out_in_any_order(server: Server) ->
 
 
 @pytest.mark.anyio
-async def test_one_that_stops_first_leaves_nothing_in_the_chain(server: Server) -> None:
+async def test_the_first_to_stop_leaves_nothing_in_the_chain(server: Server) -> None:
     first, second = make_realtime(signals=True), make_realtime(signals=True)
     await first.start()
     await second.start()
@@ -177,8 +177,8 @@ async def test_one_that_stops_first_leaves_nothing_in_the_chain(server: Server) 
 
 
 @pytest.mark.anyio
-async def test_a_server_that_puts_its_handlers_in_late_is_noticed(server: Server) -> None:
-    """The signal then reached the server alone, which waited for the open streams until it was killed."""
+async def test_handlers_that_a_server_installs_late_are_chained(server: Server) -> None:
+    """The signal reached only the server, which waited for the open streams until it was killed."""
     late = Server()
     async with make_realtime(signals=True) as realtime:
         signal.signal(signal.SIGTERM, late.handle)
@@ -190,7 +190,7 @@ async def test_a_server_that_puts_its_handlers_in_late_is_noticed(server: Server
 
 
 @pytest.mark.anyio
-async def test_two_that_look_after_their_handlers_do_not_pile_them_up(server: Server) -> None:
+async def test_two_that_check_their_handlers_do_not_add_more(server: Server) -> None:
     first, second = make_realtime(signals=True), make_realtime(signals=True)
     await first.start()
     await second.start()
@@ -203,9 +203,9 @@ async def test_two_that_look_after_their_handlers_do_not_pile_them_up(server: Se
     await second.stop()
 
 
-def test_a_handler_that_calls_ours_does_not_make_it_tell_twice(server: Server) -> None:
-    told: list[str] = []
-    signals = ShutdownSignals(lambda: told.append("told"), in_background=lambda: False)
+def test_a_handler_that_calls_ours_causes_no_second_notification(server: Server) -> None:
+    calls: list[str] = []
+    signals = ShutdownSignals(lambda: calls.append("call"), in_background=lambda: False)
     signals.install()
     ours = signal.getsignal(signal.SIGTERM)
     assert callable(ours)
@@ -213,12 +213,12 @@ def test_a_handler_that_calls_ours_does_not_make_it_tell_twice(server: Server) -
     signals.install()
     for _ in range(2):
         signal.raise_signal(signal.SIGTERM)
-    assert told == ["told"] * 2
+    assert calls == ["call"] * 2
     assert server.got == [signal.SIGTERM] * 2
 
 
 @pytest.mark.anyio
-async def test_starting_many_times_does_not_pile_up_handlers(server: Server) -> None:
+async def test_starting_many_times_does_not_add_handlers(server: Server) -> None:
     realtime = make_realtime(signals=True)
     for _ in range(3):
         async with realtime:
@@ -227,7 +227,7 @@ async def test_starting_many_times_does_not_pile_up_handlers(server: Server) -> 
 
 
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
-def test_a_loop_that_ends_without_a_stop_takes_its_handlers_along(server: Server, backend: str) -> None:
+def test_a_loop_that_ends_without_a_stop_removes_its_handlers(server: Server, backend: str) -> None:
     realtime = make_realtime(signals=True)
 
     async def main() -> None:
@@ -239,21 +239,21 @@ def test_a_loop_that_ends_without_a_stop_takes_its_handlers_along(server: Server
 
 
 def test_installing_twice_does_not_chain_a_handler_to_itself(server: Server) -> None:
-    told: list[str] = []
-    signals = ShutdownSignals(lambda: told.append("told"), in_background=lambda: False)
+    calls: list[str] = []
+    signals = ShutdownSignals(lambda: calls.append("call"), in_background=lambda: False)
     signals.install()
     signals.install()
     signal.raise_signal(signal.SIGTERM)
-    assert told == ["told"]
+    assert calls == ["call"]
     assert server.got == [signal.SIGTERM]
     signals.restore()
     signals.restore()
     assert installed() == [server.handle] * 2
 
 
-def test_the_server_hears_of_the_signal_even_if_we_fail(server: Server) -> None:
+def test_the_signal_reaches_the_server_even_if_we_fail(server: Server) -> None:
     def fails() -> None:
-        raise RuntimeError("the loop is gone")
+        raise RuntimeError("the loop is closed")
 
     signals = ShutdownSignals(fails, in_background=lambda: False)
     signals.install()
@@ -263,7 +263,7 @@ def test_the_server_hears_of_the_signal_even_if_we_fail(server: Server) -> None:
     signals.restore()
 
 
-def test_other_threads_than_the_main_one_leave_signals_alone(server: Server) -> None:
+def test_threads_other_than_the_main_one_leave_signals_alone(server: Server) -> None:
     def elsewhere() -> None:
         signals = ShutdownSignals(lambda: None, in_background=lambda: False)
         signals.install()
@@ -318,7 +318,7 @@ anyio.run(main, backend={backend!r})
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
 def test_ctrl_c_in_a_background_task_interrupts_the_main_one(backend: str, nested: bool, signals: bool) -> None:
-    """trio raises where the signal finds the program; in a task of ours that would end as an internal error of trio."""
+    """Trio raises in the code that the signal interrupts; in a task of ours that became an internal error of trio."""
     program = f"""
 import signal
 import anyio
@@ -337,7 +337,7 @@ async def report():
     else:
         await press()
     await anyio.sleep(0)
-    print("went on", flush=True)
+    print("continued", flush=True)
 
 async def main():
     try:
@@ -352,4 +352,4 @@ anyio.run(main, backend={backend!r})
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=15)
     assert done.stderr.rstrip().endswith("KeyboardInterrupt")
     assert done.returncode == -signal.SIGINT
-    assert done.stdout.splitlines() == (["went on"] if signals or backend == "asyncio" else []) + ["main left"]
+    assert done.stdout.splitlines() == (["continued"] if signals or backend == "asyncio" else []) + ["main left"]

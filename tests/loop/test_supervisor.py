@@ -35,27 +35,27 @@ async def supervising(drain: list[str] | None = None) -> AsyncIterator[Superviso
         await supervisor.wait_ended()
 
 
-async def test_jobs_run_until_the_stop_which_drains_and_then_cancels() -> None:
-    told: list[str] = []
+async def test_a_stop_drains_and_then_cancels_the_jobs() -> None:
+    events: list[str] = []
 
     async def job() -> None:
-        told.append("began")
+        events.append("started")
         try:
             await anyio.sleep(60)
         finally:
-            told.append("cancelled")
+            events.append("cancelled")
 
-    async with supervising(told) as supervisor:
+    async with supervising(events) as supervisor:
         supervisor.spawn(job)
-        await until(lambda: told)
-    assert told == ["began", "drained", "cancelled"]
+        await until(lambda: events)
+    assert events == ["started", "drained", "cancelled"]
     assert supervisor.ended
     assert not supervisor.usable
     supervisor.request_stop()
     await supervisor.wait_ended()
 
 
-async def test_a_job_that_was_spawned_before_the_begin_runs() -> None:
+async def test_a_job_that_is_spawned_before_the_start_runs() -> None:
     done: list[int] = []
 
     async def job() -> None:
@@ -80,19 +80,19 @@ async def test_a_job_that_fails_is_logged_and_ends_no_other(
     async def fails() -> None:
         raise error
 
-    async def goes_on() -> None:
+    async def continues() -> None:
         await until(lambda: "a background job failed" in caplog.text)
         done.append(1)
 
     async with supervising() as supervisor:
-        supervisor.spawn(goes_on)
+        supervisor.spawn(continues)
         supervisor.spawn(fails)
         await until(lambda: done)
 
 
-@pytest.mark.parametrize("anyio_backend", ["trio"])  # asyncio itself ends the loop if a task exits
-async def test_a_job_that_fails_as_it_is_cancelled_is_logged(caplog: pytest.LogCaptureFixture) -> None:
-    """The cancellation and the failure come in one group, and that ended the program."""
+@pytest.mark.parametrize("anyio_backend", ["trio"])  # asyncio ends the loop if a task exits
+async def test_a_job_that_fails_while_being_cancelled_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    """The cancellation and the failure are raised in one group, and that ended the program."""
 
     async def exits() -> None:
         try:
@@ -113,24 +113,24 @@ async def test_a_job_that_fails_as_it_is_cancelled_is_logged(caplog: pytest.LogC
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
 async def test_a_job_that_cancels_itself_ends_no_other(caplog: pytest.LogCaptureFixture) -> None:
-    """Its task group took it for a cancellation of its own and ended everything."""
+    """The task group mistook it for its own cancellation and ended everything."""
     done: list[int] = []
 
     async def cancels_itself() -> None:
         raise asyncio.CancelledError
 
-    async def goes_on() -> None:
+    async def continues() -> None:
         await until(lambda: "a background job cancelled itself" in caplog.text)
         done.append(1)
 
     async with supervising() as supervisor:
-        supervisor.spawn(goes_on)
+        supervisor.spawn(continues)
         supervisor.spawn(cancels_itself)
         await until(lambda: done)
         assert supervisor.usable
 
 
-async def test_a_drain_that_fails_does_not_keep_it_from_ending(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_drain_that_fails_does_not_prevent_the_end(caplog: pytest.LogCaptureFixture) -> None:
     async def fails() -> None:
         raise ValueError("drain")
 
@@ -142,7 +142,7 @@ async def test_a_drain_that_fails_does_not_keep_it_from_ending(caplog: pytest.Lo
     assert "a background job failed" in caplog.text
 
 
-async def test_spawn_takes_the_context_of_the_caller_and_spawn_detached_that_of_the_start() -> None:
+async def test_spawn_copies_the_context_of_the_caller_and_spawn_detached_that_of_the_start() -> None:
     name: contextvars.ContextVar[str] = contextvars.ContextVar("name")
     seen: list[str] = []
 
@@ -163,7 +163,7 @@ async def test_spawn_takes_the_context_of_the_caller_and_spawn_detached_that_of_
     assert name.get() == "caller"
 
 
-async def test_calls_are_made_on_the_thread_of_the_loop() -> None:
+async def test_posted_calls_are_made_on_the_thread_of_the_loop() -> None:
     made: list[int] = []
     async with supervising() as supervisor:
         supervisor.post_or_call(lambda: made.append(threading.get_ident()))
@@ -184,7 +184,7 @@ async def test_calls_are_made_on_the_thread_of_the_loop() -> None:
     assert made == [threading.get_ident()] * 3 + [0]
 
 
-async def test_jobs_may_be_spawned_from_callbacks_of_the_loop_and_keep_their_context() -> None:
+async def test_jobs_spawned_by_callbacks_of_the_loop_keep_their_context() -> None:
     name: contextvars.ContextVar[str] = contextvars.ContextVar("name")
     seen: list[str] = []
 
@@ -203,59 +203,59 @@ async def test_jobs_may_be_spawned_from_callbacks_of_the_loop_and_keep_their_con
 
 
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
-def test_jobs_may_be_spawned_from_threads_and_signal_handlers_at_any_time(backend: str) -> None:
-    """In a callback of the loop anyio starts no task (unless a variable of anyio's own runner is about): it was lost.
+def test_threads_and_signal_handlers_can_spawn_jobs_at_any_time(backend: str) -> None:
+    """In a callback of the loop anyio cannot start a task (unless a variable of its own runner is set): the job was lost.
 
-    So this runs as a server does, without that variable.
+    So this test runs like a server, without that variable.
     """
-    told: list[str] = []
+    events: list[str] = []
 
     async def note() -> None:
-        told.append("spawned")
+        events.append("spawned")
 
     async def drain() -> None:
         supervisor = made[0]
         supervisor.post(lambda: supervisor.spawn(note))
-        await until(lambda: len(told) == 2)
+        await until(lambda: len(events) == 2)
 
     async def main() -> None:
         supervisor = Supervisor(context=contextvars.copy_context(), drain=drain)
         made.append(supervisor)
         supervisor.post(lambda: supervisor.spawn(note))
         supervisor.start()
-        await until(lambda: told)
+        await until(lambda: events)
         supervisor.post(supervisor.request_stop)
         await supervisor.wait_ended()
 
     made: list[Supervisor] = []
     run_without_anyio(main, backend)
-    assert told == ["spawned"] * 2
+    assert events == ["spawned"] * 2
 
 
 async def test_a_job_that_is_spawned_right_before_the_end_sees_its_cancellation() -> None:
-    """Whoever waits for a job must hear of its end, so it may not be dropped from the queue."""
-    told: list[str] = []
+    """Code that waits for the job must be notified of its end, so the job must not be dropped from the queue."""
+    events: list[str] = []
 
     async def job() -> None:
-        told.append("began")
+        events.append("started")
         try:
             await anyio.sleep(60)
         finally:
-            told.append("cancelled")
+            events.append("cancelled")
 
     async def drain() -> None:
         supervisor.post(lambda: supervisor.spawn(job))
-        await until(lambda: told)
+        await until(lambda: events)
 
     supervisor = Supervisor(context=contextvars.copy_context(), drain=drain)
     supervisor.start()
     supervisor.request_stop()
     await supervisor.wait_ended()
-    assert told == ["began", "cancelled"]
+    assert events == ["started", "cancelled"]
 
 
-async def test_a_call_that_spawns_while_the_last_job_ends_does_no_harm() -> None:
-    """On trio it came between the end of the last job and that of the supervisor, and ended the whole program."""
+async def test_a_job_that_is_spawned_while_the_last_one_ends_is_harmless() -> None:
+    """On trio it started between the end of the last job and that of the supervisor, and ended the whole program."""
 
     async def job() -> None:
         try:
@@ -273,7 +273,7 @@ async def test_a_call_that_spawns_while_the_last_job_ends_does_no_harm() -> None
         await anyio.wait_all_tasks_blocked()
 
 
-async def test_shielded_goes_on_when_its_caller_is_cancelled() -> None:
+async def test_shielded_continues_when_its_caller_is_cancelled() -> None:
     go = anyio.Event()
     done: list[str] = []
 
@@ -298,11 +298,11 @@ async def test_shielded_raises_what_the_function_raises() -> None:
     async with supervising() as supervisor:
         with pytest.raises(ValueError, match="inside"):
             await supervisor.shielded(fails)
-    with pytest.raises(ValueError, match="inside"):  # nothing runs any more: done by the caller itself
+    with pytest.raises(ValueError, match="inside"):  # no job can run anymore, so the caller makes the call
         await supervisor.shielded(fails)
 
 
-async def test_shielded_is_not_waited_for_beyond_the_end() -> None:
+async def test_shielded_does_not_outlive_the_supervisor() -> None:
     raised: list[BaseException] = []
 
     async def work() -> None:
@@ -322,7 +322,7 @@ async def test_shielded_is_not_waited_for_beyond_the_end() -> None:
         await until(lambda: raised)
 
 
-async def test_a_cancellation_that_somebody_asked_for_is_told_from_others() -> None:
+async def test_a_requested_cancellation_is_not_a_failure() -> None:
     seen: list[bool] = []
 
     async def waits() -> None:

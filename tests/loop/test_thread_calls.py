@@ -1,4 +1,4 @@
-"""Threads that wait for the loop of a `Realtime`, while that loop ends, stands still or is gone."""
+"""Threads that wait for the loop of a `Realtime` while that loop ends, does not run, or is closed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BACKENDS = ["asyncio", "trio"]
 
 
 class Waiting:
-    """A thread in a call, and what came of it."""
+    """A thread in a call, and its outcome."""
 
     def __init__(self, function: Callable[[], Any]) -> None:
         self.outcome: Any = None
@@ -37,7 +37,7 @@ class Waiting:
 
     def join(self) -> Any:
         self.thread.join(GUARD_S)
-        assert not self.thread.is_alive(), "it waits for ever"
+        assert not self.thread.is_alive(), "the thread waits forever"
         return self.outcome
 
 
@@ -51,12 +51,12 @@ def with_a_task() -> Realtime:
 
 
 class Threads:
-    """Threads that wait for a run which does not end, and threads that make one call after the other."""
+    """Threads that wait for a run which does not end, and threads that make one call after another."""
 
     def __init__(self, realtime: Realtime, run_id: str) -> None:
         self._calls = 0
 
-        def again_and_again() -> None:
+        def repeatedly() -> None:
             while True:
                 realtime.sync.get_run(run_id)
                 self._calls += 1
@@ -65,7 +65,7 @@ class Threads:
             Waiting(lambda: realtime.sync.result(run_id)),
             Waiting(lambda: list(realtime.sync.read(run_id))),
             Waiting(lambda: list(realtime.sync.subscribe_to_runs_with_tag("a"))),
-            *(Waiting(again_and_again) for _ in range(4)),
+            *(Waiting(repeatedly) for _ in range(4)),
         ]
 
     @property
@@ -83,8 +83,8 @@ async def in_threads(realtime: Realtime) -> Threads:
     return threads
 
 
-def assert_all_were_told(threads: Threads) -> None:
-    """Who waits hears of the shutdown; who begins a call after it may hear that the `Realtime` does not run."""
+def assert_all_ended(threads: Threads) -> None:
+    """Waiting calls raise `ServerShutdown`; calls that start later can also raise that the `Realtime` does not run."""
     outcomes = threads.outcomes()
     assert [type(outcome) for outcome in outcomes[:3]] == [ServerShutdown] * 3
     assert {type(outcome) for outcome in outcomes[3:]} <= {ServerShutdown, RuntimeError}
@@ -92,8 +92,8 @@ def assert_all_were_told(threads: Threads) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_stop_ends_what_threads_wait_for(backend: str) -> None:
-    """They got the cancellations of the loop, which are no errors and not theirs."""
+def test_a_stop_ends_the_calls_of_threads(backend: str) -> None:
+    """They raised the cancellation of the job, which is not an error and concerns only the loop."""
     threads: list[Threads] = []
 
     async def main() -> None:
@@ -102,23 +102,23 @@ def test_a_stop_ends_what_threads_wait_for(backend: str) -> None:
             threads.append(await in_threads(realtime))
 
     run_without_anyio(main, backend)
-    assert_all_were_told(threads[0])
+    assert_all_ended(threads[0])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_loop_that_ends_without_a_stop_leaves_no_thread_waiting(backend: str) -> None:
-    """On asyncio a call that came between the cancelling of all tasks and the closing of the loop waited for ever."""
+    """On asyncio a call made between the cancellation of all tasks and the closing of the loop waited forever."""
     threads: list[Threads] = []
 
     async def main() -> None:
         threads.append(await in_threads(with_a_task()))
 
     run_without_anyio(main, backend)
-    assert_all_were_told(threads[0])
+    assert_all_ended(threads[0])
 
 
-def test_a_loop_that_stands_still_on_the_same_thread_is_no_dead_lock() -> None:
+def test_a_loop_of_this_thread_that_is_not_running_is_an_error() -> None:
     loop = asyncio.new_event_loop()
     realtime = make_realtime()
     loop.run_until_complete(realtime.start())
@@ -130,7 +130,7 @@ def test_a_loop_that_stands_still_on_the_same_thread_is_no_dead_lock() -> None:
     loop.close()
 
 
-def test_a_loop_that_is_closed_leaves_no_thread_waiting() -> None:
+def test_a_closed_loop_leaves_no_thread_waiting() -> None:
     loop = asyncio.new_event_loop()
     realtime = make_realtime()
     loop.run_until_complete(realtime.start())
@@ -152,7 +152,7 @@ def test_a_loop_that_is_closed_leaves_no_thread_waiting() -> None:
     assert isinstance(Waiting(lambda: ThreadCall(supervisor, nothing).make()).join(), ServerShutdown)
 
 
-async def test_a_call_for_a_supervisor_that_ended_is_told_so() -> None:
+async def test_a_call_on_an_ended_supervisor_raises() -> None:
     async with make_realtime() as realtime:
         supervisor = realtime.engine.supervisor
     assert supervisor is not None
@@ -164,7 +164,7 @@ async def test_a_call_for_a_supervisor_that_ended_is_told_so() -> None:
     assert isinstance(waiting.outcome, ServerShutdown)
 
 
-async def test_it_raises_what_the_function_raises_and_no_cancellation() -> None:
+async def test_a_call_raises_what_the_function_raises() -> None:
     realtime = make_realtime()
 
     async def fails() -> None:
@@ -173,21 +173,21 @@ async def test_it_raises_what_the_function_raises_and_no_cancellation() -> None:
     async def exits() -> None:
         raise SystemExit(3)
 
-    async def gives_its_thread() -> int:
+    async def returns_its_thread() -> int:
         await anyio.lowlevel.checkpoint()
         return threading.get_ident()
 
     async with realtime:
         supervisor = realtime.engine.supervisor
         assert supervisor is not None
-        threads = [Waiting(ThreadCall[Any](supervisor, call).make) for call in (fails, exits, gives_its_thread)]
+        threads = [Waiting(ThreadCall[Any](supervisor, call).make) for call in (fails, exits, returns_its_thread)]
         await until(lambda: not any(waiting.thread.is_alive() for waiting in threads))
         error, exit, ident = [waiting.outcome for waiting in threads]
         assert (str(error), exit.code, ident) == ("on the loop", 3, threading.get_ident())
         assert realtime.engine.supervisor is supervisor
 
 
-async def test_an_iterator_of_before_a_restart_is_over() -> None:
+async def test_an_iterator_ends_with_a_restart() -> None:
     realtime = make_realtime()
     async with realtime:
         async with realtime.open_run("r") as run:
@@ -202,7 +202,7 @@ async def test_an_iterator_of_before_a_restart_is_over() -> None:
         assert isinstance(second.outcome, ServerShutdown)
 
 
-async def test_a_run_whose_opening_meets_the_stop_is_not_opened() -> None:
+async def test_a_run_that_is_being_opened_during_a_stop_raises() -> None:
     """It raised a bare `AssertionError`."""
     realtime = make_realtime()
     async with realtime:
