@@ -112,9 +112,8 @@ async def test_own_changes_cause_no_loads() -> None:
         await realtime.append(0)
         await until(lambda: realtime.engine.executions._watches)
         own = next(iter(realtime.engine.executions._watches.values()))
-        await until(
-            lambda: own._seen == 2 and broker._topics[run_topic(run.id)].waiting
-        )  # it has loaded the run for the new stream
+        # It loads the run once for the new stream.
+        await until(lambda: own._seen == 2 and broker._topics[run_topic(run.id)].waiting)
         for number in range(20):
             run.metadata.set("n", number)
             run.tags.add(f"tag-{number % 10}")

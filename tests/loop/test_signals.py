@@ -79,6 +79,20 @@ async def test_after_a_signal_that_the_host_ignores_subscriptions_are_served_aga
 
 
 @pytest.mark.anyio
+async def test_many_signals_start_one_job(server: Server) -> None:
+    """Each signal started another job that waited for 30 s."""
+    async with make_realtime(signals=True) as realtime:
+        supervisor = realtime.engine.supervisor
+        assert supervisor is not None
+        before = supervisor.jobs
+        for _ in range(5):
+            signal.raise_signal(signal.SIGTERM)
+        await until(lambda: realtime.closing)
+        await anyio.wait_all_tasks_blocked()
+        assert supervisor.jobs == before + 1
+
+
+@pytest.mark.anyio
 async def test_a_server_that_stops_without_a_signal_ends_subscriptions_too(
     server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -204,7 +204,7 @@ async def test_jobs_spawned_by_callbacks_of_the_loop_keep_their_context() -> Non
 
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
 def test_threads_and_signal_handlers_can_spawn_jobs_at_any_time(backend: str) -> None:
-    """In a callback of the loop anyio cannot start a task (unless a variable of its own runner is set): the job was lost.
+    """In a callback of the loop anyio cannot start a task, unless a variable of its runner is set: the job was lost.
 
     So this test runs like a server, without that variable.
     """
