@@ -23,19 +23,19 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run a command and exit."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal without UTF-8 shows "?", and nothing breaks off
+            stream.reconfigure(errors="replace")  # a terminal without UTF-8 shows "?" instead of failing
     parser = _parser()
-    given = parser.parse_args(arguments)
-    if given.run is None:
+    args = parser.parse_args(arguments)
+    if args.run is None:
         parser.print_help()
         sys.exit(0)
     try:
-        code: int = given.run(given)
+        code: int = args.run(args)
     except UsageError as exc:
         parser.exit(2, harmless(f"{parser.prog}: {exc}\n", sys.stderr))
     except KeyboardInterrupt:
-        code = 130  # as a shell says it of a program that Ctrl-C ended
-    except BrokenPipeError:  # the reader of our output is gone, as with `| head`
+        code = 130  # what shells report for a program that Ctrl-C ended
+    except BrokenPipeError:  # the reader of our output has exited, as with `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     sys.exit(code)

@@ -1,6 +1,6 @@
-"""`doctor URL`: finds what stands between a client and the streams of a server, and says what cures it.
+"""`doctor URL`: checks a deployment the way a browser would, and says how to fix what blocks streams.
 
-It asks as a browser does. What it sees is the way from this machine: proxies that others pass are not on it.
+It sees only the path from this machine, so it misses proxies that other clients pass through.
 """
 
 from __future__ import annotations
@@ -20,36 +20,36 @@ from asgi_realtime.core.errors import UsageError
 def add(commands: Any) -> None:
     parser = commands.add_parser(
         "doctor",
-        help="find what keeps streams from a browser",
-        description="Ask a server as a browser does: health, HTTP version, a stream, compression, clocks, CORS.",
+        help="check what blocks streams to browsers",
+        description="Check a server the way a browser would: health, HTTP version, streaming, clock, CORS.",
     )
     parser.add_argument(
-        "url", metavar="URL", help="where the Realtime is mounted, such as https://example.com/realtime"
+        "url", metavar="URL", help="the mount URL of the Realtime, such as https://example.com/realtime"
     )
     parser.add_argument("--origin", metavar="ORIGIN", help="check CORS for pages of this origin: https://app.example")
     parser.set_defaults(run=run)
 
 
-def run(given: argparse.Namespace) -> int:
-    expected = "URL must be where the Realtime is mounted, such as https://example.com/realtime"
-    split_url(given.url, expected)
-    if "?" in given.url or "#" in given.url:
+def run(args: argparse.Namespace) -> int:
+    expected = "URL must be the mount URL of the Realtime, such as https://example.com/realtime"
+    split_url(args.url, expected)
+    if "?" in args.url or "#" in args.url:
         raise UsageError(expected)
-    if given.origin is not None:
-        Cors([given.origin])  # raises for what no browser sends
+    if args.origin is not None:
+        Cors([args.origin])  # raises for an origin that no browser sends
     try:
         from asgi_realtime.cli.checks import examine
     except ModuleNotFoundError as exc:
         raise UsageError("doctor needs httpx: pip install 'asgi_realtime[client]'") from exc
-    worst = False
+    failed = False
     paint = _painter()
-    for finding in _until_the_end(examine(given.url.rstrip("/"), given.origin)):
+    for finding in _until_end(examine(args.url.rstrip("/"), args.origin)):
         print(paint(finding), flush=True)  # noqa: T201
-        worst = worst or finding.mark is Mark.BAD
-    return 1 if worst else 0
+        failed = failed or finding.mark is Mark.BAD
+    return 1 if failed else 0
 
 
-def _until_the_end(findings: Iterator[Finding]) -> Iterator[Finding]:
+def _until_end(findings: Iterator[Finding]) -> Iterator[Finding]:
     for finding in findings:
         yield finding
         if finding.ends:
@@ -57,13 +57,15 @@ def _until_the_end(findings: Iterator[Finding]) -> Iterator[Finding]:
 
 
 def _painter() -> Callable[[Finding], str]:
-    signs = _can_show("".join(mark.value[0] for mark in Mark))
-    colours = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    can_show_signs = _can_show("".join(mark.value[0] for mark in Mark))
+    use_colors = sys.stdout.isatty() and "NO_COLOR" not in os.environ
 
     def paint(finding: Finding) -> str:
-        sign, colour = finding.mark.value if signs else (finding.mark.name, finding.mark.value[1])
-        told = f"\033[{colour}m{sign}\033[0m" if colours else sign
-        return f"{told} {harmless(finding.text)}" + (f"\n    {harmless(finding.cure)}" if finding.cure else "")
+        sign, color = finding.mark.value
+        label = sign if can_show_signs else finding.mark.name
+        if use_colors:
+            label = f"\033[{color}m{label}\033[0m"
+        return f"{label} {harmless(finding.text)}" + (f"\n    {harmless(finding.cure)}" if finding.cure else "")
 
     return paint
 

@@ -1,4 +1,4 @@
-"""What a check of `doctor` found."""
+"""The result of one check of `doctor`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from enum import Enum
 
 
 class Mark(Enum):
-    """How a finding is marked: by a sign and, on a terminal, by a colour."""
+    """How bad a finding is, with its sign and its color on a terminal (SGR code)."""
 
     GOOD = ("✓", "32")
     NOTE = ("!", "33")
@@ -16,10 +16,10 @@ class Mark(Enum):
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report."""
+    """One line of the report, and how to fix what it reports."""
 
     mark: Mark
     text: str
     cure: str = ""
     ends: bool = False
-    """Nothing else can be looked at."""
+    """No other check makes sense after this finding."""

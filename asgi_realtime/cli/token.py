@@ -1,4 +1,4 @@
-"""`token`: make a public access token, or explain one."""
+"""`token`: creates a public access token, or explains one."""
 
 from __future__ import annotations
 
@@ -25,94 +25,94 @@ _EXAMPLES = """\
 examples:
   token --read runs:run_1234 --expires-in 1h      reads one run and its streams
   token --read tags:user:1 --skip payload         reads the runs with a tag, without their payloads
-  token --write inputStreams:run_1234             sends to the inputs of a run
+  token --write inputStreams:run_1234             sends input to a run
   token --trigger tasks:chat --one-time           starts one run of a task
-  token --explain -                               reads a token from stdin and says what is in it
-  token --new-secret                              makes a secret key
+  token --explain -                               explains the token on stdin
+  token --new-secret                              creates a secret key
 """
 
 
 ACTIONS = {"read": "read", "write": "write", "trigger": "trigger", "batchTrigger": "batch-trigger"}
-"""Actions of scopes and their options."""
+"""The actions of scopes, and their command-line options."""
 
 
 def add(commands: Any) -> None:
     parser = commands.add_parser(
         "token",
-        help="make or explain a token",
-        description="Make a public access token from $REALTIME_SECRET_KEY, or explain one.",
+        help="create or explain a token",
+        description="Create a public access token with $REALTIME_SECRET_KEY, or explain one.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     for action, option in ACTIONS.items():
-        help = f"what the token may {option.replace('-', ' ')}"
+        help = f"what the token can {option.replace('-', ' ')}"
         parser.add_argument(f"--{option}", dest=action, metavar="TYPE[:ID]", action="append", default=[], help=help)
     parser.add_argument("--expires-in", default=PUBLIC_TOKEN_EXPIRES_IN, metavar="SPAN", help="such as 15m (default)")
-    parser.add_argument("--one-time", action="store_true", help="good for one request that triggers")
-    parser.add_argument("--skip", metavar="COLUMN", action="append", default=[], help="keep a column of runs back")
-    parser.add_argument("--explain", metavar="TOKEN", help="explain this token, or that on stdin if it is -")
-    parser.add_argument("--new-secret", action="store_true", help="make a secret key for the Realtime")
+    parser.add_argument("--one-time", action="store_true", help="valid for one trigger request")
+    parser.add_argument("--skip", metavar="COLUMN", action="append", default=[], help="hide a column of runs")
+    parser.add_argument("--explain", metavar="TOKEN", help="explain this token; - reads it from stdin")
+    parser.add_argument("--new-secret", action="store_true", help="create a secret key for Realtime(secret_key=…)")
     secret.add(parser)
     parser.set_defaults(run=run)
 
 
-def run(given: argparse.Namespace) -> int:
-    if given.new_secret:
+def run(args: argparse.Namespace) -> int:
+    if args.new_secret:
         print(secrets.token_urlsafe(32))  # noqa: T201
         return 0
-    if given.explain is not None:
-        return _explain(given)
-    print(_minted(given))  # noqa: T201
+    if args.explain is not None:
+        return _explain(args)
+    print(_mint(args))  # noqa: T201
     return 0
 
 
-def _minted(given: argparse.Namespace) -> str:
-    scopes = [f"{action}:{scope}" for action in ACTIONS for scope in getattr(given, action)]
+def _mint(args: argparse.Namespace) -> str:
+    scopes = [f"{action}:{scope}" for action in ACTIONS for scope in getattr(args, action)]
     if not scopes:
-        raise UsageError("say what the token may do, such as --read runs:run_1234; or --explain a token")
-    return TokenAuthority(secret.need(given)).mint(
+        raise UsageError("name at least one scope, such as --read runs:run_1234, or --explain a token")
+    return TokenAuthority(secret.require(args)).mint(
         flatten_scopes(scopes),
-        expires_in_s=parse_span(given.expires_in, name="--expires-in"),
-        one_time=given.one_time,
+        expires_in_s=parse_span(args.expires_in, name="--expires-in"),
+        one_time=args.one_time,
         own_id=True,
-        skip_columns=check_columns(given.skip),
+        skip_columns=check_columns(args.skip),
     )
 
 
-def _explain(given: argparse.Namespace) -> int:
-    token = (sys.stdin.read() if given.explain == "-" else given.explain).strip().removeprefix("Bearer ")
+def _explain(args: argparse.Namespace) -> int:
+    token = (sys.stdin.read() if args.explain == "-" else args.explain).strip().removeprefix("Bearer ")
     try:
         claims = jwt.decode(token, options={"verify_signature": False})
         header = jwt.get_unverified_header(token)
     except jwt.InvalidTokenError as exc:
-        raise UsageError("that is no token: a JWT has three parts with dots between them") from exc
-    for name, text in [("signed with", str(header.get("alg"))), *_in_words(claims)]:
+        raise UsageError("this is not a token; a JWT has three parts separated by dots") from exc
+    for name, text in [("signed with", str(header.get("alg"))), *_describe(claims)]:
         print(harmless(f"{name + ':':12} {text}"))  # noqa: T201
-    verdict, usable = _verdict(given, token)
+    verdict, usable = _verdict(args, token)
     print(harmless(f"{'verdict:':12} {verdict}"))  # noqa: T201
     return 0 if usable else 1
 
 
-def _in_words(claims: dict[str, Any]) -> list[tuple[str, str]]:
+def _describe(claims: dict[str, Any]) -> list[tuple[str, str]]:
     scopes = claims.get("scopes")
     listed = scopes if isinstance(scopes, list) else []
-    found = [("may", _judged(scope)) for scope in listed] or [("may", "nothing: it has no scopes")]
+    found = [("grants", _checked(scope)) for scope in listed] or [("grants", "nothing: it has no scopes")]
     if claims.get("otu"):
-        found.append(("good for", "one request that triggers"))
+        found.append(("valid for", "one trigger request"))
     realtime = claims.get("realtime")
     if isinstance(realtime, dict) and realtime.get("skipColumns"):
-        found.append(("keeps back", ", ".join(map(str, realtime["skipColumns"]))))
+        found.append(("hides", ", ".join(map(str, realtime["skipColumns"]))))
     if claims.get("home"):
-        found.append(("made by", f"a process that keeps its runs in its own memory ({claims['home']})"))
-    found += [(name, _moment(claims[key])) for name, key in (("made", "iat"), ("expires", "exp")) if key in claims]
+        found.append(("created by", f"a process that holds its runs in memory ({claims['home']})"))
+    found += [(name, _moment(claims[key])) for name, key in (("created", "iat"), ("expires", "exp")) if key in claims]
     return found
 
 
-def _judged(scope: Any) -> str:
+def _checked(scope: Any) -> str:
     try:
         flatten_scopes([scope])
     except UsageError as exc:
-        return f"{scope}, which is nothing: {exc}"
+        return f"{scope}, which grants nothing: {exc}"
     return str(scope)
 
 
@@ -120,27 +120,27 @@ def _moment(value: Any) -> str:
     try:
         moment = datetime.fromtimestamp(value, UTC)
     except (TypeError, ValueError, OverflowError, OSError):
-        return f"{value!r}, which is no time"
-    away_s = round(value - time.time())
-    told = f"in {away_s} s" if away_s >= 0 else f"{-away_s} s ago"
-    return f"{moment:%Y-%m-%d %H:%M:%S} UTC, {told}"
+        return f"{value!r}, which is not a time"
+    left_s = round(value - time.time())
+    relative = f"in {left_s} s" if left_s >= 0 else f"{-left_s} s ago"
+    return f"{moment:%Y-%m-%d %H:%M:%S} UTC, {relative}"
 
 
-def _verdict(given: argparse.Namespace, token: str) -> tuple[str, bool]:
-    key = secret.find(given)
+def _verdict(args: argparse.Namespace, token: str) -> tuple[str, bool]:
+    key = secret.find(args)
     try:
         TokenAuthority(key).verify(token) if key is not None else _verify_claims(token)
     except ExpiredToken:
-        return ("expired, and otherwise good" if key is not None else "expired"), False
+        return ("expired, otherwise valid" if key is not None else "expired"), False
     except InvalidToken as exc:
-        return f"refused: {exc}", False
+        return f"invalid: {exc}", False
     if key is None:
-        return f"good, if it was signed with your secret key; to know that set ${secret.VARIABLE}", True
-    return "good", True
+        return f"valid if signed with your secret key; set ${secret.VARIABLE} to check that", True
+    return "valid", True
 
 
 def _verify_claims(token: str) -> None:
-    """Raises what `verify` raises for anything but the signature, which is replaced: whose it is cannot be known."""
+    """Check everything but the signature, which needs the secret key. Raises what `verify` raises."""
     key = secrets.token_urlsafe(32)
     signed = token.rpartition(".")[0]
     signature = hmac.digest(key.encode(), signed.encode(), hashlib.sha256)

@@ -1,4 +1,4 @@
-"""Runs a command as a shell does, in this process."""
+"""Runs a command in this process, as a shell would."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from asgi_realtime.cli import main
 
 
 @dataclass
-class Done:
+class Result:
     code: int
     out: str
     err: str
 
 
-Command = Callable[..., Done]
+Command = Callable[..., Result]
 
 
 def commands(capsys: pytest.CaptureFixture[str]) -> Command:
-    def run(*arguments: str) -> Done:
-        with pytest.raises(SystemExit) as left:
+    def run(*arguments: str) -> Result:
+        with pytest.raises(SystemExit) as exited:
             main(arguments)
-        told = capsys.readouterr()
-        assert isinstance(left.value.code, int)
-        return Done(left.value.code, told.out, told.err)
+        output = capsys.readouterr()
+        assert isinstance(exited.value.code, int)
+        return Result(exited.value.code, output.out, output.err)
 
     return run

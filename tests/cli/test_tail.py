@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from asgi_realtime.cli import terminal
-from asgi_realtime.cli.tail import Address, read_address
+from asgi_realtime.cli.tail import Address, parse_address
 from asgi_realtime.core.errors import UsageError
 from tests.cli.command import Command
 from tests.client.scripted import ScriptedServer, answer
@@ -31,7 +31,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
 
 @pytest.fixture(autouse=True)
 def secret(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The key of the server, in place of that of the other commands' tests."""
+    """The key of the server, instead of that of the other commands' tests."""
     monkeypatch.setenv("REALTIME_SECRET_KEY", SECRET)
 
 
@@ -40,8 +40,8 @@ def do(server: Serving, **body: Any) -> dict[str, Any]:
     return answer
 
 
-def ended(server: Serving, *chunks: Any) -> str:
-    """A run that is over."""
+def end_run(server: Serving, *chunks: Any) -> str:
+    """Return the id of a run that has ended CANCELED."""
     run = do(server, do="open")
     for chunk in chunks:
         do(server, do="append", run=run["id"], chunk=chunk)
@@ -51,8 +51,8 @@ def ended(server: Serving, *chunks: Any) -> str:
     return run_id
 
 
-def test_chunks_are_printed_as_they_are_text_in_a_line(server: Serving, command: Command) -> None:
-    run_id = ended(server, "Hel", "lo", {"n": 1}, "é")
+def test_text_chunks_are_joined_and_others_are_printed_line_by_line(server: Serving, command: Command) -> None:
+    run_id = end_run(server, "Hel", "lo", {"n": 1}, "é")
     done = command("tail", f"{server.url}/realtime/v1/streams/{run_id}/default")
     assert done.out == 'Hello\n{"n": 1}\né\n'
     assert done.code == 1 and done.err.startswith("run_canceled: ")
@@ -60,8 +60,8 @@ def test_chunks_are_printed_as_they_are_text_in_a_line(server: Serving, command:
     assert [json.loads(line) for line in done.out.splitlines()] == [{"n": 1}, "é"]
 
 
-def test_a_run_is_told_state_by_state(server: Serving, command: Command) -> None:
-    run_id = ended(server)
+def test_a_run_is_printed_state_by_state(server: Serving, command: Command) -> None:
+    run_id = end_run(server)
     done = command("tail", f"{server.url}/realtime/v1/runs/{run_id}")
     assert done.code == 1  # it did not complete
     assert f"  {run_id}  pipe  CANCELED" in done.out.splitlines()[-1]
@@ -69,28 +69,28 @@ def test_a_run_is_told_state_by_state(server: Serving, command: Command) -> None
     assert json.loads(line)["id"] == run_id
 
 
-def test_a_terminal_does_not_obey_what_a_model_says(
+def test_a_model_cannot_control_the_terminal(
     server: Serving, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    url = f"{server.url}/realtime/v1/streams/{ended(server, chr(27) + ']0;owned' + chr(7), 'é')}/default"
+    url = f"{server.url}/realtime/v1/streams/{end_run(server, chr(27) + ']0;owned' + chr(7), 'é')}/default"
     assert command("tail", url).out == "\x1b]0;owned\x07é\n"
     monkeypatch.setattr(terminal, "_is_terminal", lambda stream: True)
     assert command("tail", url).out == "\N{REPLACEMENT CHARACTER}]0;owned\N{REPLACEMENT CHARACTER}é\n"
 
 
-def test_what_is_refused_is_told(server: Serving, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    run_id = ended(server)
+def test_refusals_are_reported(server: Serving, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_id = end_run(server)
     done = command("tail", f"{server.url}/realtime/v1/runs/run_unknown?access_token={do(server, do='open')['token']}")
     assert done.code == 1 and done.err
     monkeypatch.delenv("REALTIME_SECRET_KEY")
     done = command("tail", f"{server.url}/realtime/v1/runs/{run_id}")
-    assert done.code == 2 and "there is no token" in done.err
+    assert done.code == 2 and "no token: put it" in done.err
     monkeypatch.setenv("REALTIME_ACCESS_TOKEN", "x.y.z")
     done = command("tail", f"{server.url}/realtime/v1/runs/{run_id}")
     assert done.code == 1 and "invalid_token" in done.err
 
 
-def test_ctrl_c_leaves_quietly(server: Serving) -> None:
+def test_ctrl_c_exits_quietly(server: Serving) -> None:
     run = do(server, do="open")
     do(server, do="append", run=run["id"], chunk="first\n")
     url = f"{server.url}/realtime/v1/streams/{run['id']}/default?access_token={run['token']}"
@@ -103,9 +103,9 @@ def test_ctrl_c_leaves_quietly(server: Serving) -> None:
     assert (process.returncode, out, err) == (130, "", "")
 
 
-def test_a_reader_of_its_output_may_leave(server: Serving) -> None:
-    """`| head -1` is no error."""
-    run_id = ended(server, *[{"n": number} for number in range(20)])
+def test_a_pipe_that_closes_early_is_not_an_error(server: Serving) -> None:
+    """As with `| head -1`."""
+    run_id = end_run(server, *[{"n": number} for number in range(20)])
     url = f"{server.url}/realtime/v1/streams/{run_id}/default"
     command = f"'{sys.executable}' -m asgi_realtime tail '{url}' | head -1"
     done = subprocess.run(["bash", "-c", command], env={**os.environ}, capture_output=True, text=True, timeout=30)
@@ -130,7 +130,7 @@ def test_a_reader_of_its_output_may_leave(server: Serving) -> None:
     ],
 )
 def test_addresses(url: str, address: Address) -> None:
-    assert read_address(url) == address
+    assert parse_address(url) == address
 
 
 @pytest.mark.parametrize(
@@ -147,43 +147,43 @@ def test_addresses(url: str, address: Address) -> None:
         f"http://{'a' * 64}.example/v1/runs/x",
     ],
 )
-def test_addresses_of_anything_else_are_refused(url: str) -> None:
-    with pytest.raises(UsageError, match="no address of a run or a stream"):
-        read_address(url)
+def test_other_urls_are_refused(url: str) -> None:
+    with pytest.raises(UsageError, match="not the URL of a run or a stream"):
+        parse_address(url)
 
 
-def test_a_token_of_the_environment_may_have_white_space_around_it(
+def test_whitespace_around_a_token_in_the_environment_is_ignored(
     server: Serving, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """That of a file has a line end, which ended in a traceback."""
+    """A token from a file ends with a newline, which caused a traceback."""
     run = do(server, do="open")
     url = f"{server.url}/realtime/v1/runs/run_unknown"
     monkeypatch.setenv("REALTIME_ACCESS_TOKEN", f" {run['token']}\n")
-    assert command("tail", url).code == 1  # taken, and not for this run
+    assert command("tail", url).code == 1  # the token is accepted, but not for this run
     monkeypatch.setenv("REALTIME_ACCESS_TOKEN", "a token")
     done = command("tail", url)
-    assert done.code == 2 and "characters that no token has" in done.err
+    assert done.code == 2 and "characters that no token contains" in done.err
     assert "a token" not in done.err
 
 
-def test_a_terminal_does_not_obey_what_a_server_says(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_cannot_control_the_terminal(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(terminal, "_is_terminal", lambda stream: True)
     for status, code in ((404, 1), (422, 2)):
         body = b'{"error":"\\u001b]0;owned\\u0007","code":"%b"}' % {404: b"run_not_found", 422: b"invalid"}[status]
-        with ScriptedServer(answer(status, body)) as told:
-            done = command("tail", f"{told.origin}/v1/runs/run_1")
+        with ScriptedServer(answer(status, body)) as server:
+            done = command("tail", f"{server.origin}/v1/runs/run_1")
         assert done.code == code
         assert "\N{REPLACEMENT CHARACTER}]0;owned\N{REPLACEMENT CHARACTER}" in done.err
         assert "\x1b" not in done.err
 
 
-def test_a_terminal_does_not_obey_a_log(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_log_cannot_control_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     record = logging.makeLogRecord({"msg": "\x9b31m"})
     assert terminal.HarmlessFormatter("%(message)s").format(record) == "\x9b31m"
     monkeypatch.setattr(terminal, "_is_terminal", lambda stream: stream is sys.stderr)
     assert terminal.HarmlessFormatter("%(message)s").format(record) == "\N{REPLACEMENT CHARACTER}31m"
 
 
-def test_a_token_that_is_made_admits_to_what_is_asked_for_and_no_more() -> None:
+def test_a_created_token_grants_only_what_the_url_needs() -> None:
     assert Address("http://a", "batches", ("batch_1",), None).scope == "read:batch:batch_1"
     assert Address("http://a", "tags", ("user:1", "b"), None).scope == "read:tags:user:1"
