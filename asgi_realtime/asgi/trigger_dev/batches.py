@@ -78,6 +78,7 @@ def max_create_bytes(limits: Limits) -> int:
 
 
 async def create_batch(request: Request) -> Response:
+    """Create a batch that waits for its items, or find the one of the same idempotency key."""
     claims = request.authenticate()
     _check_can_batch(claims)
     attempt = once(request, claims, "batch") if claims.one_time else None
@@ -100,6 +101,7 @@ async def create_batch(request: Request) -> Response:
 
 
 async def fill_batch(request: Request, batch_id: str) -> Response:
+    """Start the runs of a batch once all items are valid. Incomplete items start nothing and leave it unsealed."""
     claims = request.authenticate()
     _check_can_batch(claims)
     batches = request.host.tasks.batches
@@ -197,6 +199,7 @@ class _Pacer:
 
 
 async def retrieve_batch(request: Request, batch_id: str) -> Response:
+    """Respond with the status of a batch and the ids of its runs."""
     claims = request.authenticate()
     authorize(claims, "read", batch_resources(batch_id))
     host = request.host
@@ -230,7 +233,7 @@ async def _batch_with_record(host: Host, batch_id: str, batch: BatchRecord) -> b
 
 
 async def _load_runs(host: Host, run_ids: Sequence[str]) -> dict[str, BatchRun]:
-    """The runs that still exist."""
+    """The runs that still exist, by id."""
     found: dict[str, BatchRun] = {}
     for start in range(0, len(run_ids), _PAGE):
         records = await host.runs.load(run_ids[start : start + _PAGE])

@@ -58,7 +58,7 @@ def _remembered_s(host: Host, claims: Claims) -> float:
 
 
 def run_token_id(claims: Claims) -> str | None:
-    """The token that a run is charged to; None for the secret key."""
+    """The token that a run is recorded with; None for the secret key."""
     return None if claims.secret else claims.token_id
 
 

@@ -30,7 +30,7 @@ MAX_UPDATE_BYTES = 1024 * 1024
 MAX_OPERATIONS = 1000
 """Limit of operations in one request; each can traverse the whole metadata."""
 
-_OPERATION: Any = Operation
+_OPERATION: Any = Operation  # mypy does not accept a union as a `type`
 
 
 class MetadataUpdate(msgspec.Struct, rename="camel"):
@@ -68,6 +68,7 @@ class MetadataUpdate(msgspec.Struct, rename="camel"):
 
 
 async def retrieve_metadata(request: Request, run_id: str) -> Response:
+    """Respond with the metadata of a run, or with none if the token hides it."""
     claims = request.authenticate()
     record = await request.host.runs.get(run_id)
     authorize(claims, "read", run_resources(record))

@@ -1,7 +1,7 @@
 """Runs over HTTP: trigger, retrieve and cancel one, and add tags to it.
 
 A trigger request is checked completely before it is recorded as the one that creates the run, and before a one-time
-token is spent. A client that gets no answer sends the same request again and gets the same run.
+token is spent. A client that gets no response sends the same request again and gets the same run.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ class NewTags(msgspec.Struct):
 
 
 async def trigger(request: Request, task_id: str) -> Response:
+    """Create a run of a task, or find the one that this request or its idempotency key created before."""
     claims = request.authenticate()
     authorize(claims, "trigger", [("tasks", task_id)])
     check_task(request, claims, task_id)
@@ -73,6 +74,7 @@ async def packets(request: Request) -> Response:
 
 
 async def retrieve_run(request: Request, run_id: str) -> Response:
+    """Respond with the record of a run."""
     claims = request.authenticate()
     try:
         record = await request.host.runs.get(run_id)
@@ -88,6 +90,7 @@ async def retrieve_run(request: Request, run_id: str) -> Response:
 
 
 async def cancel_run(request: Request, run_id: str) -> Response:
+    """Cancel a run. A run that is over stays as it ended."""
     claims = request.authenticate()
     record = await request.host.runs.get(run_id)
     authorize(claims, "write", [("runs", record.id)])
@@ -96,6 +99,7 @@ async def cancel_run(request: Request, run_id: str) -> Response:
 
 
 async def add_tags(request: Request, run_id: str) -> Response:
+    """Add tags to a run that is not over."""
     record = await find_open_run(request, request.authenticate(), run_id)
     limits = request.host.limits
     tags = check_tags(read_json(await request.body(MAX_TAGS_BODY_BYTES), NewTags).tags, limits)

@@ -51,6 +51,7 @@ async def jwt_claims(request: Request) -> Response:
 
 
 async def public_token(request: Request) -> Response:
+    """Sign a public token."""
     require_secret(request.authenticate(), "creating tokens")
     requested = read_json(await request.body(MAX_BODY_BYTES), PublicToken)
     token = request.host.tokens.mint(
