@@ -7,12 +7,12 @@ import pytest
 
 from asgi_realtime.asgi.subscription import OPENING, TRANSITIONS, Phase, SubscriptionResponse
 from asgi_realtime.core.config import Cors
-from tests.asgi.standin import StandIn
+from tests.asgi.fake_host import FakeHost
 
 
 @pytest.fixture
-def host() -> StandIn:
-    return StandIn(cors=Cors())
+def host() -> FakeHost:
+    return FakeHost(cors=Cors())
 
 
 class CheckedPhase:

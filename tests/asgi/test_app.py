@@ -12,7 +12,7 @@ from asgi_realtime.core.config import Cors
 from asgi_realtime.core.errors import BrokerUnavailable, InvalidConfiguration, ServerShutdown
 from asgi_realtime.testing import AsgiClient
 from asgi_realtime.testing.driver import make_scope
-from tests.asgi.standin import SECRET, StandIn
+from tests.asgi.fake_host import SECRET, FakeHost
 
 pytestmark = pytest.mark.anyio
 
@@ -39,7 +39,7 @@ async def test_the_real_thing_is_a_host() -> None:
 
 
 @pytest.mark.parametrize("path", ["/", "/realtime", "/v2/runs/run_1", "/favicon.ico", "/v1/streams/run_1/a/b/c"])
-async def test_an_unknown_path_is_404(host: StandIn, path: str) -> None:
+async def test_an_unknown_path_is_404(host: FakeHost, path: str) -> None:
     response = await AsgiClient(host).get(path)
     assert response.status_code == 404
     assert json.loads(response.body)["code"] == "not_found"
@@ -58,7 +58,7 @@ async def test_an_unknown_path_is_404(host: StandIn, path: str) -> None:
     ],
 )
 async def test_a_wrong_method_is_405_with_those_that_are_allowed(
-    host: StandIn, method: str, path: str, allow: str
+    host: FakeHost, method: str, path: str, allow: str
 ) -> None:
     response = await AsgiClient(host).request(method, path)
     assert response.status_code == 405
@@ -67,7 +67,7 @@ async def test_a_wrong_method_is_405_with_those_that_are_allowed(
 
 
 async def test_without_the_api_everything_under_it_is_404() -> None:
-    host = StandIn(api=False)
+    host = FakeHost(api=False)
     await host.create()
     assert (await AsgiClient(host).get("/api/v3/runs/run_1", headers=host.headers())).status_code == 404
     assert (await AsgiClient(host).post("/api/v2/runs/run_1/cancel", headers=host.headers("admin"))).status_code == 404
@@ -75,7 +75,7 @@ async def test_without_the_api_everything_under_it_is_404() -> None:
 
 
 async def test_an_unexpected_error_is_a_500_that_tells_nothing(
-    host: StandIn, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    host: FakeHost, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def get(run_id: str) -> Any:
         raise ValueError("password=1234")
@@ -91,7 +91,7 @@ async def test_an_unexpected_error_is_a_500_that_tells_nothing(
     assert "password=1234" in json.loads(response.body)["error"]
 
 
-async def test_a_broker_that_is_away_is_503_and_no_noise(host: StandIn, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_broker_that_is_away_is_503_and_no_noise(host: FakeHost, caplog: pytest.LogCaptureFixture) -> None:
     host.start_error = BrokerUnavailable("the broker does not answer")
     response = await AsgiClient(host).get(STREAM, headers=host.headers())
     assert response.status_code == 503
@@ -100,7 +100,7 @@ async def test_a_broker_that_is_away_is_503_and_no_noise(host: StandIn, caplog: 
 
 
 @pytest.mark.parametrize("path", [STREAM, "/v1/runs/run_1"])
-async def test_an_event_source_comes_back_to_a_broker_that_is_away(host: StandIn, path: str) -> None:
+async def test_an_event_source_comes_back_to_a_broker_that_is_away(host: FakeHost, path: str) -> None:
     """After a 503 it never did, and the page stood still when the broker was there again."""
     host.start_error = BrokerUnavailable("the broker does not answer")
     async with AsgiClient(host).stream(path, headers=host.feed_headers()) as response:
@@ -110,7 +110,7 @@ async def test_an_event_source_comes_back_to_a_broker_that_is_away(host: StandIn
     assert (await AsgiClient(host).get(path, headers=official)).status_code == 503
 
 
-async def test_a_start_that_fails_is_503_without_its_words(host: StandIn, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_start_that_fails_is_503_without_its_words(host: FakeHost, caplog: pytest.LogCaptureFixture) -> None:
     """A broker that could not be entered gave 500, so that clients took it for a bug and did not try again."""
     host.start_error = OSError("no route to 10.0.0.1")
     response = await AsgiClient(host).get(STREAM, headers=host.headers())
@@ -119,7 +119,7 @@ async def test_a_start_that_fails_is_503_without_its_words(host: StandIn, caplog
     assert "10.0.0.1" in caplog.text
 
 
-async def test_a_send_that_fails_does_not_escape(host: StandIn) -> None:
+async def test_a_send_that_fails_does_not_escape(host: FakeHost) -> None:
     async def never() -> Any:
         await anyio.sleep_forever()
 
@@ -130,7 +130,7 @@ async def test_a_send_that_fails_does_not_escape(host: StandIn) -> None:
     await host(make_scope("GET", STREAM), never, send)
 
 
-async def test_a_204_that_cannot_be_sent_is_not_answered_again(host: StandIn) -> None:
+async def test_a_204_that_cannot_be_sent_is_not_answered_again(host: FakeHost) -> None:
     """After a failed `send` of a 204 the server got a second head, which it logs as a bug of the app."""
     await host.create()
     await host.finish()
@@ -168,7 +168,7 @@ LONG = "x" * 60_000
     ],
 )
 async def test_an_error_does_not_repeat_a_request_of_any_length(
-    host: StandIn, method: str, path: str, query: dict[str, str]
+    host: FakeHost, method: str, path: str, query: dict[str, str]
 ) -> None:
     """A run id of 60 KB came back whole in the error, and so into the logs and pages that show it."""
     host.runs.get = Realtime(secret_key=SECRET).runs.get  # type: ignore[method-assign]  # with its own words
@@ -180,7 +180,7 @@ async def test_an_error_does_not_repeat_a_request_of_any_length(
 # The credential
 
 
-async def test_a_token_in_the_query_is_taken_on_get_and_redacted_in_place(host: StandIn) -> None:
+async def test_a_token_in_the_query_is_taken_on_get_and_redacted_in_place(host: FakeHost) -> None:
     await host.create()
     token = host.token()
     query = f"a=1&access_token={token}&last_event_id=0"
@@ -189,21 +189,21 @@ async def test_a_token_in_the_query_is_taken_on_get_and_redacted_in_place(host: 
         assert response.scope["query_string"] == b"a=1&access_token=REDACTED&last_event_id=0"
 
 
-async def test_a_token_is_redacted_in_refused_requests_too(host: StandIn) -> None:
+async def test_a_token_is_redacted_in_refused_requests_too(host: FakeHost) -> None:
     for method, path in (("GET", STREAM), ("POST", STREAM), ("GET", "/nowhere"), ("OPTIONS", STREAM)):
         response = await AsgiClient(host).request(method, path, query="access_token=abc")
         assert response.scope["query_string"] == b"access_token=REDACTED"
         assert b"abc" not in response.body
 
 
-async def test_a_token_in_the_query_is_not_taken_on_post(host: StandIn) -> None:
+async def test_a_token_in_the_query_is_not_taken_on_post(host: FakeHost) -> None:
     await host.create()
     query = {"access_token": host.token("write:all")}
     response = await AsgiClient(host).post("/v1/streams/run_1/input/a", query=query, body=b'{"data":1}')
     assert response.status_code == 401
 
 
-async def test_the_header_wins_over_the_query(host: StandIn) -> None:
+async def test_the_header_wins_over_the_query(host: FakeHost) -> None:
     await host.create()
     good, bad = host.token(), host.token("read:runs:run_2")
     headers = {"authorization": f"Bearer {bad}"}
@@ -212,14 +212,14 @@ async def test_the_header_wins_over_the_query(host: StandIn) -> None:
 
 
 @pytest.mark.parametrize("credential", ["", "Bearer", "Bearer ", "Bearer abc", "Basic abc", "Bearer a.b.c", "Bearer ä"])
-async def test_a_malformed_credential_is_401(host: StandIn, credential: str) -> None:
+async def test_a_malformed_credential_is_401(host: FakeHost, credential: str) -> None:
     await host.create()
     response = await AsgiClient(host).get(STREAM, headers={"authorization": credential})
     assert response.status_code == 401
     assert response.headers["access-control-allow-origin"] == "*"
 
 
-async def test_foreign_and_expired_tokens_are_401(host: StandIn) -> None:
+async def test_foreign_and_expired_tokens_are_401(host: FakeHost) -> None:
     await host.create()
     expired = host.headers()
     host.now += 901
@@ -233,7 +233,7 @@ async def test_foreign_and_expired_tokens_are_401(host: StandIn) -> None:
 # CORS
 
 
-async def test_a_preflight_is_answered_before_anything_else(host: StandIn) -> None:
+async def test_a_preflight_is_answered_before_anything_else(host: FakeHost) -> None:
     host.start_error = BrokerUnavailable("away")
     headers = {
         "origin": "https://app.example",
@@ -250,7 +250,7 @@ async def test_a_preflight_is_answered_before_anything_else(host: StandIn) -> No
 
 
 async def test_only_listed_origins_may_read() -> None:
-    host = StandIn(cors=Cors(["https://app.example", "https://b.example"]))
+    host = FakeHost(cors=Cors(["https://app.example", "https://b.example"]))
     await host.create()
     preflight = {"access-control-request-method": "GET", "access-control-request-headers": "authorization"}
     for origin, allowed in (("https://b.example", "https://b.example"), ("https://evil.example", None), ("null", None)):
@@ -265,14 +265,14 @@ async def test_only_listed_origins_may_read() -> None:
 
 
 async def test_without_cors_there_are_no_headers_and_no_preflight() -> None:
-    host = StandIn()
+    host = FakeHost()
     headers = {"origin": "https://app.example", "access-control-request-method": "GET"}
     response = await AsgiClient(host).request("OPTIONS", STREAM, headers=headers)
     assert response.status_code == 405
     assert not [name for name in response.headers if name.startswith("access-control")]
 
 
-async def test_what_pages_have_to_read_is_exposed(host: StandIn) -> None:
+async def test_what_pages_have_to_read_is_exposed(host: FakeHost) -> None:
     response = await AsgiClient(host).get("/v1/health")
     exposed = response.headers["access-control-expose-headers"].split(", ")
     assert {"electric-handle", "electric-offset", "electric-schema", "electric-cursor"} <= set(exposed)
@@ -282,7 +282,7 @@ async def test_what_pages_have_to_read_is_exposed(host: StandIn) -> None:
 # Other protocols
 
 
-async def test_a_websocket_is_refused(host: StandIn) -> None:
+async def test_a_websocket_is_refused(host: FakeHost) -> None:
     sent: list[Any] = []
 
     async def receive() -> Any:
@@ -295,7 +295,7 @@ async def test_a_websocket_is_refused(host: StandIn) -> None:
     assert sent == [{"type": "websocket.close", "code": 1000}]
 
 
-async def lifespan(host: StandIn) -> list[dict[str, Any]]:
+async def lifespan(host: FakeHost) -> list[dict[str, Any]]:
     messages = [{"type": "lifespan.startup"}, {"type": "lifespan.shutdown"}]
     sent: list[dict[str, Any]] = []
 
@@ -309,22 +309,22 @@ async def lifespan(host: StandIn) -> list[dict[str, Any]]:
     return sent
 
 
-async def test_the_root_app_is_started_and_stopped_by_the_server(host: StandIn) -> None:
+async def test_the_root_app_is_started_and_stopped_by_the_server(host: FakeHost) -> None:
     assert await lifespan(host) == [{"type": "lifespan.startup.complete"}, {"type": "lifespan.shutdown.complete"}]
     assert host.calls == ["start", "stop"]
 
 
-async def test_a_start_that_fails_is_told_to_the_server(host: StandIn, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_start_that_fails_is_told_to_the_server(host: FakeHost, caplog: pytest.LogCaptureFixture) -> None:
     host.start_error = InvalidConfiguration("no")
     assert await lifespan(host) == [{"type": "lifespan.startup.failed", "message": "InvalidConfiguration: no"}]
 
 
-async def test_a_stop_that_fails_is_told_to_the_server(host: StandIn, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_stop_that_fails_is_told_to_the_server(host: FakeHost, caplog: pytest.LogCaptureFixture) -> None:
     host.stop_error = ValueError("no")
     assert (await lifespan(host))[-1] == {"type": "lifespan.shutdown.failed", "message": "ValueError: no"}
 
 
-async def test_a_secret_key_in_a_url_is_refused(host: StandIn) -> None:
+async def test_a_secret_key_in_a_url_is_refused(host: FakeHost) -> None:
     await host.create()
     response = await AsgiClient(host).get("/api/v3/runs/run_1", query={"access_token": SECRET})
     assert response.status_code == 401
@@ -332,7 +332,7 @@ async def test_a_secret_key_in_a_url_is_refused(host: StandIn) -> None:
     assert SECRET not in response.body.decode()
 
 
-async def test_no_answer_to_head_has_a_body_whatever_it_says(host: StandIn) -> None:
+async def test_no_answer_to_head_has_a_body_whatever_it_says(host: FakeHost) -> None:
     for path, status in (("/v1/health", 200), ("/v1/streams/run_1/self/default", 401), ("/v1/runs", 405)):
         response = await AsgiClient(host).request("HEAD", path)
         assert (response.status_code, response.body) == (status, b"")
@@ -340,7 +340,7 @@ async def test_no_answer_to_head_has_a_body_whatever_it_says(host: StandIn) -> N
 
 
 async def test_a_stop_under_a_request_is_no_bug_and_is_not_logged_as_one(
-    host: StandIn, caplog: pytest.LogCaptureFixture
+    host: FakeHost, caplog: pytest.LogCaptureFixture
 ) -> None:
     host.start_error = ServerShutdown("stopped")
     response = await AsgiClient(host).get("/v1/runs", headers=host.headers())

@@ -15,7 +15,7 @@ from asgi_realtime.core.run_json import run_json
 from asgi_realtime.core.runs import BatchMember, MetadataChanged, RunChange, RunRecord, Started, Status, TagsAdded
 from asgi_realtime.core.topics import Cursor
 from asgi_realtime.testing import AsgiClient, Event
-from tests.asgi.standin import StandIn
+from tests.asgi.fake_host import FakeHost
 
 pytestmark = pytest.mark.anyio
 
@@ -44,7 +44,7 @@ def progress(value: float) -> RunChange:
 # One run
 
 
-async def test_a_run_feed_on_the_wire(host: StandIn) -> None:
+async def test_a_run_feed_on_the_wire(host: FakeHost) -> None:
     await host.create()
     async with AsgiClient(host).stream(RUN, headers=host.feed_headers()) as response:
         assert response.status_code == 200
@@ -64,7 +64,7 @@ async def test_a_run_feed_on_the_wire(host: StandIn) -> None:
     assert end == b'event: end\nid: %b.3\ndata: {"reason":"complete"}' % epoch
 
 
-async def test_each_change_is_told_with_its_id(host: StandIn) -> None:
+async def test_each_change_is_told_with_its_id(host: FakeHost) -> None:
     await host.create(executing=False)
     async with AsgiClient(host).stream(RUN, headers=host.feed_headers()) as response:
         snapshot = await response.read_until("ready")
@@ -79,7 +79,7 @@ async def test_each_change_is_told_with_its_id(host: StandIn) -> None:
         assert (cursor.epoch, cursor.position) == (ready.epoch, ready.position + 1)
 
 
-async def test_a_run_that_is_over_gives_its_state_and_ends(host: StandIn) -> None:
+async def test_a_run_that_is_over_gives_its_state_and_ends(host: FakeHost) -> None:
     await host.create()
     await host.finish(status=Status.FAILED, error="no luck")
     async with AsgiClient(host).stream(RUN, headers=host.feed_headers()) as response:
@@ -88,7 +88,7 @@ async def test_a_run_that_is_over_gives_its_state_and_ends(host: StandIn) -> Non
     assert json.loads(events[-1].data) == {"reason": "failed", "error": "no luck"}
 
 
-async def test_coming_back_behind_the_end_is_204(host: StandIn) -> None:
+async def test_coming_back_behind_the_end_is_204(host: FakeHost) -> None:
     await host.create()
     await host.finish()
     async with AsgiClient(host).stream(RUN, headers=host.feed_headers()) as response:
@@ -101,7 +101,7 @@ async def test_coming_back_behind_the_end_is_204(host: StandIn) -> None:
     assert again.status_code == 204
 
 
-async def test_resume_tells_the_news_only_and_no_ready(host: StandIn) -> None:
+async def test_resume_tells_the_news_only_and_no_ready(host: FakeHost) -> None:
     await host.create()
     async with AsgiClient(host).stream(RUN, headers=host.feed_headers()) as response:
         await response.read_until("ready")
@@ -114,7 +114,7 @@ async def test_resume_tells_the_news_only_and_no_ready(host: StandIn) -> None:
     assert statuses(events) == ["COMPLETED"]
 
 
-async def test_resume_without_news_waits(host: StandIn) -> None:
+async def test_resume_without_news_waits(host: FakeHost) -> None:
     await host.create()
     async with AsgiClient(host).stream(RUN, headers=host.feed_headers()) as response:
         await response.read_until("ready")
@@ -127,14 +127,14 @@ async def test_resume_without_news_waits(host: StandIn) -> None:
 
 
 @pytest.mark.parametrize("last", ["foreign.1", "nonsense", "12", ".", "x.y", "e" * 500 + ".3"])
-async def test_a_foreign_or_malformed_id_gives_a_new_snapshot(host: StandIn, last: str) -> None:
+async def test_a_foreign_or_malformed_id_gives_a_new_snapshot(host: FakeHost, last: str) -> None:
     await host.create()
     async with AsgiClient(host).stream(RUN, headers=host.feed_headers(last_event_id=last)) as response:
         assert response.status_code == 200
         assert kinds(await response.read_until("ready")) == ["run", "ready"]
 
 
-async def test_an_id_beyond_the_topics_position_gives_a_new_snapshot(host: StandIn) -> None:
+async def test_an_id_beyond_the_topics_position_gives_a_new_snapshot(host: FakeHost) -> None:
     await host.create()
     async with AsgiClient(host).stream(RUN, headers=host.feed_headers()) as response:
         ready = (await response.read_until("ready"))[-1].id or ""
@@ -143,7 +143,7 @@ async def test_an_id_beyond_the_topics_position_gives_a_new_snapshot(host: Stand
         assert kinds(await response.read_until("ready")) == ["run", "ready"]
 
 
-async def test_who_is_behind_gets_the_newest_state(host: StandIn) -> None:
+async def test_who_is_behind_gets_the_newest_state(host: FakeHost) -> None:
     await host.create()
     async with AsgiClient(host).stream(RUN, headers=host.feed_headers()) as response:
         await response.read_until("ready")
@@ -157,7 +157,7 @@ async def test_who_is_behind_gets_the_newest_state(host: StandIn) -> None:
     assert statuses(events) == ["EXECUTING", "COMPLETED"]
 
 
-async def test_a_run_feed_waits_for_the_run_that_its_token_names(host: StandIn) -> None:
+async def test_a_run_feed_waits_for_the_run_that_its_token_names(host: FakeHost) -> None:
     async with anyio.create_task_group() as tasks:
 
         async def appear() -> None:
@@ -170,7 +170,7 @@ async def test_a_run_feed_waits_for_the_run_that_its_token_names(host: StandIn) 
             assert kinds(await response.read_until("ready")) == ["run", "ready"]
 
 
-async def test_the_feed_of_a_run_that_is_removed_ends(host: StandIn) -> None:
+async def test_the_feed_of_a_run_that_is_removed_ends(host: FakeHost) -> None:
     """A run that was evicted while somebody watched it left a page that waited for ever."""
     await host.create()
     async with AsgiClient(host).stream(RUN, headers=host.feed_headers()) as response:
@@ -185,7 +185,7 @@ async def test_the_feed_of_a_run_that_is_removed_ends(host: StandIn) -> None:
         assert response.ended
 
 
-async def test_an_idle_feed_loads_no_record(host: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_idle_feed_loads_no_record(host: FakeHost, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each heartbeat of each feed loaded the whole record, with payload and output."""
     await host.create()
     loaded: list[str] = []
@@ -212,7 +212,7 @@ async def test_an_idle_feed_loads_no_record(host: StandIn, monkeypatch: pytest.M
         assert loaded == ["run_1"]
 
 
-async def test_refusals_of_a_run_feed(host: StandIn) -> None:
+async def test_refusals_of_a_run_feed(host: FakeHost) -> None:
     assert (await AsgiClient(host).get(RUN)).status_code == 401
     assert (await AsgiClient(host).get(RUN, headers=host.feed_headers("read:runs"))).status_code == 404
     await host.create()
@@ -221,7 +221,7 @@ async def test_refusals_of_a_run_feed(host: StandIn) -> None:
 
 @pytest.mark.parametrize("accept", ["application/json", "*/*", None])
 async def test_without_the_accept_header_and_an_offset_it_is_400_and_names_both(
-    host: StandIn, accept: str | None
+    host: FakeHost, accept: str | None
 ) -> None:
     await host.create()
     headers = host.headers() if accept is None else host.headers(accept=accept)
@@ -234,7 +234,7 @@ async def test_without_the_accept_header_and_an_offset_it_is_400_and_names_both(
 # Columns
 
 
-async def test_columns_that_the_token_forbids_are_left_out(host: StandIn) -> None:
+async def test_columns_that_the_token_forbids_are_left_out(host: FakeHost) -> None:
     await host.create(payload={"secret": 1}, tags=["a"])
     await host.change("run_1", progress(1))
     token = host.token(skip_columns=["payload", "metadata", "runTags"])
@@ -249,7 +249,7 @@ async def test_columns_that_the_token_forbids_are_left_out(host: StandIn) -> Non
         assert json.loads(run.data)["payload"] == {"secret": 1}
 
 
-async def test_columns_may_be_left_out_on_request(host: StandIn) -> None:
+async def test_columns_may_be_left_out_on_request(host: FakeHost) -> None:
     await host.create(payload=1)
     query = {"skipColumns": "payload,output"}
     async with AsgiClient(host).stream(RUN, headers=host.feed_headers(), query=query) as response:
@@ -257,7 +257,7 @@ async def test_columns_may_be_left_out_on_request(host: StandIn) -> None:
     assert "payload" not in json.loads(run.data)
 
 
-async def test_an_error_that_is_left_out_is_not_told_by_the_end_either(host: StandIn) -> None:
+async def test_an_error_that_is_left_out_is_not_told_by_the_end_either(host: FakeHost) -> None:
     await host.create()
     await host.finish(status=Status.FAILED, error="the secret reason")
     headers = {"accept": "text/event-stream", "authorization": f"Bearer {host.token(skip_columns=['error'])}"}
@@ -266,7 +266,7 @@ async def test_an_error_that_is_left_out_is_not_told_by_the_end_either(host: Sta
     assert b"secret" not in body and b'data: {"reason":"failed"}' in body
 
 
-async def test_a_row_is_encoded_once_for_all(host: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_row_is_encoded_once_for_all(host: FakeHost, monkeypatch: pytest.MonkeyPatch) -> None:
     encoded: list[str] = []
 
     def counting(record: RunRecord, *, skip: Collection[str]) -> bytes:
@@ -289,14 +289,14 @@ async def test_a_row_is_encoded_once_for_all(host: StandIn, monkeypatch: pytest.
 # Tags
 
 
-async def tag_snapshot(host: StandIn, tags: str, scope: str = "read:runs", **query: str) -> list[Event]:
+async def tag_snapshot(host: FakeHost, tags: str, scope: str = "read:runs", **query: str) -> list[Event]:
     headers = host.feed_headers(scope)
     async with AsgiClient(host).stream(TAGS, headers=headers, query={"tags": tags, **query}) as response:
         assert response.status_code == 200, await response.read()
         return await response.read_until("ready")
 
 
-async def test_a_tag_feed_has_the_runs_with_all_of_the_tags(host: StandIn) -> None:
+async def test_a_tag_feed_has_the_runs_with_all_of_the_tags(host: FakeHost) -> None:
     await host.create("run_1", tags=["b", "a"])
     await host.create("run_2", tags=["a"])
     await host.create("run_3", tags=["b"])
@@ -306,7 +306,7 @@ async def test_a_tag_feed_has_the_runs_with_all_of_the_tags(host: StandIn) -> No
     assert kinds(await tag_snapshot(host, "nothing")) == ["ready"]
 
 
-async def test_new_runs_and_changes_come_and_others_do_not(host: StandIn) -> None:
+async def test_new_runs_and_changes_come_and_others_do_not(host: FakeHost) -> None:
     query = {"tags": "a,b"}
     async with AsgiClient(host).stream(TAGS, headers=host.feed_headers("read:tags"), query=query) as response:
         (ready,) = await response.read_until("ready")
@@ -323,7 +323,7 @@ async def test_new_runs_and_changes_come_and_others_do_not(host: StandIn) -> Non
         assert not response.ended  # a tag feed never ends
 
 
-async def test_a_tag_feed_resumes(host: StandIn) -> None:
+async def test_a_tag_feed_resumes(host: FakeHost) -> None:
     await host.create("run_1", tags=["a"])
     await host.create("run_2", tags=["a"])
     last = (await tag_snapshot(host, "a"))[-1].id or ""
@@ -336,7 +336,7 @@ async def test_a_tag_feed_resumes(host: StandIn) -> None:
     assert [event.id is not None for event in events] == [True, True]
 
 
-async def test_resume_from_every_position_of_a_tag_feed(host: StandIn) -> None:
+async def test_resume_from_every_position_of_a_tag_feed(host: FakeHost) -> None:
     headers = host.feed_headers("read:tags:a")
     query = {"tags": "a"}
     ids: list[str] = []
@@ -352,7 +352,7 @@ async def test_resume_from_every_position_of_a_tag_feed(host: StandIn) -> None:
 
 
 async def test_a_position_that_was_trimmed_gives_a_new_snapshot() -> None:
-    host = StandIn(limits=Limits(topic_runs=3))
+    host = FakeHost(limits=Limits(topic_runs=3))
     await host.create("run_0", tags=["a"], executing=False)
     last = (await tag_snapshot(host, "a"))[-1].id or ""
     for number in range(1, 6):
@@ -364,7 +364,7 @@ async def test_a_position_that_was_trimmed_gives_a_new_snapshot() -> None:
 
 
 async def test_who_is_overtaken_by_trimming_gets_a_new_snapshot() -> None:
-    host = StandIn(limits=Limits(topic_runs=3))
+    host = FakeHost(limits=Limits(topic_runs=3))
     headers = host.feed_headers("read:runs")
     async with AsgiClient(host).stream(TAGS, headers=headers, query={"tags": "a"}) as response:
         await response.read_until("ready")
@@ -377,7 +377,7 @@ async def test_who_is_overtaken_by_trimming_gets_a_new_snapshot() -> None:
 
 
 async def test_a_snapshot_has_the_newest_runs_only() -> None:
-    host = StandIn(limits=Limits(feed_runs=3))
+    host = FakeHost(limits=Limits(feed_runs=3))
     for number in range(10):
         await host.create(f"run_{number}", tags=["a", "even" if number % 2 == 0 else "odd"], executing=False)
     events = await tag_snapshot(host, "a")
@@ -387,7 +387,7 @@ async def test_a_snapshot_has_the_newest_runs_only() -> None:
 
 
 @pytest.mark.slow
-async def test_a_large_snapshot_is_complete_and_comes_in_bodies_of_bounded_size(host: StandIn) -> None:
+async def test_a_large_snapshot_is_complete_and_comes_in_bodies_of_bounded_size(host: FakeHost) -> None:
     for number in range(1200):
         await host.create(f"run_{number}", tags=["a"], executing=False, payload="x" * 300)
     headers = host.feed_headers("read:runs")
@@ -399,7 +399,7 @@ async def test_a_large_snapshot_is_complete_and_comes_in_bodies_of_bounded_size(
     assert b"".join(bodies).count(b"event: run\n") == 1000
 
 
-async def test_created_at_is_a_window(host: StandIn) -> None:
+async def test_created_at_is_a_window(host: FakeHost) -> None:
     await host.create("run_old", tags=["a"], created_ago_s=25 * 3600)
     await host.create("run_2h", tags=["a"], created_ago_s=2 * 3600)
     await host.create("run_now", tags=["a"])
@@ -408,7 +408,7 @@ async def test_created_at_is_a_window(host: StandIn) -> None:
     assert runs(await tag_snapshot(host, "a", createdAt="7d")) == ["run_2h", "run_now"]  # clamped
 
 
-async def test_an_old_run_does_not_come_in_by_a_change(host: StandIn) -> None:
+async def test_an_old_run_does_not_come_in_by_a_change(host: FakeHost) -> None:
     await host.create("run_old", tags=["a"], created_ago_s=7200)
     query = {"tags": "a", "createdAt": "1h"}
     async with AsgiClient(host).stream(TAGS, headers=host.feed_headers("read:runs"), query=query) as response:
@@ -436,13 +436,13 @@ async def test_an_old_run_does_not_come_in_by_a_change(host: StandIn) -> None:
         ({"tags": "a", "createdAt": "0s"}, 400, "createdAt"),
     ],
 )
-async def test_bad_queries_are_refused(host: StandIn, query: dict[str, str], status: int, words: str) -> None:
+async def test_bad_queries_are_refused(host: FakeHost, query: dict[str, str], status: int, words: str) -> None:
     response = await AsgiClient(host).get(TAGS, headers=host.feed_headers("read:runs"), query=query)
     assert response.status_code == status
     assert words in json.loads(response.body)["error"]
 
 
-async def test_tags_at_the_limit_are_fine(host: StandIn) -> None:
+async def test_tags_at_the_limit_are_fine(host: FakeHost) -> None:
     await tag_snapshot(host, ",".join("t" * 127 + str(number) for number in range(10)))
 
 
@@ -458,7 +458,7 @@ async def test_tags_at_the_limit_are_fine(host: StandIn) -> None:
         ("write:tags:a", 403),
     ],
 )
-async def test_who_may_read_a_list(host: StandIn, scope: str, status: int) -> None:
+async def test_who_may_read_a_list(host: FakeHost, scope: str, status: int) -> None:
     headers = host.feed_headers(scope)
     async with AsgiClient(host).stream(TAGS, headers=headers, query={"tags": "a,b"}) as response:
         assert response.status_code == status
@@ -467,12 +467,12 @@ async def test_who_may_read_a_list(host: StandIn, scope: str, status: int) -> No
 # Batches
 
 
-async def create_batch(host: StandIn, count: int = 3) -> None:
+async def create_batch(host: FakeHost, count: int = 3) -> None:
     for index in range(count):
         await host.create(f"run_{index}", batch=BatchMember("batch_1", index, count))
 
 
-async def test_a_batch_feed_ends_when_all_runs_are_over(host: StandIn) -> None:
+async def test_a_batch_feed_ends_when_all_runs_are_over(host: FakeHost) -> None:
     await create_batch(host)
     await host.finish("run_0")
     async with AsgiClient(host).stream(BATCH, headers=host.feed_headers(BATCH_SCOPE)) as response:
@@ -487,7 +487,7 @@ async def test_a_batch_feed_ends_when_all_runs_are_over(host: StandIn) -> None:
     assert json.loads(events[-1].data) == {"reason": "complete"}
 
 
-async def test_a_batch_that_is_not_yet_complete_does_not_end(host: StandIn) -> None:
+async def test_a_batch_that_is_not_yet_complete_does_not_end(host: FakeHost) -> None:
     await host.create("run_0", batch=BatchMember("batch_1", 0, 2))
     await host.finish("run_0")
     async with AsgiClient(host).stream(BATCH, headers=host.feed_headers(BATCH_SCOPE)) as response:
@@ -503,7 +503,7 @@ async def test_a_batch_that_is_not_yet_complete_does_not_end(host: StandIn) -> N
 
 
 @pytest.mark.parametrize("missed", [0, 1, 2, 3])
-async def test_a_resumed_batch_feed_tells_what_was_missed_and_ends(host: StandIn, missed: int) -> None:
+async def test_a_resumed_batch_feed_tells_what_was_missed_and_ends(host: FakeHost, missed: int) -> None:
     await create_batch(host)
     async with AsgiClient(host).stream(BATCH, headers=host.feed_headers(BATCH_SCOPE)) as response:
         await response.read_until("ready")
@@ -524,7 +524,7 @@ async def test_a_resumed_batch_feed_tells_what_was_missed_and_ends(host: StandIn
 
 
 async def test_the_end_of_a_batch_is_seen_beyond_the_snapshots_limit() -> None:
-    host = StandIn(limits=Limits(feed_runs=2))
+    host = FakeHost(limits=Limits(feed_runs=2))
     await create_batch(host, 5)
     for index in range(5):
         await host.finish(f"run_{index}")
@@ -533,7 +533,7 @@ async def test_the_end_of_a_batch_is_seen_beyond_the_snapshots_limit() -> None:
     assert kinds(events) == ["run", "run", "ready", "end"]
 
 
-async def test_a_batch_feed_ends_without_the_runs_that_are_past_their_retention(host: StandIn) -> None:
+async def test_a_batch_feed_ends_without_the_runs_that_are_past_their_retention(host: FakeHost) -> None:
     """When the first runs of a long batch were gone, its feed waited for them for ever."""
     await create_batch(host, 2)
     await host.finish("run_0")
@@ -545,7 +545,7 @@ async def test_a_batch_feed_ends_without_the_runs_that_are_past_their_retention(
             assert kinds(await response.read_all_events()) == ["run", "end"]
 
 
-async def test_refusals_of_a_batch_feed(host: StandIn) -> None:
+async def test_refusals_of_a_batch_feed(host: FakeHost) -> None:
     assert (await AsgiClient(host).get(BATCH)).status_code == 401
     await create_batch(host)
     response = await AsgiClient(host).get(BATCH, headers=host.feed_headers("read:batch:batch_2"))
@@ -554,7 +554,7 @@ async def test_refusals_of_a_batch_feed(host: StandIn) -> None:
         assert feed.status_code == 200
 
 
-async def test_an_unknown_batch_is_waited_for_and_then_404(host: StandIn) -> None:
+async def test_an_unknown_batch_is_waited_for_and_then_404(host: FakeHost) -> None:
     async with anyio.create_task_group() as tasks:
 
         async def pass_time() -> None:
@@ -569,7 +569,7 @@ async def test_an_unknown_batch_is_waited_for_and_then_404(host: StandIn) -> Non
     assert not host.subscribers
 
 
-async def test_who_asks_for_a_batch_during_the_shutdown_is_told_to_come_back(host: StandIn) -> None:
+async def test_who_asks_for_a_batch_during_the_shutdown_is_told_to_come_back(host: FakeHost) -> None:
     """A batch that is there was answered with 404 while the server went down."""
     await create_batch(host)
     host.begin_shutdown()
@@ -582,7 +582,7 @@ async def test_who_asks_for_a_batch_during_the_shutdown_is_told_to_come_back(hos
 
 
 async def test_a_feed_has_heartbeats_and_ends_with_its_token() -> None:
-    host = StandIn(timeouts=Timeouts(heartbeat=15), cors=Cors())
+    host = FakeHost(timeouts=Timeouts(heartbeat=15), cors=Cors())
     await host.create()
     headers = {"accept": "text/event-stream", "authorization": f"Bearer {host.token(expires_in_s=60)}"}
     async with AsgiClient(host).stream(RUN, headers=headers) as response:
@@ -600,7 +600,7 @@ async def test_a_feed_has_heartbeats_and_ends_with_its_token() -> None:
 
 async def test_a_shutdown_while_a_heartbeat_is_sent_is_heard() -> None:
     """The reader was left waiting for the next heartbeat, and the server could not exit."""
-    host = StandIn(timeouts=Timeouts(heartbeat=15))
+    host = FakeHost(timeouts=Timeouts(heartbeat=15))
     await host.create()
     async with AsgiClient(host).stream(RUN, headers=host.feed_headers()) as response:
         await response.read_until("ready")
@@ -615,7 +615,7 @@ async def test_a_shutdown_while_a_heartbeat_is_sent_is_heard() -> None:
     assert event.event == "reconnect"
 
 
-async def test_a_feed_ends_with_reconnect_at_shutdown(host: StandIn) -> None:
+async def test_a_feed_ends_with_reconnect_at_shutdown(host: FakeHost) -> None:
     await host.create()
     async with AsgiClient(host).stream(RUN, headers=host.feed_headers()) as response:
         await response.read_until("ready")
@@ -626,14 +626,14 @@ async def test_a_feed_ends_with_reconnect_at_shutdown(host: StandIn) -> None:
     assert event.event == "reconnect"
 
 
-async def test_who_comes_during_the_shutdown_is_told_at_once(host: StandIn) -> None:
+async def test_who_comes_during_the_shutdown_is_told_at_once(host: FakeHost) -> None:
     await host.create()
     host.begin_shutdown()
     async with AsgiClient(host).stream(RUN, headers=host.feed_headers()) as response:
         assert kinds(await response.read_all_events()) == ["reconnect"]
 
 
-async def test_a_large_snapshot_does_not_hold_up_the_shutdown(host: StandIn) -> None:
+async def test_a_large_snapshot_does_not_hold_up_the_shutdown(host: FakeHost) -> None:
     for number in range(20):
         await host.create(f"run_{number}", tags=["a"], executing=False, payload="x" * 40_000)
     headers = host.feed_headers("read:runs")
@@ -647,7 +647,7 @@ async def test_a_large_snapshot_does_not_hold_up_the_shutdown(host: StandIn) -> 
 
 
 async def test_a_feed_whose_topic_can_no_longer_be_followed_ends(
-    host: StandIn, monkeypatch: pytest.MonkeyPatch
+    host: FakeHost, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It waited forever for a topic that never woke it again."""
     await host.create()
@@ -667,7 +667,7 @@ async def test_a_feed_whose_topic_can_no_longer_be_followed_ends(
 
 
 async def test_a_stalled_feed_is_dropped() -> None:
-    host = StandIn(timeouts=Timeouts(send=30))
+    host = FakeHost(timeouts=Timeouts(send=30))
     await host.create()
     async with AsgiClient(host).stream(RUN, headers=host.feed_headers()):
         await anyio.wait_all_tasks_blocked()
@@ -678,14 +678,14 @@ async def test_a_stalled_feed_is_dropped() -> None:
 
 
 async def test_a_feed_counts_as_a_subscription() -> None:
-    host = StandIn(limits=Limits(subscribers=1))
+    host = FakeHost(limits=Limits(subscribers=1))
     await host.create()
     async with AsgiClient(host).stream(RUN, headers=host.feed_headers()):
         response = await AsgiClient(host).get(RUN, headers=host.feed_headers())
         assert response.status_code == 429
 
 
-async def test_a_disconnect_leaves_nothing_behind(host: StandIn) -> None:
+async def test_a_disconnect_leaves_nothing_behind(host: FakeHost) -> None:
     await host.create(tags=["a"])
     await anyio.wait_all_tasks_blocked()
     before = len(anyio.get_running_tasks())

@@ -8,7 +8,7 @@ import pytest
 from asgi_realtime.asgi import health, limits
 from asgi_realtime.core.errors import BrokerUnavailable
 from asgi_realtime.testing import AsgiClient
-from tests.asgi.standin import StandIn
+from tests.asgi.fake_host import FakeHost
 
 pytestmark = pytest.mark.anyio
 
@@ -16,7 +16,7 @@ PATH = "/v1/health"
 HEADERS = {"accept": "text/event-stream"}
 
 
-async def test_events_come_one_by_one_with_their_times(host: StandIn) -> None:
+async def test_events_come_one_by_one_with_their_times(host: FakeHost) -> None:
     async with AsgiClient(host).stream(PATH, headers=HEADERS) as response:
         assert response.status_code == 200
         assert response.headers["content-type"].startswith("text/event-stream")
@@ -31,20 +31,20 @@ async def test_events_come_one_by_one_with_their_times(host: StandIn) -> None:
     assert not host.subscribers
 
 
-async def test_a_shutdown_ends_it(host: StandIn) -> None:
+async def test_a_shutdown_ends_it(host: FakeHost) -> None:
     async with AsgiClient(host).stream(PATH, headers=HEADERS) as response:
         await response.read_events()
         host.begin_shutdown()
         assert (await response.read_all_events())[-1].event == "reconnect"
 
 
-async def test_who_leaves_is_forgotten(host: StandIn) -> None:
+async def test_who_leaves_is_forgotten(host: FakeHost) -> None:
     async with AsgiClient(host).stream(PATH, headers=HEADERS) as response:
         await response.read_events()
     assert not host.subscribers
 
 
-async def test_few_are_open_at_once(host: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_few_are_open_at_once(host: FakeHost, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "MAX_PROBES", 1)
     async with AsgiClient(host).stream(PATH, headers=HEADERS) as response:
         refused = await AsgiClient(host).get(PATH, headers=HEADERS)
@@ -57,12 +57,12 @@ async def test_few_are_open_at_once(host: StandIn, monkeypatch: pytest.MonkeyPat
     assert (await AsgiClient(host).get(PATH, headers=HEADERS)).status_code == 200
 
 
-async def test_head_and_get_are_answered_as_before(host: StandIn) -> None:
+async def test_head_and_get_are_answered_as_before(host: FakeHost) -> None:
     assert json.loads((await AsgiClient(host).get(PATH)).body) == {"status": "ok", "broker": "ok"}
     assert (await AsgiClient(host).request("HEAD", PATH, headers=HEADERS)).body == b""
 
 
-async def test_health_needs_no_token(host: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_health_needs_no_token(host: FakeHost, monkeypatch: pytest.MonkeyPatch) -> None:
     response = await AsgiClient(host).get("/v1/health")
     assert (response.status_code, json.loads(response.body)) == (200, {"status": "ok", "broker": "ok"})
 
@@ -75,7 +75,7 @@ async def test_health_needs_no_token(host: StandIn, monkeypatch: pytest.MonkeyPa
 
 
 async def test_health_tells_of_foreign_errors_without_their_words(
-    host: StandIn, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    host: FakeHost, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A broker that raised an exception of its driver's gave 500, which tells a load balancer nothing."""
     down = (503, {"status": "unavailable", "broker": "unavailable"})
@@ -93,7 +93,7 @@ async def test_health_tells_of_foreign_errors_without_their_words(
     assert "10.0.0.1 went away" in caplog.text
 
 
-async def test_health_answers_head_without_a_body(host: StandIn) -> None:
+async def test_health_answers_head_without_a_body(host: FakeHost) -> None:
     """Load balancers that probe with HEAD took the 405 for a dead process."""
     response = await AsgiClient(host).request("HEAD", "/v1/health")
     assert (response.status_code, response.body) == (200, b"")
@@ -102,7 +102,7 @@ async def test_health_answers_head_without_a_body(host: StandIn) -> None:
     assert (await AsgiClient(host).request("HEAD", "/v1/health")).status_code == 503
 
 
-async def test_health_says_when_the_shutdown_began(host: StandIn) -> None:
+async def test_health_says_when_the_shutdown_began(host: FakeHost) -> None:
     host.begin_shutdown()
     response = await AsgiClient(host).get("/v1/health")
     assert (response.status_code, json.loads(response.body)) == (503, {"status": "closing", "broker": "ok"})

@@ -14,7 +14,7 @@ from starlette.routing import Mount, Route
 from asgi_realtime.asgi import RealtimeMiddleware
 from asgi_realtime.core.errors import InvalidConfiguration
 from asgi_realtime.testing import AsgiClient
-from tests.asgi.standin import StandIn
+from tests.asgi.fake_host import FakeHost
 
 pytestmark = pytest.mark.anyio
 
@@ -37,7 +37,7 @@ async def hosts_own(scope: Any, receive: Any, send: Any) -> None:
         ("/realtime/", "", 404),
     ],
 )
-async def test_what_is_under_the_path_is_ours(host: StandIn, path: str, root_path: str, status: int) -> None:
+async def test_what_is_under_the_path_is_ours(host: FakeHost, path: str, root_path: str, status: int) -> None:
     app = RealtimeMiddleware(hosts_own, host)
     response = await AsgiClient(app, root_path=root_path).get(path)
     assert response.status_code == status
@@ -46,12 +46,12 @@ async def test_what_is_under_the_path_is_ours(host: StandIn, path: str, root_pat
 
 
 @pytest.mark.parametrize("path", ["/", "/realtimeX", "/realtimeX/v1/health", "/v1/health", "/x/realtime/v1/health"])
-async def test_all_else_is_the_hosts(host: StandIn, path: str) -> None:
+async def test_all_else_is_the_hosts(host: FakeHost, path: str) -> None:
     response = await AsgiClient(RealtimeMiddleware(hosts_own, host)).get(path)
     assert response.body.decode() == f"host {path} "
 
 
-async def test_another_path(host: StandIn) -> None:
+async def test_another_path(host: FakeHost) -> None:
     app = RealtimeMiddleware(hosts_own, host, path="/live/feed/")
     assert (await AsgiClient(app).get("/live/feed/v1/health")).status_code == 200
     assert (await AsgiClient(app, root_path="/api").get("/live/feed/v1/health")).status_code == 200
@@ -59,12 +59,12 @@ async def test_another_path(host: StandIn) -> None:
 
 
 @pytest.mark.parametrize("path", ["", "/", "//", "realtime", "/a?b", "/a#b"])
-def test_a_path_that_is_none_is_refused(host: StandIn, path: str) -> None:
+def test_a_path_that_is_none_is_refused(host: FakeHost, path: str) -> None:
     with pytest.raises(InvalidConfiguration, match="path is"):
         RealtimeMiddleware(hosts_own, host, path=path)
 
 
-async def test_the_outer_scope_is_redacted_and_the_token_works(host: StandIn) -> None:
+async def test_the_outer_scope_is_redacted_and_the_token_works(host: FakeHost) -> None:
     await host.create()
     app = RealtimeMiddleware(hosts_own, host)
     query = f"access_token={host.token()}&x=1"
@@ -73,12 +73,12 @@ async def test_the_outer_scope_is_redacted_and_the_token_works(host: StandIn) ->
         assert response.scope["query_string"] == b"access_token=REDACTED&x=1"
 
 
-async def test_the_hosts_own_query_is_left_alone(host: StandIn) -> None:
+async def test_the_hosts_own_query_is_left_alone(host: FakeHost) -> None:
     response = await AsgiClient(RealtimeMiddleware(hosts_own, host)).get("/", query="access_token=abc")
     assert response.scope["query_string"] == b"access_token=abc"
 
 
-async def test_a_websocket_under_the_path_is_refused(host: StandIn) -> None:
+async def test_a_websocket_under_the_path_is_refused(host: FakeHost) -> None:
     sent: list[Any] = []
 
     async def receive() -> Any:
@@ -95,7 +95,7 @@ async def test_a_websocket_under_the_path_is_refused(host: StandIn) -> None:
 # Lifespan
 
 
-async def live(app: App, host: StandIn) -> list[str]:
+async def live(app: App, host: FakeHost) -> list[str]:
     """A server's side of the lifespan; what is sent goes into the host's calls, in order."""
     messages = [{"type": "lifespan.startup"}, {"type": "lifespan.shutdown"}]
 
@@ -111,7 +111,7 @@ async def live(app: App, host: StandIn) -> list[str]:
     return host.calls
 
 
-def starlette(host: StandIn, *, fail: str = "") -> Starlette:
+def starlette(host: FakeHost, *, fail: str = "") -> Starlette:
     @asynccontextmanager
     async def lifespan(app: object) -> AsyncIterator[None]:
         host.calls.append("host starts")
@@ -131,11 +131,11 @@ def starlette(host: StandIn, *, fail: str = "") -> Starlette:
 ORDER = ["<startup", "start", "host starts", ">startup.complete", "<shutdown", "host stops", "stop"]
 
 
-async def test_we_start_before_the_host_and_stop_after_it(host: StandIn) -> None:
+async def test_we_start_before_the_host_and_stop_after_it(host: FakeHost) -> None:
     assert await live(RealtimeMiddleware(starlette(host), host), host) == [*ORDER, ">shutdown.complete"]
 
 
-async def test_add_middleware_does_the_same(host: StandIn) -> None:
+async def test_add_middleware_does_the_same(host: FakeHost) -> None:
     app = starlette(host)
     app.add_middleware(RealtimeMiddleware, realtime=host)
     assert (await AsgiClient(app).get("/realtime/v1/health")).status_code == 200
@@ -143,13 +143,13 @@ async def test_add_middleware_does_the_same(host: StandIn) -> None:
     assert await live(app, host) == [*ORDER, ">shutdown.complete"]
 
 
-async def test_a_host_that_does_not_start_takes_us_along(host: StandIn) -> None:
+async def test_a_host_that_does_not_start_takes_us_along(host: FakeHost) -> None:
     with pytest.raises(ValueError, match="start"):
         await live(RealtimeMiddleware(starlette(host, fail="start"), host), host)
     assert host.calls == ["<startup", "start", "host starts", "stop", ">startup.failed"]
 
 
-async def test_a_host_that_fails_to_stop_does_not_keep_us(host: StandIn) -> None:
+async def test_a_host_that_fails_to_stop_does_not_keep_us(host: FakeHost) -> None:
     with pytest.raises(ValueError, match="stop"):
         await live(RealtimeMiddleware(starlette(host, fail="stop"), host), host)
     assert host.calls == [*ORDER, ">shutdown.failed"]
@@ -158,14 +158,14 @@ async def test_a_host_that_fails_to_stop_does_not_keep_us(host: StandIn) -> None
 ALONE = ["<startup", "start", ">startup.complete", "<shutdown", "stop", ">shutdown.complete"]
 
 
-async def test_a_host_that_refuses_lifespan_has_it_answered(host: StandIn) -> None:
+async def test_a_host_that_refuses_lifespan_has_it_answered(host: FakeHost) -> None:
     async def django(scope: Any, receive: Any, send: Any) -> None:
         raise ValueError("Django can only handle ASGI/HTTP connections, not lifespan.")
 
     assert await live(RealtimeMiddleware(django, host), host) == ALONE
 
 
-async def test_a_host_that_ignores_lifespan_has_it_answered(host: StandIn) -> None:
+async def test_a_host_that_ignores_lifespan_has_it_answered(host: FakeHost) -> None:
     async def silent(scope: Any, receive: Any, send: Any) -> None:
         return None
 
@@ -173,7 +173,7 @@ async def test_a_host_that_ignores_lifespan_has_it_answered(host: StandIn) -> No
 
 
 @pytest.mark.parametrize("sees_the_end", [False, True])
-async def test_a_host_that_answers_and_returns_is_stopped_all_the_same(host: StandIn, sees_the_end: bool) -> None:
+async def test_a_host_that_answers_and_returns_is_stopped_all_the_same(host: FakeHost, sees_the_end: bool) -> None:
     """Runs that it had begun stayed EXECUTING."""
 
     async def brief(scope: Any, receive: Any, send: Any) -> None:
@@ -186,7 +186,7 @@ async def test_a_host_that_answers_and_returns_is_stopped_all_the_same(host: Sta
 
 
 async def test_a_host_that_raises_with_the_message_in_hand_is_logged(
-    host: StandIn, caplog: pytest.LogCaptureFixture
+    host: FakeHost, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def clumsy(scope: Any, receive: Any, send: Any) -> None:
         await receive()
@@ -196,7 +196,7 @@ async def test_a_host_that_raises_with_the_message_in_hand_is_logged(
     assert "without its start-up" in caplog.text
 
 
-async def test_a_host_that_raises_in_mid_life_stops_us(host: StandIn) -> None:
+async def test_a_host_that_raises_in_mid_life_stops_us(host: FakeHost) -> None:
     async def short(scope: Any, receive: Any, send: Any) -> None:
         await receive()
         await send({"type": "lifespan.startup.complete"})
@@ -208,14 +208,14 @@ async def test_a_host_that_raises_in_mid_life_stops_us(host: StandIn) -> None:
 
 
 async def test_our_own_start_that_fails_is_told_and_the_host_does_not_start(
-    host: StandIn, caplog: pytest.LogCaptureFixture
+    host: FakeHost, caplog: pytest.LogCaptureFixture
 ) -> None:
     host.start_error = InvalidConfiguration("no")
     assert await live(RealtimeMiddleware(starlette(host), host), host) == ["<startup", "start", ">startup.failed"]
 
 
 async def test_our_start_that_fails_in_a_host_that_refuses_lifespan(
-    host: StandIn, caplog: pytest.LogCaptureFixture
+    host: FakeHost, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def django(scope: Any, receive: Any, send: Any) -> None:
         raise ValueError("no lifespan")
@@ -225,7 +225,7 @@ async def test_our_start_that_fails_in_a_host_that_refuses_lifespan(
 
 
 async def test_a_host_that_swallows_our_failure_cannot_answer_over_it(
-    host: StandIn, caplog: pytest.LogCaptureFixture
+    host: FakeHost, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def swallowing(scope: Any, receive: Any, send: Any) -> None:
         try:
@@ -238,7 +238,7 @@ async def test_a_host_that_swallows_our_failure_cannot_answer_over_it(
 
 
 async def test_our_own_stop_that_fails_does_not_hold_the_host_up(
-    host: StandIn, caplog: pytest.LogCaptureFixture
+    host: FakeHost, caplog: pytest.LogCaptureFixture
 ) -> None:
     host.stop_error = ValueError("no")
     assert await live(RealtimeMiddleware(starlette(host), host), host) == [*ORDER, ">shutdown.complete"]
@@ -249,7 +249,7 @@ async def test_our_own_stop_that_fails_does_not_hold_the_host_up(
 
 @pytest.mark.parametrize("prefix", ["/realtime", "/live", "/a/b"])
 @pytest.mark.parametrize("root_path", ["", "/proxy"])
-async def test_mounted_in_starlette_and_fastapi(host: StandIn, prefix: str, root_path: str) -> None:
+async def test_mounted_in_starlette_and_fastapi(host: FakeHost, prefix: str, root_path: str) -> None:
     fastapi = FastAPI()
     fastapi.mount(prefix, host)
     for app in (Starlette(routes=[Mount(prefix, host)]), fastapi):
@@ -260,7 +260,7 @@ async def test_mounted_in_starlette_and_fastapi(host: StandIn, prefix: str, root
         assert response.status_code == 200
 
 
-async def test_a_query_token_is_redacted_through_a_mount(host: StandIn) -> None:
+async def test_a_query_token_is_redacted_through_a_mount(host: FakeHost) -> None:
     await host.create()
     app = Starlette(routes=[Mount("/realtime", host)])
     query = {"access_token": host.token()}

@@ -14,7 +14,7 @@ from asgi_realtime import Realtime, Timeouts
 from asgi_realtime.asgi import limits
 from asgi_realtime.asgi.host import Message
 from asgi_realtime.testing.driver import make_scope
-from tests.asgi.standin import StandIn
+from tests.asgi.fake_host import FakeHost
 from tests.inprocess import SECRET, make_realtime
 
 pytestmark = pytest.mark.anyio
@@ -100,7 +100,7 @@ async def test_a_client_that_sends_nothing_is_not_waited_for(method: str, path: 
         assert (sender.status, sender.code) == (408, "silent")
 
 
-async def test_only_silence_of_the_client_counts(host: StandIn) -> None:
+async def test_only_silence_of_the_client_counts(host: FakeHost) -> None:
     await host.create()
     token = host.token("write:inputStreams:run_1")
     sender = Sender(host, "POST", "/v1/streams/run_1/input/approval", token)
@@ -118,7 +118,7 @@ async def test_only_silence_of_the_client_counts(host: StandIn) -> None:
 
 
 async def test_a_public_token_may_have_so_many_open_and_leaves_its_places(
-    host: StandIn, monkeypatch: pytest.MonkeyPatch
+    host: FakeHost, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(limits, "MAX_BODIES_PER_TOKEN", 2)
     await host.create()

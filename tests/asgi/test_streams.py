@@ -18,7 +18,7 @@ from asgi_realtime.core.log import End
 from asgi_realtime.core.runs import BatchMember, Status, StreamAdded
 from asgi_realtime.testing import AsgiClient, Event, EventParser
 from asgi_realtime.testing.driver import make_scope
-from tests.asgi.standin import SECRET, StandIn
+from tests.asgi.fake_host import SECRET, FakeHost
 
 pytestmark = pytest.mark.anyio
 
@@ -29,7 +29,7 @@ def data(events: list[Event]) -> list[Any]:
     return [json.loads(event.data) for event in events if event.event == "message"]
 
 
-async def read(host: StandIn, last_event_id: str | None = None, path: str = PATH) -> list[Event]:
+async def read(host: FakeHost, last_event_id: str | None = None, path: str = PATH) -> list[Event]:
     """All events of a stream that ends."""
     more = {} if last_event_id is None else {"last-event-id": last_event_id}
     async with AsgiClient(host).stream(path, headers={**host.headers(), **more}) as response:
@@ -40,7 +40,7 @@ async def read(host: StandIn, last_event_id: str | None = None, path: str = PATH
 # Head and first body
 
 
-async def test_head_and_first_body_come_at_once(host: StandIn) -> None:
+async def test_head_and_first_body_come_at_once(host: FakeHost) -> None:
     await host.create()
     async with AsgiClient(host).stream(PATH, headers=host.headers()) as response:
         assert response.status_code == 200
@@ -54,7 +54,7 @@ async def test_head_and_first_body_come_at_once(host: StandIn) -> None:
     assert first.endswith(b"\n\n")
 
 
-async def test_the_comment_names_the_streams_that_the_run_has_if_nobody_wrote_this_one(host: StandIn) -> None:
+async def test_the_comment_names_the_streams_that_the_run_has_if_nobody_wrote_this_one(host: FakeHost) -> None:
     await host.create()
     await host.append("x", key="other")
     await host.append("x", key='tricky"\n')
@@ -63,7 +63,7 @@ async def test_the_comment_names_the_streams_that_the_run_has_if_nobody_wrote_th
     assert b'stream "default" is not written yet; this run has ["other","tricky\\"\\n"]' in first
 
 
-async def test_the_comment_is_short_for_a_stream_that_is_there(host: StandIn) -> None:
+async def test_the_comment_is_short_for_a_stream_that_is_there(host: FakeHost) -> None:
     await host.create()
     await host.append("x")
     async with AsgiClient(host).stream(PATH, headers=host.headers()) as response:
@@ -73,7 +73,7 @@ async def test_the_comment_is_short_for_a_stream_that_is_there(host: StandIn) ->
 # Chunks, end and resume
 
 
-async def test_chunks_then_the_end_on_the_wire(host: StandIn) -> None:
+async def test_chunks_then_the_end_on_the_wire(host: FakeHost) -> None:
     await host.create()
     await host.append("a", {"b": 1})
     await host.finish()
@@ -87,7 +87,7 @@ async def test_chunks_then_the_end_on_the_wire(host: StandIn) -> None:
     )
 
 
-async def test_chunks_come_as_they_are_written(host: StandIn) -> None:
+async def test_chunks_come_as_they_are_written(host: FakeHost) -> None:
     await host.create()
     async with AsgiClient(host).stream(PATH, headers=host.headers()) as response:
         await response.chunk()
@@ -101,7 +101,7 @@ async def test_chunks_come_as_they_are_written(host: StandIn) -> None:
             await response.chunk()
 
 
-async def test_a_failure_and_its_message_are_told(host: StandIn) -> None:
+async def test_a_failure_and_its_message_are_told(host: FakeHost) -> None:
     await host.create()
     await host.append("a")
     await host.finish(status=Status.FAILED, error="no more tokens")
@@ -110,7 +110,7 @@ async def test_a_failure_and_its_message_are_told(host: StandIn) -> None:
 
 
 @pytest.mark.parametrize("last_event_id", range(5))
-async def test_resume_from_every_position_gives_the_rest(host: StandIn, last_event_id: int) -> None:
+async def test_resume_from_every_position_gives_the_rest(host: FakeHost, last_event_id: int) -> None:
     await host.create()
     await host.append(*range(5))
     await host.finish()
@@ -120,7 +120,7 @@ async def test_resume_from_every_position_gives_the_rest(host: StandIn, last_eve
 
 
 @pytest.mark.parametrize("last_event_id", ["5", "6", "999999999999"])
-async def test_resume_behind_the_end_of_a_finished_stream_is_204(host: StandIn, last_event_id: str) -> None:
+async def test_resume_behind_the_end_of_a_finished_stream_is_204(host: FakeHost, last_event_id: str) -> None:
     await host.create()
     await host.append(*range(5))
     await host.finish()
@@ -129,7 +129,7 @@ async def test_resume_behind_the_end_of_a_finished_stream_is_204(host: StandIn, 
     assert response.headers["access-control-allow-origin"] == "*"
 
 
-async def test_who_is_ahead_of_a_stream_that_was_lost_is_told(host: StandIn) -> None:
+async def test_who_is_ahead_of_a_stream_that_was_lost_is_told(host: FakeHost) -> None:
     """A 204 would say that everything is there."""
     await host.create()
     await host.append(*range(3))
@@ -141,7 +141,7 @@ async def test_who_is_ahead_of_a_stream_that_was_lost_is_told(host: StandIn) -> 
     assert response.status_code == 204
 
 
-async def test_an_empty_stream_ends_and_an_event_source_that_comes_back_is_stopped(host: StandIn) -> None:
+async def test_an_empty_stream_ends_and_an_event_source_that_comes_back_is_stopped(host: FakeHost) -> None:
     await host.create()
     await host.finish()
     async with AsgiClient(host).stream(PATH, headers=host.headers()) as response:
@@ -151,7 +151,7 @@ async def test_an_empty_stream_ends_and_an_event_source_that_comes_back_is_stopp
     assert again.status_code == 204
 
 
-async def test_beyond_the_end_of_an_open_stream_it_waits(host: StandIn) -> None:
+async def test_beyond_the_end_of_an_open_stream_it_waits(host: FakeHost) -> None:
     await host.create()
     await host.append(0)
     async with AsgiClient(host).stream(PATH, headers=host.headers(last_event_id="2")) as response:
@@ -161,7 +161,7 @@ async def test_beyond_the_end_of_an_open_stream_it_waits(host: StandIn) -> None:
         assert data(await response.read_events()) == [3]
 
 
-async def test_a_stream_that_ends_before_the_position_is_ended(host: StandIn) -> None:
+async def test_a_stream_that_ends_before_the_position_is_ended(host: FakeHost) -> None:
     await host.create()
     await host.append(0)
     async with AsgiClient(host).stream(PATH, headers=host.headers(last_event_id="7")) as response:
@@ -171,7 +171,7 @@ async def test_a_stream_that_ends_before_the_position_is_ended(host: StandIn) ->
     assert (end.event, end.id) == ("end", "1")
 
 
-async def test_the_query_resumes_as_well_and_the_header_wins(host: StandIn) -> None:
+async def test_the_query_resumes_as_well_and_the_header_wins(host: FakeHost) -> None:
     await host.create()
     await host.append(*range(5))
     await host.finish()
@@ -182,7 +182,7 @@ async def test_the_query_resumes_as_well_and_the_header_wins(host: StandIn) -> N
         assert data(await response.read_all_events()) == [2, 3, 4]
 
 
-async def test_an_empty_last_event_id_is_none(host: StandIn) -> None:
+async def test_an_empty_last_event_id_is_none(host: FakeHost) -> None:
     await host.create()
     await host.append(0)
     await host.finish()
@@ -190,7 +190,7 @@ async def test_an_empty_last_event_id_is_none(host: StandIn) -> None:
 
 
 @pytest.mark.parametrize("last_event_id", ["-1", "1.0", "x", "1 2", "+1", "9" * 19, "١", "abc.5", "0x1"])
-async def test_a_last_event_id_that_is_no_number_is_400_before_any_head(host: StandIn, last_event_id: str) -> None:
+async def test_a_last_event_id_that_is_no_number_is_400_before_any_head(host: FakeHost, last_event_id: str) -> None:
     await host.create()
     response = await AsgiClient(host).get(PATH, headers=host.headers(), query={"last_event_id": last_event_id})
     assert response.status_code == 400
@@ -198,7 +198,7 @@ async def test_a_last_event_id_that_is_no_number_is_400_before_any_head(host: St
     assert response.headers["access-control-allow-origin"] == "*"
 
 
-async def test_a_long_catch_up_is_complete_and_in_order(host: StandIn) -> None:
+async def test_a_long_catch_up_is_complete_and_in_order(host: FakeHost) -> None:
     await host.create()
     chunks = [f"{number} " + "x" * 200 for number in range(2000)]
     await host.append(*chunks)
@@ -215,8 +215,8 @@ async def test_a_long_catch_up_is_complete_and_in_order(host: StandIn) -> None:
 # Gaps
 
 
-def small(**limits: int) -> StandIn:
-    return StandIn(retention=Retention(stream_bytes=200), cors=Cors())
+def small(**limits: int) -> FakeHost:
+    return FakeHost(retention=Retention(stream_bytes=200), cors=Cors())
 
 
 async def test_a_position_before_the_retained_part_is_told_as_a_gap() -> None:
@@ -265,7 +265,7 @@ async def test_a_reader_that_is_overtaken_by_retention_is_told() -> None:
 # What cannot be followed
 
 
-async def test_a_log_that_fails_ends_the_body_without_an_end_event(host: StandIn, monkeypatch: Any) -> None:
+async def test_a_log_that_fails_ends_the_body_without_an_end_event(host: FakeHost, monkeypatch: Any) -> None:
     await host.create()
     await host.append("a")
     lives: list[LiveLog] = []
@@ -283,7 +283,7 @@ async def test_a_log_that_fails_ends_the_body_without_an_end_event(host: StandIn
         assert response.ended
 
 
-async def test_a_run_that_is_removed_ends_its_readers(host: StandIn) -> None:
+async def test_a_run_that_is_removed_ends_its_readers(host: FakeHost) -> None:
     await host.create()
     await host.append("a")
     async with AsgiClient(host).stream(PATH, headers=host.headers()) as response:
@@ -294,7 +294,7 @@ async def test_a_run_that_is_removed_ends_its_readers(host: StandIn) -> None:
     assert again.status_code == 404
 
 
-async def test_a_run_that_is_removed_when_it_is_over_ends_its_readers_for_good(host: StandIn) -> None:
+async def test_a_run_that_is_removed_when_it_is_over_ends_its_readers_for_good(host: FakeHost) -> None:
     """A run that was evicted as it ended looked like a lost connection, and coming back gave 404."""
     await host.create()
     await host.append("a")
@@ -308,7 +308,7 @@ async def test_a_run_that_is_removed_when_it_is_over_ends_its_readers_for_good(h
     assert events[-1].event == "end"
 
 
-async def test_a_run_that_is_gone_between_finding_and_following_is_404(host: StandIn, monkeypatch: Any) -> None:
+async def test_a_run_that_is_gone_between_finding_and_following_is_404(host: FakeHost, monkeypatch: Any) -> None:
     record = await host.create()
     await host.broker.remove("run_1")
 
@@ -321,7 +321,7 @@ async def test_a_run_that_is_gone_between_finding_and_following_is_404(host: Sta
 
 
 async def test_an_error_of_the_broker_in_mid_stream_ends_the_body(
-    host: StandIn, monkeypatch: Any, caplog: pytest.LogCaptureFixture
+    host: FakeHost, monkeypatch: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     await host.create()
     await host.append("a")
@@ -339,19 +339,19 @@ async def test_an_error_of_the_broker_in_mid_stream_ends_the_body(
     "scope",
     ["read:runs:run_1", "read:runs", "read:tasks:chat", "read:tags:user:1", "read:batch:batch_1", "read:all", "admin"],
 )
-async def test_any_scope_on_one_of_the_runs_names_admits(host: StandIn, scope: str) -> None:
+async def test_any_scope_on_one_of_the_runs_names_admits(host: FakeHost, scope: str) -> None:
     await host.create(tags=["x", "user:1"], batch=BatchMember("batch_1", 0, 1))
     async with AsgiClient(host).stream(PATH, headers=host.headers(scope)) as response:
         assert response.status_code == 200
 
 
-async def test_the_secret_key_admits(host: StandIn) -> None:
+async def test_the_secret_key_admits(host: FakeHost) -> None:
     await host.create()
     async with AsgiClient(host).stream(PATH, headers={"authorization": f"Bearer {SECRET}"}) as response:
         assert response.status_code == 200
 
 
-async def test_a_token_for_another_run_is_403(host: StandIn) -> None:
+async def test_a_token_for_another_run_is_403(host: FakeHost) -> None:
     await host.create()
     response = await AsgiClient(host).get(PATH, headers=host.headers("read:runs:run_2"))
     body = json.loads(response.body)
@@ -361,7 +361,7 @@ async def test_a_token_for_another_run_is_403(host: StandIn) -> None:
     assert response.headers["access-control-allow-origin"] == "*"
 
 
-async def test_no_token_is_401_even_for_a_run_that_is_not_there(host: StandIn) -> None:
+async def test_no_token_is_401_even_for_a_run_that_is_not_there(host: FakeHost) -> None:
     response = await AsgiClient(host).get(PATH)
     assert response.status_code == 401
     assert response.headers["www-authenticate"] == "Bearer"
@@ -370,7 +370,7 @@ async def test_no_token_is_401_even_for_a_run_that_is_not_there(host: StandIn) -
 
 
 async def test_a_token_that_expires_ends_the_stream_where_it_stands() -> None:
-    host = StandIn()
+    host = FakeHost()
     await host.create()
     await host.append("a")
     headers = {"authorization": f"Bearer {host.token(expires_in_s=60)}"}
@@ -385,7 +385,7 @@ async def test_a_token_that_expires_ends_the_stream_where_it_stands() -> None:
 
 
 async def test_expiry_ends_a_reader_that_is_never_through() -> None:
-    host = StandIn()
+    host = FakeHost()
     await host.create()
     await host.append(*["x" * 60_000] * 20)
     headers = {"authorization": f"Bearer {host.token(expires_in_s=60)}"}
@@ -398,7 +398,7 @@ async def test_expiry_ends_a_reader_that_is_never_through() -> None:
 
 
 async def test_a_stream_that_is_as_old_as_it_may_be_sends_its_reader_back() -> None:
-    host = StandIn(timeouts=Timeouts(stream_age=100))
+    host = FakeHost(timeouts=Timeouts(stream_age=100))
     await host.create()
     await host.append("a")
     async with AsgiClient(host).stream(PATH, headers=host.headers()) as response:
@@ -418,7 +418,7 @@ async def test_a_stream_that_is_as_old_as_it_may_be_sends_its_reader_back() -> N
 
 
 async def test_streams_that_were_opened_together_do_not_get_too_old_together() -> None:
-    host = StandIn(timeouts=Timeouts(stream_age=100, heartbeat=100))
+    host = FakeHost(timeouts=Timeouts(stream_age=100, heartbeat=100))
     await host.create()
     async with anyio.create_task_group() as readers:
         for _ in range(40):
@@ -437,13 +437,13 @@ async def test_streams_that_were_opened_together_do_not_get_too_old_together() -
 # Finding
 
 
-async def test_an_unknown_run_is_404_at_once_unless_the_token_names_it(host: StandIn) -> None:
+async def test_an_unknown_run_is_404_at_once_unless_the_token_names_it(host: FakeHost) -> None:
     response = await AsgiClient(host).get(PATH, headers=host.headers("read:runs"))
     assert response.status_code == 404
     assert json.loads(response.body)["code"] == "run_not_found"
 
 
-async def test_a_run_that_the_token_names_is_waited_for(host: StandIn) -> None:
+async def test_a_run_that_the_token_names_is_waited_for(host: FakeHost) -> None:
     async with anyio.create_task_group() as tasks:
 
         async def appear() -> None:
@@ -459,7 +459,7 @@ async def test_a_run_that_the_token_names_is_waited_for(host: StandIn) -> None:
             assert data(await response.read_events()) == ["a"]
 
 
-async def test_a_run_that_never_comes_is_404_after_a_while(host: StandIn) -> None:
+async def test_a_run_that_never_comes_is_404_after_a_while(host: FakeHost) -> None:
     async with anyio.create_task_group() as tasks:
 
         async def wait() -> None:
@@ -478,7 +478,7 @@ async def test_a_run_that_never_comes_is_404_after_a_while(host: StandIn) -> Non
     assert host.app.subscription_limits.open == 0
 
 
-async def test_waiting_for_a_run_ends_with_the_shutdown(host: StandIn) -> None:
+async def test_waiting_for_a_run_ends_with_the_shutdown(host: FakeHost) -> None:
     """The page was told 404, after which an EventSource never comes back, though the run came a moment later."""
     async with anyio.create_task_group() as tasks:
 
@@ -494,7 +494,7 @@ async def test_waiting_for_a_run_ends_with_the_shutdown(host: StandIn) -> None:
     assert not host.subscribers
 
 
-async def test_who_asks_for_an_unknown_run_during_the_shutdown_is_told_to_come_back(host: StandIn) -> None:
+async def test_who_asks_for_an_unknown_run_during_the_shutdown_is_told_to_come_back(host: FakeHost) -> None:
     host.begin_shutdown()
     response = await AsgiClient(host).get(PATH, headers=host.headers())
     assert (response.status_code, response.headers["access-control-allow-origin"]) == (200, "*")
@@ -502,7 +502,7 @@ async def test_who_asks_for_an_unknown_run_during_the_shutdown_is_told_to_come_b
     assert (await AsgiClient(host).get(PATH, headers=host.headers("read:runs"))).status_code == 404
 
 
-async def test_waiting_for_a_run_ends_when_the_client_leaves(host: StandIn) -> None:
+async def test_waiting_for_a_run_ends_when_the_client_leaves(host: FakeHost) -> None:
     async def gone() -> dict[str, Any]:
         return {"type": "http.disconnect"}
 
@@ -520,7 +520,7 @@ async def test_waiting_for_a_run_ends_when_the_client_leaves(host: StandIn) -> N
 
 
 async def test_silence_is_broken_by_a_heartbeat() -> None:
-    host = StandIn(timeouts=Timeouts(heartbeat=15))
+    host = FakeHost(timeouts=Timeouts(heartbeat=15))
     await host.create()
     async with AsgiClient(host).stream(PATH, headers=host.headers()) as response:
         await response.chunk()
@@ -539,7 +539,7 @@ async def test_silence_is_broken_by_a_heartbeat() -> None:
 
 async def test_a_shutdown_while_a_heartbeat_is_sent_is_heard() -> None:
     """The reader was left waiting for the next heartbeat, and the server could not exit."""
-    host = StandIn(timeouts=Timeouts(heartbeat=15))
+    host = FakeHost(timeouts=Timeouts(heartbeat=15))
     await host.create()
     async with AsgiClient(host).stream(PATH, headers=host.headers()) as response:
         await response.chunk()
@@ -555,7 +555,7 @@ async def test_a_shutdown_while_a_heartbeat_is_sent_is_heard() -> None:
 
 
 async def test_a_reader_that_does_not_read_is_dropped_and_costs_nothing() -> None:
-    host = StandIn(timeouts=Timeouts(send=30))
+    host = FakeHost(timeouts=Timeouts(send=30))
     await host.create()
     async with AsgiClient(host).stream(PATH, headers=host.headers()) as response:
         await anyio.wait_all_tasks_blocked()  # in the send of the first body
@@ -574,7 +574,7 @@ async def test_a_reader_that_does_not_read_is_dropped_and_costs_nothing() -> Non
 
 
 async def test_a_stalled_send_that_cannot_be_cancelled_gives_its_seat_back() -> None:
-    host = StandIn(timeouts=Timeouts(send=30))
+    host = FakeHost(timeouts=Timeouts(send=30))
     await host.create()
     release = anyio.Event()
 
@@ -604,7 +604,7 @@ async def test_a_stalled_send_that_cannot_be_cancelled_gives_its_seat_back() -> 
 
 @pytest.mark.slow
 async def test_a_slow_reader_is_not_dropped_while_it_reads() -> None:
-    host = StandIn(timeouts=Timeouts(send=30))
+    host = FakeHost(timeouts=Timeouts(send=30))
     await host.create()
     await host.append(*["x" * 60_000] * 5)
     await host.finish()
@@ -618,7 +618,7 @@ async def test_a_slow_reader_is_not_dropped_while_it_reads() -> None:
     assert [event.event for event in events] == ["message"] * 5 + ["end"]
 
 
-async def test_one_stalled_reader_does_not_delay_another(host: StandIn) -> None:
+async def test_one_stalled_reader_does_not_delay_another(host: FakeHost) -> None:
     await host.create()
     headers = host.headers()
     async with AsgiClient(host).stream(PATH, headers=headers):
@@ -629,7 +629,7 @@ async def test_one_stalled_reader_does_not_delay_another(host: StandIn) -> None:
                 assert data(await reader.read_events()) == [number]
 
 
-async def no_readers(host: StandIn) -> None:
+async def no_readers(host: FakeHost) -> None:
     """Nobody follows the stream, and a watcher that is being ended is through."""
     await anyio.wait_all_tasks_blocked()
     async with host.broker.live(StreamKey("run_1", "default")) as live:
@@ -639,7 +639,7 @@ async def no_readers(host: StandIn) -> None:
     assert host.app.subscription_limits.open == 0
 
 
-async def test_a_disconnect_leaves_nothing_behind(host: StandIn) -> None:
+async def test_a_disconnect_leaves_nothing_behind(host: FakeHost) -> None:
     await host.create()
     await host.append("a")
     await anyio.wait_all_tasks_blocked()
@@ -652,7 +652,7 @@ async def test_a_disconnect_leaves_nothing_behind(host: StandIn) -> None:
     assert len(anyio.get_running_tasks()) == before
 
 
-async def test_a_disconnect_while_sending_leaves_nothing_behind(host: StandIn) -> None:
+async def test_a_disconnect_while_sending_leaves_nothing_behind(host: FakeHost) -> None:
     await host.create()
     await host.append("a")
     async with AsgiClient(host).stream(PATH, headers=host.headers()):
@@ -661,7 +661,7 @@ async def test_a_disconnect_while_sending_leaves_nothing_behind(host: StandIn) -
 
 
 @pytest.mark.slow
-async def test_a_thousand_connections_come_and_go(host: StandIn) -> None:
+async def test_a_thousand_connections_come_and_go(host: FakeHost) -> None:
     await host.create()
     await host.append("a")
     headers = host.headers()
@@ -677,7 +677,7 @@ async def test_a_thousand_connections_come_and_go(host: StandIn) -> None:
 
 @pytest.mark.parametrize("error", [OSError("gone"), BrokenPipeError()])
 async def test_an_oserror_of_send_is_a_disconnect(
-    host: StandIn, error: Exception, caplog: pytest.LogCaptureFixture
+    host: FakeHost, error: Exception, caplog: pytest.LogCaptureFixture
 ) -> None:
     await host.create()
     await host.append("a")
@@ -694,7 +694,7 @@ async def test_an_oserror_of_send_is_a_disconnect(
     assert not caplog.records
 
 
-async def test_the_hosts_cancellation_passes_and_leaves_nothing_behind(host: StandIn) -> None:
+async def test_the_hosts_cancellation_passes_and_leaves_nothing_behind(host: FakeHost) -> None:
     await host.create()
     with anyio.CancelScope() as scope:
         async with AsgiClient(host).stream(PATH, headers=host.headers()) as response:
@@ -706,7 +706,7 @@ async def test_the_hosts_cancellation_passes_and_leaves_nothing_behind(host: Sta
     await no_readers(host)
 
 
-async def test_shutdown_ends_each_stream_with_reconnect_and_a_time_of_its_own(host: StandIn) -> None:
+async def test_shutdown_ends_each_stream_with_reconnect_and_a_time_of_its_own(host: FakeHost) -> None:
     await host.create()
     await host.append("a")
     headers = host.headers()
@@ -737,7 +737,7 @@ async def test_the_times_to_come_back_are_spread_evenly_over_what_is_allowed(
     assert retries.count(MIN_RECONNECT_MS) < 40  # one in 51, and not all that would lie below
 
 
-async def test_who_comes_during_the_shutdown_is_told_at_once(host: StandIn) -> None:
+async def test_who_comes_during_the_shutdown_is_told_at_once(host: FakeHost) -> None:
     await host.create()
     await host.append(*["x" * 60_000] * 20)
     host.begin_shutdown()
@@ -746,7 +746,7 @@ async def test_who_comes_during_the_shutdown_is_told_at_once(host: StandIn) -> N
         assert [event.event for event in await response.read_all_events()] == ["reconnect"]
 
 
-async def test_a_stream_that_is_through_ends_for_good_at_shutdown(host: StandIn) -> None:
+async def test_a_stream_that_is_through_ends_for_good_at_shutdown(host: FakeHost) -> None:
     await host.create()
     async with AsgiClient(host).stream(PATH, headers=host.headers()) as response:
         await response.chunk()
@@ -756,7 +756,7 @@ async def test_a_stream_that_is_through_ends_for_good_at_shutdown(host: StandIn)
         assert [event.event for event in await response.read_all_events()] == ["end"]
 
 
-async def test_a_stalled_reader_does_not_hold_up_the_shutdown(host: StandIn) -> None:
+async def test_a_stalled_reader_does_not_hold_up_the_shutdown(host: FakeHost) -> None:
     await host.create()
     async with AsgiClient(host).stream(PATH, headers=host.headers()):
         await anyio.wait_all_tasks_blocked()
@@ -771,7 +771,7 @@ async def test_a_stalled_reader_does_not_hold_up_the_shutdown(host: StandIn) -> 
 # Limits
 
 
-async def limited(host: StandIn, headers: dict[str, str] | None = None, path: str = PATH) -> dict[str, Any]:
+async def limited(host: FakeHost, headers: dict[str, str] | None = None, path: str = PATH) -> dict[str, Any]:
     response = await AsgiClient(host).get(path, headers=headers or host.headers())
     assert response.status_code == 429
     body: dict[str, Any] = json.loads(response.body)
@@ -780,7 +780,7 @@ async def limited(host: StandIn, headers: dict[str, str] | None = None, path: st
 
 
 async def test_subscriptions_are_limited_in_the_process() -> None:
-    host = StandIn(limits=Limits(subscribers=1))
+    host = FakeHost(limits=Limits(subscribers=1))
     await host.create()
     async with AsgiClient(host).stream(PATH, headers=host.headers()):
         assert "limit 1" in (await limited(host))["error"]
@@ -789,7 +789,7 @@ async def test_subscriptions_are_limited_in_the_process() -> None:
 
 
 async def test_subscriptions_are_limited_for_each_run() -> None:
-    host = StandIn(limits=Limits(subscribers_per_run=1))
+    host = FakeHost(limits=Limits(subscribers_per_run=1))
     await host.create()
     await host.create("run_2")
     headers = host.headers("read:runs")
@@ -800,7 +800,7 @@ async def test_subscriptions_are_limited_for_each_run() -> None:
 
 
 async def test_subscriptions_are_limited_for_each_token_but_not_for_the_secret_key() -> None:
-    host = StandIn(limits=Limits(subscribers_per_token=1))
+    host = FakeHost(limits=Limits(subscribers_per_token=1))
     await host.create()
     headers = host.headers()
     secret = {"authorization": f"Bearer {SECRET}"}
@@ -814,7 +814,7 @@ async def test_subscriptions_are_limited_for_each_token_but_not_for_the_secret_k
 
 
 @pytest.mark.parametrize(("length", "status"), [(128, 200), (129, 422)])
-async def test_a_key_over_the_limit_is_422(host: StandIn, length: int, status: int) -> None:
+async def test_a_key_over_the_limit_is_422(host: FakeHost, length: int, status: int) -> None:
     await host.create()
     async with AsgiClient(host).stream(f"/v1/streams/run_1/{'k' * length}", headers=host.headers()) as response:
         assert response.status_code == status
@@ -822,13 +822,13 @@ async def test_a_key_over_the_limit_is_422(host: StandIn, length: int, status: i
             assert b"limit 128" in await response.read()
 
 
-async def test_a_key_with_a_control_character_is_422(host: StandIn) -> None:
+async def test_a_key_with_a_control_character_is_422(host: FakeHost) -> None:
     await host.create()
     response = await AsgiClient(host).get("/v1/streams/run_1/a\nb", headers=host.headers())
     assert response.status_code == 422
 
 
-async def test_messages_are_fresh_for_each_send(host: StandIn) -> None:
+async def test_messages_are_fresh_for_each_send(host: FakeHost) -> None:
     """A host's compression writes into the message that it gets; that must not reach other readers."""
     await host.create()
     await host.append("a")
@@ -849,7 +849,7 @@ async def test_messages_are_fresh_for_each_send(host: StandIn) -> None:
             assert b"spoilt" not in await response.read()
 
 
-async def test_streams_with_an_end_of_their_own_end_before_the_run(host: StandIn) -> None:
+async def test_streams_with_an_end_of_their_own_end_before_the_run(host: FakeHost) -> None:
     await host.create()
     await host.change("run_1", StreamAdded("default"))
     async with AsgiClient(host).stream(PATH, headers=host.headers()) as response:
@@ -859,14 +859,14 @@ async def test_streams_with_an_end_of_their_own_end_before_the_run(host: StandIn
     assert (message.data, json.loads(end.data)) == ("1", {"reason": "lost"})
 
 
-async def test_the_library_s_own_streams_are_not_read_by_name(host: StandIn) -> None:
+async def test_the_library_s_own_streams_are_not_read_by_name(host: FakeHost) -> None:
     await host.create()
     response = await AsgiClient(host).get("/v1/streams/run_1/$trigger.input:x", headers=host.headers())
     assert response.status_code == 422
     assert "begins with $" in json.loads(response.body)["error"]
 
 
-async def test_what_a_token_hides_of_a_run_its_streams_do_not_tell(host: StandIn) -> None:
+async def test_what_a_token_hides_of_a_run_its_streams_do_not_tell(host: FakeHost) -> None:
     await host.create()
     await host.append("x", key="internal")
     token = host.token("read:runs", skip_columns=["error", "realtimeStreams"])

@@ -14,7 +14,7 @@ from asgi_realtime.core.config import Retention
 from asgi_realtime.core.runs import TagsAdded
 from asgi_realtime.testing import AsgiClient
 from asgi_realtime.testing.driver import make_scope
-from tests.asgi.standin import StandIn
+from tests.asgi.fake_host import FakeHost
 
 pytestmark = pytest.mark.anyio
 
@@ -69,14 +69,14 @@ class UnresponsiveTopic:
 
 
 @pytest.fixture
-async def broker(host: StandIn) -> UnresponsiveBroker:
+async def broker(host: FakeHost) -> UnresponsiveBroker:
     await host.create()
     broker = UnresponsiveBroker(host.broker)
     host.broker = cast(Broker, broker)
     return broker
 
 
-async def shut_down_when_waiting(host: StandIn, broker: UnresponsiveBroker) -> None:
+async def shut_down_when_waiting(host: FakeHost, broker: UnresponsiveBroker) -> None:
     await broker.is_waiting.wait()
     await anyio.wait_all_tasks_blocked()
     host.begin_shutdown()
@@ -94,7 +94,7 @@ async def shut_down_when_waiting(host: StandIn, broker: UnresponsiveBroker) -> N
     ],
 )
 async def test_a_shutdown_reaches_a_subscription_that_waits_for_the_broker(
-    host: StandIn, broker: UnresponsiveBroker, path: str, headers: dict[str, str], call: str
+    host: FakeHost, broker: UnresponsiveBroker, path: str, headers: dict[str, str], call: str
 ) -> None:
     """The server could not exit until the broker's own time-out of five seconds."""
     broker.block(call)
@@ -121,7 +121,7 @@ async def test_a_shutdown_reaches_a_subscription_that_waits_for_the_broker(
     ],
 )
 async def test_a_shutdown_reaches_a_request_that_waits_for_the_broker(
-    host: StandIn, broker: UnresponsiveBroker, method: str, path: str, headers: dict[str, str], call: str
+    host: FakeHost, broker: UnresponsiveBroker, method: str, path: str, headers: dict[str, str], call: str
 ) -> None:
     broker.block(call)
     secret = {"authorization": f"Bearer {host.secret}", **headers}
@@ -136,7 +136,7 @@ async def test_a_shutdown_reaches_a_request_that_waits_for_the_broker(
 
 @pytest.mark.parametrize("call", ["changes", "load"])
 async def test_a_shutdown_reaches_a_feed_that_reads_a_change(
-    host: StandIn, broker: UnresponsiveBroker, call: str
+    host: FakeHost, broker: UnresponsiveBroker, call: str
 ) -> None:
     async with AsgiClient(host).stream("/v1/runs/run_1", headers=host.feed_headers()) as response:
         await response.read_until("ready")
@@ -150,7 +150,7 @@ async def test_a_shutdown_reaches_a_feed_that_reads_a_change(
 
 
 async def test_a_shutdown_reaches_a_stream_that_catches_up() -> None:
-    host = StandIn(retention=Retention(stream_bytes=200))
+    host = FakeHost(retention=Retention(stream_bytes=200))
     await host.create()
     await host.append(*(f"{number:40}" for number in range(20)))
     broker = UnresponsiveBroker(host.broker)
@@ -164,7 +164,7 @@ async def test_a_shutdown_reaches_a_stream_that_catches_up() -> None:
 
 
 async def test_a_request_that_arrives_during_the_shutdown_waits_until_the_next_tick(
-    host: StandIn, broker: UnresponsiveBroker
+    host: FakeHost, broker: UnresponsiveBroker
 ) -> None:
     host.begin_shutdown()
     broker.block("live")
@@ -182,7 +182,7 @@ async def test_a_request_that_arrives_during_the_shutdown_waits_until_the_next_t
 
 
 async def test_a_disconnect_ends_a_subscription_that_waits_for_the_broker(
-    host: StandIn, broker: UnresponsiveBroker
+    host: FakeHost, broker: UnresponsiveBroker
 ) -> None:
     broker.block("live")
     sent: list[Any] = []

@@ -19,8 +19,8 @@ from asgi_realtime.core.errors import BrokerUnavailable
 from asgi_realtime.core.log import End, Entry, Log, Page
 from asgi_realtime.core.runs import Status
 from asgi_realtime.testing import AsgiClient, Event, StreamedResponse
-from tests.asgi.official import on_one_loop
-from tests.asgi.standin import NOW, StandIn
+from tests.asgi.fake_host import NOW, FakeHost
+from tests.asgi.official_sdk import on_one_loop
 
 pytestmark = pytest.mark.anyio
 
@@ -28,7 +28,7 @@ PATH = "/v1/streams/run_1/default"
 
 
 @asynccontextmanager
-async def reading(host: StandIn, path: str = PATH, **more: str) -> AsyncIterator[StreamedResponse]:
+async def reading(host: FakeHost, path: str = PATH, **more: str) -> AsyncIterator[StreamedResponse]:
     headers = host.headers(trigger_version="4.8.3", accept="text/event-stream", **more)
     with anyio.fail_after(5):
         async with AsgiClient(host).stream(path, headers=headers) as response:
@@ -43,7 +43,7 @@ def chunks(events: list[Event]) -> list[Any]:
     return [json.loads(record["body"])["data"] for record in records(events)]
 
 
-async def read_all(host: StandIn, **more: str) -> list[Event]:
+async def read_all(host: FakeHost, **more: str) -> list[Event]:
     async with reading(host, **more) as response:
         assert response.status_code == 200
         return await response.read_all_events()
@@ -52,7 +52,7 @@ async def read_all(host: StandIn, **more: str) -> list[Event]:
 # The framing
 
 
-async def test_chunks_on_the_wire(host: StandIn) -> None:
+async def test_chunks_on_the_wire(host: FakeHost) -> None:
     await host.create()
     await host.append("Hel", {"token": "lo"})
     await host.finish()
@@ -71,7 +71,7 @@ async def test_chunks_on_the_wire(host: StandIn) -> None:
     ) % (NOW * 1000, NOW * 1000)
 
 
-async def test_a_client_without_the_version_header_gets_native_events(host: StandIn) -> None:
+async def test_a_client_without_the_version_header_gets_native_events(host: FakeHost) -> None:
     await host.create()
     await host.append("x")
     await host.finish()
@@ -82,14 +82,14 @@ async def test_a_client_without_the_version_header_gets_native_events(host: Stan
 
 @on_one_loop
 @pytest.mark.parametrize("chunk", ["", 'q"q\\', "\u2028\u2029", "é😀", None, 1e300, [{}], {"data": 1, "id": "x"}, True])
-async def test_chunks_of_every_type_are_wrapped(host: StandIn, chunk: Any) -> None:
+async def test_chunks_of_every_type_are_wrapped(host: FakeHost, chunk: Any) -> None:
     await host.create()
     await host.append(chunk)
     await host.finish()
     assert chunks(await read_all(host)) == [chunk]
 
 
-async def test_chunks_arrive_when_they_are_written(host: StandIn) -> None:
+async def test_chunks_arrive_when_they_are_written(host: FakeHost) -> None:
     await host.create()
     async with reading(host) as response:
         for number in range(3):
@@ -141,7 +141,7 @@ def test_entries_read_from_the_broker_are_encoded_alike() -> None:
 
 @on_one_loop
 @pytest.mark.parametrize(("last", "expected"), [("0", [1, 2]), ("1", [2]), ("2", [])])
-async def test_a_resume_continues_after_the_last_chunk(host: StandIn, last: str, expected: list[int]) -> None:
+async def test_a_resume_continues_after_the_last_chunk(host: FakeHost, last: str, expected: list[int]) -> None:
     await host.create()
     await host.append(0, 1, 2)
     await host.finish()
@@ -150,7 +150,7 @@ async def test_a_resume_continues_after_the_last_chunk(host: StandIn, last: str,
 
 @on_one_loop
 @pytest.mark.parametrize("last", ["3", "99"])
-async def test_a_resume_beyond_the_end_is_an_empty_200(host: StandIn, last: str) -> None:
+async def test_a_resume_beyond_the_end_is_an_empty_200(host: FakeHost, last: str) -> None:
     await host.create()
     await host.append(0, 1, 2)
     await host.finish()
@@ -161,7 +161,7 @@ async def test_a_resume_beyond_the_end_is_an_empty_200(host: StandIn, last: str)
         assert await response.read() == b""
 
 
-async def test_latest_starts_at_the_end(host: StandIn) -> None:
+async def test_latest_starts_at_the_end(host: FakeHost) -> None:
     await host.create()
     await host.append(0, 1)
     async with reading(host, x_trigger_stream_start="latest") as response:
@@ -172,7 +172,7 @@ async def test_latest_starts_at_the_end(host: StandIn) -> None:
         assert await response.read_all_events() == []
 
 
-async def test_a_cursor_takes_precedence_over_latest(host: StandIn) -> None:
+async def test_a_cursor_takes_precedence_over_latest(host: FakeHost) -> None:
     await host.create()
     await host.append(0, 1)
     await host.finish()
@@ -180,8 +180,8 @@ async def test_a_cursor_takes_precedence_over_latest(host: StandIn) -> None:
     assert chunks(await read_all(host, x_trigger_stream_start="latest")) == []
 
 
-async def test_a_cursor_before_the_first_entry_is_410(host: StandIn) -> None:
-    host = StandIn(retention=Retention(stream_bytes=60))
+async def test_a_cursor_before_the_first_entry_is_410(host: FakeHost) -> None:
+    host = FakeHost(retention=Retention(stream_bytes=60))
     await host.create()
     for number in range(20):
         await host.append(number)
@@ -191,8 +191,8 @@ async def test_a_cursor_before_the_first_entry_is_410(host: StandIn) -> None:
     assert error["code"] == "stream_gap" and "chunk 3 has expired" in error["error"]
 
 
-async def test_without_a_cursor_the_first_retained_entry_comes_first(host: StandIn) -> None:
-    host = StandIn(retention=Retention(stream_bytes=60))
+async def test_without_a_cursor_the_first_retained_entry_comes_first(host: FakeHost) -> None:
+    host = FakeHost(retention=Retention(stream_bytes=60))
     await host.create()
     for number in range(20):
         await host.append(number)
@@ -203,8 +203,8 @@ async def test_without_a_cursor_the_first_retained_entry_comes_first(host: Stand
     assert chunks(events) == list(range(first, 20))
 
 
-async def test_a_gap_while_reading_makes_the_client_reconnect_for_its_410(host: StandIn) -> None:
-    host = StandIn(retention=Retention(stream_bytes=60))
+async def test_a_gap_while_reading_makes_the_client_reconnect_for_its_410(host: FakeHost) -> None:
+    host = FakeHost(retention=Retention(stream_bytes=60))
     await host.create()
     await host.append("first")
     async with reading(host) as response:
@@ -221,7 +221,7 @@ async def test_a_gap_while_reading_makes_the_client_reconnect_for_its_410(host: 
 
 @on_one_loop
 @pytest.mark.parametrize("last", ["x", "-1", "1.5", "1" * 19])
-async def test_a_malformed_cursor_is_400(host: StandIn, last: str) -> None:
+async def test_a_malformed_cursor_is_400(host: FakeHost, last: str) -> None:
     await host.create()
     async with reading(host, last_event_id=last) as response:
         assert response.status_code == 400
@@ -232,14 +232,14 @@ async def test_a_malformed_cursor_is_400(host: StandIn, last: str) -> None:
 
 @on_one_loop
 @pytest.mark.parametrize("status", [Status.COMPLETED, Status.FAILED, Status.CANCELED, Status.CRASHED, Status.TIMED_OUT])
-async def test_the_end_of_a_run_is_a_clean_end(host: StandIn, status: Status) -> None:
+async def test_the_end_of_a_run_is_a_clean_end(host: FakeHost, status: Status) -> None:
     await host.create()
     await host.append("x")
     await host.finish(status=status, error=None if status is Status.COMPLETED else "no luck")
     assert [event.event for event in await read_all(host)] == ["batch"]
 
 
-async def test_a_lost_stream_is_never_a_clean_end(host: StandIn) -> None:
+async def test_a_lost_stream_is_never_a_clean_end(host: FakeHost) -> None:
     await host.create()
     await host.append("x")
     await host.broker.append(StreamKey("run_1", "default"), [], end=End("lost", "entries were lost"))
@@ -250,7 +250,7 @@ async def test_a_lost_stream_is_never_a_clean_end(host: StandIn) -> None:
             assert json.loads(await response.read())["code"] == "stream_lost"
 
 
-async def test_a_shutdown_makes_the_client_reconnect(host: StandIn) -> None:
+async def test_a_shutdown_makes_the_client_reconnect(host: FakeHost) -> None:
     await host.create()
     await host.append("x")
     async with reading(host) as response:
@@ -261,7 +261,7 @@ async def test_a_shutdown_makes_the_client_reconnect(host: StandIn) -> None:
         assert response.ended
 
 
-async def test_a_complete_stream_ends_cleanly_at_a_shutdown(host: StandIn) -> None:
+async def test_a_complete_stream_ends_cleanly_at_a_shutdown(host: FakeHost) -> None:
     await host.create()
     await host.append("x")
     await host.finish()
@@ -270,7 +270,7 @@ async def test_a_complete_stream_ends_cleanly_at_a_shutdown(host: StandIn) -> No
     assert await read_all(host, last_event_id="0") == []
 
 
-async def test_an_expired_token_makes_the_client_reconnect_for_its_401(host: StandIn) -> None:
+async def test_an_expired_token_makes_the_client_reconnect_for_its_401(host: FakeHost) -> None:
     await host.create()
     async with reading(host) as response:
         await response.chunk()
@@ -279,7 +279,7 @@ async def test_an_expired_token_makes_the_client_reconnect_for_its_401(host: Sta
     assert event.event == "error"
 
 
-async def test_an_unavailable_stream_is_not_a_clean_end(host: StandIn) -> None:
+async def test_an_unavailable_stream_is_not_a_clean_end(host: FakeHost) -> None:
     await host.create()
     async with reading(host) as response:
         await response.chunk()
@@ -289,11 +289,11 @@ async def test_an_unavailable_stream_is_not_a_clean_end(host: StandIn) -> None:
     assert event.event == "error"
 
 
-async def test_an_unavailable_broker_and_a_shutdown_before_the_head_are_503(host: StandIn) -> None:
+async def test_an_unavailable_broker_and_a_shutdown_before_the_head_are_503(host: FakeHost) -> None:
     host.begin_shutdown()
     async with reading(host) as response:
         assert response.status_code == 503
-    host = StandIn()
+    host = FakeHost()
     host.start_error = BrokerUnavailable("away")
     async with reading(host) as response:
         assert response.status_code == 503
@@ -302,7 +302,7 @@ async def test_an_unavailable_broker_and_a_shutdown_before_the_head_are_503(host
 # Silence
 
 
-async def test_the_body_ends_after_the_requested_silence(host: StandIn) -> None:
+async def test_the_body_ends_after_the_requested_silence(host: FakeHost) -> None:
     await host.create()
     async with reading(host, timeout_seconds="20") as response:
         await response.chunk()
@@ -320,7 +320,7 @@ async def test_the_body_ends_after_the_requested_silence(host: StandIn) -> None:
 
 
 @pytest.mark.parametrize("broker_has", ["more", "no answer", "nothing"])
-async def test_silence_ends_the_body_only_if_the_broker_has_no_more(host: StandIn, broker_has: str) -> None:
+async def test_silence_ends_the_body_only_if_the_broker_has_no_more(host: FakeHost, broker_has: str) -> None:
     await host.create()
     await host.append("x")
     async with reading(host, timeout_seconds="20") as response:
@@ -347,7 +347,7 @@ async def test_silence_ends_the_body_only_if_the_broker_has_no_more(host: StandI
             assert response.ended
 
 
-async def test_a_clock_change_does_not_end_a_stream(host: StandIn) -> None:
+async def test_a_clock_change_does_not_end_a_stream(host: FakeHost) -> None:
     await host.create()
     async with reading(host, timeout_seconds="20") as response:
         await response.chunk()
@@ -359,7 +359,7 @@ async def test_a_clock_change_does_not_end_a_stream(host: StandIn) -> None:
         assert not response.ended
 
 
-async def test_a_cursor_ahead_of_the_stream_ends_after_the_silence(host: StandIn) -> None:
+async def test_a_cursor_ahead_of_the_stream_ends_after_the_silence(host: FakeHost) -> None:
     await host.create()
     await host.append("x")
     async with reading(host, timeout_seconds="20", last_event_id="99") as response:
@@ -371,7 +371,7 @@ async def test_a_cursor_ahead_of_the_stream_ends_after_the_silence(host: StandIn
         assert response.ended
 
 
-async def test_without_a_timeout_the_body_stays_open(host: StandIn) -> None:
+async def test_without_a_timeout_the_body_stays_open(host: FakeHost) -> None:
     await host.create()
     async with reading(host) as response:
         await response.chunk()
@@ -384,7 +384,7 @@ async def test_without_a_timeout_the_body_stays_open(host: StandIn) -> None:
 
 @on_one_loop
 @pytest.mark.parametrize("seconds", ["0", "601", "-1", "x", "1.5", "", "9" * 30])
-async def test_a_malformed_timeout_is_400(host: StandIn, seconds: str) -> None:
+async def test_a_malformed_timeout_is_400(host: FakeHost, seconds: str) -> None:
     await host.create()
     async with reading(host, timeout_seconds=seconds) as response:
         assert response.status_code == 400
@@ -393,7 +393,7 @@ async def test_a_malformed_timeout_is_400(host: StandIn, seconds: str) -> None:
 
 @on_one_loop
 @pytest.mark.parametrize("seconds", ["1", "600"])
-async def test_the_shortest_and_longest_timeout_are_accepted(host: StandIn, seconds: str) -> None:
+async def test_the_shortest_and_longest_timeout_are_accepted(host: FakeHost, seconds: str) -> None:
     await host.create()
     async with reading(host, timeout_seconds=seconds) as response:
         assert response.status_code == 200
@@ -402,7 +402,7 @@ async def test_the_shortest_and_longest_timeout_are_accepted(host: StandIn, seco
 # Inputs
 
 
-async def test_inputs_are_read_in_batches(host: StandIn) -> None:
+async def test_inputs_are_read_in_batches(host: FakeHost) -> None:
     await host.create()
     await host.send_input("run_1", "approval", {"yes": True})
     await host.finish()
@@ -411,7 +411,7 @@ async def test_inputs_are_read_in_batches(host: StandIn) -> None:
 
 
 async def test_entries_missing_in_this_process_are_read_from_the_broker() -> None:
-    host = StandIn(limits=Limits())
+    host = FakeHost(limits=Limits())
     await host.create()
     await host.append(*range(1200))
     await host.finish()

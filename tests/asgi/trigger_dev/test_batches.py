@@ -15,7 +15,7 @@ from asgi_realtime.core.errors import LimitExceeded
 from asgi_realtime.core.runs import BatchMember
 from asgi_realtime.testing import AsgiClient, EventParser
 from asgi_realtime.testing.driver import make_scope
-from tests.asgi.official import (
+from tests.asgi.official_sdk import (
     Answer,
     call,
     count_runs,

@@ -11,8 +11,8 @@ from asgi_realtime.core.config import Limits
 from asgi_realtime.core.log import HIDDEN_STREAM
 from asgi_realtime.testing import AsgiClient
 from asgi_realtime.testing.driver import make_scope
-from tests.asgi.official import on_one_loop
-from tests.asgi.standin import StandIn
+from tests.asgi.fake_host import FakeHost
+from tests.asgi.official_sdk import on_one_loop
 from tests.inprocess import SECRET, make_realtime
 
 pytestmark = pytest.mark.anyio
@@ -22,7 +22,7 @@ KEY = StreamKey("run_1", "$trigger.input:approval")
 SCOPE = "write:inputStreams:run_1"
 
 
-async def send(host: StandIn, body: bytes, *, scope: str = SCOPE, key: str | None = None) -> tuple[int, Any]:
+async def send(host: FakeHost, body: bytes, *, scope: str = SCOPE, key: str | None = None) -> tuple[int, Any]:
     """Send to the input; returns the status and the JSON. `key` is the idempotency key of the request."""
     headers = host.headers(scope)
     if key is not None:
@@ -31,11 +31,11 @@ async def send(host: StandIn, body: bytes, *, scope: str = SCOPE, key: str | Non
     return response.status_code, json.loads(response.body)
 
 
-async def stored(host: StandIn) -> list[bytes]:
+async def stored(host: FakeHost) -> list[bytes]:
     return [entry.data for entry in (await host.broker.read(KEY)).entries]
 
 
-async def post(host: StandIn, messages: list[dict[str, Any]]) -> int:
+async def post(host: FakeHost, messages: list[dict[str, Any]]) -> int:
     """Send a body in parts; returns the status."""
     sent: list[Any] = []
 
@@ -70,7 +70,7 @@ async def test_a_run_receives_its_inputs_from_the_host_and_over_http() -> None:
         assert [await inputs.get(), await inputs.get()] == ["from the host", "over HTTP"]
 
 
-async def test_an_input_is_read_like_a_stream(host: StandIn) -> None:
+async def test_an_input_is_read_like_a_stream(host: FakeHost) -> None:
     await host.create()
     async with AsgiClient(host).stream(PATH, headers=host.headers()) as response:
         assert response.status_code == 200
@@ -94,7 +94,7 @@ async def test_an_input_is_read_like_a_stream(host: StandIn) -> None:
         (b"{}", b"null"),
     ],
 )
-async def test_an_input_is_stored_as_it_was_sent(host: StandIn, body: bytes, data: bytes) -> None:
+async def test_an_input_is_stored_as_it_was_sent(host: FakeHost, body: bytes, data: bytes) -> None:
     await host.create()
     assert await send(host, body) == (200, {"ok": True})
     assert await stored(host) == [data]
@@ -104,13 +104,13 @@ async def test_an_input_is_stored_as_it_was_sent(host: StandIn, body: bytes, dat
 @pytest.mark.parametrize(
     "body", [b"", b"{", b"[]", b"1", b"null", b'{"Data": 1}', b"\xff", b'{"data": NaN}', b"[" * 100_000]
 )
-async def test_a_malformed_input_is_400(host: StandIn, body: bytes) -> None:
+async def test_a_malformed_input_is_400(host: FakeHost, body: bytes) -> None:
     await host.create()
     status, answer = await send(host, body)
     assert (status, answer["code"]) == (400, "invalid_request")
 
 
-async def test_a_retried_input_is_stored_once(host: StandIn) -> None:
+async def test_a_retried_input_is_stored_once(host: FakeHost) -> None:
     await host.create()
     assert KEY.hidden and KEY.name.startswith(HIDDEN_STREAM)
     for body in (b'{"data": 1}', b'{"data": 1}', b'{"data": 2}'):
@@ -120,7 +120,7 @@ async def test_a_retried_input_is_stored_once(host: StandIn) -> None:
     assert (await host.get("run_1")).inputs == (KEY.name,)
 
 
-async def test_a_run_that_is_over_accepts_no_input(host: StandIn) -> None:
+async def test_a_run_that_is_over_accepts_no_input(host: FakeHost) -> None:
     await host.create()
     await host.finish()
     status, answer = await send(host, b'{"data": 1}')
@@ -128,7 +128,7 @@ async def test_a_run_that_is_over_accepts_no_input(host: StandIn) -> None:
     assert "COMPLETED" in answer["error"]
 
 
-async def test_inputs_need_a_scope_for_the_run(host: StandIn) -> None:
+async def test_inputs_need_a_scope_for_the_run(host: FakeHost) -> None:
     body = b'{"data": 1}'
     assert (await AsgiClient(host).post(PATH, body=body)).status_code == 401
     assert (await send(host, body))[0] == 404
@@ -137,7 +137,7 @@ async def test_inputs_need_a_scope_for_the_run(host: StandIn) -> None:
         assert (await send(host, body, scope=scope))[0] == 403
 
 
-async def test_the_length_of_an_input_id_is_limited(host: StandIn) -> None:
+async def test_the_length_of_an_input_id_is_limited(host: FakeHost) -> None:
     await host.create()
     path = f"/v1/streams/run_1/input/{'i' * 129}"
     response = await AsgiClient(host).post(path, headers=host.headers(SCOPE), body=b'{"data": 1}')
@@ -147,7 +147,7 @@ async def test_the_length_of_an_input_id_is_limited(host: StandIn) -> None:
 
 
 async def test_the_size_of_one_input_is_limited() -> None:
-    host = StandIn(limits=Limits(input_bytes=100))
+    host = FakeHost(limits=Limits(input_bytes=100))
     await host.create()
     fits = b'{"data": "%b"}' % (b"x" * 88)
     assert len(fits) == 100
@@ -158,7 +158,7 @@ async def test_the_size_of_one_input_is_limited() -> None:
 
 
 async def test_the_inputs_of_a_run_are_limited() -> None:
-    host = StandIn(limits=Limits(inputs_bytes=10))
+    host = FakeHost(limits=Limits(inputs_bytes=10))
     await host.create()
     body = b'{"data": "123456"}'
     for _ in range(2):
@@ -171,13 +171,13 @@ async def test_the_inputs_of_a_run_are_limited() -> None:
 
 
 async def test_a_declared_length_over_the_limit_is_rejected_unread() -> None:
-    host = StandIn(limits=Limits(input_bytes=100))
+    host = FakeHost(limits=Limits(input_bytes=100))
     await host.create()
     headers = {**host.headers(SCOPE), "content-length": "101"}
     assert (await AsgiClient(host).post(PATH, headers=headers, body=b"")).status_code == 413
 
 
-async def test_a_body_can_arrive_in_parts(host: StandIn) -> None:
+async def test_a_body_can_arrive_in_parts(host: FakeHost) -> None:
     await host.create()
     parts = [b'{"da', b"", b'ta": 1}']
     messages: list[dict[str, Any]] = [{"type": "http.request", "body": part, "more_body": True} for part in parts]
@@ -185,13 +185,13 @@ async def test_a_body_can_arrive_in_parts(host: StandIn) -> None:
 
 
 async def test_an_endless_body_is_rejected_at_the_limit() -> None:
-    host = StandIn(limits=Limits(input_bytes=100))
+    host = FakeHost(limits=Limits(input_bytes=100))
     await host.create()
     part = {"type": "http.request", "body": b" " * 60, "more_body": True}
     assert await post(host, [part, part]) == 413
 
 
-async def test_a_cut_off_body_is_not_stored(host: StandIn) -> None:
+async def test_a_cut_off_body_is_not_stored(host: FakeHost) -> None:
     await host.create()
     part = {"type": "http.request", "body": b'{"data": 1}', "more_body": True}
     assert await post(host, [part, {"type": "http.disconnect"}]) == 408

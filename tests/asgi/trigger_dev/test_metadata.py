@@ -10,7 +10,7 @@ from asgi_realtime import BrokerUnavailable, Limits, Realtime, Run, RunRecord, T
 from asgi_realtime.asgi.trigger_dev import metadata as metadata_endpoints
 from asgi_realtime.brokers.memory import MemoryBroker
 from asgi_realtime.testing import AsgiClient
-from tests.asgi.official import Answer, call, count_runs, on_one_loop, with_tasks
+from tests.asgi.official_sdk import Answer, call, count_runs, on_one_loop, with_tasks
 from tests.faults import RemoteBroker
 from tests.inprocess import ended
 

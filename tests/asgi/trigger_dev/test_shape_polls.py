@@ -18,8 +18,8 @@ from asgi_realtime.core.metadata import Set
 from asgi_realtime.core.runs import BatchMember, MetadataChanged, RunChange, Started, Status
 from asgi_realtime.testing import AsgiClient, Response
 from asgi_realtime.testing.driver import make_scope
-from tests.asgi.official import on_one_loop
-from tests.asgi.standin import StandIn
+from tests.asgi.fake_host import FakeHost
+from tests.asgi.official_sdk import on_one_loop
 
 pytestmark = pytest.mark.anyio
 
@@ -33,7 +33,7 @@ MUST_REFETCH = [{"headers": {"control": "must-refetch"}}]
 class Client:
     """Polls like the official clients: first without a cursor, then with that of the last response."""
 
-    def __init__(self, host: StandIn, path: str = RUN, *scopes: str, **query: str) -> None:
+    def __init__(self, host: FakeHost, path: str = RUN, *scopes: str, **query: str) -> None:
         self.host = host
         self.path = path
         self.headers = {**host.headers(*scopes), "trigger-version": "4.8.3"}
@@ -101,7 +101,7 @@ def ids(rows: list[dict[str, Any]]) -> list[str]:
 # Snapshots
 
 
-async def test_a_snapshot_on_the_wire(host: StandIn) -> None:
+async def test_a_snapshot_on_the_wire(host: FakeHost) -> None:
     record = await host.create(tags=["a"])
     answer = await Client(host).get()
     assert answer.status_code == 200
@@ -117,7 +117,7 @@ async def test_a_snapshot_on_the_wire(host: StandIn) -> None:
     assert "electric-schema" in headers["access-control-expose-headers"]
 
 
-async def test_a_run_that_is_over_has_its_final_state(host: StandIn) -> None:
+async def test_a_run_that_is_over_has_its_final_state(host: FakeHost) -> None:
     await host.create()
     await host.finish(output={"text": "hi"})
     (row,) = await Client(host).rows()
@@ -128,7 +128,7 @@ async def test_a_run_that_is_over_has_its_final_state(host: StandIn) -> None:
 # Live polls
 
 
-async def test_a_poll_is_held_until_a_change(host: StandIn) -> None:
+async def test_a_poll_is_held_until_a_change(host: FakeHost) -> None:
     await host.create(executing=False)
     client = Client(host)
     assert statuses(await client.rows()) == ["PENDING"]
@@ -141,7 +141,7 @@ async def test_a_poll_is_held_until_a_change(host: StandIn) -> None:
     assert row["output"] == "1" and row["completedAt"] and row["status"] == "COMPLETED_SUCCESSFULLY"
 
 
-async def test_a_change_between_two_polls_is_in_the_next_response(host: StandIn) -> None:
+async def test_a_change_between_two_polls_is_in_the_next_response(host: FakeHost) -> None:
     await host.create()
     client = Client(host)
     await client.rows()
@@ -150,7 +150,7 @@ async def test_a_change_between_two_polls_is_in_the_next_response(host: StandIn)
     assert row["metadata"] == '{"progress":1}'
 
 
-async def test_several_changes_are_sent_as_one_state(host: StandIn) -> None:
+async def test_several_changes_are_sent_as_one_state(host: FakeHost) -> None:
     await host.create(executing=False)
     client = Client(host)
     await client.rows()
@@ -160,7 +160,7 @@ async def test_several_changes_are_sent_as_one_state(host: StandIn) -> None:
     assert statuses(await client.rows(live=True)) == ["COMPLETED_SUCCESSFULLY"]
 
 
-async def test_a_poll_without_changes_ends_after_its_time_and_the_next_url_differs(host: StandIn) -> None:
+async def test_a_poll_without_changes_ends_after_its_time_and_the_next_url_differs(host: FakeHost) -> None:
     await host.create()
     client = Client(host)
     await client.rows()
@@ -178,7 +178,7 @@ async def test_a_poll_without_changes_ends_after_its_time_and_the_next_url_diffe
     assert not host.subscribers
 
 
-async def test_the_cursor_differs_even_at_the_same_time(host: StandIn) -> None:
+async def test_the_cursor_differs_even_at_the_same_time(host: FakeHost) -> None:
     await host.create()
     client = Client(host)
     await client.rows()
@@ -191,7 +191,7 @@ async def test_the_cursor_differs_even_at_the_same_time(host: StandIn) -> None:
 
 
 async def test_responses_about_a_run_that_changes_continuously_are_spaced_out(
-    host: StandIn, monkeypatch: pytest.MonkeyPatch
+    host: FakeHost, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shape_polls, "SPACING_S", 0.01)
     await host.create()
@@ -221,7 +221,7 @@ async def test_responses_about_a_run_that_changes_continuously_are_spaced_out(
     assert [row["metadata"] for row in answers[0]] == ['{"progress":101}']
 
 
-async def test_the_end_of_a_run_is_never_delayed(host: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_end_of_a_run_is_never_delayed(host: FakeHost, monkeypatch: pytest.MonkeyPatch) -> None:
     async def sleep(seconds: float) -> None:
         raise AssertionError("the response was delayed")
 
@@ -236,7 +236,7 @@ async def test_the_end_of_a_run_is_never_delayed(host: StandIn, monkeypatch: pyt
     assert statuses(await client.rows(live=True)) == ["COMPLETED_SUCCESSFULLY"]
 
 
-async def test_responses_about_a_list_are_spaced_out(host: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_responses_about_a_list_are_spaced_out(host: FakeHost, monkeypatch: pytest.MonkeyPatch) -> None:
     slept: list[float] = []
 
     async def sleep(seconds: float) -> None:
@@ -252,7 +252,7 @@ async def test_responses_about_a_list_are_spaced_out(host: StandIn, monkeypatch:
     assert len(slept) == 2
 
 
-async def test_after_a_pause_responses_are_immediate_again(host: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_after_a_pause_responses_are_immediate_again(host: FakeHost, monkeypatch: pytest.MonkeyPatch) -> None:
     async def sleep(seconds: float) -> None:
         raise AssertionError("the response was delayed")
 
@@ -270,7 +270,7 @@ async def test_after_a_pause_responses_are_immediate_again(host: StandIn, monkey
 @on_one_loop
 @pytest.mark.parametrize("cursor", ["", "x", "5", "5-", "-5", "9" * 16 + "-9", "999999999999999-999"])
 async def test_a_foreign_cursor_does_not_delay_a_response_for_long(
-    host: StandIn, cursor: str, monkeypatch: pytest.MonkeyPatch
+    host: FakeHost, cursor: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shape_polls, "SPACING_S", 0.01)
     await host.create()
@@ -281,7 +281,7 @@ async def test_a_foreign_cursor_does_not_delay_a_response_for_long(
     assert len(await client.rows(live=True)) == 1
 
 
-async def test_a_poll_that_is_not_live_is_not_held(host: StandIn) -> None:
+async def test_a_poll_that_is_not_live_is_not_held(host: FakeHost) -> None:
     await host.create()
     client = Client(host)
     await client.rows()
@@ -290,7 +290,7 @@ async def test_a_poll_that_is_not_live_is_not_held(host: StandIn) -> None:
     assert len(await client.rows()) == 1
 
 
-async def test_a_held_poll_ends_when_its_client_disconnects(host: StandIn) -> None:
+async def test_a_held_poll_ends_when_its_client_disconnects(host: FakeHost) -> None:
     await host.create()
     client = Client(host)
     await client.rows()
@@ -316,7 +316,7 @@ async def test_a_held_poll_ends_when_its_client_disconnects(host: StandIn) -> No
     assert not host.app.subscription_limits.open
 
 
-async def test_held_polls_are_503_at_the_shutdown(host: StandIn) -> None:
+async def test_held_polls_are_503_at_the_shutdown(host: FakeHost) -> None:
     await host.create()
     client = Client(host)
     await client.rows()
@@ -336,7 +336,7 @@ async def test_held_polls_are_503_at_the_shutdown(host: StandIn) -> None:
     assert (await client.get(live=True)).status_code == 503, "no poll is held any more"
 
 
-async def test_changes_are_sent_during_the_shutdown(host: StandIn) -> None:
+async def test_changes_are_sent_during_the_shutdown(host: FakeHost) -> None:
     await host.create()
     client = Client(host)
     await client.rows()
@@ -345,7 +345,7 @@ async def test_changes_are_sent_during_the_shutdown(host: StandIn) -> None:
     assert statuses(await client.rows(live=True)) == ["COMPLETED_SUCCESSFULLY"]
 
 
-async def test_a_held_poll_ends_when_its_token_expires(host: StandIn) -> None:
+async def test_a_held_poll_ends_when_its_token_expires(host: FakeHost) -> None:
     await host.create()
     client = Client(host)
     client.headers["authorization"] = f"Bearer {host.token(expires_in_s=5)}"
@@ -363,7 +363,7 @@ async def test_a_held_poll_ends_when_its_token_expires(host: StandIn) -> None:
     assert (answers[0].status_code, json.loads(answers[0].body)["code"]) == (401, "token_expired")
 
 
-async def test_polls_that_began_together_end_at_different_times(host: StandIn) -> None:
+async def test_polls_that_began_together_end_at_different_times(host: FakeHost) -> None:
     await host.create()
     ends = set[float]()
     for _ in range(20):
@@ -378,8 +378,8 @@ async def test_polls_that_began_together_end_at_different_times(host: StandIn) -
     assert all(0.85 * poll_s <= end <= 1.15 * poll_s for end in ends)
 
 
-async def test_polls_count_as_subscriptions(host: StandIn) -> None:
-    host = StandIn(limits=Limits(subscribers_per_run=1))
+async def test_polls_count_as_subscriptions(host: FakeHost) -> None:
+    host = FakeHost(limits=Limits(subscribers_per_run=1))
     await host.create()
     client, other = Client(host), Client(host)
     await client.rows()
@@ -392,7 +392,7 @@ async def test_polls_count_as_subscriptions(host: StandIn) -> None:
 # Invalid cursors
 
 
-async def test_a_cursor_of_another_epoch_must_refetch(host: StandIn) -> None:
+async def test_a_cursor_of_another_epoch_must_refetch(host: FakeHost) -> None:
     await host.create(tags=["a"])
     client = Client(host, TAGS, "read:runs", tags="a")
     await client.rows()
@@ -412,7 +412,7 @@ async def test_a_cursor_of_another_epoch_must_refetch(host: StandIn) -> None:
     ("handle", "offset"),
     [("57129943-1767323045678", "1767323045678_3"), ("", "5_0"), ("deadbeef.0", "5_0"), ("same", "99999_0")],
 )
-async def test_a_foreign_cursor_must_refetch(host: StandIn, handle: str, offset: str) -> None:
+async def test_a_foreign_cursor_must_refetch(host: FakeHost, handle: str, offset: str) -> None:
     await host.create()
     client = Client(host)
     await client.rows()
@@ -426,7 +426,7 @@ async def test_a_foreign_cursor_must_refetch(host: StandIn, handle: str, offset:
 
 @on_one_loop
 @pytest.mark.parametrize("offset", ["", "now", "-2", "5", "x_0", "1_0_0", "1" * 30 + "_0", "٣_٠"])
-async def test_a_malformed_offset_is_400(host: StandIn, offset: str) -> None:
+async def test_a_malformed_offset_is_400(host: FakeHost, offset: str) -> None:
     await host.create()
     client = Client(host)
     client.offset = offset
@@ -435,8 +435,8 @@ async def test_a_malformed_offset_is_400(host: StandIn, offset: str) -> None:
     assert "offset" in json.loads(answer.body)["error"]
 
 
-async def test_a_trimmed_position_must_refetch(host: StandIn) -> None:
-    host = StandIn(limits=Limits(topic_runs=2))
+async def test_a_trimmed_position_must_refetch(host: FakeHost) -> None:
+    host = FakeHost(limits=Limits(topic_runs=2))
     await host.create("run_0", tags=["a"])
     client = Client(host, TAGS, "read:runs", tags="a")
     await client.rows()
@@ -449,7 +449,7 @@ async def test_a_trimmed_position_must_refetch(host: StandIn) -> None:
 # Lists
 
 
-async def test_a_tag_feed_has_the_existing_and_new_runs_with_all_tags(host: StandIn) -> None:
+async def test_a_tag_feed_has_the_existing_and_new_runs_with_all_tags(host: FakeHost) -> None:
     await host.create("run_1", tags=["a", "b"])
     await host.create("run_2", tags=["a"])
     client = Client(host, TAGS, "read:tags:b", tags="b,a")
@@ -462,7 +462,7 @@ async def test_a_tag_feed_has_the_existing_and_new_runs_with_all_tags(host: Stan
     assert ids(answers[0]) == ["run_4"]
 
 
-async def test_a_tag_feed_waits_for_the_first_run(host: StandIn) -> None:
+async def test_a_tag_feed_waits_for_the_first_run(host: FakeHost) -> None:
     client = Client(host, TAGS, "read:tags:a", tags="a")
     for _ in range(2):
         assert await client.rows() == []
@@ -476,7 +476,7 @@ async def test_a_tag_feed_waits_for_the_first_run(host: StandIn) -> None:
     assert ids(answers[0]) == ["run_1"]
 
 
-async def test_the_first_poll_fixes_the_window_of_a_list(host: StandIn) -> None:
+async def test_the_first_poll_fixes_the_window_of_a_list(host: FakeHost) -> None:
     await host.create("run_old", tags=["a"], created_ago_s=7200)
     await host.create("run_new", tags=["a"], created_ago_s=1800)
     client = Client(host, TAGS, "read:tags:a", tags="a", createdAt="1h")
@@ -489,7 +489,7 @@ async def test_the_first_poll_fixes_the_window_of_a_list(host: StandIn) -> None:
     assert ids(await Client(host, TAGS, "read:tags:a", tags="a", createdAt="1h").rows()) == []
 
 
-async def test_a_batch_feed_has_its_runs(host: StandIn) -> None:
+async def test_a_batch_feed_has_its_runs(host: FakeHost) -> None:
     await host.create("run_1", batch=BatchMember("batch_1", 0, 2))
     await host.create("run_2", batch=BatchMember("batch_1", 1, 2))
     client = Client(host, BATCH, "read:batch:batch_1")
@@ -500,8 +500,8 @@ async def test_a_batch_feed_has_its_runs(host: StandIn) -> None:
     assert json.loads(row["error"])["message"] == "no luck"
 
 
-async def test_a_snapshot_has_the_newest_runs_up_to_the_limit(host: StandIn) -> None:
-    host = StandIn(limits=Limits(feed_runs=2))
+async def test_a_snapshot_has_the_newest_runs_up_to_the_limit(host: FakeHost) -> None:
+    host = FakeHost(limits=Limits(feed_runs=2))
     for number in range(4):
         await host.create(f"run_{number}", tags=["a"])
     client = Client(host, TAGS, "read:runs", tags="a")
@@ -511,7 +511,7 @@ async def test_a_snapshot_has_the_newest_runs_up_to_the_limit(host: StandIn) -> 
 
 @pytest.mark.parametrize("what", ["rows", "bytes"])
 async def test_rows_that_do_not_fit_follow_in_the_next_response(
-    host: StandIn, monkeypatch: pytest.MonkeyPatch, what: str
+    host: FakeHost, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     if what == "rows":
         monkeypatch.setattr(shape_polls, "MAX_ROWS", 2)
@@ -534,7 +534,7 @@ async def test_rows_that_do_not_fit_follow_in_the_next_response(
 # Columns
 
 
-async def test_the_query_skips_columns_unless_the_token_does(host: StandIn) -> None:
+async def test_the_query_skips_columns_unless_the_token_does(host: FakeHost) -> None:
     await host.create(payload={"secret": 1})
     client = Client(host, RUN, skipColumns="payload,id,updatedAt,nonsense")
     answer = await client.get()
@@ -548,7 +548,7 @@ async def test_the_query_skips_columns_unless_the_token_does(host: StandIn) -> N
     assert "payload" not in row and "output" in row
 
 
-async def test_a_row_is_encoded_once_for_all_clients(host: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_row_is_encoded_once_for_all_clients(host: FakeHost, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
 
     def counting(record: Any, *, skip: Any) -> bytes:
@@ -571,7 +571,7 @@ async def test_a_row_is_encoded_once_for_all_clients(host: StandIn, monkeypatch:
 # Errors
 
 
-async def test_errors_are_immediate(host: StandIn) -> None:
+async def test_errors_are_immediate(host: FakeHost) -> None:
     await host.create(tags=["a"])
     assert (await Client(host, RUN, "read:runs:run_2").get()).status_code == 403
     assert (await Client(host, "/v1/runs/run_9", "read:runs").get()).status_code == 404
@@ -583,7 +583,7 @@ async def test_errors_are_immediate(host: StandIn) -> None:
         assert (answer.status_code, json.loads(answer.body)["code"]) == (400, "invalid_request")
 
 
-async def test_a_poll_that_waits_for_a_run_is_503_at_the_shutdown(host: StandIn) -> None:
+async def test_a_poll_that_waits_for_a_run_is_503_at_the_shutdown(host: FakeHost) -> None:
     answers: list[Response] = []
 
     async def poll() -> None:
@@ -597,7 +597,7 @@ async def test_a_poll_that_waits_for_a_run_is_503_at_the_shutdown(host: StandIn)
     assert answers[0].status_code == 503
 
 
-async def test_a_token_that_names_the_run_does_not_load_its_record(host: StandIn) -> None:
+async def test_a_token_that_names_the_run_does_not_load_its_record(host: FakeHost) -> None:
     await host.create(payload="x" * 1000)
     by_id, by_task = Client(host), Client(host, RUN, "read:tasks:chat")
     await by_id.rows()
@@ -613,7 +613,7 @@ async def test_a_token_that_names_the_run_does_not_load_its_record(host: StandIn
     assert (answer.status_code, "the record was loaded" in json.loads(answer.body)["error"]) == (500, True)
 
 
-async def test_a_poll_of_a_removed_run_must_refetch_and_gets_404(host: StandIn) -> None:
+async def test_a_poll_of_a_removed_run_must_refetch_and_gets_404(host: FakeHost) -> None:
     await host.create()
     client = Client(host)
     await client.rows()
@@ -624,7 +624,7 @@ async def test_a_poll_of_a_removed_run_must_refetch_and_gets_404(host: StandIn) 
     assert (await client.get()).status_code == 404
 
 
-async def test_the_shutdown_ends_a_poll_that_waits_for_the_broker(host: StandIn) -> None:
+async def test_the_shutdown_ends_a_poll_that_waits_for_the_broker(host: FakeHost) -> None:
     await host.create()
     client = Client(host)
     await client.rows()
@@ -650,7 +650,7 @@ async def test_the_shutdown_ends_a_poll_that_waits_for_the_broker(host: StandIn)
     assert answers[0].status_code == 503
 
 
-async def test_an_unavailable_broker_is_503(host: StandIn) -> None:
-    host = StandIn(timeouts=Timeouts())
+async def test_an_unavailable_broker_is_503(host: FakeHost) -> None:
+    host = FakeHost(timeouts=Timeouts())
     host.start_error = BrokerUnavailable("unavailable")
     assert (await Client(host).get()).status_code == 503

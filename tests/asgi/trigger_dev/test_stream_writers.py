@@ -20,9 +20,9 @@ from asgi_realtime.core.log import End
 from asgi_realtime.streams.writer import CALL_BYTES, CALL_ITEMS
 from asgi_realtime.testing import AsgiClient
 from asgi_realtime.testing.driver import make_scope
-from tests.asgi.official import on_one_loop
-from tests.asgi.standin import SECRET as STANDIN_SECRET
-from tests.asgi.standin import StandIn
+from tests.asgi.fake_host import SECRET as FAKE_HOST_SECRET
+from tests.asgi.fake_host import FakeHost
+from tests.asgi.official_sdk import on_one_loop
 from tests.faults import RemoteBroker, until
 from tests.inprocess import SECRET, make_realtime
 
@@ -34,12 +34,12 @@ INPUT = "/v1/streams/run_1/input/approval"
 KEY = StreamKey("run_1", "default")
 GUARD_S = 5.0
 
-Host = StandIn | Realtime
+Host = FakeHost | Realtime
 
 
 def headers(host: Host, **more: str) -> dict[str, str]:
     """The headers of the official client in a worker: the secret key, and `client_id` as `X-Client-Id` and so on."""
-    secret = STANDIN_SECRET if isinstance(host, StandIn) else SECRET
+    secret = FAKE_HOST_SECRET if isinstance(host, FakeHost) else SECRET
     given = {f"x-{name.replace('_', '-')}": value for name, value in more.items()}
     return {"authorization": f"Bearer {secret}", "content-type": "application/json", **given}
 
@@ -138,7 +138,7 @@ def path_of(run_id: str, key: str = "default", target: str = "self") -> str:
 # Create a stream
 
 
-async def test_a_stream_is_listed_before_it_is_written(host: StandIn) -> None:
+async def test_a_stream_is_listed_before_it_is_written(host: FakeHost) -> None:
     await host.create()
     for _ in range(2):
         response = await AsgiClient(host).request("PUT", PATH, headers=headers(host), body=b"whatever")
@@ -148,7 +148,7 @@ async def test_a_stream_is_listed_before_it_is_written(host: StandIn) -> None:
     assert (await host.get("run_1")).streams == ("default",)
 
 
-async def test_a_stream_needs_a_run_that_is_not_over(host: StandIn) -> None:
+async def test_a_stream_needs_a_run_that_is_not_over(host: FakeHost) -> None:
     assert (await send(host, "PUT"))[0] == 404
     await host.create()
     await host.finish()
@@ -175,7 +175,7 @@ WRITES = [("PUT", PATH), ("POST", PATH), ("HEAD", PATH), ("POST", APPEND)]
 
 @on_one_loop
 @pytest.mark.parametrize(("method", "path"), WRITES)
-async def test_writing_needs_the_secret_key(host: StandIn, method: str, path: str) -> None:
+async def test_writing_needs_the_secret_key(host: FakeHost, method: str, path: str) -> None:
     await host.create()
     public = host.headers("admin", "write:all", "write:inputStreams:run_1")
     for given, status, code in (
@@ -189,14 +189,14 @@ async def test_writing_needs_the_secret_key(host: StandIn, method: str, path: st
             assert json.loads(response.body)["code"] == code
         if status == 403 and method != "HEAD":
             assert "secret key" in json.loads(response.body)["error"]
-    secret_in_query = await AsgiClient(host).request(method, path, query={"access_token": STANDIN_SECRET}, body=b"1")
+    secret_in_query = await AsgiClient(host).request(method, path, query={"access_token": FAKE_HOST_SECRET}, body=b"1")
     assert secret_in_query.status_code == 401
     assert (await host.get("run_1")).streams == ()
 
 
 @on_one_loop
 @pytest.mark.parametrize(("method", "path"), WRITES)
-async def test_an_invalid_key_is_422(host: StandIn, method: str, path: str) -> None:
+async def test_an_invalid_key_is_422(host: FakeHost, method: str, path: str) -> None:
     await host.create()
     for key in ("$default", "$trigger.input:approval", "k" * 129, "a\\b", "a\rb"):
         status, _ = await send(host, method, path.replace("default", key), b"1", client_id="c")
@@ -228,7 +228,7 @@ async def test_the_target_is_the_run_its_parent_or_its_root(method: str, path: s
 
 @on_one_loop
 @pytest.mark.parametrize(("method", "path"), WRITES)
-async def test_a_run_without_a_parent_is_its_own_root(host: StandIn, method: str, path: str) -> None:
+async def test_a_run_without_a_parent_is_its_own_root(host: FakeHost, method: str, path: str) -> None:
     await host.create()
     assert (await send(host, method, path.replace("self", "root"), b"1", client_id="c"))[0] in (200, 202)
     status, answer = await send(host, method, path.replace("self", "parent"), b"1", client_id="c")
@@ -239,7 +239,7 @@ async def test_a_run_without_a_parent_is_its_own_root(host: StandIn, method: str
     assert answer is None or "'child'; allowed are self, parent, root" in answer["error"]
 
 
-async def test_other_methods_are_405(host: StandIn) -> None:
+async def test_other_methods_are_405(host: FakeHost) -> None:
     response = await AsgiClient(host).get(PATH, headers=headers(host))
     assert (response.status_code, response.headers["allow"]) == (405, "PUT, POST, HEAD")
 
@@ -247,7 +247,7 @@ async def test_other_methods_are_405(host: StandIn) -> None:
 # Write
 
 
-async def test_chunks_are_readable_while_the_request_is_open(host: StandIn) -> None:
+async def test_chunks_are_readable_while_the_request_is_open(host: FakeHost) -> None:
     await host.create()
     async with (
         upload(host, client_id="c1") as writer,
@@ -272,7 +272,7 @@ CHUNKS = [b'{"a": 1}', '"ü🙂"'.encode(), b"[1,  2]", b"null", b'"\\ufffd"', b
 
 @on_one_loop
 @pytest.mark.parametrize("end", [b"", b"\n"])
-async def test_a_body_can_be_split_anywhere(host: StandIn, end: bytes) -> None:
+async def test_a_body_can_be_split_anywhere(host: FakeHost, end: bytes) -> None:
     body = BODY + end
     for place in range(len(body) + 1):
         run_id = f"run_{place}"
@@ -284,7 +284,7 @@ async def test_a_body_can_be_split_anywhere(host: StandIn, end: bytes) -> None:
         assert (await head(host, run_id))[1] == str(len(CHUNKS) - 1), "every line except blank ones has an index"
 
 
-async def test_a_body_can_arrive_byte_by_byte(host: StandIn) -> None:
+async def test_a_body_can_arrive_byte_by_byte(host: FakeHost) -> None:
     await host.create()
     async with upload(host) as writer:
         for place in range(len(BODY)):
@@ -312,7 +312,7 @@ async def test_a_large_part_is_appended_in_several_calls() -> None:
         assert broker.appends == [CALL_ITEMS, CALL_ITEMS, 3, 2, 1]
 
 
-async def test_a_large_body_does_not_starve_other_tasks(host: StandIn) -> None:
+async def test_a_large_body_does_not_starve_other_tasks(host: FakeHost) -> None:
     await host.create()
     sizes: list[int] = []
 
@@ -337,7 +337,7 @@ async def head(host: Host, run_id: str = "run_1", client_id: str = "c") -> tuple
     return response.status_code, response.headers.get("x-last-chunk-index")
 
 
-async def test_a_writer_asks_where_to_resume(host: StandIn) -> None:
+async def test_a_writer_asks_where_to_resume(host: FakeHost) -> None:
     assert (await head(host))[0] == 404
     await host.create()
     assert await head(host) == (200, "-1")
@@ -351,7 +351,7 @@ async def test_a_writer_asks_where_to_resume(host: StandIn) -> None:
 
 
 @on_one_loop
-async def test_an_incomplete_line_is_dropped_and_sent_again(host: StandIn) -> None:
+async def test_an_incomplete_line_is_dropped_and_sent_again(host: FakeHost) -> None:
     await host.create()
     lines = [b'"chunk %d"' % number for number in range(4)]
     body = b"\n".join(lines) + b"\n"
@@ -369,7 +369,7 @@ async def test_an_incomplete_line_is_dropped_and_sent_again(host: StandIn) -> No
     assert await stored(host.broker) == lines * (len(body) + 1)
 
 
-async def test_stored_lines_are_skipped(host: StandIn) -> None:
+async def test_stored_lines_are_skipped(host: FakeHost) -> None:
     await host.create()
     body = b"0\n1\n2\n3\n4\n"
     await send(host, "POST", body=body[:6], client_id="c")
@@ -379,7 +379,7 @@ async def test_stored_lines_are_skipped(host: StandIn) -> None:
     assert await stored(host.broker) == [b"0", b"1", b"2", b"3", b"4"]
 
 
-async def test_a_writer_that_leaves_a_gap_is_sent_back(host: StandIn) -> None:
+async def test_a_writer_that_leaves_a_gap_is_sent_back(host: FakeHost) -> None:
     """A final status would end the writer. After this one the client asks where to resume and sends what is missing."""
     await host.create()
     await send(host, "POST", body=b"0\n1\n", client_id="c")
@@ -390,7 +390,7 @@ async def test_a_writer_that_leaves_a_gap_is_sent_back(host: StandIn) -> None:
     assert await stored(host.broker) == [b"0", b"1"]
 
 
-async def test_writers_of_one_stream_interleave(host: StandIn) -> None:
+async def test_writers_of_one_stream_interleave(host: FakeHost) -> None:
     await host.create()
     async with upload(host, client_id="a") as one, upload(host, client_id="b") as other, upload(host) as unnamed:
         for number in range(3):
@@ -405,7 +405,7 @@ async def test_writers_of_one_stream_interleave(host: StandIn) -> None:
     assert (await head(host, client_id="a"), await head(host, client_id="b")) == ((200, "2"), (200, "3"))
 
 
-async def test_each_request_without_a_client_id_is_a_new_writer(host: StandIn) -> None:
+async def test_each_request_without_a_client_id_is_a_new_writer(host: FakeHost) -> None:
     await host.create()
     for _ in range(2):
         assert (await send(host, "POST", body=b"1\n2"))[0] == 200
@@ -416,7 +416,7 @@ async def test_each_request_without_a_client_id_is_a_new_writer(host: StandIn) -
 
 
 @on_one_loop
-async def test_the_index_to_resume_from_is_a_non_negative_integer(host: StandIn) -> None:
+async def test_the_index_to_resume_from_is_a_non_negative_integer(host: FakeHost) -> None:
     await host.create()
     for value in ("-1", "1.5", "x", " ", "+1", "0x1", "1_0", "²", "9" * 16):
         status, answer = await send(host, "POST", body=b"1", client_id="c", resume_from_chunk=value)
@@ -436,7 +436,7 @@ async def test_the_index_to_resume_from_is_a_non_negative_integer(host: StandIn)
         ("trigger_request_idempotency_key", "POST", INPUT),
     ],
 )
-async def test_names_in_headers_are_visible_ascii(host: StandIn, name: str, method: str, path: str) -> None:
+async def test_names_in_headers_are_visible_ascii(host: FakeHost, name: str, method: str, path: str) -> None:
     await host.create()
     for value in ("", " ", "a b", "ü", "a\x00b", "a\x7fb", "c" * 129):
         status, answer = await send(host, method, path, b'{"data": 1}', **{name: value})
@@ -465,7 +465,7 @@ async def test_names_in_headers_are_visible_ascii(host: StandIn, name: str, meth
         (b"1e999", b"\n"),
     ],
 )
-async def test_an_invalid_line_is_named_by_its_index(host: StandIn, bad: bytes, end: bytes) -> None:
+async def test_an_invalid_line_is_named_by_its_index(host: FakeHost, bad: bytes, end: bytes) -> None:
     await host.create()
     async with upload(host, client_id="c", resume_from_chunk="0") as writer:
         await writer.part(b"0\n1\n")
@@ -478,7 +478,7 @@ async def test_an_invalid_line_is_named_by_its_index(host: StandIn, bad: bytes, 
 
 
 async def test_the_size_of_a_chunk_is_limited() -> None:
-    host = StandIn(limits=Limits(chunk_bytes=10))
+    host = FakeHost(limits=Limits(chunk_bytes=10))
     await host.create()
     fits = b'"12345678"'
     assert (await send(host, "POST", body=fits + b"\r\n" + fits))[0] == 200
@@ -492,7 +492,7 @@ async def test_the_size_of_a_chunk_is_limited() -> None:
 
 
 async def test_at_most_one_line_and_one_part_are_buffered() -> None:
-    small = StandIn(limits=Limits(chunk_bytes=1000))
+    small = FakeHost(limits=Limits(chunk_bytes=1000))
     await small.create()
     async with upload(small) as writer:
         for _ in range(10):
@@ -503,7 +503,7 @@ async def test_at_most_one_line_and_one_part_are_buffered() -> None:
     assert writer.status == 413
 
 
-async def test_a_run_that_is_over_is_400_before_the_body_is_read(host: StandIn) -> None:
+async def test_a_run_that_is_over_is_400_before_the_body_is_read(host: FakeHost) -> None:
     await host.create()
     await host.finish()
     async with upload(host, client_id="c") as writer:
@@ -513,7 +513,7 @@ async def test_a_run_that_is_over_is_400_before_the_body_is_read(host: StandIn) 
     assert (await send(host, "POST", path_of("run_2")))[0] == 404
 
 
-async def test_a_run_that_ends_during_the_request_accepts_no_more_chunks(host: StandIn) -> None:
+async def test_a_run_that_ends_during_the_request_accepts_no_more_chunks(host: FakeHost) -> None:
     await host.create()
     async with upload(host, client_id="c") as writer:
         await writer.part(b"0\n")
@@ -526,7 +526,7 @@ async def test_a_run_that_ends_during_the_request_accepts_no_more_chunks(host: S
     assert await stored(host.broker) == [b"0"]
 
 
-async def test_a_repeat_after_the_end_of_the_run_is_200_if_everything_is_stored(host: StandIn) -> None:
+async def test_a_repeat_after_the_end_of_the_run_is_200_if_everything_is_stored(host: FakeHost) -> None:
     """The response to the last request can have been lost before the run ended."""
     await host.create()
     await send(host, "POST", body=b"0\n1\n", client_id="c")
@@ -539,7 +539,7 @@ async def test_a_repeat_after_the_end_of_the_run_is_200_if_everything_is_stored(
     assert await stored(host.broker) == [b"0", b"1"]
 
 
-async def test_a_lost_stream_accepts_no_more_chunks(host: StandIn) -> None:
+async def test_a_lost_stream_accepts_no_more_chunks(host: FakeHost) -> None:
     await host.create()
     await host.broker.append(KEY, [], end=End("lost"))
     status, answer = await send(host, "POST", body=b"0")
@@ -547,7 +547,7 @@ async def test_a_lost_stream_accepts_no_more_chunks(host: StandIn) -> None:
     assert "ended (lost)" in answer["error"]
 
 
-async def test_a_run_that_is_removed_during_the_request_is_404(host: StandIn) -> None:
+async def test_a_run_that_is_removed_during_the_request_is_404(host: FakeHost) -> None:
     await host.create()
     async with upload(host, client_id="c") as writer:
         await writer.part(b"0\n")
@@ -563,13 +563,13 @@ async def test_a_run_that_is_removed_during_the_request_is_404(host: StandIn) ->
 async def check_released(host: Host) -> None:
     """Check that no request is open or counted any more."""
     assert not host.subscribers
-    app = host.app if isinstance(host, StandIn) else host._app
+    app = host.app if isinstance(host, FakeHost) else host._app
     assert isinstance(app, RealtimeApp)
     counts = app.subscription_limits
     assert (counts.open, counts._by_run, counts._by_token) == (0, {}, {})
 
 
-async def test_the_shutdown_ends_an_idle_writer(host: StandIn) -> None:
+async def test_the_shutdown_ends_an_idle_writer(host: FakeHost) -> None:
     await host.create()
     async with upload(host, client_id="c") as writer, upload(host, client_id="idle") as idle:
         await writer.part(b"0\n1")
@@ -585,7 +585,7 @@ async def test_the_shutdown_ends_an_idle_writer(host: StandIn) -> None:
 
 
 @pytest.mark.parametrize(("method", "path"), [("PUT", PATH), ("POST", PATH), ("POST", APPEND), ("POST", INPUT)])
-async def test_writes_after_the_start_of_the_shutdown_are_503(host: StandIn, method: str, path: str) -> None:
+async def test_writes_after_the_start_of_the_shutdown_are_503(host: FakeHost, method: str, path: str) -> None:
     await host.create()
     host.begin_shutdown()
     async with upload(host, path, method) as writer:
@@ -631,7 +631,7 @@ async def test_the_shutdown_ends_requests_that_wait_for_the_broker() -> None:
         await check_released(realtime)
 
 
-async def test_a_stopped_broker_is_reported_as_a_shutdown(host: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_stopped_broker_is_reported_as_a_shutdown(host: FakeHost, monkeypatch: pytest.MonkeyPatch) -> None:
     await host.create()
 
     async def stopped(*args: Any, **options: Any) -> None:
@@ -642,7 +642,7 @@ async def test_a_stopped_broker_is_reported_as_a_shutdown(host: StandIn, monkeyp
     assert (await send(host, "POST", APPEND, b"1"))[0] == 503
 
 
-async def test_a_silent_writer_is_408(host: StandIn) -> None:
+async def test_a_silent_writer_is_408(host: FakeHost) -> None:
     await host.create()
     assert host.timeouts.writer == 960
     async with upload(host, client_id="c") as writer:
@@ -662,7 +662,7 @@ async def test_a_silent_writer_is_408(host: StandIn) -> None:
 
 
 async def test_open_writers_count_as_subscriptions() -> None:
-    host = StandIn(limits=Limits(subscribers=2, subscribers_per_run=1))
+    host = FakeHost(limits=Limits(subscribers=2, subscribers_per_run=1))
     for number in range(1, 4):
         await host.create(f"run_{number}")
     async with upload(host) as one, upload(host, path_of("run_2")) as other:
@@ -680,7 +680,7 @@ async def test_open_writers_count_as_subscriptions() -> None:
     await check_released(host)
 
 
-async def test_the_host_can_cancel_a_writer(host: StandIn) -> None:
+async def test_the_host_can_cancel_a_writer(host: FakeHost) -> None:
     await host.create()
     opened = Upload()
     async with opened._parts_in, anyio.create_task_group() as group:
@@ -730,13 +730,13 @@ async def test_an_append_is_stored_once_if_its_acknowledgement_is_lost(names: di
         assert await stored(broker, StreamKey(run_id, "$trigger.input:in")) == [b"1"]
 
 
-async def test_a_writer_sends_acknowledged_chunks_again_after_data_loss(host: StandIn) -> None:
+async def test_a_writer_sends_acknowledged_chunks_again_after_data_loss(host: FakeHost) -> None:
     """After a failover of Redis, the writer is sent back to the last chunk that still exists."""
     await host.create()
     async with upload(host, client_id="c") as writer:
         await writer.part(b"0\n1\n2\n")
         await has(host.broker, 3)
-        fresh = StandIn()
+        fresh = FakeHost()
         await fresh.create()
         await send(fresh, "POST", body=b"0\n", client_id="c")
         host.broker = fresh.broker  # a replica without the rest
@@ -754,7 +754,7 @@ async def test_a_writer_sends_acknowledged_chunks_again_after_data_loss(host: St
 
 @on_one_loop
 @pytest.mark.parametrize("text", ["plain", "", "two\nlines\r", '{"a": 1}', "ü 🙂 \u2028 \ufeff", "\x00"])
-async def test_the_text_of_an_append_is_one_chunk(host: StandIn, text: str) -> None:
+async def test_the_text_of_an_append_is_one_chunk(host: FakeHost, text: str) -> None:
     await host.create()
     assert await send(host, "POST", APPEND, text.encode()) == (200, {"ok": True})
     (data,) = await stored(host.broker)
@@ -771,7 +771,7 @@ async def test_the_text_of_an_append_is_one_chunk(host: StandIn, text: str) -> N
         {"part_id": "p", "trigger_request_idempotency_key": "k"},
     ],
 )
-async def test_a_retried_append_is_stored_once(host: StandIn, again: dict[str, str]) -> None:
+async def test_a_retried_append_is_stored_once(host: FakeHost, again: dict[str, str]) -> None:
     await host.create()
     for _ in range(3):
         assert (await send(host, "POST", APPEND, b"1", **again))[0] == 200
@@ -788,7 +788,7 @@ async def test_a_retried_append_is_stored_once(host: StandIn, again: dict[str, s
     assert "COMPLETED" in answer["error"]
 
 
-async def test_the_part_id_takes_precedence_over_the_request_key(host: StandIn) -> None:
+async def test_the_part_id_takes_precedence_over_the_request_key(host: FakeHost) -> None:
     await host.create()
     for part, key in (("p", "1"), ("p", "2"), ("q", "1")):
         await send(host, "POST", APPEND, b"x", part_id=part, trigger_request_idempotency_key=key)
@@ -796,7 +796,7 @@ async def test_the_part_id_takes_precedence_over_the_request_key(host: StandIn) 
 
 
 async def test_an_append_is_limited_as_text_and_as_json() -> None:
-    host = StandIn(limits=Limits(append_bytes=10, chunk_bytes=20))
+    host = FakeHost(limits=Limits(append_bytes=10, chunk_bytes=20))
     await host.create()
     assert (await send(host, "POST", APPEND, b"1234567890"))[0] == 200
     status, answer = await send(host, "POST", APPEND, b"12345678901")
@@ -809,7 +809,7 @@ async def test_an_append_is_limited_as_text_and_as_json() -> None:
     assert Limits().append_bytes == 512 * 1024
 
 
-async def test_a_cut_off_append_is_not_stored(host: StandIn) -> None:
+async def test_a_cut_off_append_is_not_stored(host: FakeHost) -> None:
     await host.create()
     async with upload(host, APPEND) as writer:
         await writer.part(b"half a ")

@@ -7,7 +7,7 @@ import pytest
 
 from asgi_realtime import Limits
 from asgi_realtime.testing import AsgiClient
-from tests.asgi.official import call, on_one_loop, with_tasks
+from tests.asgi.official_sdk import call, on_one_loop, with_tasks
 from tests.inprocess import SECRET, FakeClock
 
 pytestmark = pytest.mark.anyio

@@ -15,7 +15,7 @@ from asgi_realtime.core.scopes import admits
 from asgi_realtime.tasks import launch
 from asgi_realtime.testing import AsgiClient
 from asgi_realtime.testing.driver import make_scope
-from tests.asgi.official import Answer, call, count_runs, on_one_loop, trigger, with_tasks
+from tests.asgi.official_sdk import Answer, call, count_runs, on_one_loop, trigger, with_tasks
 from tests.brokers.backends import DistantBroker
 from tests.inprocess import SECRET, FakeClock, ended, until
 

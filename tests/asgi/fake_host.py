@@ -1,4 +1,4 @@
-"""A small stand-in for `Realtime`: the real memory broker and tokens, and a clock and ticker worked by hand."""
+"""A small fake of `Realtime`, with the real memory broker and tokens. Tests advance its clock and ticker."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ R = TypeVar("R")
 
 
 class NoTasks:
-    """Has no tasks, and keeps nothing of a batch but its runs."""
+    """No tasks. Nothing is known of a batch except its runs."""
 
     @property
     def batches(self) -> NoTasks:
@@ -50,8 +50,8 @@ class NoTasks:
         return None
 
 
-class StandIn:
-    """As much of a `Realtime` as the HTTP surface needs, but for what triggers. Call it as the ASGI app."""
+class FakeHost:
+    """The part of a `Realtime` that the endpoints use, without tasks. It is the ASGI app, too."""
 
     tasks = cast(Tasks, NoTasks())
 
@@ -90,7 +90,7 @@ class StandIn:
     def clock(self) -> float:
         return self.now
 
-    # What the HTTP surface calls
+    # Called by the endpoints
 
     async def ensure_started(self) -> None:
         if self.start_error is not None:
@@ -130,7 +130,7 @@ class StandIn:
     async def update(self, run_id: str, /, *changes: RunChange, mark: ChangeMark | None = None) -> RunRecord:
         return await self.change(run_id, *changes)
 
-    # What tests do
+    # Called by the tests
 
     async def create(
         self,
@@ -161,7 +161,7 @@ class StandIn:
         return await (await self.prepare_change(run_id, *changes))()
 
     async def prepare_change(self, run_id: str, *changes: RunChange) -> Callable[[], Awaitable[RunRecord]]:
-        """Load the run now; the returned function commits the changes, without loading."""
+        """Load the run. The returned function commits the changes and does not load."""
         record = await self.get(run_id)
         following = apply(record, changes, round(self.now * 1000))
 
@@ -200,13 +200,13 @@ class StandIn:
         return {"accept": "text/event-stream", **self.headers(*scopes, **more)}
 
     def tick(self, seconds: float = 0.5) -> None:
-        """Let time pass, and the ticker see it."""
+        """Advance the clock and call the ticker."""
         self.now += seconds
         for subscriber in tuple(self.subscribers):
             subscriber.tick(self.now, self.now)
 
     async def wait_for_subscriber(self, kind: type[R] = object) -> R:  # type: ignore[assignment]
-        """Wait until a request is open, and return a subscriber of this kind."""
+        """Wait until there is a subscriber of this kind, such as an open request."""
         while True:
             for subscriber in self.subscribers:
                 if isinstance(subscriber, kind):
