@@ -1,4 +1,4 @@
-"""A clock that stands still until a test moves it, and tokens whose time is over."""
+"""A clock that only moves when a test moves it, and expired tokens."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 
 class FakeClock:
-    """Unix seconds for `Realtime(clock=…)`. It begins at the machine's time, or at `start`, and stands still.
+    """Unix seconds for `Realtime(clock=…)`. It starts at the machine's time, or at `start`, and stands still.
 
-    What goes by it: tokens, a run's `ttl` and `delay`, retention and idempotency keys in the memory broker, and of
-    subscriptions the heartbeat, the hold of a poll and the drop of a client that does not read. What does not, and
-    takes real time: `max_duration`, `timeout=` of calls, the drain of a shutdown; and a Redis broker has Redis's clock.
+    It applies to tokens, to the `ttl` and `delay` of runs, to retention and idempotency keys in the memory broker, and
+    to the heartbeats, held polls and stall detection of subscriptions. `max_duration`, `timeout=` of calls and the
+    drain of a shutdown take real time, and a Redis broker uses the clock of Redis.
     """
 
     def __init__(self, start: float | None = None) -> None:
@@ -36,28 +36,28 @@ class FakeClock:
         return f"<FakeClock {self():.3f}, moved by {self._moved_s:g} s>"
 
     def steady(self) -> float:
-        """Seconds for spans: real ones, and what this was moved by."""
+        """The monotonic clock, plus what this clock was moved by."""
         return time.monotonic() + self._moved_s
 
     def add_follower(self, follower: Ticker) -> None:
-        """Have it act at once when this is moved; what a `Realtime` does with its clock when it starts."""
+        """Make a ticker act at once when the clock moves. A `Realtime` adds its ticker when it starts."""
         self._followers.add(follower)
 
     def move(self, span: Span) -> None:
-        """Move on by `90`, `"15m"`, a timedelta. Each `Realtime` notices at its next tick. For tests without a loop."""
+        """Move by `90`, `"15m"` or a timedelta, in tests without a loop. Each `Realtime` notices at its next tick."""
         self._moved_s += parse_span(span)
 
     async def advance(self, span: Span) -> None:
-        """Move on, and have all that became due done: when this returns, runs have expired or are handed over, and
-        subscriptions are woken to send what is to be sent.
+        """Move, and wait until everything due by then is done: runs have expired or were enqueued, and subscriptions
+        were woken.
 
-        It is one jump: what follows from that counts from the new time. A `Realtime` that runs on another loop notices
-        at its next tick.
+        Time moves in one step, so what this causes is timed from the new time. A `Realtime` on another loop notices at
+        its next tick.
         """
         seconds = parse_span(span)
         followers = [follower for follower in self._followers if follower.running]
         for follower in followers:
-            follower.tick()  # so that what began since the last tick has begun before the jump
+            follower.tick()  # what started since the last tick is noted with the time before the move
         self._moved_s += seconds
         for follower in followers:
             await follower.once()
@@ -65,6 +65,6 @@ class FakeClock:
 
 
 def expired_token(realtime: Realtime, *, scopes: Mapping[str, Any] | Sequence[str]) -> str:
-    """A public access token that was good until a minute ago. Scopes are as in `create_public_token`."""
+    """A public access token that expired a minute ago. For scopes see `create_public_token`."""
     past = TokenAuthority(realtime.tokens._secrets, clock=lambda: realtime.clock() - 120)
     return past.mint(flatten_scopes(scopes), expires_in_s=60)

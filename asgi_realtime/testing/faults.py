@@ -1,7 +1,7 @@
-"""Connections that fail as a test says: cut off, not read any more, refused.
+"""Connections that fail where a test wants it: cut, stalled or refused.
 
-`Faults` is an ASGI app around another, so it works under `AsgiClient` and under a real server with a browser. Nothing
-is delayed by time: a fault comes after so many events.
+`Faults` is an ASGI app that wraps another, so it works under `AsgiClient` and under a real server with a browser.
+Faults happen after a number of events, never after a time.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from asgi_realtime.asgi.host import App, Message, Receive, Scope, Send
 from asgi_realtime.core.event_stream import EventParser
 
 LEAVE_S = 2.0
-"""How long an app may take to notice that its connection was cut, before it is cancelled."""
+"""How long an app may take to return after its connection was cut, before it is cancelled."""
 
 
 @dataclass(eq=False)
@@ -49,7 +49,7 @@ class _Cut(_Fault):
 
 @dataclass(eq=False)
 class Stall(_Fault):
-    """Requests whose client stops reading."""
+    """Clients that stop reading until `release`."""
 
     after: int
     released: anyio.Event = field(default_factory=anyio.Event)
@@ -58,48 +58,48 @@ class Stall(_Fault):
         return f"stalled after {self.after} events"
 
     def release(self) -> None:
-        """The clients read on, those to come as well. On the loop of the app."""
+        """Let the clients continue, including future ones. Call it on the event loop of the app."""
         self.released.set()
 
 
 class Faults:
-    """The app, on bad connections: `faults = Faults(app)`, and `faults` goes to the client or to the server.
+    """The app with bad connections: create `faults = Faults(app)`, and pass `faults` to the client or the server.
 
-    Each call below plans a fault for the next `times` requests whose path begins with `path`; what was planned first
-    comes first, one to a request. Preflights (OPTIONS) and lifespans pass. `happened` tells what came true.
+    Each method plans a fault for the next `times` requests whose path starts with `path`. Each request gets one fault,
+    the one planned first. Preflights (OPTIONS) and lifespans pass unchanged.
     """
 
     def __init__(self, app: App) -> None:
         self.app = app
         self.happened: list[str] = []
-        """A line for each fault that took place: `GET /events cut after 2 events`."""
+        """One line per fault that happened: `GET /events cut after 2 events`."""
         self._planned: list[_Fault] = []
 
     def refuse(
         self, status: int = 503, *, times: float = 1, path: str = "/", headers: Mapping[str, str] | None = None
     ) -> None:
-        """Answer with this status and a short text; the app is not called. `times` may be `math.inf`."""
+        """Respond with this status and a short text without calling the app. `times` can be `math.inf`."""
         self._planned.append(_Refusal(path, times, status, headers or {}))
 
     def cut(self, after: int = 0, *, mid_event: bool = False, times: float = 1, path: str = "/") -> None:
-        """Lose the connection behind so many events, or with `mid_event` behind half of the one that follows.
+        """Cut the connection after this many events; with `mid_event`, in the middle of the next one.
 
-        The app gets `http.disconnect` and what it sends goes nowhere, as when a peer is gone; it is cancelled if it
-        takes no notice for 2 seconds. The client gets what was sent until then and no end of the body: a server closes
-        the connection. A body that ends before is not cut.
+        The app receives `http.disconnect`, and what it sends is discarded, as with a disconnected client; it is
+        cancelled if it does not return within 2 seconds. The client receives what was sent before, without the end of
+        the body: a real server closes the connection. A body that ends earlier is not cut.
         """
         self._planned.append(_Cut(path, times, after, mid_event))
 
     def stall(self, after: int = 0, *, times: float = 1, path: str = "/") -> Stall:
-        """Have the client read no more behind so many events: the app's `send` waits, until the client is gone or
-        `release()` of what this returns is called.
+        """Stop reading after this many events. The app's `send` waits until the client disconnects, or until
+        `release()` is called on the returned object.
         """
         stall = Stall(path, times, after)
         self._planned.append(stall)
         return stall
 
     def clear(self) -> None:
-        """Forget what is planned. What is under way goes on."""
+        """Remove all planned faults. Faults that already happen continue."""
         self._planned.clear()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -108,19 +108,19 @@ class Faults:
             await self.app(scope, receive, send)
             return
 
-        def happens() -> None:
+        def record() -> None:
             self.happened.append(f"{scope['method']} {scope['path']} {fault.describe()}")
 
         if isinstance(fault, _Refusal):
-            happens()
+            record()
             await _refuse(fault, send)
         else:
             connection: _CutConnection | _StalledConnection
             if isinstance(fault, _Cut):
-                connection = _CutConnection(fault, receive, send, happens)
+                connection = _CutConnection(fault, receive, send, record)
             else:
                 assert isinstance(fault, Stall)
-                connection = _StalledConnection(fault, receive, send, happens)
+                connection = _StalledConnection(fault, receive, send, record)
             await connection.run(self.app, scope)
 
     def _next(self, scope: Scope) -> _Fault | None:
@@ -150,7 +150,7 @@ class _Events:
         self._parser = EventParser()
 
     def feed_until(self, wanted: int, body: bytes) -> int | None:
-        """Return the offset in these bytes at which so many are complete. None: not in here, and all is fed."""
+        """Return the offset at which `wanted` events are complete. None if that is not within these bytes."""
         at = 0
         for line in body.splitlines(keepends=True):
             at += len(line)
@@ -161,13 +161,13 @@ class _Events:
 
 
 class _CutConnection:
-    """Loses its peer at the place that the fault says. The app runs in the caller's task."""
+    """Disconnects where the fault says. The app runs in the caller's task."""
 
-    def __init__(self, fault: _Cut, receive: Receive, send: Send, happens: Callable[[], None]) -> None:
+    def __init__(self, fault: _Cut, receive: Receive, send: Send, record: Callable[[], None]) -> None:
         self._fault = fault
         self._receive = receive
         self._send = send
-        self._happens = happens
+        self._record = record
         self._events = _Events()
         self._lost = False
         self._receiving: set[anyio.CancelScope] = set()
@@ -190,7 +190,7 @@ class _CutConnection:
     async def send(self, message: Message) -> None:
         if self._lost:
             return
-        at = self._place(message)
+        at = self._cut_offset(message)
         if at is None:
             await self._send(message)
             return
@@ -200,8 +200,8 @@ class _CutConnection:
             await self._send({"type": "http.response.body", "body": message["body"][:at], "more_body": True})
         self._lose()
 
-    def _place(self, message: Message) -> int | None:
-        """How many bytes of this message get through, if it is the last of which some do."""
+    def _cut_offset(self, message: Message) -> int | None:
+        """How many bytes of this message the client still receives. None if the cut comes later."""
         fault = self._fault
         if message["type"] != "http.response.body":
             at_once = message["type"] == "http.response.start" and not fault.after and not fault.mid_event
@@ -216,7 +216,7 @@ class _CutConnection:
         return at + max(1, (self._events.feed_until(fault.after + 1, rest) or len(rest)) // 2)
 
     def _lose(self) -> None:
-        self._happens()
+        self._record()
         self._lost = True
         self._running.deadline = anyio.current_time() + LEAVE_S
         for scope in tuple(self._receiving):
@@ -224,16 +224,19 @@ class _CutConnection:
 
 
 class _StalledConnection:
-    """Its peer stops to read at the place that the fault says, and is watched while nobody else does."""
+    """Stops reading where the fault says.
 
-    def __init__(self, fault: Stall, receive: Receive, send: Send, happens: Callable[[], None]) -> None:
+    While the app waits in `send`, this watches for the disconnect, as the app may not be in `receive`.
+    """
+
+    def __init__(self, fault: Stall, receive: Receive, send: Send, record: Callable[[], None]) -> None:
         self._fault = fault
         self._receive = receive
         self._send = send
-        self._happens = happens
+        self._record = record
         self._events = _Events()
         self._stalled = False
-        self._gone = False
+        self._disconnected = False
         self._early: deque[Message] = deque()
         self._receiving = anyio.Lock()
 
@@ -245,10 +248,10 @@ class _StalledConnection:
             return self._early.popleft() if self._early else await self._take()
 
     async def _take(self) -> Message:
-        if self._gone:
+        if self._disconnected:
             return {"type": "http.disconnect"}
         message = await self._receive()
-        self._gone = message["type"] == "http.disconnect"
+        self._disconnected = message["type"] == "http.disconnect"
         return message
 
     async def send(self, message: Message) -> None:
@@ -269,16 +272,16 @@ class _StalledConnection:
     async def _wait_for_reader(self) -> None:
         if not self._stalled:
             self._stalled = True
-            self._happens()
+            self._record()
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(self._watch, tasks.cancel_scope)
             await self._fault.released.wait()
             tasks.cancel_scope.cancel()
 
     async def _watch(self, waiting: anyio.CancelScope) -> None:
-        while not self._gone:
+        while not self._disconnected:
             async with self._receiving:
                 message = await self._take()
-                if not self._gone:
+                if not self._disconnected:
                     self._early.append(message)
         waiting.cancel()

@@ -1,6 +1,6 @@
-"""The lifespan of an ASGI app, as a server drives it. Spec: ASGI, lifespan protocol 2.0.
+"""Drives the lifespan of an ASGI app as a server does. Spec: ASGI, lifespan protocol 2.0.
 
-It runs in a task of its own, so that a fixture may start it in one task and end it in another.
+It runs in a separate task, so that a fixture can start it in one task and stop it in another.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from asgi_realtime.testing.driver import LEAVE_S, at_most
 
 
 class Lifespan:
-    """Starts an app and ends it. `state` is what the app left there for its requests."""
+    """Starts and stops an app. `state` is what its start-up provides to its requests."""
 
     def __init__(self, app: App, *, timeout: float | None) -> None:
         self.state: dict[str, Any] = {}
         self._app = app
         self._timeout = timeout
-        self._asked = False  # the app has asked for the first message, so it knows lifespans
+        self._supported = False  # the app received the first message, so it supports lifespans
         self._stopping = anyio.Event()
         self._started = anyio.Event()
         self._over = anyio.Event()
-        self._refused: list[str] = []
+        self._failures: list[str] = []
         self._raised: list[BaseException] = []
         self._calls: set[anyio.Event] = set()
         self._supervisor = Supervisor(context=contextvars.copy_context(), drain=self._over.wait)
 
     async def start(self) -> None:
-        """Raises what the start-up raised, or `RuntimeError` with its message. An app without a lifespan is fine."""
+        """Raise what the start-up raises, or `RuntimeError` with its message. An app without a lifespan starts too."""
         self._supervisor.start()
         self._supervisor.spawn_detached(self._run)
         try:
@@ -46,7 +46,7 @@ class Lifespan:
             raise
 
     def spawn(self, call: Callable[[], Awaitable[None]]) -> None:
-        """Run a call of the app, until the stop at the latest. What it raises is logged."""
+        """Run a call of the app in the background, until the stop at the latest. What it raises is logged."""
         done = anyio.Event()
 
         async def run() -> None:
@@ -60,7 +60,7 @@ class Lifespan:
         self._supervisor.spawn(run)
 
     async def stop(self) -> None:
-        """Raises what the shutdown raised, or `RuntimeError` with its message. As a server it waits for calls first."""
+        """Raise what the shutdown raises, or `RuntimeError` with its message. Like a server, wait for calls first."""
         with anyio.move_on_after(LEAVE_S):
             for done in tuple(self._calls):
                 await done.wait()
@@ -80,10 +80,10 @@ class Lifespan:
             await self._supervisor.wait_ended()
 
     def _check(self, what: str) -> None:
-        if self._raised and self._asked:
+        if self._raised and self._supported:
             raise self._raised[0]
-        if self._refused:
-            raise RuntimeError(f"the app could not {what}: {self._refused[0] or 'it gave no reason'}")
+        if self._failures:
+            raise RuntimeError(f"the app could not {what}: {self._failures[0] or 'no reason given'}")
 
     async def _run(self) -> None:
         scope = {"type": "lifespan", "asgi": {"version": "3.0", "spec_version": "2.0"}, "state": self.state}
@@ -98,8 +98,8 @@ class Lifespan:
             self._over.set()
 
     async def _receive(self) -> Message:
-        if not self._asked:
-            self._asked = True
+        if not self._supported:
+            self._supported = True
             return {"type": "lifespan.startup"}
         await self._stopping.wait()
         return {"type": "lifespan.shutdown"}
@@ -107,10 +107,10 @@ class Lifespan:
     async def _send(self, message: Message) -> None:
         kind = message["type"]
         assert kind.startswith("lifespan."), (
-            f"the app answered its lifespan with {kind}: it seems to know requests only"
+            f"the app responded to its lifespan with {kind}; pass lifespan=False if it handles only requests"
         )
         if kind.endswith(".failed"):
-            self._refused.append(message.get("message", ""))
+            self._failures.append(message.get("message", ""))
         self._started.set()
         if kind != "lifespan.startup.complete":
             self._over.set()

@@ -1,7 +1,7 @@
-"""The pytest fixtures of `asgi_realtime.testing`, found by pytest through an entry point.
+"""The pytest fixtures of `asgi_realtime.testing`, which pytest finds through an entry point.
 
-They are sync and return what the test then opens, so they work under pytest-asyncio and anyio's plugin.
-Nothing happens unless a test asks for one.
+They are plain functions whose results the test opens, so they work with pytest-asyncio and with anyio's plugin.
+The plugin does nothing unless a test requests one of them.
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ def realtime_clock() -> FakeClock:
 
 @pytest.fixture
 def realtime_factory(realtime_clock: FakeClock) -> Callable[..., Realtime]:
-    """Makes a `Realtime` that goes by `realtime_clock`: memory broker, one secret, quick timeouts, no signal handlers.
+    """Creates a `Realtime` on `realtime_clock`: memory broker, a test secret, short timeouts, no signal handlers.
 
-    Its arguments are those of `Realtime` and come before these.
+    It accepts the arguments of `Realtime`, which override these.
     """
     from asgi_realtime import Realtime, Timeouts
 
     def make(**settings: Any) -> Realtime:
         quick = Timeouts(tick=0.02, drain=0.1, cancel=1.0, close=1.0)
-        usual: dict[str, Any] = {"secret_key": SECRET, "signals": False, "timeouts": quick, "clock": realtime_clock}
-        return Realtime(**(usual | settings))
+        defaults: dict[str, Any] = {"secret_key": SECRET, "signals": False, "timeouts": quick, "clock": realtime_clock}
+        return Realtime(**(defaults | settings))
 
     return make
 
 
 @pytest.fixture
 def realtime_client() -> Callable[..., AsgiClient]:
-    """`AsgiClient`: `async with realtime_client(app) as client:` starts the app and gives live responses."""
+    """`AsgiClient`: `async with realtime_client(app) as client:` starts the app; its responses are live."""
     from asgi_realtime.testing.client import AsgiClient
 
     return AsgiClient

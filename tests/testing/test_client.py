@@ -1,4 +1,4 @@
-"""The client for the tests of an app: its start and end, answers, live bodies, and what goes wrong."""
+"""The client for tests of an app: start-up and shutdown, responses, live bodies, and failures."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ async def count(send: Any) -> None:
         await chunk(send, b"data: %d\n\n" % number)
 
 
-def answers(*chunks: bytes, raises: Exception | None = None, ends: bool = True) -> App:
-    """An app without a lifespan that sends these and then ends, raises or does neither."""
+def responding(*chunks: bytes, raises: Exception | None = None, ends: bool = True) -> App:
+    """An app without a lifespan that sends these chunks and then ends, raises, or keeps the body open."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         assert scope["type"] == "http"
@@ -60,10 +60,10 @@ def with_lifespan(log: list[str], *, fails_in: str = "") -> FastAPI:
         log.append("start")
         if fails_in == "start":
             raise LookupError("no database")
-        yield {"name": "from the start"}
+        yield {"name": "from the start-up"}
         log.append("end")
         if fails_in == "end":
-            raise LookupError("no farewell")
+            raise LookupError("no shutdown")
 
     app = FastAPI(lifespan=lifespan)
 
@@ -88,7 +88,7 @@ def with_lifespan(log: list[str], *, fails_in: str = "") -> FastAPI:
     return app
 
 
-async def test_it_starts_the_app_and_ends_it() -> None:
+async def test_it_starts_and_stops_the_app() -> None:
     log: list[str] = []
     async with AsgiClient(with_lifespan(log)) as client:
         assert log == ["start"]
@@ -96,7 +96,7 @@ async def test_it_starts_the_app_and_ends_it() -> None:
     assert log == ["start", "end"]
 
 
-async def test_what_a_request_carries() -> None:
+async def test_a_request_has_the_options_of_the_client_and_the_call() -> None:
     async with AsgiClient(with_lifespan([]), token="one", headers={"X-A": "1"}) as client:
         first = await client.post("/echo?a=1%202", json={"b": [1]})
         assert first.status_code == 200
@@ -104,7 +104,7 @@ async def test_what_a_request_carries() -> None:
             "json": {"b": [1]},
             "query": {"a": "1 2"},
             "headers": {"authorization": "Bearer one", "x-a": "1", "last-event-id": None, "host": "localhost"},
-            "state": "from the start",
+            "state": "from the start-up",
         }
         options: dict[str, Any] = {"token": "two", "headers": {"x-a": "2"}, "last_event_id": "7", "query": {"c": "&"}}
         other = (await client.post("/echo", json=None, body=b"null", **options)).json()
@@ -117,7 +117,7 @@ async def test_what_a_request_carries() -> None:
         }
 
 
-async def test_a_start_up_that_fails_raises_what_it_raised() -> None:
+async def test_a_failing_start_up_raises_its_error() -> None:
     log: list[str] = []
     with pytest.raises(LookupError, match="no database"):
         async with AsgiClient(with_lifespan(log, fails_in="start")):
@@ -136,39 +136,39 @@ def with_work(background: Callable[[], Awaitable[None]]) -> FastAPI:
     return app
 
 
-async def test_background_tasks_go_on_behind_the_answer() -> None:
-    """They were cancelled after two seconds, and the answer came only then."""
+async def test_background_tasks_continue_after_the_response() -> None:
+    """They were cancelled after two seconds, and the response came only then."""
     log: list[str] = []
-    told = anyio.Event()
+    release = anyio.Event()
 
     async def background() -> None:
-        log.append("begins")
-        await told.wait()
+        log.append("started")
+        await release.wait()
         await anyio.sleep(0.02)
-        log.append("ends")
+        log.append("ended")
 
     async with AsgiClient(with_work(background)) as client:
         assert (await client.post("/work")).json() == "accepted"
-        assert log == ["begins"]
-        told.set()
-    assert log == ["begins", "ends"]
+        assert log == ["started"]
+        release.set()
+    assert log == ["started", "ended"]
 
 
-async def test_a_background_task_that_fails_late_is_logged(caplog: pytest.LogCaptureFixture) -> None:
-    told = anyio.Event()
+async def test_a_late_failure_of_a_background_task_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    release = anyio.Event()
 
     async def background() -> None:
-        await told.wait()
+        await release.wait()
         raise LookupError("no mail server")
 
     async with AsgiClient(with_work(background)) as client:
         await client.post("/work")
-        told.set()
+        release.set()
     assert "no mail server" in caplog.text
 
 
-async def test_a_start_up_that_exits_raises_that() -> None:
-    """The app was taken for one without a start-up."""
+async def test_a_start_up_that_exits_raises_system_exit() -> None:
+    """The app was mistaken for one without a start-up."""
 
     async def exits(scope: Any, receive: Any, send: Any) -> None:
         await receive()
@@ -179,8 +179,8 @@ async def test_a_start_up_that_exits_raises_that() -> None:
             raise AssertionError("not reached")
 
 
-async def test_a_shutdown_that_fails_raises_unless_the_test_failed_before() -> None:
-    with pytest.raises(LookupError, match="no farewell"):
+async def test_a_failing_shutdown_raises_unless_the_test_failed_first() -> None:
+    with pytest.raises(LookupError, match="no shutdown"):
         async with AsgiClient(with_lifespan([], fails_in="end")):
             pass
     with pytest.raises(KeyError, match="first"):
@@ -189,7 +189,7 @@ async def test_a_shutdown_that_fails_raises_unless_the_test_failed_before() -> N
 
 
 @pytest.mark.parametrize("when", ["startup", "shutdown"])
-async def test_a_failure_that_the_app_reports_and_does_not_raise(when: str) -> None:
+async def test_a_failure_that_the_app_reports_instead_of_raising(when: str) -> None:
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await receive()
         if when == "startup":
@@ -204,24 +204,24 @@ async def test_a_failure_that_the_app_reports_and_does_not_raise(when: str) -> N
             assert when == "shutdown"
 
 
-async def test_an_app_without_a_lifespan_is_fine() -> None:
-    async with AsgiClient(answers(b"hello")) as client:
+async def test_an_app_without_a_lifespan_can_be_used() -> None:
+    async with AsgiClient(responding(b"hello")) as client:
         assert (await client.get("/")).text == "hello"
 
 
-async def test_an_app_that_takes_every_scope_for_a_request_is_told() -> None:
+async def test_an_app_that_treats_its_lifespan_as_a_request_is_reported() -> None:
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await receive()
         await head(send)
 
-    with pytest.raises(AssertionError, match="answered its lifespan with http.response.start"):
+    with pytest.raises(AssertionError, match="responded to its lifespan with http.response.start; pass lifespan=False"):
         async with AsgiClient(app):
             raise AssertionError("not reached")
     async with AsgiClient(app, lifespan=False) as client, client.stream("/") as response:
         assert response.status_code == 200
 
 
-async def test_an_app_that_never_starts_or_ends_is_a_timeout_and_cancelled() -> None:
+async def test_an_app_that_never_starts_or_stops_times_out_and_is_cancelled() -> None:
     log: list[str] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -245,7 +245,7 @@ async def test_an_app_that_never_starts_or_ends_is_a_timeout_and_cancelled() -> 
     assert log == ["cancelled", "cancelled"]
 
 
-async def test_cancelling_the_start_ends_it() -> None:
+async def test_cancelling_the_start_up_ends_it() -> None:
     ended = anyio.Event()
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -259,8 +259,8 @@ async def test_cancelling_the_start_ends_it() -> None:
     assert scope.cancelled_caught and ended.is_set()
 
 
-async def test_the_lifespan_may_end_in_another_task_than_it_began() -> None:
-    """As with the fixtures of pytest-asyncio."""
+async def test_the_lifespan_can_end_in_another_task_than_it_started() -> None:
+    """As with fixtures of pytest-asyncio."""
     log: list[str] = []
     client = AsgiClient(with_lifespan(log))
     for step in (client.__aenter__, lambda: client.__aexit__(None, None, None)):
@@ -277,7 +277,7 @@ def test_it_runs_on_a_loop_that_anyio_did_not_start(anyio_backend_name: str) -> 
     run_without_anyio(main, anyio_backend_name)
 
 
-async def test_other_frameworks_start_and_answer(anyio_backend_name: str) -> None:
+async def test_other_frameworks_start_and_respond(anyio_backend_name: str) -> None:
     log: list[str] = []
 
     async def on_startup() -> None:
@@ -293,7 +293,7 @@ async def test_other_frameworks_start_and_answer(anyio_backend_name: str) -> Non
     assert log[:1] == ["litestar"] and (log[1:] == ["quart"]) == (anyio_backend_name == "asyncio")
 
 
-async def test_events_come_one_by_one_and_leaving_early_ends_the_app() -> None:
+async def test_events_arrive_one_by_one_and_leaving_early_ends_the_app() -> None:
     log: list[str] = []
     async with AsgiClient(with_lifespan(log)) as client:
         async with client.stream("/numbers/") as response:
@@ -307,15 +307,15 @@ async def test_events_come_one_by_one_and_leaving_early_ends_the_app() -> None:
         assert "left" in log
 
 
-async def test_several_streams_at_once_each_at_its_own_pace() -> None:
+async def test_concurrent_streams_are_independent() -> None:
     async with AsgiClient(with_lifespan([])) as client:
         async with client.stream("/numbers/") as one, client.stream("/numbers/") as other:
             assert [(await one.next_event()).data for _ in range(3)] == ["0", "1", "2"]
             assert (await other.next_event()).data == "0"
 
 
-async def test_events_of_one_chunk_are_kept_for_later() -> None:
-    async with AsgiClient(answers(b"data: 1\n\ndata: 2\n\ndata: 3\n\nda", b"ta: 4\n\n")) as client:
+async def test_further_events_of_a_chunk_are_saved() -> None:
+    async with AsgiClient(responding(b"data: 1\n\ndata: 2\n\ndata: 3\n\nda", b"ta: 4\n\n")) as client:
         async with client.stream("/") as response:
             assert (await response.next_event()).data == "1"
             assert len(response.events) == 1
@@ -326,25 +326,25 @@ async def test_events_of_one_chunk_are_kept_for_later() -> None:
                 await response.next_event()
 
 
-async def test_a_timeout_says_what_was_seen() -> None:
+async def test_a_timeout_shows_what_was_read() -> None:
     events = b"".join(b"event: chunk\ndata: %d\n\n" % number for number in range(7))
-    async with AsgiClient(answers(events, b":\n\n", ends=False)) as client:
+    async with AsgiClient(responding(events, b":\n\n", ends=False)) as client:
         async with client.stream("/") as response:
             for _ in range(7):
                 await response.next_event()
             with pytest.raises(TimeoutError) as caught:
                 await response.next_event(timeout=0.05)
-            told = str(caught.value)
-            assert told.startswith(
+            message = str(caught.value)
+            assert message.startswith(
                 "no event came within 0.05 s; the app responded with 200; read so far: events 2 earlier ones, "
             )
-            assert told.endswith("chunk '5', chunk '6'")
+            assert message.endswith("chunk '5', chunk '6'")
             with pytest.raises(TimeoutError, match="no event came within"):
                 [event async for event in response.aiter_events(timeout=0.05)]
 
 
-async def test_the_timeout_of_the_client_holds_everywhere() -> None:
-    async with AsgiClient(answers(b"data: 1\n\n", ends=False), timeout=0.05) as client:
+async def test_the_timeout_of_the_client_applies_to_every_wait() -> None:
+    async with AsgiClient(responding(b"data: 1\n\n", ends=False), timeout=0.05) as client:
         async with client.stream("/") as response:
             assert (await response.next_event()).data == "1"
             with pytest.raises(TimeoutError, match="no chunk came within 0.05 s"):
@@ -358,7 +358,7 @@ async def test_the_timeout_of_the_client_holds_everywhere() -> None:
             await client.get("/x")
 
 
-async def test_an_app_that_does_not_answer_is_a_timeout() -> None:
+async def test_an_app_that_does_not_respond_times_out() -> None:
     async def app(scope: Any, receive: Any, send: Any) -> None:
         assert scope["type"] == "http"
         while (await receive())["type"] != "http.disconnect":
@@ -369,8 +369,8 @@ async def test_an_app_that_does_not_answer_is_a_timeout() -> None:
             await client.get("/x", timeout=0.05)
 
 
-async def test_what_the_app_raises_in_a_stream_comes_out() -> None:
-    async with AsgiClient(answers(b"data: 1\n\n", raises=LookupError("broken"))) as client:
+async def test_an_error_of_the_app_in_a_stream_is_raised() -> None:
+    async with AsgiClient(responding(b"data: 1\n\n", raises=LookupError("broken"))) as client:
         with pytest.raises(LookupError, match="broken"):
             async with client.stream("/") as response:
                 assert [event.data async for event in response.aiter_events()] == ["1"]
@@ -379,8 +379,8 @@ async def test_what_the_app_raises_in_a_stream_comes_out() -> None:
             await client.get("/")
 
 
-async def test_the_failure_of_a_test_names_the_error_of_the_app_as_its_cause() -> None:
-    async with AsgiClient(answers(b"data: 1\n\n", raises=LookupError("broken"))) as client:
+async def test_the_error_of_the_app_is_the_cause_of_the_failure_of_the_test() -> None:
+    async with AsgiClient(responding(b"data: 1\n\n", raises=LookupError("broken"))) as client:
         with pytest.raises(anyio.EndOfStream, match="was cut off") as caught:
             async with client.stream("/") as response:
                 await response.next_event()
@@ -389,9 +389,9 @@ async def test_the_failure_of_a_test_names_the_error_of_the_app_as_its_cause() -
 
 
 @pytest.mark.parametrize("leave", [pytest.skip, pytest.fail])
-async def test_a_test_may_skip_or_fail_inside_of_a_stream(leave: Any) -> None:
-    """These are no `Exception`, and pytest does not know them in a group."""
-    async with AsgiClient(answers(b"data: 1\n\n")) as client:
-        with pytest.raises(leave.Exception, match="so"):
+async def test_a_test_can_skip_or_fail_inside_a_stream(leave: Any) -> None:
+    """Their exceptions are not `Exception`s, and pytest does not recognize them in a group."""
+    async with AsgiClient(responding(b"data: 1\n\n")) as client:
+        with pytest.raises(leave.Exception, match="reason"):
             async with client.stream("/"):
-                leave("so")
+                leave("reason")

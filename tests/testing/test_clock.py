@@ -1,4 +1,4 @@
-"""The clock that stands still, and the library that goes by it."""
+"""The fake clock, and the library on it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.inprocess import GUARD_S, SECRET, ended
 pytestmark = pytest.mark.anyio
 
 NEVER = Timeouts(tick=3600.0, drain=0.02)
-"""The ticker never comes by itself in these tests: what happens is the clock's doing."""
+"""The ticker never fires in these tests, so only the clock makes things happen."""
 
 
 def make(clock: FakeClock, **settings: object) -> Realtime:
@@ -20,7 +20,7 @@ def make(clock: FakeClock, **settings: object) -> Realtime:
     return Realtime(clock=clock, **options)  # type: ignore[arg-type]
 
 
-def test_it_stands_still_and_moves_by_spans() -> None:
+def test_it_stands_still_until_it_is_moved() -> None:
     clock = FakeClock(1000.0)
     steady = clock.steady()
     assert clock() == clock() == 1000.0
@@ -33,7 +33,7 @@ def test_it_stands_still_and_moves_by_spans() -> None:
         clock.move(-1)
 
 
-async def test_advance_without_anyone_who_goes_by_it() -> None:
+async def test_advance_without_a_follower() -> None:
     clock = FakeClock(1000.0)
     await clock.advance("15m")
     assert clock() == 1900.0
@@ -74,7 +74,7 @@ async def test_a_subscription_ends_with_its_token_at_once() -> None:
                 assert response.ended
 
 
-async def test_a_heartbeat_comes_without_waiting() -> None:
+async def test_a_heartbeat_is_sent_without_a_real_wait() -> None:
     clock = FakeClock()
     realtime = make(clock)
     async with realtime, realtime.open_run("sample") as run:
@@ -82,12 +82,12 @@ async def test_a_heartbeat_comes_without_waiting() -> None:
             async with client.stream(f"/v1/runs/{run.id}") as response:
                 await response.read_until("ready")
                 for _ in range(2):
-                    await anyio.wait_all_tasks_blocked()  # it sleeps now, until there is something to send
+                    await anyio.wait_all_tasks_blocked()  # it now waits for something to send
                     await clock.advance("16s")
                     assert await response.chunk() == b": heartbeat\n\n"
 
 
-async def test_runs_begin_expire_and_go() -> None:
+async def test_delayed_runs_start_and_ended_runs_expire() -> None:
     clock = FakeClock()
     realtime = make(clock, retention=Retention(after_end=3600.0))
 
@@ -108,14 +108,14 @@ async def test_runs_begin_expire_and_go() -> None:
             await realtime.get_run(late)
 
 
-async def test_a_run_that_waits_expires_and_one_that_runs_does_not_crash() -> None:
+async def test_a_queued_run_expires_while_an_executing_one_survives() -> None:
     clock = FakeClock()
     realtime = make(clock)
-    go_on = anyio.Event()
+    release = anyio.Event()
 
     @realtime.task("busy", concurrency_limit=1)
     async def busy() -> str:
-        await go_on.wait()
+        await release.wait()
         return current_run().id
 
     async with realtime:
@@ -124,15 +124,15 @@ async def test_a_run_that_waits_expires_and_one_that_runs_does_not_crash() -> No
             if record.status is Status.EXECUTING:
                 break
         second = await realtime.trigger(busy, ttl="5m")
-        await clock.advance("6m")  # longer than a lease, too
+        await clock.advance("6m")  # longer than a lease
         assert (await realtime.get_run(second)).status is Status.EXPIRED
         assert (await realtime.get_run(first)).status is Status.EXECUTING
-        go_on.set()
+        release.set()
         with anyio.fail_after(GUARD_S):
             assert await first.result() == first.id
 
 
-async def test_it_moves_each_realtime_that_goes_by_it_and_none_that_has_stopped() -> None:
+async def test_it_moves_every_running_realtime_on_it() -> None:
     clock = FakeClock()
     realtimes = [make(clock) for _ in range(3)]
     handles = []

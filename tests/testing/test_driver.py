@@ -18,7 +18,7 @@ async def echo(scope: Any, receive: Any, send: Any) -> None:
 
 
 class Endless:
-    """Sends numbers until the client is gone, and counts what it got rid of."""
+    """Sends numbers until the client disconnects, and counts what it sent."""
 
     def __init__(self) -> None:
         self.sent = 0
@@ -39,14 +39,14 @@ class Endless:
             self.sent += 1
 
 
-async def test_a_whole_response() -> None:
+async def test_a_complete_response() -> None:
     response = await AsgiClient(echo).post("/a b", query={"q": "1 2"}, body=b"hello")
     assert (response.status_code, response.body) == (201, b"hello|q=1+2")
     assert response.headers == {"x-method": "POST", "vary": "a, b"}
     assert response.scope["raw_path"] == b"/a%20b"
 
 
-async def test_a_live_body_has_back_pressure_and_leaving_is_a_disconnect() -> None:
+async def test_a_live_body_has_backpressure_and_leaving_is_a_disconnect() -> None:
     app = Endless()
     async with AsgiClient(app).stream("/") as response:
         assert await response.chunk() == b"id: 0\ndata: x\n\n"
@@ -57,7 +57,7 @@ async def test_a_live_body_has_back_pressure_and_leaving_is_a_disconnect() -> No
     assert app.left
 
 
-async def test_iteration_gives_the_chunks_as_they_were_sent() -> None:
+async def test_iteration_yields_the_chunks_as_sent() -> None:
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await send({"type": "http.response.start", "status": 200})
         for body in (b"a", b"", b"bc"):
@@ -71,7 +71,7 @@ async def test_iteration_gives_the_chunks_as_they_were_sent() -> None:
         assert response.ended
 
 
-async def test_what_the_app_raises_is_raised_here() -> None:
+async def test_an_error_of_the_app_is_raised() -> None:
     async def broken(scope: Any, receive: Any, send: Any) -> None:
         if scope["path"] == "/late":
             await send({"type": "http.response.start", "status": 200})
@@ -82,7 +82,7 @@ async def test_what_the_app_raises_is_raised_here() -> None:
             await AsgiClient(broken).get(path)
 
 
-async def test_an_app_that_answers_nothing_is_an_error() -> None:
+async def test_an_app_without_a_response_is_an_error() -> None:
     async def silent(scope: Any, receive: Any, send: Any) -> None:
         return None
 
@@ -90,7 +90,7 @@ async def test_an_app_that_answers_nothing_is_an_error() -> None:
         await AsgiClient(silent).get("/")
 
 
-async def test_what_the_caller_raises_comes_out_as_it_is() -> None:
+async def test_an_error_of_the_caller_is_not_wrapped() -> None:
     app = Endless()
     with pytest.raises(KeyError, match="mine"):
         async with AsgiClient(app).stream("/"):
@@ -98,7 +98,7 @@ async def test_what_the_caller_raises_comes_out_as_it_is() -> None:
     assert app.left
 
 
-async def test_an_app_that_does_not_notice_is_cancelled(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_app_that_ignores_the_disconnect_is_cancelled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(driver, "LEAVE_S", 0.01)
 
     async def deaf(scope: Any, receive: Any, send: Any) -> None:
@@ -109,7 +109,7 @@ async def test_an_app_that_does_not_notice_is_cancelled(monkeypatch: pytest.Monk
         assert response.status_code == 200
 
 
-async def test_read_until_says_what_there_was_instead() -> None:
+async def test_read_until_shows_the_events_found_instead() -> None:
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await send({"type": "http.response.start", "status": 200})
         await send({"type": "http.response.body", "body": b": hi\n\nevent: a\ndata: 1\n\n"})
@@ -121,7 +121,7 @@ async def test_read_until_says_what_there_was_instead() -> None:
         assert [event.event for event in response.events] == ["a"]
 
 
-async def test_a_whole_answer_says_if_it_was_cut() -> None:
+async def test_a_response_shows_that_it_was_cut_off() -> None:
     async def unfinished(scope: Any, receive: Any, send: Any) -> None:
         await send({"type": "http.response.start", "status": 200})
         await send({"type": "http.response.body", "body": b"half", "more_body": True})

@@ -1,4 +1,4 @@
-"""Connections that fail as told: in process, and under a real server with a real client."""
+"""Planned faults: in process, and under a real server with a real client."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.anyio
 
 
 class Numbers:
-    """Sends numbers, `per_chunk` events a chunk, until its client is gone. Notes what became of it."""
+    """Sends numbers, `per_chunk` events per chunk, until its client disconnects. `how` is the way it ended."""
 
     def __init__(self, *, per_chunk: int = 1, watches: bool = True, ends_after: float = math.inf) -> None:
         self.per_chunk = per_chunk
@@ -68,7 +68,7 @@ async def data_of(response: StreamedResponse) -> list[str]:
 
 @pytest.mark.parametrize("per_chunk", [1, 3, 5])
 @pytest.mark.parametrize("after", [0, 1, 4])
-async def test_a_cut_lets_exactly_so_many_events_through(per_chunk: int, after: int) -> None:
+async def test_a_cut_comes_after_exactly_the_planned_events(per_chunk: int, after: int) -> None:
     app = Numbers(per_chunk=per_chunk)
     faults = Faults(app)
     faults.cut(after=after)
@@ -77,7 +77,7 @@ async def test_a_cut_lets_exactly_so_many_events_through(per_chunk: int, after: 
             assert await data_of(response) == [str(number) for number in range(after)]
             assert not response.ended and app.how == "left"
         assert faults.happened == [f"GET /x cut after {after} events"]
-        async with client.stream("/x") as response:  # once only
+        async with client.stream("/x") as response:  # only the first request is cut
             assert (await response.next_event()).data == "0"
 
 
@@ -93,7 +93,7 @@ async def test_a_cut_in_the_middle_of_an_event(per_chunk: int, after: int) -> No
         assert faults.happened == [f"GET /x cut after {after} events and half of one"]
 
 
-async def test_a_body_that_ends_before_is_not_cut() -> None:
+async def test_a_body_that_ends_earlier_is_not_cut() -> None:
     faults = Faults(Numbers(ends_after=2))
     faults.cut(after=5)
     async with AsgiClient(faults) as client, client.stream("/x") as response:
@@ -101,7 +101,7 @@ async def test_a_body_that_ends_before_is_not_cut() -> None:
         assert response.ended and not faults.happened
 
 
-async def test_an_app_that_takes_no_notice_of_a_cut_is_cancelled(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_app_that_ignores_a_cut_is_cancelled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("asgi_realtime.testing.faults.LEAVE_S", 0.1)
     app = Numbers(watches=False)
     faults = Faults(app)
@@ -111,7 +111,7 @@ async def test_an_app_that_takes_no_notice_of_a_cut_is_cancelled(monkeypatch: py
         assert app.how == "cancelled" and app.sent > 1
 
 
-async def test_a_stall_holds_the_send_until_it_is_released() -> None:
+async def test_a_stall_blocks_send_until_its_release() -> None:
     app = Numbers()
     faults = Faults(app)
     stall = faults.stall(after=2)
@@ -146,7 +146,7 @@ async def test_a_stall_ends_with_its_client(watches: bool) -> None:
         assert app.how == ("left" if watches else "ended")
 
 
-async def test_a_stall_keeps_the_request_for_an_app_that_reads_it_late() -> None:
+async def test_a_stall_saves_the_request_body_for_an_app_that_reads_it_late() -> None:
     async def app(scope: Any, receive: Any, send: Any) -> None:
         assert scope["type"] == "http"
         await send({"type": "http.response.start", "status": 200})
@@ -177,7 +177,7 @@ async def test_the_library_drops_a_subscriber_that_does_not_read() -> None:
                 assert not realtime.subscribers and faults.happened
 
 
-async def test_refusals_come_so_often_and_where_they_are_planned() -> None:
+async def test_refusals_follow_their_times_and_path() -> None:
     app = Numbers(ends_after=1)
     faults = Faults(app)
     faults.refuse(times=2, path="/x", headers={"Retry-After": "1"})
@@ -195,7 +195,7 @@ async def test_refusals_come_so_often_and_where_they_are_planned() -> None:
         assert faults.happened == ["GET /x refused with 503"] * 2
 
 
-async def test_faults_come_in_the_order_of_the_plan_and_may_be_forgotten() -> None:
+async def test_faults_happen_in_planned_order_and_can_be_cleared() -> None:
     faults = Faults(Numbers(ends_after=2))
     faults.refuse(429)
     faults.cut(after=1)
@@ -234,7 +234,7 @@ async def test_a_client_that_resumes_loses_nothing() -> None:
 
 @contextmanager
 def served(app: Any, http: Any) -> Iterator[str]:
-    """Run uvicorn in a thread; give its address."""
+    """Run uvicorn in a thread; yield its URL."""
     server = uvicorn.Server(uvicorn.Config(app, http=http, log_level="critical", timeout_graceful_shutdown=5))
     with socket.create_server(("127.0.0.1", 0)) as bound:
         thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[bound])))
@@ -272,11 +272,11 @@ def test_a_stall_under_a_server_ends_with_its_client(http: str) -> None:
             parts = response.iter_raw()
             assert next(parts) == b"data: 0\r\n\r\n"
             assert app.how == ""
-        until_now(lambda: app.how == "ended")
+        wait_until(lambda: app.how == "ended")
 
 
-def until_now(fact: Callable[[], bool]) -> None:
-    """Wait until something is so, in a thread that has no loop."""
+def wait_until(fact: Callable[[], bool]) -> None:
+    """Wait in a thread without a loop."""
     give_up = time.monotonic() + GUARD_S
     while not fact():
         assert time.monotonic() < give_up
