@@ -1,6 +1,6 @@
 """A Django app in one file: sync and async views, and a page that shows the progress of a job.
 
-It needs Django and a server: `pip install . django 'uvicorn[standard]'`, then `uvicorn examples.django_asgi:app`.
+To run it: `pip install . django 'uvicorn[standard]'`, then `uvicorn examples.django_asgi:app`.
 """
 
 import math
@@ -24,7 +24,7 @@ realtime = Realtime(secret_key=os.environ.get("REALTIME_SECRET_KEY") or secrets.
 
 @realtime.task("primes", max_duration="1m")
 def primes(limit: int, run: Run) -> dict[str, int]:
-    """A `def` task has a thread of its own, so it may compute, or use Django's ORM."""
+    """A `def` task runs in its own thread, so it can compute or use Django's ORM."""
     found = 0
     for number in range(2, limit + 1):
         if all(number % divisor for divisor in range(2, math.isqrt(number) + 1)):
@@ -36,7 +36,7 @@ def primes(limit: int, run: Run) -> dict[str, int]:
 
 def index(request: HttpRequest) -> HttpResponse:
     response = HttpResponse(PAGE.replace("CSRF_TOKEN", get_token(request)))
-    user = request.COOKIES.get("user") or secrets.token_urlsafe()  # in place of your own sign-in
+    user = request.COOKIES.get("user") or secrets.token_urlsafe()  # replace this with your own sign-in
     response.set_cookie("user", user, httponly=True, samesite="Lax")
     return response
 
@@ -49,7 +49,7 @@ def start(request: HttpRequest) -> JsonResponse:
 
 
 async def stop(request: HttpRequest, run_id: str) -> HttpResponse:
-    """An async view runs on the event loop, so it awaits."""
+    """An async view runs on the event loop, so it uses `await`."""
     try:
         run = await realtime.get_run(run_id)
     except RunNotFound:
@@ -89,7 +89,7 @@ PAGE = """<!doctype html>
       <span id="status" role="status"></span>
       <button id="stop" type="button" hidden>Stop</button>
     </footer>
-    <p id="numbers" aria-label="The primes that were found"></p>
+    <p id="numbers" aria-label="Primes found so far"></p>
     <script type="module">
       const $ = (id) => document.getElementById(id);
       const post = (path, body) =>
@@ -107,7 +107,7 @@ PAGE = """<!doctype html>
       function open(path, onEvent) {
         const source = new EventSource(`/realtime/v1/${path}?access_token=${run.publicAccessToken}`);
         for (const [name, handler] of Object.entries(onEvent)) source.addEventListener(name, handler);
-        source.addEventListener("end", () => source.close()); // or the browser would connect again
+        source.addEventListener("end", () => source.close()); // otherwise the browser reconnects
         sources.push(source);
       }
 
@@ -133,7 +133,7 @@ settings.configure(
     MIDDLEWARE=["django.middleware.csrf.CsrfViewMiddleware"],
     ROOT_URLCONF=__name__,
 )
-# Django has no lifespan: the middleware answers the server's in its place, and starts and stops the library.
+# Django has no lifespan, so the middleware handles the lifespan events of the server.
 app: Any = RealtimeMiddleware(get_asgi_application(), realtime)
 
 if __name__ == "__main__":

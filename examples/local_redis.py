@@ -1,4 +1,4 @@
-"""A Redis for an example: the one that REDIS_URL names, or one of its own that ends with it."""
+"""A Redis for an example: the one at REDIS_URL, or a temporary one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from examples.processes import running
 
 @dataclass(frozen=True)
 class Redis:
-    """A Redis, and the processes that we started for it."""
+    """A Redis, and the processes started for it."""
 
     url: str
     processes: Sequence[subprocess.Popen[bytes]] = ()
@@ -25,7 +25,7 @@ class Redis:
 
 @contextmanager
 def local_redis() -> Iterator[Redis]:
-    """Run a Redis until the block is left. It forgets everything, and no port leads to it."""
+    """Run a Redis for the duration of the block. It stores nothing on disk and listens on a Unix socket only."""
     if "REDIS_URL" in os.environ:
         yield Redis(os.environ["REDIS_URL"])
         return
@@ -40,7 +40,7 @@ def local_redis() -> Iterator[Redis]:
 
 
 def wait_until(condition: Callable[[], bool], processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Wait until something is so. Exits if one of the processes ends meanwhile; it has said why."""
+    """Wait for a condition. Exits if one of the processes ends before; its own output explains why."""
     while not condition():
         if any(process.poll() is not None for process in processes):
             sys.exit(1)

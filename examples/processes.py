@@ -1,8 +1,8 @@
-"""Commands that end when the process does that started them, however that goes.
+"""Commands that end when the process that started them does, however that process exits.
 
-Each is run by a process of ours between the two, which waits for the end of its standard input: the operating system
-closes that when the starter is gone, and the starter closes it to end the command. It is in a session of its own, so a
-Ctrl-C at the terminal reaches the starter only, which ends things in their order.
+An intermediate process runs each command and waits for the end of its standard input. The operating system closes that
+when the starter exits, and the starter closes it to end the command. The intermediate process has its own session, so a
+Ctrl-C at the terminal only reaches the starter, which ends the commands in order.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def running(*command: str, environment: Mapping[str, str]) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a command until the block is left: it gets a SIGTERM then, and is waited for."""
+    """Run a command for the duration of the block, then send it a SIGTERM and wait for it."""
     with subprocess.Popen(
         [sys.executable, __file__, *command], stdin=subprocess.PIPE, env=environment, start_new_session=True
     ) as process:
@@ -26,19 +26,19 @@ def running(*command: str, environment: Mapping[str, str]) -> Iterator[subproces
             yield process
         finally:
             process.stdin.close()
-            process.wait()  # `Popen` itself does not wait long if it is left by a Ctrl-C
+            process.wait()  # after a Ctrl-C, `Popen` itself does not wait long
 
 
 def main(command: list[str]) -> int:
-    """What the process between the two does."""
+    """The main function of the intermediate process."""
     with subprocess.Popen(command, stdin=subprocess.DEVNULL) as child:
 
-        def end_with_the_starter() -> None:
-            while os.read(0, 1):  # `sys.stdin` has a lock, which at exit must not be held
+        def end_with_starter() -> None:
+            while os.read(0, 1):  # `sys.stdin` has a lock, which must be free at exit
                 pass
             child.terminate()
 
-        threading.Thread(target=end_with_the_starter, daemon=True).start()
+        threading.Thread(target=end_with_starter, daemon=True).start()
         return child.wait()
 
 

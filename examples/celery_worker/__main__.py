@@ -1,6 +1,6 @@
-"""`python -m examples.celery_worker`: starts Redis and a Celery worker, triggers a run, and prints it as it comes.
+"""`python -m examples.celery_worker`: start Redis and a Celery worker, trigger a run, and print its output live.
 
-With REDIS_URL set no Redis is started. Needs `pip install '.[redis]' 'celery[redis]'`.
+Set REDIS_URL to use another Redis. Needs `pip install '.[redis]' 'celery[redis]'`.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ WORKER = "celery -A examples.celery_worker.tasks worker --concurrency 2 --loglev
 
 
 async def watch() -> None:
-    from examples.celery_worker.tasks import realtime, words  # once the environment says where Redis is
+    from examples.celery_worker.tasks import realtime, words  # after REDIS_URL is set
 
     async with realtime:
-        handle = await realtime.trigger(words, "Each word comes from a process of Celery as soon as it is produced.")
+        handle = await realtime.trigger(words, "Each word arrives from a Celery process as soon as it is produced.")
         async for word in realtime.read(handle):
             print(word, end=" ", flush=True)
-        print(f"\nprocess {os.getpid()} read what another has done: {await handle.result()}")
+        print(f"\nprocess {os.getpid()} received the result of another process: {await handle.result()}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the worker and those who trigger share: Celery's queue, the Realtime, the tasks. Both import this."""
+"""Celery's queue, the Realtime and the tasks, imported by the worker and by programs that trigger runs."""
 
 import asyncio
 import os
@@ -10,7 +10,7 @@ from celery import Celery
 from asgi_realtime import BrokerUnavailable, Realtime
 
 REDIS_URL = os.environ.get("REDIS_URL", "redis://127.0.0.1:6379")
-celery = Celery("tasks", broker=REDIS_URL.replace("unix://", "redis+socket://"))  # Celery's name for such a URL
+celery = Celery("tasks", broker=REDIS_URL.replace("unix://", "redis+socket://"))  # the scheme that Celery uses
 
 
 class CeleryExecutor:
@@ -32,10 +32,10 @@ def execute(run_id: str) -> None:
 
 @realtime.task("words")
 async def words(text: str) -> dict[str, int]:
-    async def spoken() -> AsyncIterator[str]:
+    async def speak() -> AsyncIterator[str]:
         for word in text.split():
             yield word
             await asyncio.sleep(0.1)
 
-    result = await realtime.pipe(spoken()).wait_until_complete()
+    result = await realtime.pipe(speak()).wait_until_complete()
     return {"words": result.chunks, "worker": os.getpid()}

@@ -1,4 +1,4 @@
-"""A chat whose answers survive a reload, in FastAPI. Its pages (`examples/page`, `examples/react_app`) need no more."""
+"""A FastAPI chat with answers that survive a reload: the backend of `examples/page` and `examples/react_app`."""
 
 import os
 import secrets
@@ -31,7 +31,7 @@ async def chat(question: Question, run: Run) -> dict[str, str]:
         model=MODEL, messages=[{"role": "user", "content": question.text}], stream=True
     )
     text = ""
-    stream = realtime.pipe(completion)  # whoever watches the run has each chunk as it comes; this loop has it too
+    stream = realtime.pipe(completion)  # sends each chunk to subscribers and to this loop
     async for chunk in stream:
         token = "".join(choice.delta.content or "" for choice in chunk.choices)
         text += token
@@ -42,12 +42,12 @@ async def chat(question: Question, run: Run) -> dict[str, str]:
 
 @realtime.task("publish")
 async def publish(answer: Question, run: Run) -> dict[str, bool]:
-    approval = await run.input("approval").get(timeout="1h")  # sent by a page that has a token for it
+    approval = await run.input("approval").get(timeout="1h")  # sent by a page with a token for this input
     return {"published": approval["approved"]}
 
 
 def current_user(request: Request, response: Response) -> str:
-    user = request.cookies.get("user") or secrets.token_urlsafe()  # in place of your own sign-in
+    user = request.cookies.get("user") or secrets.token_urlsafe()  # replace this with your own sign-in
     response.set_cookie("user", user, httponly=True, samesite="lax")
     return user
 

@@ -42,7 +42,7 @@ async def chat(question: Question, run: Run) -> dict[str, str]:
 
 @post("/session", status_code=200)
 async def session(request: Request[Any, Any, Any]) -> Response[dict[str, str]]:
-    user = request.cookies.get("user") or secrets.token_urlsafe()  # in place of your own sign-in
+    user = request.cookies.get("user") or secrets.token_urlsafe()  # replace this with your own sign-in
     tag = f"user:{user}"
     token = realtime.create_public_token(scopes={"read": {"tags": [tag]}})
     cookie = Cookie("user", value=user, httponly=True, samesite="lax")
@@ -68,5 +68,5 @@ def not_found(request: Request[Any, Any, Any], exc: RunNotFound) -> Response[Non
 
 page = create_static_files_router("/", directories=[PAGE], html_mode=True)
 host = Litestar([session, ask, stop, page], exception_handlers={RunNotFound: not_found}, logging_config=None)
-# Not as a mount: Litestar gives those a copy of the scope, and the server would log the tokens in URLs.
+# Not a mount: Litestar copies the scope for mounts, so the server would log the tokens in URLs.
 app = RealtimeMiddleware(host, realtime)

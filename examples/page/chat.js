@@ -1,14 +1,14 @@
-// The chat's page: what a browser needs to read runs and streams is EventSource, and no library.
+// The chat's page. A browser needs only EventSource to read runs and streams, and no library.
 //
-// Two connections at most: the feed of the user's runs, dropped while the tab is hidden, and the stream of the answer
-// that is shown. Everything on the page comes from these two, so a reload, a second tab and a lost network all end in
-// the same picture. The ids of a stream count from 0; on a reconnect the browser names the last that it has seen.
+// The page opens at most two connections: the feed of the user's runs, closed while the tab is hidden, and the stream of
+// the open answer. All content comes from these two, so the page looks the same after a reload, in a second tab, and
+// after a network failure. The ids of a stream count from 0, and a browser that reconnects sends the last id it has seen.
 
 const FINAL = new Set(["COMPLETED", "FAILED", "CANCELED", "CRASHED", "EXPIRED", "TIMED_OUT", "SYSTEM_FAILURE"]);
 const REALTIME = "realtime/v1";
 
 const $ = (id) => document.getElementById(id);
-const runs = new Map(); // id -> the run as the feed told it last
+const runs = new Map(); // id -> the last state of the run in the feed
 
 // ---- The host's routes
 
@@ -18,11 +18,11 @@ async function post(path, body) {
     headers: { "content-type": "application/json" },
     body: JSON.stringify(body ?? {}),
   });
-  if (!response.ok) throw new Error(`${path} answered ${response.status}`);
+  if (!response.ok) throw new Error(`${path} returned ${response.status}`);
   return response.status === 204 ? null : response.json();
 }
 
-let session = null; // a promise of {tag, token}; asked for once, and again when the token has expired
+let session = null; // a promise of {tag, token}, renewed when the token has expired
 
 function getSession({ renew = false } = {}) {
   if (renew || !session) {
@@ -36,8 +36,8 @@ function source(path, query) {
   return new EventSource(`${REALTIME}/${path}?${new URLSearchParams(query)}`);
 }
 
-// An EventSource reconnects by itself after a lost connection. It gives up (CLOSED) when it gets an answer that is not a
-// stream: an expired token, a run that is gone, a server that starts. This waits longer each time, up to 10 s.
+// An EventSource reconnects after a lost connection, but gives up (CLOSED) after a response that is not a stream: an
+// expired token, an expired run, a server that is starting. This retries with growing delays, up to 10 s.
 class Retry {
   #tries = 0;
   #timer = 0;
@@ -56,7 +56,7 @@ class Retry {
   }
 }
 
-// ---- The feed: every run of the user, as it is now
+// ---- The feed: all runs of the user, live
 
 class Feed {
   #source = null;
@@ -66,7 +66,7 @@ class Feed {
 
   async open({ renew = false } = {}) {
     this.close();
-    const opening = this.#opening; // a later open() or close() outdates this one while it waits for the session
+    const opening = this.#opening; // detects another open() or close() during the wait for the session
     let tag, token;
     try {
       ({ tag, token } = await getSession({ renew }));
@@ -76,24 +76,24 @@ class Feed {
     }
     if (opening !== this.#opening) return;
 
-    const told = new Set(); // by this connection
+    const seen = new Set(); // runs sent on this connection
     const feed = (this.#source = source("runs", { tags: tag, access_token: token }));
     feed.addEventListener("run", (event) => {
       const run = JSON.parse(event.data);
-      told.add(run.id);
+      seen.add(run.id);
       runs.set(run.id, run);
       showRun(run);
     });
     feed.addEventListener("ready", () => {
       this.#retry.succeeded();
-      // Each `ready` ends a list of all there is: the others are past their retention, or the server restarted without them.
-      for (const id of runs.keys()) if (!told.has(id)) forgetRun(id);
+      // `ready` ends the list of all runs. Others have expired, or the server has restarted without them.
+      for (const id of runs.keys()) if (!seen.has(id)) forgetRun(id);
       this.ready = true;
       setFeedState("live");
     });
-    feed.addEventListener("end", () => this.#failed()); // a tag's feed ends with its token only
+    feed.addEventListener("end", () => this.#failed()); // a tag feed only ends when its token expires
     feed.addEventListener("error", () => {
-      told.clear();
+      seen.clear();
       setFeedState("reconnecting");
       if (feed.readyState === EventSource.CLOSED) this.#failed();
     });
@@ -115,7 +115,7 @@ class Feed {
   }
 }
 
-// ---- The stream: one answer, from its first token
+// ---- The stream: one answer, from the first token
 
 class Stream {
   #source = null;
@@ -141,7 +141,7 @@ class Stream {
       this.onGap(JSON.parse(event.data));
     });
     stream.addEventListener("end", (event) => {
-      stream.close(); // or the browser would take the end for a lost connection, and come back
+      stream.close(); // otherwise the browser reconnects
       const end = JSON.parse(event.data);
       if (end.reason === "token_expired") this.#retry.later(() => this.#reopen());
       else this.#finish(end);
@@ -149,7 +149,7 @@ class Stream {
     stream.addEventListener("error", () => {
       if (stream.readyState !== EventSource.CLOSED || this.#closed) return;
       const run = runs.get(this.id);
-      if (run && FINAL.has(run.status)) this.#finish({ reason: run.status.toLowerCase() }); // all was read before the loss
+      if (run && FINAL.has(run.status)) this.#finish({ reason: run.status.toLowerCase() }); // everything was read before the connection was lost
       else if (feed.ready && !run) this.#finish({ reason: "gone" });
       else this.#retry.later(() => this.#reopen());
     });
@@ -157,7 +157,7 @@ class Stream {
 
   async #reopen() {
     try {
-      const { token } = await getSession({ renew: true }); // it opens the runs with the user's tag, and their streams
+      const { token } = await getSession({ renew: true }); // grants the runs with the user's tag, and their streams
       if (!this.#closed) this.open(token);
     } catch {
       if (!this.#closed) this.#retry.later(() => this.#reopen());
@@ -176,7 +176,7 @@ class Stream {
   }
 }
 
-// ---- The conversation that is shown
+// ---- The open conversation
 
 const shown = { id: null, stream: null, text: null };
 
@@ -204,11 +204,11 @@ function show(id, question, token) {
     },
     onGap() {
       shown.text.data = "";
-      note("The beginning of this answer is no longer kept.");
+      note("The beginning of this answer has expired.");
     },
     onEnd({ reason, error }) {
       $("answer").ariaBusy = "false";
-      if (reason === "gone") note("The server does not have this run any more.");
+      if (reason === "gone") note("This run no longer exists on the server.");
       else if (error) note(typeof error === "string" ? error : error.message);
       showStatus();
     },
@@ -284,7 +284,7 @@ function setFeedState(state) {
   $("feed").textContent = state;
 }
 
-// ---- What the user does
+// ---- User actions
 
 $("ask").addEventListener("submit", async (event) => {
   event.preventDefault();
@@ -292,7 +292,7 @@ $("ask").addEventListener("submit", async (event) => {
   if (!text) return;
   $("send").disabled = true;
   try {
-    await getSession(); // the first request makes the user's cookie: one at a time
+    await getSession(); // the first request sets the user's cookie, so wait for it
     const handle = await post("chat", { text });
     $("prompt").value = "";
     show(handle.id, text, handle.publicAccessToken);
@@ -321,7 +321,7 @@ $("new").addEventListener("click", showWelcome);
 $("stop").addEventListener("click", async () => {
   $("stop").disabled = true;
   try {
-    await post(`chat/${shown.id}/stop`); // the page learns of the end as everybody does: from the stream and the feed
+    await post(`chat/${shown.id}/stop`); // the end arrives through the stream and the feed
   } catch (error) {
     note(`The run was not stopped: ${error.message}`);
   } finally {

@@ -48,7 +48,7 @@ async def page() -> Response:
 
 @app.post("/session")
 async def session() -> Response:
-    user = request.cookies.get("user") or secrets.token_urlsafe()  # in place of your own sign-in
+    user = request.cookies.get("user") or secrets.token_urlsafe()  # replace this with your own sign-in
     tag = f"user:{user}"
     response = jsonify(tag=tag, token=realtime.create_public_token(scopes={"read": {"tags": [tag]}}))
     response.set_cookie("user", user, httponly=True, samesite="Lax")
@@ -71,5 +71,5 @@ async def stop(run_id: str) -> tuple[str, int]:
 
 
 @app.errorhandler(RealtimeError)
-async def refused(exc: RealtimeError) -> tuple[str, int]:
-    return str(exc), exc.status  # 404 for a run that is gone, 422 for a question that is none
+async def error(exc: RealtimeError) -> tuple[str, int]:
+    return str(exc), exc.status  # 404 for an expired run, 422 for an invalid question

@@ -1,6 +1,6 @@
 """`python -m examples.react_app`: the model, the FastAPI example, and this page on another port, until Ctrl-C.
 
-It needs Node, and `npm install` in this folder. PORT is the first port tried.
+It needs Node and `npm install` in this folder. PORT is the first port to try.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ VITE = FOLDER / "node_modules/.bin/vite"
 WEB = "uvicorn examples.fastapi_app.app:app --log-level warning"
 
 
-def answers(url: str) -> bool:
+def is_up(url: str) -> bool:
     try:
         with urlopen(url, timeout=10) as response:
             return bool(response.status == 200)
@@ -45,8 +45,8 @@ def run() -> None:
         commands = [(sys.executable, "-m", *WEB.split(), "--port", str(port)), vite]
         processes = [stack.enter_context(running(*command, environment=environment)) for command in commands]
         page = f"http://127.0.0.1:{page_port}"
-        wait_until(lambda: answers(f"{backend}/realtime/v1/health") and answers(page), processes)
-        print(f"The chat is at {page} (Ctrl-C ends it)", flush=True)
+        wait_until(lambda: is_up(f"{backend}/realtime/v1/health") and is_up(page), processes)
+        print(f"The chat is at {page} (press Ctrl-C to stop)", flush=True)
         wait_until(lambda: False, processes)
 
 
@@ -54,10 +54,10 @@ if __name__ == "__main__":
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)
     if not VITE.exists():
-        sys.exit(f"{VITE} is missing: run `npm install` in {FOLDER} (it needs Node 18 or newer)")
+        sys.exit(f"{VITE} is missing: run `npm install` in {FOLDER} (requires Node 18 or newer)")
     try:
         run()
     except ModelMissing as exc:
-        sys.exit(f"{exc}.\nOr set OPENAI_BASE_URL or OPENAI_API_KEY to use an endpoint of your own.")
+        sys.exit(f"{exc}.\nOr set OPENAI_BASE_URL or OPENAI_API_KEY to use another endpoint.")
     except KeyboardInterrupt:
         pass

@@ -1,1 +1,1 @@
-"""The chat beyond one process: two web workers, two job workers, Redis between them."""
+"""The chat in several processes: two web workers and two job workers, connected through Redis."""

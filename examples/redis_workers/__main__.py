@@ -1,6 +1,6 @@
 """`python -m examples.redis_workers`: Redis, the model, two web workers and two job workers, until Ctrl-C.
 
-With REDIS_URL set no Redis is started. PORT is the first port tried.
+Set REDIS_URL to use another Redis. PORT is the first port to try.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ WEB = "uvicorn examples.redis_workers.app:app --workers 2 --log-level warning"
 WORKER = "taskiq worker examples.redis_workers.tasks:queue --workers 2 --log-level WARNING --wait-tasks-timeout 1"
 
 
-def answers(url: str) -> bool:
+def is_up(url: str) -> bool:
     try:
         with urlopen(f"{url}/realtime/v1/health", timeout=10) as response:
             return bool(response.status == 200)
@@ -39,8 +39,8 @@ def run() -> None:
             stack.enter_context(running(sys.executable, "-m", *command.split(), environment=environment))
             for command in (WORKER, f"{WEB} --port {port}")
         ]
-        wait_until(lambda: answers(f"http://127.0.0.1:{port}"), processes)
-        print(f"The chat is at http://127.0.0.1:{port} (Ctrl-C ends it)", flush=True)
+        wait_until(lambda: is_up(f"http://127.0.0.1:{port}"), processes)
+        print(f"The chat is at http://127.0.0.1:{port} (press Ctrl-C to stop)", flush=True)
         wait_until(lambda: False, [*processes, *redis.processes])
 
 
@@ -50,6 +50,6 @@ if __name__ == "__main__":
     try:
         run()
     except ModelMissing as exc:
-        sys.exit(f"{exc}.\nOr set OPENAI_BASE_URL or OPENAI_API_KEY to use an endpoint of your own.")
+        sys.exit(f"{exc}.\nOr set OPENAI_BASE_URL or OPENAI_API_KEY to use another endpoint.")
     except KeyboardInterrupt:
         pass

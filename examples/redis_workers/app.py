@@ -1,4 +1,4 @@
-"""The web side of the chat: it triggers runs and serves their streams, and executes none."""
+"""The web process of the chat: it triggers runs and serves their streams, but does not execute them."""
 
 import secrets
 from pathlib import Path
@@ -14,7 +14,7 @@ PAGE = Path(__file__).parent.parent / "page"
 
 
 def current_user(request: Request, response: Response) -> str:
-    user = request.cookies.get("user") or secrets.token_urlsafe()  # in place of your own sign-in
+    user = request.cookies.get("user") or secrets.token_urlsafe()  # replace this with your own sign-in
     response.set_cookie("user", user, httponly=True, samesite="lax")
     return user
 
@@ -40,7 +40,7 @@ async def stop(run_id: str, user: User) -> None:
     run = await realtime.get_run(run_id)
     if f"user:{user}" not in run.tags:
         raise HTTPException(404)
-    await realtime.cancel(run)  # the worker hears of it
+    await realtime.cancel(run)  # the worker is notified
 
 
 @app.exception_handler(RunNotFound)

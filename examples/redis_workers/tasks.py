@@ -1,4 +1,4 @@
-"""What web processes and job workers share: the queue, the Realtime, the tasks. Both import this."""
+"""The queue, the Realtime and the tasks, imported by web processes and job workers."""
 
 import os
 
@@ -16,7 +16,7 @@ queue = RedisStreamBroker(
     REDIS_URL,
     queue_name="chat",
     unacknowledged_lock_timeout=10,
-    retry=Retry(ExponentialBackoff(cap=1, base=0.1), retries=-1),  # a worker waits for a Redis that is away, or it ends
+    retry=Retry(ExponentialBackoff(cap=1, base=0.1), retries=-1),  # or a worker exits when Redis is unavailable
 )
 realtime = Realtime(
     secret_key=os.environ["REALTIME_SECRET_KEY"],  # the same in all processes
@@ -37,7 +37,7 @@ async def chat(question: Question, run: Run) -> dict[str, str]:
         model=MODEL, messages=[{"role": "user", "content": question.text}], stream=True
     )
     text = ""
-    stream = realtime.pipe(completion)  # whoever watches the run, in any process, has each chunk as it comes
+    stream = realtime.pipe(completion)  # sends each chunk to subscribers in all processes
     async for chunk in stream:
         token = "".join(choice.delta.content or "" for choice in chunk.choices)
         text += token

@@ -198,7 +198,7 @@ def test_runs_that_a_restart_has_forgotten_go_off_the_page(page: Page, held: Fak
         assert after.url == before.url
         page.wait_for_selector("#no-runs")
         assert page.locator("[data-run]").count() == 0
-        page.wait_for_selector("#note:has-text('The server does not have this run any more.')")
+        page.wait_for_selector("#note:has-text('This run no longer exists on the server.')")
 
 
 def test_stop_ends_the_run_and_keeps_the_partial_answer(server: Server, page: Page, held: FakeModel) -> None:

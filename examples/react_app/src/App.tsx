@@ -40,7 +40,7 @@ export function App() {
   );
 }
 
-/** The run that the page shows stands in its address, so it is there after a reload. */
+/** The open run is part of the page's address, so that it survives a reload. */
 function useShownRun(): string {
   const subscribe = (changed: () => void) => {
     addEventListener("hashchange", changed);
@@ -82,14 +82,14 @@ function Welcome() {
     <section>
       <h2>Ask something</h2>
       <p>
-        The task that answers is a Python function. This page reads it with Trigger.dev's own React hooks: the runs on
-        the left, the answer as it is written, and an approval that a second task waits for. Reload at any time.
+        The task that answers is a Python function. This page uses Trigger.dev's own React hooks: for the runs on the
+        left, for the answer as it is generated, and for an approval that a second task waits for. Reload at any time.
       </p>
     </section>
   );
 }
 
-/** Triggers the task from the browser, and shows its run. */
+/** Triggers the task from the browser and opens its run. */
 function Ask({ session }: { session: Session }) {
   const { submit, handle, isLoading, error } = useTaskTrigger<Chat>("chat", { accessToken: session.triggerToken });
   const form = useRef<HTMLFormElement>(null);
@@ -122,7 +122,7 @@ function Ask({ session }: { session: Session }) {
   );
 }
 
-/** One run, live: what it was asked, what it does, and its status. */
+/** One run, live: its question, its answer and its status. */
 function ShownRun({ id, session }: { id: string; session: Session }) {
   const { run, error } = useRealtimeRun<Chat | Publish>(id);
   const isChat = run?.taskIdentifier === "chat";
@@ -136,7 +136,7 @@ function ShownRun({ id, session }: { id: string; session: Session }) {
   return (
     <article>
       <div>
-        <p className="question">{isChat ? run.payload.text : "May this be published?"}</p>
+        <p className="question">{isChat ? run.payload.text : "Publish this answer?"}</p>
         {isChat ? <Answer id={id} busy={!run.finishedAt} /> : <div className="answer">{run.payload.text}</div>}
         <Failure error={error ?? run.error} />
         <footer>
@@ -150,7 +150,7 @@ function ShownRun({ id, session }: { id: string; session: Session }) {
   );
 }
 
-/** The answer, chunk by chunk as the language model makes it. */
+/** The answer, chunk by chunk as the language model generates it. */
 function Answer({ id, busy }: { id: string; busy: boolean }) {
   const { parts, error } = useRealtimeStream<Chunk>(id, "default");
   const text = parts.map((chunk) => chunk.choices[0]?.delta.content ?? "").join("");
@@ -164,7 +164,7 @@ function Answer({ id, busy }: { id: string; busy: boolean }) {
   );
 }
 
-/** Triggers a second task and follows it here. It waits until somebody approves. */
+/** Triggers a second task, which waits for an approval, and follows it. */
 function PublishAnswer({ run: answered, session }: { run: RealtimeRun<Chat>; session: Session }) {
   const options = { accessToken: session.triggerToken };
   const { submit, handle, run, isLoading, error } = useRealtimeTaskTrigger<Publish>("publish", options);
@@ -179,7 +179,7 @@ function PublishAnswer({ run: answered, session }: { run: RealtimeRun<Chat>; ses
   );
 }
 
-/** After a reload the handle is gone, and its token. The backend gives another, to whoever may approve. */
+/** A reload loses the handle and its token, so the backend issues another one to a user allowed to approve. */
 function ApprovalOfMine({ run }: { run: RealtimeRun<Publish> }) {
   const [token, setToken] = useState<string>();
   useEffect(() => {

@@ -1,19 +1,19 @@
-// The app's own backend. It knows who the user is, and makes the tokens: read the runs with the user's tag, trigger tasks.
+// The app's own backend. It identifies the user and creates tokens: to read runs with the user's tag, to trigger tasks.
 
 export type Session = { tag: string; token: string; triggerToken: string };
 
 export async function post<T>(path: string): Promise<T> {
   const response = await fetch(path, { method: "POST" });
-  if (!response.ok) throw new Error(`${path} answered ${response.status}`);
+  if (!response.ok) throw new Error(`${path} returned ${response.status}`);
   return response.status === 204 ? (undefined as T) : response.json();
 }
 
-let asked: Promise<Session> | undefined; // one at a time: the first answer sets the user's cookie
+let session: Promise<Session> | undefined; // one request at a time: the first response sets the user's cookie
 
 export function getSession(renew = false): Promise<Session> {
-  if (renew || !asked) {
-    asked = post<Session>("/session");
-    asked.catch(() => (asked = undefined));
+  if (renew || !session) {
+    session = post<Session>("/session");
+    session.catch(() => (session = undefined));
   }
-  return asked;
+  return session;
 }

@@ -1,9 +1,9 @@
-// The tasks are Python functions now (examples/fastapi_app/app.py). For the hooks these types stand in for
+// The tasks are Python functions (examples/fastapi_app/app.py). For the hooks, these types replace
 // `import type { chat } from "../trigger/chat"`.
 import type { Task } from "@trigger.dev/sdk";
 
 export type Chat = Task<"chat", { text: string }, { text: string }>;
 export type Publish = Task<"publish", { text: string }, { published: boolean }>;
 
-/** What the stream of a chat carries: the chunks of the language model, as its API sent them. */
+/** A chunk in the stream of a chat, as the API of the language model sent it. */
 export type Chunk = { choices: { delta: { content?: string | null } }[] };
