@@ -76,11 +76,12 @@ class Subscribers:
         """Whether subscriptions end, and new ones are rejected."""
         return self._state is not State.OPEN
 
-    def _enter(self, state: State) -> None:
-        if state is not self._state:
-            if state not in _NEXT[self._state]:
-                raise RuntimeError(f"subscriptions are {self._state.value} and cannot become {state.value}")
+    def _enter(self, state: State) -> bool:
+        """Move to a state if the table allows it; return whether it does."""
+        allowed = state in _NEXT[self._state]
+        if allowed:
             self._state = state
+        return allowed
 
     def _in_background(self) -> bool:
         supervisor = self._supervisor()
@@ -102,10 +103,10 @@ class Subscribers:
 
     def close(self) -> None:
         """End every subscription cleanly, and each that arrives until the next start."""
-        self._end_all(State.CLOSED)
+        self._enter(State.CLOSED)
+        self._end_all()
 
-    def _end_all(self, state: State) -> None:
-        self._enter(state)
+    def _end_all(self) -> None:
         for subscriber in tuple(self.open):
             subscriber.shut_down()
 
@@ -147,8 +148,8 @@ class Subscribers:
             supervisor.request_stop()
             return
         self._announced_at = time.monotonic()
-        if self._state is State.OPEN:
-            self._end_all(State.ANNOUNCED)
+        if self._enter(State.ANNOUNCED):
+            self._end_all()
             supervisor.spawn_detached(lambda: self._reopen_if_ignored(supervisor))
 
     async def _reopen_if_ignored(self, supervisor: Supervisor) -> None:

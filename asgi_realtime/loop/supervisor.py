@@ -94,10 +94,12 @@ class Supervisor:
 
     # State
 
-    def _enter(self, state: State) -> None:
-        if state not in _NEXT[self._state]:
-            raise RuntimeError(f"the supervisor is {self._state.value} and cannot become {state.value}")
-        self._state = state
+    def _enter(self, state: State) -> bool:
+        """Move to a state if the table allows it; return whether it does."""
+        allowed = state in _NEXT[self._state]
+        if allowed:
+            self._state = state
+        return allowed
 
     @property
     def stopping(self) -> bool:
@@ -174,8 +176,7 @@ class Supervisor:
 
     def request_stop(self) -> None:
         """Begin to stop: drain, then cancel the jobs that still run. On the loop's thread; idempotent."""
-        if self._state is State.RUNNING:
-            self._enter(State.DRAINING)
+        if self._enter(State.DRAINING):
             self.spawn_detached(self._drain_and_end)
 
     async def wait_ended(self) -> None:
@@ -192,8 +193,7 @@ class Supervisor:
                         await self._work.wait()
                         self._start_queued(group)
                 finally:
-                    if not self.ending:  # cancelled from outside
-                        self._enter(State.ENDING)
+                    self._enter(State.ENDING)  # if cancelled from outside
                     group.cancel_scope.cancel()
                     await self._wait_until_empty(group)
                     self._enter(State.ENDED)
@@ -206,16 +206,14 @@ class Supervisor:
             signal.raise_signal(signal.SIGINT)
         finally:
             self._group = None
-            if not self.ended:  # asyncio's own cancellation, which ignores shields, interrupted the wait for the jobs
-                self._enter(State.ENDED)
+            self._enter(State.ENDED)  # if the wait for the jobs failed: asyncio's own cancellation ignores shields
             self._ended.wake()
 
     async def _drain_and_end(self) -> None:
         try:
             await self._drain()
         finally:
-            if not self.ending:
-                self._enter(State.ENDING)
+            self._enter(State.ENDING)
             self._work.wake()
 
     async def _wait_until_empty(self, group: anyio.abc.TaskGroup) -> None:
