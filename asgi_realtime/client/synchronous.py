@@ -217,7 +217,7 @@ class _Call(Generic[T]):
             _current_call.reset(token)
 
     def result(self) -> T:
-        """Wait for the end. If a signal handler raises meanwhile, such as `KeyboardInterrupt`, cancel the coroutine."""
+        """Wait for the end. If a signal handler raises, as `KeyboardInterrupt` does, cancel the coroutine."""
         with self._cancelled_by_exceptions():
             while (job := self._jobs.get()) is not None:
                 job()

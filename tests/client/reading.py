@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import cycle
 from typing import Any
 
 import anyio
@@ -13,6 +14,12 @@ from asgi_realtime.client import RealtimeClient, SyncRealtimeClient
 from asgi_realtime.client.transport import Transport
 
 KINDS = ["sync", "asyncio", "trio"]
+
+
+def spread(cases: list[Any]) -> list[tuple[Any, ...]]:
+    """Pair each case with one kind of client, in turn: the protocol, which decides these, is the same for all kinds."""
+    return [(kind, *case) for kind, case in zip(cycle(KINDS), cases, strict=False)]
+
 
 Call = Callable[[Any], Any]
 """Takes a client of either kind and returns its subscription."""

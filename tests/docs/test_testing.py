@@ -35,37 +35,6 @@ def test_the_test_of_a_stream_passes_and_can_fail(tmp_path: Path) -> None:
     assert "FAILED test_other_words.py" in done.stdout
 
 
-USES = """
-import anyio
-import pytest
-from asgi_realtime.testing import FakeClock
-
-def test_they_are_made_for_each_test(realtime_factory, realtime_clock, realtime_client):
-    assert isinstance(realtime_clock, FakeClock)
-    realtime = realtime_factory(api=False)
-    assert realtime.clock is realtime_clock and not realtime.api
-
-    async def main():
-        async with realtime_factory() as realtime, realtime_client(realtime, lifespan=False) as client:
-            run = realtime.pipe([1, 2]).handle
-            async with client.stream(f"/v1/streams/{run.id}/default", token=run.public_access_token) as stream:
-                assert [event.json() for event in await stream.read_all_events()][:-1] == [1, 2]
-
-    for backend in ("asyncio", "trio"):
-        anyio.run(main, backend=backend)
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(90)
-def test_fixtures_are_found_by_pytest_alone(tmp_path: Path) -> None:
-    (tmp_path / "test_uses.py").write_text(USES)
-    done = run_pytest(tmp_path, "-W", "error")
-    assert done.returncode == 0, done.stdout
-    done = run_pytest(tmp_path, "--fixtures")
-    assert "realtime_client" in done.stdout
-
-
 def test_the_plugin_loads_no_extra_into_the_tests_of_others() -> None:
     heavy = "starlette.testclient hypothesis httpx trio redis fastapi".split()
     script = f"import sys, asgi_realtime.testing.plugin; print(sorted(set({heavy}) & set(sys.modules)))"
