@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Gener
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import anyio
 import anyio.lowlevel
@@ -27,6 +27,8 @@ from asgi_realtime.brokers.live_log import LiveLog
 from asgi_realtime.core.config import Limits, Retention, Timeouts
 from asgi_realtime.core.runs import RunRecord, Status
 from asgi_realtime.core.sse import chunk_frame
+
+T = TypeVar("T")
 
 COMPLETE = End("complete")
 
@@ -64,7 +66,16 @@ class MakeBroker(Protocol):
     ) -> AbstractAsyncContextManager[Backend]: ...
 
 
-TIMEOUTS = Timeouts(lease=2.0, cancel=1.0)
+SHORT_S = 0.25
+"""A delay that a test waits for."""
+
+STEP_S = 0.02
+"""How far a test lets the broker's clock move before it checks again."""
+
+LATE_S = 5.0
+"""How late, by its own clock, a broker may be before a test fails."""
+
+TIMEOUTS = Timeouts(lease=0.3, cancel=0.2)
 
 GUARD_S = 10.0
 """No test of the suite takes longer, on any backend."""
@@ -87,6 +98,23 @@ async def open_backend(
             timeouts=TIMEOUTS,
         ) as backend:
             yield backend
+
+
+async def eventually(backend: Backend, condition: Callable[[], Awaitable[bool]], what: str) -> None:
+    """Let the broker's clock move until a condition holds."""
+    deadline = backend.now() + LATE_S
+    while not await condition():
+        assert backend.now() < deadline, f"still not so after {LATE_S:g} s: {what}"
+        await backend.advance(STEP_S)
+
+
+async def in_time(backend: Backend, within_s: float, attempt: Callable[[], Awaitable[T]]) -> T:
+    """The result of an attempt that took less than `within_s`: on a machine that stalled it is repeated."""
+    while True:
+        until = backend.now() + within_s
+        result = await attempt()
+        if backend.now() < until:
+            return result
 
 
 # Runs

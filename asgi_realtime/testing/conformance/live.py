@@ -39,7 +39,7 @@ from asgi_realtime.testing.conformance.kit import (
 
 
 @pytest.mark.anyio
-async def test_a_reader_gets_history_and_then_what_comes(make_broker: MakeBroker) -> None:
+async def test_a_reader_gets_the_history_and_then_each_append(make_broker: MakeBroker) -> None:
     async with open_backend(make_broker) as backend:
         key = await new_key(backend)
         await backend.broker.append(key, items(3))
@@ -55,7 +55,7 @@ async def test_a_reader_gets_history_and_then_what_comes(make_broker: MakeBroker
 
 
 @pytest.mark.anyio
-async def test_a_reader_may_come_before_the_first_writer(make_broker: MakeBroker) -> None:
+async def test_a_reader_can_start_before_the_first_writer(make_broker: MakeBroker) -> None:
     async with open_backend(make_broker) as backend:
         key = await new_key(backend)
         reader = Reader(backend.broker, key)
@@ -68,7 +68,7 @@ async def test_a_reader_may_come_before_the_first_writer(make_broker: MakeBroker
 
 
 @pytest.mark.anyio
-async def test_a_reader_comes_back_where_it_left(make_broker: MakeBroker) -> None:
+async def test_a_reader_resumes_where_it_left(make_broker: MakeBroker) -> None:
     async with open_backend(make_broker) as backend:
         key = await new_key(backend)
         await backend.broker.append(key, items(4))
@@ -178,7 +178,7 @@ async def _interleave(
     readers=st.lists(st.tuples(st.booleans(), VISITS), min_size=1, max_size=4),
 )
 @pytest.mark.anyio
-async def test_whenever_a_reader_comes_and_leaves_nothing_is_lost_or_doubled(
+async def test_whenever_a_reader_joins_and_leaves_nothing_is_lost_or_duplicated(
     make_broker: MakeBroker, writers: list[tuple[bool, list[Call]]], readers: list[tuple[bool, list[Visit]]]
 ) -> None:
     async with open_backend(make_broker) as backend:
@@ -249,7 +249,7 @@ async def test_a_stream_that_ended_before_its_run_keeps_its_own_end(make_broker:
 
 
 @pytest.mark.anyio
-async def test_who_reads_a_terminal_record_can_read_what_was_acknowledged_before(make_broker: MakeBroker) -> None:
+async def test_acknowledged_entries_can_be_read_once_the_terminal_record_can(make_broker: MakeBroker) -> None:
     """Writers are cut off by the end of the run; each reader gets exactly what was acknowledged, then the end."""
     async with open_backend(make_broker) as backend:
         run = await create(backend)
@@ -294,7 +294,7 @@ async def test_who_reads_a_terminal_record_can_read_what_was_acknowledged_before
 
 
 @pytest.mark.anyio
-async def test_a_stream_of_a_run_that_is_over_ends_at_once(make_broker: MakeBroker) -> None:
+async def test_a_stream_of_an_ended_run_ends_at_once(make_broker: MakeBroker) -> None:
     async with open_backend(make_broker) as backend:
         run = await create(backend)
         await backend.broker.append(StreamKey(run.id, "written"), items(2))
@@ -306,7 +306,7 @@ async def test_a_stream_of_a_run_that_is_over_ends_at_once(make_broker: MakeBrok
 
 
 @pytest.mark.anyio
-async def test_who_follows_a_stream_of_a_removed_run_still_gets_its_end(make_broker: MakeBroker) -> None:
+async def test_readers_of_a_removed_run_still_get_its_end(make_broker: MakeBroker) -> None:
     """An `end` is told with all that lies before it, so who has it needs nothing of the broker any more."""
     async with open_backend(make_broker) as backend:
         run = await create(backend)
@@ -329,7 +329,7 @@ async def test_who_follows_a_stream_of_a_removed_run_still_gets_its_end(make_bro
 
 
 @pytest.mark.anyio
-async def test_who_leaves_leaves_nothing(make_broker: MakeBroker) -> None:
+async def test_leaving_releases_everything(make_broker: MakeBroker) -> None:
     async with open_backend(make_broker) as backend:
         key = await new_key(backend)
         held = backend.held()
@@ -349,7 +349,7 @@ async def test_who_leaves_leaves_nothing(make_broker: MakeBroker) -> None:
 
 
 @pytest.mark.anyio
-async def test_cancelled_readers_leave_nothing(make_broker: MakeBroker) -> None:
+async def test_cancelled_readers_release_everything(make_broker: MakeBroker) -> None:
     async with open_backend(make_broker) as backend:
         key = await new_key(backend)
         held = backend.held()
@@ -365,7 +365,7 @@ async def test_cancelled_readers_leave_nothing(make_broker: MakeBroker) -> None:
 
 
 @pytest.mark.anyio
-async def test_one_who_leaves_takes_nothing_from_the_others(make_broker: MakeBroker) -> None:
+async def test_leaving_does_not_affect_other_readers(make_broker: MakeBroker) -> None:
     async with open_backend(make_broker) as backend:
         key = await new_key(backend)
         staying = Reader(backend.broker, key)
@@ -381,7 +381,7 @@ async def test_one_who_leaves_takes_nothing_from_the_others(make_broker: MakeBro
 
 
 @pytest.mark.anyio
-async def test_entering_may_be_cancelled_at_every_await(make_broker: MakeBroker) -> None:
+async def test_entering_can_be_cancelled_at_every_await(make_broker: MakeBroker) -> None:
     async with open_backend(make_broker) as backend:
         key = await new_key(backend)
         await backend.broker.append(key, items(3))

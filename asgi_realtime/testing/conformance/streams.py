@@ -21,6 +21,7 @@ from asgi_realtime.core.errors import (
 from asgi_realtime.testing.conformance.kit import (
     COMPLETE,
     PROPERTY,
+    STEP_S,
     MakeBroker,
     Reader,
     cancelled_at,
@@ -43,7 +44,7 @@ CHUNK = b'"' + b"x" * 100 + b'"'
 
 
 @pytest.mark.anyio
-async def test_an_input_is_refused_and_never_trimmed(make_broker: MakeBroker) -> None:
+async def test_inputs_are_rejected_at_the_limit_and_never_trimmed(make_broker: MakeBroker) -> None:
     """What was sent into a run was trimmed before the run had read it."""
     async with open_backend(make_broker, stream_bytes=2000, inputs_bytes=10_000) as backend:
         run = await create(backend)
@@ -75,7 +76,7 @@ async def test_the_limit_of_inputs_counts_the_bytes_of_their_items(make_broker: 
 
 
 @pytest.mark.anyio
-async def test_entries_come_back_in_order_with_seqs_from_zero(make_broker: MakeBroker) -> None:
+async def test_entries_are_read_in_order_with_seqs_from_zero(make_broker: MakeBroker) -> None:
     async with open_backend(make_broker) as backend:
         key = await new_key(backend)
         assert await backend.broker.append(key, [b'"a"']) == Position(0, 1)
@@ -87,7 +88,7 @@ async def test_entries_come_back_in_order_with_seqs_from_zero(make_broker: MakeB
 
 
 @pytest.mark.anyio
-async def test_data_comes_back_byte_for_byte(make_broker: MakeBroker) -> None:
+async def test_data_is_read_byte_for_byte(make_broker: MakeBroker) -> None:
     async with open_backend(make_broker) as backend:
         key = await new_key(backend, name="a b/ü:{1}")
         chunks = [b"null", b'""', b'"id: 7"', b'"data: "', '"ü \u2028 🙂"'.encode(), b'"' + b"x" * 200_000 + b'"']
@@ -101,7 +102,7 @@ async def test_entries_carry_the_time_of_their_append(make_broker: MakeBroker) -
         key = await new_key(backend)
         before_ms = backend.now_ms()
         await backend.broker.append(key, items(1))
-        await backend.advance(1.0)
+        await backend.advance(STEP_S)
         await backend.broker.append(key, items(1))
         first, second = (await backend.broker.read(key)).entries
         assert before_ms <= first.time_ms < second.time_ms <= backend.now_ms() + 1
@@ -118,7 +119,7 @@ async def test_an_append_of_nothing_changes_nothing(make_broker: MakeBroker) -> 
 
 
 @pytest.mark.anyio
-async def test_concurrent_appends_are_serialised_and_never_interleaved(make_broker: MakeBroker) -> None:
+async def test_concurrent_appends_are_serialized_and_never_interleaved(make_broker: MakeBroker) -> None:
     async with open_backend(make_broker) as backend:
         key = await new_key(backend)
         positions: list[tuple[int, Position]] = []
@@ -177,7 +178,7 @@ async def test_no_reader_sees_part_of_an_append(make_broker: MakeBroker) -> None
 
 
 @pytest.mark.anyio
-async def test_streams_know_nothing_of_each_other(make_broker: MakeBroker) -> None:
+async def test_streams_are_independent(make_broker: MakeBroker) -> None:
     async with open_backend(make_broker) as backend:
         key = await new_key(backend)
         sibling = StreamKey(key.run, "sibling")
@@ -190,13 +191,13 @@ async def test_streams_know_nothing_of_each_other(make_broker: MakeBroker) -> No
 
 
 @pytest.mark.anyio
-async def test_a_stream_that_nobody_wrote_is_empty(make_broker: MakeBroker) -> None:
+async def test_a_stream_that_was_never_written_is_empty(make_broker: MakeBroker) -> None:
     async with open_backend(make_broker) as backend:
         assert await backend.broker.read(await new_key(backend)) == ([], 0, 0, None)
 
 
 @pytest.mark.anyio
-async def test_a_run_that_never_was_has_no_streams(make_broker: MakeBroker) -> None:
+async def test_a_run_that_does_not_exist_has_no_streams(make_broker: MakeBroker) -> None:
     async with open_backend(make_broker) as backend:
         with pytest.raises(RunNotFound):
             await backend.broker.append(UNKNOWN, items(1))
@@ -233,7 +234,7 @@ async def test_pages_are_read_after_a_cursor_up_to_a_limit(make_broker: MakeBrok
 
 
 @pytest.mark.anyio
-async def test_an_end_comes_with_the_last_append(make_broker: MakeBroker) -> None:
+async def test_a_stream_can_end_with_its_last_append(make_broker: MakeBroker) -> None:
     async with open_backend(make_broker) as backend:
         key = await new_key(backend)
         end = End("failed", "the model went away")
@@ -243,7 +244,7 @@ async def test_an_end_comes_with_the_last_append(make_broker: MakeBroker) -> Non
 
 
 @pytest.mark.anyio
-async def test_an_ended_stream_takes_nothing_more(make_broker: MakeBroker) -> None:
+async def test_an_ended_stream_rejects_appends(make_broker: MakeBroker) -> None:
     async with open_backend(make_broker) as backend:
         key = await new_key(backend)
         await backend.broker.append(key, items(1), end=COMPLETE)
@@ -258,7 +259,7 @@ async def test_an_ended_stream_takes_nothing_more(make_broker: MakeBroker) -> No
 
 
 @pytest.mark.anyio
-async def test_the_first_end_stays(make_broker: MakeBroker) -> None:
+async def test_the_first_end_is_final(make_broker: MakeBroker) -> None:
     async with open_backend(make_broker) as backend:
         key = await new_key(backend)
         await backend.broker.append(key, items(1), end=COMPLETE)
@@ -267,7 +268,7 @@ async def test_the_first_end_stays(make_broker: MakeBroker) -> None:
 
 
 @pytest.mark.anyio
-async def test_an_end_without_an_entry_is_as_durable(make_broker: MakeBroker) -> None:
+async def test_an_end_without_an_entry_is_durable_too(make_broker: MakeBroker) -> None:
     async with open_backend(make_broker) as backend:
         key = await new_key(backend)
         assert await backend.broker.append(key, [], end=COMPLETE) == Position(-1, 0)
@@ -310,7 +311,7 @@ async def test_concurrent_appends_and_an_end_leave_exactly_what_was_acknowledged
 
 
 @pytest.mark.anyio
-async def test_a_run_that_is_over_takes_no_append(make_broker: MakeBroker) -> None:
+async def test_an_ended_run_rejects_appends(make_broker: MakeBroker) -> None:
     async with open_backend(make_broker) as backend:
         run = await create(backend)
         written, fresh = StreamKey(run.id, "written"), StreamKey(run.id, "fresh")
@@ -340,7 +341,7 @@ async def test_a_retried_append_stores_nothing_twice(make_broker: MakeBroker) ->
 
 
 @pytest.mark.anyio
-async def test_of_an_append_that_overlaps_only_the_new_part_is_stored(make_broker: MakeBroker) -> None:
+async def test_only_the_new_part_of_an_overlapping_append_is_stored(make_broker: MakeBroker) -> None:
     async with open_backend(make_broker) as backend:
         key = await new_key(backend)
         await backend.broker.append(key, items(3), producer=Producer("p", 0))
@@ -349,7 +350,7 @@ async def test_of_an_append_that_overlaps_only_the_new_part_is_stored(make_broke
 
 
 @pytest.mark.anyio
-async def test_a_hole_in_the_count_of_a_producer_is_refused(make_broker: MakeBroker) -> None:
+async def test_a_gap_in_the_count_of_a_producer_is_rejected(make_broker: MakeBroker) -> None:
     async with open_backend(make_broker) as backend:
         key = await new_key(backend)
         for stored in (0, 2):
@@ -362,7 +363,7 @@ async def test_a_hole_in_the_count_of_a_producer_is_refused(make_broker: MakeBro
 
 
 @pytest.mark.anyio
-async def test_producers_count_for_themselves_and_for_each_stream(make_broker: MakeBroker) -> None:
+async def test_each_producer_counts_its_items_per_stream(make_broker: MakeBroker) -> None:
     async with open_backend(make_broker) as backend:
         key = await new_key(backend)
         sibling = StreamKey(key.run, "sibling")
@@ -376,7 +377,7 @@ async def test_producers_count_for_themselves_and_for_each_stream(make_broker: M
 
 
 @pytest.mark.anyio
-async def test_the_count_of_a_producer_can_be_asked_for(make_broker: MakeBroker) -> None:
+async def test_the_count_of_a_producer_can_be_read(make_broker: MakeBroker) -> None:
     """A writer that comes back, maybe at another process, goes on behind what is stored."""
     async with open_backend(make_broker) as backend:
         key = await new_key(backend)
@@ -426,7 +427,7 @@ async def test_a_retry_of_the_ending_append_succeeds(make_broker: MakeBroker) ->
 
 
 @pytest.mark.anyio
-async def test_a_retry_succeeds_when_the_run_is_over_meanwhile(make_broker: MakeBroker) -> None:
+async def test_a_retry_succeeds_after_the_run_has_ended(make_broker: MakeBroker) -> None:
     async with open_backend(make_broker) as backend:
         run = await create(backend)
         key = StreamKey(run.id, "default")
@@ -437,7 +438,7 @@ async def test_a_retry_succeeds_when_the_run_is_over_meanwhile(make_broker: Make
 
 
 @pytest.mark.anyio
-async def test_the_same_append_from_several_sides_is_stored_once(make_broker: MakeBroker) -> None:
+async def test_concurrent_retries_of_one_append_are_stored_once(make_broker: MakeBroker) -> None:
     async with open_backend(make_broker) as backend:
         key = await new_key(backend)
         positions: list[Position] = []
@@ -478,7 +479,7 @@ async def test_whatever_producers_retry_each_item_is_stored_once(
 
 
 @pytest.mark.anyio
-async def test_what_was_lost_is_written_again_at_its_place_or_not_at_all(make_broker: MakeBroker) -> None:
+async def test_lost_items_are_restored_in_their_place_or_not_at_all(make_broker: MakeBroker) -> None:
     async with open_backend(make_broker) as backend:
         key = await new_key(backend)
         await backend.broker.append(key, items(3), producer=Producer("p", 0))
@@ -498,7 +499,7 @@ async def test_what_was_lost_is_written_again_at_its_place_or_not_at_all(make_br
 
 
 @pytest.mark.anyio
-async def test_retention_takes_the_oldest_entries_and_never_the_position(make_broker: MakeBroker) -> None:
+async def test_trimming_drops_the_oldest_entries_and_keeps_positions(make_broker: MakeBroker) -> None:
     async with open_backend(make_broker, stream_bytes=1000) as backend:
         key = await new_key(backend)
         for _ in range(50):
@@ -525,7 +526,7 @@ async def test_the_last_entry_stays_whatever_its_size(make_broker: MakeBroker) -
 
 
 @pytest.mark.anyio
-async def test_a_retry_of_what_was_trimmed_is_still_recognised(make_broker: MakeBroker) -> None:
+async def test_a_retry_of_trimmed_items_is_still_recognized(make_broker: MakeBroker) -> None:
     async with open_backend(make_broker, stream_bytes=200) as backend:
         key = await new_key(backend)
         first = await backend.broker.append(key, [CHUNK] * 10, producer=Producer("p", 0))
@@ -535,7 +536,7 @@ async def test_a_retry_of_what_was_trimmed_is_still_recognised(make_broker: Make
 
 
 @pytest.mark.anyio
-async def test_a_reader_behind_the_retained_part_is_told(make_broker: MakeBroker) -> None:
+async def test_a_reader_before_the_retained_part_gets_a_gap(make_broker: MakeBroker) -> None:
     async with open_backend(make_broker, stream_bytes=1000) as backend:
         key = await new_key(backend)
         await backend.broker.append(key, [CHUNK] * 3)
@@ -554,7 +555,7 @@ async def test_a_reader_behind_the_retained_part_is_told(make_broker: MakeBroker
 
 
 @pytest.mark.anyio
-async def test_a_cancelled_append_happened_entirely_or_not_at_all(make_broker: MakeBroker) -> None:
+async def test_a_cancelled_append_takes_full_effect_or_none(make_broker: MakeBroker) -> None:
     async with open_backend(make_broker) as backend:
         held = backend.held()
         for number in count():  # pragma: no branch

@@ -46,7 +46,7 @@ async def test_a_run_is_in_all_its_topics_when_the_commit_returns(make_broker: M
 
 
 @pytest.mark.anyio
-async def test_a_tag_that_is_added_later_hears_of_the_run_from_then_on(make_broker: MakeBroker) -> None:
+async def test_a_tag_added_later_lists_the_run_from_then_on(make_broker: MakeBroker) -> None:
     async with open_backend(make_broker) as backend:
         tag = new_tag()
         run = await create(backend)
@@ -56,7 +56,7 @@ async def test_a_tag_that_is_added_later_hears_of_the_run_from_then_on(make_brok
 
 
 @pytest.mark.anyio
-async def test_a_topic_that_nobody_told_is_empty(make_broker: MakeBroker) -> None:
+async def test_a_topic_without_runs_is_empty(make_broker: MakeBroker) -> None:
     async with open_backend(make_broker) as backend:
         held = backend.held()
         changes = await backend.broker.changes(f"tag:{new_tag()}")
@@ -65,7 +65,7 @@ async def test_a_topic_that_nobody_told_is_empty(make_broker: MakeBroker) -> Non
 
 
 @pytest.mark.anyio
-async def test_an_empty_snapshot_is_a_place_to_go_on_from(make_broker: MakeBroker) -> None:
+async def test_an_empty_snapshot_has_a_usable_cursor(make_broker: MakeBroker) -> None:
     async with open_backend(make_broker) as backend:
         tag = new_tag()
         before = (await backend.broker.changes(f"tag:{tag}")).cursor
@@ -74,7 +74,7 @@ async def test_an_empty_snapshot_is_a_place_to_go_on_from(make_broker: MakeBroke
 
 
 @pytest.mark.anyio
-async def test_changes_come_in_the_order_of_each_runs_last_change(make_broker: MakeBroker) -> None:
+async def test_changes_are_ordered_by_each_runs_last_change(make_broker: MakeBroker) -> None:
     async with open_backend(make_broker) as backend:
         tag = new_tag()
         runs = [await create(backend, tags=(tag,)) for _ in range(4)]
@@ -88,7 +88,7 @@ async def test_changes_come_in_the_order_of_each_runs_last_change(make_broker: M
 
 
 @pytest.mark.anyio
-async def test_a_reader_behind_gets_the_newest_of_each_changed_run_once(make_broker: MakeBroker) -> None:
+async def test_a_late_reader_gets_each_changed_run_once_in_its_newest_version(make_broker: MakeBroker) -> None:
     async with open_backend(make_broker) as backend:
         tag = new_tag()
         busy, idle, late = [await create(backend, tags=(tag,)) for _ in range(3)]
@@ -104,7 +104,7 @@ async def test_a_reader_behind_gets_the_newest_of_each_changed_run_once(make_bro
 
 
 @pytest.mark.anyio
-async def test_a_long_way_is_gone_in_pages_that_miss_nothing(make_broker: MakeBroker) -> None:
+async def test_many_changes_are_read_in_pages_without_gaps(make_broker: MakeBroker) -> None:
     async with open_backend(make_broker) as backend:
         tag = new_tag()
         start = (await create(backend, tags=(tag,))).id
@@ -132,7 +132,7 @@ async def test_a_limited_snapshot_has_the_newest_runs(make_broker: MakeBroker) -
 
 
 @pytest.mark.anyio
-async def test_a_cursor_of_no_use_gets_a_snapshot_and_never_a_wait(make_broker: MakeBroker) -> None:
+async def test_an_unusable_cursor_gets_a_snapshot_at_once(make_broker: MakeBroker) -> None:
     async with open_backend(make_broker) as backend:
         tag = new_tag()
         run = await create(backend, tags=(tag,))
@@ -149,7 +149,7 @@ async def test_a_cursor_of_no_use_gets_a_snapshot_and_never_a_wait(make_broker: 
 
 
 @pytest.mark.anyio
-async def test_a_topic_keeps_its_newest_runs_and_a_reader_before_them_gets_a_snapshot(make_broker: MakeBroker) -> None:
+async def test_a_topic_retains_its_newest_runs_and_older_cursors_get_a_snapshot(make_broker: MakeBroker) -> None:
     async with open_backend(make_broker, topic_runs=5) as backend:
         tag = new_tag()
         first = await create(backend, tags=(tag,))
@@ -165,7 +165,7 @@ async def test_a_topic_keeps_its_newest_runs_and_a_reader_before_them_gets_a_sna
 
 
 @pytest.mark.anyio
-async def test_a_topic_and_another_of_the_same_name_have_different_epochs(make_broker: MakeBroker) -> None:
+async def test_a_recreated_topic_has_a_new_epoch(make_broker: MakeBroker) -> None:
     """A position must not be taken for one of an index that is gone."""
     async with open_backend(make_broker) as backend:
         tag = new_tag()
@@ -182,7 +182,7 @@ async def test_a_topic_and_another_of_the_same_name_have_different_epochs(make_b
 
 
 @pytest.mark.anyio
-async def test_a_follower_hears_of_changes_from_every_process(make_broker: MakeBroker) -> None:
+async def test_a_follower_gets_the_changes_of_every_process(make_broker: MakeBroker) -> None:
     async with open_backend(make_broker) as backend:
         tag = new_tag()
         feed = Feed(backend.broker, f"tag:{tag}")
@@ -232,7 +232,7 @@ class Feed:
     feeds=st.lists(st.tuples(st.integers(0, 12), st.booleans(), st.sampled_from([1, 2, 1000])), max_size=4),
 )
 @pytest.mark.anyio
-async def test_whenever_a_feed_begins_it_misses_no_change(
+async def test_whenever_a_feed_starts_it_misses_no_change(
     make_broker: MakeBroker, runs: list[list[tuple[int, bool]]], feeds: list[tuple[int, bool, int]]
 ) -> None:
     """Each run changes in a task of its own, after so many steps and in that process; each feed begins at its time."""
@@ -305,7 +305,7 @@ async def test_no_older_version_replaces_a_newer_one_under_concurrent_committers
 
 
 @pytest.mark.anyio
-async def test_who_leaves_a_topic_leaves_nothing(make_broker: MakeBroker) -> None:
+async def test_leaving_a_topic_releases_everything(make_broker: MakeBroker) -> None:
     async with open_backend(make_broker) as backend:
         tag = new_tag()
         held = backend.held()
@@ -325,7 +325,7 @@ async def _follow(broker: Broker, tag: str) -> None:
 
 
 @pytest.mark.anyio
-async def test_following_may_be_cancelled_at_every_await(make_broker: MakeBroker) -> None:
+async def test_following_can_be_cancelled_at_every_await(make_broker: MakeBroker) -> None:
     async with open_backend(make_broker) as backend:
         tag = new_tag()
         await create(backend, tags=(tag,))
