@@ -15,7 +15,7 @@ from urllib.parse import unquote_plus
 from asgi_realtime.asgi.host import Scope
 from asgi_realtime.core.errors import ScopeDenied, shown
 from asgi_realtime.core.runs import RunRecord
-from asgi_realtime.core.scopes import Resource, admits
+from asgi_realtime.core.scopes import Resource, grants
 from asgi_realtime.tokens import Claims
 
 PARAMETER = "access_token"
@@ -86,7 +86,7 @@ def batch_resources(batch_id: str) -> list[Resource]:
 
 def allows(claims: Claims, action: str, resources: Iterable[Resource]) -> bool:
     """Whether the claims grant the action on the resource with these names."""
-    return claims.secret or admits(claims.scopes, action, resources)
+    return claims.secret or grants(claims.scopes, action, resources)
 
 
 def authorize(claims: Claims, action: str, resources: Iterable[Resource]) -> None:

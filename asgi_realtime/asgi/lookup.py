@@ -15,7 +15,7 @@ from asgi_realtime.asgi.subscription import until_disconnect
 from asgi_realtime.brokers.following import following
 from asgi_realtime.core.errors import RunNotFound, ServerShutdown, shown
 from asgi_realtime.core.runs import RunRecord, batch_topic, run_topic
-from asgi_realtime.core.scopes import names
+from asgi_realtime.core.scopes import named_ids
 from asgi_realtime.loop.guards import make_guard
 from asgi_realtime.loop.waiting import make_waiter
 from asgi_realtime.tokens import Claims
@@ -52,7 +52,7 @@ async def find_run(request: Request, claims: Claims, run_id: str) -> RunRecord:
     try:
         record = await runs.get(run_id)
     except RunNotFound:
-        if request.is_from_elsewhere or run_id not in names(claims.scopes, "read", "runs"):
+        if request.is_from_elsewhere or run_id not in named_ids(claims.scopes, "read", "runs"):
             raise
         await _appears(request, claims, run_topic(run_id))
         record = await runs.get(run_id)

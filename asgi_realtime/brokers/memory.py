@@ -275,7 +275,7 @@ class MemoryBroker:
         entry = self._topics.get(topic)
         if entry is None:
             entry = self._add_topic(topic)
-        if entry.index.tell(record.id, record.version):
+        if entry.index.update(record.id, record.version):
             entry.waiting.wake()
 
     def _add_topic(self, topic: str) -> _MemoryTopic:

@@ -1,8 +1,9 @@
-"""One value to one line of JSON and back: the form in which chunks, payloads, outputs and metadata are kept and sent.
+"""Encodes a value as one line of JSON, and decodes it: the form of chunks, payloads, outputs and metadata everywhere.
 
-The output never holds a raw line break, so it fits into an SSE frame as it is. NaN and infinities become null, lone
-surrogates U+FFFD. Bytes inside a dict or list become base64 text; bytes alone are refused, since a source of bytes is
-nearly always text that was not decoded. Pydantic is recognised by its marks on the type, never imported.
+The output contains no raw line break, so it fits into an SSE frame unchanged. NaN and infinities become null, lone
+surrogates become U+FFFD. Bytes inside a dict or list become base64 text. Bytes alone raise an error, because a source
+of bytes is nearly always text that was not decoded. Pydantic models are recognized by an attribute of their class;
+pydantic is never imported.
 """
 
 from __future__ import annotations
@@ -17,18 +18,18 @@ import msgspec
 from asgi_realtime.core.errors import EncodingError, UsageError
 
 _AS_SENT = frozenset({"openai", "anthropic"})
-"""Their models hold every field that the API may send; what it did send are the fields that are set."""
+"""Models of these packages have every field that the API can send. The set fields are those that it did send."""
 
 _LF, _CR = b"\n\r"  # as integers: `10 in data` is ten times as fast as `b"\n" in data`
 _LINE_BREAKS_TO_SPACES = bytes.maketrans(b"\r\n", b"  ")
 _ESCAPE = re.compile(
     rb"\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|(u[dD][89a-fA-F][0-9a-fA-F]{2})|.)", re.DOTALL
 )
-"""An escape in a JSON string: a pair of surrogates, a lone one (the group), or any other."""
+"""An escape in a JSON string: a surrogate pair, a lone surrogate (the group), or any other."""
 
 _BINARY = (bytes, bytearray, memoryview)
 _MALFORMED = (msgspec.MsgspecError, ValueError)  # bad UTF-8 is a ValueError only
-_PATH_STEPS = 20  # an end for values that contain themselves
+_MAX_PATH_STEPS = 20  # a value can contain itself
 _ALLOWED = "str, numbers, dicts, lists, dataclasses, msgspec and pydantic models, datetimes, UUIDs, Decimals, enums"
 
 
@@ -42,7 +43,7 @@ def encode_value(value: object) -> bytes:
         )
     try:
         data = _encode(value)
-    except Exception as exc:  # a foreign model's serializer may raise anything
+    except Exception as exc:  # the serializer of a model can raise anything
         data = _encode_slowly(value, exc)
     if _LF in data or _CR in data:
         return _on_one_line(data)
@@ -60,10 +61,9 @@ def decode(data: bytes) -> Any:
 
 
 def json_line(data: bytes) -> bytes:
-    """JSON that was sent to us, as it is kept: on one line, and besides that byte for byte as it came.
+    """Received JSON as it is stored: on one line, and otherwise byte for byte as received.
 
-    So no number is rounded and no key moved. Escaped lone surrogates become U+FFFD. Raises `UsageError` if it is
-    malformed.
+    No number is rounded and no key moves. Escaped lone surrogates become U+FFFD. Raises `UsageError` if malformed.
     """
     data = data.strip(b" \t\r\n")
     try:
@@ -74,13 +74,13 @@ def json_line(data: bytes) -> bytes:
             raise
         _decode(scrubbed)
         data = scrubbed
-    if _LF in data or _CR in data:  # in strings they are malformed, so these stand between tokens
+    if _LF in data or _CR in data:  # strings cannot contain them, so they are between tokens
         return data.translate(_LINE_BREAKS_TO_SPACES)
     return data
 
 
 def scrub_escapes(data: bytes) -> bytes:
-    """JSON with U+FFFD for its escaped lone surrogates, of the same length."""
+    """Replace escaped lone surrogates in JSON by U+FFFD. The length does not change."""
     return _ESCAPE.sub(lambda escape: rb"\ufffd" if escape[1] else escape[0], data)
 
 
@@ -94,7 +94,7 @@ def _decode(data: bytes) -> Any:
 
 
 def _decode_surrogates(data: bytes) -> Any:
-    """Decode JSON that may hold escaped lone surrogates, as `JSON.stringify` writes them (ECMA-262, 25.5.2.3)."""
+    """Decode JSON with escaped lone surrogates, as `JSON.stringify` writes them (ECMA-262, 25.5.2.3)."""
     try:
         return _scrub(json.loads(data, parse_constant=_refuse_constant))
     except (ValueError, RecursionError) as exc:
@@ -102,24 +102,22 @@ def _decode_surrogates(data: bytes) -> Any:
 
 
 def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON")
+    raise ValueError(f"{name} is not valid JSON")
 
 
 def _enc_hook(value: Any) -> Any:
-    """What msgspec does not know by itself."""
+    """Encode types that msgspec does not support."""
     serializer = getattr(type(value), "__pydantic_serializer__", None)
     if serializer is None:
         return _known(value)
     data = serializer.to_json(value, by_alias=True, exclude_unset=_as_sent(value), warnings=False)
-    if (
-        data.find(b"NaN") >= 0 or data.find(b"Infinity") >= 0
-    ):  # a model may be configured to write these, and they are no JSON
+    if data.find(b"NaN") >= 0 or data.find(b"Infinity") >= 0:  # a model's configuration can allow these in its JSON
         return _model_dict(value)
     return msgspec.Raw(data)
 
 
 def _plain_hook(value: Any) -> Any:
-    """The same with values of Python instead of bytes, so that the strings in them can be scrubbed."""
+    """As `_enc_hook`, but returns Python values instead of JSON, so that their strings can be scrubbed."""
     if isinstance(value, msgspec.Raw):
         return decode(bytes(value))
     if hasattr(type(value), "__pydantic_serializer__"):
@@ -153,7 +151,7 @@ _encode = msgspec.json.Encoder(enc_hook=_enc_hook).encode
 
 
 def _encode_slowly(value: object, cause: Exception) -> bytes:
-    """The second try, for lone surrogates; or the error that says what and where."""
+    """A second attempt without lone surrogates. Raises an error that names the value and its path."""
     if isinstance(cause, RecursionError):
         raise _too_deep(value) from cause
     try:
@@ -175,7 +173,7 @@ def _to_plain(value: object) -> Any:
 
 
 def _scrub(value: Any) -> Any:
-    """Replace lone surrogates in plain values. Two that make a pair become the character that they stand for."""
+    """Replace lone surrogates in plain values. Two that form a pair become one character."""
     if isinstance(value, str):
         return value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
     if isinstance(value, dict):
@@ -186,9 +184,9 @@ def _scrub(value: Any) -> Any:
 
 
 def _blame(value: object) -> tuple[str, object]:
-    """The innermost part of dicts and lists that cannot be encoded, and the way there."""
+    """The path of the innermost value in dicts and lists that cannot be encoded, and that value."""
     path = ""
-    for _ in range(_PATH_STEPS):
+    for _ in range(_MAX_PATH_STEPS):
         found = next(((step, child) for step, child in _children(value) if not _is_encodable(child)), None)
         if found is None:
             break
@@ -213,8 +211,8 @@ def _is_encodable(value: object) -> bool:
 
 
 def _on_one_line(data: bytes) -> bytes:
-    """Only a `msgspec.Raw` of the caller brings line breaks in."""
+    """Remove line breaks, which only a `msgspec.Raw` of the caller can contain."""
     try:
         return msgspec.json.encode(msgspec.json.decode(data))
     except (*_MALFORMED, RecursionError) as exc:
-        raise EncodingError(f"a msgspec.Raw holds no valid JSON: {exc}") from exc
+        raise EncodingError(f"a msgspec.Raw is not valid JSON: {exc}") from exc

@@ -1,6 +1,6 @@
-"""Settings as small values with named defaults, and the one place that reads spans of time.
+"""Settings as small values with named defaults, and the only parser of time spans.
 
-Sizes are bytes, times are seconds. A value that makes no sense is refused here, not where it is used.
+Sizes are in bytes, times in seconds. Invalid values raise an error here, not where they are used.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from datetime import timedelta
 from asgi_realtime.core.errors import InvalidConfiguration, UsageError, shown
 
 Span = float | int | str | timedelta
-"""A span of time: seconds, a `timedelta`, or text such as `"90s"`, `"15m"`, `"1h30m"`, `"2d"`."""
+"""A time span: seconds, a `timedelta`, or text such as `"90s"`, `"15m"`, `"1h30m"`, `"2d"`."""
 
 MAX_SPAN_S = 10 * 366 * 86400
-"""Ten years: no span is longer."""
+"""Ten years, the longest span."""
 
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "hr": 3600.0, "d": 86400.0, "w": 604800.0}
 _SPAN = re.compile(r"(?:\d+(?:\.\d+)?(?:ms|s|m|hr|h|d|w))+")
@@ -40,13 +40,13 @@ def parse_span(value: Span, *, name: str = "span") -> float:
     else:
         raise UsageError(f"{name} is a {type(value).__name__}; allowed are seconds, a timedelta, or text like '15m'")
     if not 0 < seconds < MAX_SPAN_S:
-        told = shown(value) if isinstance(value, str) else repr(value)
-        raise UsageError(f"{name} is {told}; it must be more than zero and less than ten years")
+        text = shown(value) if isinstance(value, str) else repr(value)
+        raise UsageError(f"{name} is {text}; it must be more than zero and less than ten years")
     return seconds
 
 
 class _Positive:
-    """Refuses a value that is not above zero, whatever its name."""
+    """Rejects every field that is not above zero."""
 
     __slots__ = ()
 
@@ -61,7 +61,7 @@ class _Positive:
 
 @dataclass(frozen=True, slots=True)
 class Limits(_Positive):
-    """What is refused loudly once it is exceeded."""
+    """Limits. Exceeding one raises `LimitExceeded`, which names it."""
 
     chunk_bytes: int = 1024 * 1024
     """One chunk, encoded."""
@@ -69,7 +69,7 @@ class Limits(_Positive):
     """One payload, encoded."""
     output_bytes: int = 10 * 1024 * 1024
     metadata_bytes: int = 256 * 1024
-    """All metadata of one run, encoded."""
+    """The whole metadata of one run, encoded."""
     append_bytes: int = 512 * 1024
     """The text of one append over HTTP."""
     input_bytes: int = 1024 * 1024
@@ -80,99 +80,101 @@ class Limits(_Positive):
     idempotency_key_length: int = 512
     batch_runs: int = 1000
     batch_bytes: int = 32 * 1024 * 1024
-    """All items of a batch, as they come over HTTP."""
+    """All items of a batch, in one HTTP request."""
     streams_per_run: int = 100
     inputs_per_run: int = 100
-    """Ids under which data was sent into one run."""
+    """Input ids used in one run."""
     inputs_bytes: int = 8 * 1024 * 1024
-    """All that was sent into one run. None of it is trimmed: what would be too much is refused."""
+    """All data sent into one run. Inputs are never trimmed; an input beyond the limit is rejected."""
     feed_runs: int = 1000
-    """Runs in the snapshot of one feed; the newest are kept."""
+    """Runs in the snapshot of one feed; the newest ones."""
     topic_runs: int = 10_000
-    """Runs that one tag or batch remembers; the newest are kept."""
+    """Runs that one tag or batch remembers; the newest ones."""
     pipe_buffer: int = 10_000
     """Chunks in the local copy of a `Pipe`."""
     pending_bytes: int = 1024 * 1024
-    """Bytes of one `Pipe` that wait for the broker's acknowledgement before its source waits."""
+    """Bytes of one `Pipe` that can wait for the broker's acknowledgement before its source pauses."""
     source_threads: int = 64
-    """Threads that read sync iterables, in the whole process."""
+    """Threads that read sync iterables, per process."""
     task_threads: int = 64
-    """Threads that run `def` tasks, in the whole process."""
+    """Threads that run `def` tasks, per process."""
     task_concurrency: int = 1000
-    """Runs of one task at once, in this process, unless the task says otherwise."""
+    """Runs of one task that execute at once in this process, unless the task sets its own limit."""
     subscribers: int = 20_000
-    """Open subscriptions in this process."""
+    """Subscriptions open at once in this process."""
     subscribers_per_run: int = 10_000
     subscribers_per_token: int = 10_000
     token_life: float = 30 * 24 * 3600.0
-    """Seconds that a token may last which is asked for over HTTP."""
+    """The longest lifetime, in seconds, of a token that is requested over HTTP."""
     mirror_bytes: int = 1024 * 1024
-    """Of each stream that is followed, in this process, when the broker is elsewhere; older chunks are read from it."""
+    """Chunks of each followed stream that this process holds if the broker is remote. Older chunks are read from the
+    broker."""
 
 
 @dataclass(frozen=True, slots=True)
 class Retention(_Positive):
-    """What is kept, and for how long."""
+    """How much is retained, and for how long."""
 
     stream_bytes: int = 8 * 1024 * 1024
-    """Of one stream; its oldest chunks go first, and readers behind them are told."""
+    """Per stream. The oldest chunks are trimmed first; a reader that has not received them gets a `gap`."""
     total_bytes: int = 512 * 1024 * 1024
-    """Of the memory broker: runs that ended longest ago go first, then the oldest chunks of the largest streams. If
-    what cannot go fills it (payloads, metadata, inputs of runs that go on), new runs and chunks are refused."""
+    """Of the memory broker. It first removes the runs that ended longest ago, then the oldest chunks of the largest
+    streams. If that does not free enough memory, because unfinished runs fill it with payloads, metadata and inputs, it
+    rejects new runs and chunks."""
     after_end: float = 24 * 3600.0
-    """A run and its streams, after the run ended."""
+    """How long a run and its streams are retained after the run ends."""
     idempotency_key: float = 24 * 3600.0
-    """How long an idempotency key stands for its run, unless it says so itself; it goes with the run in any case."""
+    """How long an idempotency key maps to its run, unless set per run. The mapping never outlives the run."""
     request_key: float = 600.0
-    """How long a request that is sent again, because its answer was lost, gets the run that it made."""
+    """How long a request that a client repeats, because the response was lost, returns the run that it created."""
     batch: float = 3600.0
-    """How long a batch that was created over HTTP waits for its items. One with an idempotency key waits as long as
-    that stands for it."""
+    """How long a batch created over HTTP waits for its items. A batch with an idempotency key waits for as long as the
+    key is valid."""
 
 
 @dataclass(frozen=True, slots=True)
 class Timeouts(_Positive):
-    """How long things may take."""
+    """How long operations can take."""
 
     def __post_init__(self) -> None:
         _Positive.__post_init__(self)
         if self.stream_age < self.heartbeat:
             raise InvalidConfiguration(
-                f"Timeouts.stream_age is {self.stream_age!r}; it must not be less than heartbeat, {self.heartbeat!r}:"
-                " a quiet stream would end before its client has heard anything"
+                f"Timeouts.stream_age is {self.stream_age!r}; it must be at least heartbeat, {self.heartbeat!r}:"
+                " a quiet stream would end before its first heartbeat"
             )
 
     heartbeat: float = 15.0
-    """Silence on a subscription before a comment is sent."""
+    """Silence on a subscription before a heartbeat is sent."""
     poll: float = 20.0
-    """How long a poll of the official clients is held when there is nothing to tell, within 15 %."""
+    """How long a poll of the official clients is held while nothing changes, within 15 %."""
     receive: float = 30.0
-    """Silence of a client while its request's body is on its way."""
+    """Silence of a client that is sending a request body."""
     send: float = 30.0
-    """One send to a subscriber that does not read; then it is dropped and may resume."""
+    """One send to a subscriber that does not read. It is disconnected then, and can resume."""
     append: float = 30.0
-    """How long a writer keeps trying while the broker is away."""
+    """How long writers and other calls retry while the broker is unavailable."""
     writer: float = 16 * 60.0
-    """Silence of a writer over HTTP before its request is ended; the official client begins anew after 15 minutes."""
+    """Silence of a writer over HTTP before its request ends. The official client starts a new one after 15 minutes."""
     broker: float = 5.0
-    """One answer of a broker that is elsewhere, and a connection to it; then it counts as away."""
+    """One response of a remote broker, or one connection attempt. Then it counts as unavailable."""
     drain: float = 0.5
-    """How long tasks may go on at shutdown: short, so that the server exits within a second. Raise it to let answers
-    end."""
+    """How long tasks can continue at shutdown. Short, so that the server exits within a second; raise it to let answers
+    finish."""
     cancel: float = 5.0
-    """How long the owner of a run may take to cancel it; then any process does."""
+    """How long the owner of a run can take to cancel it. Then any process does."""
     close: float = 5.0
-    """How long closing a source may take."""
+    """How long closing a source can take."""
     find: float = 5.0
-    """How long a subscription waits for a run that its token names and that is not there yet."""
+    """How long a subscription waits for a run that its token names and that does not exist yet."""
     lease: float = 30.0
-    """How long the owner of a run may be silent before the run is CRASHED."""
+    """How long the owner of a run can be silent before the run becomes CRASHED."""
     tick: float = 0.5
-    """The period of the ticker: the precision of heartbeats, expiry, delays and time-outs."""
+    """The period of the ticker, and so the precision of heartbeats, expiry, delays and timeouts."""
     stream_age: float = math.inf
-    """How old an open subscription may become, less up to 15 % so that those opened together do not end together. Then
-    it ends as at a shutdown and its client resumes: so a deploy is nothing new, and connections do not stay for ever on
-    the servers that were there first."""
+    """The maximum age of a subscription, less up to 15 % so that subscriptions opened together do not end together. It
+    is then closed as during shutdown, and the client resumes. This rebalances connections and exercises the deploy path
+    continuously."""
 
 
 EXPOSED_HEADERS = (
@@ -187,14 +189,15 @@ EXPOSED_HEADERS = (
     "x-ratelimit-reset",
     "x-should-retry",
 )
-"""The response headers that a page of another origin has to see. For a host whose own CORS middleware sets the list."""
+"""The response headers that a page of another origin must be able to read, for hosts that use their own CORS
+middleware."""
 
 
 @dataclass(frozen=True, slots=True)
 class Cors:
-    """Which pages of other origins may read: `"*"`, or a list of origins such as `["https://app.example"]`.
+    """The other origins whose pages can read: `"*"`, or a list such as `["https://app.example"]`.
 
-    No credentials are used (tokens travel in a header or in the query), so `"*"` is safe and the default.
+    Tokens are sent in a header or the query and never as cookies, so the default `"*"` is safe.
     """
 
     origins: Sequence[str] | str = "*"

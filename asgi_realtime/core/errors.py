@@ -1,42 +1,42 @@
-"""Every error of the library, in one tree.
+"""All errors of the library, in one tree.
 
 RealtimeError
-├── UsageError                  the caller's mistake; also a ValueError
+├── UsageError                  the caller passed something invalid; also a ValueError
 │   ├── InvalidConfiguration
-│   ├── InvalidSource           pipe() was given something that is no source; also a TypeError
+│   ├── InvalidSource           pipe() got an object that is not a source; also a TypeError
 │   ├── EncodingError           a value has no JSON form; also a TypeError
 │   ├── InvalidPayload
 │   ├── InvalidRequest
-│   │   └── RequestCutOff       the client was gone before its body had come
+│   │   └── RequestCutOff       the client disconnected before it had sent the body
 │   ├── UnknownTask
 │   ├── TokenSpent
-│   ├── NoCurrentRun            a run was needed and none was named; also a RuntimeError
+│   ├── NoCurrentRun            the call needs a run and got none; also a RuntimeError
 │   └── LimitExceeded
-├── TokenError                  the credential
+├── TokenError                  the credential does not grant access
 │   ├── InvalidToken
 │   │   └── ExpiredToken
 │   └── ScopeDenied
 ├── RunNotFound
-│   └── RunKeptElsewhere        it is in the memory of another process
+│   └── RunKeptElsewhere        the run is in the memory of another process
 ├── LocalCopyLost
-├── RunEnded                    how a run ended, raised to its waiters; see run_errors.py
+├── RunEnded                    a run ended without a result; in run_errors.py
 │   ├── RunFailed
 │   └── RunCanceled
-├── StateError                  an operation that the present state does not allow
+├── StateError                  the current state does not allow the operation
 │   ├── InvalidTransition
 │   ├── StreamClosed
-│   ├── StreamGap               entries that a reader asked for are past their retention
-│   ├── StreamBehind            a stream is shorter than what its broker had acknowledged
-│   ├── StreamLost              entries that were acknowledged are lost, and cannot be written again
-│   ├── VersionConflict         a concurrent change was stored first; in run_errors.py, as RunEnded
+│   ├── StreamGap               entries that a reader requested were trimmed
+│   ├── StreamBehind            a stream lacks entries that its broker acknowledged
+│   ├── StreamLost              acknowledged entries are lost and cannot be restored
+│   ├── VersionConflict         a concurrent change was stored first; in run_errors.py
 │   └── ProducerGap
-├── TaskError                   raised by a task: its message is shown to subscribers
-├── ServerShutdown              a run was stopped because its server stopped
-└── BrokerUnavailable           the environment
-    └── RestoreOutOfOrder       a writer has to wait for others to restore what was lost
+├── TaskError                   raised by a task; subscribers see its message
+├── ServerShutdown              the server shut down
+└── BrokerUnavailable           the broker does not respond
+    └── RestoreOutOfOrder       the writer must wait for other producers to restore their entries
 
-`status` is a hint for whoever answers over HTTP and `code` a stable word for programs; the message says what was
-wrong and what is allowed. No message carries a token or a secret.
+`status` suggests an HTTP status, and `code` is a stable word for programs. The message names the value that was wrong
+and what is allowed. No message contains a token or a secret.
 """
 
 from __future__ import annotations
@@ -54,47 +54,47 @@ def shown(value: object) -> str:
 
 
 class RealtimeError(Exception):
-    """The base of all errors of this library."""
+    """The base class of all errors of this library."""
 
     status: ClassVar[int] = 500
     code: ClassVar[str] = "internal"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """As it is, without `__init__`, which for some wants more than `args`: errors go from process to process."""
-        return _as_it_was, (type(self), self.args), self.__dict__
+        """Pickle without calling `__init__`, because some subclasses require more arguments than `args`."""
+        return _unpickle, (type(self), self.args), self.__dict__
 
 
-def _as_it_was(cls: type[RealtimeError], args: tuple[Any, ...]) -> RealtimeError:
+def _unpickle(cls: type[RealtimeError], args: tuple[Any, ...]) -> RealtimeError:
     return cls.__new__(cls, *args)
 
 
 class UsageError(RealtimeError, ValueError):
-    """The caller passed something that is not allowed."""
+    """The caller passed an invalid value."""
 
     status = 422
     code = "invalid"
 
 
 class InvalidConfiguration(UsageError):
-    """A `Realtime` cannot be built from these settings."""
+    """The settings of a `Realtime` are invalid."""
 
     code = "invalid_configuration"
 
 
 class InvalidSource(UsageError, TypeError):
-    """`pipe()` was given something that it cannot iterate, or that would be iterated by accident."""
+    """`pipe()` got an object that it cannot iterate, or that would be iterated by accident."""
 
     code = "invalid_source"
 
 
 class EncodingError(UsageError, TypeError):
-    """A value has no JSON form. Names the type and, for a chunk, its index."""
+    """A value has no JSON form. The message names its type and, for a chunk, its index."""
 
     code = "not_encodable"
 
 
 class InvalidPayload(UsageError):
-    """A payload does not fit the annotation of its task."""
+    """A payload does not match the annotation of its task."""
 
     code = "invalid_payload"
 
@@ -107,34 +107,34 @@ class InvalidRequest(UsageError):
 
 
 class RequestCutOff(InvalidRequest):
-    """The body of a request broke off. Mostly nobody hears this; what is in between may hand it on, so it is not a
-    status that is final."""
+    """The client disconnected while it sent the body. A proxy can still forward this response, so its status is one
+    that clients retry."""
 
     status = 408
     code = "cut_off"
 
 
 class UnknownTask(UsageError):
-    """No task is registered under this id."""
+    """No task has this id."""
 
     status = 404
     code = "unknown_task"
 
 
 class TokenSpent(UsageError):
-    """A one-time token was used before, by another request."""
+    """Another request has used this one-time token."""
 
     code = "token_spent"
 
 
 class NoCurrentRun(UsageError, RuntimeError):
-    """A run was needed, none was passed and none is current."""
+    """The call needs a run: none was passed, and the code does not execute in one."""
 
     code = "no_current_run"
 
 
 class LimitExceeded(UsageError):
-    """A limit was exceeded. Says the value and the limit; `status` is the HTTP status that fits (413, 422, 429, …)."""
+    """A limit was exceeded. The message names the value and the limit; `status` is 413, 422, 429 or 503."""
 
     code = "limit_exceeded"
 
@@ -144,71 +144,71 @@ class LimitExceeded(UsageError):
 
 
 class TokenError(RealtimeError):
-    """The credential does not admit the request."""
+    """The credential does not grant access."""
 
     status = 401
     code = "unauthorized"
 
 
 class InvalidToken(TokenError):
-    """A token is missing, malformed, forged or foreign."""
+    """A token is missing, malformed, forged or signed with another key."""
 
     code = "invalid_token"
 
 
 class ExpiredToken(InvalidToken):
-    """A token was valid and is no longer."""
+    """A token has expired."""
 
     code = "token_expired"
 
 
 class ScopeDenied(TokenError):
-    """A valid token whose scopes do not admit this."""
+    """A valid token lacks the scope for this request."""
 
     status = 403
     code = "forbidden"
 
 
 class RunNotFound(RealtimeError):
-    """No run has this id, or it is past its retention."""
+    """No run has this id: it does not exist or has expired (`Retention.after_end`)."""
 
     status = 404
     code = "run_not_found"
 
 
 class RunKeptElsewhere(RunNotFound):
-    """The run is in the memory of another process: the one that made the token."""
+    """The run is in the memory of another process, the one that created the token."""
 
     code = "run_kept_elsewhere"
 
 
 class LocalCopyLost(RealtimeError):
-    """The local copy of a `Pipe` was given up because it was full and nobody read it. Subscribers lost nothing."""
+    """The local copy of a `Pipe` was dropped because it was full and was not read. Subscribers lost nothing."""
 
     code = "local_copy_lost"
 
 
 class StateError(RealtimeError):
-    """The present state of a run or stream does not allow this."""
+    """The current state of a run or stream does not allow the operation."""
 
     status = 409
     code = "conflict"
 
 
 class InvalidTransition(StateError):
-    """A run cannot go from its status to that one."""
+    """The status of a run cannot change to the requested one."""
 
     code = "invalid_transition"
 
 
 class StreamClosed(StateError):
-    """The stream is closed: its run is over."""
+    """The stream has ended, usually because its run is over."""
 
     code = "stream_closed"
 
 
 class StreamGap(StateError):
-    """Entries after the reader's cursor are no longer there. `first` is the oldest that is."""
+    """Entries after the reader's cursor were trimmed. `first` is the oldest retained seq."""
 
     status = 410
     code = "stream_gap"
@@ -220,19 +220,19 @@ class StreamGap(StateError):
 
 
 class StreamBehind(StateError):
-    """A stream is shorter than what was acknowledged to its writer, who may be able to write it again."""
+    """A stream lacks entries that the broker acknowledged. Its writer may be able to restore them."""
 
     code = "stream_behind"
 
 
 class StreamLost(StateError):
-    """Entries that the broker had acknowledged are lost, and cannot be written again where they stood."""
+    """Acknowledged entries are lost and cannot be restored at their old seqs."""
 
     code = "stream_lost"
 
 
 class ProducerGap(StateError):
-    """A producer's append starts behind the next index that the stream expects of it."""
+    """A producer's append starts after the index that the stream expects next from it."""
 
     code = "producer_gap"
 
@@ -242,10 +242,10 @@ class ProducerGap(StateError):
 
 
 class TaskError(RealtimeError):
-    """Raise it in a task to fail its run with a message that subscribers may see.
+    """Raise this in a task to fail its run with a message that subscribers see.
 
-    The messages of all other exceptions are withheld from them, unless `Realtime(debug=True)`.
-    `data` is for the raising code only and goes nowhere.
+    The messages of all other exceptions are hidden from subscribers, unless `Realtime(debug=True)`. `data` stays on the
+    exception and is never published.
     """
 
     code = "task_error"
@@ -266,11 +266,11 @@ class ServerShutdown(RealtimeError):
 
 
 class BrokerUnavailable(RealtimeError):
-    """The broker does not answer. Nothing is known of the call that raised it, so it may be retried as it was."""
+    """The broker does not respond. The call may or may not have taken effect, and can be repeated unchanged."""
 
     status = 503
     code = "broker_unavailable"
 
 
 class RestoreOutOfOrder(BrokerUnavailable):
-    """What a writer writes again has its place behind what others lost, and have not written again yet."""
+    """The writer must wait: earlier entries, lost by other producers, have not been restored yet."""

@@ -1,7 +1,7 @@
-"""An incremental parser of `text/event-stream`, as a browser reads it.
+"""An incremental parser of `text/event-stream` that behaves like a browser.
 
-Give it bytes as they arrive, cut anywhere; it gives back the events that they complete. An event that no empty line
-has ended is not there. Pure. Spec: WHATWG HTML, section 9.2.6 (interpreting an event stream).
+Feed it bytes as they arrive, split anywhere, and it returns the events that they complete. An event that no empty line
+has ended is incomplete. Pure. Spec: WHATWG HTML, section 9.2.6 (interpreting an event stream).
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ _BOM = b"\xef\xbb\xbf"
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One event as it was fired."""
+    """One dispatched event."""
 
     event: str
     data: str
     id: str | None = None
-    """The last event id as of this event, which may have come with an earlier one. None: there was none yet."""
+    """The last event id at this event, possibly set by an earlier one. None: no event had an id yet."""
     retry: int | None = None
-    """The reconnection time that came with this event, in milliseconds."""
+    """The reconnection time in this event, in milliseconds."""
 
     def json(self) -> Any:
-        """The data as JSON. Raises `ValueError` if it is something else."""
+        """Decode the data as JSON. Raises `ValueError`."""
         return json.loads(self.data)
 
 
 class EventParser:
-    """Parses one response. `comments`, `last_event_id` and `retry` are what has been seen so far."""
+    """Parses one response. `comments`, `last_event_id` and `retry` hold what it has seen so far."""
 
     def __init__(self) -> None:
         self.comments: list[str] = []
@@ -47,20 +47,20 @@ class EventParser:
         self._block_retry: int | None = None
 
     def feed(self, data: bytes) -> list[Event]:
-        """Take the next bytes and return the events that they complete."""
+        """Parse the next bytes; return the events that they complete."""
         if not data:
             return []
         if self._after_cr and data.startswith(b"\n"):
-            data = data[1:]  # the second half of a CRLF whose CR has ended the line already
+            data = data[1:]  # the second half of a CRLF whose CR has already ended the line
         self._after_cr = data.endswith(b"\r")
         lines = _LINE_END.split(data)
-        self._partial.append(lines[0])  # joined once its line ends, so a long one costs no more than its bytes
+        self._partial.append(lines[0])  # joined once the line ends, so the cost of a long line stays linear
         if len(lines) == 1:
             return []
         lines[0] = b"".join(self._partial)
         self._partial = [lines.pop()]
-        fired = [self._line(line) for line in lines]
-        return [event for event in fired if event is not None]
+        events = [self._line(line) for line in lines]
+        return [event for event in events if event is not None]
 
     def _line(self, line: bytes) -> Event | None:
         if self._at_start:

@@ -1,8 +1,8 @@
 """The append-only log behind every stream.
 
-Pure: no loop, no clock. Entries are SSE frames, encoded once, with contiguous sequence numbers from 0. Trimming takes
-entries from the front and never the position: `next`, the end and the producers' indexes stay. Subscribers hold
-cursors (the seq of the last entry that they have; -1 for none); nothing here knows about them.
+Pure: no loop, no clock. Entries are SSE frames, encoded once, with contiguous sequence numbers from 0. Trimming removes
+entries from the front; it changes neither `next` nor the end nor the counts of the producers. Subscribers hold cursors
+(the seq of the last entry they received, -1 for none). Nothing here knows about them.
 """
 
 from __future__ import annotations
@@ -17,15 +17,14 @@ from asgi_realtime.core.errors import ProducerGap, RealtimeError, RestoreOutOfOr
 from asgi_realtime.core.sse import chunk_frame, frame_data
 
 COMPACT_AFTER = 1024
-"""Trimmed slots that may stay at the front of the lists before they are cut off."""
-
+"""Trimmed slots at the front of the lists before the lists are compacted."""
 
 HIDDEN_STREAM = "$"
-"""Streams whose name begins so are inputs: the library's own, not listed among the run's streams."""
+"""Names of inputs start with this. They are hidden: a run does not list them among its streams."""
 
 
 class StreamKey(NamedTuple):
-    """Which stream: the run that it belongs to, and its name there."""
+    """Identifies a stream: its run, and its name there."""
 
     run: str
     name: str
@@ -37,7 +36,7 @@ class StreamKey(NamedTuple):
 
 
 class Producer(NamedTuple):
-    """Who appends, and the place of the call's first item in the producer's own count, from 0."""
+    """An in-order source of appends, and the index of the call's first item in its own count, from 0."""
 
     id: str
     start: int
@@ -45,25 +44,25 @@ class Producer(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """Why a log ended: `complete`, `failed`, `canceled`, … and a text for subscribers."""
+    """Why a log ended (`complete`, `failed`, `canceled`, …), and a message for subscribers."""
 
     reason: str
     error: str | None = None
 
     def without_error(self) -> End:
-        """For those who may not see it."""
+        """For subscribers whose token hides errors."""
         return End(self.reason)
 
 
 class Position(NamedTuple):
-    """Where the items of an append stand: the seq of the last one (-1 in an empty log), and what comes next."""
+    """The result of an append: the seq of its last item (-1 in an empty log), and the next seq of the log."""
 
     last: int
     next: int
 
 
 class Entry(NamedTuple):
-    """One chunk: its seq, its JSON and the time of its append in unix milliseconds."""
+    """One chunk: its seq, its JSON, and when it was appended, in unix milliseconds."""
 
     seq: int
     data: bytes
@@ -71,9 +70,9 @@ class Entry(NamedTuple):
 
 
 class Page(NamedTuple):
-    """Entries after a cursor, the log's retained part `first` to `next - 1`, and its end if it has ended.
+    """Entries after a cursor, the bounds of the retained part (`first` to `next - 1`), and the end, if there is one.
 
-    A reader whose cursor lies before `first - 1` has lost entries: that is the gap, and it is never silent.
+    A cursor before `first - 1` means a gap: the reader has missed trimmed entries, and must be notified.
     """
 
     entries: list[Entry]
@@ -83,14 +82,14 @@ class Page(NamedTuple):
 
 
 def misplaced(at: int, following: int) -> RealtimeError:
-    """Why an entry that was lost cannot be written again at its place."""
+    """The error for a lost entry that cannot be restored at its seq, in a log whose next seq is `following`."""
     if at < following:
-        return StreamLost(f"entry {at} was lost and its place is taken: the stream is at {following}")
-    return RestoreOutOfOrder(f"entry {at} was lost; those before it, from {following} on, are not there again yet")
+        return StreamLost(f"entry {at} was lost, and other entries were appended up to {following - 1}")
+    return RestoreOutOfOrder(f"entry {at} was lost; entries {following} to {at - 1} must be restored before it")
 
 
 class Log:
-    """One stream's entries. Not safe for several threads; every method is atomic on its loop."""
+    """The entries of one stream. Not thread-safe; every method is atomic on its event loop."""
 
     __slots__ = ("_base", "_frames", "_producers", "_sums", "_times", "_trimmed", "end", "first", "next", "size")
 
@@ -100,28 +99,28 @@ class Log:
         self.size = 0
         """Bytes of the retained frames."""
         self.end: End | None = None
-        self._base = 0  # the seq of _frames[0]; between _base and first the slots are empty
+        self._base = 0  # the seq of _frames[0]; slots from _base to first - 1 are empty
         self._frames: list[bytes] = []
         self._times = array("q")
-        self._sums = array("q")  # bytes of all entries up to and with this one, since the log began
+        self._sums = array("q")  # bytes of all entries up to and including this one, since the start of the log
         self._trimmed = 0  # bytes of all entries before `first`
         self._producers: dict[str, tuple[int, int]] = {}
 
     def append(
         self, items: Sequence[bytes], now_ms: int, *, producer: Producer | None = None, at: int | None = None
     ) -> Position:
-        """Add JSON items. What the producer has stored before is skipped, so a retried call is harmless.
+        """Append JSON items. Skips items that the producer has stored before, so a retry is harmless.
 
-        With `at` the items have to stand from that seq on. Raises `ProducerGap` if the call leaves a hole in the
-        producer's count, `StreamClosed` if the log has ended and an item is new, `StreamLost` if the place of the first
-        new item is taken, `RestoreOutOfOrder` if the log has not come to it yet. The producer's check comes first: a
-        retry of what was stored succeeds on a closed log.
+        With `at`, the first item must get this seq. Raises `ProducerGap` if the call skips items of the producer,
+        `StreamClosed` if the log has ended and an item is new, `StreamLost` if the seq of the first new item is taken,
+        `RestoreOutOfOrder` if the log has not reached it yet. The producer is checked first, so a retry of stored items
+        succeeds on a closed log.
         """
         seq = self.next
         if producer is not None:
-            given = len(items)
-            items = self.unseen(items, producer)
-            at = None if at is None else at + given - len(items)
+            new = self.unseen(items, producer)
+            at = None if at is None else at + len(items) - len(new)
+            items = new
             expected, last = self._producers.get(producer.id, (0, -1))
             if not items:
                 return Position(last, seq)
@@ -131,7 +130,7 @@ class Log:
             raise StreamClosed(f"the stream has ended ({self.end.reason}); nothing can be appended")
         if at is not None and at != seq:
             raise misplaced(at, seq)
-        frames = [chunk_frame(number, item) for number, item in enumerate(items, seq)]  # before anything is changed
+        frames = [chunk_frame(number, item) for number, item in enumerate(items, seq)]  # can fail, so first
         total = self._sums[-1] if self._sums else self._trimmed
         for frame in frames:
             total += len(frame)
@@ -145,7 +144,7 @@ class Log:
         return Position(seq - 1, seq)
 
     def unseen(self, items: Sequence[bytes], producer: Producer) -> Sequence[bytes]:
-        """Those of the items that this producer has not stored before. Raises `ProducerGap`."""
+        """The items that this producer has not stored before. Raises `ProducerGap`."""
         expected, _ = self._producers.get(producer.id, (0, -1))
         if producer.start > expected:
             raise ProducerGap(f"append starts at item {producer.start}, expected {expected}", expected=expected)
@@ -153,29 +152,29 @@ class Log:
 
     @property
     def producers(self) -> int:
-        """How many producers have written here. Trimming does not forget them."""
+        """How many producers have appended. Trimming does not remove them."""
         return len(self._producers)
 
     def counted(self, producer_id: str) -> int:
-        """How many items of a producer this log has counted."""
+        """How many items of a producer this log has received."""
         return self._producers.get(producer_id, (0, -1))[0]
 
     def close(self, end: End) -> None:
-        """End the log. Final and idempotent: the first end stays."""
+        """End the log. Final and idempotent: the first end wins."""
         if self.end is None:
             self.end = end
 
     def restart(self, seq: int) -> None:
-        """Forget everything and go on at another place: the part of a log that is kept here begins anew."""
+        """Remove all entries and continue at another seq. For a copy of a log that skips a part of it."""
         self.first = self.next = self._base = seq
         self.size = self._trimmed = 0
         self._frames.clear()
         del self._times[:], self._sums[:]
 
     def frames(self, after: int, max_bytes: int) -> list[bytes]:
-        """The frames after the cursor, at most `max_bytes` but at least one; empty if there is none.
+        """The frames after the cursor: up to `max_bytes`, but at least one if there is one.
 
-        The caller has looked at `first`: a cursor before the retained part starts there.
+        A cursor before the retained part starts at `first`; the caller has handled the gap.
         """
         start = max(after + 1, self.first) - self._base
         if start >= len(self._frames):
@@ -185,7 +184,7 @@ class Log:
         return self._frames[start : max(stop, start + 1)]
 
     def entries(self, after: int, limit: int) -> list[Entry]:
-        """The entries after the cursor, at most `limit`, with their data and times."""
+        """The entries after the cursor, at most `limit`."""
         start = max(after + 1, self.first) - self._base
         frames = self._frames[start : start + limit]
         return [
@@ -193,7 +192,7 @@ class Log:
         ]
 
     def trim(self, max_bytes: int) -> int:
-        """Drop the oldest entries until at most `max_bytes` are left; the last entry stays. Returns the bytes freed."""
+        """Remove the oldest entries down to `max_bytes`, but never the last one. Returns the freed bytes."""
         excess = self.size - max_bytes
         if excess <= 0:
             return 0

@@ -1,9 +1,9 @@
 """The metadata of a run: operations as values, and the pure function that applies them.
 
-Operations cross processes, so they are tagged structs; their keys are checked when they are made. Applying copies what
-it changes, once for all operations, and shares the rest: neither the old metadata nor a value inside it is changed, nor
-one of an operation. Semantics: those of the metadata API of Trigger.dev (set, del, append, remove, increment,
-decrement, replace), also that a key like `$.steps.0.done` names a place inside, for all of these but del.
+Operations cross process boundaries, so they are tagged structs. Each checks its key when it is created. Applying them
+copies the containers that change, once for all operations, and shares the rest; it never modifies the old metadata or
+the values of an operation. Semantics: the metadata API of Trigger.dev (set, del, append, remove, increment, decrement,
+replace). In all of these except del, a key like `$.steps.0.done` is a path.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ MAX_KEY_LENGTH = 128
 
 
 def check_metadata_key(key: str) -> None:
-    """Raise `UsageError` if this cannot be a metadata key."""
+    """Raise `UsageError` if this is not a valid metadata key."""
     if not isinstance(key, str):
         raise UsageError(f"metadata key is a {type(key).__name__}; allowed is a str")
     if not 0 < len(key) <= MAX_KEY_LENGTH:
@@ -54,17 +54,17 @@ class Set(_Placed, frozen=True, tag="set"):
 
 
 class Delete(_Keyed, frozen=True, tag="delete"):
-    """Remove a key, if it is there."""
+    """Remove a key, if it exists."""
 
 
 class Append(_Placed, frozen=True, tag="append"):
-    """Add a value to the end of a list. A missing key becomes a list, another value the first of one."""
+    """Append to a list. A missing key becomes a list, and any other value the first item of one."""
 
     value: Any
 
 
 class Remove(_Placed, frozen=True, tag="remove"):
-    """Take the elements that equal the value out of a list. Anything else stays as it is."""
+    """Remove the items that equal the value from a list. Has no effect on anything else."""
 
     value: Any
 
@@ -81,7 +81,7 @@ class Increment(_Placed, frozen=True, tag="increment", rename={"by": "value"}):
 
 
 class Replace(msgspec.Struct, frozen=True, tag="update"):
-    """Put other metadata in the place of all that there is."""
+    """Replace the whole metadata."""
 
     value: dict[str, Any]
 
@@ -98,10 +98,10 @@ Operation = Set | Delete | Append | Remove | Increment | Replace
 def apply_operations(
     metadata: Mapping[str, Any], operations: Iterable[Operation], *, strict: bool = True
 ) -> dict[str, Any]:
-    """Return the metadata after the operations, in their order.
+    """Apply the operations in order and return the new metadata.
 
-    An increment of what is no number raises `UsageError`; with `strict=False` it is skipped, for operations that were
-    accepted against other metadata.
+    Incrementing a value that is not a number raises `UsageError`. With `strict=False` it is skipped, for operations
+    that were accepted for other metadata.
     """
     copies = Copies()
     result = copies.keep(dict(metadata))
@@ -111,7 +111,7 @@ def apply_operations(
 
 
 def _apply(result: dict[str, Any], operation: Operation, strict: bool, copies: Copies) -> dict[str, Any]:
-    """Apply one operation to a dict that is ours; its values need not be."""
+    """Apply one operation to a dict that can be changed in place; its values may be shared."""
     match operation:
         case Set(key, value):
             return _at(result, key, lambda _: value, copies)
@@ -129,7 +129,7 @@ def _apply(result: dict[str, Any], operation: Operation, strict: bool, copies: C
 
 
 def _at(result: dict[str, Any], key: str, change: Callable[[Any], Any], copies: Copies) -> dict[str, Any]:
-    """Put `change` of what a key names, or of `MISSING`, in its place."""
+    """Replace the value of a key or path by `change(old)`; `old` is `MISSING` if there is none."""
     if json_paths.is_path(key):
         following: dict[str, Any] = json_paths.changed(result, json_paths.parse(key), change, copies)
         return following
@@ -162,8 +162,11 @@ def _without(old: Any, value: object, copies: Copies) -> Any:
 
 
 def _others(items: list[Any], value: object) -> list[Any]:
-    """The elements that do not equal a value. Lists may be long, and operations many, so most elements are compared as
-    Python does, which is ten times as fast, and differs only in taking `true` for 1."""
+    """The items that do not equal a value.
+
+    Lists can be long and operations many, so most items use Python's comparison. It is ten times as fast, and differs
+    only in that `True == 1`.
+    """
     try:
         if value not in items:
             return items
@@ -172,13 +175,13 @@ def _others(items: list[Any], value: object) -> list[Any]:
         if not isinstance(value, list | dict):
             return [item for item in items if item != value or item is True or item is False]
         return [item for item in items if item != value or not _equal(item, value)]
-    except RecursionError:  # Python's comparison of values that are deep
+    except RecursionError:  # Python's comparison of deeply nested values
         return [item for item in items if not _equal(item, value)]
 
 
 def _equal(one: object, other: object) -> bool:
-    """Equality as JSON has it: `true` is not 1."""
-    waiting = [(one, other)]  # and no recursion, since values may be deeper than that can be
+    """Equality in JSON: `true` is not 1."""
+    waiting = [(one, other)]  # values can be nested deeper than the recursion limit
     while waiting:
         one, other = waiting.pop()
         if isinstance(one, list) and isinstance(other, list):
@@ -214,25 +217,25 @@ def _sum(old: Any, by: int | float) -> int | float | None:
         return None
     try:
         total = old + by
-    except OverflowError:  # an int beyond the range of floats
+    except OverflowError:  # an int is too large for a float
         return None
     return total if is_number(total) else None
 
 
 def is_number(value: object) -> bool:
-    """Whether the value is a finite number as JSON has it: `True` is not 1."""
+    """Whether the value is a finite number in JSON: `True` is not."""
     if isinstance(value, float):
         return math.isfinite(value)
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def normalize_value(value: object) -> Any:
-    """Take a value through JSON once: what is read back is what subscribers see, and nobody else holds it."""
+    """Encode and decode a value: a copy, as subscribers will see it."""
     return decode(encode_value(value))
 
 
 def check_size(metadata: Mapping[str, Any], limit_bytes: int) -> None:
-    """Raise `LimitExceeded` if the encoded metadata is over the limit."""
+    """Raise `LimitExceeded` if the encoded metadata exceeds the limit."""
     size = len(encode_value(metadata))
     if size > limit_bytes:
         raise LimitExceeded(f"metadata is {size} bytes, limit {limit_bytes}")

@@ -1,4 +1,4 @@
-"""What ids, tags and keys may look like, checked once, where they come in."""
+"""The syntax of ids, tags and keys. They are checked once, where they enter."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from asgi_realtime.core.config import Limits
 from asgi_realtime.core.errors import LimitExceeded, UsageError
 
 INPUT_PREFIX = "$trigger.input:"
-"""Inputs are hidden streams of this name and the input's id, as the official clients have it."""
+"""Inputs are hidden streams with this name and the id of the input, as in the official clients."""
 
 CONTROL_CHARACTERS = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _BAD_IN_TAG = re.compile(r'[\x00-\x1f\x7f-\x9f\\",\ud800-\udfff]')
@@ -17,11 +17,11 @@ _BAD_IN_KEY = re.compile(r"[\x00-\x1f\x7f-\x9f/?#\\\ud800-\udfff]")
 
 
 def check_tags(tags: str | Iterable[str] | None, limits: Limits) -> tuple[str, ...]:
-    """Tags without repeats, in their order. Raises `UsageError`, `LimitExceeded`."""
-    given = () if tags is None else (tags,) if isinstance(tags, str) else tuple(tags)
-    for tag in given:
+    """The tags without duplicates, in order. Raises `UsageError`, `LimitExceeded`."""
+    listed = () if tags is None else (tags,) if isinstance(tags, str) else tuple(tags)
+    for tag in listed:
         check_tag(tag, limits)
-    unique = tuple(dict.fromkeys(given))
+    unique = tuple(dict.fromkeys(listed))
     if len(unique) > limits.tags:
         raise LimitExceeded(f"a run has {len(unique)} tags, limit {limits.tags}")
     return unique
@@ -41,11 +41,11 @@ def check_tag(tag: str, limits: Limits) -> None:
 
 
 def check_key(key: str, limits: Limits, *, what: str) -> str:
-    """A stream key, input id or task id. Raises `UsageError`, `LimitExceeded`."""
+    """Return a valid stream key, input id or task id. Raises `UsageError`, `LimitExceeded`."""
     if not isinstance(key, str):
         raise UsageError(f"a {what} is a {type(key).__name__}; allowed is a str")
     if not key or key in (".", ".."):
-        raise UsageError(f"{what} {key!r} is not allowed; it must be a word that can stand in a URL's path")
+        raise UsageError(f"{what} {key!r} is not allowed; it must be usable as one segment of a URL path")
     if len(key) > limits.key_length:
         raise LimitExceeded(f"{what} is {len(key)} characters, limit {limits.key_length}")
     if _BAD_IN_KEY.search(key):
@@ -54,13 +54,13 @@ def check_key(key: str, limits: Limits, *, what: str) -> str:
 
 
 def stream_name(name: str, limits: Limits) -> str:
-    """The key of a stream that users may write and read."""
+    """The key of a stream that users can write and read. Raises as `check_key`."""
     check_key(name, limits, what="stream key")
     if name.startswith("$"):
-        raise UsageError(f"stream key {name!r} begins with $, which is kept for the library's own streams")
+        raise UsageError(f"stream key {name!r} starts with $, which is reserved for inputs")
     return name
 
 
 def input_stream(input_id: str, limits: Limits) -> str:
-    """The hidden stream behind an input id."""
+    """The name of the hidden stream of an input. Raises as `check_key`."""
     return INPUT_PREFIX + check_key(input_id, limits, what="input id")

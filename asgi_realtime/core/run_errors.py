@@ -1,4 +1,4 @@
-"""The errors that carry a run record; `errors.py` shows their place in the tree and must not depend on runs."""
+"""The errors that carry a run record. `errors.py` shows their place in the tree and must not import runs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from asgi_realtime.core.runs import RunRecord
 
 
 class RunEnded(RealtimeError):
-    """A run ended without a result. `record` is its last state, if it is known."""
+    """A run ended without a result. `record` is its last state, if known."""
 
     code = "run_ended"
 

@@ -1,7 +1,7 @@
 """Runs as immutable versioned records, and the only function that changes them.
 
-`apply` is pure: record, changes and the time in, the next record out. The status table says what may follow what;
-terminal states absorb every later change. A record never holds a stack trace.
+`apply` is pure: it takes a record, changes and the time, and returns the next record. `TRANSITIONS` defines which status
+can follow which. A run in a terminal status ignores all changes. A record never contains a stack trace.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from asgi_realtime.core.metadata import Operation, apply_operations
 
 
 class Status(StrEnum):
-    """Where a run is in its life."""
+    """The status of a run. The last six are terminal."""
 
     DELAYED = "DELAYED"
     QUEUED = "QUEUED"
@@ -59,14 +59,14 @@ END_REASONS: dict[Status, str] = {
 
 
 class RunError(msgspec.Struct, frozen=True):
-    """What subscribers see of a failure: the class name, and a message that is safe to show."""
+    """A failure as subscribers see it: the class name, and a message that is safe to show."""
 
     name: str
     message: str
 
 
 class BatchMember(msgspec.Struct, frozen=True):
-    """The batch that a run belongs to, its place there, and how many runs the batch has."""
+    """The batch of a run, the index of the run in it, and how many runs the batch has."""
 
     id: str
     index: int
@@ -94,7 +94,7 @@ class RunRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     metadata: dict[str, Any] = {}
     payload_json: bytes | None = None
     payload_meta_json: bytes | None = None
-    """What JavaScript needs to read the payload as it was sent (dates, sets, …): the `meta` of superjson."""
+    """The `meta` of superjson, with which JavaScript restores the types of the payload (dates, sets, …)."""
     output_json: bytes | None = None
     error: RunError | None = None
     streams: tuple[str, ...] = ()
@@ -106,7 +106,7 @@ class RunRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     depth: int = 0
     owner: str | None = None
     token_id: str | None = None
-    """The public access token that it was triggered with; None if the host did that itself."""
+    """The id of the public token that triggered the run; None if the host did."""
 
     @property
     def payload(self) -> Any:
@@ -120,7 +120,7 @@ class RunRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     @property
     def is_completed(self) -> bool:
-        """The run is over, whatever its result."""
+        """Whether the run is over, whatever its result."""
         return self.status in TERMINAL
 
     @property
@@ -157,23 +157,23 @@ class RunRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     @property
     def ttl(self) -> str | None:
-        """Its `ttl_s` as clients write a span: `"600s"`."""
+        """`ttl_s` as clients write it: `"600s"`."""
         return None if self.ttl_s is None else f"{self.ttl_s:.3f}".rstrip("0").rstrip(".") + "s"
 
     @property
     def topics(self) -> tuple[str, ...]:
-        """The topics besides its own that hear of this run."""
+        """The topics that list this run, except its own."""
         batch = () if self.batch is None else (batch_topic(self.batch.id),)
         return (*map(tag_topic, self.tags), *batch)
 
     @property
     def claim(self) -> str | None:
-        """What is claimed before the run is created, so that its idempotency key stands for one run of its task."""
+        """The name of the claim that maps the idempotency key to one run of the task. Claimed before the run is created."""
         return None if self.idempotency_key is None else f"idempotency:{self.task}/{self.idempotency_key}"
 
     @property
     def end(self) -> End | None:
-        """How the run's streams end, if it is over."""
+        """How the streams of the run end; None while it is not over."""
         if self.status not in TERMINAL:
             return None
         return End(END_REASONS[self.status], None if self.error is None else self.error.message)
@@ -192,17 +192,17 @@ def batch_topic(batch_id: str) -> str:
 
 
 class Queued(msgspec.Struct, frozen=True, tag=True):
-    """The delay of a run is over."""
+    """The delay of the run has passed."""
 
 
 class Started(msgspec.Struct, frozen=True, tag=True):
-    """A process claims the run for execution. That happens once in a run's life, so the owner is the fence too."""
+    """A process claims the run for execution. This happens once per run, so the owner also serves as a fencing token."""
 
     owner: str
 
 
 class Finished(msgspec.Struct, frozen=True, tag=True):
-    """The run ended. Output and status come in one version."""
+    """The run ended. Output and status change in one version."""
 
     status: Status
     output_json: bytes | None = None
@@ -210,7 +210,7 @@ class Finished(msgspec.Struct, frozen=True, tag=True):
 
 
 class CancelRequested(msgspec.Struct, frozen=True, tag=True):
-    """The run is to stop: at once if it waits, else its owner is asked."""
+    """Cancel the run: immediately if it has not started; otherwise its owner is asked to."""
 
 
 class TagsAdded(msgspec.Struct, frozen=True, tag=True):
@@ -222,7 +222,7 @@ class StreamAdded(msgspec.Struct, frozen=True, tag=True):
 
 
 class InputAdded(msgspec.Struct, frozen=True, tag=True):
-    """Somebody sends data into the run under another name. Who sends is not the run, so these are counted apart."""
+    """A client sends data to a new input of the run. Counted apart from the streams, which the run itself opens."""
 
     name: str
 
@@ -235,10 +235,10 @@ RunChange = Queued | Started | Finished | CancelRequested | TagsAdded | StreamAd
 
 
 def apply(record: RunRecord, changes: Sequence[RunChange], now_ms: int) -> RunRecord:
-    """Return the record after the changes, one version later; the same object if they change nothing.
+    """Return the record after the changes, one version later; the same object if they have no effect.
 
-    Nothing follows a terminal state, so what comes later is absorbed. Raises `InvalidTransition` for a status that may
-    not follow the present one.
+    Changes after a terminal status are ignored. Raises `InvalidTransition` for a status that cannot follow the current
+    one.
     """
     now_ms = max(now_ms, record.updated_at_ms)
     fields: dict[str, Any] = {}
@@ -252,7 +252,7 @@ def apply(record: RunRecord, changes: Sequence[RunChange], now_ms: int) -> RunRe
 
 
 def _effect(record: RunRecord, fields: dict[str, Any], change: RunChange, now_ms: int) -> dict[str, Any]:
-    """The fields that one change sets, given those that earlier changes of the same call have set."""
+    """The fields that one change sets, after `fields` were set by earlier changes of the same call."""
 
     def now(name: str) -> Any:
         return fields[name] if name in fields else getattr(record, name)
@@ -278,7 +278,7 @@ def _effect(record: RunRecord, fields: dict[str, Any], change: RunChange, now_ms
             return {} if name in now("inputs") else {"inputs": (*now("inputs"), name)}
         case _:
             metadata = apply_operations(now("metadata"), change.operations, strict=False)
-            # As JSON: for Python `True` equals 1, and a change from one to the other would be dropped.
+            # Compared as JSON, because in Python `True == 1`, and a change from one to the other would be dropped.
             return {} if encode_value(metadata) == encode_value(now("metadata")) else {"metadata": metadata}
 
 
@@ -290,14 +290,11 @@ def _to(present: Status, following: Status) -> dict[str, Any]:
 
 
 DUE_KINDS = ("delay", "enqueue", "ttl", "lease", "cancel", "expiry", "unpublished")
-"""What a run can be due for.
-
-`enqueue`, `lease` and `unpublished` are kept by the broker, the others follow from the record.
-"""
+"""What a run can be due for. The broker schedules `enqueue`, `lease` and `unpublished`; `due_times` has the others."""
 
 
 def due_times(record: RunRecord, *, cancel_s: float, after_end_s: float) -> dict[str, int]:
-    """When the run is due for what, in unix milliseconds."""
+    """When the run is due, by kind, in unix milliseconds."""
     if record.completed_at_ms is not None:
         return {"expiry": record.completed_at_ms + round(after_end_s * 1000)}
     due: dict[str, int] = {}

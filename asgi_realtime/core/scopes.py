@@ -1,8 +1,8 @@
-"""The scopes of a token: what it admits, and the friendly form that users write.
+"""The scopes of a token: what they grant, and the nested form in which users write them.
 
-A scope is `action[:type[:id]]`; only the first two colons separate, so ids may contain colons. Matching never fails:
-what it does not understand admits nothing. Writing is strict: a scope that could admit nothing is refused when it is
-made, because its user would find out only when a browser gets a 403. Grammar: docs/protocol.md.
+A scope is `action[:type[:id]]`. Only the first two colons separate, so ids can contain colons. Matching is lenient: an
+unknown scope grants nothing. Creating is strict: a scope that can never grant anything raises an error, which would
+otherwise show up as a 403 in a browser. Grammar: docs/protocol.md.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from asgi_realtime.core.errors import UsageError, shown
 from asgi_realtime.core.names import CONTROL_CHARACTERS
 
 Resource = tuple[str, str | None]
-"""A type and an id; without an id it is the whole type, such as the list of all runs."""
+"""A type and an id; without an id, the whole type, such as the list of all runs."""
 
 ScopeIds = str | bool | Iterable[str]
 Scopes = Mapping[str, Mapping[str, ScopeIds] | bool] | Sequence[str]
-"""`{"read": {"runs": ["run_1"], "tags": True}}`, or a list of scopes as they stand in the token."""
+"""`{"read": {"runs": ["run_1"], "tags": True}}`, or a list of scopes as in the token."""
 
 _EVERY_TYPE = ("runs", "tags", "batch", "tasks", "inputStreams", "waitpoints", "all")
 _TYPES_OF: dict[str, tuple[str, ...]] = {
@@ -31,7 +31,7 @@ _TYPES_OF: dict[str, tuple[str, ...]] = {
 
 
 class Scope(NamedTuple):
-    """The parts of one scope. `type` and `id` are None where they are absent."""
+    """The parts of one scope. `type` and `id` can be None."""
 
     action: str
     type: str | None = None
@@ -39,12 +39,12 @@ class Scope(NamedTuple):
 
 
 def parse(scope: str) -> Scope:
-    """Split a scope into its parts, without judging them."""
+    """Split a scope into its parts, without validation."""
     return Scope(*scope.split(":", 2))
 
 
-def admits(scopes: Iterable[str], action: str, resources: Iterable[Resource]) -> bool:
-    """Whether any one of the scopes admits the action on any one of the resource's names."""
+def grants(scopes: Iterable[str], action: str, resources: Iterable[Resource]) -> bool:
+    """Whether one of the scopes grants the action on one of the names of a resource."""
     names = tuple(resources)
     return any(_matches(parse(scope), action, names) for scope in scopes)
 
@@ -59,8 +59,8 @@ def _matches(scope: Scope, action: str, names: tuple[Resource, ...]) -> bool:
     return any(scope.type == type and (scope.id is None or scope.id == id) for type, id in names)
 
 
-def names(scopes: Iterable[str], action: str, type: str) -> frozenset[str]:
-    """The ids of a type that the scopes name one by one for an action."""
+def named_ids(scopes: Iterable[str], action: str, type: str) -> frozenset[str]:
+    """The ids of one type that the scopes list for an action."""
     parsed = (parse(scope) for scope in scopes)
     return frozenset(
         scope.id for scope in parsed if scope.action in (action, "*") and scope.type == type and scope.id is not None
@@ -68,9 +68,9 @@ def names(scopes: Iterable[str], action: str, type: str) -> frozenset[str]:
 
 
 def flatten_scopes(scopes: Scopes) -> tuple[str, ...]:
-    """Turn the dict form into scope strings, or check a ready list of them. Keeps the order, drops repetitions.
+    """Turn the nested form into scope strings, or validate a list of them. Keeps the order, removes duplicates.
 
-    Raises `UsageError` for unknown words, for anything empty, and for scopes that admit nothing, such as `read: True`.
+    Raises `UsageError` for unknown words, empty values, and scopes that grant nothing, such as `read: True`.
     """
     if isinstance(scopes, Mapping):
         found = list(_flatten(scopes))
@@ -81,7 +81,7 @@ def flatten_scopes(scopes: Scopes) -> tuple[str, ...]:
             f"scopes is a {_type(scopes)}; allowed are a dict like {{'read': {{'runs': ['run_1']}}}} or a list"
         )
     if not found:
-        raise UsageError("scopes is empty, so the token would admit nothing; name at least one scope")
+        raise UsageError("scopes is empty, so the token would grant nothing; name at least one scope")
     return tuple(dict.fromkeys(found))
 
 
@@ -93,10 +93,10 @@ def _flatten(scopes: Mapping[str, Mapping[str, ScopeIds] | bool]) -> Iterator[st
         allowed = _allowed_types(action)
         if not isinstance(types, Mapping):
             raise UsageError(
-                f"scope {action!r} is {shown(types)}, which admits nothing; allowed is a dict with {allowed}"
+                f"scope {action!r} is {shown(types)}, which grants nothing; allowed is a dict with {allowed}"
             )
         if not types:
-            raise UsageError(f"scope {action!r} is empty, which admits nothing; name at least one of {allowed}")
+            raise UsageError(f"scope {action!r} is empty, which grants nothing; name at least one of {allowed}")
         for type, ids in types.items():
             for scope in _of_type(action, type, ids):
                 yield _checked(scope)
@@ -111,7 +111,7 @@ def _of_type(action: str, type: str, ids: ScopeIds) -> Iterator[str]:
     elif not isinstance(ids, list | tuple | set | frozenset):
         raise UsageError(f"scope {where!r} is {shown(ids)}; allowed are True, an id, or a list of ids")
     elif not ids:
-        raise UsageError(f"scope {where!r} is an empty list, which admits nothing; list at least one id, or pass True")
+        raise UsageError(f"scope {where!r} is an empty list, which grants nothing; list at least one id, or pass True")
     else:
         for id in sorted(ids) if isinstance(ids, set | frozenset) else ids:
             if not isinstance(id, str):
@@ -127,7 +127,7 @@ def _checked(scope: object) -> str:
         return scope
     allowed = _allowed_types(action)
     if type is None:
-        raise UsageError(f"scope {action!r} without a type admits nothing; name one of {allowed}")
+        raise UsageError(f"scope {action!r} without a type grants nothing; name one of {allowed}")
     if type not in _TYPES_OF[action]:
         raise UsageError(f"scope {action!r} has the unknown type {type!r}; allowed are {allowed}")
     if id is not None:
@@ -137,9 +137,9 @@ def _checked(scope: object) -> str:
 
 def _check_id(action: str, type: str, id: str) -> None:
     if not id:
-        raise UsageError(f"scope '{action}:{type}' has an empty id, which admits nothing; pass an id")
+        raise UsageError(f"scope '{action}:{type}' has an empty id, which grants nothing; pass an id")
     if type == "all":
-        raise UsageError(f"scope '{action}:all' has an id, but 'all' admits everything; leave the id out")
+        raise UsageError(f"scope '{action}:all' has an id, but 'all' grants everything; leave the id out")
     if CONTROL_CHARACTERS.search(id):
         raise UsageError(f"scope '{action}:{type}' has an id with control characters: {id!r}")
 

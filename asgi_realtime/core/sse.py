@@ -1,8 +1,8 @@
 """The bytes of a `text/event-stream`: one function per kind of frame.
 
-A frame is one event with its empty line, complete in itself, so frames can be joined as they are. Data is one line of
-JSON, which `core.chunks` guarantees; whatever else enters a frame is checked here for CR, LF and NUL, which would end
-the line and let a value write events of its own. Spec: WHATWG HTML, section 9.2 (server-sent events).
+A frame is one complete event with its empty line, so frames can be concatenated. The data is one line of JSON, which
+`core.chunks` guarantees. Everything else that enters a frame is checked here for CR, LF and NUL: a value with a line
+break could inject events. Spec: WHATWG HTML, section 9.2 (server-sent events).
 """
 
 from __future__ import annotations
@@ -11,22 +11,22 @@ import re
 
 from asgi_realtime.core.errors import UsageError
 
-_LINE_BREAK = re.compile(r"[\r\n\0]")  # NUL: an id with it is ignored by the client, and so is the resume point
+_LINE_BREAK = re.compile(r"[\r\n\0]")  # NUL: clients ignore an id that contains it, and would resume at an older one
 _DATA = len(b"data: ")
 
 
 def chunk_frame(seq: int, data: bytes) -> bytes:
-    """The frame of a stream's entry. Unchecked, for the hot path: `data` is what `encode_value` returned."""
+    """The frame of a stream entry. Unchecked, for the hot path: `data` must come from `encode_value`."""
     return b"id: %d\ndata: %b\n\n" % (seq, data)
 
 
 def frame_data(frame: bytes) -> bytes:
-    """The data of a frame that `chunk_frame` made."""
+    """The data of a frame made by `chunk_frame`."""
     return frame[frame.index(10) + 1 + _DATA : -2]
 
 
 def control_frame(event: str, data: bytes | None, *, id: str | None = None, retry_ms: int | None = None) -> bytes:
-    """A named event. Without data its data is the empty string: an event without a data line is never fired."""
+    """A named event. Without `data` it has an empty data line, because browsers drop events without one."""
     if not event:
         raise UsageError("event is empty; a control event needs a name")
     lines = [b"event: " + _text("event", event)]
@@ -39,12 +39,12 @@ def control_frame(event: str, data: bytes | None, *, id: str | None = None, retr
 
 
 def retry_frame(retry_ms: int) -> bytes:
-    """Sets how long a client waits before it reconnects. Fires no event."""
+    """Sets how long the client waits before it reconnects. Dispatches no event."""
     return _retry(retry_ms) + b"\n\n"
 
 
 def comment_frame(text: str) -> bytes:
-    """A comment: keeps the connection alive, shows in `curl -N`, fires no event."""
+    """A comment: keeps the connection open, is visible in `curl -N`, dispatches no event."""
     return b": " + _text("comment", text) + b"\n\n"
 
 

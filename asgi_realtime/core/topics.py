@@ -1,9 +1,8 @@
 """The index behind every topic: which runs changed, in the order of their last change.
 
-One entry per run: position, run id, version. A change moves the run to the end under a new position, so a reader who
-is behind meets each changed run once, in its newest version; there are no gaps but the front that was dropped. The
-state of a run is never copied here. The epoch is random and made with the index, so that a position cannot be taken
-for one of another index of the same name.
+One entry per run: position, run id, version. A change moves the run to the end, at a new position, so a slow reader
+gets each changed run once, in its newest version. The only gap is at the front, where old runs are dropped. The index
+never copies the state of a run. Its epoch is random, so a cursor of an earlier index with the same name is recognized.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from typing import NamedTuple
 
 
 class Cursor(NamedTuple):
-    """A place in a topic. As text, in an SSE id: `<epoch>.<position>`."""
+    """A position in a topic. As text, in an SSE id: `<epoch>.<position>`."""
 
     epoch: str
     position: int
@@ -23,7 +22,7 @@ class Cursor(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> Cursor | None:
-        """Read a cursor back, or return None if the text is none."""
+        """Parse a cursor. Returns None if the text is not one."""
         epoch, dot, position = text.rpartition(".")
         if not dot or not epoch or not (position.isascii() and position.isdigit()) or len(position) > 18:
             return None
@@ -31,7 +30,7 @@ class Cursor(NamedTuple):
 
 
 class Change(NamedTuple):
-    """A run's newest place in a topic."""
+    """A run's newest entry in a topic."""
 
     position: int
     run_id: str
@@ -39,10 +38,10 @@ class Change(NamedTuple):
 
 
 class Changes(NamedTuple):
-    """An answer to a reader: what changed after its cursor, oldest first, and the cursor to go on from.
+    """What changed after a reader's cursor, oldest first, and the cursor to continue from.
 
-    `snapshot` is true if these are all runs of the topic, because the reader had no cursor or its cursor was of another
-    epoch, or of a part that was dropped.
+    `snapshot`: these are all runs of the topic, because the reader had no cursor, or its cursor has another epoch or
+    lies in the dropped part.
     """
 
     cursor: Cursor
@@ -51,22 +50,22 @@ class Changes(NamedTuple):
 
 
 class TopicIndex:
-    """The runs of one topic. Keeps the newest `max_runs`."""
+    """The newest `max_runs` runs of one topic."""
 
     __slots__ = ("_entries", "epoch", "floor", "max_runs", "position")
 
     def __init__(self, epoch: str, *, max_runs: int) -> None:
         self.epoch = epoch
         self.position = 0
-        self.floor = 0  # the position of the last entry that was dropped because of max_runs
+        self.floor = 0  # the position of the last entry that max_runs has dropped
         self.max_runs = max_runs
         self._entries: dict[str, Change] = {}  # in the order of position
 
     def __len__(self) -> int:
         return len(self._entries)
 
-    def tell(self, run_id: str, version: int) -> bool:
-        """Record that a run has this version. A version that is not newer than the known one changes nothing."""
+    def update(self, run_id: str, version: int) -> bool:
+        """Record a version of a run. Returns whether it is newer than the recorded one; otherwise nothing changes."""
         known = self._entries.get(run_id)
         if known is not None and known.version >= version:
             return False
@@ -74,7 +73,7 @@ class TopicIndex:
         return True
 
     def put(self, change: Change) -> None:
-        """Record a change whose position, behind all others, is known."""
+        """Record a change that has its position already, after all others."""
         self._entries.pop(change.run_id, None)
         self._entries[change.run_id] = change
         self.position = change.position
@@ -82,13 +81,13 @@ class TopicIndex:
             self.floor = self._entries.pop(next(iter(self._entries))).position
 
     def forget(self, run_id: str) -> None:
-        """Drop a run that is past its retention. Readers are not told."""
+        """Remove an expired run. No change announces this."""
         self._entries.pop(run_id, None)
 
     def after(self, cursor: Cursor | None, *, limit: int) -> Changes:
-        """What changed after the cursor: the oldest `limit` changes, so that a reader can go on from the last.
+        """The oldest `limit` changes after the cursor, so that a reader can continue from the last one.
 
-        Without a usable cursor it is a snapshot: the newest `limit` runs.
+        Without a usable cursor, a snapshot: the newest `limit` runs.
         """
         usable = cursor is not None and cursor.epoch == self.epoch and self.floor <= cursor.position <= self.position
         if cursor is None or not usable:

@@ -151,7 +151,7 @@ class Pipe(Generic[T]):
 
     @property
     def done(self) -> bool:
-        """Whether the source has ended and its chunks are stored, or that failed."""
+        """Whether the pipe has ended, and the broker acknowledged its chunks."""
         return self._state is PipeState.ENDED
 
     @property

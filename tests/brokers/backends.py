@@ -76,11 +76,11 @@ class Memory:
 class RepeatingIndex(TopicIndex):
     """Tells a version that it has told before as if it were new."""
 
-    def tell(self, run_id: str, version: int) -> bool:
+    def update(self, run_id: str, version: int) -> bool:
         known = self._entries.get(run_id)
         if known is not None and known.version == version:
             del self._entries[run_id]
-        return super().tell(run_id, version)
+        return super().update(run_id, version)
 
 
 class RepeatingBroker(MemoryBroker):

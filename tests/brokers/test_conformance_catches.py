@@ -457,9 +457,9 @@ class TellsTheRunTopicLater(MemoryBroker):
 class CarelessIndex(TopicIndex):
     """Takes whatever version comes."""
 
-    def tell(self, run_id: str, version: int) -> bool:
+    def update(self, run_id: str, version: int) -> bool:
         self._entries.pop(run_id, None)
-        return super().tell(run_id, version)
+        return super().update(run_id, version)
 
 
 class OverwritesNewerVersions(MemoryBroker):

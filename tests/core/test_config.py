@@ -105,5 +105,5 @@ def test_what_is_no_origin_is_refused(origin: str) -> None:
 def test_a_stream_may_not_be_too_old_before_its_first_heartbeat() -> None:
     """Its client heard nothing but that it has to come back, and gave up."""
     assert Timeouts(stream_age=15, heartbeat=15).stream_age == 15
-    with pytest.raises(InvalidConfiguration, match="stream_age is 14; it must not be less than heartbeat, 15"):
+    with pytest.raises(InvalidConfiguration, match="stream_age is 14; it must be at least heartbeat, 15"):
         Timeouts(stream_age=14, heartbeat=15)

@@ -91,7 +91,7 @@ def test_keys_that_are_refused(key: Any, error: type[Exception], message: str) -
 def test_streams_of_our_own_begin_with_a_dollar_and_are_nobody_elses() -> None:
     assert stream_name("ai", LIMITS) == "ai"
     assert input_stream("in", LIMITS) == "$trigger.input:in"
-    with pytest.raises(UsageError, match="begins with \\$, which is kept for the library's own streams"):
+    with pytest.raises(UsageError, match="starts with \\$, which is reserved for inputs"):
         stream_name("$in", LIMITS)
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from asgi_realtime.core.errors import UsageError
-from asgi_realtime.core.scopes import Resource, Scopes, admits, flatten_scopes, names, parse
+from asgi_realtime.core.scopes import Resource, Scopes, flatten_scopes, grants, named_ids, parse
 
 RUN: tuple[Resource, ...] = (("runs", "run_1"), ("tasks", "chat"), ("tags", "user:1"), ("batch", "batch_1"))
 
@@ -32,8 +32,8 @@ def test_only_the_first_two_colons_separate() -> None:
     ],
 )
 def test_a_scope_that_matches_any_name_of_a_run_admits(scope: str) -> None:
-    assert admits([scope], "read", RUN)
-    assert admits(["read:runs:other", scope], "read", iter(RUN))
+    assert grants([scope], "read", RUN)
+    assert grants(["read:runs:other", scope], "read", iter(RUN))
 
 
 @pytest.mark.parametrize(
@@ -54,27 +54,27 @@ def test_a_scope_that_matches_any_name_of_a_run_admits(scope: str) -> None:
     ],
 )
 def test_a_scope_that_matches_no_name_of_a_run_does_not(scope: str) -> None:
-    assert not admits([scope], "read", RUN)
+    assert not grants([scope], "read", RUN)
 
 
 def test_no_scopes_admit_nothing() -> None:
-    assert not admits([], "read", RUN)
-    assert not admits(["read:runs"], "read", [])
+    assert not grants([], "read", RUN)
+    assert not grants(["read:runs"], "read", [])
 
 
 def test_a_name_without_id_needs_a_scope_without_id() -> None:
     feed: tuple[Resource, ...] = (("runs", None), ("tags", None), ("tags", "a"))
-    assert not admits(["read:runs:run_1"], "read", feed)
-    assert not admits(["read:tags:b"], "read", feed)
+    assert not grants(["read:runs:run_1"], "read", feed)
+    assert not grants(["read:tags:b"], "read", feed)
     for scope in ("read:runs", "read:tags", "read:tags:a", "read:all"):
-        assert admits([scope], "read", feed)
+        assert grants([scope], "read", feed)
 
 
 def test_the_ids_that_scopes_name_are_listed() -> None:
     scopes = ["read:runs:run_1", "*:runs:run_2", "write:runs:run_3", "read:runs", "read:batch:b", "admin", "read:all"]
-    assert names(scopes, "read", "runs") == {"run_1", "run_2"}
-    assert names(scopes, "read", "batch") == {"b"}
-    assert names(scopes, "write", "runs") == {"run_2", "run_3"}
+    assert named_ids(scopes, "read", "runs") == {"run_1", "run_2"}
+    assert named_ids(scopes, "read", "batch") == {"b"}
+    assert named_ids(scopes, "write", "runs") == {"run_2", "run_3"}
 
 
 def test_the_dict_form_becomes_scopes() -> None:
@@ -126,7 +126,7 @@ def test_a_ready_list_is_checked_and_kept() -> None:
         ({"read": {"run": True}}, "unknown type 'run'; allowed are runs, tags, batch, tasks"),
         (["read:run"], "unknown type 'run'"),
         ({"trigger": {"runs": True}}, "'trigger' has the unknown type 'runs'; allowed are tasks, all"),
-        ({"read": True}, "'read' is True, which admits nothing"),
+        ({"read": True}, "'read' is True, which grants nothing"),
         ({"read": False}, "'read' is False"),
         ({"read": "runs"}, "'read' is 'runs'"),
         ({"read": ["runs"]}, "'read' is a list"),

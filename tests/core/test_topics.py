@@ -12,13 +12,13 @@ from asgi_realtime.core.topics import Change, Changes, Cursor, TopicIndex
 def index(*runs: str, max_runs: int = 100) -> TopicIndex:
     made = TopicIndex("epoch", max_runs=max_runs)
     for run in runs:
-        made.tell(run, 1)
+        made.update(run, 1)
     return made
 
 
 def test_a_change_moves_the_run_to_the_end() -> None:
     topic = index("a", "b", "c")
-    assert topic.tell("a", 2)
+    assert topic.update("a", 2)
     assert topic.after(None, limit=10) == Changes(
         Cursor("epoch", 4), [Change(2, "b", 1), Change(3, "c", 1), Change(4, "a", 2)], True
     )
@@ -28,9 +28,9 @@ def test_a_change_moves_the_run_to_the_end() -> None:
 @pytest.mark.parametrize("version", [1, 2])
 def test_a_version_that_is_not_newer_changes_nothing(version: int) -> None:
     topic = index("a", "b")
-    topic.tell("a", 2)
+    topic.update("a", 2)
     before = topic.after(None, limit=10)
-    assert not topic.tell("a", version)
+    assert not topic.update("a", version)
     assert topic.after(None, limit=10) == before
 
 
@@ -99,7 +99,7 @@ def test_a_reader_that_asks_now_and_then_knows_the_newest_versions(
 
     for number, run in enumerate(changes):
         newest[str(run)] = newest.pop(str(run), 0) + 1
-        topic.tell(str(run), newest[str(run)])
+        topic.update(str(run), newest[str(run)])
         if number % 3 == 0:
             ask()
     while ask():

@@ -432,7 +432,7 @@ async def test_another_tasks_run_is_named_by_whatever_names_a_run() -> None:
 
 async def test_tags_belong_to_a_run_that_the_pipe_opens() -> None:
     async with make() as realtime, realtime.open_run("report"):
-        with pytest.raises(UsageError, match="run.tags.add"):
+        with pytest.raises(UsageError, match="use run.tags"):
             realtime.pipe(numbers(1), tags=["user:1"])
 
 

@@ -11,7 +11,7 @@ from asgi_realtime.asgi.request import REQUEST_KEY, Request
 from asgi_realtime.core.config import MAX_SPAN_S, parse_span
 from asgi_realtime.core.errors import ScopeDenied, UnknownTask, UsageError, shown
 from asgi_realtime.core.runs import RunRecord
-from asgi_realtime.core.scopes import admits
+from asgi_realtime.core.scopes import grants
 from asgi_realtime.runs.handles import TOKEN_EXPIRES_IN, run_scopes
 from asgi_realtime.tasks.launch import Once
 from asgi_realtime.tokens import Claims
@@ -76,7 +76,7 @@ def handle_scopes(claims: Claims, record: RunRecord) -> list[str]:
     """
     if claims.secret or record.token_id == claims.token_id:
         return run_scopes(record.id)
-    return run_scopes(record.id)[:1] if admits(claims.scopes, "read", run_resources(record)) else []
+    return run_scopes(record.id)[:1] if grants(claims.scopes, "read", run_resources(record)) else []
 
 
 async def find_parent(request: Request, claims: Claims, run_id: str | None) -> RunRecord | None:

@@ -33,7 +33,7 @@ from asgi_realtime.core.errors import LimitExceeded, RunNotFound
 from asgi_realtime.core.names import check_tags
 from asgi_realtime.core.run_json import run_json
 from asgi_realtime.core.runs import TagsAdded
-from asgi_realtime.core.scopes import names
+from asgi_realtime.core.scopes import named_ids
 
 MAX_TAGS_BODY_BYTES = 64 * 1024
 
@@ -82,7 +82,7 @@ async def retrieve_run(request: Request, run_id: str) -> Response:
         if request.is_from_elsewhere:
             raise
         response = exception_response(exc)
-        if run_id in names(claims.scopes, "read", "runs"):  # the run may not have reached the broker yet
+        if run_id in named_ids(claims.scopes, "read", "runs"):  # the run may not have reached the broker yet
             response.headers["x-should-retry"] = "true"
         return response
     authorize(claims, "read", run_resources(record))

@@ -104,7 +104,7 @@ async def test_a_token_expires_after_a_span_or_at_a_time(time: Any, seconds: int
         ({"scopes": "read:runs"}, 400, "Expected `array`"),
         ({"scopes": [1]}, 400, "Expected `str`"),
         ({"scopes": []}, 422, "scopes is empty"),
-        ({"scopes": ["read"]}, 422, "scope 'read' without a type admits nothing"),
+        ({"scopes": ["read"]}, 422, "scope 'read' without a type grants nothing"),
         ({"scopes": ["fly:runs"]}, 422, "unknown action"),
         ({"scopes": ["read:runs"], "expirationTime": 1_699_999_999}, 400, "is in the past"),
         ({"scopes": ["read:runs"], "expirationTime": 1_700_000_000}, 400, "is in the past"),
