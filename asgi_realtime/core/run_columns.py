@@ -1,4 +1,4 @@
-"""The columns of a run, as tokens and the run feeds of the official clients name them."""
+"""The columns of a run, as named by tokens and by the run feeds of the official clients."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ RUN_COLUMNS = (
 )
 
 REQUIRED_COLUMNS = frozenset({"id", "friendlyId", "taskIdentifier", "status", "createdAt", "updatedAt"})
-"""Columns that the official clients cannot do without."""
+"""Columns that the official clients require."""
 
 SKIPPABLE_COLUMNS = tuple(name for name in RUN_COLUMNS if name not in REQUIRED_COLUMNS)
-"""Columns that a client may ask to leave out, and that a token may withhold."""
+"""Columns that a client can skip, and that a token can hide."""

@@ -1,7 +1,7 @@
-"""A run as JSON, in the form of `GET /api/v3/runs/{id}` of the official clients, with the names of its streams.
+"""A run as JSON, as in `GET /api/v3/runs/{id}` of the official clients, plus the names of its streams.
 
-What is required there is always present, what is optional is absent and never null. Payload and output stand in it as
-they are stored. Spec: docs/protocol.md, `retrieveRun` in the API of Trigger.dev.
+Required fields are always present; optional fields are absent instead of null. Payload and output appear as stored.
+Spec: docs/protocol.md, and `retrieveRun` in the API of Trigger.dev.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ _COLUMNS = {
     "delayUntil": "delayedUntil",
     "usageDurationMs": "durationMs",
 }
-"""Columns of a run feed that have another name here."""
+"""Columns of a run feed whose fields have another name here."""
 
 _EMPTY: dict[str, Any] = {"tags": [], "costInCents": 0, "baseCostInCents": 0, "durationMs": 0, "isTest": False}
-"""Required fields that may be left out all the same: what stands there instead."""
+"""Required fields that can be skipped: they get these values."""
 
 _SKIPPABLE = frozenset(
     {*_COLUMNS, *_EMPTY, "metadata", "realtimeStreams", "startedAt", "finishedAt", "delayedUntil", "expiredAt"}
@@ -33,12 +33,12 @@ _SKIPPABLE = frozenset(
 
 
 def skippable_fields(columns: Iterable[str]) -> tuple[str, ...]:
-    """Those of the fields and columns that may be left out, each once, in one order: what a cache may keep."""
+    """The fields and columns among these that can be skipped, sorted and without duplicates, to use as a cache key."""
     return tuple(sorted(_SKIPPABLE.intersection(columns)))
 
 
 def run_json(record: RunRecord, *, skip: Collection[str] = ()) -> bytes:
-    """Encode a run as one line of JSON. `skip` names fields, or columns of the run feed, to leave out."""
+    """Encode a run as one line of JSON. `skip` names the fields, or columns of a run feed, to omit."""
     fields = _fields(record)
     for name in skip:
         name = _COLUMNS.get(name, name)
@@ -104,7 +104,7 @@ def _duration_ms(record: RunRecord) -> int:
 
 
 def iso(time_ms: int) -> str:
-    """A time as all JSON of ours has it: UTC, with milliseconds."""
+    """A time in ISO 8601: UTC, with milliseconds."""
     seconds, milliseconds = divmod(time_ms, 1000)
     return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%S}.{milliseconds:03}Z"
 

@@ -1,7 +1,7 @@
 """Runs as immutable versioned records, and the only function that changes them.
 
-`apply` is pure: it takes a record, changes and the time, and returns the next record. `TRANSITIONS` defines which status
-can follow which. A run in a terminal status ignores all changes. A record never contains a stack trace.
+`apply` is pure: it takes a record, changes and the time, and returns the next record. `TRANSITIONS` defines which
+status can follow which. A run in a terminal status ignores all changes. A record never contains a stack trace.
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ class RunRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     @property
     def claim(self) -> str | None:
-        """The name of the claim that maps the idempotency key to one run of the task. Claimed before the run is created."""
+        """The claim that maps the idempotency key to one run of the task. It is made before the run is created."""
         return None if self.idempotency_key is None else f"idempotency:{self.task}/{self.idempotency_key}"
 
     @property
@@ -196,7 +196,7 @@ class Queued(msgspec.Struct, frozen=True, tag=True):
 
 
 class Started(msgspec.Struct, frozen=True, tag=True):
-    """A process claims the run for execution. This happens once per run, so the owner also serves as a fencing token."""
+    """A process claims the run for execution. This happens once per run, so the owner is also the fencing token."""
 
     owner: str
 

@@ -863,7 +863,7 @@ async def test_the_library_s_own_streams_are_not_read_by_name(host: FakeHost) ->
     await host.create()
     response = await AsgiClient(host).get("/v1/streams/run_1/$trigger.input:x", headers=host.headers())
     assert response.status_code == 422
-    assert "begins with $" in json.loads(response.body)["error"]
+    assert "starts with $" in json.loads(response.body)["error"]
 
 
 async def test_what_a_token_hides_of_a_run_its_streams_do_not_tell(host: FakeHost) -> None:
