@@ -1,7 +1,7 @@
-"""What `trigger` and `pipe` give back: the ids and tokens that a browser needs, as ready JSON.
+"""Handles, the results of `trigger` and `pipe`: the ids and tokens that a browser needs, as JSON.
 
-A handle is a dict with the keys of the wire, so every host can return it as it is; in Python its attributes have Python
-names. Its repr hides the token.
+A handle is a dict with the keys of the protocol, so a host can return it unchanged. Its attributes have Python names.
+Its repr hides the token.
 """
 
 from __future__ import annotations
@@ -14,27 +14,27 @@ from asgi_realtime.core.config import Span
 R = TypeVar("R")
 
 TOKEN_EXPIRES_IN = "1h"
-"""How long the token of a handle lasts, unless it is said otherwise."""
+"""The default lifetime of the token of a handle."""
 
 
 def run_scopes(run_id: str) -> list[str]:
-    """What the token of a run's handle admits to: reading the run, and sending into it."""
+    """The scopes of the token of a run handle: reading the run, and sending inputs to it."""
     return [f"read:runs:{run_id}", f"write:inputStreams:{run_id}"]
 
 
 def batch_scopes(batch_id: str) -> list[str]:
-    """What the token of a batch's handle admits to: reading the batch and its runs."""
+    """The scopes of the token of a batch handle: reading the batch and its runs."""
     return [f"read:batch:{batch_id}"]
 
 
 class ResultWaiter(Protocol):
-    """Waits for the result of a run, as `Realtime.result` does."""
+    """Waits for the result of a run, like `Realtime.result`."""
 
     def __call__(self, run_id: str, /, *, timeout: Span | None = None) -> Awaitable[Any]: ...
 
 
 class _Handle(dict[str, Any]):
-    """A dict that keeps its token out of logs."""
+    """A dict that hides its token from logs."""
 
     @property
     def id(self) -> str:
@@ -44,13 +44,13 @@ class _Handle(dict[str, Any]):
 
     @property
     def public_access_token(self) -> str:
-        """A token that reads this and nothing else."""
+        """A token for this run or batch only."""
         value: str = self["publicAccessToken"]
         return value
 
     @property
     def is_cached(self) -> bool:
-        """The idempotency key had been used before: this is the run of that time."""
+        """Whether an earlier call created the run, with the same idempotency key."""
         return bool(self["isCached"])
 
     def __repr__(self) -> str:
@@ -60,7 +60,7 @@ class _Handle(dict[str, Any]):
 
 
 class RunHandle(_Handle, Generic[R]):
-    """A run that was started: `{"id", "publicAccessToken", "isCached"}`."""
+    """A triggered run: `{"id", "publicAccessToken", "isCached"}`."""
 
     __slots__ = ("_result",)
 
@@ -71,7 +71,7 @@ class RunHandle(_Handle, Generic[R]):
     async def result(self, *, timeout: Span | None = None) -> R:
         """Wait until the run is over and return its output.
 
-        Raises `RunFailed` or `RunCanceled` if it ended otherwise, `TimeoutError` after `timeout`, `RunNotFound`.
+        Raises `RunFailed` or `RunCanceled` if it ended without one, `TimeoutError` after `timeout`, `RunNotFound`.
         Cancelling the caller does not cancel the run.
         """
         output: R = await self._result(self.id, timeout=timeout)
@@ -79,9 +79,9 @@ class RunHandle(_Handle, Generic[R]):
 
 
 class BatchHandle(_Handle):
-    """A batch that was started: `{"id", "publicAccessToken", "isCached", "runs", "runCount"}`.
+    """A triggered batch: `{"id", "publicAccessToken", "isCached", "runs", "runCount"}`.
 
-    Its one token reads the batch and each of its runs. `runs` are the ids, in the order of the items.
+    Its token reads the batch and all of its runs.
     """
 
     __slots__ = ("_result",)
@@ -97,5 +97,5 @@ class BatchHandle(_Handle):
         return value
 
     async def results(self, *, timeout: Span | None = None) -> list[Any]:
-        """Wait for all runs and return their outputs, in order. Raises as `RunHandle.result` does."""
+        """Wait for all runs and return their outputs, in order. Raises as `RunHandle.result`."""
         return [await self._result(run_id, timeout=timeout) for run_id in self.runs]

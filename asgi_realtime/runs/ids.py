@@ -1,4 +1,4 @@
-"""Ids of new runs and batches: random, so that no id is ever used twice."""
+"""Ids of new runs and batches. Random, so no id is ever used twice."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from asgi_realtime import (
     UsageError,
 )
 from asgi_realtime.core.runs import BatchMember
-from asgi_realtime.core.scopes import admits
+from asgi_realtime.core.scopes import grants
 from tests.tasks.echo import SlowExecutor, count_runs, with_echo
 
 pytestmark = pytest.mark.anyio
@@ -24,9 +24,9 @@ async def test_a_batch_has_one_token_for_itself_and_its_runs() -> None:
     async with with_echo() as realtime:
         batch = await realtime.batch_trigger([("echo", number) for number in range(3)])
         claims = realtime.verify_token(batch.public_access_token)
-        assert admits(claims.scopes, "read", [("batch", batch.id)])
-        assert not admits(claims.scopes, "read", [("batch", "batch_other")])
-        assert not admits(claims.scopes, "write", [("batch", batch.id)])
+        assert grants(claims.scopes, "read", [("batch", batch.id)])
+        assert not grants(claims.scopes, "read", [("batch", "batch_other")])
+        assert not grants(claims.scopes, "write", [("batch", batch.id)])
         assert await batch.results(timeout=5) == [0, 1, 2]
         records = [await realtime.get_run(run_id) for run_id in batch.runs]
         assert [(record.batch.id, record.batch.index, record.batch.count) for record in records if record.batch] == [
@@ -71,7 +71,7 @@ async def test_an_item_of_a_batch_can_refer_to_an_earlier_run() -> None:
         with anyio.fail_after(5):
             assert {record.id async for record in realtime.subscribe_to_batch(batch)} == {first, fourth}
         claims = realtime.verify_token(batch.public_access_token)
-        assert admits(claims.scopes, "read", [("runs", before.id)]), "its token reads every run that it lists"
+        assert grants(claims.scopes, "read", [("runs", before.id)]), "its token reads every run that it lists"
         again = await realtime.trigger("echo", "e", idempotency_key="k0")
         assert (again.id, again.is_cached) == (first, True)
 
