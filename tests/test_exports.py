@@ -1,4 +1,4 @@
-"""The public names: sorted, there, documented, and private modules kept out of `__all__`."""
+"""The public names are sorted, exist, are documented, and include no private modules."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CLASSES = [
 
 
 @pytest.mark.parametrize("package", PACKAGES)
-def test_names_are_sorted_and_there(package: types.ModuleType) -> None:
+def test_exported_names_exist_and_are_sorted(package: types.ModuleType) -> None:
     assert list(package.__all__) == sorted(package.__all__)
     assert len(set(package.__all__)) == len(package.__all__)
     for name in package.__all__:
@@ -47,9 +47,9 @@ def test_every_public_object_of_the_package_is_exported() -> None:
     assert found == set(asgi_realtime.__all__)
 
 
-def test_every_error_that_a_user_may_catch_is_exported() -> None:
+def test_every_error_that_a_user_can_catch_is_exported() -> None:
     own = {
-        "InvalidRequest",  # errors between the parts, or of a request
+        "InvalidRequest",  # internal errors and errors of a request
         "InvalidTransition",
         "ProducerGap",
         "ServerShutdown",
@@ -92,7 +92,7 @@ def test_every_method_of_the_main_classes_is_documented(cls: type) -> None:
     assert [name for name, member in members(cls) if not inspect.getdoc(member)] == []
 
 
-def test_after_two_arguments_all_are_keyword_only() -> None:
+def test_all_arguments_after_two_are_keyword_only() -> None:
     for name, member in members(asgi_realtime.Realtime):
         positional = [
             parameter

@@ -28,23 +28,23 @@ ONE_LINER = 'python -c "import secrets; print(secrets.token_urlsafe(32))"'
 OTHER = "another secret of the tests, also of 32 bytes or more"
 
 
-# What it is made of
+# Construction
 
 
 @pytest.mark.parametrize("secret", [None, "", [], [""], [SECRET, ""]])
-def test_a_missing_secret_is_refused_with_the_one_liner_that_makes_one(secret: Any) -> None:
+def test_a_missing_secret_is_rejected_with_the_command_that_generates_one(secret: Any) -> None:
     with pytest.raises(InvalidConfiguration) as caught:
         Realtime(secret_key=secret)
     assert str(caught.value) == f"secret_key is missing; generate one with: {ONE_LINER}"
 
 
-def test_a_secret_is_needed_also_if_nothing_is_said() -> None:
+def test_a_secret_is_required() -> None:
     with pytest.raises(InvalidConfiguration, match="secret_key is missing"):
         Realtime()
 
 
 @pytest.mark.parametrize("secret", ["x" * 31, [SECRET, "x" * 31]])
-def test_a_short_secret_is_refused_with_the_one_liner_and_not_shown(secret: Any) -> None:
+def test_a_short_secret_is_rejected_without_being_shown(secret: Any) -> None:
     with pytest.raises(InvalidConfiguration) as caught:
         Realtime(secret_key=secret)
     assert str(caught.value) == f"secret_key is 31 bytes, minimum 32; generate one with: {ONE_LINER}"
@@ -64,7 +64,7 @@ def test_the_first_secret_signs_and_all_verify() -> None:
         old.verify_token(both.create_public_token(scopes=scopes))
 
 
-def test_its_repr_says_nothing_secret() -> None:
+def test_the_repr_contains_no_secret() -> None:
     assert repr(make_realtime()) == "<Realtime broker=MemoryBroker>"
 
 
@@ -75,7 +75,7 @@ def test_a_broker_is_a_url_or_an_object() -> None:
         make_realtime(broker="kafka://")
 
 
-def test_settings_reach_what_they_are_for() -> None:
+def test_settings_reach_their_parts() -> None:
     limits, retention, timeouts = Limits(tags=1), Retention(after_end=1), Timeouts(tick=1)
     realtime = make_realtime(limits=limits, retention=retention, timeouts=timeouts)
     assert (realtime.limits, realtime.retention, realtime.timeouts) == (limits, retention, timeouts)
@@ -97,7 +97,7 @@ def test_cors_is_a_star_a_list_a_value_or_none(cors: Any, kept: Any) -> None:
     assert make_realtime(cors=cors).cors == kept
 
 
-def test_making_one_touches_nothing() -> None:
+def test_creating_a_realtime_has_no_side_effect() -> None:
     realtime = make_realtime()
     assert realtime.engine.supervisor is None
     assert not realtime.closing
@@ -107,7 +107,7 @@ def test_making_one_touches_nothing() -> None:
 # Tokens
 
 
-def test_a_public_token_has_the_scopes_that_were_asked_for() -> None:
+def test_a_public_token_has_the_requested_scopes() -> None:
     clock = FakeClock()
     realtime = make_realtime(clock=clock)
     token = realtime.create_public_token(scopes={"read": {"runs": ["run_1", "run_2"], "tags": "user:1"}})
@@ -133,7 +133,7 @@ def test_a_public_token_has_the_scopes_that_were_asked_for() -> None:
         "read:runs:run_1",
     ],
 )
-def test_scopes_that_admit_nothing_or_are_not_known_are_refused(scopes: Any) -> None:
+def test_empty_and_unknown_scopes_are_rejected(scopes: Any) -> None:
     with pytest.raises(UsageError):
         make_realtime().create_public_token(scopes=scopes)
 
@@ -144,7 +144,7 @@ def test_a_token_expires_after_a_span(span: Any) -> None:
         make_realtime().create_public_token(scopes=["read:runs:run_1"], expires_in=span)
 
 
-def test_a_trigger_token_is_for_its_tasks_and_for_once() -> None:
+def test_a_trigger_token_is_for_its_tasks_and_one_use() -> None:
     realtime = make_realtime()
 
     @realtime.task("chat")
@@ -175,7 +175,7 @@ def test_a_batch_trigger_token_is_for_batches_of_its_tasks() -> None:
     assert (claims.one_time, claims.skip_columns) == (False, ("output",))
 
 
-def test_a_token_may_keep_columns_from_its_holder() -> None:
+def test_a_token_can_omit_columns() -> None:
     realtime = make_realtime()
     token = realtime.create_public_token(scopes=["read:runs"], skip_columns=["payload", "runTags", "payload"])
     assert realtime.verify_token(token).skip_columns == ("payload", "runTags")
@@ -187,33 +187,33 @@ def test_a_token_may_keep_columns_from_its_holder() -> None:
     ("columns", "message"),
     [
         (["status"], "skip_columns has 'status'; allowed are startedAt, "),
-        (["tags"], "skip_columns has 'tags'"),  # under this name a run feed would tell them all the same
+        (["tags"], "skip_columns has 'tags'"),  # the column of a run feed has another name
         (["payloads"], "skip_columns has 'payloads'"),
         ("id", "skip_columns has 'id'"),
         ([1], "skip_columns has a int"),
     ],
 )
-def test_a_token_keeps_only_columns_that_there_are(columns: Any, message: str) -> None:
+def test_a_token_rejects_unknown_columns(columns: Any, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         make_realtime().create_public_token(scopes=["read:runs"], skip_columns=columns)
     with pytest.raises(UsageError, match=message):
         make_realtime().create_trigger_public_token("chat", skip_columns=columns)
 
 
-def test_two_tokens_that_say_the_same_are_two() -> None:
-    """Whoever triggers with one of them may read what it triggered, and no more."""
+def test_tokens_with_the_same_claims_differ() -> None:
+    """A client reads what it triggered with its token, and nothing that another token triggered."""
     realtime = make_realtime(clock=FakeClock())
     tokens = [realtime.create_trigger_public_token("chat", multiple_use=True) for _ in range(2)]
     assert len({realtime.verify_token(token).token_id for token in tokens}) == 2
 
 
-def test_a_token_that_is_none_is_refused() -> None:
+def test_a_string_that_is_not_a_token_is_rejected() -> None:
     for bad in ("", "x", "a.b.c"):
         with pytest.raises(InvalidToken):
             make_realtime().verify_token(bad)
 
 
-# Runs, wherever one is asked for
+# Arguments that name a run
 
 
 @pytest.mark.anyio
@@ -243,7 +243,7 @@ async def test_a_run_is_an_id_a_handle_a_run_or_a_record() -> None:
 
 @pytest.mark.parametrize("run", [None, "", 3, {"id": "run_1"}, object()])
 @pytest.mark.anyio
-async def test_anything_else_is_no_run(run: Any) -> None:
+async def test_anything_else_is_not_a_run(run: Any) -> None:
     async with make_realtime() as realtime:
         for call in (realtime.get_run, realtime.cancel, realtime.result):
             with pytest.raises(UsageError, match="a run is a .*; pass its id, a RunHandle, a Run or a RunRecord"):
@@ -253,17 +253,17 @@ async def test_anything_else_is_no_run(run: Any) -> None:
 
 
 @pytest.mark.anyio
-async def test_a_run_that_never_was_is_not_found() -> None:
+async def test_an_unknown_run_is_not_found() -> None:
     async with make_realtime() as realtime:
         for call in (realtime.get_run, realtime.cancel, realtime.result):
             with pytest.raises(RunNotFound):
-                await call("run_that_never_was")
+                await call("run_unknown")
         with pytest.raises(RunNotFound):
-            await realtime.append(1, run="run_that_never_was")
+            await realtime.append(1, run="run_unknown")
 
 
 @pytest.mark.anyio
-async def test_without_a_current_run_one_must_be_named() -> None:
+async def test_without_a_current_run_a_run_is_required() -> None:
     async with make_realtime() as realtime, make_realtime() as other:
         with pytest.raises(NoCurrentRun, match="pass run="):
             await realtime.append(1)
@@ -272,18 +272,18 @@ async def test_without_a_current_run_one_must_be_named() -> None:
         async with other.open_run("elsewhere") as run:
             assert current_run() is run
             with pytest.raises(NoCurrentRun):
-                await realtime.append(1)  # the current run is not one of its own
+                await realtime.append(1)  # the current run belongs to another `Realtime`
 
 
 @pytest.mark.anyio
-async def test_inside_a_run_a_pipe_takes_no_tags_of_its_own() -> None:
+async def test_inside_a_run_a_pipe_rejects_tags() -> None:
     async with make_realtime() as realtime, realtime.open_run("r"):
         with pytest.raises(UsageError, match="use run.tags and run.metadata"):
             realtime.pipe([1], tags="x")
 
 
 @pytest.mark.anyio
-async def test_the_run_of_a_lone_pipe_is_checked_before_anything_happens() -> None:
+async def test_the_run_of_a_lone_pipe_is_checked_before_it_is_created() -> None:
     async with make_realtime() as realtime:
         with pytest.raises(LimitExceeded):
             realtime.pipe([1], tags=list("abcdefghijk"))
@@ -297,7 +297,7 @@ async def test_the_run_of_a_lone_pipe_is_checked_before_anything_happens() -> No
 
 
 @pytest.mark.anyio
-async def test_writers_of_append_are_remembered_up_to_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_number_of_cached_append_writers_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("asgi_realtime.engine.producers._SHARED_WRITERS", 2)
     async with make_realtime() as realtime, realtime.open_run("r") as run:
         for name in ("a", "b", "c", "a"):
@@ -307,7 +307,7 @@ async def test_writers_of_append_are_remembered_up_to_a_number(monkeypatch: pyte
 
 
 @pytest.mark.anyio
-async def test_append_is_in_order_with_many_at_once() -> None:
+async def test_concurrent_appends_keep_their_order() -> None:
     async with make_realtime() as realtime:
         async with realtime.open_run("r") as run, anyio.create_task_group() as group:
             for number in range(50):
@@ -316,7 +316,7 @@ async def test_append_is_in_order_with_many_at_once() -> None:
 
 
 @pytest.mark.anyio
-async def test_an_app_that_is_called_answers() -> None:
+async def test_the_realtime_is_an_asgi_app() -> None:
     realtime = make_realtime()
     sent: list[Any] = []
 

@@ -90,7 +90,7 @@ async def test_a_stream_is_written_and_read_from_a_thread() -> None:
         async with realtime.open_run("r") as run:
 
             def write() -> None:
-                realtime.sync.append("a")  # of the current run: a thread has its caller's context
+                realtime.sync.append("a")  # to the current run: the thread has its caller's context
                 realtime.sync.append("b", run=run)
                 realtime.sync.pipe(iter(["c", "d"]), run=run.id)
                 realtime.sync.send_input(run, "in", {"ok": True})
@@ -104,15 +104,15 @@ async def test_a_stream_is_written_and_read_from_a_thread() -> None:
         assert await in_thread(lambda: list(realtime.sync.read(run))) == ["a", "b", "c", "d"]
 
 
-def test_the_calls_are_those_of_the_async_side() -> None:
-    """What waits is here under the same name and with the same arguments. What does not wait needs no other form."""
+def test_the_calls_match_the_async_ones() -> None:
+    """Calls that wait have the same name and arguments here. Calls that do not wait need no blocking form."""
     waits = {
         name
         for name, value in vars(Realtime).items()
         if not name.startswith("_") and inspect.isfunction(value) and is_async(value)
     }
     life = {"start", "ensure_started", "stop", "lifespan"}
-    objects = {"writer", "read_as"}  # whose methods are async; `append` and `pipe` do it
+    objects = {"writer", "read_as"}  # their methods are async; use `append` and `pipe`
     ours = {
         name for name, value in vars(SyncRealtime).items() if not name.startswith("_") and inspect.isfunction(value)
     }
@@ -147,15 +147,15 @@ async def test_runs_are_followed_from_a_thread() -> None:
         seen = list(sync.subscribe_to_run(run, with_streams=True))
         assert [item.chunk for item in seen if isinstance(item, StreamChunk)] == ["x", "y"]
         with pytest.raises(RunNotFound):
-            next(sync.subscribe_to_run("run_that_never_was"))
+            next(sync.subscribe_to_run("run_unknown"))
 
     async with realtime:
         await in_thread(work)
 
 
-async def test_an_iterator_that_is_left_early_leaves_nothing_behind() -> None:
+async def test_an_iterator_that_is_abandoned_leaves_no_waiter() -> None:
     async with with_tasks() as realtime:
-        run = await realtime.trigger("double", 1, delay="1h", tags=["a"])  # which nothing of ours follows meanwhile
+        run = await realtime.trigger("double", 1, delay="1h", tags=["a"])  # nothing else follows this run
 
         def work() -> None:
             realtime.sync.append("a", run=run)
@@ -172,7 +172,7 @@ async def test_an_iterator_that_is_left_early_leaves_nothing_behind() -> None:
         assert not any(len(topic.waiting) for topic in broker._topics.values())
 
 
-async def test_a_thread_has_a_run_open() -> None:
+async def test_a_thread_holds_a_run_open() -> None:
     async with make_realtime() as realtime:
 
         def work() -> RunRecord:
@@ -193,7 +193,7 @@ async def test_a_thread_has_a_run_open() -> None:
 
 
 @pytest.mark.parametrize("error, status", [(ValueError("no"), Status.FAILED), (KeyboardInterrupt(), Status.CANCELED)])
-async def test_an_exception_ends_the_run_that_a_thread_has_open(error: BaseException, status: Status) -> None:
+async def test_an_exception_ends_the_run_that_a_thread_holds_open(error: BaseException, status: Status) -> None:
     async with make_realtime() as realtime:
 
         def work() -> RunRecord:
@@ -208,7 +208,7 @@ async def test_an_exception_ends_the_run_that_a_thread_has_open(error: BaseExcep
         assert realtime.engine.executions == {}
 
 
-async def test_a_run_that_a_thread_has_open_is_canceled_by_others() -> None:
+async def test_a_run_that_a_thread_holds_open_can_be_canceled() -> None:
     async with make_realtime() as realtime:
 
         def work() -> RunRecord:
@@ -230,7 +230,7 @@ async def test_a_run_that_a_thread_has_open_is_canceled_by_others() -> None:
         assert (await in_thread(work)).status is Status.CANCELED
 
 
-async def test_a_run_that_a_thread_has_open_ends_with_the_shutdown() -> None:
+async def test_a_run_that_a_thread_holds_open_ends_at_the_shutdown() -> None:
     realtime = make_realtime()
     opened, go = threading.Event(), threading.Event()
     errors: list[BaseException] = []
@@ -252,7 +252,7 @@ async def test_a_run_that_a_thread_has_open_ends_with_the_shutdown() -> None:
     assert [type(error) for error in errors] == [ServerShutdown]
 
 
-async def test_a_run_that_cannot_be_opened_raises_why() -> None:
+async def test_a_run_that_cannot_be_opened_raises_the_reason() -> None:
     async with make_realtime() as realtime:
 
         def work() -> None:
@@ -281,14 +281,14 @@ async def test_a_def_task_waits_for_input() -> None:
             await in_thread(lambda: realtime.sync.get_input("approval"))
 
 
-async def test_each_raises_what_the_async_call_raises() -> None:
+async def test_each_call_raises_what_the_async_one_raises() -> None:
     realtime = with_tasks()
 
     def work() -> None:
         with pytest.raises(InvalidPayload):
             realtime.sync.trigger("double", "x")
         with pytest.raises(RunNotFound):
-            realtime.sync.get_run("run_that_never_was")
+            realtime.sync.get_run("run_unknown")
         with pytest.raises(RunFailed, match="no"):
             realtime.sync.result(realtime.sync.trigger("fails"), timeout=5)
 
@@ -303,7 +303,7 @@ async def test_each_raises_what_the_async_call_raises() -> None:
         await in_thread(work)
 
 
-async def test_a_def_task_uses_it_for_its_own_run() -> None:
+async def test_a_def_task_uses_the_calls_for_its_own_run() -> None:
     realtime = make_realtime()
 
     @realtime.task("t")
@@ -327,7 +327,7 @@ CALLS: list[Callable[[Realtime], Any]] = [
 
 
 @pytest.mark.parametrize("call", CALLS)
-async def test_on_the_threads_of_loops_it_is_refused(call: Callable[[Realtime], Any]) -> None:
+async def test_the_calls_raise_on_the_thread_of_an_event_loop(call: Callable[[Realtime], Any]) -> None:
     realtime = with_tasks()
     with pytest.raises(RuntimeError, match="await the async call there"):
         call(realtime)  # not started, but on a loop
@@ -351,19 +351,19 @@ async def test_on_the_threads_of_loops_it_is_refused(call: Callable[[Realtime], 
 
 
 @pytest.mark.parametrize("call", CALLS)
-def test_without_a_loop_and_with_a_memory_broker_it_is_refused(call: Callable[[Realtime], Any]) -> None:
+def test_the_calls_raise_without_a_loop_and_with_a_memory_broker(call: Callable[[Realtime], Any]) -> None:
     realtime = with_tasks()
     with pytest.raises(RuntimeError, match="its broker is in memory, so the call would have no effect"):
         call(realtime)
 
 
 class Shared(MemoryBroker):
-    """Says that other processes see what it holds."""
+    """Claims to be shared between processes."""
 
     shared = True
 
 
-def test_a_worker_process_has_a_loop_of_its_own() -> None:
+def test_a_worker_process_starts_its_own_loop() -> None:
     class Nobody:
         async def enqueue(self, run_id: str, task_id: str) -> None: ...
 
@@ -385,13 +385,13 @@ def test_a_worker_process_has_a_loop_of_its_own() -> None:
     realtime.sync.close()
     realtime.sync.close()
     assert realtime.engine.supervisor is None
-    assert realtime.sync.get_run(handle).output == 42  # begins again
+    assert realtime.sync.get_run(handle).output == 42  # starts again
     realtime.sync.close()
 
 
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
-def test_an_app_starts_though_its_module_has_made_calls(backend: str) -> None:
-    """The calls of the module had a loop of their own, and the start on the server's was refused."""
+def test_an_app_starts_after_its_module_made_calls(backend: str) -> None:
+    """The calls of the module had started a loop in a thread, and the start on the server's loop failed."""
     realtime = with_tasks(broker=Shared())
     handle = realtime.sync.trigger("double", 21)
     assert realtime.sync.result(handle, timeout=5) == 42
@@ -408,7 +408,7 @@ def test_an_app_starts_though_its_module_has_made_calls(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
 def test_a_host_starts_and_stops_while_threads_make_calls(backend: str) -> None:
-    """Some of the starts failed: a thread had begun a loop of its own at that moment."""
+    """Some starts failed because a thread was starting its own loop at that moment."""
     realtime = with_tasks(broker=Shared())
     over = threading.Event()
     seen: list[str] = []
@@ -483,7 +483,7 @@ def test_a_start_that_fails_releases_its_lock(monkeypatch: pytest.MonkeyPatch) -
     anyio.run(host)
 
 
-def test_two_threads_may_begin_at_once() -> None:
+def test_several_threads_can_start_at_once() -> None:
     realtime = with_tasks(broker=Shared())
     results: list[Any] = []
     gate = threading.Barrier(4)
@@ -501,14 +501,14 @@ def test_two_threads_may_begin_at_once() -> None:
     realtime.sync.close()
 
 
-async def test_close_leaves_the_loop_of_the_host_alone() -> None:
+async def test_close_does_not_stop_the_loop_of_the_host() -> None:
     async with make_realtime() as realtime:
         await in_thread(realtime.sync.close)
         assert realtime.engine.supervisor is not None
 
 
 def run_program(program: str) -> str:
-    """Run a program in a process of its own, as it is, and return what it prints."""
+    """Run a program in a new process and return its output."""
     prelude = """
         import os, signal, sys, threading, time
         from asgi_realtime import *
@@ -545,8 +545,8 @@ GUARD_S = 30.0
 
 
 @pytest.mark.slow
-def test_a_program_that_closes_nothing_ends_all_the_same() -> None:
-    """It waited for its loop for ever, once its work was done."""
+def test_a_program_that_closes_nothing_still_exits() -> None:
+    """Once its work was done, it waited forever for its loop."""
     printed = run_program("""
         handle = realtime.sync.trigger("double", 21)
         realtime.sync.execute(handle.id)
@@ -556,7 +556,7 @@ def test_a_program_that_closes_nothing_ends_all_the_same() -> None:
 
 
 @pytest.mark.slow
-def test_signal_handlers_are_left_alone_by_a_loop_in_a_thread() -> None:
+def test_a_loop_in_a_thread_installs_no_signal_handlers() -> None:
     printed = run_program("""
         handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
         realtime.sync.trigger("double", 21)
@@ -570,8 +570,8 @@ def test_signal_handlers_are_left_alone_by_a_loop_in_a_thread() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("used", [False, True], ids=["fresh", "used"])
-def test_a_child_of_a_fork_has_a_loop_and_a_name_of_its_own(used: bool) -> None:
-    """It waited for the thread of its parent, and signed its changes with its parent's name."""
+def test_a_forked_child_has_its_own_loop_and_owner_name(used: bool) -> None:
+    """The child waited for the thread of its parent, and used its parent's owner name."""
     printed = run_program(f"""
         if {used}:
             first = realtime.sync.trigger("double", 1)
@@ -596,7 +596,7 @@ def test_a_child_of_a_fork_has_a_loop_and_a_name_of_its_own(used: bool) -> None:
 
 @pytest.mark.slow
 def test_an_exception_that_interrupts_an_execution_cancels_its_run() -> None:
-    """The time limit of a queue ended the call, and the run went on in the thread of the loop."""
+    """The time limit of a queue ended the call, but the run continued on the loop's thread."""
     printed = run_program("""
         class TimeLimit(Exception): ...
 
@@ -627,11 +627,11 @@ def test_an_exception_that_interrupts_an_execution_cancels_its_run() -> None:
 
 
 class TimeLimit(Exception):
-    """As a queue raises it from the handler of a signal."""
+    """Raised by a signal handler, as job queues do."""
 
 
-def test_an_interrupted_call_leaves_nobody_waiting() -> None:
-    realtime = with_tasks(broker=Shared(), timeouts=Timeouts(tick=60, drain=0.02))  # so nobody follows the run but we
+def test_an_interrupted_call_leaves_no_waiter() -> None:
+    realtime = with_tasks(broker=Shared(), timeouts=Timeouts(tick=60, drain=0.02))  # so only this test follows the run
 
     @realtime.task("wait")
     async def wait() -> None:
@@ -641,7 +641,7 @@ def test_an_interrupted_call_leaves_nobody_waiting() -> None:
         raise TimeLimit
 
     def interrupted(fact: Callable[[], object]) -> None:
-        """Wait for a result in this thread until something is so; then have a signal interrupt that."""
+        """Wait for a result in this thread until a signal interrupts it, once the fact is true."""
 
         def interrupt() -> None:
             while not fact():
@@ -707,7 +707,7 @@ def test_a_run_whose_opening_is_interrupted_does_not_stay_open() -> None:
 
 
 def wait_for(fact: Callable[[], object]) -> None:
-    """Wait in this thread until something is so."""
+    """Block this thread until the fact is true."""
     deadline = time.monotonic() + GUARD_S
     while not fact():
         assert time.monotonic() < deadline

@@ -71,14 +71,14 @@ def test_a_token_of_the_official_client_verifies() -> None:
     assert claims.skip_columns == ("payload",)
 
 
-def test_two_one_time_tokens_are_two() -> None:
+def test_one_time_tokens_differ() -> None:
     ours = authority()
     one, two = (ours.mint(["trigger:tasks:chat"], expires_in_s=60, one_time=True) for _ in range(2))
     assert ours.verify(one).one_time
     assert ours.verify(one).token_id != ours.verify(two).token_id
 
 
-def test_a_token_may_be_one_of_its_own() -> None:
+def test_a_token_with_its_own_id_is_unique() -> None:
     ours = authority()
     alike = {ours.mint(["read:runs"], expires_in_s=60) for _ in range(2)}
     assert len(alike) == 1
@@ -86,7 +86,7 @@ def test_a_token_may_be_one_of_its_own() -> None:
     assert len(own) == 2 and not any(ours.verify(token).one_time for token in own)
 
 
-def test_columns_that_are_kept_from_the_holder_stand_in_the_token() -> None:
+def test_omitted_columns_are_a_claim_of_the_token() -> None:
     token = authority().mint(["read:runs"], expires_in_s=60, skip_columns=["payload"])
     claims = jwt.decode(token, options={"verify_signature": False})
     assert claims["realtime"] == {"skipColumns": ["payload"]}
@@ -94,14 +94,14 @@ def test_columns_that_are_kept_from_the_holder_stand_in_the_token() -> None:
 
 
 def test_a_respelled_signature_is_the_same_token() -> None:
-    """Base64 may be padded or not, so a spent one-time token could come back as another string."""
+    """Base64 can be padded or not, so a spent one-time token could be used again as another string."""
     ours = authority()
     token = ours.mint(["trigger:tasks:chat"], expires_in_s=60, one_time=True)
     respelled = token + "="
     assert ours.verify(respelled).token_id == ours.verify(token).token_id
 
 
-def test_further_claims_and_the_subject_can_be_given() -> None:
+def test_extra_claims_and_the_subject_can_be_set() -> None:
     token = authority().mint(
         ["admin"], expires_in_s=1, subject="env_1", extra={"realtime": {"skipColumns": ["output"]}}
     )
@@ -121,7 +121,7 @@ def test_further_claims_and_the_subject_can_be_given() -> None:
         ({"extra": {"x": object()}}, "cannot be encoded as JSON"),
     ],
 )
-def test_what_cannot_be_minted_is_refused(arguments: dict[str, Any], message: str) -> None:
+def test_invalid_claims_are_not_minted(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         authority().mint(**{"scopes": ["read:runs"], "expires_in_s": 60, **arguments})
 
@@ -170,7 +170,7 @@ DEEP = f"{base64.urlsafe_b64encode(b'[' * 3000).decode()}.{part({})}.AAAA"
         (forged(realtime={"skipColumns": "payload"}), "no valid realtime.skipColumns"),
     ],
 )
-def test_a_bad_token_is_refused_with_its_reason(token: str, message: str) -> None:
+def test_a_bad_token_is_rejected_with_the_reason(token: str, message: str) -> None:
     with pytest.raises(InvalidToken, match=message) as caught:
         authority([OTHER[::-1], SECRET]).verify(token)
     assert not isinstance(caught.value, ExpiredToken)
@@ -179,12 +179,12 @@ def test_a_bad_token_is_refused_with_its_reason(token: str, message: str) -> Non
     assert SECRET not in str(caught.value)
 
 
-def test_an_expired_token_is_told_apart() -> None:
+def test_an_expired_token_raises_its_own_error() -> None:
     with pytest.raises(ExpiredToken, match="token has expired"):
         authority().verify(forged(exp=int(NOW)))
 
 
-def test_expiry_of_a_remembered_token_is_still_checked() -> None:
+def test_the_expiry_of_a_cached_token_is_still_checked() -> None:
     clock = Clock()
     ours = authority(clock=clock)
     token = ours.mint(["admin"], expires_in_s=60)
@@ -198,7 +198,7 @@ def test_expiry_of_a_remembered_token_is_still_checked() -> None:
         ours.verify(token)
 
 
-def test_the_cache_keeps_what_was_used_last() -> None:
+def test_the_cache_retains_the_most_recently_used_tokens() -> None:
     ours = authority(cache_size=2)
     tokens = [ours.mint([f"read:runs:{n}"], expires_in_s=60) for n in range(3)]
     first, second = ours.verify(tokens[0]), ours.verify(tokens[1])
@@ -210,7 +210,7 @@ def test_the_cache_keeps_what_was_used_last() -> None:
     assert again == second
 
 
-def test_failures_are_not_remembered() -> None:
+def test_failures_are_not_cached() -> None:
     clock = Clock()
     ours = authority(clock=clock)
     early = forged(nbf=NOW + 10)
@@ -220,7 +220,7 @@ def test_failures_are_not_remembered() -> None:
     assert ours.verify(early).scopes == ("read:runs",)
 
 
-def test_a_secret_key_has_full_powers() -> None:
+def test_a_secret_key_grants_full_access() -> None:
     ours = authority([SECRET, OTHER])
     for secret in (SECRET, OTHER):
         assert ours.is_secret(secret)
@@ -229,7 +229,7 @@ def test_a_secret_key_has_full_powers() -> None:
         assert not ours.is_secret(other)
 
 
-def test_authenticate_takes_tokens_too() -> None:
+def test_authenticate_accepts_tokens_too() -> None:
     assert authority().authenticate(forged()).scopes == ("read:runs",)
     with pytest.raises(InvalidToken):
         authority().authenticate(SECRET[:-1])
@@ -250,7 +250,7 @@ def test_authenticate_takes_tokens_too() -> None:
         ("\ud800" * 32, "invalid text"),
     ],
 )
-def test_a_missing_or_weak_secret_is_refused_with_the_command_that_makes_one(secrets: Any, message: str) -> None:
+def test_a_missing_or_weak_secret_is_rejected_with_the_command_that_generates_one(secrets: Any, message: str) -> None:
     with pytest.raises(InvalidConfiguration, match=message) as caught:
         TokenAuthority(secrets)
     assert 'python -c "import secrets; print(secrets.token_urlsafe(32))"' in str(caught.value)
@@ -263,7 +263,7 @@ def test_thirty_two_bytes_are_enough() -> None:
         ours.verify(ours.mint(["admin"], expires_in_s=60))
 
 
-def test_no_repr_holds_a_secret_or_a_token() -> None:
+def test_no_repr_contains_a_secret_or_a_token() -> None:
     ours = authority()
     token = ours.mint(["admin"], expires_in_s=60)
     show: Callable[[object], str] = repr

@@ -1,4 +1,4 @@
-"""Typed streams, and the writer of the host's own chunks with what it merges."""
+"""Typed streams, and the writer for the host's own chunks and merged sources."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ async def endless(closed: list[str], name: str) -> AsyncIterator[str]:
         (Any, {"any": ["thing"]}),
     ],
 )
-async def test_a_typed_stream_gives_its_chunks_back_as_they_were(chunk_type: Any, chunk: Any) -> None:
+async def test_a_typed_stream_returns_chunks_as_they_were_written(chunk_type: Any, chunk: Any) -> None:
     async with make() as realtime:
         stream = realtime.define_stream("ai", chunk_type)
         async with realtime.open_run("chat") as run:
@@ -97,7 +97,7 @@ async def test_a_typed_stream_gives_its_chunks_back_as_they_were(chunk_type: Any
         assert [item async for item in stream.read(run, start_index=2)] == [chunk]
 
 
-async def test_a_typed_stream_of_another_run_is_named() -> None:
+async def test_a_typed_stream_of_another_run_takes_the_run() -> None:
     async with make() as realtime, realtime.open_run("chat") as run:
         stream = realtime.define_stream("ai", int)
         await stream.append(1, run=run.id)
@@ -107,7 +107,7 @@ async def test_a_typed_stream_of_another_run_is_named() -> None:
         assert await stored(realtime, run.id, "ai") == [1, 2, 3]
 
 
-async def test_a_typed_pipe_opens_a_run_too() -> None:
+async def test_a_typed_pipe_creates_a_run_too() -> None:
     async with make() as realtime:
         stream = realtime.define_stream("ai", int)
         pipe = stream.pipe([1, 2], tags=["user:1"], task="chat")
@@ -117,7 +117,7 @@ async def test_a_typed_pipe_opens_a_run_too() -> None:
         assert (record.task, record.tags) == ("chat", ("user:1",))
 
 
-async def test_a_chunk_that_does_not_fit_the_type_is_raised_and_reading_can_go_on() -> None:
+async def test_a_chunk_that_does_not_match_raises_and_reading_can_continue() -> None:
     async with make() as realtime:
         stream = realtime.define_stream("ai", int)
         async with realtime.open_run("chat") as run:
@@ -129,13 +129,13 @@ async def test_a_chunk_that_does_not_fit_the_type_is_raised_and_reading_can_go_o
         assert await anext(reader) == 2
 
 
-async def test_a_typed_stream_times_out_as_any() -> None:
+async def test_a_typed_stream_times_out() -> None:
     async with make() as realtime, realtime.open_run("chat") as run:
         with pytest.raises(TimeoutError):
             await anext(realtime.define_stream("ai", int).read(run, timeout=0.01))
 
 
-async def test_a_typed_stream_shows_what_it_is() -> None:
+async def test_the_repr_of_a_typed_stream_shows_key_and_type() -> None:
     realtime = make()
     assert repr(realtime.define_stream("ai", Token)) == "<TypedStream 'ai' of Token>"
     with pytest.raises(UsageError, match="stream key"):
@@ -146,7 +146,7 @@ async def test_a_typed_stream_shows_what_it_is() -> None:
 
 
 @pytest.mark.parametrize("remote", [False, True])
-async def test_what_is_written_is_stored_when_the_writer_is_left(remote: bool) -> None:
+async def test_leaving_the_writer_waits_until_chunks_are_stored(remote: bool) -> None:
     async with make(**({"broker": RemoteBroker()} if remote else {})) as realtime, realtime.open_run("report") as run:
         async with realtime.writer("progress") as writer:
             for number in range(1000):
@@ -154,8 +154,8 @@ async def test_what_is_written_is_stored_when_the_writer_is_left(remote: bool) -
         assert await stored(realtime, run.id, "progress") == [{"n": number} for number in range(1000)]
 
 
-async def test_the_first_use_may_be_a_writer() -> None:
-    """It used to write to a broker that had not been entered."""
+async def test_a_writer_starts_the_realtime_on_first_use() -> None:
+    """The writer used a broker that was not open yet."""
     broker = RemoteBroker()
     async with make(broker=broker) as first, first.open_run("report") as run:
         broker.entered = False
@@ -189,7 +189,7 @@ async def test_leaving_a_writer_does_not_end_the_stream() -> None:
                 await writer.write(3)
 
 
-async def test_sources_are_merged_with_what_is_written() -> None:
+async def test_merged_sources_interleave_with_writes() -> None:
     async with make() as realtime, realtime.open_run("report") as run:
         async with realtime.writer() as writer:
             first = writer.merge(numbers(50))
@@ -203,7 +203,7 @@ async def test_sources_are_merged_with_what_is_written() -> None:
         assert (first.result.chunks, second.result.chunks) == (50, 50)
 
 
-async def test_a_chunk_that_cannot_be_written_is_named_and_the_writer_goes_on() -> None:
+async def test_a_chunk_that_cannot_be_written_is_named_and_the_writer_continues() -> None:
     async with make(limits=Limits(chunk_bytes=10)) as realtime, realtime.open_run("report") as run:
         async with realtime.writer("ai") as writer:
             await writer.write("zero")
@@ -216,7 +216,7 @@ async def test_a_chunk_that_cannot_be_written_is_named_and_the_writer_goes_on() 
 
 
 async def test_an_error_of_a_merged_source_is_raised_after_everything_is_stored() -> None:
-    """The other sources used to be still under way when the error was raised."""
+    """The error was raised while other sources were still running."""
     broker = RemoteBroker()
     async with make(broker=broker) as realtime:
         async with realtime.open_run("report") as run:
@@ -226,11 +226,11 @@ async def test_an_error_of_a_merged_source_is_raised_after_everything_is_stored(
                     writer.merge(numbers(200))
                     await writer.write("mine")
             assert len(await stored(realtime, run.id)) == 202
-        assert (await realtime.get_run(run)).status is Status.COMPLETED, "it was raised to somebody"
+        assert (await realtime.get_run(run)).status is Status.COMPLETED, "the host saw the error"
 
 
-async def test_an_exception_in_the_body_stops_what_is_merged_and_keeps_what_was_written() -> None:
-    """What was written just before used to be refused, when the run failed before it was on its way."""
+async def test_an_exception_in_the_body_stops_merged_sources_and_stores_writes() -> None:
+    """Chunks written just before were rejected because the run failed before they were sent."""
     closed: list[str] = []
     broker = RemoteBroker()
 
@@ -253,8 +253,8 @@ async def test_an_exception_in_the_body_stops_what_is_merged_and_keeps_what_was_
         assert sorted(await stored(realtime, run.id)) == ["a", "b", "mine"]
 
 
-async def test_cancelling_the_body_stops_all_that_is_merged() -> None:
-    """Only the first merged source used to be stopped: waiting for it was cancelled too."""
+async def test_cancelling_the_body_stops_every_merged_source() -> None:
+    """Only the first merged source was stopped, because the wait for it was cancelled too."""
     closed: list[str] = []
     async with make() as realtime, realtime.open_run("report") as run:
         pipes = []
@@ -269,7 +269,7 @@ async def test_cancelling_the_body_stops_all_that_is_merged() -> None:
         assert sorted(await stored(realtime, run.id)) == ["a", "b", "c"]
 
 
-async def test_a_broker_that_stays_away_is_raised_at_the_end() -> None:
+async def test_leaving_raises_if_the_broker_stays_unavailable() -> None:
     broker = RemoteBroker()
     async with make(broker=broker, timeouts=Timeouts(append=0.01)) as realtime, realtime.open_run("report"):
         with anyio.fail_after(5), pytest.raises(BrokerUnavailable):
@@ -279,7 +279,7 @@ async def test_a_broker_that_stays_away_is_raised_at_the_end() -> None:
         broker.away = set()
 
 
-async def test_a_broker_that_stays_away_does_not_hide_the_exception_of_the_body(
+async def test_an_unavailable_broker_does_not_hide_the_exception_of_the_body(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     broker = RemoteBroker()
@@ -293,7 +293,7 @@ async def test_a_broker_that_stays_away_does_not_hide_the_exception_of_the_body(
     assert "chunks written to stream 'default' are not stored" in caplog.text
 
 
-async def test_write_waits_when_too_much_waits_for_the_broker() -> None:
+async def test_write_waits_while_too_many_bytes_are_pending() -> None:
     broker = RemoteBroker()
     async with make(broker=broker, limits=Limits(pending_bytes=3)) as realtime, realtime.open_run("report") as run:
         async with realtime.writer() as writer:
@@ -304,10 +304,10 @@ async def test_write_waits_when_too_much_waits_for_the_broker() -> None:
                 await writer.write(3)
             assert scope.cancelled_caught
             broker.hold.set()
-        assert await stored(realtime, run.id) == [0, 1, 2, 3], "the cancelled one was taken, and is there once"
+        assert await stored(realtime, run.id) == [0, 1, 2, 3], "the cancelled write was stored once"
 
 
-async def test_an_input_is_not_written_as_a_stream() -> None:
+async def test_an_input_cannot_be_written_as_a_stream() -> None:
     async with make() as realtime, realtime.open_run("report") as run:
         await realtime.send_input(run, "a", 1)
         with pytest.raises(UsageError, match="begins with \\$"):

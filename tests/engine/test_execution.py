@@ -22,7 +22,7 @@ def two_processes() -> tuple[Realtime, Realtime, FakeClock]:
 
 
 async def test_a_cancellation_by_another_process_stops_the_task() -> None:
-    """Its code went on to its end, five seconds after which the run was called CANCELED."""
+    """The code continued to its end, although the run was CANCELED after five seconds."""
     owner, other, _ = two_processes()
     begun = anyio.Event()
     stopped: list[bool] = []
@@ -55,7 +55,7 @@ async def test_a_cancellation_by_another_process_interrupts_an_open_run() -> Non
         assert (await ended(other, run.id)).status is Status.CANCELED
 
 
-async def test_a_run_whose_owner_does_not_cancel_it_is_canceled_by_anyone_after_5_s() -> None:
+async def test_any_process_cancels_a_run_after_5_s_if_its_owner_does_not() -> None:
     owner, other, clock = two_processes()
     refuses = anyio.Event()
     go = anyio.Event()
@@ -81,7 +81,7 @@ async def test_a_run_whose_owner_does_not_cancel_it_is_canceled_by_anyone_after_
         assert await owner.get_run(handle) == record
 
 
-async def test_a_run_whose_owner_is_silent_is_crashed_and_its_code_is_stopped() -> None:
+async def test_a_run_crashes_without_renewals_and_its_code_is_stopped() -> None:
     class Silent(MemoryBroker):
         async def renew(self, run_ids: Sequence[str], *, owner: str) -> None: ...
 
@@ -104,7 +104,7 @@ async def test_a_run_whose_owner_is_silent_is_crashed_and_its_code_is_stopped() 
             [chunk async for chunk in other.read(run)]
 
 
-async def test_an_owner_that_lives_renews_its_lease() -> None:
+async def test_a_live_owner_renews_its_lease() -> None:
     owner, other, clock = two_processes()
     async with owner, other:
         async with owner.open_run("r") as run:
@@ -116,7 +116,7 @@ async def test_an_owner_that_lives_renews_its_lease() -> None:
         assert (await ended(owner, run.id)).status is Status.COMPLETED
 
 
-async def test_code_whose_run_was_ended_by_another_process_is_stopped() -> None:
+async def test_code_is_stopped_if_another_process_ended_its_run() -> None:
     owner, other, _ = two_processes()
     begun = anyio.Event()
     stopped = anyio.Event()
@@ -139,20 +139,22 @@ async def test_code_whose_run_was_ended_by_another_process_is_stopped() -> None:
         assert (await owner.get_run(handle)).status is Status.CRASHED
 
 
-async def test_a_run_that_is_ending_is_not_taken_for_one_that_another_process_has_ended() -> None:
-    """Who looked at it just then made a completed run raise `RunCanceled`."""
+async def test_a_run_that_ends_here_is_not_mistaken_for_one_that_another_process_ended() -> None:
+    """A change at that moment made a completed run raise `RunCanceled`."""
     broker = DistantBroker()
     async with make_realtime(broker=broker) as realtime, make_realtime(broker=broker) as other:
         for number in range(40):
             async with anyio.create_task_group() as group:
                 async with realtime.open_run("r") as run:
-                    group.start_soon(other.runs.update, run.id, TagsAdded(("seen",)))  # news at any moment of the end
+                    group.start_soon(
+                        other.runs.update, run.id, TagsAdded(("seen",))
+                    )  # at any moment
                     for _ in range(number):
                         await anyio.lowlevel.checkpoint()
             assert (await realtime.get_run(run)).status is Status.COMPLETED
 
 
-async def test_cancelling_what_is_over_changes_nothing() -> None:
+async def test_cancelling_a_run_that_is_over_changes_nothing() -> None:
     async with make_realtime() as realtime:
         async with realtime.open_run("r") as run:
             pass
@@ -161,8 +163,8 @@ async def test_cancelling_what_is_over_changes_nothing() -> None:
         assert await realtime.cancel(before) == before
 
 
-async def test_a_pipe_that_a_source_opens_while_the_run_ends_is_waited_for() -> None:
-    """Its error was raised to nobody, and the run was COMPLETED."""
+async def test_a_run_waits_for_a_pipe_that_a_source_opens_at_its_end() -> None:
+    """Its error was lost, and the run was COMPLETED."""
     realtime = make_realtime()
 
     async def failing() -> AsyncIterator[int]:

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.anyio
 
 
 class Queue:
-    """Takes ids, and nobody executes them."""
+    """Accepts ids without executing the runs."""
 
     def __init__(self) -> None:
         self.sent: list[tuple[str, str]] = []
@@ -31,7 +31,7 @@ class Queue:
 
 
 def make_record(realtime: Realtime) -> RunRecord:
-    """A run of the task "t" as `trigger` stores it, before anybody is told."""
+    """A run of the task "t" as `trigger` stores it, before it is dispatched."""
     return msgspec.structs.replace(
         realtime._tasks.records.new_open_run("t", tags=None, metadata=None),
         status=Status.QUEUED,
@@ -41,7 +41,7 @@ def make_record(realtime: Realtime) -> RunRecord:
     )
 
 
-async def test_no_more_runs_of_a_task_than_its_limit_run_at_once_and_they_begin_in_order() -> None:
+async def test_the_concurrency_limit_holds_and_runs_start_in_order() -> None:
     realtime = make_realtime()
     begun: list[int] = []
     go = anyio.Event()
@@ -69,12 +69,12 @@ async def test_no_more_runs_of_a_task_than_its_limit_run_at_once_and_they_begin_
         go.set()
         for handle in handles:
             await ended(realtime, handle)
-    assert sorted(begun[:2]) == [0, 1]  # two that begin together have no order on trio
+    assert sorted(begun[:2]) == [0, 1]  # two that start together have no order on trio
     assert sorted(begun) == list(range(6))
     assert most == 2
 
 
-async def test_with_a_limit_of_one_runs_are_executed_in_the_order_of_arrival() -> None:
+async def test_with_a_limit_of_one_runs_execute_in_the_order_of_arrival() -> None:
     realtime = make_realtime()
     begun: list[int] = []
 
@@ -90,7 +90,7 @@ async def test_with_a_limit_of_one_runs_are_executed_in_the_order_of_arrival() -
     assert begun == list(range(10))
 
 
-async def test_a_waiting_run_that_is_canceled_never_begins_and_gives_up_its_place() -> None:
+async def test_a_waiting_run_that_is_canceled_never_starts() -> None:
     realtime = make_realtime()
     begun: list[str] = []
     go = anyio.Event()
@@ -113,7 +113,7 @@ async def test_a_waiting_run_that_is_canceled_never_begins_and_gives_up_its_plac
     assert begun == ["a", "c"]
 
 
-async def test_a_queue_adapter_gets_ids_and_calls_execute() -> None:
+async def test_a_queue_adapter_receives_ids_and_calls_execute() -> None:
     queue = Queue()
     realtime = make_realtime(executor=queue)
 
@@ -129,7 +129,7 @@ async def test_a_queue_adapter_gets_ids_and_calls_execute() -> None:
 
 
 class Refusing:
-    """A queue that is away."""
+    """A queue that is unavailable."""
 
     def __init__(self, error: Exception | None = None) -> None:
         self.calls = 0
@@ -141,10 +141,10 @@ class Refusing:
 
 
 @pytest.mark.parametrize("error", [ConnectionError("the queue is away"), LimitExceeded("the queue is full")])
-async def test_a_run_that_the_executor_does_not_take_now_waits_for_it(
+async def test_a_run_waits_for_an_executor_that_does_not_accept_it_now(
     error: Exception, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It failed, and who asked again with the same idempotency key got the run that had failed."""
+    """The run failed, and a retry with the same idempotency key returned the failed run."""
     clock = FakeClock()
     broker, queue = MemoryBroker(clock=clock), Queue()
     refusing, taking = (make_realtime(broker=broker, executor=e, clock=clock) for e in (Refusing(error), queue))
@@ -166,7 +166,7 @@ async def test_a_run_that_the_executor_does_not_take_now_waits_for_it(
 
 
 @pytest.mark.parametrize("delay", [None, 5])
-async def test_a_run_that_the_executor_will_never_take_is_failed_and_its_error_is_raised(delay: float | None) -> None:
+async def test_a_run_that_the_executor_never_accepts_fails_and_the_error_is_raised(delay: float | None) -> None:
     clock = FakeClock()
     realtime = make_realtime(executor=Refusing(UnknownTask("no queue has the task")), clock=clock)
 
@@ -187,7 +187,7 @@ async def test_a_run_that_the_executor_will_never_take_is_failed_and_its_error_i
 
 
 async def test_an_executor_that_fails_does_not_end_the_ticker(caplog: pytest.LogCaptureFixture) -> None:
-    """Whatever was due after that never happened: no leases, no expiry, no heartbeats."""
+    """Nothing that was due afterwards happened: no leases, no expiry, no heartbeats."""
     clock = FakeClock()
     refusing = Refusing()
     realtime = make_realtime(executor=refusing, clock=clock)
@@ -208,8 +208,8 @@ async def test_an_executor_that_fails_does_not_end_the_ticker(caplog: pytest.Log
     ]
 
 
-async def test_a_run_that_the_executor_refused_is_handed_over_when_it_takes_runs_again() -> None:
-    """Nobody was there to be told, and one refusal of a queue that restarted failed every delayed run."""
+async def test_refused_runs_are_dispatched_again_once_the_executor_accepts_runs() -> None:
+    """One refusal by a restarting queue failed every delayed run."""
     clock = FakeClock()
     queue = Queue()
     queue.away = True
@@ -236,7 +236,7 @@ async def test_a_run_that_the_executor_refused_is_handed_over_when_it_takes_runs
 
 
 class Silent(Queue):
-    """A queue that does not answer."""
+    """A queue that does not respond."""
 
     async def enqueue(self, run_id: str, task_id: str) -> None:
         if self.away:
@@ -244,7 +244,7 @@ class Silent(Queue):
         await super().enqueue(run_id, task_id)
 
 
-async def test_a_queue_that_does_not_answer_is_not_waited_for_without_end() -> None:
+async def test_enqueuing_into_an_unresponsive_queue_times_out() -> None:
     queue = Silent()
     queue.away = True
     realtime = make_realtime(executor=queue, timeouts=Timeouts(append=0.01))
@@ -257,7 +257,7 @@ async def test_a_queue_that_does_not_answer_is_not_waited_for_without_end() -> N
         assert (await realtime.get_run(handle)).status is Status.QUEUED
 
 
-async def test_a_queue_that_does_not_answer_keeps_nothing_else_waiting() -> None:
+async def test_an_unresponsive_queue_does_not_block_the_ticker() -> None:
     clock = FakeClock()
     queue = Silent()
     realtime = make_realtime(executor=queue, clock=clock)
@@ -278,14 +278,14 @@ async def test_a_queue_that_does_not_answer_keeps_nothing_else_waiting() -> None
         assert (await ended(realtime, expiring)).status is Status.EXPIRED
 
 
-async def test_a_run_whose_process_died_before_it_was_handed_over_is_handed_over_by_another() -> None:
-    """It stayed QUEUED for ever."""
+async def test_another_process_dispatches_a_run_if_its_process_died_before() -> None:
+    """The run stayed QUEUED forever."""
     clock = FakeClock()
     broker, queue = MemoryBroker(clock=clock), Queue()
     dead, alive = (make_realtime(broker=broker, executor=queue, clock=clock) for _ in range(2))
     async with alive:
         record = make_record(dead)
-        await dead.runs.create(record)  # and that was its last act
+        await dead.runs.create(record)  # then it dies
         await alive.engine.make_ticker().once()
         assert queue.sent == []
         clock.seconds += alive.timeouts.lease + 0.1
@@ -293,7 +293,7 @@ async def test_a_run_whose_process_died_before_it_was_handed_over_is_handed_over
         assert queue.sent == [(record.id, "t")]
 
 
-async def test_a_run_that_is_handed_over_late_is_put_into_the_queue_by_one_process() -> None:
+async def test_only_one_process_enqueues_a_run_that_is_due() -> None:
     clock = FakeClock()
     broker, queue = MemoryBroker(clock=clock), Queue()
     processes = [make_realtime(broker=broker, executor=queue, clock=clock) for _ in range(5)]
@@ -308,7 +308,7 @@ async def test_a_run_that_is_handed_over_late_is_put_into_the_queue_by_one_proce
         assert queue.sent == [(record.id, "t")]
 
 
-async def test_a_broker_that_cannot_be_told_that_the_queue_has_a_run_is_no_failure() -> None:
+async def test_a_broker_that_fails_after_enqueuing_does_not_fail_the_trigger() -> None:
     clock = FakeClock()
     broker, queue = RemoteBroker(MemoryBroker(clock=clock)), Queue()
     realtime = make_realtime(broker=broker, executor=queue, clock=clock)
@@ -328,7 +328,7 @@ async def test_a_broker_that_cannot_be_told_that_the_queue_has_a_run_is_no_failu
         assert len(queue.sent) == 2
 
 
-async def test_a_run_that_waits_in_a_process_is_not_taken_by_another_while_it_lives() -> None:
+async def test_a_run_that_waits_in_a_live_process_stays_there() -> None:
     clock = FakeClock()
     broker = MemoryBroker(clock=clock)
     go = anyio.Event()
@@ -360,7 +360,7 @@ async def test_a_run_that_waits_in_a_process_is_not_taken_by_another_while_it_li
         assert one.engine.held == []
 
 
-async def test_a_run_that_was_handed_over_twice_runs_once() -> None:
+async def test_a_run_that_is_dispatched_twice_executes_once() -> None:
     clock = FakeClock()
     broker = DistantBroker(clock=clock)
     executions: list[str] = []
@@ -388,7 +388,7 @@ async def test_a_run_that_was_handed_over_twice_runs_once() -> None:
     assert sorted(executions) == sorted(record.id for record in records)
 
 
-async def test_a_run_of_a_task_that_is_not_known_here_is_left_to_those_who_know_it() -> None:
+async def test_a_run_of_an_unknown_task_is_left_to_processes_that_know_it() -> None:
     clock = FakeClock()
     broker = MemoryBroker(clock=clock)
     knows, knows_not = (make_realtime(broker=broker, clock=clock) for _ in range(2))
@@ -408,7 +408,7 @@ async def test_a_run_of_a_task_that_is_not_known_here_is_left_to_those_who_know_
 
 
 async def test_a_worker_that_does_not_know_the_task_fails_the_run() -> None:
-    """The queue has given it away, and nobody else would ever begin it."""
+    """The queue has removed the run, so no other worker would start it."""
     broker = MemoryBroker()
     web, worker = (make_realtime(broker=broker, executor=Queue()) for _ in range(2))
 
@@ -425,30 +425,30 @@ async def test_a_worker_that_does_not_know_the_task_fails_the_run() -> None:
 
 
 class Attached(Queue):
-    """An executor with a life of its own."""
+    """An executor that starts and stops with its `Realtime`."""
 
     def __init__(self) -> None:
         super().__init__()
         self.host: ExecutorHost | None = None
-        self.told: list[str] = []
+        self.calls: list[str] = []
         self.failure: Exception | None = None
 
     def attach(self, host: ExecutorHost) -> None:
         self.host = host
 
     async def start(self) -> None:
-        self.told.append("start")
+        self.calls.append("start")
         if self.failure is not None:
             raise self.failure
 
     async def stop(self) -> None:
         await anyio.lowlevel.checkpoint()
-        self.told.append("stop")
+        self.calls.append("stop")
         if self.failure is not None:
             raise self.failure
 
 
-async def test_an_executor_may_live_with_its_realtime() -> None:
+async def test_an_attached_executor_starts_and_stops_with_its_realtime() -> None:
     executor = Attached()
     realtime = make_realtime(executor=executor)
 
@@ -463,13 +463,13 @@ async def test_an_executor_may_live_with_its_realtime() -> None:
         handle = await realtime.trigger(task)
         await host.execute(handle.id)
         assert await handle.result(timeout=5) == "done"
-        assert executor.told == ["start", "stop"] * (times - 1) + ["start"]
+        assert executor.calls == ["start", "stop"] * (times - 1) + ["start"]
         await host.stop()
-        assert executor.told == ["start", "stop"] * times
+        assert executor.calls == ["start", "stop"] * times
     assert realtime.engine.supervisor is None
 
 
-async def test_an_executor_that_cannot_start_keeps_the_realtime_from_starting() -> None:
+async def test_an_executor_that_cannot_start_prevents_the_start() -> None:
     executor = Attached()
     executor.failure = ConnectionError("no queue there")
     realtime = make_realtime(executor=executor)
@@ -478,10 +478,10 @@ async def test_an_executor_that_cannot_start_keeps_the_realtime_from_starting() 
     executor.failure = None
     async with realtime:
         executor.failure = ConnectionError("gone")
-    assert executor.told == ["start", "start", "stop"]
+    assert executor.calls == ["start", "start", "stop"]
 
 
-async def test_a_run_whose_process_restarts_on_a_dead_loop_leaves_its_place() -> None:
+async def test_a_restart_on_another_loop_frees_the_slots_of_lost_runs() -> None:
     spawned: list[Callable[[], Awaitable[None]]] = []
     begun: list[str] = []
 
@@ -496,7 +496,7 @@ async def test_a_run_whose_process_restarts_on_a_dead_loop_leaves_its_place() ->
     assert executor.running == ["run_1"]
     executor.restart()
     assert executor.running == ["run_2"]
-    await lost()  # ends late, and takes nobody's place
+    await lost()  # ends late, and frees no slot
     assert executor.running == ["run_2"]
     await spawned[1]()
     assert executor.running == []

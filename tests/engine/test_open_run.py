@@ -30,7 +30,7 @@ from tests.inprocess import ended, make_realtime, until
 pytestmark = pytest.mark.anyio
 
 
-async def test_leaving_completes_the_run_with_what_was_set() -> None:
+async def test_leaving_completes_the_run_with_the_output_that_was_set() -> None:
     async with make_realtime() as realtime:
         async with realtime.open_run("report", tags=["user:1"], metadata={"n": 1}) as run:
             record = await realtime.get_run(run)
@@ -57,7 +57,7 @@ async def test_without_an_output_it_completes_with_none() -> None:
 
 
 @pytest.mark.parametrize(("error", "message"), [(ValueError("inside"), "task failed"), (TaskError("shown"), "shown")])
-async def test_an_exception_fails_the_run_and_goes_on(error: Exception, message: str) -> None:
+async def test_an_exception_fails_the_run_and_propagates(error: Exception, message: str) -> None:
     async with make_realtime() as realtime:
         with pytest.raises(type(error)) as caught:
             async with realtime.open_run("r") as run:
@@ -68,7 +68,7 @@ async def test_an_exception_fails_the_run_and_goes_on(error: Exception, message:
     assert record.error == RunError(type(error).__name__, message)
 
 
-async def test_cancellation_by_the_host_cancels_the_run_and_goes_on() -> None:
+async def test_a_cancellation_by_the_host_cancels_the_run_and_propagates() -> None:
     async with make_realtime() as realtime:
         runs: list[Run] = []
         with anyio.CancelScope() as scope:
@@ -101,7 +101,7 @@ async def test_cancelling_the_task_of_the_host_cancels_the_run_and_the_task() ->
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
 async def test_a_host_that_is_cancelled_twice_still_ends_its_run() -> None:
-    """The second cancellation came while pipes were waited for, and the run stayed open."""
+    """The second cancellation arrived during the wait for pipes, and the run stayed open."""
     async with make_realtime() as realtime:
         runs: list[Run] = []
         closing = anyio.Event()
@@ -159,13 +159,13 @@ async def test_cancel_cancels_the_body_and_raises_run_canceled() -> None:
                         reached.append("cleanup")
                     reached.append("body")
             reached.append("after")
-            await anyio.lowlevel.checkpoint()  # nothing of the cancellation is left
+            await anyio.lowlevel.checkpoint()  # the cancellation has ended
         assert reached == ["cleanup", "after"]
         assert run.canceled
         assert (await ended(realtime, run.id)).status is Status.CANCELED
 
 
-async def test_a_body_that_cancels_itself_gets_it_at_its_end_at_the_latest() -> None:
+async def test_a_body_that_cancels_its_run_sees_it_at_its_end_at_the_latest() -> None:
     async with make_realtime() as realtime:
         with pytest.raises(RunCanceled):
             async with realtime.open_run("r") as run:
@@ -180,7 +180,7 @@ async def test_a_body_that_cancels_itself_gets_it_at_its_end_at_the_latest() -> 
         await anyio.lowlevel.checkpoint()
 
 
-async def test_an_error_of_a_body_that_is_cancelled_goes_on() -> None:
+async def test_an_error_of_a_canceled_body_propagates() -> None:
     async with make_realtime() as realtime:
         with pytest.raises(ValueError, match="cleanup"):
             async with realtime.open_run("r") as run:
@@ -192,8 +192,8 @@ async def test_an_error_of_a_body_that_is_cancelled_goes_on() -> None:
         assert (await ended(realtime, run.id)).status is Status.FAILED
 
 
-async def test_a_body_whose_task_group_fails_as_it_is_cancelled_fails_the_run() -> None:
-    """On trio the run stayed EXECUTING, and held up the stop."""
+async def test_a_task_group_that_fails_during_the_cancellation_fails_the_run() -> None:
+    """On trio the run stayed EXECUTING and delayed the stop."""
 
     async def child() -> None:
         try:
@@ -215,7 +215,7 @@ async def test_a_body_whose_task_group_fails_as_it_is_cancelled_fails_the_run() 
         assert not realtime.engine.executions
 
 
-async def test_it_cannot_be_entered_twice() -> None:
+async def test_an_open_run_cannot_be_entered_twice() -> None:
     async with make_realtime() as realtime:
         opened = realtime.open_run("r")
         async with opened:
@@ -225,7 +225,7 @@ async def test_it_cannot_be_entered_twice() -> None:
             await opened.__aenter__()
 
 
-async def test_what_is_wrong_with_it_is_said_before_it_opens() -> None:
+async def test_invalid_arguments_are_rejected_before_the_run_opens() -> None:
     async with make_realtime() as realtime:
         with pytest.raises(LimitExceeded):
             realtime.open_run("x" * 129)
@@ -237,7 +237,7 @@ async def test_what_is_wrong_with_it_is_said_before_it_opens() -> None:
             realtime.open_run("r", metadata={"a\n": 1})
 
 
-async def test_runs_may_be_nested() -> None:
+async def test_runs_can_be_nested() -> None:
     async with make_realtime() as realtime, realtime.open_run("outer") as outer:
         async with realtime.open_run("inner") as inner:
             assert current_run() is inner
@@ -246,7 +246,7 @@ async def test_runs_may_be_nested() -> None:
         assert (await realtime.get_run(outer)).status is Status.EXECUTING
 
 
-async def test_it_opens_on_first_use() -> None:
+async def test_opening_a_run_starts_the_realtime_on_first_use() -> None:
     realtime = make_realtime()
     async with realtime.open_run("r") as run:
         run.set_output(1)
@@ -255,8 +255,8 @@ async def test_it_opens_on_first_use() -> None:
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
-async def test_it_may_be_left_in_another_task() -> None:
-    """As the generator of a streaming response is, in some hosts."""
+async def test_a_run_can_be_left_in_another_task() -> None:
+    """Some hosts close the generator of a streaming response in another task."""
     async with make_realtime() as realtime:
         runs: list[Run] = []
 
@@ -280,7 +280,7 @@ async def test_it_may_be_left_in_another_task() -> None:
 
 
 async def test_the_stop_interrupts_the_body_with_server_shutdown() -> None:
-    """On trio the cancellation went on into the host and ended its program."""
+    """On trio the cancellation propagated into the host and ended its program."""
     realtime = make_realtime()
     await realtime.start()
     runs: list[Run] = []
@@ -307,8 +307,8 @@ async def test_the_stop_interrupts_the_body_with_server_shutdown() -> None:
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
-async def test_a_run_that_was_left_open_by_a_task_that_is_gone_does_not_hold_up_the_stop() -> None:
-    """The stop waited five seconds for code that had ended long before."""
+async def test_a_run_that_an_ended_task_left_open_does_not_delay_the_stop() -> None:
+    """The stop waited five seconds for code that had already ended."""
     realtime = make_realtime(timeouts=Timeouts(drain=0.01, cancel=60))
     runs: list[Run] = []
 
@@ -348,7 +348,7 @@ async def test_an_end_that_cannot_be_stored_does_not_hide_the_error_of_the_body(
         assert realtime.engine.executions == {}
 
 
-async def test_pipes_are_waited_for_and_cancelled_with_the_waiting() -> None:
+async def test_leaving_waits_for_pipes_and_a_cancellation_stops_them() -> None:
     async with make_realtime() as realtime:
         go = anyio.Event()
 
@@ -378,7 +378,7 @@ async def test_pipes_are_waited_for_and_cancelled_with_the_waiting() -> None:
         assert pipe.result.chunks == 1
 
 
-async def test_it_works_where_every_call_takes_its_time() -> None:
+async def test_open_run_works_with_a_slow_broker() -> None:
     async with make_realtime(broker=DistantBroker()) as realtime:
         async with realtime.open_run("r") as run:
             run.metadata.set("n", 1)

@@ -69,7 +69,7 @@ async def test_states_come_in_order() -> None:
     assert states in (["QUEUED", "EXECUTING", "COMPLETED"], ["EXECUTING", "COMPLETED"])
 
 
-async def test_what_is_set_as_output_stands_if_the_task_returns_nothing() -> None:
+async def test_set_output_is_the_output_if_the_task_returns_none() -> None:
     realtime = make_realtime()
 
     @realtime.task("set")
@@ -130,7 +130,7 @@ async def test_other_messages_are_hidden_unless_debug(
             record = await ended(realtime, await realtime.trigger(task))
         assert record.error == RunError(type(error).__name__, message)
         assert b"Traceback" not in repr(record).encode()
-    assert "failed" in caplog.text  # the host's own log has it all
+    assert "failed" in caplog.text  # the host's log contains the details
 
 
 async def test_the_error_of_a_task_group_with_one_error_is_that_error() -> None:
@@ -149,7 +149,7 @@ async def test_the_error_of_a_task_group_with_one_error_is_that_error() -> None:
     assert record.error == RunError("TaskError", "inner")
 
 
-async def test_an_output_that_cannot_be_encoded_fails_the_run_and_says_what() -> None:
+async def test_an_output_that_cannot_be_encoded_fails_the_run_with_the_reason() -> None:
     realtime = make_realtime()
 
     @realtime.task("t")
@@ -176,7 +176,7 @@ async def test_an_output_over_the_limit_fails_the_run_and_names_the_limit() -> N
     assert record.error == RunError("LimitExceeded", "the output is 11 bytes, limit 10")
 
 
-async def test_a_task_that_exits_fails_and_nothing_else_ends() -> None:
+async def test_sys_exit_in_a_task_fails_only_its_run() -> None:
     """`sys.exit()` in a task ended the whole server."""
     realtime = make_realtime()
 
@@ -205,7 +205,7 @@ async def test_a_task_that_exits_fails_and_nothing_else_ends() -> None:
     assert exits is not None and exits_in_thread is not None and exits_in_group is not None
 
 
-async def test_a_canceled_task_that_fails_in_its_clean_up_has_an_end() -> None:
+async def test_a_canceled_task_that_fails_in_its_cleanup_ends_its_run() -> None:
     """On trio it stayed EXECUTING."""
     realtime = make_realtime()
 
@@ -232,8 +232,8 @@ async def test_a_canceled_task_that_fails_in_its_clean_up_has_an_end() -> None:
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
-async def test_a_cancellation_of_the_tasks_own_making_fails_it_and_nothing_else_ends() -> None:
-    """Awaiting a task that somebody had cancelled ended everything that ran in the `Realtime`."""
+async def test_a_task_that_cancels_itself_fails_only_its_run() -> None:
+    """Awaiting a task that had been cancelled ended everything that ran in the `Realtime`."""
     realtime = make_realtime()
     go = anyio.Event()
 
@@ -257,7 +257,7 @@ async def test_a_cancellation_of_the_tasks_own_making_fails_it_and_nothing_else_
         assert await beside.result(timeout=5) == "fine"
 
 
-async def test_the_current_run_is_known_anywhere_inside() -> None:
+async def test_the_current_run_is_available_anywhere_inside() -> None:
     realtime = make_realtime()
     seen: list[str] = []
 
@@ -305,7 +305,7 @@ async def test_context_variables_of_a_request_do_not_leak_into_tasks() -> None:
     await realtime.stop()
 
 
-async def test_a_def_task_runs_in_a_thread_of_its_own() -> None:
+async def test_a_def_task_runs_in_a_thread() -> None:
     realtime = make_realtime()
     both = threading.Barrier(2)
 
@@ -321,7 +321,7 @@ async def test_a_def_task_runs_in_a_thread_of_its_own() -> None:
     assert threading.get_ident() not in threads
 
 
-async def test_def_tasks_beyond_the_limit_of_threads_wait() -> None:
+async def test_def_tasks_over_the_thread_limit_wait() -> None:
     realtime = make_realtime(limits=Limits(task_threads=1))
     go = threading.Event()
     at_once = 0
@@ -344,7 +344,7 @@ async def test_def_tasks_beyond_the_limit_of_threads_wait() -> None:
     assert most == 1
 
 
-async def test_a_def_task_may_use_a_loop_of_its_own() -> None:
+async def test_a_def_task_can_run_its_own_event_loop() -> None:
     realtime = make_realtime()
 
     async def answer() -> int:
@@ -359,7 +359,7 @@ async def test_a_def_task_may_use_a_loop_of_its_own() -> None:
         assert await (await realtime.trigger(task)).result(timeout=5) == 42
 
 
-async def test_cancelling_a_def_task_ends_its_run_at_once_and_tells_its_thread() -> None:
+async def test_cancelling_a_def_task_ends_its_run_at_once_and_its_thread_sees_it() -> None:
     realtime = make_realtime()
     runs: list[Run] = []
     go = threading.Event()
@@ -386,8 +386,8 @@ async def test_cancelling_a_def_task_ends_its_run_at_once_and_tells_its_thread()
 
 
 @pytest.mark.slow
-def test_a_def_task_that_blocks_does_not_hold_up_the_exit() -> None:
-    """It ran in a thread that Python waits for."""
+def test_a_def_task_that_blocks_does_not_delay_the_exit() -> None:
+    """Python waited for the thread at its exit."""
     program = """
 import asyncio, threading
 from asgi_realtime import Realtime, Timeouts
@@ -413,7 +413,7 @@ asyncio.run(main())
     assert done.stdout == "FAILED\n", done.stderr
 
 
-async def test_a_task_that_takes_too_long_is_timed_out() -> None:
+async def test_a_task_that_exceeds_max_duration_times_out() -> None:
     realtime = make_realtime()
 
     @realtime.task("t", max_duration=0.02)
@@ -438,7 +438,7 @@ async def test_a_task_that_takes_too_long_is_timed_out() -> None:
     assert task is not None and in_thread is not None
 
 
-async def test_max_duration_counts_the_pipes_too() -> None:
+async def test_max_duration_includes_the_pipes() -> None:
     realtime = make_realtime()
 
     @realtime.task("t", max_duration=0.02)
@@ -483,7 +483,7 @@ async def test_cancelling_a_running_task_stops_it_with_its_cleanup() -> None:
     assert cleaned == ["yes"]
 
 
-async def test_a_task_may_cancel_itself() -> None:
+async def test_a_task_can_cancel_its_own_run() -> None:
     realtime = make_realtime()
 
     @realtime.task("t")
@@ -503,7 +503,7 @@ async def test_a_task_may_cancel_itself() -> None:
     assert task is not None and ends_right_after is not None
 
 
-async def test_a_task_that_raises_while_it_is_cancelled_is_failed() -> None:
+async def test_a_task_that_raises_during_its_cancellation_fails() -> None:
     realtime = make_realtime()
     begun = anyio.Event()
 
@@ -524,7 +524,7 @@ async def test_a_task_that_raises_while_it_is_cancelled_is_failed() -> None:
     assert record.error == RunError("TaskError", "cleanup broke")
 
 
-async def test_a_run_is_executed_at_most_once() -> None:
+async def test_a_run_executes_at_most_once() -> None:
     calls = 0
 
     class Nobody:
@@ -573,7 +573,7 @@ async def test_cancelling_the_caller_of_execute_cancels_the_run() -> None:
         assert realtime.engine.executions == {}
 
 
-async def test_a_forgotten_pipe_is_waited_for() -> None:
+async def test_a_run_waits_for_its_pipes() -> None:
     realtime = make_realtime()
 
     @realtime.task("t")
@@ -593,7 +593,7 @@ async def test_a_forgotten_pipe_is_waited_for() -> None:
 
 
 @pytest.mark.parametrize("make_error", [lambda: ValueError("gone"), lambda: TaskError("gone")])
-async def test_an_error_of_a_pipe_that_nobody_saw_fails_the_run(make_error: Callable[[], Exception]) -> None:
+async def test_an_unseen_error_of_a_pipe_fails_the_run(make_error: Callable[[], Exception]) -> None:
     realtime = make_realtime()
 
     @realtime.task("t")
@@ -611,7 +611,7 @@ async def test_an_error_of_a_pipe_that_nobody_saw_fails_the_run(make_error: Call
     assert record.error is not None and record.error.name == type(make_error()).__name__
 
 
-async def test_an_error_of_a_pipe_that_was_handled_does_not_fail_the_run() -> None:
+async def test_a_handled_error_of_a_pipe_does_not_fail_the_run() -> None:
     realtime = make_realtime()
 
     @realtime.task("t")
@@ -630,7 +630,7 @@ async def test_an_error_of_a_pipe_that_was_handled_does_not_fail_the_run() -> No
         assert await (await realtime.trigger(task)).result(timeout=5) == "handled"
 
 
-async def test_nothing_is_left_when_tasks_end(caplog: pytest.LogCaptureFixture) -> None:
+async def test_nothing_remains_when_tasks_end(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.ERROR)
     realtime = make_realtime(timeouts=Timeouts(tick=0.01, drain=1.0))
 

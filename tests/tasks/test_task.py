@@ -135,7 +135,7 @@ BORN = datetime(2000, 1, 2, tzinfo=UTC)
     ],
 )
 @pytest.mark.anyio
-async def test_the_annotation_decodes_the_payload_always_through_json(
+async def test_the_payload_is_always_decoded_from_json_into_its_annotation(
     function: Callable[..., Awaitable[Any]], payload: Any, decoded: Any
 ) -> None:
     realtime = make_realtime()
@@ -169,7 +169,7 @@ async def test_the_annotation_decodes_the_payload_always_through_json(
     ],
 )
 @pytest.mark.anyio
-async def test_a_payload_that_does_not_fit_is_refused_and_no_run_begins(
+async def test_a_payload_that_does_not_match_is_rejected_before_a_run_exists(
     function: Callable[..., Awaitable[Any]], payload: Any, message: str
 ) -> None:
     realtime = make_realtime()
@@ -245,7 +245,7 @@ def fed(x: int, payload: int) -> int:
     ],
 )
 @pytest.mark.anyio
-async def test_a_task_may_take_nothing_a_payload_a_run_or_both(
+async def test_a_task_takes_nothing_a_payload_a_run_or_both(
     function: Callable[..., Any], payload: Any, output: Any
 ) -> None:
     realtime = make_realtime()
@@ -281,7 +281,7 @@ async def two_runs(one: Run, two: Run) -> None: ...
         (two_runs, "(one, two)"),
     ],
 )
-def test_other_signatures_are_refused_with_the_allowed_ones(function: Callable[..., Any], given: str) -> None:
+def test_other_signatures_are_rejected_with_the_allowed_ones(function: Callable[..., Any], given: str) -> None:
     register = make_realtime().task("t")
     with pytest.raises(InvalidConfiguration) as caught:
         register(function)
@@ -289,7 +289,7 @@ def test_other_signatures_are_refused_with_the_allowed_ones(function: Callable[.
     assert given in str(caught.value)
 
 
-def test_an_async_generator_function_is_refused() -> None:
+def test_an_async_generator_function_is_rejected() -> None:
     async def chunks(payload: int) -> Any:
         yield payload
 
@@ -297,7 +297,7 @@ def test_an_async_generator_function_is_refused() -> None:
         make_realtime().task("t")(chunks)
 
 
-def test_a_generator_function_is_refused() -> None:
+def test_a_generator_function_is_rejected() -> None:
     def chunks(payload: int) -> Any:
         yield payload
 
@@ -305,12 +305,12 @@ def test_a_generator_function_is_refused() -> None:
         make_realtime().task("t")(chunks)
 
 
-def test_what_is_no_function_is_refused() -> None:
+def test_an_object_that_is_not_a_function_is_rejected() -> None:
     with pytest.raises(InvalidConfiguration, match="int"):
         make_realtime().task("t")(3)  # type: ignore[call-overload]
 
 
-def test_a_type_that_cannot_be_made_from_json_is_refused_when_the_task_is_registered() -> None:
+def test_a_type_that_json_cannot_express_is_rejected_at_registration() -> None:
     async def impossible(payload: Realtime) -> None: ...
 
     with pytest.raises(InvalidConfiguration, match="Realtime"):
@@ -318,7 +318,7 @@ def test_a_type_that_cannot_be_made_from_json_is_refused_when_the_task_is_regist
 
 
 @pytest.mark.anyio
-async def test_a_type_that_is_local_to_an_enclosing_function_decodes_if_the_function_uses_it() -> None:
+async def test_a_type_that_is_local_to_an_enclosing_function_is_found() -> None:
     @dataclass
     class Local:
         n: int
@@ -334,7 +334,7 @@ async def test_a_type_that_is_local_to_an_enclosing_function_decodes_if_the_func
         assert await (await realtime.trigger(local, {"n": 3})).result(timeout=5) == 3
 
 
-def test_an_annotation_that_cannot_be_evaluated_is_refused_with_the_cure() -> None:
+def test_an_annotation_that_cannot_be_evaluated_is_rejected_with_the_fix() -> None:
     @dataclass
     class Hidden:
         n: int
@@ -346,7 +346,7 @@ def test_an_annotation_that_cannot_be_evaluated_is_refused_with_the_cure() -> No
 
 
 @pytest.mark.anyio
-async def test_a_local_task_may_mention_itself_and_tasks_that_come_later() -> None:
+async def test_a_local_task_can_refer_to_itself_and_to_later_tasks() -> None:
     """Their cells are empty while the decorator runs: registering raised `ValueError: Cell is empty`."""
     realtime = make_realtime()
 
@@ -365,7 +365,7 @@ async def test_a_local_task_may_mention_itself_and_tasks_that_come_later() -> No
 
 
 @pytest.mark.anyio
-async def test_a_task_is_still_callable_as_the_plain_function() -> None:
+async def test_a_task_can_be_called_as_the_plain_function() -> None:
     realtime = make_realtime()
 
     @realtime.task("async")
@@ -407,7 +407,7 @@ async def gives_something_else(payload: int) -> Order:
     ],
 )
 @pytest.mark.anyio
-async def test_a_result_has_the_type_of_the_return_annotation_as_far_as_it_fits(
+async def test_a_result_has_the_type_of_the_return_annotation_if_it_matches(
     function: Callable[..., Awaitable[Any]], payload: Any, output: Any
 ) -> None:
     realtime = make_realtime()
@@ -430,19 +430,19 @@ def test_ids_must_differ() -> None:
     ("task_id", "error"),
     [("", UsageError), ("a/b", UsageError), ("x" * 129, LimitExceeded), (3, UsageError), ("..", UsageError)],
 )
-def test_a_task_id_must_fit_into_a_path(task_id: Any, error: type[Exception]) -> None:
+def test_a_task_id_must_be_usable_in_a_path(task_id: Any, error: type[Exception]) -> None:
     with pytest.raises(error, match="task id"):
         make_realtime().task(task_id)(nothing)
 
 
-def test_a_decorator_without_an_id_says_what_to_write() -> None:
+def test_a_decorator_without_an_id_shows_the_correct_form() -> None:
     with pytest.raises(InvalidConfiguration, match=r'@realtime\.task\("nothing"\)'):
         make_realtime().task(nothing)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("task", [nothing, None, 3, b"t"])
 @pytest.mark.anyio
-async def test_what_is_no_task_is_not_triggered(task: Any) -> None:
+async def test_a_value_that_is_not_a_task_is_rejected(task: Any) -> None:
     async with make_realtime() as realtime:
         for call in (realtime.trigger(task), realtime.batch_trigger([(task, None)])):
             with pytest.raises(
@@ -455,7 +455,7 @@ async def test_what_is_no_task_is_not_triggered(task: Any) -> None:
 
 
 @pytest.mark.parametrize("limit", [0, -1, True, 1.5, "2"])
-def test_a_concurrency_limit_is_a_number_from_1(limit: Any) -> None:
+def test_a_concurrency_limit_is_a_positive_integer(limit: Any) -> None:
     with pytest.raises(InvalidConfiguration, match="concurrency_limit is .*; it must be 1 or more"):
         make_realtime().task("t", concurrency_limit=limit)(nothing)
 
@@ -475,13 +475,13 @@ def test_decoding_rejects_invalid_json() -> None:
 
 
 class Unknown:
-    """A class that has no form in JSON."""
+    """A class that JSON cannot express."""
 
 
 async def takes_unknowns(payload: list[Unknown]) -> None: ...
 
 
-def test_a_part_that_cannot_be_made_from_json_is_refused_with_the_payload() -> None:
+def test_a_nested_type_that_json_cannot_express_is_rejected_with_the_payload() -> None:
     task = make_realtime().task("t")(takes_unknowns)
     assert task.encode_payload([], limit_bytes=100) == b"[]"
     with pytest.raises(InvalidPayload, match="Unknown cannot be decoded from JSON"):
@@ -495,17 +495,17 @@ class Tree(msgspec.Struct):
 async def takes_tree(payload: Tree) -> None: ...
 
 
-def test_a_payload_that_is_nested_too_deeply_is_refused() -> None:
+def test_a_payload_that_is_nested_too_deeply_is_rejected() -> None:
     task = make_realtime().task("t")(takes_tree)
     with pytest.raises(InvalidPayload, match="nested too deeply"):
         task.decode_payload(b'{"child":' * 100_000 + b"null" + b"}" * 100_000)
 
 
-def test_without_pydantic_its_types_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_pydantic_its_types_are_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pydantic", None)
     with pytest.raises(InvalidConfiguration, match="cannot be the type of a payload or chunk"):
         make_realtime().task("t")(takes_pet)
 
 
-def test_a_builtin_has_no_closure_to_look_into() -> None:
+def test_a_builtin_has_no_closure() -> None:
     assert make_realtime().task("t")(operator.neg).payload_type is Any

@@ -1,4 +1,4 @@
-"""The adapter on taskiq's in-memory broker, which is client and worker in one; `tests/e2e` has real workers."""
+"""The adapter with taskiq's in-memory broker, which is client and worker in one. `tests/e2e` uses real workers."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ pytestmark = pytest.mark.anyio
 
 @pytest.fixture
 def anyio_backend() -> str:
-    return "asyncio"  # as taskiq
+    return "asyncio"  # taskiq supports no other
 
 
 class Queue(InMemoryBroker):
-    """Notes what is sent and how often it was started."""
+    """Records the tasks sent, and each startup and shutdown."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ def make(queue: Queue, **options: Any) -> Realtime:
     return make_realtime(executor=TaskiqExecutor(queue), **options)
 
 
-async def test_a_run_is_executed_by_a_worker_and_the_queue_carries_its_id() -> None:
+async def test_a_worker_executes_a_run_and_the_queue_carries_its_id() -> None:
     queue = Queue()
     realtime = make(queue)
 
@@ -71,7 +71,7 @@ async def test_a_run_is_executed_by_a_worker_and_the_queue_carries_its_id() -> N
     assert queue.ups == ["up", "down"]
 
 
-async def test_a_run_that_is_delivered_again_is_executed_once() -> None:
+async def test_a_run_that_is_delivered_twice_executes_once() -> None:
     queue = Queue()
     realtime = make(queue)
     executions: list[str] = []
@@ -88,11 +88,11 @@ async def test_a_run_that_is_delivered_again_is_executed_once() -> None:
     assert executions == [handle.id]
 
 
-async def test_a_taskiq_broker_that_the_host_has_started_is_left_alone() -> None:
+async def test_a_taskiq_broker_that_the_host_starts_is_left_to_the_host() -> None:
     queue = Queue()
     realtime = make(queue)
     for handler in list(queue.event_handlers[TaskiqEvents.WORKER_STARTUP]):
-        queue.event_handlers[TaskiqEvents.WORKER_STARTUP].remove(handler)  # a client is all that this one is
+        queue.event_handlers[TaskiqEvents.WORKER_STARTUP].remove(handler)  # this process is only a client
     await queue.startup()
     async with realtime:
         pass
@@ -103,16 +103,16 @@ async def test_a_taskiq_broker_that_the_host_has_started_is_left_alone() -> None
     assert queue.ups == ["up", "down", "up", "down"]
 
 
-async def test_a_queue_that_is_away_at_the_start_is_started_with_the_first_run_that_it_takes(
+async def test_a_queue_that_is_unavailable_at_the_start_is_started_by_a_later_run(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """The web process did not start, though all it was asked for were streams."""
+    """The web process did not start, although it could have served streams."""
 
     class Away(Queue):
         failures: list[Exception] = [ConnectionError("nobody there"), TimeoutError()]
 
         async def startup(self) -> None:
-            await super().startup()  # the last step of it is what fails
+            await super().startup()  # the last step fails
             if self.failures:
                 raise self.failures.pop(0)
 
@@ -128,7 +128,7 @@ async def test_a_queue_that_is_away_at_the_start_is_started_with_the_first_run_t
             pass
         assert (await realtime.get_run(run)).status is Status.COMPLETED
         handle = await realtime.trigger(task)
-        assert (await realtime.get_run(handle)).status is Status.QUEUED  # the next lease brings it into the queue
+        assert (await realtime.get_run(handle)).status is Status.QUEUED  # enqueued again after a lease
         async with anyio.create_task_group() as group:
             for _ in range(3):
                 group.start_soon(realtime.trigger, task)
@@ -140,7 +140,7 @@ async def test_a_queue_that_is_away_at_the_start_is_started_with_the_first_run_t
     ]
 
 
-async def test_in_a_worker_the_realtime_lives_with_the_worker() -> None:
+async def test_the_realtime_starts_and_stops_with_its_worker() -> None:
     queue = Queue()
     queue.is_worker_process = True
     realtime = make(queue)
@@ -192,9 +192,7 @@ def attached(host: Host) -> tuple[Queue, TaskiqExecutor]:
 
 
 @pytest.mark.parametrize("error", [RunNotFound("no such run"), UnknownTask("no such task")])
-async def test_what_cannot_be_executed_is_not_tried_for_ever(
-    error: Exception, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_a_run_that_cannot_be_executed_is_not_retried(error: Exception, caplog: pytest.LogCaptureFixture) -> None:
     host = Host(error)
     queue, executor = attached(host)
     await executor.enqueue("run_1", "t")
@@ -204,10 +202,10 @@ async def test_what_cannot_be_executed_is_not_tried_for_ever(
     assert not queue.result_backend.results["run_1"].is_err
 
 
-async def test_an_absent_broker_is_waited_for(
+async def test_a_worker_waits_for_an_unavailable_broker(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The queue does not deliver a run again, so it would have stayed QUEUED."""
+    """The queue delivers a run once, so the run stayed QUEUED."""
     monkeypatch.setattr(adapter, "_PAUSE_S", 0.001)
     host = Host(*(BrokerUnavailable("away") for _ in range(3)))
     queue, executor = attached(host)
@@ -217,7 +215,7 @@ async def test_an_absent_broker_is_waited_for(
     assert caplog.text.count("run run_1 from the queue waits: away") == 1
 
 
-async def test_a_worker_that_ends_waits_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_worker_that_stops_does_not_wait_for_the_broker(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(adapter, "_PAUSE_S", 0.001)
     host = Host(*(BrokerUnavailable("away") for _ in range(100_000)))
     queue, executor = attached(host)
