@@ -578,11 +578,11 @@ def test_a_forked_child_has_its_own_loop_and_owner_name(used: bool) -> None:
             realtime.sync.execute(first.id)
         owner = realtime.runs.owner
 
-        def work(who):
+        def work(name):
             handle = realtime.sync.trigger("double", 21)
             realtime.sync.execute(handle.id)
             record = realtime.sync.get_run(handle)
-            print(who, record.output, record.owner == owner, record.owner == realtime.runs.owner, flush=True)
+            print(name, record.output, record.owner == owner, record.owner == realtime.runs.owner, flush=True)
 
         child = os.fork()
         if not child:

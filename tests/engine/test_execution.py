@@ -24,20 +24,20 @@ def two_processes() -> tuple[Realtime, Realtime, FakeClock]:
 async def test_a_cancellation_by_another_process_stops_the_task() -> None:
     """The code continued to its end, although the run was CANCELED after five seconds."""
     owner, other, _ = two_processes()
-    begun = anyio.Event()
+    started = anyio.Event()
     stopped: list[bool] = []
 
     @owner.task("t")
     async def task(run: Run) -> None:
         try:
-            begun.set()
+            started.set()
             await anyio.sleep(60)
         finally:
             stopped.append(run.canceled)
 
     async with owner, other:
         handle = await owner.trigger(task)
-        await begun.wait()
+        await started.wait()
         record = await other.cancel(handle.id)
         assert record.status is Status.EXECUTING
         assert (await ended(other, handle.id)).status is Status.CANCELED
@@ -118,20 +118,20 @@ async def test_a_live_owner_renews_its_lease() -> None:
 
 async def test_code_is_stopped_if_another_process_ended_its_run() -> None:
     owner, other, _ = two_processes()
-    begun = anyio.Event()
+    started = anyio.Event()
     stopped = anyio.Event()
 
     @owner.task("t")
     async def task() -> None:
         try:
-            begun.set()
+            started.set()
             await anyio.sleep(60)
         finally:
             stopped.set()
 
     async with owner, other:
         handle = await owner.trigger(task)
-        await begun.wait()
+        await started.wait()
         await other.runs.update(handle.id, Finished(Status.CRASHED))
         with anyio.fail_after(5):
             await stopped.wait()

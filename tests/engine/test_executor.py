@@ -43,14 +43,14 @@ def make_record(realtime: Realtime) -> RunRecord:
 
 async def test_the_concurrency_limit_holds_and_runs_start_in_order() -> None:
     realtime = make_realtime()
-    begun: list[int] = []
+    started: list[int] = []
     go = anyio.Event()
     at_once = most = 0
 
     @realtime.task("t", concurrency_limit=2)
     async def task(payload: int) -> None:
         nonlocal at_once, most
-        begun.append(payload)
+        started.append(payload)
         at_once += 1
         most = max(most, at_once)
         await go.wait()
@@ -62,47 +62,47 @@ async def test_the_concurrency_limit_holds_and_runs_start_in_order() -> None:
 
     async with realtime:
         handles = [await realtime.trigger(task, number) for number in range(6)]
-        await until(lambda: len(begun) == 2)
+        await until(lambda: len(started) == 2)
         assert await (await realtime.trigger(other)).result(timeout=5) == "beside"
         states = [(await realtime.get_run(handle)).status for handle in handles]
         assert states == [Status.EXECUTING] * 2 + [Status.QUEUED] * 4
         go.set()
         for handle in handles:
             await ended(realtime, handle)
-    assert sorted(begun[:2]) == [0, 1]  # two that start together have no order on trio
-    assert sorted(begun) == list(range(6))
+    assert sorted(started[:2]) == [0, 1]  # two that start together have no order on trio
+    assert sorted(started) == list(range(6))
     assert most == 2
 
 
 async def test_with_a_limit_of_one_runs_execute_in_the_order_of_arrival() -> None:
     realtime = make_realtime()
-    begun: list[int] = []
+    started: list[int] = []
 
     @realtime.task("t", concurrency_limit=1)
     async def task(payload: int) -> None:
-        begun.append(payload)
+        started.append(payload)
         await anyio.lowlevel.checkpoint()
 
     async with realtime:
         handles = [await realtime.trigger(task, number) for number in range(10)]
         for handle in handles:
             await ended(realtime, handle)
-    assert begun == list(range(10))
+    assert started == list(range(10))
 
 
 async def test_a_waiting_run_that_is_canceled_never_starts() -> None:
     realtime = make_realtime()
-    begun: list[str] = []
+    started: list[str] = []
     go = anyio.Event()
 
     @realtime.task("t", concurrency_limit=1)
     async def task(payload: str) -> None:
-        begun.append(payload)
+        started.append(payload)
         await go.wait()
 
     async with realtime:
         first, second, third = [await realtime.trigger(task, name) for name in ("a", "b", "c")]
-        await until(lambda: begun)
+        await until(lambda: started)
         canceled = await realtime.cancel(second)
         assert canceled.status is Status.CANCELED
         assert canceled.completed_at_ms is not None
@@ -110,7 +110,7 @@ async def test_a_waiting_run_that_is_canceled_never_starts() -> None:
         assert (await ended(realtime, third)).status is Status.COMPLETED
         assert (await ended(realtime, first)).status is Status.COMPLETED
         assert (await realtime.get_run(second)) == canceled
-    assert begun == ["a", "c"]
+    assert started == ["a", "c"]
 
 
 async def test_a_queue_adapter_receives_ids_and_calls_execute() -> None:
@@ -332,14 +332,14 @@ async def test_a_run_that_waits_in_a_live_process_stays_there() -> None:
     clock = FakeClock()
     broker = MemoryBroker(clock=clock)
     go = anyio.Event()
-    begun: list[str] = []
+    started: list[str] = []
 
     def process(name: str) -> Realtime:
         realtime = make_realtime(broker=broker, clock=clock)
 
         @realtime.task("t", concurrency_limit=1)
         async def task(run: Run) -> str:
-            begun.append(run.id)
+            started.append(run.id)
             await go.wait()
             return name
 
@@ -354,7 +354,7 @@ async def test_a_run_that_waits_in_a_live_process_stays_there() -> None:
             await one.engine.make_ticker().once()
             await two.engine.make_ticker().once()
         assert two.engine.held == []
-        assert begun == [handles[0].id]
+        assert started == [handles[0].id]
         go.set()
         assert [await handle.result(timeout=5) for handle in handles] == ["one"] * 3
         assert one.engine.held == []
@@ -477,16 +477,16 @@ async def test_an_executor_that_cannot_start_prevents_the_start() -> None:
         await realtime.start()
     executor.failure = None
     async with realtime:
-        executor.failure = ConnectionError("gone")
+        executor.failure = ConnectionError("lost")
     assert executor.calls == ["start", "start", "stop"]
 
 
 async def test_a_restart_on_another_loop_frees_the_slots_of_lost_runs() -> None:
     spawned: list[Callable[[], Awaitable[None]]] = []
-    begun: list[str] = []
+    started: list[str] = []
 
     async def execute(run_id: str) -> None:
-        begun.append(run_id)
+        started.append(run_id)
 
     tasks: dict[str, Task[..., None]] = {"t": Task("t", execute, max_duration_s=None, concurrency_limit=1)}
     executor = InProcessExecutor(execute, tasks, spawn=spawned.append, on_end=lambda: None)
@@ -500,5 +500,5 @@ async def test_a_restart_on_another_loop_frees_the_slots_of_lost_runs() -> None:
     assert executor.running == ["run_2"]
     await spawned[1]()
     assert executor.running == []
-    assert begun == ["run_1", "run_2"]
+    assert started == ["run_1", "run_2"]
     assert executor.knows("t") and not executor.knows("other")

@@ -142,17 +142,17 @@ async def test_cancel_cancels_the_body_and_raises_run_canceled() -> None:
         reached: list[str] = []
 
         async def cancel() -> None:
-            await begun.wait()
+            await started.wait()
             await realtime.cancel(runs[0])
 
-        begun = anyio.Event()
+        started = anyio.Event()
         runs: list[Run] = []
         async with anyio.create_task_group() as group:
             group.start_soon(cancel)
             with pytest.raises(RunCanceled):
                 async with realtime.open_run("r") as run:
                     runs.append(run)
-                    begun.set()
+                    started.set()
                     try:
                         await anyio.sleep(60)
                     finally:

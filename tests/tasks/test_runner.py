@@ -284,7 +284,7 @@ async def test_the_current_run_is_available_anywhere_inside() -> None:
 
 
 async def test_context_variables_of_a_request_do_not_leak_into_tasks() -> None:
-    user: ContextVar[str] = ContextVar("user", default="nobody")
+    user: ContextVar[str] = ContextVar("user", default="unknown")
     realtime = make_realtime()
 
     @realtime.task("t")
@@ -301,7 +301,7 @@ async def test_context_variables_of_a_request_do_not_leak_into_tasks() -> None:
         assert await (await realtime.trigger(task)).result(timeout=5) == "host"
         assert await (await realtime.trigger(in_thread)).result(timeout=5) == "host"
     user.set("first request")
-    assert await (await realtime.trigger(task)).result(timeout=5) == "nobody"  # started on first use
+    assert await (await realtime.trigger(task)).result(timeout=5) == "unknown"  # started on first use
     await realtime.stop()
 
 
@@ -393,17 +393,17 @@ import asyncio, threading
 from asgi_realtime import Realtime, Timeouts
 
 realtime = Realtime(secret_key="s" * 32, timeouts=Timeouts(drain=0.01, cancel=0.01))
-begun = threading.Event()
+started = threading.Event()
 
 @realtime.task("t")
 def blocks():
-    begun.set()
+    started.set()
     threading.Event().wait(60)
 
 async def main():
     async with realtime:
         handle = await realtime.trigger(blocks)
-        while not begun.is_set():
+        while not started.is_set():
             await asyncio.sleep(0.001)
     print((await realtime.broker.load([handle.id]))[0].status)
 
@@ -456,21 +456,21 @@ async def test_max_duration_includes_the_pipes() -> None:
 
 async def test_cancelling_a_running_task_stops_it_with_its_cleanup() -> None:
     realtime = make_realtime()
-    begun = anyio.Event()
+    started = anyio.Event()
     cleaned: list[str] = []
 
     @realtime.task("t")
     async def task(run: Run) -> None:
         try:
             run.metadata.set("progress", 0.5)
-            begun.set()
+            started.set()
             await anyio.sleep(60)
         finally:
             cleaned.append("yes")
 
     async with realtime:
         handle = await realtime.trigger(task)
-        await begun.wait()
+        await started.wait()
         asked = await realtime.cancel(handle)
         assert asked.cancel_requested_at_ms is not None
         record = await ended(realtime, handle)
@@ -505,19 +505,19 @@ async def test_a_task_can_cancel_its_own_run() -> None:
 
 async def test_a_task_that_raises_during_its_cancellation_fails() -> None:
     realtime = make_realtime()
-    begun = anyio.Event()
+    started = anyio.Event()
 
     @realtime.task("t")
     async def task() -> None:
         try:
-            begun.set()
+            started.set()
             await anyio.sleep(60)
         finally:
             raise TaskError("cleanup broke")
 
     async with realtime:
         handle = await realtime.trigger(task)
-        await begun.wait()
+        await started.wait()
         await realtime.cancel(handle)
         record = await ended(realtime, handle)
     assert record.status is Status.FAILED
@@ -556,18 +556,18 @@ async def test_cancelling_the_caller_of_execute_cancels_the_run() -> None:
         async def enqueue(self, run_id: str, task_id: str) -> None: ...
 
     realtime = make_realtime(executor=Nobody())
-    begun = anyio.Event()
+    started = anyio.Event()
 
     @realtime.task("t")
     async def task() -> None:
-        begun.set()
+        started.set()
         await anyio.sleep(60)
 
     async with realtime:
         handle = await realtime.trigger(task)
         async with anyio.create_task_group() as group:
             group.start_soon(realtime.execute, handle.id)
-            await begun.wait()
+            await started.wait()
             group.cancel_scope.cancel()
         assert (await realtime.get_run(handle)).status is Status.CANCELED
         assert realtime.engine.executions == {}

@@ -109,7 +109,7 @@ async def test_a_queue_that_is_unavailable_at_the_start_is_started_by_a_later_ru
     """The web process did not start, although it could have served streams."""
 
     class Away(Queue):
-        failures: list[Exception] = [ConnectionError("nobody there"), TimeoutError()]
+        failures: list[Exception] = [ConnectionError("no server"), TimeoutError()]
 
         async def startup(self) -> None:
             await super().startup()  # the last step fails
@@ -135,7 +135,7 @@ async def test_a_queue_that_is_unavailable_at_the_start_is_started_by_a_later_ru
         await queue.wait_all()
     assert queue.ups == ["up"] * 3 + ["down"]
     assert [record.message for record in caplog.records] == [
-        "the taskiq broker cannot be started yet: nobody there",
+        "the taskiq broker cannot be started yet: no server",
         "the executor does not accept runs; the ticker retries",
     ]
 
@@ -144,11 +144,11 @@ async def test_the_realtime_starts_and_stops_with_its_worker() -> None:
     queue = Queue()
     queue.is_worker_process = True
     realtime = make(queue)
-    begun = anyio.Event()
+    started = anyio.Event()
 
     @realtime.task("t")
     async def task() -> None:
-        begun.set()
+        started.set()
         await anyio.sleep(60)
 
     for handler in queue.event_handlers[TaskiqEvents.WORKER_STARTUP]:
@@ -156,7 +156,7 @@ async def test_the_realtime_starts_and_stops_with_its_worker() -> None:
     assert realtime.engine.running
     assert queue.ups == []
     handle = await realtime.trigger(task)
-    await begun.wait()
+    await started.wait()
     for handler in queue.event_handlers[TaskiqEvents.WORKER_SHUTDOWN]:
         await handler(TaskiqState())  # type: ignore[misc]
     assert realtime.engine.supervisor is None
