@@ -1,4 +1,4 @@
-"""A run as the server tells of it: the JSON of docs/protocol.md, section 6, with the names of `RunRecord`."""
+"""The state of a run: the JSON of docs/protocol.md, section 6, under the names of `RunRecord`."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ def _rename(field: str) -> str:
 
 
 class RunState(msgspec.Struct, frozen=True, kw_only=True, rename=_rename):
-    """One state of a run. What the token keeps from its holder is empty or None."""
+    """One state of a run. Fields that the token hides are empty or None."""
 
     id: str
     task: str
     status: str
-    """Equal to one of `Status`, or a word of a later server."""
+    """A value of `Status`, or one that a newer server has added."""
     is_queued: bool
     is_executing: bool
     is_completed: bool
-    """The run is over, whatever its result."""
+    """The run is over, whatever its outcome."""
     is_success: bool
     is_failed: bool
     is_canceled: bool
@@ -48,7 +48,7 @@ class RunState(msgspec.Struct, frozen=True, kw_only=True, rename=_rename):
     output: Any = None
     error: RunError | None = None
     streams: tuple[str, ...] = ()
-    """The keys of the streams that were written."""
+    """The keys of all streams that were written."""
     depth: int = 0
     idempotency_key: str | None = None
     ttl: str | None = None
