@@ -13,13 +13,14 @@ from asgi_realtime.core.errors import BrokerUnavailable, InvalidConfiguration, S
 from asgi_realtime.testing import AsgiClient
 from asgi_realtime.testing.driver import make_scope
 from tests.asgi.fake_host import SECRET, FakeHost
+from tests.asgi.official_sdk import on_one_loop
 
 pytestmark = pytest.mark.anyio
 
 STREAM = "/v1/streams/run_1/default"
 
 
-async def test_the_real_thing_is_a_host() -> None:
+async def test_a_realtime_is_a_host() -> None:
     realtime = Realtime(secret_key=SECRET, signals=False)
     host: Host = realtime
     assert host.limits is realtime.limits
@@ -38,6 +39,7 @@ async def test_the_real_thing_is_a_host() -> None:
 # Routing and errors
 
 
+@on_one_loop
 @pytest.mark.parametrize("path", ["/", "/realtime", "/v2/runs/run_1", "/favicon.ico", "/v1/streams/run_1/a/b/c"])
 async def test_an_unknown_path_is_404(host: FakeHost, path: str) -> None:
     response = await AsgiClient(host).get(path)
@@ -47,6 +49,7 @@ async def test_an_unknown_path_is_404(host: FakeHost, path: str) -> None:
     assert response.headers["access-control-allow-origin"] == "*"
 
 
+@on_one_loop
 @pytest.mark.parametrize(
     ("method", "path", "allow"),
     [
@@ -57,7 +60,7 @@ async def test_an_unknown_path_is_404(host: FakeHost, path: str) -> None:
         ("OPTIONS", "/v1/health", "GET, HEAD"),
     ],
 )
-async def test_a_wrong_method_is_405_with_those_that_are_allowed(
+async def test_a_wrong_method_is_405_and_lists_the_allowed_ones(
     host: FakeHost, method: str, path: str, allow: str
 ) -> None:
     response = await AsgiClient(host).request(method, path)
@@ -66,7 +69,7 @@ async def test_a_wrong_method_is_405_with_those_that_are_allowed(
     assert response.headers["access-control-allow-origin"] == "*"
 
 
-async def test_without_the_api_everything_under_it_is_404() -> None:
+async def test_without_the_api_its_routes_are_404() -> None:
     host = FakeHost(api=False)
     await host.create()
     assert (await AsgiClient(host).get("/api/v3/runs/run_1", headers=host.headers())).status_code == 404
@@ -74,7 +77,7 @@ async def test_without_the_api_everything_under_it_is_404() -> None:
     assert (await AsgiClient(host).get("/v1/health")).status_code == 200
 
 
-async def test_an_unexpected_error_is_a_500_that_tells_nothing(
+async def test_an_unexpected_error_is_a_500_without_its_message(
     host: FakeHost, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def get(run_id: str) -> Any:
@@ -91,7 +94,7 @@ async def test_an_unexpected_error_is_a_500_that_tells_nothing(
     assert "password=1234" in json.loads(response.body)["error"]
 
 
-async def test_a_broker_that_is_away_is_503_and_no_noise(host: FakeHost, caplog: pytest.LogCaptureFixture) -> None:
+async def test_an_unavailable_broker_is_503_and_not_logged(host: FakeHost, caplog: pytest.LogCaptureFixture) -> None:
     host.start_error = BrokerUnavailable("the broker does not answer")
     response = await AsgiClient(host).get(STREAM, headers=host.headers())
     assert response.status_code == 503
@@ -100,18 +103,18 @@ async def test_a_broker_that_is_away_is_503_and_no_noise(host: FakeHost, caplog:
 
 
 @pytest.mark.parametrize("path", [STREAM, "/v1/runs/run_1"])
-async def test_an_event_source_comes_back_to_a_broker_that_is_away(host: FakeHost, path: str) -> None:
-    """After a 503 it never did, and the page stood still when the broker was there again."""
+async def test_an_event_source_reconnects_while_the_broker_is_unavailable(host: FakeHost, path: str) -> None:
+    """After a 503 it never did, and the page stayed frozen when the broker was back."""
     host.start_error = BrokerUnavailable("the broker does not answer")
     async with AsgiClient(host).stream(path, headers=host.feed_headers()) as response:
         assert response.status_code == 200
         assert [event.event for event in await response.read_all_events()] == ["reconnect"]
-    official = {**host.feed_headers(), "trigger-version": "4.8.3"}  # it takes a clean end for a complete stream
+    official = {**host.feed_headers(), "trigger-version": "4.8.3"}  # takes a body that ends for a complete stream
     assert (await AsgiClient(host).get(path, headers=official)).status_code == 503
 
 
-async def test_a_start_that_fails_is_503_without_its_words(host: FakeHost, caplog: pytest.LogCaptureFixture) -> None:
-    """A broker that could not be entered gave 500, so that clients took it for a bug and did not try again."""
+async def test_a_failed_start_is_503_without_its_message(host: FakeHost, caplog: pytest.LogCaptureFixture) -> None:
+    """It was 500, so clients took it for a bug and did not retry."""
     host.start_error = OSError("no route to 10.0.0.1")
     response = await AsgiClient(host).get(STREAM, headers=host.headers())
     assert response.status_code == 503
@@ -119,7 +122,7 @@ async def test_a_start_that_fails_is_503_without_its_words(host: FakeHost, caplo
     assert "10.0.0.1" in caplog.text
 
 
-async def test_a_send_that_fails_does_not_escape(host: FakeHost) -> None:
+async def test_an_error_from_send_does_not_reach_the_host(host: FakeHost) -> None:
     async def never() -> Any:
         await anyio.sleep_forever()
 
@@ -130,8 +133,8 @@ async def test_a_send_that_fails_does_not_escape(host: FakeHost) -> None:
     await host(make_scope("GET", STREAM), never, send)
 
 
-async def test_a_204_that_cannot_be_sent_is_not_answered_again(host: FakeHost) -> None:
-    """After a failed `send` of a 204 the server got a second head, which it logs as a bug of the app."""
+async def test_a_204_that_cannot_be_sent_is_not_followed_by_a_second_response(host: FakeHost) -> None:
+    """The server got a second head, which it logs as a bug in the app."""
     await host.create()
     await host.finish()
     sent: list[Any] = []
@@ -150,6 +153,7 @@ async def test_a_204_that_cannot_be_sent_is_not_answered_again(host: FakeHost) -
 LONG = "x" * 60_000
 
 
+@on_one_loop
 @pytest.mark.parametrize(
     ("method", "path", "query"),
     [
@@ -167,11 +171,11 @@ LONG = "x" * 60_000
         ("POST", f"/v1/streams/{LONG}/input/approval", {}),
     ],
 )
-async def test_an_error_does_not_repeat_a_request_of_any_length(
+async def test_an_error_does_not_quote_a_long_request_in_full(
     host: FakeHost, method: str, path: str, query: dict[str, str]
 ) -> None:
-    """A run id of 60 KB came back whole in the error, and so into the logs and pages that show it."""
-    host.runs.get = Realtime(secret_key=SECRET).runs.get  # type: ignore[method-assign]  # with its own words
+    """A run id of 60 KB was quoted in full, and so reached logs and pages."""
+    host.runs.get = Realtime(secret_key=SECRET).runs.get  # type: ignore[method-assign]  # with the real message
     response = await AsgiClient(host).request(method, path, query=query, headers=host.feed_headers("read:runs:run_1"))
     assert response.status_code >= 400
     assert len(response.body) < 300
@@ -180,7 +184,7 @@ async def test_an_error_does_not_repeat_a_request_of_any_length(
 # The credential
 
 
-async def test_a_token_in_the_query_is_taken_on_get_and_redacted_in_place(host: FakeHost) -> None:
+async def test_a_token_in_the_query_of_a_get_is_accepted_and_redacted_in_place(host: FakeHost) -> None:
     await host.create()
     token = host.token()
     query = f"a=1&access_token={token}&last_event_id=0"
@@ -189,21 +193,21 @@ async def test_a_token_in_the_query_is_taken_on_get_and_redacted_in_place(host: 
         assert response.scope["query_string"] == b"a=1&access_token=REDACTED&last_event_id=0"
 
 
-async def test_a_token_is_redacted_in_refused_requests_too(host: FakeHost) -> None:
+async def test_a_token_is_redacted_in_rejected_requests_too(host: FakeHost) -> None:
     for method, path in (("GET", STREAM), ("POST", STREAM), ("GET", "/nowhere"), ("OPTIONS", STREAM)):
         response = await AsgiClient(host).request(method, path, query="access_token=abc")
         assert response.scope["query_string"] == b"access_token=REDACTED"
         assert b"abc" not in response.body
 
 
-async def test_a_token_in_the_query_is_not_taken_on_post(host: FakeHost) -> None:
+async def test_a_token_in_the_query_of_a_post_is_ignored(host: FakeHost) -> None:
     await host.create()
     query = {"access_token": host.token("write:all")}
     response = await AsgiClient(host).post("/v1/streams/run_1/input/a", query=query, body=b'{"data":1}')
     assert response.status_code == 401
 
 
-async def test_the_header_wins_over_the_query(host: FakeHost) -> None:
+async def test_the_header_takes_precedence_over_the_query(host: FakeHost) -> None:
     await host.create()
     good, bad = host.token(), host.token("read:runs:run_2")
     headers = {"authorization": f"Bearer {bad}"}
@@ -211,6 +215,7 @@ async def test_the_header_wins_over_the_query(host: FakeHost) -> None:
     assert response.status_code == 403
 
 
+@on_one_loop
 @pytest.mark.parametrize("credential", ["", "Bearer", "Bearer ", "Bearer abc", "Basic abc", "Bearer a.b.c", "Bearer ä"])
 async def test_a_malformed_credential_is_401(host: FakeHost, credential: str) -> None:
     await host.create()
@@ -233,7 +238,7 @@ async def test_foreign_and_expired_tokens_are_401(host: FakeHost) -> None:
 # CORS
 
 
-async def test_a_preflight_is_answered_before_anything_else(host: FakeHost) -> None:
+async def test_a_preflight_is_answered_before_the_start_and_without_a_token(host: FakeHost) -> None:
     host.start_error = BrokerUnavailable("away")
     headers = {
         "origin": "https://app.example",
@@ -249,7 +254,7 @@ async def test_a_preflight_is_answered_before_anything_else(host: FakeHost) -> N
     assert "access-control-allow-credentials" not in response.headers
 
 
-async def test_only_listed_origins_may_read() -> None:
+async def test_only_listed_origins_are_allowed() -> None:
     host = FakeHost(cors=Cors(["https://app.example", "https://b.example"]))
     await host.create()
     preflight = {"access-control-request-method": "GET", "access-control-request-headers": "authorization"}
@@ -272,7 +277,7 @@ async def test_without_cors_there_are_no_headers_and_no_preflight() -> None:
     assert not [name for name in response.headers if name.startswith("access-control")]
 
 
-async def test_what_pages_have_to_read_is_exposed(host: FakeHost) -> None:
+async def test_the_headers_that_clients_read_are_exposed(host: FakeHost) -> None:
     response = await AsgiClient(host).get("/v1/health")
     exposed = response.headers["access-control-expose-headers"].split(", ")
     assert {"electric-handle", "electric-offset", "electric-schema", "electric-cursor"} <= set(exposed)
@@ -282,7 +287,7 @@ async def test_what_pages_have_to_read_is_exposed(host: FakeHost) -> None:
 # Other protocols
 
 
-async def test_a_websocket_is_refused(host: FakeHost) -> None:
+async def test_a_websocket_is_rejected(host: FakeHost) -> None:
     sent: list[Any] = []
 
     async def receive() -> Any:
@@ -314,17 +319,17 @@ async def test_the_root_app_is_started_and_stopped_by_the_server(host: FakeHost)
     assert host.calls == ["start", "stop"]
 
 
-async def test_a_start_that_fails_is_told_to_the_server(host: FakeHost, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_failed_start_is_reported_to_the_server(host: FakeHost, caplog: pytest.LogCaptureFixture) -> None:
     host.start_error = InvalidConfiguration("no")
     assert await lifespan(host) == [{"type": "lifespan.startup.failed", "message": "InvalidConfiguration: no"}]
 
 
-async def test_a_stop_that_fails_is_told_to_the_server(host: FakeHost, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_failed_stop_is_reported_to_the_server(host: FakeHost, caplog: pytest.LogCaptureFixture) -> None:
     host.stop_error = ValueError("no")
     assert (await lifespan(host))[-1] == {"type": "lifespan.shutdown.failed", "message": "ValueError: no"}
 
 
-async def test_a_secret_key_in_a_url_is_refused(host: FakeHost) -> None:
+async def test_a_secret_key_in_a_url_is_rejected(host: FakeHost) -> None:
     await host.create()
     response = await AsgiClient(host).get("/api/v3/runs/run_1", query={"access_token": SECRET})
     assert response.status_code == 401
@@ -332,14 +337,14 @@ async def test_a_secret_key_in_a_url_is_refused(host: FakeHost) -> None:
     assert SECRET not in response.body.decode()
 
 
-async def test_no_answer_to_head_has_a_body_whatever_it_says(host: FakeHost) -> None:
+async def test_a_response_to_head_has_no_body(host: FakeHost) -> None:
     for path, status in (("/v1/health", 200), ("/v1/streams/run_1/self/default", 401), ("/v1/runs", 405)):
         response = await AsgiClient(host).request("HEAD", path)
         assert (response.status_code, response.body) == (status, b"")
         assert int(response.headers["content-length"]) > 0
 
 
-async def test_a_stop_under_a_request_is_no_bug_and_is_not_logged_as_one(
+async def test_a_stop_during_a_request_is_503_and_not_logged_as_an_error(
     host: FakeHost, caplog: pytest.LogCaptureFixture
 ) -> None:
     host.start_error = ServerShutdown("stopped")

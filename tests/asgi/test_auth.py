@@ -27,13 +27,13 @@ from asgi_realtime.tokens import Claims
         (b"&&access_token=abc&", b"&&access_token=REDACTED&", "abc"),
     ],
 )
-def test_the_token_is_taken_out_of_the_query(query: bytes, redacted: bytes, token: str) -> None:
+def test_the_token_is_redacted_in_the_query(query: bytes, redacted: bytes, token: str) -> None:
     scope = {"query_string": query}
     assert redact_query(scope) == token
     assert scope["query_string"] == redacted
 
 
-def test_a_scope_without_a_query_is_left_alone() -> None:
+def test_a_scope_without_a_query_is_not_changed() -> None:
     scope: dict[str, object] = {}
     assert redact_query(scope) == ""
     assert scope == {}
@@ -51,7 +51,7 @@ def test_a_scope_without_a_query_is_left_alone() -> None:
         (b"Bearer", ""),
     ],
 )
-def test_the_bearer_of_a_header(header: bytes | None, token: str) -> None:
+def test_the_bearer_token_of_a_header(header: bytes | None, token: str) -> None:
     assert bearer(header) == token
 
 
@@ -61,7 +61,7 @@ def filtered(message: object, *args: object) -> str:
     return record.getMessage()
 
 
-def test_the_log_filter_hides_tokens_wherever_they_stand() -> None:
+def test_the_log_filter_redacts_tokens_in_message_and_arguments() -> None:
     line = '%s - "%s %s HTTP/%s" %d'
     path = "/v1/runs/a?access_token=ey.J.x&b=1"
     assert (
@@ -95,7 +95,7 @@ def test_the_names_of_a_run() -> None:
     ]
 
 
-def test_a_refusal_names_a_scope_that_would_do_and_nothing_of_the_run() -> None:
+def test_an_error_names_the_missing_scope_and_reveals_nothing_about_the_run() -> None:
     claims = Claims(scopes=("read:runs:run_2",), expires_at=0)
     with pytest.raises(ScopeDenied, match="'read:runs:run_1'") as refused:
         authorize(claims, "read", run_resources(RECORD))

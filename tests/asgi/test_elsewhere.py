@@ -1,4 +1,4 @@
-"""Runs that another worker keeps in its own memory: who asks for one is told why it is not here."""
+"""Requests for a run that another worker has in its own memory: the error says why it is not found."""
 
 from __future__ import annotations
 
@@ -43,17 +43,17 @@ async def finished(realtime: Realtime) -> RunHandle[Any]:
         ("GET", "/v1/streams/{}/input/answer"),
     ],
 )
-async def test_a_run_of_another_worker_is_refused_at_once_with_the_reason(method: str, path: str) -> None:
-    """It was waited for, and then there was "no run", which sent people to look for a wrong id."""
+async def test_a_run_of_another_worker_is_404_at_once_with_the_reason(method: str, path: str) -> None:
+    """The request waited for the run and then said "no run", so users searched for a wrong id."""
     async with make_realtime() as first, make_realtime() as second:
         handle = await finished(first)
-        with anyio.fail_after(GUARD_S / 2):  # not a measure: `timeouts.find` alone is as long as the guard
+        with anyio.fail_after(GUARD_S / 2):  # less than `timeouts.find`
             assert await refused(second, method, path.format(handle.id), handle.public_access_token) == REFUSED
         answered = await refused(first, method, path.format("run_unknown"), SECRET)
         assert answered["code"] == "run_not_found"
 
 
-async def test_it_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+async def test_the_reason_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     async with make_realtime() as first, make_realtime() as second:
         handle = await finished(first)
         for _ in range(3):
@@ -61,8 +61,8 @@ async def test_it_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     assert caplog.text.count("this worker does not have the run") == 1
 
 
-async def test_a_run_that_is_here_is_read_with_any_token() -> None:
-    """After a restart of a `Realtime` on the same broker, and where another process made the token for this one."""
+async def test_a_run_of_this_worker_can_be_read_with_a_token_from_another() -> None:
+    """After a restart on the same broker, and if another process created the token."""
     broker = MemoryBroker()
     async with make_realtime(broker=broker) as first:
         handle = await finished(first)
@@ -74,7 +74,7 @@ async def test_a_run_that_is_here_is_read_with_any_token() -> None:
             assert response.status_code == 200
 
 
-async def test_a_run_that_is_past_its_retention_here_is_not_said_to_be_elsewhere() -> None:
+async def test_an_expired_run_of_this_worker_is_not_reported_as_elsewhere() -> None:
     async with make_realtime() as realtime:
         handle = await finished(realtime)
         await realtime.broker.remove(handle.id)

@@ -16,6 +16,7 @@ from asgi_realtime.core.runs import BatchMember, MetadataChanged, RunChange, Run
 from asgi_realtime.core.topics import Cursor
 from asgi_realtime.testing import AsgiClient, Event
 from tests.asgi.fake_host import FakeHost
+from tests.asgi.official_sdk import on_one_loop
 
 pytestmark = pytest.mark.anyio
 
@@ -64,7 +65,7 @@ async def test_a_run_feed_on_the_wire(host: FakeHost) -> None:
     assert end == b'event: end\nid: %b.3\ndata: {"reason":"complete"}' % epoch
 
 
-async def test_each_change_is_told_with_its_id(host: FakeHost) -> None:
+async def test_each_change_is_sent_with_its_id(host: FakeHost) -> None:
     await host.create(executing=False)
     async with AsgiClient(host).stream(RUN, headers=host.feed_headers()) as response:
         snapshot = await response.read_until("ready")
@@ -79,7 +80,7 @@ async def test_each_change_is_told_with_its_id(host: FakeHost) -> None:
         assert (cursor.epoch, cursor.position) == (ready.epoch, ready.position + 1)
 
 
-async def test_a_run_that_is_over_gives_its_state_and_ends(host: FakeHost) -> None:
+async def test_the_feed_of_an_ended_run_sends_its_state_and_ends(host: FakeHost) -> None:
     await host.create()
     await host.finish(status=Status.FAILED, error="no luck")
     async with AsgiClient(host).stream(RUN, headers=host.feed_headers()) as response:
@@ -88,7 +89,7 @@ async def test_a_run_that_is_over_gives_its_state_and_ends(host: FakeHost) -> No
     assert json.loads(events[-1].data) == {"reason": "failed", "error": "no luck"}
 
 
-async def test_coming_back_behind_the_end_is_204(host: FakeHost) -> None:
+async def test_resuming_after_the_end_is_204(host: FakeHost) -> None:
     await host.create()
     await host.finish()
     async with AsgiClient(host).stream(RUN, headers=host.feed_headers()) as response:
@@ -101,7 +102,7 @@ async def test_coming_back_behind_the_end_is_204(host: FakeHost) -> None:
     assert again.status_code == 204
 
 
-async def test_resume_tells_the_news_only_and_no_ready(host: FakeHost) -> None:
+async def test_a_resumed_feed_sends_only_changes_and_no_ready(host: FakeHost) -> None:
     await host.create()
     async with AsgiClient(host).stream(RUN, headers=host.feed_headers()) as response:
         await response.read_until("ready")
@@ -114,7 +115,7 @@ async def test_resume_tells_the_news_only_and_no_ready(host: FakeHost) -> None:
     assert statuses(events) == ["COMPLETED"]
 
 
-async def test_resume_without_news_waits(host: FakeHost) -> None:
+async def test_a_resumed_feed_without_changes_waits(host: FakeHost) -> None:
     await host.create()
     async with AsgiClient(host).stream(RUN, headers=host.feed_headers()) as response:
         await response.read_until("ready")
@@ -126,6 +127,7 @@ async def test_resume_without_news_waits(host: FakeHost) -> None:
         assert kinds(await response.read_all_events()) == ["run", "end"]
 
 
+@on_one_loop
 @pytest.mark.parametrize("last", ["foreign.1", "nonsense", "12", ".", "x.y", "e" * 500 + ".3"])
 async def test_a_foreign_or_malformed_id_gives_a_new_snapshot(host: FakeHost, last: str) -> None:
     await host.create()
@@ -143,12 +145,12 @@ async def test_an_id_beyond_the_topics_position_gives_a_new_snapshot(host: FakeH
         assert kinds(await response.read_until("ready")) == ["run", "ready"]
 
 
-async def test_who_is_behind_gets_the_newest_state(host: FakeHost) -> None:
+async def test_a_slow_subscriber_gets_the_newest_state(host: FakeHost) -> None:
     await host.create()
     async with AsgiClient(host).stream(RUN, headers=host.feed_headers()) as response:
         await response.read_until("ready")
         await host.change("run_1", progress(0.1))
-        await anyio.wait_all_tasks_blocked()  # it stands in the send of that
+        await anyio.wait_all_tasks_blocked()  # the change is being sent
         for step in range(2, 10):
             await host.change("run_1", progress(step / 10))
         await host.finish()
@@ -170,8 +172,8 @@ async def test_a_run_feed_waits_for_the_run_that_its_token_names(host: FakeHost)
             assert kinds(await response.read_until("ready")) == ["run", "ready"]
 
 
-async def test_the_feed_of_a_run_that_is_removed_ends(host: FakeHost) -> None:
-    """A run that was evicted while somebody watched it left a page that waited for ever."""
+async def test_the_feed_of_a_removed_run_ends(host: FakeHost) -> None:
+    """If a run was evicted while a page followed it, the page waited forever."""
     await host.create()
     async with AsgiClient(host).stream(RUN, headers=host.feed_headers()) as response:
         await response.read_until("ready")
@@ -179,14 +181,14 @@ async def test_the_feed_of_a_run_that_is_removed_ends(host: FakeHost) -> None:
         await host.broker.remove("run_1")
         await anyio.wait_all_tasks_blocked()
         host.tick()
-        host.tick(15)  # at the latest; a broker wakes those who follow
+        host.tick(15)  # at the latest, because a removal also wakes the followers
         with anyio.fail_after(5):
             assert await response.read_all_events() == []
         assert response.ended
 
 
 async def test_an_idle_feed_loads_no_record(host: FakeHost, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each heartbeat of each feed loaded the whole record, with payload and output."""
+    """Each heartbeat loaded the whole record, with payload and output."""
     await host.create()
     loaded: list[str] = []
     load = host.broker.load
@@ -212,7 +214,7 @@ async def test_an_idle_feed_loads_no_record(host: FakeHost, monkeypatch: pytest.
         assert loaded == ["run_1"]
 
 
-async def test_refusals_of_a_run_feed(host: FakeHost) -> None:
+async def test_a_run_feed_checks_token_run_and_scope(host: FakeHost) -> None:
     assert (await AsgiClient(host).get(RUN)).status_code == 401
     assert (await AsgiClient(host).get(RUN, headers=host.feed_headers("read:runs"))).status_code == 404
     await host.create()
@@ -220,7 +222,7 @@ async def test_refusals_of_a_run_feed(host: FakeHost) -> None:
 
 
 @pytest.mark.parametrize("accept", ["application/json", "*/*", None])
-async def test_without_the_accept_header_and_an_offset_it_is_400_and_names_both(
+async def test_a_request_without_accept_header_and_offset_is_400_and_names_both(
     host: FakeHost, accept: str | None
 ) -> None:
     await host.create()
@@ -234,7 +236,7 @@ async def test_without_the_accept_header_and_an_offset_it_is_400_and_names_both(
 # Columns
 
 
-async def test_columns_that_the_token_forbids_are_left_out(host: FakeHost) -> None:
+async def test_columns_that_the_token_hides_are_left_out(host: FakeHost) -> None:
     await host.create(payload={"secret": 1}, tags=["a"])
     await host.change("run_1", progress(1))
     token = host.token(skip_columns=["payload", "metadata", "runTags"])
@@ -249,7 +251,7 @@ async def test_columns_that_the_token_forbids_are_left_out(host: FakeHost) -> No
         assert json.loads(run.data)["payload"] == {"secret": 1}
 
 
-async def test_columns_may_be_left_out_on_request(host: FakeHost) -> None:
+async def test_columns_are_left_out_on_request(host: FakeHost) -> None:
     await host.create(payload=1)
     query = {"skipColumns": "payload,output"}
     async with AsgiClient(host).stream(RUN, headers=host.feed_headers(), query=query) as response:
@@ -257,7 +259,7 @@ async def test_columns_may_be_left_out_on_request(host: FakeHost) -> None:
     assert "payload" not in json.loads(run.data)
 
 
-async def test_an_error_that_is_left_out_is_not_told_by_the_end_either(host: FakeHost) -> None:
+async def test_the_end_does_not_reveal_a_hidden_error(host: FakeHost) -> None:
     await host.create()
     await host.finish(status=Status.FAILED, error="the secret reason")
     headers = {"accept": "text/event-stream", "authorization": f"Bearer {host.token(skip_columns=['error'])}"}
@@ -266,7 +268,7 @@ async def test_an_error_that_is_left_out_is_not_told_by_the_end_either(host: Fak
     assert b"secret" not in body and b'data: {"reason":"failed"}' in body
 
 
-async def test_a_row_is_encoded_once_for_all(host: FakeHost, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_version_of_a_run_is_encoded_once(host: FakeHost, monkeypatch: pytest.MonkeyPatch) -> None:
     encoded: list[str] = []
 
     def counting(record: RunRecord, *, skip: Collection[str]) -> bytes:
@@ -306,7 +308,7 @@ async def test_a_tag_feed_has_the_runs_with_all_of_the_tags(host: FakeHost) -> N
     assert kinds(await tag_snapshot(host, "nothing")) == ["ready"]
 
 
-async def test_new_runs_and_changes_come_and_others_do_not(host: FakeHost) -> None:
+async def test_a_tag_feed_sends_new_and_changed_runs_with_all_of_its_tags(host: FakeHost) -> None:
     query = {"tags": "a,b"}
     async with AsgiClient(host).stream(TAGS, headers=host.feed_headers("read:tags"), query=query) as response:
         (ready,) = await response.read_until("ready")
@@ -315,7 +317,7 @@ async def test_new_runs_and_changes_come_and_others_do_not(host: FakeHost) -> No
         await host.create("run_2", tags=["a", "b"], executing=False)
         events = await response.read_events()
         assert runs(events) == ["run_2"]
-        await host.change("run_1", TagsAdded(("b",)))  # now it has both
+        await host.change("run_1", TagsAdded(("b",)))  # now it has both tags
         assert runs(await response.read_events()) == ["run_1"]
         await host.finish("run_1")
         assert statuses(await response.read_events()) == ["COMPLETED"]
@@ -336,7 +338,7 @@ async def test_a_tag_feed_resumes(host: FakeHost) -> None:
     assert [event.id is not None for event in events] == [True, True]
 
 
-async def test_resume_from_every_position_of_a_tag_feed(host: FakeHost) -> None:
+async def test_a_tag_feed_resumes_from_every_position(host: FakeHost) -> None:
     headers = host.feed_headers("read:tags:a")
     query = {"tags": "a"}
     ids: list[str] = []
@@ -351,7 +353,7 @@ async def test_resume_from_every_position_of_a_tag_feed(host: FakeHost) -> None:
             assert runs(await response.read_events()) == [f"run_{number}" for number in range(seen, 5)]
 
 
-async def test_a_position_that_was_trimmed_gives_a_new_snapshot() -> None:
+async def test_a_trimmed_position_gives_a_new_snapshot() -> None:
     host = FakeHost(limits=Limits(topic_runs=3))
     await host.create("run_0", tags=["a"], executing=False)
     last = (await tag_snapshot(host, "a"))[-1].id or ""
@@ -363,7 +365,7 @@ async def test_a_position_that_was_trimmed_gives_a_new_snapshot() -> None:
     assert runs(events) == ["run_3", "run_4", "run_5"]
 
 
-async def test_who_is_overtaken_by_trimming_gets_a_new_snapshot() -> None:
+async def test_a_subscriber_overtaken_by_trimming_gets_a_new_snapshot() -> None:
     host = FakeHost(limits=Limits(topic_runs=3))
     headers = host.feed_headers("read:runs")
     async with AsgiClient(host).stream(TAGS, headers=headers, query={"tags": "a"}) as response:
@@ -376,7 +378,7 @@ async def test_who_is_overtaken_by_trimming_gets_a_new_snapshot() -> None:
     assert runs(events) == ["run_0", "run_3", "run_4", "run_5"]
 
 
-async def test_a_snapshot_has_the_newest_runs_only() -> None:
+async def test_a_snapshot_has_only_the_newest_runs() -> None:
     host = FakeHost(limits=Limits(feed_runs=3))
     for number in range(10):
         await host.create(f"run_{number}", tags=["a", "even" if number % 2 == 0 else "odd"], executing=False)
@@ -387,7 +389,7 @@ async def test_a_snapshot_has_the_newest_runs_only() -> None:
 
 
 @pytest.mark.slow
-async def test_a_large_snapshot_is_complete_and_comes_in_bodies_of_bounded_size(host: FakeHost) -> None:
+async def test_a_large_snapshot_is_complete_and_split_into_bodies_of_bounded_size(host: FakeHost) -> None:
     for number in range(1200):
         await host.create(f"run_{number}", tags=["a"], executing=False, payload="x" * 300)
     headers = host.feed_headers("read:runs")
@@ -399,7 +401,7 @@ async def test_a_large_snapshot_is_complete_and_comes_in_bodies_of_bounded_size(
     assert b"".join(bodies).count(b"event: run\n") == 1000
 
 
-async def test_created_at_is_a_window(host: FakeHost) -> None:
+async def test_created_at_limits_the_feed_to_a_window(host: FakeHost) -> None:
     await host.create("run_old", tags=["a"], created_ago_s=25 * 3600)
     await host.create("run_2h", tags=["a"], created_ago_s=2 * 3600)
     await host.create("run_now", tags=["a"])
@@ -408,7 +410,7 @@ async def test_created_at_is_a_window(host: FakeHost) -> None:
     assert runs(await tag_snapshot(host, "a", createdAt="7d")) == ["run_2h", "run_now"]  # clamped
 
 
-async def test_an_old_run_does_not_come_in_by_a_change(host: FakeHost) -> None:
+async def test_a_changed_run_from_before_the_window_is_not_sent(host: FakeHost) -> None:
     await host.create("run_old", tags=["a"], created_ago_s=7200)
     query = {"tags": "a", "createdAt": "1h"}
     async with AsgiClient(host).stream(TAGS, headers=host.feed_headers("read:runs"), query=query) as response:
@@ -418,6 +420,7 @@ async def test_an_old_run_does_not_come_in_by_a_change(host: FakeHost) -> None:
         assert runs(await response.read_events()) == ["run_new"]
 
 
+@on_one_loop
 @pytest.mark.parametrize(
     ("query", "status", "words"),
     [
@@ -436,16 +439,17 @@ async def test_an_old_run_does_not_come_in_by_a_change(host: FakeHost) -> None:
         ({"tags": "a", "createdAt": "0s"}, 400, "createdAt"),
     ],
 )
-async def test_bad_queries_are_refused(host: FakeHost, query: dict[str, str], status: int, words: str) -> None:
+async def test_malformed_queries_are_rejected(host: FakeHost, query: dict[str, str], status: int, words: str) -> None:
     response = await AsgiClient(host).get(TAGS, headers=host.feed_headers("read:runs"), query=query)
     assert response.status_code == status
     assert words in json.loads(response.body)["error"]
 
 
-async def test_tags_at_the_limit_are_fine(host: FakeHost) -> None:
+async def test_tags_at_the_limit_are_accepted(host: FakeHost) -> None:
     await tag_snapshot(host, ",".join("t" * 127 + str(number) for number in range(10)))
 
 
+@on_one_loop
 @pytest.mark.parametrize(
     ("scope", "status"),
     [
@@ -458,7 +462,7 @@ async def test_tags_at_the_limit_are_fine(host: FakeHost) -> None:
         ("write:tags:a", 403),
     ],
 )
-async def test_who_may_read_a_list(host: FakeHost, scope: str, status: int) -> None:
+async def test_scopes_that_grant_access_to_a_tag_feed(host: FakeHost, scope: str, status: int) -> None:
     headers = host.feed_headers(scope)
     async with AsgiClient(host).stream(TAGS, headers=headers, query={"tags": "a,b"}) as response:
         assert response.status_code == status
@@ -472,7 +476,7 @@ async def create_batch(host: FakeHost, count: int = 3) -> None:
         await host.create(f"run_{index}", batch=BatchMember("batch_1", index, count))
 
 
-async def test_a_batch_feed_ends_when_all_runs_are_over(host: FakeHost) -> None:
+async def test_a_batch_feed_ends_when_all_runs_have_ended(host: FakeHost) -> None:
     await create_batch(host)
     await host.finish("run_0")
     async with AsgiClient(host).stream(BATCH, headers=host.feed_headers(BATCH_SCOPE)) as response:
@@ -487,7 +491,7 @@ async def test_a_batch_feed_ends_when_all_runs_are_over(host: FakeHost) -> None:
     assert json.loads(events[-1].data) == {"reason": "complete"}
 
 
-async def test_a_batch_that_is_not_yet_complete_does_not_end(host: FakeHost) -> None:
+async def test_the_feed_of_an_incomplete_batch_does_not_end(host: FakeHost) -> None:
     await host.create("run_0", batch=BatchMember("batch_1", 0, 2))
     await host.finish("run_0")
     async with AsgiClient(host).stream(BATCH, headers=host.feed_headers(BATCH_SCOPE)) as response:
@@ -503,7 +507,7 @@ async def test_a_batch_that_is_not_yet_complete_does_not_end(host: FakeHost) -> 
 
 
 @pytest.mark.parametrize("missed", [0, 1, 2, 3])
-async def test_a_resumed_batch_feed_tells_what_was_missed_and_ends(host: FakeHost, missed: int) -> None:
+async def test_a_resumed_batch_feed_sends_missed_changes_and_ends(host: FakeHost, missed: int) -> None:
     await create_batch(host)
     async with AsgiClient(host).stream(BATCH, headers=host.feed_headers(BATCH_SCOPE)) as response:
         await response.read_until("ready")
@@ -523,7 +527,7 @@ async def test_a_resumed_batch_feed_tells_what_was_missed_and_ends(host: FakeHos
     assert events[-1].event == "end"
 
 
-async def test_the_end_of_a_batch_is_seen_beyond_the_snapshots_limit() -> None:
+async def test_a_batch_feed_ends_even_if_the_snapshot_omits_runs() -> None:
     host = FakeHost(limits=Limits(feed_runs=2))
     await create_batch(host, 5)
     for index in range(5):
@@ -533,8 +537,8 @@ async def test_the_end_of_a_batch_is_seen_beyond_the_snapshots_limit() -> None:
     assert kinds(events) == ["run", "run", "ready", "end"]
 
 
-async def test_a_batch_feed_ends_without_the_runs_that_are_past_their_retention(host: FakeHost) -> None:
-    """When the first runs of a long batch were gone, its feed waited for them for ever."""
+async def test_a_batch_feed_does_not_wait_for_expired_runs(host: FakeHost) -> None:
+    """If the first runs of a long batch had expired, the feed waited for them forever."""
     await create_batch(host, 2)
     await host.finish("run_0")
     await host.broker.remove("run_0")
@@ -545,7 +549,7 @@ async def test_a_batch_feed_ends_without_the_runs_that_are_past_their_retention(
             assert kinds(await response.read_all_events()) == ["run", "end"]
 
 
-async def test_refusals_of_a_batch_feed(host: FakeHost) -> None:
+async def test_a_batch_feed_checks_token_and_scope(host: FakeHost) -> None:
     assert (await AsgiClient(host).get(BATCH)).status_code == 401
     await create_batch(host)
     response = await AsgiClient(host).get(BATCH, headers=host.feed_headers("read:batch:batch_2"))
@@ -554,7 +558,7 @@ async def test_refusals_of_a_batch_feed(host: FakeHost) -> None:
         assert feed.status_code == 200
 
 
-async def test_an_unknown_batch_is_waited_for_and_then_404(host: FakeHost) -> None:
+async def test_a_lookup_waits_for_an_unknown_batch_and_is_then_404(host: FakeHost) -> None:
     async with anyio.create_task_group() as tasks:
 
         async def pass_time() -> None:
@@ -569,8 +573,8 @@ async def test_an_unknown_batch_is_waited_for_and_then_404(host: FakeHost) -> No
     assert not host.subscribers
 
 
-async def test_who_asks_for_a_batch_during_the_shutdown_is_told_to_come_back(host: FakeHost) -> None:
-    """A batch that is there was answered with 404 while the server went down."""
+async def test_a_batch_lookup_during_the_shutdown_ends_with_reconnect(host: FakeHost) -> None:
+    """The response was 404 although the batch existed."""
     await create_batch(host)
     host.begin_shutdown()
     response = await AsgiClient(host).get(BATCH, headers=host.feed_headers(BATCH_SCOPE))
@@ -578,7 +582,7 @@ async def test_who_asks_for_a_batch_during_the_shutdown_is_told_to_come_back(hos
     assert b"event: reconnect\n" in response.body
 
 
-# What feeds share with streams
+# Heartbeats, expiry and shutdown
 
 
 async def test_a_feed_has_heartbeats_and_ends_with_its_token() -> None:
@@ -598,8 +602,8 @@ async def test_a_feed_has_heartbeats_and_ends_with_its_token() -> None:
     assert (end.event, json.loads(end.data)) == ("end", {"reason": "token_expired"})
 
 
-async def test_a_shutdown_while_a_heartbeat_is_sent_is_heard() -> None:
-    """The reader was left waiting for the next heartbeat, and the server could not exit."""
+async def test_a_shutdown_during_the_send_of_a_heartbeat_ends_the_feed() -> None:
+    """The subscription waited for the next heartbeat, and the server could not exit."""
     host = FakeHost(timeouts=Timeouts(heartbeat=15))
     await host.create()
     async with AsgiClient(host).stream(RUN, headers=host.feed_headers()) as response:
@@ -607,7 +611,7 @@ async def test_a_shutdown_while_a_heartbeat_is_sent_is_heard() -> None:
         await anyio.wait_all_tasks_blocked()
         host.tick()
         host.tick(15)
-        await anyio.wait_all_tasks_blocked()  # the heartbeat is in `send`, as nobody reads
+        await anyio.wait_all_tasks_blocked()  # the heartbeat is being sent
         host.begin_shutdown()
         assert await response.chunk() == b": heartbeat\n\n"
         with anyio.fail_after(5):
@@ -626,14 +630,14 @@ async def test_a_feed_ends_with_reconnect_at_shutdown(host: FakeHost) -> None:
     assert event.event == "reconnect"
 
 
-async def test_who_comes_during_the_shutdown_is_told_at_once(host: FakeHost) -> None:
+async def test_a_feed_during_the_shutdown_ends_at_once(host: FakeHost) -> None:
     await host.create()
     host.begin_shutdown()
     async with AsgiClient(host).stream(RUN, headers=host.feed_headers()) as response:
         assert kinds(await response.read_all_events()) == ["reconnect"]
 
 
-async def test_a_large_snapshot_does_not_hold_up_the_shutdown(host: FakeHost) -> None:
+async def test_a_large_snapshot_does_not_delay_the_shutdown(host: FakeHost) -> None:
     for number in range(20):
         await host.create(f"run_{number}", tags=["a"], executing=False, payload="x" * 40_000)
     headers = host.feed_headers("read:runs")
@@ -643,7 +647,7 @@ async def test_a_large_snapshot_does_not_hold_up_the_shutdown(host: FakeHost) ->
         events = await response.read_all_events()
     assert len(events) < 5
     assert events[-1].event == "reconnect"
-    assert response.last_event_id is None  # the snapshot was not complete: the next one begins anew
+    assert response.last_event_id is None  # the snapshot was incomplete, so the client gets a new one
 
 
 async def test_a_feed_whose_topic_can_no_longer_be_followed_ends(
@@ -666,7 +670,7 @@ async def test_a_feed_whose_topic_can_no_longer_be_followed_ends(
             assert await response.read() == b"", "without `end`, so the client resumes"
 
 
-async def test_a_stalled_feed_is_dropped() -> None:
+async def test_a_stalled_feed_is_disconnected() -> None:
     host = FakeHost(timeouts=Timeouts(send=30))
     await host.create()
     async with AsgiClient(host).stream(RUN, headers=host.feed_headers()):
@@ -685,7 +689,7 @@ async def test_a_feed_counts_as_a_subscription() -> None:
         assert response.status_code == 429
 
 
-async def test_a_disconnect_leaves_nothing_behind(host: FakeHost) -> None:
+async def test_a_disconnect_releases_everything(host: FakeHost) -> None:
     await host.create(tags=["a"])
     await anyio.wait_all_tasks_blocked()
     before = len(anyio.get_running_tasks())

@@ -16,7 +16,7 @@ PATH = "/v1/health"
 HEADERS = {"accept": "text/event-stream"}
 
 
-async def test_events_come_one_by_one_with_their_times(host: FakeHost) -> None:
+async def test_a_probe_sends_its_events_one_by_one_with_their_times(host: FakeHost) -> None:
     async with AsgiClient(host).stream(PATH, headers=HEADERS) as response:
         assert response.status_code == 200
         assert response.headers["content-type"].startswith("text/event-stream")
@@ -31,20 +31,20 @@ async def test_events_come_one_by_one_with_their_times(host: FakeHost) -> None:
     assert not host.subscribers
 
 
-async def test_a_shutdown_ends_it(host: FakeHost) -> None:
+async def test_a_shutdown_ends_a_probe(host: FakeHost) -> None:
     async with AsgiClient(host).stream(PATH, headers=HEADERS) as response:
         await response.read_events()
         host.begin_shutdown()
         assert (await response.read_all_events())[-1].event == "reconnect"
 
 
-async def test_who_leaves_is_forgotten(host: FakeHost) -> None:
+async def test_a_disconnect_ends_a_probe(host: FakeHost) -> None:
     async with AsgiClient(host).stream(PATH, headers=HEADERS) as response:
         await response.read_events()
     assert not host.subscribers
 
 
-async def test_few_are_open_at_once(host: FakeHost, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_open_probes_are_limited(host: FakeHost, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "MAX_PROBES", 1)
     async with AsgiClient(host).stream(PATH, headers=HEADERS) as response:
         refused = await AsgiClient(host).get(PATH, headers=HEADERS)
@@ -57,12 +57,11 @@ async def test_few_are_open_at_once(host: FakeHost, monkeypatch: pytest.MonkeyPa
     assert (await AsgiClient(host).get(PATH, headers=HEADERS)).status_code == 200
 
 
-async def test_head_and_get_are_answered_as_before(host: FakeHost) -> None:
-    assert json.loads((await AsgiClient(host).get(PATH)).body) == {"status": "ok", "broker": "ok"}
+async def test_head_is_never_answered_with_a_probe(host: FakeHost) -> None:
     assert (await AsgiClient(host).request("HEAD", PATH, headers=HEADERS)).body == b""
 
 
-async def test_health_needs_no_token(host: FakeHost, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_status_needs_no_token(host: FakeHost, monkeypatch: pytest.MonkeyPatch) -> None:
     response = await AsgiClient(host).get("/v1/health")
     assert (response.status_code, json.loads(response.body)) == (200, {"status": "ok", "broker": "ok"})
 
@@ -74,10 +73,10 @@ async def test_health_needs_no_token(host: FakeHost, monkeypatch: pytest.MonkeyP
     assert (response.status_code, response.json()) == (503, {"status": "unavailable", "broker": "unavailable"})
 
 
-async def test_health_tells_of_foreign_errors_without_their_words(
+async def test_an_unexpected_error_is_unavailable_without_its_message(
     host: FakeHost, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A broker that raised an exception of its driver's gave 500, which tells a load balancer nothing."""
+    """The response was 500, which means nothing to a load balancer."""
     down = (503, {"status": "unavailable", "broker": "unavailable"})
     host.start_error = OSError("no route to 10.0.0.1")
     response = await AsgiClient(host).get("/v1/health")
@@ -93,8 +92,8 @@ async def test_health_tells_of_foreign_errors_without_their_words(
     assert "10.0.0.1 went away" in caplog.text
 
 
-async def test_health_answers_head_without_a_body(host: FakeHost) -> None:
-    """Load balancers that probe with HEAD took the 405 for a dead process."""
+async def test_head_returns_the_status_without_a_body(host: FakeHost) -> None:
+    """It was 405, which load balancers took for a dead process."""
     response = await AsgiClient(host).request("HEAD", "/v1/health")
     assert (response.status_code, response.body) == (200, b"")
     assert response.headers["content-length"] == str(len((await AsgiClient(host).get("/v1/health")).body))
@@ -102,7 +101,7 @@ async def test_health_answers_head_without_a_body(host: FakeHost) -> None:
     assert (await AsgiClient(host).request("HEAD", "/v1/health")).status_code == 503
 
 
-async def test_health_says_when_the_shutdown_began(host: FakeHost) -> None:
+async def test_the_status_is_closing_during_the_shutdown(host: FakeHost) -> None:
     host.begin_shutdown()
     response = await AsgiClient(host).get("/v1/health")
     assert (response.status_code, json.loads(response.body)) == (503, {"status": "closing", "broker": "ok"})

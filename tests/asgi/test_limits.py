@@ -8,7 +8,7 @@ from asgi_realtime.core.config import Limits
 from asgi_realtime.core.errors import LimitExceeded
 
 
-def test_a_refused_seat_is_not_counted_anywhere() -> None:
+def test_a_rejected_subscription_is_not_counted() -> None:
     counts = SubscriptionLimits(Limits(subscribers=3, subscribers_per_run=2, subscribers_per_token=1))
     counts.acquire("run_1", "a")
     for run_id, token_id, limit in (("run_2", "a", 1), ("run_1", "a", 1)):
@@ -24,7 +24,7 @@ def test_a_refused_seat_is_not_counted_anywhere() -> None:
     assert counts.open == 3
 
 
-def test_what_is_left_is_forgotten() -> None:
+def test_released_ids_are_forgotten() -> None:
     counts = SubscriptionLimits(Limits(subscribers_per_run=1))
     for number in range(5):
         counts.acquire("run_1", str(number))
@@ -33,7 +33,7 @@ def test_what_is_left_is_forgotten() -> None:
     assert not counts._by_run and not counts._by_token
 
 
-def test_bodies_are_counted_by_token(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bodies_are_limited_per_token(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "MAX_BODIES_PER_TOKEN", 2)
     counts = SubscriptionLimits(Limits())
     counts.acquire_body("a")

@@ -15,16 +15,18 @@ from asgi_realtime.asgi import RealtimeMiddleware
 from asgi_realtime.core.errors import InvalidConfiguration
 from asgi_realtime.testing import AsgiClient
 from tests.asgi.fake_host import FakeHost
+from tests.asgi.official_sdk import on_one_loop
 
 pytestmark = pytest.mark.anyio
 
 App = Callable[[Any, Any, Any], Awaitable[None]]
 
 
-async def hosts_own(scope: Any, receive: Any, send: Any) -> None:
+async def host_app(scope: Any, receive: Any, send: Any) -> None:
     await PlainTextResponse(f"host {scope['path']} {scope.get('root_path')}")(scope, receive, send)
 
 
+@on_one_loop
 @pytest.mark.parametrize(
     ("path", "root_path", "status"),
     [
@@ -37,48 +39,51 @@ async def hosts_own(scope: Any, receive: Any, send: Any) -> None:
         ("/realtime/", "", 404),
     ],
 )
-async def test_what_is_under_the_path_is_ours(host: FakeHost, path: str, root_path: str, status: int) -> None:
-    app = RealtimeMiddleware(hosts_own, host)
+async def test_requests_under_the_path_reach_the_realtime(
+    host: FakeHost, path: str, root_path: str, status: int
+) -> None:
+    app = RealtimeMiddleware(host_app, host)
     response = await AsgiClient(app, root_path=root_path).get(path)
     assert response.status_code == status
     assert response.headers["content-type"] == "application/json"
-    assert response.scope["root_path"] == root_path  # ours is a copy
+    assert response.scope["root_path"] == root_path  # the realtime gets a copy
 
 
+@on_one_loop
 @pytest.mark.parametrize("path", ["/", "/realtimeX", "/realtimeX/v1/health", "/v1/health", "/x/realtime/v1/health"])
-async def test_all_else_is_the_hosts(host: FakeHost, path: str) -> None:
-    response = await AsgiClient(RealtimeMiddleware(hosts_own, host)).get(path)
+async def test_other_requests_reach_the_host(host: FakeHost, path: str) -> None:
+    response = await AsgiClient(RealtimeMiddleware(host_app, host)).get(path)
     assert response.body.decode() == f"host {path} "
 
 
-async def test_another_path(host: FakeHost) -> None:
-    app = RealtimeMiddleware(hosts_own, host, path="/live/feed/")
+async def test_the_path_can_be_changed(host: FakeHost) -> None:
+    app = RealtimeMiddleware(host_app, host, path="/live/feed/")
     assert (await AsgiClient(app).get("/live/feed/v1/health")).status_code == 200
     assert (await AsgiClient(app, root_path="/api").get("/live/feed/v1/health")).status_code == 200
     assert (await AsgiClient(app).get("/realtime/v1/health")).body.startswith(b"host")
 
 
 @pytest.mark.parametrize("path", ["", "/", "//", "realtime", "/a?b", "/a#b"])
-def test_a_path_that_is_none_is_refused(host: FakeHost, path: str) -> None:
+def test_a_malformed_path_is_rejected(host: FakeHost, path: str) -> None:
     with pytest.raises(InvalidConfiguration, match="path is"):
-        RealtimeMiddleware(hosts_own, host, path=path)
+        RealtimeMiddleware(host_app, host, path=path)
 
 
 async def test_the_outer_scope_is_redacted_and_the_token_works(host: FakeHost) -> None:
     await host.create()
-    app = RealtimeMiddleware(hosts_own, host)
+    app = RealtimeMiddleware(host_app, host)
     query = f"access_token={host.token()}&x=1"
     async with AsgiClient(app).stream("/realtime/v1/streams/run_1/default", query=query) as response:
         assert response.status_code == 200
         assert response.scope["query_string"] == b"access_token=REDACTED&x=1"
 
 
-async def test_the_hosts_own_query_is_left_alone(host: FakeHost) -> None:
-    response = await AsgiClient(RealtimeMiddleware(hosts_own, host)).get("/", query="access_token=abc")
+async def test_queries_of_the_host_are_not_changed(host: FakeHost) -> None:
+    response = await AsgiClient(RealtimeMiddleware(host_app, host)).get("/", query="access_token=abc")
     assert response.scope["query_string"] == b"access_token=abc"
 
 
-async def test_a_websocket_under_the_path_is_refused(host: FakeHost) -> None:
+async def test_a_websocket_under_the_path_is_rejected(host: FakeHost) -> None:
     sent: list[Any] = []
 
     async def receive() -> Any:
@@ -87,7 +92,7 @@ async def test_a_websocket_under_the_path_is_refused(host: FakeHost) -> None:
     async def send(message: Any) -> None:
         sent.append(message)
 
-    app = RealtimeMiddleware(hosts_own, host)
+    app = RealtimeMiddleware(host_app, host)
     await app({"type": "websocket", "path": "/realtime/v1/health"}, receive, send)
     assert sent == [{"type": "websocket.close", "code": 1000}]
 
@@ -96,7 +101,7 @@ async def test_a_websocket_under_the_path_is_refused(host: FakeHost) -> None:
 
 
 async def live(app: App, host: FakeHost) -> list[str]:
-    """A server's side of the lifespan; what is sent goes into the host's calls, in order."""
+    """Run the server's side of the lifespan. Returns the calls of the host and the messages, in order."""
     messages = [{"type": "lifespan.startup"}, {"type": "lifespan.shutdown"}]
 
     async def receive() -> Any:
@@ -131,11 +136,11 @@ def starlette(host: FakeHost, *, fail: str = "") -> Starlette:
 ORDER = ["<startup", "start", "host starts", ">startup.complete", "<shutdown", "host stops", "stop"]
 
 
-async def test_we_start_before_the_host_and_stop_after_it(host: FakeHost) -> None:
+async def test_the_realtime_starts_before_the_host_and_stops_after_it(host: FakeHost) -> None:
     assert await live(RealtimeMiddleware(starlette(host), host), host) == [*ORDER, ">shutdown.complete"]
 
 
-async def test_add_middleware_does_the_same(host: FakeHost) -> None:
+async def test_the_order_is_the_same_with_add_middleware(host: FakeHost) -> None:
     app = starlette(host)
     app.add_middleware(RealtimeMiddleware, realtime=host)
     assert (await AsgiClient(app).get("/realtime/v1/health")).status_code == 200
@@ -143,13 +148,13 @@ async def test_add_middleware_does_the_same(host: FakeHost) -> None:
     assert await live(app, host) == [*ORDER, ">shutdown.complete"]
 
 
-async def test_a_host_that_does_not_start_takes_us_along(host: FakeHost) -> None:
+async def test_the_realtime_stops_if_the_host_fails_to_start(host: FakeHost) -> None:
     with pytest.raises(ValueError, match="start"):
         await live(RealtimeMiddleware(starlette(host, fail="start"), host), host)
     assert host.calls == ["<startup", "start", "host starts", "stop", ">startup.failed"]
 
 
-async def test_a_host_that_fails_to_stop_does_not_keep_us(host: FakeHost) -> None:
+async def test_the_realtime_stops_if_the_host_fails_to_stop(host: FakeHost) -> None:
     with pytest.raises(ValueError, match="stop"):
         await live(RealtimeMiddleware(starlette(host, fail="stop"), host), host)
     assert host.calls == [*ORDER, ">shutdown.failed"]
@@ -158,14 +163,14 @@ async def test_a_host_that_fails_to_stop_does_not_keep_us(host: FakeHost) -> Non
 ALONE = ["<startup", "start", ">startup.complete", "<shutdown", "stop", ">shutdown.complete"]
 
 
-async def test_a_host_that_refuses_lifespan_has_it_answered(host: FakeHost) -> None:
+async def test_the_middleware_replaces_the_lifespan_of_a_host_that_raises(host: FakeHost) -> None:
     async def django(scope: Any, receive: Any, send: Any) -> None:
         raise ValueError("Django can only handle ASGI/HTTP connections, not lifespan.")
 
     assert await live(RealtimeMiddleware(django, host), host) == ALONE
 
 
-async def test_a_host_that_ignores_lifespan_has_it_answered(host: FakeHost) -> None:
+async def test_the_middleware_replaces_the_lifespan_of_a_host_that_returns(host: FakeHost) -> None:
     async def silent(scope: Any, receive: Any, send: Any) -> None:
         return None
 
@@ -173,8 +178,8 @@ async def test_a_host_that_ignores_lifespan_has_it_answered(host: FakeHost) -> N
 
 
 @pytest.mark.parametrize("sees_the_end", [False, True])
-async def test_a_host_that_answers_and_returns_is_stopped_all_the_same(host: FakeHost, sees_the_end: bool) -> None:
-    """Runs that it had begun stayed EXECUTING."""
+async def test_the_realtime_stops_if_the_host_returns_after_its_start(host: FakeHost, sees_the_end: bool) -> None:
+    """Its runs stayed EXECUTING."""
 
     async def brief(scope: Any, receive: Any, send: Any) -> None:
         await receive()
@@ -185,7 +190,7 @@ async def test_a_host_that_answers_and_returns_is_stopped_all_the_same(host: Fak
     assert await live(RealtimeMiddleware(brief, host), host) == ALONE
 
 
-async def test_a_host_that_raises_with_the_message_in_hand_is_logged(
+async def test_a_host_that_raises_after_receiving_the_startup_is_logged(
     host: FakeHost, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def clumsy(scope: Any, receive: Any, send: Any) -> None:
@@ -196,7 +201,7 @@ async def test_a_host_that_raises_with_the_message_in_hand_is_logged(
     assert "without its start-up" in caplog.text
 
 
-async def test_a_host_that_raises_in_mid_life_stops_us(host: FakeHost) -> None:
+async def test_the_realtime_stops_if_the_host_raises_after_its_start(host: FakeHost) -> None:
     async def short(scope: Any, receive: Any, send: Any) -> None:
         await receive()
         await send({"type": "lifespan.startup.complete"})
@@ -207,14 +212,14 @@ async def test_a_host_that_raises_in_mid_life_stops_us(host: FakeHost) -> None:
     assert host.calls == ["<startup", "start", ">startup.complete", "stop"]
 
 
-async def test_our_own_start_that_fails_is_told_and_the_host_does_not_start(
+async def test_a_failed_start_is_reported_and_the_host_does_not_start(
     host: FakeHost, caplog: pytest.LogCaptureFixture
 ) -> None:
     host.start_error = InvalidConfiguration("no")
     assert await live(RealtimeMiddleware(starlette(host), host), host) == ["<startup", "start", ">startup.failed"]
 
 
-async def test_our_start_that_fails_in_a_host_that_refuses_lifespan(
+async def test_a_failed_start_is_reported_if_the_host_has_no_lifespan(
     host: FakeHost, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def django(scope: Any, receive: Any, send: Any) -> None:
@@ -224,7 +229,7 @@ async def test_our_start_that_fails_in_a_host_that_refuses_lifespan(
     assert await live(RealtimeMiddleware(django, host), host) == ["<startup", "start", ">startup.failed"]
 
 
-async def test_a_host_that_swallows_our_failure_cannot_answer_over_it(
+async def test_a_host_cannot_report_success_after_a_failed_start(
     host: FakeHost, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def swallowing(scope: Any, receive: Any, send: Any) -> None:
@@ -237,9 +242,7 @@ async def test_a_host_that_swallows_our_failure_cannot_answer_over_it(
     assert await live(RealtimeMiddleware(swallowing, host), host) == ["<startup", "start", ">startup.failed"]
 
 
-async def test_our_own_stop_that_fails_does_not_hold_the_host_up(
-    host: FakeHost, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_a_failed_stop_does_not_fail_the_host(host: FakeHost, caplog: pytest.LogCaptureFixture) -> None:
     host.stop_error = ValueError("no")
     assert await live(RealtimeMiddleware(starlette(host), host), host) == [*ORDER, ">shutdown.complete"]
 

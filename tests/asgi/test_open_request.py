@@ -1,4 +1,4 @@
-"""Requests whose body is on its way: ended by the shutdown and by silence, and counted by token; on every route."""
+"""Requests with an incomplete body, on every kind of route: shutdown, silence, and the limit per token."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from asgi_realtime.asgi import limits
 from asgi_realtime.asgi.host import Message
 from asgi_realtime.testing.driver import make_scope
 from tests.asgi.fake_host import FakeHost
+from tests.asgi.official_sdk import on_one_loop
 from tests.inprocess import SECRET, make_realtime
 
 pytestmark = pytest.mark.anyio
 
 
 class Sender:
-    """A client that sends what it is told to, and hears the answer."""
+    """A client that sends a body in parts and records the response."""
 
     def __init__(self, app: Any, method: str, path: str, token: str) -> None:
         self._app = app
@@ -73,8 +74,9 @@ async def serving(**settings: Any) -> AsyncIterator[tuple[Realtime, str]]:
         yield realtime, run.id
 
 
+@on_one_loop
 @pytest.mark.parametrize(("method", "path"), BODIES)
-async def test_the_shutdown_ends_a_request_whose_body_is_on_its_way(method: str, path: str) -> None:
+async def test_a_shutdown_interrupts_a_request_whose_body_is_incomplete(method: str, path: str) -> None:
     async with serving() as (realtime, run_id):
         sender = Sender(realtime, method, path.format(run=run_id), SECRET)
         with anyio.fail_after(5):
@@ -88,8 +90,9 @@ async def test_the_shutdown_ends_a_request_whose_body_is_on_its_way(method: str,
         assert not realtime.subscribers
 
 
+@on_one_loop
 @pytest.mark.parametrize(("method", "path"), BODIES)
-async def test_a_client_that_sends_nothing_is_not_waited_for(method: str, path: str) -> None:
+async def test_a_silent_client_gets_408(method: str, path: str) -> None:
     timeouts = Timeouts(tick=0.01, drain=0.02, receive=0.02, writer=0.02)
     async with serving(timeouts=timeouts) as (realtime, run_id):
         sender = Sender(realtime, method, path.format(run=run_id), SECRET)
@@ -100,7 +103,7 @@ async def test_a_client_that_sends_nothing_is_not_waited_for(method: str, path: 
         assert (sender.status, sender.code) == (408, "silent")
 
 
-async def test_only_silence_of_the_client_counts(host: FakeHost) -> None:
+async def test_each_part_of_the_body_restarts_the_silence(host: FakeHost) -> None:
     await host.create()
     token = host.token("write:inputStreams:run_1")
     sender = Sender(host, "POST", "/v1/streams/run_1/input/approval", token)
@@ -117,7 +120,7 @@ async def test_only_silence_of_the_client_counts(host: FakeHost) -> None:
     assert sender.status == 200
 
 
-async def test_a_public_token_may_have_so_many_open_and_leaves_its_places(
+async def test_open_bodies_are_limited_per_public_token_and_released(
     host: FakeHost, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(limits, "MAX_BODIES_PER_TOKEN", 2)
@@ -140,3 +143,19 @@ async def test_a_public_token_may_have_so_many_open_and_leaves_its_places(
             await again.send(b'{"data": 1}', more=False)
     assert again.status == 200
     assert not host.app.subscription_limits._bodies
+
+
+async def test_the_body_of_a_stream_writer_can_be_silent_for_longer(host: FakeHost) -> None:
+    await host.create()
+    sender = Sender(host, "POST", "/v1/streams/run_1/self/default", host.secret)
+    with anyio.fail_after(5):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(sender.run)
+            await anyio.wait_all_tasks_blocked()
+            host.tick(0)
+            host.tick(host.timeouts.receive)
+            host.tick(host.timeouts.writer - host.timeouts.receive - 1)
+            await anyio.wait_all_tasks_blocked()
+            assert not sender.answered.is_set()
+            host.tick(1)
+    assert (sender.status, sender.code) == (408, "silent")

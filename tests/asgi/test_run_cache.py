@@ -16,7 +16,7 @@ pytestmark = pytest.mark.anyio
 
 
 class Runs:
-    """Counts what is loaded."""
+    """Records which runs are loaded."""
 
     def __init__(self) -> None:
         self.records: dict[str, RunRecord] = {}
@@ -55,13 +55,13 @@ async def test_a_version_is_loaded_once() -> None:
     assert runs.loaded == ["a", "gone"]
     second = runs.put("a", 2)
     assert await cache.records([change("a", 2)]) == [second]
-    assert await cache.records([change("a", 1)]) == [second]  # never an older one than is known
+    assert await cache.records([change("a", 1)]) == [second]  # never an older version than a known one
     assert runs.loaded == ["a", "gone", "a", "a"]
     lost = runs.put("a", 1, updated_at_ms=1)
-    assert await cache.records([change("a", 1)]) == [lost]  # but if the broker has lost the newer one
+    assert await cache.records([change("a", 1)]) == [lost]  # unless the broker has lost the newer one
 
 
-async def test_a_form_is_of_the_record_that_is_asked_for() -> None:
+async def test_a_record_of_another_version_is_encoded_again() -> None:
     runs = Runs()
     cache = RunCache(runs, max_runs=10)
     first = runs.put("a", 1)
@@ -71,7 +71,7 @@ async def test_a_form_is_of_the_record_that_is_asked_for() -> None:
     assert cache.encoded(newer, run_json) == run_json(newer)
 
 
-async def test_each_form_is_encoded_once_and_counted() -> None:
+async def test_each_encoding_is_made_once_and_counted() -> None:
     runs = Runs()
     cache = RunCache(runs, max_runs=10)
     record = runs.put("a", 1, b'"text"')
@@ -84,7 +84,7 @@ async def test_each_form_is_encoded_once_and_counted() -> None:
     assert cache._size == before + len(plain) + len(short)
 
 
-async def test_only_a_few_forms_of_a_row_are_kept() -> None:
+async def test_encodings_per_run_are_limited() -> None:
     runs = Runs()
     cache = RunCache(runs, max_runs=10)
     record = runs.put("a", 1)
@@ -94,7 +94,7 @@ async def test_only_a_few_forms_of_a_row_are_kept() -> None:
     assert len(cache._cached["a"].encodings) == 4
 
 
-async def test_the_least_used_go_first() -> None:
+async def test_the_least_recently_used_run_is_evicted() -> None:
     runs = Runs()
     cache = RunCache(runs, max_runs=2)
     for run_id in "abc":
@@ -107,7 +107,7 @@ async def test_the_least_used_go_first() -> None:
     assert runs.loaded == ["b"]
 
 
-async def test_bytes_are_bounded_too(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_bytes_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_cache, "MAX_BYTES", 100_000)
     runs = Runs()
     cache = RunCache(runs, max_runs=1000)
@@ -122,7 +122,7 @@ async def test_bytes_are_bounded_too(monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(cache._cached) == ["large"]
 
 
-async def test_a_slower_load_does_not_put_an_older_version_back() -> None:
+async def test_a_slow_load_does_not_restore_an_older_version() -> None:
     runs = Runs()
     cache = RunCache(runs, max_runs=10)
     old = runs.put("a", 1)

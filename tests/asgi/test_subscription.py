@@ -1,201 +1,342 @@
-"""What every subscription has in common: its phases, and how a shutdown ends it wherever it waits."""
+"""What every subscription has in common, shown with streams: heartbeats, disconnects, expiry and limits."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from typing import Any, cast
+import json
+from typing import Any
 
 import anyio
+import anyio.lowlevel
 import pytest
 
-from asgi_realtime.brokers.base import Broker
-from asgi_realtime.core.config import Retention
-from asgi_realtime.core.runs import TagsAdded
-from asgi_realtime.testing import AsgiClient
+from asgi_realtime.asgi.subscription import MAX_RECONNECT_MS, MIN_RECONNECT_MS
+from asgi_realtime.brokers.base import StreamKey
+from asgi_realtime.core.config import Limits, Timeouts
+from asgi_realtime.testing import AsgiClient, Event
 from asgi_realtime.testing.driver import make_scope
-from tests.asgi.fake_host import FakeHost
+from tests.asgi.fake_host import SECRET, FakeHost
 
 pytestmark = pytest.mark.anyio
 
-STREAM = "/v1/streams/run_1/default"
-EVENTS = {"accept": "text/event-stream"}
-OFFICIAL = {"trigger-version": "4.8.3"}
+PATH = "/v1/streams/run_1/default"
 
 
-class UnresponsiveBroker:
-    """A broker that stops answering the named call."""
-
-    def __init__(self, broker: Broker) -> None:
-        self._broker = broker
-        self._blocked = ""
-        self.is_waiting = anyio.Event()
-
-    def block(self, call: str) -> None:
-        self._blocked = call
-
-    def __getattr__(self, name: str) -> Any:
-        if name == self._blocked:
-            return self._block_entering if name in ("live", "follow") else self._never
-        if name == "follow":
-            return self._follow
-        return getattr(self._broker, name)
-
-    async def _never(self, *args: Any, **options: Any) -> Any:
-        self.is_waiting.set()
-        await anyio.sleep_forever()
-
-    @asynccontextmanager
-    async def _block_entering(self, *args: Any) -> AsyncIterator[Any]:
-        await self._never()
-        yield
-
-    @asynccontextmanager
-    async def _follow(self, topic: str) -> AsyncIterator[Any]:
-        async with self._broker.follow(topic) as live:
-            yield UnresponsiveTopic(self, live)
+def data(events: list[Event]) -> list[Any]:
+    return [json.loads(event.data) for event in events if event.event == "message"]
 
 
-class UnresponsiveTopic:
-    def __init__(self, broker: UnresponsiveBroker, live: Any) -> None:
-        self._broker = broker
-        self._live = live
-        self.waiting = live.waiting
-
-    async def changes(self, *args: Any, **options: Any) -> Any:
-        if self._broker._blocked == "changes":
-            await self._broker._never()
-        return await self._live.changes(*args, **options)
+# Heartbeats and stalled readers
 
 
-@pytest.fixture
-async def broker(host: FakeHost) -> UnresponsiveBroker:
+async def test_a_heartbeat_interrupts_silence() -> None:
+    host = FakeHost(timeouts=Timeouts(heartbeat=15))
     await host.create()
-    broker = UnresponsiveBroker(host.broker)
-    host.broker = cast(Broker, broker)
-    return broker
-
-
-async def shut_down_when_waiting(host: FakeHost, broker: UnresponsiveBroker) -> None:
-    await broker.is_waiting.wait()
-    await anyio.wait_all_tasks_blocked()
-    host.begin_shutdown()
-
-
-@pytest.mark.parametrize(
-    ("path", "headers", "call"),
-    [
-        pytest.param(STREAM, {"accept": "*/*"}, "load", id="stream-lookup"),
-        pytest.param(STREAM, {"accept": "*/*"}, "live", id="stream-open"),
-        pytest.param("/v1/streams/run_1/input/answer", {}, "live", id="input-open"),
-        pytest.param("/v1/runs/run_1", EVENTS, "load", id="feed-lookup"),
-        pytest.param("/v1/runs/run_1", EVENTS, "follow", id="feed-open"),
-        pytest.param("/v1/runs/run_1", EVENTS, "changes", id="feed-prepare"),
-    ],
-)
-async def test_a_shutdown_reaches_a_subscription_that_waits_for_the_broker(
-    host: FakeHost, broker: UnresponsiveBroker, path: str, headers: dict[str, str], call: str
-) -> None:
-    """The server could not exit until the broker's own time-out of five seconds."""
-    broker.block(call)
-    with anyio.fail_after(5):
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(shut_down_when_waiting, host, broker)
-            async with AsgiClient(host).stream(path, headers={**host.headers(), **headers}) as response:
-                assert response.status_code == 200
-                assert [event.event for event in await response.read_all_events()] == ["reconnect"]
-                assert response.ended
-    assert not host.subscribers
-    assert host.app.subscription_limits.open == 0
-
-
-@pytest.mark.parametrize(
-    ("method", "path", "headers", "call"),
-    [
-        pytest.param("GET", STREAM, OFFICIAL, "load", id="stream-lookup"),
-        pytest.param("HEAD", "/v1/streams/run_1/self/default", {"x-client-id": "c"}, "produced", id="last-index"),
-        pytest.param("GET", "/v1/runs/run_1?offset=-1", {}, "load", id="poll-lookup"),
-        pytest.param("GET", "/v1/runs/run_1?offset=-1", {}, "follow", id="poll-open"),
-        pytest.param("GET", "/api/v3/runs/run_1", {}, "load", id="retrieve"),
-        pytest.param("GET", "/api/v1/runs/run_1/metadata", {}, "load", id="metadata"),
-    ],
-)
-async def test_a_shutdown_reaches_a_request_that_waits_for_the_broker(
-    host: FakeHost, broker: UnresponsiveBroker, method: str, path: str, headers: dict[str, str], call: str
-) -> None:
-    broker.block(call)
-    secret = {"authorization": f"Bearer {host.secret}", **headers}
-    with anyio.fail_after(5):
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(shut_down_when_waiting, host, broker)
-            response = await AsgiClient(host).request(method, path, headers=secret)
-    assert response.status_code == 503
-    assert method == "HEAD" or response.json()["code"] == "server_shutdown"
-    assert not host.subscribers
-
-
-@pytest.mark.parametrize("call", ["changes", "load"])
-async def test_a_shutdown_reaches_a_feed_that_reads_a_change(
-    host: FakeHost, broker: UnresponsiveBroker, call: str
-) -> None:
-    async with AsgiClient(host).stream("/v1/runs/run_1", headers=host.feed_headers()) as response:
-        await response.read_until("ready")
-        await anyio.wait_all_tasks_blocked()
-        change = await host.prepare_change("run_1", TagsAdded(("a",)))
-        broker.block(call)
-        await change()
-        await shut_down_when_waiting(host, broker)
-        with anyio.fail_after(5):
-            assert [event.event for event in await response.read_all_events()] == ["reconnect"]
-
-
-async def test_a_shutdown_reaches_a_stream_that_catches_up() -> None:
-    host = FakeHost(retention=Retention(stream_bytes=200))
-    await host.create()
-    await host.append(*(f"{number:40}" for number in range(20)))
-    broker = UnresponsiveBroker(host.broker)
-    host.broker = cast(Broker, broker)
-    broker.block("read")
-    async with AsgiClient(host).stream(STREAM, headers=host.headers()) as response:
+    async with AsgiClient(host).stream(PATH, headers=host.headers()) as response:
         await response.chunk()
-        await shut_down_when_waiting(host, broker)
-        with anyio.fail_after(5):
-            assert [event.event for event in await response.read_all_events()] == ["reconnect"]
-
-
-async def test_a_request_that_arrives_during_the_shutdown_waits_until_the_next_tick(
-    host: FakeHost, broker: UnresponsiveBroker
-) -> None:
-    host.begin_shutdown()
-    broker.block("live")
-
-    async def tick() -> None:
-        await broker.is_waiting.wait()
+        await anyio.wait_all_tasks_blocked()
+        host.tick()  # finds the new phase
+        host.tick(14)
+        await anyio.wait_all_tasks_blocked()
+        host.tick(1)
+        assert await response.chunk() == b": heartbeat\n\n"
         await anyio.wait_all_tasks_blocked()
         host.tick()
-
-    with anyio.fail_after(5):
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(tick)
-            async with AsgiClient(host).stream(STREAM, headers=host.headers()) as response:
-                assert [event.event for event in await response.read_all_events()] == ["reconnect"]
+        host.tick(14.9)
+        await host.append("a")
+        assert data(await response.read_events()) == ["a"]  # no heartbeat before it
 
 
-async def test_a_disconnect_ends_a_subscription_that_waits_for_the_broker(
-    host: FakeHost, broker: UnresponsiveBroker
-) -> None:
-    broker.block("live")
-    sent: list[Any] = []
+async def test_a_stalled_reader_is_disconnected_and_does_not_delay_the_producer() -> None:
+    host = FakeHost(timeouts=Timeouts(send=30))
+    await host.create()
+    async with AsgiClient(host).stream(PATH, headers=host.headers()) as response:
+        await anyio.wait_all_tasks_blocked()  # the preamble is being sent
+        host.tick()
+        for _ in range(50):
+            await host.append("x" * 10_000)  # returns at once
+        host.tick(29)
+        await anyio.wait_all_tasks_blocked()
+        assert host.subscribers
+        host.tick(1)
+        await anyio.wait_all_tasks_blocked()
+        assert not host.subscribers
+        assert host.app.subscription_limits.open == 0
+        assert not response.ended  # the body is cut off, so the client resumes
+    await check_released(host)
 
-    async def receive() -> Any:
-        await broker.is_waiting.wait()
-        return {"type": "http.disconnect"}
 
-    async def send(message: Any) -> None:
-        sent.append(message)
+async def test_a_stalled_send_that_cannot_be_cancelled_no_longer_counts() -> None:
+    host = FakeHost(timeouts=Timeouts(send=30))
+    await host.create()
+    release = anyio.Event()
 
-    with anyio.fail_after(5):
-        await host(make_scope("GET", STREAM, headers=host.headers()), receive, send)
-    assert sent == []
+    async def shielding(scope: Any, receive: Any, send: Any) -> None:
+        async def shielded(message: Any) -> None:
+            with anyio.CancelScope(shield=True):
+                await release.wait()
+
+        await host(scope, receive, shielded)
+
+    async def never() -> Any:
+        await anyio.sleep_forever()
+
+    scope = make_scope("GET", PATH, headers=host.headers())
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(shielding, scope, never, None)
+        await anyio.wait_all_tasks_blocked()
+        host.tick()
+        host.tick(30)
+        assert host.app.subscription_limits.open == 0
+        release.set()
+        await anyio.wait_all_tasks_blocked()
+        assert not host.subscribers
+        assert host.app.subscription_limits.open == 0
+        tasks.cancel_scope.cancel()
+
+
+@pytest.mark.slow
+async def test_a_slow_reader_is_not_disconnected() -> None:
+    host = FakeHost(timeouts=Timeouts(send=30))
+    await host.create()
+    await host.append(*["x" * 60_000] * 5)
+    await host.finish()
+    async with AsgiClient(host).stream(PATH, headers=host.headers()) as response:
+        events: list[Event] = []
+        while not response.ended:
+            await anyio.wait_all_tasks_blocked()
+            host.tick()
+            host.tick(29)
+            events += await response.read_events()
+    assert [event.event for event in events] == ["message"] * 5 + ["end"]
+
+
+async def test_one_stalled_reader_does_not_delay_another(host: FakeHost) -> None:
+    await host.create()
+    headers = host.headers()
+    async with AsgiClient(host).stream(PATH, headers=headers):
+        async with AsgiClient(host).stream(PATH, headers=headers) as reader:
+            await reader.chunk()
+            for number in range(20):
+                await host.append(number)
+                assert data(await reader.read_events()) == [number]
+
+
+# Disconnects
+
+
+async def check_released(host: FakeHost) -> None:
+    """Check that nothing follows the stream any more, once cancelled watchers have ended."""
+    await anyio.wait_all_tasks_blocked()
+    async with host.broker.live(StreamKey("run_1", "default")) as live:
+        assert live.readers == 1
+        assert len(live.waiting) == 0
     assert not host.subscribers
     assert host.app.subscription_limits.open == 0
+
+
+async def test_a_disconnect_releases_everything(host: FakeHost) -> None:
+    await host.create()
+    await host.append("a")
+    await anyio.wait_all_tasks_blocked()
+    before = len(anyio.get_running_tasks())
+    async with AsgiClient(host).stream(PATH, headers=host.headers()) as response:
+        await response.read_until("message")
+        await anyio.wait_all_tasks_blocked()
+        assert len(host.subscribers) == 1
+    await check_released(host)
+    assert len(anyio.get_running_tasks()) == before
+
+
+async def test_a_disconnect_during_a_send_releases_everything(host: FakeHost) -> None:
+    await host.create()
+    await host.append("a")
+    async with AsgiClient(host).stream(PATH, headers=host.headers()):
+        await anyio.wait_all_tasks_blocked()
+    await check_released(host)
+
+
+@pytest.mark.slow
+async def test_a_thousand_connections_release_everything(host: FakeHost) -> None:
+    await host.create()
+    await host.append("a")
+    headers = host.headers()
+    await anyio.wait_all_tasks_blocked()
+    before = len(anyio.get_running_tasks())
+    for number in range(1000):
+        async with AsgiClient(host).stream(PATH, headers=headers) as response:
+            for _ in range(number % 4):
+                await response.chunk() if number % 4 < 3 else await anyio.lowlevel.checkpoint()
+    await check_released(host)
+    assert len(anyio.get_running_tasks()) == before
+
+
+@pytest.mark.parametrize("error", [OSError("gone"), BrokenPipeError()])
+async def test_an_oserror_from_send_is_a_disconnect(
+    host: FakeHost, error: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    await host.create()
+    await host.append("a")
+
+    async def never() -> Any:
+        await anyio.sleep_forever()
+
+    async def send(message: Any) -> None:
+        if message.get("body"):
+            raise error
+
+    await host(make_scope("GET", PATH, headers=host.headers()), never, send)
+    await check_released(host)
+    assert not caplog.records
+
+
+async def test_a_cancellation_by_the_host_passes_through_and_releases_everything(host: FakeHost) -> None:
+    await host.create()
+    with anyio.CancelScope() as scope:
+        async with AsgiClient(host).stream(PATH, headers=host.headers()) as response:
+            await response.chunk()
+            await anyio.wait_all_tasks_blocked()
+            scope.cancel()
+            await anyio.sleep_forever()
+    assert scope.cancelled_caught
+    await check_released(host)
+
+
+# Expired tokens and old connections
+
+
+async def test_an_expired_token_ends_the_stream_at_its_position() -> None:
+    host = FakeHost()
+    await host.create()
+    await host.append("a")
+    headers = {"authorization": f"Bearer {host.token(expires_in_s=60)}"}
+    async with AsgiClient(host).stream(PATH, headers=headers) as response:
+        await response.read_until("message")
+        host.tick(59)
+        host.tick(1)
+        (*_, end) = await response.read_all_events()
+        assert response.last_event_id == "0"  # a new token resumes here
+    assert (end.event, json.loads(end.data)) == ("end", {"reason": "token_expired"})
+    assert (await AsgiClient(host).get(PATH, headers=headers)).status_code == 401
+
+
+async def test_an_expired_token_ends_a_subscription_that_never_catches_up() -> None:
+    host = FakeHost()
+    await host.create()
+    await host.append(*["x" * 60_000] * 20)
+    headers = {"authorization": f"Bearer {host.token(expires_in_s=60)}"}
+    async with AsgiClient(host).stream(PATH, headers=headers) as response:
+        await response.read_until("message")
+        host.tick(61)
+        events = await response.read_all_events()
+    assert len(events) < 10
+    assert events[-1].event == "end"
+
+
+async def test_a_connection_that_is_too_old_ends_with_reconnect() -> None:
+    host = FakeHost(timeouts=Timeouts(stream_age=100))
+    await host.create()
+    await host.append("a")
+    async with AsgiClient(host).stream(PATH, headers=host.headers()) as response:
+        await response.read_until("message")
+        host.tick()
+        host.tick(84)
+        await host.append("b")
+        assert [event.data for event in await response.read_events()] == ['"b"']
+        host.tick(16)
+        (event,) = await response.read_all_events()
+        assert (event.event, event.id) == ("reconnect", "1")
+        assert event.retry is not None and MIN_RECONNECT_MS <= event.retry <= MAX_RECONNECT_MS
+        assert response.ended
+    async with AsgiClient(host).stream(PATH, headers=host.headers(last_event_id="1")) as response:
+        await host.append("c")
+        assert [event.data for event in await response.read_events()] == ['"c"']
+
+
+async def test_connections_opened_together_do_not_end_together() -> None:
+    async def read(host: FakeHost) -> None:
+        async with AsgiClient(host).stream(PATH, headers=host.headers()) as response:
+            await response.read_all_events()
+
+    host = FakeHost(timeouts=Timeouts(stream_age=100, heartbeat=100))
+    await host.create()
+    async with anyio.create_task_group() as readers:
+        for _ in range(40):
+            readers.start_soon(read, host)
+        await anyio.wait_all_tasks_blocked()
+        assert len(host.subscribers) == 40
+        host.tick()
+        host.tick(92)
+        await anyio.wait_all_tasks_blocked()
+        assert 0 < len(host.subscribers) < 40
+        host.tick(8)
+        await anyio.wait_all_tasks_blocked()
+        assert not host.subscribers
+
+
+# Limits
+
+
+async def limited(host: FakeHost, headers: dict[str, str] | None = None, path: str = PATH) -> dict[str, Any]:
+    response = await AsgiClient(host).get(path, headers=headers or host.headers())
+    assert response.status_code == 429
+    body: dict[str, Any] = json.loads(response.body)
+    assert body["code"] == "limit_exceeded"
+    return body
+
+
+async def test_subscriptions_are_limited_per_process() -> None:
+    host = FakeHost(limits=Limits(subscribers=1))
+    await host.create()
+    async with AsgiClient(host).stream(PATH, headers=host.headers()):
+        assert "limit 1" in (await limited(host))["error"]
+    async with AsgiClient(host).stream(PATH, headers=host.headers()) as response:
+        assert response.status_code == 200
+
+
+async def test_subscriptions_are_limited_per_run() -> None:
+    host = FakeHost(limits=Limits(subscribers_per_run=1))
+    await host.create()
+    await host.create("run_2")
+    headers = host.headers("read:runs")
+    async with AsgiClient(host).stream(PATH, headers=headers):
+        assert "this run" in (await limited(host, headers))["error"]
+        async with AsgiClient(host).stream("/v1/streams/run_2/default", headers=headers) as response:
+            assert response.status_code == 200
+
+
+async def test_subscriptions_are_limited_per_token_but_not_for_the_secret_key() -> None:
+    host = FakeHost(limits=Limits(subscribers_per_token=1))
+    await host.create()
+    headers = host.headers()
+    secret = {"authorization": f"Bearer {SECRET}"}
+    async with AsgiClient(host).stream(PATH, headers=headers):
+        assert "this token" in (await limited(host, headers))["error"]
+        async with AsgiClient(host).stream(PATH, headers=host.headers("read:all")) as response:
+            assert response.status_code == 200
+        async with AsgiClient(host).stream(PATH, headers=secret):
+            async with AsgiClient(host).stream(PATH, headers=secret) as response:
+                assert response.status_code == 200
+
+
+# Messages
+
+
+async def test_each_send_gets_a_new_message(host: FakeHost) -> None:
+    """A host's compression middleware writes into the message. Other subscribers must not see that."""
+    await host.create()
+    await host.append("a")
+    await host.finish()
+
+    async def compressing(scope: Any, receive: Any, send: Any) -> None:
+        async def spoil(message: Any) -> None:
+            await send(dict(message))
+            message["body"] = b"spoilt"
+            if "headers" in message:
+                message["headers"].append((b"spoilt", b"yes"))
+
+        await host(scope, receive, spoil)
+
+    for _ in range(2):
+        async with AsgiClient(compressing).stream(PATH, headers=host.headers()) as response:
+            assert "spoilt" not in response.headers
+            assert b"spoilt" not in await response.read()
