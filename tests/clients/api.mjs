@@ -1,4 +1,4 @@
-// What the SDK asks for besides: batches, runs one at a time, tokens.
+// The other calls of the SDK: batches, single runs, tokens.
 
 import { apiClientManager } from "@trigger.dev/core/v3";
 import { auth, batch, idempotencyKeys, runs, streams, tasks, wait } from "@trigger.dev/sdk";

@@ -1,4 +1,4 @@
-// Changes the metadata of a run as a worker does: operations, sent by `flush`, and the state that comes back.
+// Changes the metadata of a run as a worker does: `flush` sends operations and receives the new state.
 
 import { apiClientManager, runMetadata } from "@trigger.dev/core/v3";
 import { StandardMetadataManager } from "@trigger.dev/core/v3/workers";

@@ -1,4 +1,4 @@
-// Uses a token that triggers a task once, `times` times: one after the other, or all at once.
+// Uses a one-time trigger token `times` times: sequentially, or all at once.
 
 import { auth, tasks } from "@trigger.dev/sdk";
 

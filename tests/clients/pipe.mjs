@@ -1,18 +1,17 @@
-// Writes a stream as a worker does: what it is told goes into a source, chunk by chunk, which `streams.pipe` sends to
-// the server and hands on. Told null, the source ends. The writer is the one that the worker of the official package
-// registers; without it `pipe` sends nothing.
+// Writes a stream as a worker does: each message is a list of chunks for the source of `streams.pipe`, and null ends the
+// source. The official worker registers a stream manager; without one `pipe` sends nothing.
 
 import { apiClientManager, realtimeStreams } from "@trigger.dev/core/v3";
 import { StandardRealtimeStreamsManager } from "@trigger.dev/core/v3/workers";
 import { streams } from "@trigger.dev/sdk";
 
-export default async function ({ given, print, told, tried }) {
+export default async function ({ given, print, receive, tried }) {
   const client = apiClientManager.clientOrThrow();
   realtimeStreams.setGlobalManager(new StandardRealtimeStreamsManager(client, client.baseUrl));
 
   async function* source() {
     for (;;) {
-      const chunks = await told();
+      const chunks = await receive();
       if (chunks === null) return;
       yield* chunks;
     }

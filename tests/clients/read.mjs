@@ -1,10 +1,10 @@
-// Reads a stream of a run, with `streams.read` as users do. `by` is `fetchStream` for the older name of that, and
-// `parts` to see what the hooks see: the index and the time of each chunk. Told anything, it aborts.
+// Reads a stream of a run with `streams.read`, as users do. `by` selects the older `fetchStream`, or `parts` for what the
+// hooks see: the index and the time of each chunk. Any message aborts it.
 
 import { apiClientManager } from "@trigger.dev/core/v3";
 import { runs, streams } from "@trigger.dev/sdk";
 
-export default async function ({ given, print, told, tried }) {
+export default async function ({ given, print, receive, tried }) {
   const controller = new AbortController();
   const options = { ...given.options, signal: controller.signal };
   const onPart = ({ id, timestamp }) => print({ part: { id, timestamp } });
@@ -13,7 +13,7 @@ export default async function ({ given, print, told, tried }) {
     fetchStream: () => runs.fetchStream(given.run, given.key),
     parts: () => apiClientManager.clientOrThrow().fetchStream(given.run, given.key, { ...options, onPart }),
   };
-  told().then(() => controller.abort());
+  receive().then(() => controller.abort());
 
   await tried(async () => {
     let seen = 0;

@@ -1,4 +1,4 @@
-// Asks with tokens that are not good enough: reads a stream, looks at a run, triggers a task.
+// Uses tokens that the server rejects: reads a stream, retrieves a run, triggers a task.
 
 import { auth, runs, streams, tasks } from "@trigger.dev/sdk";
 

@@ -1,5 +1,5 @@
-// Follows runs with tokens that are refused, sooner or later, and meanwhile one with a token that is not. In Node a feed
-// that is refused says nothing: the package neither ends it nor throws.
+// Follows runs with tokens that the server rejects sooner or later, and one run with a valid token. In Node the package
+// neither ends a rejected feed nor throws.
 
 import { auth, runs } from "@trigger.dev/sdk";
 

@@ -1,7 +1,7 @@
-// Runs the programs of this folder. `node run.mjs read '{"baseURL": "…", "token": "…", "run": "run_…"}'` runs one, which
-// is told things by lines of JSON on standard input and prints one JSON object a line. Without arguments it runs any
-// number at once, for tests that would otherwise wait for the packages to load each time: each line is then
-// [number, "start", name, given] or [number, "tell", what], and each that it prints begins with the number.
+// Runs the programs of this folder. `node run.mjs read '{"baseURL": "…", "token": "…", "run": "run_…"}'` runs one. It reads
+// messages from standard input and prints its output, one JSON value per line. Without arguments any number of programs
+// share the process, so that tests do not load the packages each time: input lines are [number, "start", name, given] or
+// [number, "send", message], and output lines start with the number.
 
 import { createInterface } from "node:readline";
 import { auth, configure } from "@trigger.dev/sdk";
@@ -10,7 +10,7 @@ function write(line) {
   process.stdout.write(JSON.stringify(plain(line)) + "\n");
 }
 
-// As JSON, but so that a Date is told from its text, and absent from null.
+// As JSON, but a Date differs from its text, and undefined from null.
 function plain(value) {
   if (value instanceof Date) return { $date: value.toISOString() };
   if (value instanceof Map) return { $map: [...value].map(plain) };
@@ -22,10 +22,9 @@ function plain(value) {
   return Object.fromEntries(Object.entries(value).map(([key, item]) => [key, plain(item)]));
 }
 
-// What a program has: what it was given, `print`, `told` for the next thing that it is told, and `tried`, which prints
-// what was thrown.
+// What a program uses: the values it was given, `print`, `receive` for the next message, and `tried`, which prints errors.
 class Program {
-  #things = [];
+  #messages = [];
   #waiting = [];
 
   constructor(given, print) {
@@ -33,7 +32,7 @@ class Program {
     this.print = print;
   }
 
-  told = () => new Promise((resolve) => {
+  receive = () => new Promise((resolve) => {
     this.#waiting.push(resolve);
     this.#match();
   });
@@ -46,13 +45,13 @@ class Program {
     }
   };
 
-  tell(thing) {
-    this.#things.push(thing);
+  send(message) {
+    this.#messages.push(message);
     this.#match();
   }
 
   #match() {
-    while (this.#things.length > 0 && this.#waiting.length > 0) this.#waiting.shift()(this.#things.shift());
+    while (this.#messages.length > 0 && this.#waiting.length > 0) this.#waiting.shift()(this.#messages.shift());
   }
 }
 
@@ -68,16 +67,16 @@ if (name) {
   const given = JSON.parse(text);
   configure({ baseURL: given.baseURL, accessToken: given.token, secretKey: given.secretKey });
   const program = new Program(given, write);
-  lines.on("line", (line) => program.tell(JSON.parse(line)));
+  lines.on("line", (line) => program.send(JSON.parse(line)));
   await start(name, program);
-  lines.close(); // nothing else should keep the process
+  lines.close(); // nothing else must keep the process alive
   process.stdin.destroy();
 } else {
   const programs = new Map();
   lines.on("line", (line) => {
     const [number, action, what, given] = JSON.parse(line);
-    if (action === "tell") return programs.get(number).tell(what);
-    const program = new Program(given, (said) => write([number, said]));
+    if (action === "send") return programs.get(number).send(what);
+    const program = new Program(given, (line) => write([number, line]));
     programs.set(number, program);
     const { baseURL, token, secretKey } = given;
     auth

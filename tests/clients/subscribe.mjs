@@ -1,8 +1,8 @@
-// Follows runs: `feed` is run, tags or batch. Told anything, it aborts; `breakAfter` leaves the loop after so many.
+// Follows runs: `feed` is run, tags or batch. Any message aborts it; `breakAfter` breaks the loop after so many items.
 
 import { runs } from "@trigger.dev/sdk";
 
-export default async function ({ given, print, told, tried }) {
+export default async function ({ given, print, receive, tried }) {
   const controller = new AbortController();
   const options = { ...given.options, signal: controller.signal };
   const feeds = {
@@ -10,7 +10,7 @@ export default async function ({ given, print, told, tried }) {
     tags: () => runs.subscribeToRunsWithTag(given.tags, given.filters, options),
     batch: () => runs.subscribeToBatch(given.batch, options),
   };
-  told().then(() => controller.abort());
+  receive().then(() => controller.abort());
 
   await tried(async () => {
     const feed = feeds[given.feed]();

@@ -1,8 +1,8 @@
-// Triggers a task, and then has the token of the handle alone, as a browser that the handle was given to.
+// Triggers a task, then uses only the token of the handle, as a browser that received the handle does.
 
 import { auth, runs, streams, tasks } from "@trigger.dev/sdk";
 
-// Values that JSON has no word for. They come back as what they are.
+// Values without a JSON form. They must return with their types.
 const rich = { when: new Date("2026-01-02T03:04:05.678Z"), tags: new Set(["a", "b"]), big: 2n ** 70n };
 
 export default async function ({ given, print, tried }) {

@@ -1,4 +1,4 @@
-// The other ways of a worker to write: `writer`, `merge`, a defined stream, and `append`.
+// The other ways in which a worker writes: `writer`, `merge`, a defined stream, and `append`.
 
 import { apiClientManager, realtimeStreams } from "@trigger.dev/core/v3";
 import { StandardRealtimeStreamsManager } from "@trigger.dev/core/v3/workers";

@@ -1,7 +1,7 @@
-"""The app that the programs in `tests/clients` talk to, and the host's side of it, under `/host`.
+"""The app that the programs in `tests/clients` talk to, and routes of its host, under `/host`.
 
-It is set up by the environment that `tests.e2e.site.Site` gives it. It is mounted the three ways in which the official
-clients meet it: at `/realtime` and `/api`, which serves both `baseURL`s, and at `/only/realtime` alone.
+The environment that `tests.e2e.site.Site` sets configures it. It is mounted in every way that the official clients use:
+at `/realtime` and `/api`, for both forms of `baseURL`, and at `/only/realtime` alone.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from asgi_realtime.brokers import Broker
 from asgi_realtime.brokers.redis import RedisBroker
 
 ahead_s = 0.0
-"""How far the clock of this process is ahead of the machine's."""
+"""How far the clock of this process is ahead of the system clock."""
 
 
 def clock() -> float:
@@ -60,15 +60,15 @@ async def echo(payload: Any) -> Any:
 
 @realtime.task("steps")
 async def steps(payload: dict[str, Any], run: Run) -> dict[str, Any]:
-    """Goes on by one step whenever it is told `next`, and says what it was told."""
-    told = []
+    """Takes one step per input `next`, and returns the inputs."""
+    received = []
     inputs = run.input("next")
     for step in range(payload["count"]):
         run.metadata.set("step", step)
         await run.metadata.flush()
-        told.append(await inputs.get())
+        received.append(await inputs.get())
         await realtime.append({"step": step})
-    return {"told": told}
+    return {"received": received}
 
 
 class Meeting(TypedDict):
@@ -91,11 +91,11 @@ async def endless(run: Run) -> None:
     await run.input("never").get()
 
 
-# What the server saw
+# Requests seen by the server
 
 
 class Seen(TypedDict):
-    """A request: `open` until its answer is out, `held` for so many seconds."""
+    """A request: `open` until its response ends, which took `held` seconds."""
 
     method: str
     path: str
@@ -108,7 +108,7 @@ class Seen(TypedDict):
 
 
 class Watched:
-    """Passes requests on and remembers them. `gates`: paths whose next answer waits until it is let go."""
+    """Records requests. The next response at a path in `gates` waits for its event."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -156,7 +156,7 @@ opened: dict[str, tuple[AbstractAsyncContextManager[Run], Run]] = {}
 
 
 async def open_run(request: Request) -> JSONResponse:
-    """A run that stays open until `end`."""
+    """Open a run, until `end`."""
     scope = realtime.open_run(**await request.json())
     run = await scope.__aenter__()
     opened[run.id] = (scope, run)
@@ -165,7 +165,7 @@ async def open_run(request: Request) -> JSONResponse:
 
 
 async def append(request: Request) -> JSONResponse:
-    """Chunks, one after the other."""
+    """Append chunks, one at a time."""
     body = await request.json()
     for chunk in body["chunks"]:
         await realtime.append(chunk, body.get("stream", "default"), run=body["run"])
@@ -173,7 +173,7 @@ async def append(request: Request) -> JSONResponse:
 
 
 async def update(request: Request) -> JSONResponse:
-    """Metadata and tags of an open run."""
+    """Change metadata and tags of an open run."""
     body = await request.json()
     _, run = opened[body["run"]]
     for key, value in body.get("metadata", {}).items():
@@ -212,7 +212,7 @@ async def send_input(request: Request) -> JSONResponse:
 
 
 async def set_ahead(request: Request) -> JSONResponse:
-    """Let time pass for this process."""
+    """Move the clock of this process."""
     global ahead_s
     ahead_s = (await request.json())["seconds"]
     return JSONResponse({})
@@ -222,7 +222,7 @@ gates: dict[str, anyio.Event] = {}
 
 
 async def hold(request: Request) -> JSONResponse:
-    """Let the next answer at a path wait, though all was done for it, until `let_go`."""
+    """Hold the next response at a path, after the work is done, until `let_go`."""
     path = (await request.json())["path"]
     gates[path] = watched.gates[path] = anyio.Event()
     return JSONResponse({})
@@ -234,7 +234,7 @@ async def let_go(request: Request) -> JSONResponse:
 
 
 async def requests(request: Request) -> JSONResponse:
-    """What the mounted app was asked so far, in the order in which it came."""
+    """The requests to the mounted app so far, in order of arrival."""
     return JSONResponse(watched.requests)
 
 

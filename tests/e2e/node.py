@@ -1,7 +1,7 @@
-"""Programs in Node that use the official clients: those in `tests/clients`.
+"""Runs the Node programs in `tests/clients`, which use the official clients.
 
-A program prints one JSON object a line and is told things by lines on its standard input, so a test reads as a
-conversation. Nothing waits for a time: what does not come within the guard fails with all that was printed.
+A program prints one JSON object per line and reads messages from its standard input, so a test reads as a conversation.
+Tests never sleep: a line that does not arrive within `GUARD_S` fails the test and shows the output so far.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from tests.e2e.site import GUARD_S, ROOT, SECRET, Line, Site
 from tests.requirements import node_binary
 
 CLIENTS = Path(os.environ.get("CLIENTS", ROOT / "tests" / "clients")).absolute()
-"""Where the programs are, with the packages that they use: another folder for other versions of those."""
+"""The folder of the programs and their packages. Another folder tests other versions of the packages."""
 
 OF_A_WORKER = {"pipe", "write", "receive", "metadata"}
-"""Programs that register for their whole process what the worker of the official package does."""
+"""Programs that replace global managers of the official package, as its worker does, so each needs its own process."""
 
 
 class Process:
-    """A process of Node. Every line that it prints goes to `heard`, and None when it has ended."""
+    """A Node process. Passes each line of its output to `on_line`, and None at its end."""
 
-    def __init__(self, heard: Callable[[str | None], None], *arguments: str) -> None:
-        self._heard = heard
+    def __init__(self, on_line: Callable[[str | None], None], *arguments: str) -> None:
+        self._on_line = on_line
         self._process = subprocess.Popen(
             [node_binary(), "run.mjs", *arguments],
             cwd=CLIENTS,
@@ -48,8 +48,8 @@ class Process:
     def _read(self) -> None:
         assert self._process.stdout is not None
         for line in self._process.stdout:
-            self._heard(line)
-        self._heard(None)
+            self._on_line(line)
+        self._on_line(None)
 
     def write(self, line: Any) -> None:
         assert self._process.stdin is not None
@@ -73,7 +73,7 @@ class Process:
 
 
 class Program(ABC):
-    """A program that runs."""
+    """A running program."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -81,44 +81,44 @@ class Program(ABC):
         self._lines: queue.Queue[Line | None] = queue.Queue()
         self._over = False
 
-    def hear(self, line: Line | None) -> None:
-        """It said this; None: it has ended."""
+    def add_line(self, line: Line | None) -> None:
+        """Add a line of its output, or None at its end."""
         self._seen.append(f"{json.dumps(line)}\n")
         self._lines.put(line)
 
-    def hear_text(self, text: str) -> None:
-        """Something else was printed, such as a warning of Node, for whoever reads of a failure."""
+    def add_text(self, text: str) -> None:
+        """Add other output, such as a warning of Node, to what a failure shows."""
         self._seen.append(text)
 
     @abstractmethod
-    def tell(self, what: Any) -> None:
-        """Say something to it."""
+    def send(self, what: Any) -> None:
+        """Send it a message."""
 
     @abstractmethod
     def kill(self) -> None:
-        """End it at once."""
+        """End it immediately."""
 
     def line(self) -> Line:
-        """The next thing that it says."""
+        """The next line of output."""
         line = self._next()
-        assert line is not None, self._told("ended without another line")
+        assert line is not None, self._failure("ended without another line")
         return line
 
     def next(self, kind: str) -> Any:
-        """The next thing that it says, which is of this kind."""
+        """The next line of output, which must be of this kind."""
         line = self.line()
-        assert list(line)[0] == kind, self._told(f"said {line} and no {kind}")
+        assert list(line)[0] == kind, self._failure(f"printed {line} instead of {kind}")
         return line[kind]
 
     def until(self, kind: str, condition: Callable[[Any], object] = lambda _: True) -> Any:
-        """Pass over what it says until it says this."""
+        """Skip output until a line of this kind meets the condition."""
         while True:
             line = self.line()
             if kind in line and condition(line[kind]):
                 return line[kind]
 
     def rest(self) -> list[Line]:
-        """All that it still says, until it ends by itself."""
+        """All further output until the program ends."""
         lines = []
         while (line := self._next()) is not None:
             lines.append(line)
@@ -130,34 +130,34 @@ class Program(ABC):
         try:
             line = self._lines.get(timeout=GUARD_S)
         except queue.Empty:
-            raise AssertionError(self._told(f"says nothing for {GUARD_S:g} s")) from None
+            raise AssertionError(self._failure(f"printed nothing for {GUARD_S:g} s")) from None
         self._over = line is None
         return line
 
-    def _told(self, what: str) -> str:
+    def _failure(self, what: str) -> str:
         return f"{self._name}.mjs {what}; its output so far:\n{''.join(self._seen)}"
 
 
-class Alone(Program):
-    """A program in a process of its own."""
+class Separate(Program):
+    """A program that has a process to itself."""
 
     def __init__(self, name: str, given: Line) -> None:
         super().__init__(name)
-        self._process = Process(self._heard, name, json.dumps(given))
+        self._process = Process(self._on_line, name, json.dumps(given))
 
-    def _heard(self, text: str | None) -> None:
+    def _on_line(self, text: str | None) -> None:
         if text is None or text.startswith("{"):
-            self.hear(None if text is None else json.loads(text))
+            self.add_line(None if text is None else json.loads(text))
         else:
-            self.hear_text(text)
+            self.add_text(text)
 
-    def tell(self, what: Any) -> None:
+    def send(self, what: Any) -> None:
         self._process.write(what)
 
     def rest(self) -> list[Line]:
         lines = super().rest()
         code = self._process.exit_code()
-        assert code == 0, self._told(f"ended with {code}")
+        assert code == 0, self._failure(f"ended with {code}")
         return lines
 
     def kill(self) -> None:
@@ -165,22 +165,22 @@ class Alone(Program):
 
 
 class Shared(Program):
-    """A program beside others in one process, whose packages are loaded already."""
+    """A program that shares a process with others, so it does not load the packages again."""
 
     def __init__(self, name: str, given: Line, process: SharedProcess) -> None:
         super().__init__(name)
         self._shared = process
         self._number = process.start(self, name, given)
 
-    def tell(self, what: Any) -> None:
-        self._shared.write([self._number, "tell", what])
+    def send(self, what: Any) -> None:
+        self._shared.write([self._number, "send", what])
 
     def kill(self) -> None:
         self._shared.leave(self._number)
 
 
 class SharedProcess:
-    """Runs programs at once. It is there until one is to be killed."""
+    """Runs any number of programs. Starts with the first; killing a program that has not ended kills the process."""
 
     def __init__(self) -> None:
         self._numbers = count()
@@ -191,7 +191,7 @@ class SharedProcess:
     def start(self, program: Program, name: str, given: Line) -> int:
         if self._process is None or not self._process.runs:
             self.end()
-            self._process = Process(self._heard)
+            self._process = Process(self._on_line)
         number = next(self._numbers)
         self._programs[number] = program
         self.write([number, "start", name, given])
@@ -202,9 +202,9 @@ class SharedProcess:
         self._process.write(line)
 
     def leave(self, number: int) -> None:
-        """A test has done with a program. One that has not ended by itself ends with the process, once all are left."""
+        """A test no longer needs a program. If it is still running, the process ends once no program is needed."""
         self._left.add(number)
-        running = set(self._programs)  # which the other thread changes
+        running = set(self._programs)  # the reader thread changes it
         if running and running <= self._left:
             self.end()
 
@@ -214,19 +214,19 @@ class SharedProcess:
             self._process.kill()
             self._process = None
 
-    def _heard(self, text: str | None) -> None:
+    def _on_line(self, text: str | None) -> None:
         if text is not None and text.startswith("["):
             number, line = json.loads(text)
             program = self._programs.get(number) if line else self._programs.pop(number, None)
             if program is not None:
-                program.hear(line)
+                program.add_line(line)
             return
         for program in list(self._programs.values()):
             if text is None:
-                program.hear_text("the process has ended\n")
-                program.hear(None)
+                program.add_text("the process ended\n")
+                program.add_line(None)
             else:
-                program.hear_text(text)
+                program.add_text(text)
 
 
 shared = SharedProcess()
@@ -234,14 +234,14 @@ shared = SharedProcess()
 
 @contextmanager
 def running(program: str, site: Site, *, alone: bool = False, **given: Any) -> Iterator[Program]:
-    """A program, against a server. Without `token` it has the secret key."""
+    """A program that talks to a server. Without `token` it uses the secret key."""
     given.setdefault("baseURL", site.base_url)
     if "token" not in given:
         given.setdefault("secretKey", SECRET)
-    started = Alone(program, given) if alone or program in OF_A_WORKER else Shared(program, given, shared)
+    started = Separate(program, given) if alone or program in OF_A_WORKER else Shared(program, given, shared)
     try:
         yield started
         if given.get("breakAfter"):
-            started.rest()  # which is soon, and sooner than another process is there
+            started.rest()  # cheaper than killing the process and starting another
     finally:
         started.kill()

@@ -1,4 +1,4 @@
-"""The real server that the programs in Node talk to: the app of `clients_app` under uvicorn."""
+"""The server that the Node programs and the Python clients talk to: the app of `clients_app` under uvicorn."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from tests.ports import free_port
 ROOT = Path(__file__).parent.parent.parent
 SECRET = "secret-key-of-the-tests-with-32-bytes-or-more"
 STREAM_BYTES = 64 * 1024
-"""What is kept of a stream."""
+"""How much of a stream the server retains."""
 
 GUARD_S = 25.0
 """Nothing waits longer than this. It is no measure of speed: the machine may be busy."""
 TEST_S = 3 * GUARD_S
-"""What a test may take: longer than the guard, so that it is the guard that tells what is missing."""
+"""The time limit of a test: longer than the guard, because the guard reports what is missing."""
 
 Line = dict[str, Any]
 
@@ -52,18 +52,18 @@ class Opened:
 
 @dataclass
 class Site:
-    """The app of `clients_app` under a real uvicorn, on a port of its own that it keeps over a restart."""
+    """The app of `clients_app` under a real uvicorn, on a port that survives a restart."""
 
     broker: str
     poll_s: float = 4 * GUARD_S
-    """How long a feed is held: longer than anything here waits, where a test is not about its end."""
+    """How long the server holds a poll: by default longer than any test waits."""
     prefix: str = field(default_factory=lambda: f"t{secrets.token_hex(6)}")
     port: int = field(default_factory=free_port)
     http: httpx.Client = field(default_factory=lambda: httpx.Client(timeout=GUARD_S))
     tokens: Realtime = field(default_factory=lambda: Realtime(secret_key=SECRET))
-    """Makes tokens as a process of the host does that serves nothing."""
+    """Creates tokens without a server, as another process of the host can."""
     ahead_s: int = 0
-    """How far the clock of the server is ahead of the machine's."""
+    """How far the clock of the server is ahead of the system clock."""
     _process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -72,7 +72,7 @@ class Site:
 
     @property
     def base_url(self) -> str:
-        """As most set it: all that a client asks for lies inside the mount."""
+        """The usual setting: all paths of a client are inside the mount."""
         return f"{self.origin}/realtime"
 
     @property
@@ -89,7 +89,7 @@ class Site:
             [sys.executable, "-m", "uvicorn", "tests.e2e.clients_app:app", "--port", str(self.port)],
             cwd=ROOT,
             env={**os.environ, **self._environment},
-            stdout=subprocess.DEVNULL,  # its access log; the errors are shown with a test that fails
+            stdout=subprocess.DEVNULL,  # the access log; a failed test shows stderr
         )
 
     def until_ready(self) -> None:
@@ -108,16 +108,16 @@ class Site:
             self.start()
 
     def stop(self) -> None:
-        """As a deployment does."""
+        """Stop it with SIGTERM, as a deployment does."""
         assert self._process is not None
-        self.http.close()  # a connection of ours that is kept alive is no reason to wait
+        self.http.close()  # uvicorn must not wait for our idle connections
         self.http = httpx.Client(timeout=GUARD_S)
         self._process.send_signal(signal.SIGTERM)
-        assert self._process.wait(GUARD_S) in (0, -signal.SIGTERM)  # uvicorn raises it again once all is closed
+        assert self._process.wait(GUARD_S) in (0, -signal.SIGTERM)  # uvicorn raises it again after closing
         self._process = None
 
     def crash(self) -> None:
-        """Without a word to anyone."""
+        """Kill it without a shutdown."""
         self.kill()
         self.http = httpx.Client(timeout=GUARD_S)
 
@@ -155,12 +155,12 @@ class Site:
         self.post("set_ahead", seconds=self.ahead_s)
 
     def requests(self, part: str = "", *, query: str = "") -> list[Line]:
-        """What the mounted app was asked so far."""
+        """The requests to the mounted app so far."""
         seen = self.http.get(f"{self.origin}/host/requests").json()
         return [request for request in seen if part in request["path"] and query in request["query"]]
 
     def until_asked(self, part: str, *, query: str = "", times: int = 1, open: bool = False) -> list[Line]:
-        """Wait until it was asked so often, for something that it has not answered yet if `open`."""
+        """Wait until there were so many requests; with `open`, only those that are not answered yet."""
 
         def asked() -> list[Line]:
             found = [request for request in self.requests(part, query=query) if request["open"] or not open]
@@ -172,11 +172,11 @@ class Site:
     def until(self, condition: Callable[[], Any], what: str) -> Any:
         deadline = time.monotonic() + GUARD_S
         while not (found := condition()):
-            assert time.monotonic() < deadline, f"after {GUARD_S:g} s still not so: {what}; asked: {self._asked()}"
+            assert time.monotonic() < deadline, f"after {GUARD_S:g} s still false: {what}; requests: {self._seen()}"
             time.sleep(0.01)
         return found
 
-    def _asked(self) -> Any:
+    def _seen(self) -> Any:
         try:
             return self.requests()
         except httpx.TransportError as exc:

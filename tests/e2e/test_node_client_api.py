@@ -1,4 +1,4 @@
-"""The official client in Node triggers runs and batches, with the secret key and with tokens, and looks at them."""
+"""The official client in Node triggers runs and batches, with the secret key and with tokens, and retrieves them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def of(kind: str, lines: list[Line]) -> list[Any]:
 
 
 def runs_with(site: Site, tag: str) -> int:
-    """How many runs there are with this tag."""
+    """The number of runs with this tag."""
     query = {"tags": tag, "offset": "-1", "log": "full"}
     headers = {"authorization": f"Bearer {SECRET}", "trigger-version": "4.8.3"}
     rows = site.http.get(f"{site.base_url}/realtime/v1/runs", params=query, headers=headers).json()
@@ -42,25 +42,25 @@ def test_the_token_of_the_handle_is_enough(site: Site) -> None:
     assert handle["id"].startswith("run_") and handle["publicAccessToken"].count(".") == 2
     *_, last = of("run", lines)
     assert (last["id"], last["status"], last["tags"]) == (handle["id"], "COMPLETED", [tag])
-    assert (last["payload"], last["output"]) == ({"count": 2}, {"told": [0, 1]})
+    assert (last["payload"], last["output"]) == ({"count": 2}, {"received": [0, 1]})
     (retrieved,) = of("retrieved", lines)
-    assert (retrieved["status"], retrieved["output"]) == ("COMPLETED", {"told": [0, 1]})
+    assert (retrieved["status"], retrieved["output"]) == ("COMPLETED", {"received": [0, 1]})
     assert retrieved["metadata"] == {"a": 1, "step": 1}
     assert of("chunks", lines) == [[{"step": 0}, {"step": 1}]]
 
 
-def test_a_payload_with_dates_comes_back_with_dates(site: Site) -> None:
+def test_a_payload_with_dates_is_shown_with_dates(site: Site) -> None:
     with running("trigger", site, task="echo", rich=True) as program:
         lines = program.rest()
     *_, last = of("run", lines)
     when = {"$date": "2026-01-02T03:04:05.678Z"}
     assert last["payload"] == {"when": when, "tags": {"$set": ["a", "b"]}, "big": {"$bigint": str(2**70)}}
-    # The task is a Python function and got JSON, so that is what its output is.
+    # The task is a Python function that received JSON, so its output has the JSON form.
     assert last["output"]["when"] == "2026-01-02T03:04:05.678Z"
     assert last["output"]["tags"] == ["a", "b"]
 
 
-def test_a_task_gets_the_types_that_it_asks_for(site: Site) -> None:
+def test_a_task_receives_the_types_of_its_annotations(site: Site) -> None:
     with running("trigger", site, task="typed", payload={"when": "2026-01-02T03:04:05.678Z"}) as program:
         *_, last = of("run", program.rest())
     assert last["output"]["weekday"] == "Friday"
@@ -74,13 +74,13 @@ def test_a_payload_of_any_kind_arrives_unchanged(site: Site) -> None:
         assert (last.get("payload"), last.get("output")) == (payload, payload)
 
 
-def test_a_payload_may_be_left_out(site: Site) -> None:
+def test_a_payload_is_optional(site: Site) -> None:
     with running("trigger", site, task="unlucky") as program:
         *_, last = of("run", program.rest())
     assert last["status"] == "FAILED" and "payload" not in last
 
 
-def test_options_of_a_trigger_hold(site: Site) -> None:
+def test_trigger_options_take_effect(site: Site) -> None:
     tag = new_tag()
     options = {"tags": tag, "delay": "1h", "ttl": "2h", "idempotencyKey": secrets.token_hex(8)}
     with running("api", site, calls=["trigger", "trigger"], task="echo", payload=1, options=options) as program:
@@ -93,13 +93,13 @@ def test_options_of_a_trigger_hold(site: Site) -> None:
     assert runs_with(site, tag) == 1
 
 
-def test_a_task_that_is_not_there_is_an_error(site: Site) -> None:
-    with running("api", site, calls=["trigger"], task="nobody's", payload=1) as program:
+def test_an_unknown_task_is_an_error(site: Site) -> None:
+    with running("api", site, calls=["trigger"], task="unknown", payload=1) as program:
         (line,) = program.rest()
     assert line["error"]["status"] == 404
 
 
-def test_a_payload_that_does_not_fit_is_an_error(site: Site) -> None:
+def test_a_payload_of_the_wrong_type_is_an_error(site: Site) -> None:
     with running("api", site, calls=["trigger"], task="typed", payload={"when": "tomorrow"}) as program:
         (line,) = program.rest()
     assert line["error"]["status"] == 422
@@ -115,7 +115,7 @@ def test_a_trigger_token_lets_a_browser_trigger(site: Site) -> None:
     assert of("error", lines) == []
 
 
-def test_a_trigger_token_is_for_its_tasks_alone(site: Site) -> None:
+def test_a_trigger_token_triggers_only_its_tasks(site: Site) -> None:
     token = site.tokens.create_trigger_public_token(["echo", "typed"], multiple_use=True)
     for task, expected in (("echo", None), ("steps", 403)):
         with running("api", site, calls=["trigger"], task=task, payload=1, token=token) as program:
@@ -123,7 +123,7 @@ def test_a_trigger_token_is_for_its_tasks_alone(site: Site) -> None:
         assert line.get("error", {}).get("status") == expected
 
 
-def test_a_token_made_by_the_client_triggers_once(site: Site) -> None:
+def test_a_token_created_by_the_client_triggers_once(site: Site) -> None:
     tag = new_tag()
     with running("one_time", site, task="echo", times=3, options={"tags": [tag]}) as program:
         lines = program.rest()
@@ -144,8 +144,8 @@ def test_a_one_time_token_used_by_many_at_once_triggers_once(site: Site) -> None
     assert runs_with(site, tag) == 1
 
 
-def test_a_one_time_token_may_be_tried_again_when_the_answer_was_lost(site: Site) -> None:
-    """The client tries again by itself when a connection breaks. It must get the run that there is, and not 422."""
+def test_a_one_time_token_can_be_retried_when_the_response_was_lost(site: Site) -> None:
+    """The client retries when a connection breaks. It must get the existing run, not 422."""
     tag = new_tag()
     token = site.tokens.create_trigger_public_token("echo")
     path = "/realtime/api/v1/tasks/echo/trigger"
@@ -166,7 +166,7 @@ def test_a_one_time_token_may_be_tried_again_when_the_answer_was_lost(site: Site
     assert runs_with(site, tag) == 1
 
 
-def test_a_trigger_is_not_doubled_when_the_answer_was_lost(site: Site) -> None:
+def test_a_trigger_is_not_doubled_when_the_response_was_lost(site: Site) -> None:
     tag = new_tag()
     path = "/realtime/api/v1/tasks/echo/trigger"
     before = len(site.requests(path))
@@ -198,7 +198,7 @@ def test_a_batch_is_triggered_followed_and_retrieved(site: Site) -> None:
     assert runs_with(site, tag) == 5
 
 
-def test_a_large_batch_arrives_whole(site: Site) -> None:
+def test_a_large_batch_arrives_complete(site: Site) -> None:
     items = [{"payload": "x" * 5000, "options": {"idempotencyKey": f"{new_tag()}"}} for _ in range(200)]
     with running("api", site, calls=["batch"], task="echo", items=items) as program:
         lines = program.rest()
@@ -206,7 +206,7 @@ def test_a_large_batch_arrives_whole(site: Site) -> None:
     assert len(set(retrieved["runs"])) == 200
 
 
-def test_a_batch_may_be_of_several_tasks(site: Site) -> None:
+def test_a_batch_can_have_several_tasks(site: Site) -> None:
     items = [
         {"id": "echo", "payload": 1},
         {"id": "typed", "payload": {"when": "2026-01-02T03:04:05Z"}},
@@ -223,7 +223,7 @@ def test_a_batch_may_be_of_several_tasks(site: Site) -> None:
     assert over["typed"]["output"]["weekday"] == "Friday"
 
 
-def test_a_token_of_a_batch_triggers_batches_of_its_tasks(site: Site) -> None:
+def test_a_batch_token_triggers_batches_of_its_tasks(site: Site) -> None:
     items = [{"payload": 1}, {"payload": 2}]
     for allowed in ("echo", ["typed", "echo"]):
         with running("api", site, calls=["batchWithToken"], task="echo", items=items, allowed=allowed) as program:
@@ -256,14 +256,14 @@ def test_options_that_have_no_effect_are_no_error(site: Site) -> None:
     assert last["output"] == 1
 
 
-def test_a_payload_that_the_client_would_take_elsewhere_is_an_error_that_says_so(site: Site) -> None:
+def test_a_payload_that_the_client_would_upload_is_an_error(site: Site) -> None:
     with running("api", site, calls=["trigger"], task="echo", payload="x" * 200_000) as program:
         (line,) = program.rest()
     assert line["error"]["status"] == 413
     assert "131072 bytes" in line["error"]["message"]
 
 
-def test_what_is_not_supported_is_an_error(site: Site) -> None:
+def test_unsupported_calls_are_errors(site: Site) -> None:
     calls = ["list", "replay", "reschedule", "createToken"]
     run = site.open()
     with running("api", site, calls=calls, run=run.id) as program:
@@ -271,7 +271,7 @@ def test_what_is_not_supported_is_an_error(site: Site) -> None:
     run.end()
 
 
-def test_a_public_token_for_a_while(site: Site) -> None:
+def test_a_scope_with_a_public_token(site: Site) -> None:
     run = site.open()
     run.append("a", "b", stream="words")
     run.end(output=1)
@@ -311,7 +311,7 @@ def test_a_failed_run_is_retrieved_with_its_error(site: Site) -> None:
     assert (shown["status"], shown["isFailed"], shown["error"]["message"]) == ("FAILED", True, "no luck")
 
 
-def test_a_run_that_never_was_is_an_error(site: Site) -> None:
+def test_an_unknown_run_is_an_error(site: Site) -> None:
     with running("api", site, calls=["retrieve", "cancel", "poll"], run="run_never") as program:
         assert [line["error"]["status"] for line in program.rest()] == [404] * 3
 
@@ -338,7 +338,7 @@ def test_a_worker_changes_metadata(site: Site) -> None:
     run.end()
 
 
-def test_tokens_made_by_the_client_hold(site: Site) -> None:
+def test_tokens_created_by_the_client_are_valid(site: Site) -> None:
     tag = new_tag()
     run = site.open(tags=[tag])
     run.end(output=1)
@@ -349,4 +349,4 @@ def test_tokens_made_by_the_client_hold(site: Site) -> None:
     with running("subscribe", site, feed="tags", tags=tag, token=token, breakAfter=1) as feed:
         assert feed.next("run")["output"] == 1
     with running("api", site, calls=["publicToken"], options=options, token=token) as program:
-        assert program.next("error")["status"] in (401, 403)  # a public token makes no other
+        assert program.next("error")["status"] in (401, 403)  # a public token cannot create another

@@ -14,7 +14,7 @@ pytestmark = [
 ]
 
 ALL = ["/realtime", "/realtime/", ""]
-"""All inside the mount at `/realtime`; or the origin, of an app that is mounted at `/realtime` and at `/api`."""
+"""Inside the mount at `/realtime`, or the origin of an app mounted at `/realtime` and at `/api`."""
 
 
 @pytest.mark.parametrize("prefix", ALL)
@@ -24,7 +24,7 @@ def test_everything_works(site: Site, prefix: str) -> None:
     with running("trigger", site, baseURL=base_url, task="steps", payload={"count": 1}, send=sent) as program:
         lines = program.rest()
     assert [list(line)[0] for line in lines[-2:]] == ["retrieved", "chunks"]
-    assert lines[-3]["run"]["output"] == {"told": ["go"]}
+    assert lines[-3]["run"]["output"] == {"received": ["go"]}
     assert lines[-1]["chunks"] == [{"step": 0}]
     with running("api", site, baseURL=base_url, calls=["batch"], task="echo", items=[{"payload": 1}]) as program:
         assert program.rest()[-1]["retrieved"]["runCount"] == 1
@@ -45,7 +45,7 @@ def test_with_a_mount_at_realtime_alone_feeds_and_streams_work(site: Site) -> No
             run.end(output=1)
             assert feed.rest()[-1].keys() == {"end"}
         assert reader.rest() == [{"end": 1}]
-    calls = ["trigger", "retrieve"]  # these lie outside, where the host has nothing
+    calls = ["trigger", "retrieve"]  # outside the mount, where the host has no route
     with running("api", site, baseURL=base_url, calls=calls, task="echo", run=run.id) as program:
         assert [line["error"]["status"] for line in program.rest()] == [404, 404]
     assert not site.requests("/only/api")

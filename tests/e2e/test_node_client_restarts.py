@@ -1,7 +1,7 @@
-"""The official client in Node over a shutdown and a restart of the server.
+"""The official client in Node across a shutdown and a restart of the server.
 
-With the memory broker all is gone: what was followed is told of that, and goes on with what there is now. With Redis
-nothing is lost, and a run goes on in another process meanwhile.
+With the memory broker all data is lost: the client notices and continues with the new state. With Redis nothing is
+lost, and another process keeps executing the run.
 """
 
 from __future__ import annotations
@@ -52,13 +52,13 @@ def test_a_stream_in_memory_ends_with_an_error_after_a_restart(lone: Site) -> No
     with running("read", lone, run=run.id, token=run.token) as reader:
         assert [reader.next("chunk") for _ in range(2)] == ["a", "b"]
         lone.restart()
-        (line,) = reader.rest()  # not the end: that would say that this was all
+        (line,) = reader.rest()  # an "end" would mean that the stream is complete
         assert line["error"]["status"] == 404
         (asked,) = lone.requests(f"/streams/{run.id}/")
         assert (asked["last_event_id"], asked["status"]) == ("1", 404)
 
 
-def test_a_list_in_memory_goes_on_with_what_there_is_now(lone: Site) -> None:
+def test_a_list_in_memory_continues_with_the_new_runs(lone: Site) -> None:
     tag = f"user:{secrets.token_hex(4)}"
     before = lone.open(tags=[tag])
     with running("subscribe", lone, feed="tags", tags=tag, token=lone.token(f"read:tags:{tag}")) as feed:
@@ -70,39 +70,39 @@ def test_a_list_in_memory_goes_on_with_what_there_is_now(lone: Site) -> None:
         lone.start()
         after = lone.open(tags=[tag])
         assert feed.until("run", lambda run: run["id"] != before.id)["id"] == after.id
-        after.end(output="news")
-        assert feed.until("run", lambda run: "finishedAt" in run)["output"] == "news"
+        after.end(output="done")
+        assert feed.until("run", lambda run: "finishedAt" in run)["output"] == "done"
         statuses = [seen["status"] for seen in lone.requests("/v1/runs") if not seen["open"]]
         assert statuses.count(409) == 1 and set(statuses) == {200, 409}
 
 
-def test_a_list_in_memory_that_was_empty_goes_on(lone: Site) -> None:
+def test_an_empty_list_in_memory_continues(lone: Site) -> None:
     tag = f"user:{secrets.token_hex(4)}"
     with running("subscribe", lone, feed="tags", tags=tag, token=lone.token(f"read:tags:{tag}")) as feed:
         lone.until_asked("/v1/runs", query="live=true", open=True)
         lone.restart()
         run = lone.open(tags=[tag])
         assert feed.next("run")["id"] == run.id
-        run.end(output="news")
-        assert feed.until("run", lambda run: "finishedAt" in run)["output"] == "news"
+        run.end(output="done")
+        assert feed.until("run", lambda run: "finishedAt" in run)["output"] == "done"
 
 
-def test_a_run_in_memory_is_gone_and_is_not_asked_for_again_and_again(lone: Site) -> None:
+def test_a_run_in_memory_is_lost_and_not_polled_forever(lone: Site) -> None:
     run = lone.open()
     with running("subscribe", lone, feed="run", run=run.id, token=run.token) as feed:
         feed.next("run")
         lone.until_asked(f"/runs/{run.id}", query="live=true", open=True)
         lone.restart()
         lone.until_asked(f"/runs/{run.id}")
-        lone.until(lambda: lone.requests(f"/runs/{run.id}")[-1]["status"] == 404, "it is told that there is none")
+        lone.until(lambda: lone.requests(f"/runs/{run.id}")[-1]["status"] == 404, "the feed gets 404")
         other = lone.open()
-        with running("read", lone, run=other.id, token=other.token) as reader:  # for as long as this takes
+        with running("read", lone, run=other.id, token=other.token) as reader:  # long enough for another poll
             other.end()
             reader.rest()
         assert [seen["status"] for seen in lone.requests(f"/runs/{run.id}")] in ([404], [409, 404])
 
 
-def test_a_stream_on_redis_goes_on_after_a_crash(pair: tuple[Site, Site]) -> None:
+def test_a_stream_on_redis_continues_after_a_crash(pair: tuple[Site, Site]) -> None:
     front, back = pair
     run = back.open()
     run.append(*range(5))
@@ -146,10 +146,10 @@ def test_a_list_on_redis_is_followed_over_a_restart(pair: tuple[Site, Site]) -> 
         runs[0].end(output="while it was away")
         late = back.open(name="late", tags=[tag])
         front.start()
-        told = [feed.next("run") for _ in range(2)]
-        assert {run["id"]: run.get("output") for run in told} == {runs[0].id: "while it was away", late.id: None}
+        shown = [feed.next("run") for _ in range(2)]
+        assert {run["id"]: run.get("output") for run in shown} == {runs[0].id: "while it was away", late.id: None}
         assert all(seen["status"] in (200, None) for seen in front.requests("/v1/runs"))
-        assert not front.requests("/v1/runs", query="offset=-1")  # from where it was, not from the begin
+        assert not front.requests("/v1/runs", query="offset=-1")  # it resumes and does not start over
 
 
 def test_a_batch_on_redis_is_followed_over_a_restart(pair: tuple[Site, Site]) -> None:
@@ -161,7 +161,7 @@ def test_a_batch_on_redis_is_followed_over_a_restart(pair: tuple[Site, Site]) ->
         for run_id in batch["runs"]:
             back.send(run_id, "next", "go")
         for _ in batch["runs"]:
-            assert feed.until("run", lambda run: "finishedAt" in run)["output"] == {"told": ["go"]}
+            assert feed.until("run", lambda run: "finishedAt" in run)["output"] == {"received": ["go"]}
 
 
 def test_streams_and_run_on_redis_are_followed_together_over_a_restart(pair: tuple[Site, Site]) -> None:
@@ -178,19 +178,19 @@ def test_streams_and_run_on_redis_are_followed_together_over_a_restart(pair: tup
         assert feed.until("chunk") == "d"
 
 
-def test_a_pipe_goes_on_after_a_restart(pair: tuple[Site, Site]) -> None:
+def test_a_pipe_continues_after_a_restart(pair: tuple[Site, Site]) -> None:
     front, back = pair
     run = back.open()
     with (
         running("pipe", front, run=run.id, key="out") as pipe,
         running("read", back, run=run.id, key="out", token=run.token) as reader,
     ):
-        pipe.tell(list(range(5)))
+        pipe.send(list(range(5)))
         seen = [reader.next("chunk") for _ in range(5)]
         front.stop()
-        pipe.tell(list(range(5, 10)))
+        pipe.send(list(range(5, 10)))
         front.start()
-        pipe.tell(None)
+        pipe.send(None)
         seen += [reader.next("chunk") for _ in range(5)]
         assert pipe.until("complete")
         run.end()

@@ -55,13 +55,13 @@ def test_a_run_is_followed_to_its_output(site: Site) -> None:
         lines = feed.rest()
     *_, last = runs_in(lines)
     assert (last["status"], last["isCompleted"], last["isSuccess"]) == ("COMPLETED", True, True)
-    assert last["output"] == {"told": ["go 0", "go 1", "go 2"]}
+    assert last["output"] == {"received": ["go 0", "go 1", "go 2"]}
     assert last["finishedAt"]["$date"] >= last["startedAt"]["$date"]
     assert [ended(run) for run in runs_in(lines)].count(True) == 1  # with the output at once, and nothing after it
     assert "end" in lines[-1]
 
 
-def test_a_run_that_waits_is_told_in_time(site: Site) -> None:
+def test_a_delayed_run_is_shown_as_delayed(site: Site) -> None:
     run = site.trigger("echo", "late", delay="1h", ttl="2h")
     with running("subscribe", site, feed="run", run=run.id, token=run.token, breakAfter=1) as feed:
         shown = feed.next("run")
@@ -91,12 +91,12 @@ def test_a_canceled_run_ends_its_feed(site: Site) -> None:
     assert "end" in end
 
 
-def test_a_run_that_is_over_is_told_once_and_the_feed_ends(site: Site) -> None:
+def test_a_run_that_has_ended_is_sent_once_and_the_feed_ends(site: Site) -> None:
     run = site.open()
     run.end(output=[1, {"a": None}])
     with running("subscribe", site, feed="run", run=run.id, token=run.token) as feed:
-        told, end = feed.rest()
-    assert (told["run"]["output"], end) == ([1, {"a": None}], {"end": 1})
+        shown, end = feed.rest()
+    assert (shown["run"]["output"], end) == ([1, {"a": None}], {"end": 1})
     assert len(site.requests(f"/runs/{run.id}")) == 1
 
 
@@ -111,14 +111,14 @@ def test_an_output_of_any_kind_arrives_unchanged(site: Site) -> None:
         assert shown["run"]["metadata"] == {"kind": output}
 
 
-def test_tags_that_are_hard_to_write_arrive_as_they_are(site: Site) -> None:
+def test_tags_with_special_characters_arrive_unchanged(site: Site) -> None:
     tags = ["user:1", "a b", "{braces}", "NULL", "it's", "Zürich", "a/b?c=d&e", "%41"]
     run = site.open(tags=tags)
     with running("subscribe", site, feed="run", run=run.id, token=run.token, breakAfter=1) as feed:
         assert sorted(feed.next("run")["tags"]) == sorted(tags)
 
 
-def test_columns_are_left_out_where_asked(site: Site) -> None:
+def test_a_client_can_skip_columns(site: Site) -> None:
     run = site.trigger("echo", {"secret": 1}, metadata={"shown": True})
     options = {"skipColumns": ["payload", "output", "startedAt"]}
     with running("subscribe", site, feed="run", run=run.id, token=run.token, options=options) as feed:
@@ -128,7 +128,7 @@ def test_columns_are_left_out_where_asked(site: Site) -> None:
     assert last["run"]["metadata"] == {"shown": True} and ended(last["run"])
 
 
-def test_a_token_can_leave_out_columns(site: Site) -> None:
+def test_a_token_can_skip_columns(site: Site) -> None:
     run = site.trigger("echo", {"secret": 1})
     options = {"scopes": {"read": {"runs": [run.id]}}, "realtime": {"skipColumns": ["payload"]}}
     with running("api", site, calls=["publicToken"], options=options) as minting:
@@ -138,7 +138,7 @@ def test_a_token_can_leave_out_columns(site: Site) -> None:
     assert "payload" not in last["run"] and last["run"]["output"] == {"secret": 1}
 
 
-def test_a_feed_may_go_on_after_the_end(site: Site) -> None:
+def test_a_feed_can_continue_after_the_end_of_its_run(site: Site) -> None:
     run = site.open()
     with running(
         "subscribe", site, feed="run", run=run.id, token=run.token, options={"stopOnCompletion": False}
@@ -147,12 +147,12 @@ def test_a_feed_may_go_on_after_the_end(site: Site) -> None:
         run.end(output=1)
         feed.until("run", ended)
         site.until_asked(f"/runs/{run.id}", query="live=true", open=True)
-        feed.tell("abort")
+        feed.send("abort")
         assert feed.rest()[-1].keys() == {"end"}
 
 
 @pytest.mark.parametrize("leave", ["break", "abort"])
-def test_leaving_a_feed_frees_the_request_that_is_held(site: Site, leave: str) -> None:
+def test_leaving_a_feed_ends_the_held_request(site: Site, leave: str) -> None:
     run = site.open()
     times = 2 if leave == "break" else None
     with running("subscribe", site, feed="run", run=run.id, token=run.token, breakAfter=times) as feed:
@@ -161,13 +161,13 @@ def test_leaving_a_feed_frees_the_request_that_is_held(site: Site, leave: str) -
         if leave == "break":
             run.update(metadata={"a": 1})
         else:
-            feed.tell("abort")
+            feed.send("abort")
         assert "end" in feed.rest()[-1]
     site.until(lambda: not any(seen["open"] for seen in site.requests(f"/runs/{run.id}")), "nothing is held")
     run.end()
 
 
-def test_a_program_that_has_followed_and_read_ends_by_itself(site: Site) -> None:
+def test_a_program_that_has_followed_and_read_exits(site: Site) -> None:
     run = site.open()
     run.append("a")
     run.end()
@@ -186,9 +186,9 @@ def test_an_idle_feed_holds_one_request_at_a_time() -> None:
             polls = [seen for seen in site.requests(f"/runs/{run.id}", query="live=true") if not seen["open"]]
             assert all(seen["status"] == 200 and seen["held"] > POLL_S / 2 for seen in polls)
             assert all(one["began"] + one["held"] <= next["began"] for one, next in pairwise(polls))
-            assert len(site.requests(f"/runs/{run.id}")) <= len(polls) + 2  # the snapshot, and the one that is held now
-            run.update(metadata={"news": True})
-            assert feed.next("run")["metadata"] == {"news": True}  # and nothing came for the empty answers before
+            assert len(site.requests(f"/runs/{run.id}")) <= len(polls) + 2  # the snapshot, and the one held now
+            run.update(metadata={"changed": True})
+            assert feed.next("run")["metadata"] == {"changed": True}  # the empty polls before printed nothing
             run.end(output="done")
             *_, last, _ = feed.rest()
         assert last["run"]["output"] == "done"
@@ -212,14 +212,14 @@ def test_the_runs_that_have_all_tags_are_followed(site: Site) -> None:
         for run in (both, late):
             run.end(output=run.id)
         outputs = {feed.until("run", ended)["output"] for _ in range(2)}
-        feed.tell("abort")
+        feed.send("abort")
         rest = feed.rest()
     assert outputs == {both.id, late.id}
     assert {run["id"] for run in runs_in(rest)} <= {joined.id}
 
 
 def test_changes_of_other_runs_do_not_answer_a_held_request(site: Site) -> None:
-    """A list of several tags is found by one of them. An answer without a row would be asked for again at once."""
+    """A list of several tags follows one of their topics. An empty response would be polled again immediately."""
     tags = sorted(new_tag() for _ in range(2))
     run = site.open(tags=tags)
     other = site.open(tags=tags[:1])
@@ -253,10 +253,10 @@ def test_one_tag_may_be_text(site: Site) -> None:
     assert {run["id"] for run in found} == {run.id for run in runs}
 
 
-def test_a_list_reaches_back_as_far_as_it_is_asked(site: Site) -> None:
+def test_a_list_reaches_back_as_far_as_requested(site: Site) -> None:
     tag = new_tag()
     old = site.open(tags=[tag])
-    # Its age is a matter of the machine's clock, which nothing here can turn.
+    # The age of a run depends on the system clock, which a test cannot set.
     born = datetime.now(UTC)
     site.until(lambda: (datetime.now(UTC) - born).total_seconds() > 1, "the run is older than a second")
     filters = {"createdAt": "1s", "skipColumns": ["metadata"]}
@@ -282,7 +282,8 @@ def test_the_runs_of_a_batch_are_followed(site: Site) -> None:
             over[run["id"]] = run["output"]
         assert over == dict(zip(batch["runs"][:2], (1, 2), strict=True))
         site.send(batch["runs"][2], "next", "go")
-        assert feed.until("run", lambda run: ended(run) and run["id"] == batch["runs"][2])["output"] == {"told": ["go"]}
+        last = feed.until("run", lambda run: ended(run) and run["id"] == batch["runs"][2])
+        assert last["output"] == {"received": ["go"]}
 
 
 @both_brokers
@@ -293,7 +294,7 @@ def test_the_streams_of_a_run_come_with_it(site: Site) -> None:
         shown = feed.next("run")
         assert shown["realtimeStreams"] == ["default"]
         assert [feed.until("chunk") for _ in range(2)] == ["first", "second"]
-        run.append({"line": 1}, stream="log")  # of a stream that was not there yet
+        run.append({"line": 1}, stream="log")  # of a new stream
         assert feed.until("chunk") == {"line": 1}
         run.append("third")
         assert feed.until("chunk") == "third"
@@ -302,7 +303,7 @@ def test_the_streams_of_a_run_come_with_it(site: Site) -> None:
         lines = [feed.line(), feed.line()]
         assert {"chunk": "last words", "stream": "default"} in lines
         assert [run["output"] for run in runs_in(lines)] == ["done"]
-        feed.tell("abort")  # by itself it does not end: that is the package's way
+        feed.send("abort")  # the package does not end a feed with streams
         assert feed.rest()[-1].keys() == {"end"}
     assert all(seen["status"] == 200 for seen in site.requests(f"/streams/{run.id}/"))
     assert len(site.requests(f"/streams/{run.id}/")) == 2

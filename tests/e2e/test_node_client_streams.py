@@ -1,4 +1,4 @@
-"""The official client in Node reads streams: from any position, over cuts, with the right indexes and times."""
+"""The official client in Node reads streams from any position, across disconnects, with the right indexes and times."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_every_chunk_arrives_once_in_order_and_unchanged(site: Site) -> None:
     assert len(site.requests(f"/streams/{run.id}/")) == 3
 
 
-def test_a_long_stream_arrives_whole(site: Site) -> None:
+def test_a_long_stream_arrives_complete(site: Site) -> None:
     run = site.open()
     expected = list(range(3000))
     with running("read", site, run=run.id, token=run.token) as reader:
@@ -70,7 +70,7 @@ def test_a_long_stream_arrives_whole(site: Site) -> None:
     assert chunks_in(read_all(site, run.id)) == expected
 
 
-def test_a_stream_that_nobody_has_written_yet_is_waited_for(site: Site) -> None:
+def test_a_reader_waits_for_a_stream_that_does_not_exist_yet(site: Site) -> None:
     run = site.open()
     with running("read", site, run=run.id, key="later", token=run.token) as reader:
         site.until_asked(f"/streams/{run.id}/later")
@@ -81,7 +81,7 @@ def test_a_stream_that_nobody_has_written_yet_is_waited_for(site: Site) -> None:
         assert reader.rest() == [{"end": 1}]
 
 
-def test_a_stream_of_a_run_that_is_over_ends_at_once(site: Site) -> None:
+def test_a_stream_of_a_run_that_has_ended_ends_immediately(site: Site) -> None:
     run = site.open()
     run.append("a", "b", "c")
     run.end(error="bad")
@@ -90,7 +90,7 @@ def test_a_stream_of_a_run_that_is_over_ends_at_once(site: Site) -> None:
 
 
 @both_brokers
-def test_reading_begins_at_an_index(site: Site) -> None:
+def test_reading_starts_at_an_index(site: Site) -> None:
     run = site.open()
     run.append(*range(6))
     with running("read", site, run=run.id, token=run.token, options={"startIndex": 4}) as reader:
@@ -104,7 +104,7 @@ def test_reading_begins_at_an_index(site: Site) -> None:
             assert (reader.rest(), ahead.rest()) == ([{"end": 5}], [{"end": 1}])
 
 
-def test_reading_past_the_end_ends_at_once(site: Site) -> None:
+def test_reading_past_the_end_ends_immediately(site: Site) -> None:
     run = site.open()
     run.append(0, 1, 2)
     run.end()
@@ -113,7 +113,7 @@ def test_reading_past_the_end_ends_at_once(site: Site) -> None:
         assert len(site.requests(f"/streams/{run.id}/")) == number
 
 
-def test_reading_from_the_latest_skips_what_is_there(site: Site) -> None:
+def test_reading_from_the_latest_skips_earlier_chunks(site: Site) -> None:
     run = site.open()
     run.append("old", "older")
     with running("read", site, run=run.id, token=run.token, options={"from": "latest"}) as reader:
@@ -126,7 +126,7 @@ def test_reading_from_the_latest_skips_what_is_there(site: Site) -> None:
     assert chunks_in(read_all(site, run.id, options={"from": "beginning"})) == ["old", "older", "new"]
 
 
-def test_reading_from_the_latest_goes_on_from_there_after_a_cut(site: Site) -> None:
+def test_reading_from_the_latest_resumes_there_after_a_disconnect(site: Site) -> None:
     run = site.open()
     run.append("old")
     with Relay(site.port) as relay:
@@ -169,7 +169,7 @@ def test_a_cut_connection_loses_and_doubles_nothing(site: Site) -> None:
             run.append(*range(start, start + 5))
             seen += [reader.next("chunk") for _ in range(5)]
             relay.cut()
-            run.append(*range(start + 5, start + 10))  # while the client is away, or is back already
+            run.append(*range(start + 5, start + 10))  # while the client is disconnected, or after it is back
             seen += [reader.next("chunk") for _ in range(5)]
         run.end()
         assert reader.rest() == [{"end": 40}]
@@ -195,7 +195,7 @@ def test_a_cut_in_the_middle_of_many_chunks_loses_and_doubles_nothing(site: Site
     assert seen == [*range(2000), *range(2100, 2500)]
 
 
-def test_a_cut_before_the_first_chunk_begins_again(site: Site) -> None:
+def test_a_disconnect_before_the_first_chunk_restarts_the_stream(site: Site) -> None:
     run = site.open()
     with (
         Relay(site.port) as relay,
@@ -208,7 +208,7 @@ def test_a_cut_before_the_first_chunk_begins_again(site: Site) -> None:
         assert reader.rest() == [{"chunk": "a"}, {"end": 1}]
 
 
-def test_silence_for_as_long_as_the_client_allows_ends_the_reading(site: Site) -> None:
+def test_the_timeout_of_the_client_ends_the_reading(site: Site) -> None:
     run = site.open()
     run.append("a", "b")
     with (
@@ -221,7 +221,7 @@ def test_silence_for_as_long_as_the_client_allows_ends_the_reading(site: Site) -
     assert len(site.requests(f"/streams/{run.id}/")) == 2
 
 
-def test_a_timeout_that_is_not_allowed_is_refused(site: Site) -> None:
+def test_an_invalid_timeout_is_rejected(site: Site) -> None:
     run = site.open()
     for seconds in (601, -1, 0.5):
         (line,) = read_all(site, run.id, options={"timeoutInSeconds": seconds})
@@ -230,14 +230,14 @@ def test_a_timeout_that_is_not_allowed_is_refused(site: Site) -> None:
 
 
 def overflown(site: Site) -> tuple[Any, int, list[str]]:
-    """A run whose stream is larger than what is kept, how many chunks it has, and the chunks."""
+    """A run with a stream larger than its retention, the number of its chunks, and the chunks."""
     run = site.open()
     chunks = [f"{number:04d}" + "x" * 1000 for number in range(3 * STREAM_BYTES // 1000)]
     run.append(*chunks)
     return run, len(chunks), chunks
 
 
-def test_a_resume_point_that_is_not_kept_any_more_is_an_error(site: Site) -> None:
+def test_an_expired_resume_position_is_an_error(site: Site) -> None:
     run, count, chunks = overflown(site)
     (line,) = read_all(site, run.id, token=run.token, options={"startIndex": 1})
     assert line["error"]["status"] == 410
@@ -259,7 +259,7 @@ def test_leaving_a_stream_closes_its_request(site: Site) -> None:
         site.until(nothing_open, "nothing is open")
     with running("read", site, run=run.id, token=run.token) as reader:
         assert reader.next("chunk") == "a"
-        reader.tell("abort")
+        reader.send("abort")
         assert_ended_by_abort(reader)
         site.until(nothing_open, "nothing is open")
     run.end()

@@ -1,4 +1,4 @@
-"""The official client in Node with tokens that are not good enough: what its user sees, and that it then leaves."""
+"""The official client in Node with tokens that the server rejects: what its user sees, and that it then disconnects."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def forged(scope: str) -> str:
     """The signature of a token that may read another run."""
     token = Realtime(secret_key=SECRET).create_public_token(scopes=["read:runs:run_of_mine"])
     header, claims, signature = token.split(".")
-    told = json.loads(base64.urlsafe_b64decode(claims + "=" * (-len(claims) % 4)))
-    changed = base64.urlsafe_b64encode(json.dumps({**told, "scopes": [scope]}).encode()).rstrip(b"=").decode()
+    signed = json.loads(base64.urlsafe_b64decode(claims + "=" * (-len(claims) % 4)))
+    changed = base64.urlsafe_b64encode(json.dumps({**signed, "scopes": [scope]}).encode()).rstrip(b"=").decode()
     return f"{header}.{changed}.{signature}"
 
 
@@ -73,7 +73,7 @@ def test_a_token_to_read_does_not_trigger_and_the_reverse(site: Site) -> None:
 
 
 def test_a_feed_is_refused_and_asked_for_once() -> None:
-    """Each answer of the feed that is allowed, which is held for a moment, tells that time has passed."""
+    """The polls of an accepted feed show that enough time has passed for a second try."""
     with serving("memory", poll_s=0.2) as site:
         run = site.open()
         forbidden = {make: site.open() for make in REFUSED}
@@ -92,7 +92,7 @@ def test_a_feed_is_refused_and_asked_for_once() -> None:
 
 @pytest.fixture(scope="module")
 def ahead() -> Iterator[Site]:
-    """A server whose clock the tests move ahead of the machine's."""
+    """A server with a clock that the tests move ahead."""
     with serving("memory") as site:
         yield site
 
@@ -136,10 +136,10 @@ def test_a_feed_ends_with_its_token(ahead: Site) -> None:
     run, other = ahead.open(), ahead.open()
     refused = [[run.id, soon_expired(ahead, run)]]
     with running("refused_feed", ahead, run=other.id, refused=refused) as program:
-        program.until("refused")  # the first state, while it may
+        program.until("refused")  # the first state, before the token expires
         ahead.until_asked(f"/runs/{run.id}", query="live=true", open=True)
         ahead.move_clock(20)
-        ahead.until(lambda: ahead.requests(f"/runs/{run.id}")[-1]["status"] == 401, "it is told")
+        ahead.until(lambda: ahead.requests(f"/runs/{run.id}")[-1]["status"] == 401, "the feed is rejected")
         run.update(metadata={"secret": 1})
         for number in range(3):
             other.update(metadata={"number": number})

@@ -1,4 +1,4 @@
-"""The official client in Node writes: streams as its worker does, and what is sent into a run, both ways."""
+"""The official client in Node writes: streams, as its worker does, and inputs of a run, in both directions."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ def read_all(site: Site, run: str, key: str) -> list[Any]:
 
 
 @both_brokers
-def test_a_pipe_writes_as_its_source_goes_on(site: Site) -> None:
+def test_a_pipe_writes_each_chunk_of_its_source(site: Site) -> None:
     run = site.open()
     with (
         running("pipe", site, run=run.id, key="out") as pipe,
         running("read", site, run=run.id, key="out", token=run.token) as reader,
     ):
         for chunk in CHUNKS:
-            pipe.tell([chunk])
+            pipe.send([chunk])
             assert pipe.next("local") == chunk
-            assert reader.next("chunk") == chunk  # while the writer's request is open
-        pipe.tell(None)
+            assert reader.next("chunk") == chunk  # while the request of the writer is open
+        pipe.send(None)
         assert pipe.rest() == [{"complete": True}]
-        run.append("of the host", stream="out")  # the end of a writer is not the end of the stream
+        run.append("of the host", stream="out")  # a writer that ends does not end the stream
         assert reader.next("chunk") == "of the host"
         run.end()
         assert reader.rest() == [{"end": len(CHUNKS) + 1}]
@@ -52,7 +52,7 @@ def test_a_pipe_writes_as_its_source_goes_on(site: Site) -> None:
 
 
 def test_a_cut_in_the_middle_of_a_pipe_loses_and_doubles_nothing(site: Site) -> None:
-    """One writer waits for its source when the connection breaks, another is in the middle of many chunks."""
+    """One writer waits for its source when the connection breaks, another is sending many chunks."""
     run = site.open()
     many = [f"{number} " + "x" * 500 for number in range(100)]
     with (
@@ -62,14 +62,14 @@ def test_a_cut_in_the_middle_of_a_pipe_loses_and_doubles_nothing(site: Site) -> 
         running("read", site, run=run.id, key="slow", token=run.token) as slow_reader,
         running("read", site, run=run.id, key="fast", token=run.token) as fast_reader,
     ):
-        slow.tell(list(range(5)))
+        slow.send(list(range(5)))
         seen_slow = [slow_reader.next("chunk") for _ in range(5)]
-        fast.tell(many)
+        fast.send(many)
         seen_fast = [fast_reader.next("chunk")]
-        relay.cut()  # between lines or within one
-        slow.tell(list(range(5, 10)))
-        slow.tell(None)
-        fast.tell(None)
+        relay.cut()  # between lines or inside one
+        slow.send(list(range(5, 10)))
+        slow.send(None)
+        fast.send(None)
         seen_slow += [slow_reader.next("chunk") for _ in range(5)]
         seen_fast += [fast_reader.next("chunk") for _ in many[1:]]
         assert slow.until("complete") and fast.until("complete")
@@ -87,10 +87,10 @@ def test_two_writers_of_a_stream_do_not_hide_each_other(site: Site) -> None:
         running("pipe", site, run=run.id, key="out") as other,
     ):
         for number in range(5):
-            one.tell([f"one {number}"])
-            other.tell([f"other {number}"])
+            one.send([f"one {number}"])
+            other.send([f"other {number}"])
         for pipe in (one, other):
-            pipe.tell(None)
+            pipe.send(None)
             assert pipe.until("complete")
     run.end()
     found = read_all(site, run.id, "out")
@@ -112,12 +112,12 @@ def test_writers_merges_and_appends_arrive(site: Site) -> None:
     assert read_all(site, run.id, "appended") == texts
 
 
-def test_a_run_that_is_over_takes_no_chunks(site: Site) -> None:
+def test_a_run_that_has_ended_rejects_chunks(site: Site) -> None:
     run = site.open()
     run.end()
     with running("pipe", site, run=run.id, key="out") as pipe:
-        pipe.tell(["late"])
-        pipe.tell(None)
+        pipe.send(["late"])
+        pipe.send(None)
         assert pipe.until("error")["status"] == 400
     assert read_all(site, run.id, "out") == []
 
@@ -126,24 +126,24 @@ def test_a_run_that_is_over_takes_no_chunks(site: Site) -> None:
 def test_a_public_token_does_not_write(site: Site, program: str) -> None:
     run = site.open()
     with running(program, site, run=run.id, key="out", texts=[], token=run.token) as writer:
-        writer.tell(None)
+        writer.send(None)
         assert writer.until("error")["status"] == 403
     run.end()
     assert read_all(site, run.id, "out") == []
 
 
 @both_brokers
-def test_what_is_sent_reaches_the_task(site: Site) -> None:
+def test_an_input_reaches_the_task(site: Site) -> None:
     data = [{"approved": True}, "text", None]
     run = site.trigger("steps", {"count": 3})
     with running("send", site, run=run.id, input="next", data=data, token=run.token) as sender:
         assert sender.rest() == [{"sent": None}] * 3
     with running("subscribe", site, feed="run", run=run.id, token=run.token) as feed:
         *_, last, _ = feed.rest()
-    assert last["run"]["output"] == {"told": data}
+    assert last["run"]["output"] == {"received": data}
 
 
-def test_what_is_sent_reaches_a_worker_in_node(site: Site) -> None:
+def test_an_input_reaches_a_worker_in_node(site: Site) -> None:
     run = site.open()
     with running("receive", site, run=run.id, input="approval") as worker:
         site.until_asked(f"/streams/{run.id}/input/approval")
@@ -155,7 +155,7 @@ def test_what_is_sent_reaches_a_worker_in_node(site: Site) -> None:
     run.end()
 
 
-def test_a_worker_in_node_goes_on_after_a_cut(site: Site) -> None:
+def test_a_worker_in_node_resumes_after_a_disconnect(site: Site) -> None:
     run = site.open()
     with (
         Relay(site.port) as relay,
@@ -172,12 +172,12 @@ def test_a_worker_in_node_goes_on_after_a_cut(site: Site) -> None:
     run.end()
 
 
-def test_what_cannot_be_sent_is_refused(site: Site) -> None:
+def test_invalid_inputs_are_rejected(site: Site) -> None:
     run, other = site.open(), site.open()
     with running("send", site, run=run.id, input="next", data=["x"], token=other.token) as sender:
         assert [line["error"]["status"] for line in sender.rest()] == [403]
     run.end()
     with running("send", site, run=run.id, input="next", data=["x"], token=run.token) as sender:
         assert [line["error"]["status"] for line in sender.rest()] == [400]
-    with running("send", site, run="run_that_never_was", input="next", data=["x"]) as sender:
+    with running("send", site, run="run_unknown", input="next", data=["x"]) as sender:
         assert [line["error"]["status"] for line in sender.rest()] == [404]

@@ -126,7 +126,7 @@ def test_use_realtime_batch_follows_all_runs(site: Site, hook: Hook) -> None:
     site.send(batch["runs"][0], "next", "go")
     state = hook.until("hook.runs.filter((run) => run.isSuccess).length === 2")
     found = {run["id"]: run.get("output") or run["error"]["message"] for run in state["runs"]}
-    assert [found[run_id] for run_id in batch["runs"]] == [{"told": ["go"]}, "said", "no luck"]
+    assert [found[run_id] for run_id in batch["runs"]] == [{"received": ["go"]}, "said", "no luck"]
 
 
 def test_use_realtime_run_with_streams_gives_all_streams_of_a_run(site: Site, hook: Hook) -> None:
@@ -149,7 +149,7 @@ def test_use_realtime_task_trigger_with_streams_follows_what_it_triggered(site: 
     site.send(state["run"]["id"], "next", "go")
     state = hook.until("hook.run.isSuccess && hook.streams.default?.length === 1")
     assert state["streams"] == {"default": [{"step": 0}]}
-    assert state["run"]["output"] == {"told": ["go"]}
+    assert state["run"]["output"] == {"received": ["go"]}
 
 
 def test_use_run_retrieves_a_run_once(site: Site, hook: Hook) -> None:
@@ -166,7 +166,7 @@ def test_use_input_stream_send_reaches_the_run(site: Site, hook: Hook) -> None:
     hook.until("hook.isReady")
     hook.call("send({ words: 'go on' })")
     site.until(lambda: load_run(site, run)["status"] == "COMPLETED", "the run goes on")
-    assert load_run(site, run)["output"] == {"told": [{"words": "go on"}]}
+    assert load_run(site, run)["output"] == {"received": [{"words": "go on"}]}
 
 
 def test_use_realtime_stream_has_every_part_once(site: Site, hook: Hook) -> None:
