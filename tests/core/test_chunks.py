@@ -117,7 +117,7 @@ def test_pydantic_models_are_encoded_by_alias() -> None:
     assert decode(encode_value(Data(model))) == {"a": expected}
 
 
-def test_a_chunk_of_openai_is_encoded_as_the_api_sent_it() -> None:
+def test_an_openai_chunk_is_encoded_as_the_api_sent_it() -> None:
     sent: dict[str, Any] = {
         "id": "chatcmpl-1",
         "object": "chat.completion.chunk",
@@ -138,7 +138,7 @@ def test_an_openai_model_of_unexpected_shape_is_encoded_without_a_warning() -> N
     assert decode(encode_value(ChatCompletionChunk.construct(**sent))) == sent
 
 
-def test_an_event_of_anthropic_is_encoded_as_the_api_sent_it() -> None:
+def test_an_anthropic_event_is_encoded_as_the_api_sent_it() -> None:
     sent = {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": "hi"}}
     event = RawContentBlockDeltaEvent.model_validate(sent)
     assert isinstance(event.delta, TextDelta)
@@ -146,7 +146,7 @@ def test_an_event_of_anthropic_is_encoded_as_the_api_sent_it() -> None:
 
 
 @pytest.mark.parametrize("value", [b"x", bytearray(b"x"), memoryview(b"x")])
-def test_bytes_are_refused_with_what_to_use(value: object) -> None:
+def test_bytes_are_rejected_with_an_alternative(value: object) -> None:
     with pytest.raises(EncodingError, match="base64") as caught:
         encode_value(value)
     assert type(value).__name__ in str(caught.value)
@@ -174,13 +174,13 @@ def test_lone_surrogates_become_replacement_characters(value: object, expected: 
     assert decode(encode_value(value)) == expected
 
 
-def test_a_model_that_writes_nan_gives_null() -> None:
+def test_nan_in_the_json_of_a_model_becomes_null() -> None:
     assert decode(encode_value(LooseModel(number=float("nan")))) == {"text": None, "number": None}
     assert decode(encode_value([LooseModel(number=float("-inf"))])) == [{"text": None, "number": None}]
     assert decode(encode_value(LooseModel(text="NaN", number=0.5))) == {"text": "NaN", "number": 0.5}
 
 
-def test_what_has_no_json_form_is_named_with_its_place() -> None:
+def test_an_encoding_error_names_the_type_and_path() -> None:
     with pytest.raises(EncodingError, match=r"^object has no JSON form; allowed are str, numbers"):
         encode_value(object())
     with pytest.raises(EncodingError, match=r"^at \['a'\]\[1\]: complex has no JSON form"):
@@ -191,7 +191,7 @@ def test_what_has_no_json_form_is_named_with_its_place() -> None:
         encode_value({"a": (n for n in [1])})
 
 
-def test_the_error_of_a_foreign_serializer_is_ours_and_keeps_its_cause() -> None:
+def test_an_error_of_a_model_serializer_becomes_an_encoding_error() -> None:
     with pytest.raises(EncodingError, match=r"^at \['m'\]: BrokenModel has no JSON form: .*out of order") as caught:
         encode_value({"m": BrokenModel()})
     assert caught.value.__cause__ is not None
@@ -222,12 +222,12 @@ def circular_model() -> LooseModel:
     ],
     ids=["list", "model", "after-surrogate", "after-bad-key", "huge-int", "unset", "class"],
 )
-def test_nothing_but_an_encoding_error_comes_out(value: object) -> None:
+def test_only_encoding_errors_are_raised(value: object) -> None:
     with pytest.raises(EncodingError):
         encode_value(value)
 
 
-def test_a_circular_value_is_told() -> None:
+def test_a_circular_value_raises_an_encoding_error() -> None:
     for value in (circular_list(), {"a": "\ud800", "b": circular_list()}):
         with pytest.raises(EncodingError, match="contains itself"):
             encode_value(value)
@@ -255,7 +255,7 @@ def test_every_json_value_becomes_one_line_of_valid_json(value: object) -> None:
     assert encode_value(decode(data)) == data
 
 
-def test_escaped_lone_surrogates_are_read_as_replacement_characters() -> None:
+def test_escaped_lone_surrogates_are_decoded_as_replacement_characters() -> None:
     assert decode(b'{"a":"\\ud800","b":"\\ud83d\\ude00"}') == {"a": "\ufffd", "b": "😀"}
 
 
@@ -264,7 +264,7 @@ def test_escaped_lone_surrogates_are_read_as_replacement_characters() -> None:
     [b"", b"{", b"NaN", b"1 2", b'"\xff"', b'["\\ud800", NaN]', b'"\\ud800', b"[" * 100_000, b'"\\u12"'],
     ids=["empty", "open", "nan", "two", "utf8", "surrogate-nan", "surrogate-open", "deep", "escape"],
 )
-def test_malformed_json_is_refused(data: bytes) -> None:
+def test_malformed_json_is_rejected(data: bytes) -> None:
     with pytest.raises(UsageError, match="JSON"):
         decode(data)
 
@@ -283,12 +283,12 @@ def test_malformed_json_is_refused(data: bytes) -> None:
         b'"\\u0000\\r\\n"',
     ],
 )
-def test_json_from_outside_is_kept_byte_for_byte(data: bytes) -> None:
+def test_received_json_is_stored_byte_for_byte(data: bytes) -> None:
     assert json_line(data) == data
     assert json_line(b" \t" + data + b" \r\n") == data, "white space around it is no part of it"
 
 
-def test_json_from_outside_is_put_on_one_line() -> None:
+def test_received_json_is_put_on_one_line() -> None:
     assert json_line(b'{\r\n "a":\r[1,\n2]}') == b'{   "a": [1, 2]}'
 
 
@@ -306,7 +306,7 @@ def test_json_from_outside_is_put_on_one_line() -> None:
         (b'{"\\ud800":\r0.10000000000000000555}', b'{"\\ufffd": 0.10000000000000000555}'),
     ],
 )
-def test_lone_surrogates_from_outside_become_replacement_characters(data: bytes, kept: bytes) -> None:
+def test_lone_surrogates_in_received_json_become_replacement_characters(data: bytes, kept: bytes) -> None:
     assert json_line(data) == kept
     assert decode(kept) == decode(data)
 
@@ -336,14 +336,14 @@ def test_lone_surrogates_from_outside_become_replacement_characters(data: bytes,
         b'["\\ud800",' + b"[" * 100_000,
     ],
 )
-def test_what_is_no_json_is_not_kept(data: bytes) -> None:
+def test_received_text_that_is_not_json_is_rejected(data: bytes) -> None:
     with pytest.raises(UsageError, match="JSON"):
         json_line(data)
 
 
 @given(st.text(st.characters()))
-def test_whatever_a_string_holds_it_is_kept_on_one_line(text: str) -> None:
-    """With `json.dumps` as the sender, which escapes lone surrogates as `JSON.stringify` does."""
+def test_any_received_string_is_stored_on_one_line(text: str) -> None:
+    """The sender is `json.dumps`, which escapes lone surrogates like `JSON.stringify`."""
     data = json.dumps({"text": text}).encode()
     line = json_line(data)
     assert b"\n" not in line and b"\r" not in line

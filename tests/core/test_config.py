@@ -58,18 +58,18 @@ def test_spans_are_seconds_timedeltas_or_text(span: Any, seconds: float) -> None
         (b"15m", "ttl is a bytes"),
     ],
 )
-def test_other_spans_are_refused_by_name(span: Any, message: str) -> None:
+def test_invalid_spans_are_rejected_by_name(span: Any, message: str) -> None:
     with pytest.raises(UsageError) as caught:
         parse_span(span, name="ttl")
     assert message in str(caught.value)
 
 
 @pytest.mark.parametrize("settings", [Limits, Retention, Timeouts])
-def test_every_setting_has_a_default_above_zero_and_refuses_what_makes_no_sense(settings: Any) -> None:
+def test_every_setting_has_a_positive_default_and_rejects_invalid_values(settings: Any) -> None:
     defaults = settings()
     for field in fields(settings):
         assert getattr(defaults, field.name) > 0
-        allowed = 100 if field.name == "stream_age" else 1  # not less than the heartbeat
+        allowed = 100 if field.name == "stream_age" else 1  # at least the heartbeat
         assert getattr(settings(**{field.name: allowed}), field.name) == allowed
         for bad in (0, -1, True, None, "1", float("nan")):
             with pytest.raises(InvalidConfiguration) as caught:
@@ -97,13 +97,13 @@ def test_origins_are_a_star_or_a_list(origins: Any, kept: Any) -> None:
 @pytest.mark.parametrize(
     "origin", ["a.example", "https://a.example/", "https://a.example/path", "https://", "https://a b", "null", ""]
 )
-def test_what_is_no_origin_is_refused(origin: str) -> None:
+def test_an_invalid_origin_is_rejected(origin: str) -> None:
     with pytest.raises(InvalidConfiguration, match="allowed are '\\*' and origins like 'https://app.example'"):
         Cors([origin])
 
 
-def test_a_stream_may_not_be_too_old_before_its_first_heartbeat() -> None:
-    """Its client heard nothing but that it has to come back, and gave up."""
+def test_a_stream_cannot_end_before_its_first_heartbeat() -> None:
+    """The client received nothing but `reconnect`, again and again, and gave up."""
     assert Timeouts(stream_age=15, heartbeat=15).stream_age == 15
     with pytest.raises(InvalidConfiguration, match="stream_age is 14; it must be at least heartbeat, 15"):
         Timeouts(stream_age=14, heartbeat=15)

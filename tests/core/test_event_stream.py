@@ -31,7 +31,7 @@ def encoded(line_end: str) -> bytes:
 
 
 @pytest.mark.parametrize("line_end", ["\n", "\r", "\r\n"], ids=["lf", "cr", "crlf"])
-def test_a_stream_parses_alike_wherever_it_is_cut(line_end: str) -> None:
+def test_a_stream_split_anywhere_parses_the_same(line_end: str) -> None:
     data = encoded(line_end)
     cuts = [[data[:at], data[at:]] for at in range(len(data) + 1)]
     byte_by_byte = [data[at : at + 1] for at in range(len(data))]
@@ -45,17 +45,17 @@ def test_a_stream_parses_alike_wherever_it_is_cut(line_end: str) -> None:
 
 @settings(deadline=None)
 @given(cuts=st.lists(st.integers(0, len(encoded("\r\n")))))
-def test_a_stream_parses_alike_in_any_number_of_parts(cuts: list[int]) -> None:
+def test_a_stream_in_any_number_of_parts_parses_the_same(cuts: list[int]) -> None:
     data = encoded("\r\n")
     edges = [0, *sorted(cuts), len(data)]
     assert parse(*(data[start:end] for start, end in zip(edges, edges[1:], strict=False)))[0] == EVENTS
 
 
-def test_mixed_line_ends_are_line_ends() -> None:
+def test_line_ends_can_be_mixed() -> None:
     assert parse(b"data: a\rdata: b\ndata: c\r\n\n")[0] == [Event("message", "a\nb\nc")]
 
 
-def test_nothing_between_cr_and_lf_is_still_crlf() -> None:
+def test_an_empty_part_between_cr_and_lf_keeps_the_crlf() -> None:
     assert parse(b"data: a\r", b"", b"\ndata: b\r", b"\n\r", b"\n")[0] == [Event("message", "a\nb")]
 
 
@@ -79,11 +79,11 @@ def test_nothing_between_cr_and_lf_is_still_crlf() -> None:
         (b"data: x", []),
     ],
 )
-def test_fields_are_read_as_the_standard_says(data: bytes, events: list[Event]) -> None:
+def test_fields_are_parsed_as_the_standard_says(data: bytes, events: list[Event]) -> None:
     assert parse(data)[0] == events
 
 
-def test_an_id_counts_from_the_end_of_its_event() -> None:
+def test_an_id_takes_effect_at_the_end_of_its_event() -> None:
     parser = EventParser()
     parser.feed(b"id: 1\n")
     assert parser.last_event_id is None
@@ -91,7 +91,7 @@ def test_an_id_counts_from_the_end_of_its_event() -> None:
     assert parser.last_event_id == "1"
 
 
-def test_a_long_line_may_come_in_many_parts() -> None:
+def test_a_long_line_can_arrive_in_many_parts() -> None:
     parser = EventParser()
     parser.feed(b"data: ")
     for _ in range(10_000):

@@ -32,18 +32,18 @@ from asgi_realtime.core.metadata import (
         ("$.$", ("$",)),
     ],
 )
-def test_a_path_is_steps_between_dots(key: str, steps: tuple[str, ...]) -> None:
+def test_dots_separate_the_steps_of_a_path(key: str, steps: tuple[str, ...]) -> None:
     assert json_paths.is_path(key)
     assert json_paths.parse(key) == steps
 
 
 @pytest.mark.parametrize("key", ["a", "$", "$a", "a.b", "", ".a"])
-def test_any_other_key_is_plain(key: str) -> None:
+def test_other_keys_are_not_paths(key: str) -> None:
     assert not json_paths.is_path(key)
 
 
 @pytest.mark.parametrize("key", ["$.", "$..", "$.a.*", "$.a.1:2", "$.a.:", "$.a.[0]", "$.__proto__.a", "$.constructor"])
-def test_other_paths_are_refused_where_they_are_written(key: str) -> None:
+def test_unsupported_paths_are_rejected_when_the_operation_is_created(key: str) -> None:
     for make in (lambda: Set(key, 1), lambda: Append(key, 1), lambda: Remove(key, 1), lambda: Increment(key, 1)):
         with pytest.raises(UsageError, match=r"metadata key .*(path without a step|allowed are keys and list indexes)"):
             make()
@@ -69,7 +69,7 @@ OLD: dict[str, Any] = {"a": {"b": {"n": 1}, "list": [1, {"x": 1}, 1]}, "text": "
         (Set("$.a", 1), 1),
     ],
 )
-def test_an_operation_changes_what_its_path_names(operation: Operation, new_a: Any) -> None:
+def test_an_operation_changes_the_value_at_its_path(operation: Operation, new_a: Any) -> None:
     before = copy.deepcopy(OLD)
     result = apply_operations(OLD, [operation])
     assert result == {**OLD, "a": new_a}
@@ -94,17 +94,17 @@ def test_an_operation_changes_what_its_path_names(operation: Operation, new_a: A
         Delete("$.a.b"),
     ],
 )
-def test_where_the_way_is_not_there_nothing_changes(operation: Operation) -> None:
+def test_an_operation_on_a_missing_path_has_no_effect(operation: Operation) -> None:
     assert apply_operations(OLD, [operation]) == OLD
 
 
-def test_what_is_no_number_cannot_be_incremented_at_a_path_either() -> None:
+def test_a_value_at_a_path_must_be_a_number_to_be_incremented() -> None:
     with pytest.raises(UsageError, match="is a dict and cannot change by 1"):
         apply_operations(OLD, [Increment("$.a.b", 1)])
     assert apply_operations(OLD, [Increment("$.a.b", 1)], strict=False) == OLD
 
 
-def test_a_key_that_looks_like_a_path_can_be_there_and_be_deleted() -> None:
+def test_a_plain_key_that_looks_like_a_path_can_be_deleted() -> None:
     metadata = apply_operations({}, [Replace({"$.a": 1, "a": 2})])
     assert apply_operations(metadata, [Set("$.a", 3)]) == {"$.a": 1, "a": 3}
     assert apply_operations(metadata, [Delete("$.a")]) == {"a": 2}

@@ -35,7 +35,7 @@ def test_seqs_are_consecutive_from_zero() -> None:
     assert log.entries(-1, 10) == [Entry(0, b"1", 10), Entry(1, b"2", 20), Entry(2, b"3", 20)]
 
 
-def test_a_log_takes_nothing_after_its_end() -> None:
+def test_an_ended_log_accepts_nothing() -> None:
     log = filled(2)
     log.close(COMPLETE)
     log.close(End("failed"))
@@ -46,8 +46,8 @@ def test_a_log_takes_nothing_after_its_end() -> None:
     assert log.next == 2
 
 
-def test_an_item_that_cannot_be_framed_leaves_the_log_as_it_was() -> None:
-    """The frames of a call were built while it was half appended, so its seqs did not fit the entries any more."""
+def test_an_item_that_cannot_be_framed_does_not_change_the_log() -> None:
+    """Frames used to be built during the append, so a failure left seqs without entries."""
     log = filled(1)
     with pytest.raises(TypeError):
         log.append([b"good", "no bytes"], 1)  # type: ignore[list-item]
@@ -56,7 +56,7 @@ def test_an_item_that_cannot_be_framed_leaves_the_log_as_it_was() -> None:
     assert log.size == sum(map(len, log.frames(-1, 1000)))
 
 
-def test_what_a_producer_has_stored_is_skipped() -> None:
+def test_items_that_a_producer_has_stored_are_skipped() -> None:
     log = Log()
     assert log.append([b"a", b"b"], 1, producer=Producer("p", 0)) == Position(1, 2)
     log.append([b"x"], 1)
@@ -68,7 +68,7 @@ def test_what_a_producer_has_stored_is_skipped() -> None:
     assert log.unseen([b"e"], Producer("new", 0)) == [b"e"]
 
 
-def test_a_hole_in_a_producers_count_is_refused() -> None:
+def test_a_gap_in_the_count_of_a_producer_is_rejected() -> None:
     log = Log()
     log.append([b"a"], 1, producer=Producer("p", 0))
     with pytest.raises(ProducerGap, match="starts at item 2, expected 1") as refusal:
@@ -87,7 +87,7 @@ def test_a_retry_on_an_ended_log_succeeds_and_a_new_item_does_not() -> None:
     assert log.unseen([b"b"], Producer("p", 1)) == [b"b"]
 
 
-def test_frames_come_up_to_a_size_but_at_least_one() -> None:
+def test_frames_are_limited_by_size_but_never_to_none() -> None:
     log = filled(5)
     frame = len(chunk_frame(0, b"0"))
     assert log.frames(-1, frame * 2) == [chunk_frame(0, b"0"), chunk_frame(1, b"1")]
@@ -97,7 +97,7 @@ def test_frames_come_up_to_a_size_but_at_least_one() -> None:
     assert log.frames(99, 1000) == []
 
 
-def test_trimming_keeps_the_last_entry_and_the_position() -> None:
+def test_trimming_keeps_the_last_entry_and_the_next_seq() -> None:
     log = filled(5)
     log.append([b"x" * 100], 1, producer=Producer("p", 0))
     freed = log.trim(1)
@@ -108,7 +108,7 @@ def test_trimming_keeps_the_last_entry_and_the_position() -> None:
     assert log.append([b"7"], 1) == Position(6, 7)
 
 
-def test_trimming_drops_no_more_than_it_must() -> None:
+def test_trimming_removes_as_few_entries_as_possible() -> None:
     log = filled(5)
     frame = len(chunk_frame(0, b"0"))
     assert log.trim(frame * 5) == 0
@@ -119,7 +119,7 @@ def test_trimming_drops_no_more_than_it_must() -> None:
 
 
 @pytest.mark.parametrize("count", [COMPACT_AFTER - 1, COMPACT_AFTER, COMPACT_AFTER + 1, COMPACT_AFTER * 3])
-def test_a_long_log_gives_back_what_it_trimmed(count: int) -> None:
+def test_a_long_log_frees_trimmed_slots(count: int) -> None:
     log = filled(count)
     kept = [chunk_frame(count - 1, b"%d" % (count - 1))]
     log.trim(1)
@@ -132,7 +132,7 @@ def test_a_long_log_gives_back_what_it_trimmed(count: int) -> None:
 
 
 class NaiveLog:
-    """What the log means, without any of what makes it fast."""
+    """The semantics of the log, without its optimizations."""
 
     def __init__(self) -> None:
         self.frames: dict[int, bytes] = {}
@@ -159,10 +159,10 @@ STEPS = st.lists(st.one_of(ITEMS, st.integers(0, 1500)), max_size=40)
 
 @settings(deadline=None, max_examples=60)
 @given(steps=STEPS, cursors=st.lists(st.integers(-200, 400), max_size=8), limit=st.integers(1, 900))
-def test_a_log_gives_what_a_naive_one_would(steps: list[list[bytes] | int], cursors: list[int], limit: int) -> None:
-    """A step appends items, or trims to so many bytes."""
+def test_a_log_behaves_like_a_naive_one(steps: list[list[bytes] | int], cursors: list[int], limit: int) -> None:
+    """A step appends items, or trims to a number of bytes."""
     log, naive = Log(), NaiveLog()
-    log.append(MANY, 0)  # so that the next trims have something to compact
+    log.append(MANY, 0)  # gives the next trims something to compact
     naive.append(MANY)
     log.trim(3000)
     naive.trim(3000)

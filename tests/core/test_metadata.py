@@ -63,7 +63,7 @@ def test_an_operation_changes_its_key_and_nothing_else(operation: Operation, cha
     assert before == OLD
 
 
-def test_operations_apply_in_order_and_leave_their_values_alone() -> None:
+def test_operations_apply_in_order_and_do_not_modify_their_values() -> None:
     value: list[Any] = [1]
     replacement: dict[str, Any] = {"a": value}
     operations: list[Operation] = [
@@ -78,8 +78,8 @@ def test_operations_apply_in_order_and_leave_their_values_alone() -> None:
     assert (value, replacement) == ([1], {"a": [1]})
 
 
-def test_what_is_changed_again_and_again_stands_at_one_place_only() -> None:
-    """Lists are copied once, and changed where they are from then on."""
+def test_repeated_changes_do_not_leak_into_shared_values() -> None:
+    """Lists are copied once, and then changed in place."""
     old: dict[str, Any] = {"a": [1], "b": {"c": [1]}}
     value: list[Any] = [0]
     operations: list[Operation] = [
@@ -126,14 +126,14 @@ def test_what_is_changed_again_and_again_stands_at_one_place_only() -> None:
         ({}, [1, True, 1.0, "1", None, [1], [True], {"a": 1}]),
     ],
 )
-def test_what_equals_is_as_in_json(value: Any, left: list[Any]) -> None:
+def test_remove_compares_as_json(value: Any, left: list[Any]) -> None:
     items = [1, True, 1.0, "1", None, [1], [True], {"a": 1}]
     result = apply_operations({"l": items}, [Remove("l", value)])["l"]
     assert [(type(item), item) for item in result] == [(type(item), item) for item in left]
 
 
-def test_a_value_that_is_deep_is_removed() -> None:
-    """Comparing it raised RecursionError."""
+def test_a_deeply_nested_value_can_be_removed() -> None:
+    """The comparison raised `RecursionError`."""
 
     def deep(inner: Any) -> Any:
         for _ in range(2000):
@@ -145,7 +145,7 @@ def test_a_value_that_is_deep_is_removed() -> None:
         assert len(apply_operations({"l": items}, [Remove("l", value)])["l"]) == left
 
 
-def test_no_operations_give_a_copy() -> None:
+def test_no_operations_return_a_copy() -> None:
     result = apply_operations(OLD, [])
     assert result == OLD
     assert result is not OLD
@@ -162,7 +162,7 @@ def test_no_operations_give_a_copy() -> None:
         (10**400, 0.5, "1000"),
     ],
 )
-def test_what_is_no_number_cannot_be_incremented(old: object, by: float, shown: str) -> None:
+def test_only_numbers_can_be_incremented(old: object, by: float, shown: str) -> None:
     operations: list[Operation] = [Increment("n", by), Set("after", 1)]
     with pytest.raises(UsageError, match=f"metadata 'n' is {shown}.* cannot change by"):
         apply_operations({"n": old}, operations)
@@ -170,7 +170,7 @@ def test_what_is_no_number_cannot_be_incremented(old: object, by: float, shown: 
 
 
 @pytest.mark.parametrize("by", [True, "1", None, float("nan"), float("inf")])
-def test_an_increment_is_by_a_finite_number(by: Any) -> None:
+def test_an_increment_must_be_a_finite_number(by: Any) -> None:
     with pytest.raises(UsageError, match="finite number"):
         Increment("n", by)
 
@@ -185,7 +185,7 @@ def test_an_increment_is_by_a_finite_number(by: Any) -> None:
         (1, "is a int"),
     ],
 )
-def test_a_bad_key_is_refused(key: Any, message: str) -> None:
+def test_an_invalid_key_is_rejected(key: Any, message: str) -> None:
     makers = (lambda: Set(key, 1), lambda: Delete(key), lambda: Increment(key, 1), lambda: Replace({key: 1}))
     for make in makers:
         with pytest.raises(UsageError, match=message):
@@ -196,12 +196,12 @@ def test_a_key_of_128_characters_is_allowed() -> None:
     assert apply_operations({}, [Set("ä" * 128, 1)]) == {"ä" * 128: 1}
 
 
-def test_metadata_is_replaced_by_a_dict() -> None:
+def test_metadata_can_only_be_replaced_by_a_dict() -> None:
     with pytest.raises(UsageError, match="metadata is a list; allowed is a dict"):
         Replace([1])  # type: ignore[arg-type]
 
 
-def test_operations_cross_a_wire() -> None:
+def test_operations_can_be_serialized() -> None:
     operations = [
         Set("a", {"x": 1}),
         Delete("b"),
@@ -216,7 +216,7 @@ def test_operations_cross_a_wire() -> None:
         msgspec.json.decode(b'[{"type":"delete","key":""}]', type=list[Operation])
 
 
-def test_a_value_is_what_subscribers_see() -> None:
+def test_a_normalized_value_is_what_subscribers_see() -> None:
     value = {"at": datetime.date(2024, 1, 2), "pair": (1, 2), "bad": "\ud800", "nan": float("nan")}
     assert normalize_value(value) == {"at": "2024-01-02", "pair": [1, 2], "bad": "\ufffd", "nan": None}
     with pytest.raises(EncodingError):

@@ -12,7 +12,7 @@ from asgi_realtime.runs.ids import new_batch_id, new_run_id
 LIMITS = Limits(tags=3, tag_length=5, key_length=5)
 
 
-def test_ids_are_random_and_fit_into_a_path() -> None:
+def test_ids_are_random_and_valid_in_a_path() -> None:
     ids = {new_run_id() for _ in range(1000)} | {new_batch_id() for _ in range(1000)}
     assert len(ids) == 2000
     assert {len(one) for one in ids} == {len("run_") + 26, len("batch_") + 26}
@@ -31,12 +31,12 @@ def test_ids_are_random_and_fit_into_a_path() -> None:
         ("12345", ("12345",)),
     ],
 )
-def test_tags_keep_their_order_without_repeats(given: Any, tags: tuple[str, ...]) -> None:
+def test_tags_keep_their_order_without_duplicates(given: Any, tags: tuple[str, ...]) -> None:
     assert check_tags(given, LIMITS) == tags
 
 
 @pytest.mark.parametrize("tag", ["a b", "user:1", "ä", "日本", "a/b", "#1", "'"])
-def test_tags_may_be_most_text(tag: str) -> None:
+def test_tags_can_be_almost_any_text(tag: str) -> None:
     check_tag(tag, Limits())
 
 
@@ -58,7 +58,7 @@ def test_tags_may_be_most_text(tag: str) -> None:
         ("a\ud800", UsageError, "not allowed"),
     ],
 )
-def test_tags_that_are_refused(tags: Any, error: type[Exception], message: str) -> None:
+def test_invalid_tags_are_rejected(tags: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error) as caught:
         check_tags(tags, LIMITS)
     assert message in str(caught.value)
@@ -66,7 +66,7 @@ def test_tags_that_are_refused(tags: Any, error: type[Exception], message: str) 
 
 
 @pytest.mark.parametrize("key", ["a", "a b", "a.b", "...", "ä", "a:b", "a%b", "12345"])
-def test_keys_may_be_what_can_stand_in_a_path(key: str) -> None:
+def test_keys_can_be_any_path_segment(key: str) -> None:
     assert check_key(key, LIMITS, what="stream key") == key
 
 
@@ -82,13 +82,13 @@ def test_keys_may_be_what_can_stand_in_a_path(key: str) -> None:
         *[(f"a{bad}b", UsageError, "has a control character or one of / \\ ? #") for bad in "/\\?#\r\n\x00\x9f\udfff"],
     ],
 )
-def test_keys_that_are_refused(key: Any, error: type[Exception], message: str) -> None:
+def test_invalid_keys_are_rejected(key: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error) as caught:
         check_key(key, LIMITS, what="stream key")
     assert message in str(caught.value)
 
 
-def test_streams_of_our_own_begin_with_a_dollar_and_are_nobody_elses() -> None:
+def test_stream_keys_that_start_with_a_dollar_are_reserved() -> None:
     assert stream_name("ai", LIMITS) == "ai"
     assert input_stream("in", LIMITS) == "$trigger.input:in"
     with pytest.raises(UsageError, match="starts with \\$, which is reserved for inputs"):

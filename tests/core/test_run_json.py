@@ -45,13 +45,13 @@ def as_dict(record: RunRecord, **options: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("record", [QUEUED, FULL])
-def test_required_fields_are_there_and_nothing_optional_is_null(record: RunRecord) -> None:
+def test_required_fields_are_present_and_no_optional_field_is_null(record: RunRecord) -> None:
     run = as_dict(record)
     assert run.keys() >= REQUIRED
     assert [name for name, value in run.items() if value is None and name != "output"] == []
 
 
-def test_what_is_not_known_is_absent() -> None:
+def test_unknown_fields_are_absent() -> None:
     absent = {"startedAt", "finishedAt", "payload", "output", "error", "idempotencyKey", "ttl", "batchId"}
     absent |= {"expiredAt", "delayedUntil"}
     assert not absent & as_dict(QUEUED).keys()
@@ -63,7 +63,7 @@ def test_a_full_record() -> None:
     assert run["finishedAt"] == "2026-01-02T03:04:07.001Z"
     assert run["durationMs"] == 1001
     assert run["payload"] == {"prompt": "hi"}
-    assert run["output"] is None  # a task that returned None: its output is null, not absent
+    assert run["output"] is None  # the output of a task that returned None is null, not absent
     assert run["realtimeStreams"] == ["default"]
     assert run["tags"] == ["a", "b"]
     assert run["ttl"] == "600s"
@@ -71,7 +71,7 @@ def test_a_full_record() -> None:
     assert run["metadata"] == {"progress": 0.5}
 
 
-def test_every_millisecond_survives() -> None:
+def test_times_keep_their_milliseconds() -> None:
     for milliseconds in range(1000):
         record = msgspec.structs.replace(QUEUED, created_at_ms=1_767_323_045_000 + milliseconds)
         assert as_dict(record)["createdAt"] == f"2026-01-02T03:04:05.{milliseconds:03}Z"
@@ -87,7 +87,7 @@ def test_booleans_agree_with_the_record(status: Status) -> None:
     assert (run["isQueued"], run["isExecuting"]) == (record.is_queued, record.is_executing)
 
 
-def test_an_expired_run_says_when() -> None:
+def test_an_expired_run_has_the_time_of_its_expiry() -> None:
     record = msgspec.structs.replace(
         QUEUED, status=Status.EXPIRED, completed_at_ms=1_767_323_047_001, error=RunError("Expired", "not started")
     )
@@ -96,26 +96,26 @@ def test_an_expired_run_says_when() -> None:
     assert run["error"] == {"name": "Expired", "message": "not started"}
 
 
-def test_a_running_run_has_run_so_long() -> None:
+def test_an_executing_run_has_a_duration() -> None:
     record = msgspec.structs.replace(
         QUEUED, status=Status.EXECUTING, started_at_ms=1_767_323_045_700, updated_at_ms=1_767_323_046_000
     )
     assert as_dict(record)["durationMs"] == 300
 
 
-def test_skipped_fields_are_left_out_under_either_name() -> None:
+def test_fields_can_be_skipped_by_either_name() -> None:
     skip = ["payload", "output", "metadata", "runTags", "completedAt", "usageDurationMs", "realtimeStreams", "unknown"]
     run = as_dict(FULL, skip=skip)
     assert not {"payload", "output", "metadata", "finishedAt", "realtimeStreams"} & run.keys()
     assert (run["tags"], run["durationMs"]) == ([], 0)
 
 
-def test_what_identifies_a_run_cannot_be_skipped() -> None:
+def test_fields_that_identify_a_run_cannot_be_skipped() -> None:
     assert as_dict(FULL, skip=sorted(REQUIRED)).keys() >= REQUIRED
     assert as_dict(FULL, skip=["id", "status", "createdAt", "updatedAt"]) == as_dict(FULL)
 
 
-def test_only_what_may_be_left_out_is_kept_of_a_wish() -> None:
+def test_unknown_and_required_names_are_not_skippable() -> None:
     assert skippable_fields(("output", "nonsense", "id", "runTags", "output")) == ("output", "runTags")
     failed = msgspec.structs.replace(FULL, status=Status.FAILED, error=RunError("E", "m"))
     expired = msgspec.structs.replace(FULL, status=Status.EXPIRED)
@@ -128,6 +128,6 @@ def test_only_what_may_be_left_out_is_kept_of_a_wish() -> None:
 @pytest.mark.parametrize(
     ("seconds", "text"), [(600.0, "600s"), (1_209_601.0, "1209601s"), (0.5, "0.5s"), (100.0, "100s"), (0.001, "0.001s")]
 )
-def test_a_ttl_is_a_span_with_all_its_digits(seconds: float, text: str) -> None:
+def test_a_ttl_keeps_its_digits(seconds: float, text: str) -> None:
     assert as_dict(msgspec.structs.replace(QUEUED, ttl_s=seconds))["ttl"] == text
     assert parse_span(text) == seconds

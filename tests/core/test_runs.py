@@ -1,4 +1,4 @@
-"""Records, what may follow what, and `apply`."""
+"""Records, status transitions, and `apply`."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def becoming(status: Status) -> RunChange:
 
 
 def reachable() -> list[tuple[Status, Status]]:
-    """All pairs of a status that is not terminal and one that some change leads to."""
+    """All pairs of a non-terminal status and a status that a change can lead to."""
     return [
         (present, following)
         for present, following in product(Status, Status)
@@ -68,14 +68,14 @@ def reachable() -> list[tuple[Status, Status]]:
 # Status
 
 
-def test_every_status_stands_in_the_table_and_every_terminal_one_has_a_reason() -> None:
+def test_every_status_is_in_the_table_and_every_terminal_one_has_an_end_reason() -> None:
     assert set(TRANSITIONS) == set(Status)
     assert set(END_REASONS) == TERMINAL
     assert TERMINAL | WAITING | {Status.EXECUTING} == set(Status)
 
 
 @pytest.mark.parametrize(("present", "following"), reachable())
-def test_a_status_follows_another_as_the_table_says(present: Status, following: Status) -> None:
+def test_only_transitions_in_the_table_are_allowed(present: Status, following: Status) -> None:
     before = record(present)
     if following in TRANSITIONS[present]:
         after = apply(before, [becoming(following)], NOW + 5)
@@ -85,7 +85,7 @@ def test_a_status_follows_another_as_the_table_says(present: Status, following: 
         apply(before, [becoming(following)], NOW + 5)
 
 
-def test_a_refusal_says_what_is_allowed() -> None:
+def test_an_invalid_transition_names_the_allowed_ones() -> None:
     with pytest.raises(InvalidTransition, match="allowed: CANCELED, EXPIRED, QUEUED"):
         apply(record(Status.DELAYED), [Started("owner")], NOW)
 
@@ -104,7 +104,7 @@ def test_a_refusal_says_what_is_allowed() -> None:
     ],
     ids=lambda change: type(change).__name__,
 )
-def test_what_comes_after_the_end_is_absorbed(status: Status, change: RunChange) -> None:
+def test_a_run_that_is_over_ignores_changes(status: Status, change: RunChange) -> None:
     ended = record(status)
     assert apply(ended, [change], NOW + 5) is ended
 
@@ -152,7 +152,7 @@ def test_several_changes_make_one_version() -> None:
     assert run.metadata == {"n": 3, "list": ["a"]}
 
 
-def test_what_stands_behind_an_end_in_the_same_call_is_absorbed() -> None:
+def test_changes_after_an_end_in_the_same_call_are_ignored() -> None:
     changes: list[RunChange] = [
         TagsAdded(("before",)),
         Finished(Status.COMPLETED),
@@ -176,20 +176,20 @@ def test_what_stands_behind_an_end_in_the_same_call_is_absorbed() -> None:
     ],
     ids=repr,
 )
-def test_what_changes_nothing_makes_no_version(changes: list[RunChange]) -> None:
+def test_a_change_without_effect_makes_no_version(changes: list[RunChange]) -> None:
     run = record(
         Status.EXECUTING, tags=("known",), streams=("known",), metadata={"n": 1}, cancel_requested_at_ms=NOW - 1
     )
     assert apply(run, changes, NOW + 5) is run
 
 
-def test_true_is_another_value_than_one() -> None:
-    """`metadata.set("done", True)` over a 1 was taken for no change, and subscribers never saw it."""
+def test_true_and_one_are_different_values() -> None:
+    """`metadata.set("done", True)` over a 1 was dropped as a change without effect."""
     run = record(Status.EXECUTING, metadata={"done": 1})
     assert apply(run, [MetadataChanged((Set("done", True),))], NOW + 1).metadata["done"] is True
 
 
-def test_the_record_before_is_never_changed() -> None:
+def test_the_old_record_is_never_modified() -> None:
     run = record(Status.EXECUTING, metadata={"list": [1]}, tags=("a",))
     before = msgspec.json.encode(run)
     apply(run, [MetadataChanged((Append("list", 2), Set("n", 1))), TagsAdded(("b",))], NOW + 1)
@@ -197,18 +197,18 @@ def test_the_record_before_is_never_changed() -> None:
 
 
 def test_time_does_not_run_backwards() -> None:
-    """Processes have clocks of their own."""
+    """The clocks of processes differ."""
     run = apply(record(Status.EXECUTING), [Finished(Status.COMPLETED)], NOW - 1000)
     assert (run.updated_at_ms, run.completed_at_ms) == (NOW, NOW)
 
 
 @pytest.mark.parametrize("status", sorted(WAITING))
-def test_a_waiting_run_is_canceled_at_once(status: Status) -> None:
+def test_a_waiting_run_is_canceled_immediately(status: Status) -> None:
     run = apply(record(status), [CancelRequested()], NOW + 1)
     assert (run.status, run.completed_at_ms, run.end) == (Status.CANCELED, NOW + 1, End("canceled"))
 
 
-def test_an_executing_run_is_asked_to_stop() -> None:
+def test_the_owner_of_an_executing_run_is_asked_to_cancel_it() -> None:
     run = apply(record(Status.EXECUTING), [CancelRequested()], NOW + 1)
     assert (run.status, run.cancel_requested_at_ms) == (Status.EXECUTING, NOW + 1)
     assert apply(run, [CancelRequested()], NOW + 2) is run
@@ -225,7 +225,7 @@ CHANGES = st.lists(
 
 
 @given(status=st.sampled_from(list(Status)), calls=st.lists(CHANGES, max_size=5))
-def test_versions_count_one_by_one_and_the_status_follows_the_table(status: Status, calls: list[list[Any]]) -> None:
+def test_versions_increase_by_one_and_the_status_follows_the_table(status: Status, calls: list[list[Any]]) -> None:
     run = record(status)
     for changes in calls:
         try:
@@ -241,7 +241,7 @@ def test_versions_count_one_by_one_and_the_status_follows_the_table(status: Stat
 # Records
 
 
-def test_a_record_goes_through_json_and_back() -> None:
+def test_a_record_survives_json() -> None:
     run = record(
         Status.FAILED,
         payload_json=b'{"prompt":"hi"}',
@@ -259,14 +259,14 @@ def test_a_record_without_payload_and_output_has_none() -> None:
     assert (record().payload, record().output, record().finished_at) == (None, None, None)
 
 
-def test_times_are_given_as_datetimes() -> None:
+def test_times_are_available_as_datetimes() -> None:
     run = record(Status.COMPLETED, completed_at_ms=NOW + 1500)
     assert run.created_at == run.updated_at == datetime.fromtimestamp(NOW / 1000, UTC)
     assert run.finished_at == datetime.fromtimestamp(NOW / 1000 + 1.5, UTC)
 
 
 @pytest.mark.parametrize("status", Status)
-def test_what_a_status_means(status: Status) -> None:
+def test_predicates_follow_from_the_status(status: Status) -> None:
     run = record(status)
     assert run.is_completed is (status in TERMINAL)
     assert run.is_queued is (status in WAITING)
@@ -277,7 +277,7 @@ def test_what_a_status_means(status: Status) -> None:
     assert run.end == (End(END_REASONS[status]) if status in TERMINAL else None)
 
 
-def test_a_run_is_told_to_its_tags_and_its_batch() -> None:
+def test_the_topics_of_a_run_are_its_tags_and_its_batch() -> None:
     assert record().topics == ()
     run = record(tags=("user:1", "chat"), batch=BatchMember("batch_1", 0, 1))
     assert run.topics == ("tag:user:1", "tag:chat", "batch:batch_1")

@@ -31,7 +31,7 @@ def test_only_the_first_two_colons_separate() -> None:
         "read:batch:batch_1",
     ],
 )
-def test_a_scope_that_matches_any_name_of_a_run_admits(scope: str) -> None:
+def test_a_scope_that_matches_any_name_of_a_run_grants_access(scope: str) -> None:
     assert grants([scope], "read", RUN)
     assert grants(["read:runs:other", scope], "read", iter(RUN))
 
@@ -57,7 +57,7 @@ def test_a_scope_that_matches_no_name_of_a_run_does_not(scope: str) -> None:
     assert not grants([scope], "read", RUN)
 
 
-def test_no_scopes_admit_nothing() -> None:
+def test_no_scopes_grant_nothing() -> None:
     assert not grants([], "read", RUN)
     assert not grants(["read:runs"], "read", [])
 
@@ -70,14 +70,14 @@ def test_a_name_without_id_needs_a_scope_without_id() -> None:
         assert grants([scope], "read", feed)
 
 
-def test_the_ids_that_scopes_name_are_listed() -> None:
+def test_the_ids_in_scopes_are_listed() -> None:
     scopes = ["read:runs:run_1", "*:runs:run_2", "write:runs:run_3", "read:runs", "read:batch:b", "admin", "read:all"]
     assert named_ids(scopes, "read", "runs") == {"run_1", "run_2"}
     assert named_ids(scopes, "read", "batch") == {"b"}
     assert named_ids(scopes, "write", "runs") == {"run_2", "run_3"}
 
 
-def test_the_dict_form_becomes_scopes() -> None:
+def test_the_nested_form_becomes_scopes() -> None:
     scopes: Scopes = {
         "read": {"runs": ["run_1", "run_2"], "tags": True, "batch": "batch_1", "tasks": ("chat",)},
         "write": {"runs": "run_1", "inputStreams": ["run_1"], "waitpoints": {"w2", "w1"}},
@@ -99,7 +99,7 @@ def test_the_dict_form_becomes_scopes() -> None:
     )
 
 
-def test_ids_may_contain_colons() -> None:
+def test_ids_can_contain_colons() -> None:
     assert flatten_scopes({"read": {"tags": ["user:1"]}}) == ("read:tags:user:1",)
 
 
@@ -108,7 +108,7 @@ def test_admin_and_all_can_be_written() -> None:
     assert flatten_scopes({"read": {"all": True}}) == ("read:all",)
 
 
-def test_a_ready_list_is_checked_and_kept() -> None:
+def test_a_list_of_scopes_is_validated() -> None:
     assert flatten_scopes(["admin", "read:runs:a", "*:all", "read:runs:a"]) == ("admin", "read:runs:a", "*:all")
 
 
@@ -145,6 +145,6 @@ def test_a_ready_list_is_checked_and_kept() -> None:
         ([1], "a scope is a int"),
     ],
 )
-def test_what_admits_nothing_or_is_unknown_is_refused(scopes: Any, message: str) -> None:
+def test_scopes_that_are_unknown_or_grant_nothing_are_rejected(scopes: Any, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         flatten_scopes(scopes)

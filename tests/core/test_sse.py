@@ -15,7 +15,7 @@ def test_a_chunk_is_an_id_and_one_line_of_data() -> None:
 
 @pytest.mark.parametrize("seq", [0, 9, 10, 2**53])
 @pytest.mark.parametrize("data", [b"1", b'{"a":"data: x"}', b'"' + b"x" * 5000 + b'"'])
-def test_the_data_of_a_frame_comes_back(seq: int, data: bytes) -> None:
+def test_frame_data_returns_the_data_of_a_frame(seq: int, data: bytes) -> None:
     frame = chunk_frame(seq, data)
     assert frame_data(frame) == data
     assert EventParser().feed(frame) == [Event("message", data.decode(), str(seq))]
@@ -26,18 +26,18 @@ def test_a_control_event_has_a_name() -> None:
     assert frame == b'event: end\nid: 41\ndata: {"reason":"complete"}\n\n'
 
 
-def test_a_control_event_may_set_the_reconnection_time() -> None:
+def test_a_control_event_can_set_the_reconnection_time() -> None:
     frame = control_frame("reconnect", b"{}", retry_ms=250)
     assert frame == b"event: reconnect\nretry: 250\ndata: {}\n\n"
     assert EventParser().feed(frame) == [Event("reconnect", "{}", None, 250)]
 
 
 @pytest.mark.parametrize("data", [None, b""])
-def test_an_event_without_data_is_fired_all_the_same(data: bytes | None) -> None:
+def test_an_event_without_data_is_dispatched(data: bytes | None) -> None:
     assert EventParser().feed(control_frame("ready", data)) == [Event("ready", "")]
 
 
-def test_retry_and_comments_fire_nothing() -> None:
+def test_retry_and_comments_dispatch_no_event() -> None:
     assert retry_frame(1000) == b"retry: 1000\n\n"
     assert comment_frame("é") == b": \xc3\xa9\n\n"
     assert HEARTBEAT == b": heartbeat\n\n"
@@ -57,18 +57,18 @@ def test_retry_and_comments_fire_nothing() -> None:
     ],
     ids=["event", "id", "comment"],
 )
-def test_line_breaks_and_nul_are_refused(make: Callable[[str], bytes], bad: str) -> None:
+def test_line_breaks_and_nul_are_rejected(make: Callable[[str], bytes], bad: str) -> None:
     with pytest.raises(UsageError, match="CR, LF or NUL"):
         make(bad)
 
 
 @pytest.mark.parametrize("data", [b"1\n2", b"1\r"])
-def test_data_with_line_breaks_is_refused(data: bytes) -> None:
+def test_data_with_line_breaks_is_rejected(data: bytes) -> None:
     with pytest.raises(UsageError, match="one line of JSON"):
         control_frame("run", data)
 
 
-def test_an_event_needs_a_name_and_a_retry_is_not_negative() -> None:
+def test_an_event_needs_a_name_and_retry_cannot_be_negative() -> None:
     with pytest.raises(UsageError, match="event is empty"):
         control_frame("", b"1")
     with pytest.raises(UsageError, match="retry_ms is -1"):

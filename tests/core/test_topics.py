@@ -26,7 +26,7 @@ def test_a_change_moves_the_run_to_the_end() -> None:
 
 
 @pytest.mark.parametrize("version", [1, 2])
-def test_a_version_that_is_not_newer_changes_nothing(version: int) -> None:
+def test_a_version_that_is_not_newer_has_no_effect(version: int) -> None:
     topic = index("a", "b")
     topic.update("a", 2)
     before = topic.after(None, limit=10)
@@ -34,7 +34,7 @@ def test_a_version_that_is_not_newer_changes_nothing(version: int) -> None:
     assert topic.after(None, limit=10) == before
 
 
-def test_a_reader_gets_what_came_after_its_cursor() -> None:
+def test_a_reader_gets_the_changes_after_its_cursor() -> None:
     topic = index("a", "b", "c")
     assert topic.after(Cursor("epoch", 1), limit=10) == Changes(
         Cursor("epoch", 3), [Change(2, "b", 1), Change(3, "c", 1)], False
@@ -42,7 +42,7 @@ def test_a_reader_gets_what_came_after_its_cursor() -> None:
     assert topic.after(Cursor("epoch", 3), limit=10) == Changes(Cursor("epoch", 3), [], False)
 
 
-def test_a_page_goes_on_from_its_last_change() -> None:
+def test_a_reader_continues_from_the_last_change_of_a_page() -> None:
     topic = index("a", "b", "c")
     page = topic.after(Cursor("epoch", 0), limit=2)
     assert page == Changes(Cursor("epoch", 2), [Change(1, "a", 1), Change(2, "b", 1)], False)
@@ -56,12 +56,12 @@ def test_a_limited_snapshot_has_the_newest() -> None:
 
 
 @pytest.mark.parametrize("useless", [Cursor("other", 2), Cursor("epoch", 4), Cursor("", 0)])
-def test_a_useless_cursor_gets_a_snapshot(useless: Cursor) -> None:
+def test_an_unusable_cursor_gets_a_snapshot(useless: Cursor) -> None:
     topic = index("a", "b", "c")
     assert topic.after(useless, limit=10) == topic.after(None, limit=10)
 
 
-def test_the_oldest_runs_are_dropped_and_those_who_missed_them_get_a_snapshot() -> None:
+def test_a_reader_that_missed_dropped_runs_gets_a_snapshot() -> None:
     topic = index("a", "b", "c", "d", max_runs=2)
     assert len(topic) == 2
     assert topic.after(Cursor("epoch", 1), limit=10).snapshot
@@ -70,7 +70,7 @@ def test_the_oldest_runs_are_dropped_and_those_who_missed_them_get_a_snapshot() 
     )
 
 
-def test_a_run_that_is_forgotten_is_no_gap() -> None:
+def test_a_forgotten_run_makes_no_gap() -> None:
     topic = index("a", "b", "c")
     topic.forget("b")
     topic.forget("b")
@@ -80,9 +80,7 @@ def test_a_run_that_is_forgotten_is_no_gap() -> None:
 
 
 @given(changes=st.lists(st.integers(0, 5), max_size=60), max_runs=st.integers(1, 6), limit=st.integers(1, 4))
-def test_a_reader_that_asks_now_and_then_knows_the_newest_versions(
-    changes: list[int], max_runs: int, limit: int
-) -> None:
+def test_a_reader_that_polls_sees_the_newest_versions(changes: list[int], max_runs: int, limit: int) -> None:
     topic = TopicIndex("epoch", max_runs=max_runs)
     newest: dict[str, int] = {}
     known: dict[str, int] = {}
@@ -108,7 +106,7 @@ def test_a_reader_that_asks_now_and_then_knows_the_newest_versions(
         assert known[run_id] == newest[run_id]
 
 
-def test_a_cursor_goes_through_text_and_back() -> None:
+def test_a_cursor_survives_its_text_form() -> None:
     assert str(Cursor("ab12", 7)) == "ab12.7"
     assert Cursor.parse("ab12.7") == Cursor("ab12", 7)
     assert Cursor.parse("a.b.7") == Cursor("a.b", 7)
@@ -116,5 +114,5 @@ def test_a_cursor_goes_through_text_and_back() -> None:
 
 
 @pytest.mark.parametrize("text", ["", ".", "7", "ab12", ".7", "ab12.", "ab12.-1", "ab12.x", "ab12.٣", "e." + "9" * 19])
-def test_text_that_is_no_cursor(text: str) -> None:
+def test_other_text_is_not_a_cursor(text: str) -> None:
     assert Cursor.parse(text) is None
