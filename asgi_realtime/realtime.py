@@ -26,7 +26,6 @@ from asgi_realtime.core.run_errors import end_error
 from asgi_realtime.core.runs import RunRecord
 from asgi_realtime.core.scopes import flatten_scopes
 from asgi_realtime.engine.engine import Engine
-from asgi_realtime.engine.execution import Execution
 from asgi_realtime.engine.open_run import OpenRun
 from asgi_realtime.engine.producers import Producers
 from asgi_realtime.engine.run import Run, current_run_of, no_current_run
@@ -117,7 +116,7 @@ class Realtime:
         )
         self.runs = self.engine.runs
         self._bridge = ThreadBridge(self.engine)
-        self._tasks = Tasks(self.engine, executor, retention=self.retention)
+        self.tasks = Tasks(self.engine, executor, retention=self.retention)
         self._producers = Producers(self.engine, handle=self._handle)
 
     def __repr__(self) -> str:
@@ -178,11 +177,6 @@ class Realtime:
         app: Asgi = RealtimeApp(self)
         return app
 
-    @property
-    def tasks(self) -> Tasks:
-        """The registered tasks."""
-        return self._tasks
-
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         await self._app(scope, receive, send)
 
@@ -205,7 +199,7 @@ class Realtime:
             raise InvalidConfiguration(f'a task needs an id: @realtime.task("{getattr(id, "__name__", "report")}")')
 
         def register(function: Callable[..., Any], /) -> Task[..., Any]:
-            return self._tasks.register(id, function, max_duration=max_duration, concurrency_limit=concurrency_limit)
+            return self.tasks.register(id, function, max_duration=max_duration, concurrency_limit=concurrency_limit)
 
         return cast(TaskDecorator, register)
 
@@ -237,7 +231,7 @@ class Realtime:
         expires_in_s = parse_span(options.pop("token_expires_in", TOKEN_EXPIRES_IN), name="token_expires_in")
         parent = options.pop("parent", None)
         parent_id = None if parent is None else run_id_of(parent)
-        launched = await self._tasks.trigger(task, payload, options, parent_id=parent_id)
+        launched = await self.tasks.trigger(task, payload, options, parent_id=parent_id)
         return self._handle(launched.record.id, is_cached=launched.is_cached, expires_in_s=expires_in_s)
 
     async def batch_trigger(
@@ -251,7 +245,7 @@ class Realtime:
         `LimitExceeded` for too many items.
         """
         expires_in_s = parse_span(token_expires_in, name="token_expires_in")
-        batch = await self._tasks.batch_trigger(items)
+        batch = await self.tasks.batch_trigger(items)
         scopes = [*batch_scopes(batch.id), *(f"read:runs:{run_id}" for run_id in batch.earlier_run_ids)]
         return BatchHandle(batch.id, self._mint(scopes, expires_in_s), runs=batch.run_ids, result=self.result)
 
@@ -261,7 +255,7 @@ class Realtime:
         A run executes at most once: if it is no longer QUEUED, this returns. Raises `RunNotFound`, `UnknownTask`.
         Cancelling the caller cancels the run.
         """
-        await self._tasks.execute(run_id)
+        await self.tasks.execute(run_id)
 
     def open_run(
         self, name: str, *, tags: str | Iterable[str] | None = None, metadata: Mapping[str, Any] | None = None
@@ -272,14 +266,8 @@ class Realtime:
         cancellation by the host cancels it and propagates; `cancel(run)` cancels the body, and the `async with` raises
         `RunCanceled`. On asyncio it can be left in another task than it was entered in.
         """
-        record = self._tasks.records.new_open_run(name, tags=tags, metadata=metadata)
-
-        async def start() -> Execution:
-            await self.ensure_started()
-            await self.runs.create(record)
-            return await self.engine.executions.start(record)
-
-        return OpenRun(start, self.engine.executions.remove)
+        record = self.tasks.records.new_open_run(name, tags=tags, metadata=metadata)
+        return OpenRun(lambda: self.engine.open_run(record), self.engine.executions.remove)
 
     async def cancel(self, run: RunLike) -> RunRecord:
         """Cancel a run, from any process. A waiting run is CANCELED at once; an executing one is asked to stop.
@@ -306,7 +294,7 @@ class Realtime:
         if not record.is_success:
             assert record.end is not None
             raise end_error(record.end, record)
-        return self._tasks.decode_output(record)
+        return self.tasks.decode_output(record)
 
     # Streams
 
@@ -328,7 +316,7 @@ class Realtime:
         check_source(source)
         name = stream_name(stream, self.limits)
         if run is None and current_run_of(self.runs) is None:
-            record = self._tasks.records.new_open_run(task, tags=tags, metadata=metadata)
+            record = self.tasks.records.new_open_run(task, tags=tags, metadata=metadata)
             return self._producers.pipe_alone(source, record, name)
         if tags is not None or metadata is not None:
             raise UsageError("tags= and metadata= are for a run that pipe() creates; use run.tags and run.metadata")

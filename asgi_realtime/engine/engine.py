@@ -28,7 +28,9 @@ import anyio
 from asgi_realtime.brokers.base import Broker
 from asgi_realtime.core.config import Limits, Retention, Timeouts
 from asgi_realtime.core.errors import ServerShutdown
+from asgi_realtime.core.runs import RunRecord
 from asgi_realtime.engine.dispatch import Dispatcher
+from asgi_realtime.engine.execution import Execution
 from asgi_realtime.engine.executions import Executions
 from asgi_realtime.engine.leases import Leases
 from asgi_realtime.engine.siblings import Siblings
@@ -256,6 +258,12 @@ class Engine:
             clock=self.clock,
             is_running=lambda: self.running,
         )
+
+    async def open_run(self, record: RunRecord) -> Execution:
+        """Create a run that this process executes from its creation on; start first if necessary."""
+        await self.ensure_started()
+        await self.runs.create(record)
+        return await self.executions.start(record)
 
     # Stop
 

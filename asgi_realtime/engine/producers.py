@@ -98,9 +98,7 @@ class Producers:
     async def _run_around(self, record: RunRecord, pipe: Pipe[Any]) -> None:
         engine = self._engine
         try:
-            await engine.ensure_started()
-            await engine.runs.create(record)
-            execution = await engine.executions.start(record)
+            execution = await engine.open_run(record)
         except BaseException as exc:
             await pipe.fail(exc)
             raise

@@ -453,7 +453,7 @@ async def test_a_run_whose_claim_was_lost_and_is_executed_elsewhere_is_stopped_h
 
         register(ours)
         register(theirs)
-        record = ours._tasks.prepare("t", None, RunOptions()).record
+        record = ours.tasks.prepare("t", None, RunOptions()).record
         await ours.runs.create(record)
         before = await storage.dump()
         executing = asyncio.ensure_future(ours.execute(record.id))
@@ -481,7 +481,7 @@ async def test_a_claim_that_was_lost_is_stored_again(storage: Storage) -> None:
             await go_on.wait()
             return "done"
 
-        record = realtime._tasks.prepare("t", None, RunOptions(ttl=1)).record
+        record = realtime.tasks.prepare("t", None, RunOptions(ttl=1)).record
         await realtime.runs.create(record)
         before = await storage.dump()
         executing = asyncio.ensure_future(realtime.execute(record.id))

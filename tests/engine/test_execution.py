@@ -146,9 +146,7 @@ async def test_a_run_that_ends_here_is_not_mistaken_for_one_that_another_process
         for number in range(40):
             async with anyio.create_task_group() as group:
                 async with realtime.open_run("r") as run:
-                    group.start_soon(
-                        other.runs.update, run.id, TagsAdded(("seen",))
-                    )  # at any moment
+                    group.start_soon(other.runs.update, run.id, TagsAdded(("seen",)))  # at any moment
                     for _ in range(number):
                         await anyio.lowlevel.checkpoint()
             assert (await realtime.get_run(run)).status is Status.COMPLETED

@@ -33,7 +33,7 @@ class Queue:
 def make_record(realtime: Realtime) -> RunRecord:
     """A run of the task "t" as `trigger` stores it, before it is dispatched."""
     return msgspec.structs.replace(
-        realtime._tasks.records.new_open_run("t", tags=None, metadata=None),
+        realtime.tasks.records.new_open_run("t", tags=None, metadata=None),
         status=Status.QUEUED,
         owner=None,
         started_at_ms=None,
