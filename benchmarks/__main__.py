@@ -1,7 +1,7 @@
 """The command: `python -m benchmarks [memory] [redis] [--quick] [--only fanout,llm] [--peers raw] [--repeat N]`.
 
-Exits with 1 if a chunk was missing, doubled or damaged anywhere, or a server failed. Goals are printed, not enforced:
-figures of a busy machine would make a check that nobody believes.
+Exits with 1 if any chunk was missing, duplicated or damaged, or a server failed. Goals are printed but not enforced,
+because the figures of a busy machine are unreliable.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import uvloop
 from benchmarks import workloads
 from benchmarks.process import choose_cpus, raise_file_limit
 from benchmarks.redis import workloads as redis_workloads
-from benchmarks.redis.site import BINARY, redis_is_there
+from benchmarks.redis.site import BINARY, has_redis
 from benchmarks.report import Results, as_json, describe_machine, render
 from benchmarks.workloads import Workload
 
@@ -29,24 +29,26 @@ SUITES = {
     "memory": [workloads.WORKLOADS],
     "redis": [redis_workloads.WORKLOADS, redis_workloads.FOOTPRINT],
 }
-"""Name to its tables. `memory` is one process with the memory broker, against other servers."""
+"""Suites and their tables. `memory` compares one process with the memory broker to other servers."""
 
 
 def _parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.partition("\n")[0])
-    parser.add_argument("suites", nargs="*", metavar="SUITE", help=f"of {', '.join(SUITES)}; all without")
-    parser.add_argument("--quick", action="store_true", help="a short smoke run; its figures mean little")
+    parser.add_argument("suites", nargs="*", metavar="SUITE", help=f"any of {', '.join(SUITES)}; default: all")
+    parser.add_argument("--quick", action="store_true", help="a short smoke test with meaningless figures")
     parser.add_argument("--only", metavar="NAMES", help="workloads: " + "; ".join(map(_describe, SUITES)))
-    parser.add_argument("--peers", metavar="NAMES", help="servers to compare, as the tables name them")
-    parser.add_argument("--repeat", type=int, default=1, metavar="N", help="medians of N runs, peers alternating")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all figures there")
+    parser.add_argument("--peers", metavar="NAMES", help="servers to compare, by their names in the tables")
+    parser.add_argument(
+        "--repeat", type=int, default=1, metavar="N", help="medians of N runs, alternating between peers"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all figures to FILE")
     options = parser.parse_args(arguments)
     suites = _choose(parser, options.suites, list(SUITES))
     tables = [table for suite in suites for table in SUITES[suite]]
     known = [workload for table in tables for workload in table]
     only = _choose(parser, _split(options.only), [workload.name for workload in known])
     peers = _choose(parser, _split(options.peers), list(dict.fromkeys(peer for each in known for peer in each.peers)))
-    tables = [[_among(workload, peers) for workload in table if workload.name in only] for table in tables]
+    tables = [[_restrict_peers(workload, peers) for workload in table if workload.name in only] for table in tables]
     options.tables = [table for table in tables if table]
     options.needs_redis = any(each.name in only for table in SUITES["redis"] for each in table) and "redis" in suites
     return options
@@ -67,13 +69,13 @@ def _choose(parser: argparse.ArgumentParser, names: Sequence[str], known: list[s
     return list(names) or known
 
 
-def _among(workload: Workload, peers: list[str]) -> Workload:
+def _restrict_peers(workload: Workload, peers: list[str]) -> Workload:
     return replace(workload, peers=[peer for peer in workload.peers if peer in peers])
 
 
 async def _measure(table: list[Workload], *, repeat: int, quick: bool, cpu: int) -> tuple[Results, bool]:
     results: Results = {workload.name: {peer: [] for peer in workload.peers} for workload in table}
-    right = True
+    correct = True
     for workload in table:
         for number in range(repeat):
             for peer in workload.peers:
@@ -83,42 +85,42 @@ async def _measure(table: list[Workload], *, repeat: int, quick: bool, cpu: int)
                         result = await workload.run(server, quick)
                 except (OSError, RuntimeError, TimeoutError) as error:
                     print(f"{workload.name}: {peer} failed: {error!r}", file=sys.stderr)
-                    right = False
+                    correct = False
                     continue
                 results[workload.name][peer].append(result)
                 if result.failed:
                     print(f"{workload.name}: {peer}: {result.verdict}, unfinished {result.unfinished}", file=sys.stderr)
-                    right = False
-    return results, right
+                    correct = False
+    return results, correct
 
 
 def main() -> int:
     options = _parse()
     server_cpu, client_cpu = choose_cpus()
     if server_cpu == client_cpu:
-        print("only one CPU: server and client share it, so rates and latencies mean little", file=sys.stderr)
+        print("only one CPU: server and client share it, so rates and latencies are not meaningful", file=sys.stderr)
     os.sched_setaffinity(0, {client_cpu})
     if raise_file_limit() < _FILES_NEEDED:
-        print(f"fewer than {_FILES_NEEDED} open files are allowed here; the idle workload will fail", file=sys.stderr)
-    if options.needs_redis and not redis_is_there():
-        print(f"{BINARY} is not installed; name the suite `memory` to do without", file=sys.stderr)
+        print(f"the limit of open files is below {_FILES_NEEDED}; the idle workload will fail", file=sys.stderr)
+    if options.needs_redis and not has_redis():
+        print(f"{BINARY} is not installed; run the suite `memory` alone to do without it", file=sys.stderr)
         return 1
     machine = describe_machine()
     print(f"Python {machine['python']}, {machine['system']};", end=" ")
     print(", ".join(f"{name} {number}" for name, number in machine["packages"].items()))
     if options.quick:
-        print("Quick run: a fraction of the sizes below, and figures that mean little.")
-    right, figures = True, dict[str, object]()
+        print("Quick run: a fraction of the sizes below; figures are not meaningful.")
+    correct, figures = True, dict[str, object]()
     for table in options.tables:
-        results, table_right = uvloop.run(_measure(table, repeat=options.repeat, quick=options.quick, cpu=server_cpu))
-        right = right and table_right
+        results, table_correct = uvloop.run(_measure(table, repeat=options.repeat, quick=options.quick, cpu=server_cpu))
+        correct = correct and table_correct
         print(render(table, results), flush=True)
         figures |= as_json(table, results)
     if options.json:
         options.json.write_text(json.dumps({"machine": machine, "workloads": figures}, indent=2) + "\n")
-    if not right:
-        print("FAILED: something was missing, doubled or damaged, or a server failed; see above", file=sys.stderr)
-    return 0 if right else 1
+    if not correct:
+        print("FAILED: chunks were missing, duplicated or damaged, or a server failed; see above", file=sys.stderr)
+    return 0 if correct else 1
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""The chunk that every server publishes, and the reader of what came back.
+"""The chunks that every server publishes, and their parser.
 
-A chunk is a JSON string of fixed size that names its own number and the time at which it was due, on the monotonic
-clock that all processes of a Linux machine share. The same number is the event's id, so a lost, doubled, reordered or
-damaged chunk shows in the text alone.
+A chunk is a JSON string of fixed size with its number and the time at which it was due, on the monotonic clock that all
+processes of a Linux machine share. The number is also the event's id, so the text alone shows whether a chunk was lost,
+duplicated, reordered or damaged.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 
 PAYLOAD_BYTES = 100
-"""Of one chunk as JSON, its quotes included."""
+"""The size of one chunk as JSON, including its quotes."""
 
 _PADDING = "x" * (PAYLOAD_BYTES - 2 - 8 - 1 - 19 - 1)
 _EVENT = re.compile(
@@ -19,23 +19,23 @@ _EVENT = re.compile(
     rb"|(?::[^\n]*\n|retry:[^\n]*\n)+\r?\n"
     rb"|(?:id:[^\n]*\n)?event: ?(?:end|reconnect)\r?\n(?:[^\r\n]+\r?\n)*\r?\n"
 )
-"""An event with a chunk, or what a server may say besides: comments, `retry:`, a named event at the end."""
+"""An event with a chunk, or other allowed output: comments, `retry:`, a named event at the end."""
 FRAME_END = re.compile(rb'x"\r?\n\r?\n')
-"""Where the frame of a chunk ends, to count chunks without reading them."""
+"""The end of the frame of a chunk, to count chunks without parsing them."""
 
 
 def make_chunk(seq: int, due_ns: int) -> str:
-    """Return the text of one chunk, without the quotes that make it JSON."""
+    """Return the text of one chunk, without its JSON quotes."""
     return f"{seq:08d} {due_ns:019d} {_PADDING}"
 
 
 def make_text(seq: int, size: int) -> str:
-    """Return a text that names its number and makes `size` bytes as JSON: for what is stored and not timed."""
+    """Return a text with its number that is `size` bytes as JSON. It is stored and not timed, so it has no time."""
     return f"{seq:08d}".ljust(size - 2, "x")
 
 
 def parse_text(data: bytes, size: int) -> int | None:
-    """Return the number in the JSON of such a text, or None if it is damaged."""
+    """Return the number in the JSON of a text from `make_text`, or None if it is damaged."""
     number = data[1:9]
     seq = int(number) if number.isdigit() else -1
     return seq if data == b'"%b"' % make_text(seq, size).encode() else None
@@ -43,7 +43,7 @@ def parse_text(data: bytes, size: int) -> int | None:
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One chunk as it came: its number, when it was due, and where its frame ended in the text."""
+    """One received chunk: its number, when it was due, and where its frame ends in the text."""
 
     seq: int
     due_ns: int
@@ -51,7 +51,7 @@ class Event:
 
 
 def parse_events(text: bytes | bytearray) -> tuple[list[Event], int]:
-    """Return the chunks in a decoded body and the number of bytes that are neither chunks nor allowed besides them."""
+    """Return the chunks in a decoded body, and the number of bytes that are neither chunks nor other allowed output."""
     events: list[Event] = []
     at = foreign = 0
     for match in _EVENT.finditer(text):

@@ -1,9 +1,9 @@
 """The load client: subscribers that verify every byte and cost little.
 
-All subscribers of a stream must get the same events, so whoever is furthest ahead writes the stream's transcript and
-the others are compared with it, a slice at a time; it is parsed once, after the measurement. A subscriber that differs
-keeps its own copy from there on and is parsed by itself, so what is reported is exact and the usual case is a
-comparison of memory.
+All subscribers of a stream must receive the same events. So the subscriber that is furthest ahead writes the transcript
+of the stream, the others compare their bytes with it, and it is parsed once, after the measurement. A subscriber that
+differs keeps its own copy from there on, which is parsed separately. The report is therefore exact, and the usual case
+is a comparison of memory.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ _FIRST_EVENT = re.compile(rb"(?:\A|\n\r?\n)(?=id:)")
 _MEMO_ENTRIES = 1024
 _MEMO_BYTES = 4096
 _CONNECTING = 64
-"""Connections that are opened at the same time."""
+"""Connections that open concurrently."""
 
 
 @dataclass(slots=True)
 class Transcript:
-    """What the subscribers of one stream received, from its first chunk on, comments left out."""
+    """What the subscribers of one stream received from its first chunk on, without comments."""
 
     text: bytearray = field(default_factory=bytearray)
     readers: int = 0
     seen: dict[tuple[int, bytes], int] = field(default_factory=dict)
-    """(position, bytes read from the socket there) -> the position after them. Subscribers mostly read the same
-    bytes at the same position; looking that up compares the bytes and skips decoding them again."""
+    """(position, bytes read from the socket there) -> the position after them. Subscribers mostly read the same bytes
+    at the same position, and a lookup is cheaper than decoding them again."""
 
     ends: list[int] = field(default_factory=list)
-    """Where its chunks end, as far as `count_to` had to look."""
+    """Where chunks end, as far as `count_to` has scanned."""
 
     def count_to(self, position: int) -> int:
         """Return how many chunks end at or before a position."""
@@ -55,7 +55,7 @@ class Transcript:
 
 
 class Subscriber(asyncio.Protocol):
-    """One subscription over a plain socket: sends the request, decodes the chunked body, compares it."""
+    """One subscription over a socket: sends the request, decodes the chunked body and compares it."""
 
     def __init__(self, path: str, token: str, transcript: Transcript, *, sampled: bool = False) -> None:
         headers = f"Host: 127.0.0.1\r\nAccept: text/event-stream\r\nAuthorization: Bearer {token}\r\n"
@@ -66,21 +66,21 @@ class Subscriber(asyncio.Protocol):
         self.position = 0
         """How much of the transcript this subscriber has received."""
         self.own: bytearray | None = None
-        """What came since it differed from the transcript."""
+        """Everything received since the first difference from the transcript."""
         self.arrivals: list[tuple[int, int]] | None = [] if sampled else None
-        """(time, position) of each read, if this one's latencies are wanted."""
+        """(time, position) of each read, if latencies are recorded."""
         self.requested_ns = self.last_ns = 0
         self.ended = False
         self.closed = False
         loop = asyncio.get_running_loop()
         self.opened: asyncio.Future[None] = loop.create_future()
         self.started: asyncio.Future[None] = loop.create_future()
-        """The first chunk came."""
+        """Done when the first chunk arrives."""
         self._transport: asyncio.Transport | None = None
         self._rest = b""
-        """Bytes of the socket that are not a whole head or chunk yet."""
+        """Bytes of the socket that are an incomplete head or chunk."""
         self._preamble: bytes | None = b""
-        """The body before the first chunk; None once that came."""
+        """The body before the first chunk; None after it has arrived."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
@@ -93,30 +93,30 @@ class Subscriber(asyncio.Protocol):
         for future in (self.opened, self.started):
             if not future.done():
                 future.set_exception(ConnectionError(f"the server closed the connection: {self._rest[:200]!r}"))
-                future.exception()  # Whoever waits gets it; nobody needs to.
+                future.exception()  # mark it as retrieved, because nothing has to await it
 
     def data_received(self, data: bytes) -> None:
         self.last_ns = time.monotonic_ns()
         start = self.position
-        whole = not self._rest and self._preamble is None and self.own is None and len(data) <= _MEMO_BYTES
-        end = self.transcript.seen.get((start, data)) if whole else None
+        is_complete = not self._rest and self._preamble is None and self.own is None and len(data) <= _MEMO_BYTES
+        end = self.transcript.seen.get((start, data)) if is_complete else None
         if end is not None:
             self.position = end
         else:
             self._decode(data)
-            if whole and not self._rest and self.own is None and not self.ended:
+            if is_complete and not self._rest and self.own is None and not self.ended:
                 self.transcript.remember(start, data, self.position)
         if self.arrivals is not None:
             self.arrivals.append((self.last_ns, self.position))
 
     def resumed(self) -> Subscriber:
-        """The same subscriber's next connection: it names its last chunk and goes on where this one was cut.
+        """The next connection of this subscriber, which resumes after its last chunk.
 
-        This one has whole chunks only, and no difference from the transcript.
+        This one must end with a complete chunk and match the transcript.
         """
         last = self.transcript.count_to(self.position) - 1
         if self.own is not None or self._rest or self.transcript.ends[last] != self.position:
-            raise RuntimeError("it was cut within a chunk, or after something that should not be there")
+            raise RuntimeError("it was cut within a chunk, or received something unexpected")
         later = copy(self)
         loop = asyncio.get_running_loop()
         later.last_event_id = last
@@ -131,12 +131,12 @@ class Subscriber(asyncio.Protocol):
             self._transport.abort()
 
     def received(self) -> int:
-        """Chunks received so far, counted only."""
+        """The number of chunks received so far, without parsing them."""
         own = sum(1 for _ in FRAME_END.finditer(self.own)) if self.own else 0
         return self.transcript.count_to(self.position) + own
 
     def events(self) -> tuple[list[Event], int]:
-        """Every chunk received, in order, and the number of bytes that should not be there."""
+        """All received chunks in order, and the number of unexpected bytes."""
         return parse_events(self.transcript.text[: self.position] + (self.own or b""))
 
     def _decode(self, data: bytes) -> None:
@@ -161,15 +161,15 @@ class Subscriber(asyncio.Protocol):
             at = end + 2
         self._rest = data[at:]
         if bodies:
-            # Each server sends its heartbeat as a body of its own, with a time in it or at another place for each
-            # subscriber. One inside another body would end up in `own` and be parsed there.
+            # Each server sends heartbeats as separate bodies, with a time in them or at a different position for each
+            # subscriber. One inside another body ends up in `own` and is parsed there.
             wanted = [body for body in bodies if body[:1] != b":"]
             self._take(wanted[0] if len(wanted) == 1 else b"".join(wanted))
 
     def _check_head(self, head: bytes) -> None:
         status, _, headers = head.partition(b"\r\n")
         if status != b"HTTP/1.1 200 OK" or b"transfer-encoding: chunked" not in headers.lower():
-            self.opened.set_exception(ConnectionError(f"unexpected answer: {head[:300]!r}"))
+            self.opened.set_exception(ConnectionError(f"unexpected response: {head[:300]!r}"))
             self.close()
         else:
             self.opened.set_result(None)
@@ -199,7 +199,7 @@ class Subscriber(asyncio.Protocol):
 async def open_subscribers(
     port: int, subscribers: Iterable[Subscriber], *, at_once: int = _CONNECTING
 ) -> list[Subscriber]:
-    """Connect them all and return them once each has the head of its response."""
+    """Connect all subscribers and return them once each has the head of its response."""
     loop = asyncio.get_running_loop()
     limit = asyncio.Semaphore(at_once)
 
@@ -215,21 +215,21 @@ async def open_subscribers(
 async def close_subscribers(subscribers: list[Subscriber]) -> None:
     for subscriber in subscribers:
         subscriber.close()
-    while not all(subscriber.closed for subscriber in subscribers):  # noqa: ASYNC110 - the next turn or two.
+    while not all(subscriber.closed for subscriber in subscribers):  # noqa: ASYNC110 - one or two loop iterations
         await asyncio.sleep(0)
 
 
 @dataclass(slots=True)
 class Verdict:
-    """What is wrong with what was received. All zero is right."""
+    """Errors in what was received; all zero is correct."""
 
     missing: int = 0
-    doubled: int = 0
+    duplicated: int = 0
     damaged: int = 0
-    """Bytes that no server should have sent, and chunks out of order."""
+    """Unexpected bytes, and chunks out of order."""
 
     def __bool__(self) -> bool:
-        return bool(self.missing or self.doubled or self.damaged)
+        return bool(self.missing or self.duplicated or self.damaged)
 
 
 def judge(seqs: list[int], expected: int, foreign: int = 0) -> Verdict:
@@ -241,13 +241,13 @@ def judge(seqs: list[int], expected: int, foreign: int = 0) -> Verdict:
     disorder = sum(later < earlier for earlier, later in zip(seqs, seqs[1:], strict=False))
     return Verdict(
         missing=expected - len(wanted),
-        doubled=len(seqs) - len(distinct),
+        duplicated=len(seqs) - len(distinct),
         damaged=foreign + disorder + len(distinct) - len(wanted),
     )
 
 
 def verify(subscribers: list[Subscriber], expected: int | None) -> Verdict:
-    """Judge all subscribers. With `expected` None (the server was overloaded and cut off) only what came is judged."""
+    """Judge all subscribers. If `expected` is None (an overloaded server was stopped), only what arrived counts."""
     total = Verdict()
     judged: dict[tuple[int, int], Verdict] = {}
     for subscriber in subscribers:
@@ -257,20 +257,20 @@ def verify(subscribers: list[Subscriber], expected: int | None) -> Verdict:
             events, foreign = subscriber.events()
             seqs = [event.seq for event in events]
             if expected is None:
-                foreign = 0 if subscriber.own is None else foreign  # The transcript may be cut within an event.
+                foreign = 0 if subscriber.own is None else foreign  # the transcript can end within an event
                 verdict = judge(seqs, max(seqs, default=-1) + 1, foreign)
             else:
                 verdict = judge(seqs, expected, foreign)
             if subscriber.own is None:
                 judged[key] = verdict
         total.missing += verdict.missing
-        total.doubled += verdict.doubled
+        total.duplicated += verdict.duplicated
         total.damaged += verdict.damaged
     return total
 
 
 def latencies_ms(subscribers: list[Subscriber], *, skip: int = 0) -> list[float]:
-    """Sorted times from due to read, of all chunks after the first `skip`, of the sampled subscribers."""
+    """Sorted times from due to read of all chunks after the first `skip`, for the sampled subscribers."""
     times: list[float] = []
     parsed: dict[int, list[Event]] = {}
     for subscriber in subscribers:

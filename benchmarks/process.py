@@ -1,7 +1,7 @@
-"""A server in a process of its own: start, the control channel, its CPU time and memory, its end.
+"""A server in a separate process: its start and end, its control channel, its CPU time and memory.
 
-Control is JSON lines over a socket pair, not HTTP: it costs the measured server next to nothing, and the server ends
-when this process does, because the channel ends.
+Commands are JSON lines over a socket pair rather than HTTP. That costs the measured server almost nothing, and the
+server exits when this process does, because the channel closes.
 """
 
 from __future__ import annotations
@@ -28,26 +28,26 @@ _LINE_LIMIT = 16 * 1024 * 1024
 
 
 def choose_cpus() -> tuple[int, int]:
-    """Return the CPUs for server and client; the same one twice if the machine has no other."""
+    """Return the CPUs for server and client, which are the same on a machine with one CPU."""
     cpus = sorted(os.sched_getaffinity(0))
     return cpus[0], cpus[1 % len(cpus)]
 
 
 def raise_file_limit() -> int:
-    """Allow this process and its children as many open files as the system admits, and return the number."""
+    """Raise the limit of open files of this process and its children to the maximum, and return it."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     return hard
 
 
 def process_cpu_s(pid: int) -> float:
-    """CPU time of a whole process so far, to the nanosecond and without asking it."""
+    """CPU time of a process so far, in nanosecond resolution and without its cooperation."""
     # The kernel's number for another process's CPU clock, as clock_getcpuclockid(3) computes it.
     return time.clock_gettime((~pid << 3) | 2)
 
 
 def busy_s(cpus: Collection[int]) -> float:
-    """Time that these CPUs have not been idle so far, whoever used them."""
+    """Time that these CPUs have been busy so far, in any process."""
     total = 0
     for line in Path("/proc/stat").read_text().splitlines():
         name, *numbers = line.split()
@@ -58,30 +58,30 @@ def busy_s(cpus: Collection[int]) -> float:
 
 
 class Target(Protocol):
-    """What a workload drives: one server, or several processes that belong together."""
+    """What a workload drives: one server, or several processes that act as one."""
 
     @property
     def port(self) -> int:
-        """Where subscribers connect to."""
+        """The port that subscribers connect to."""
 
     async def call(self, command: str, *, timeout_s: float = 60.0, **arguments: Any) -> Any: ...
 
-    async def answer(self, *, timeout_s: float = 60.0) -> Any: ...
+    async def receive(self, *, timeout_s: float = 60.0) -> Any: ...
 
-    def tell(self, command: str, **arguments: Any) -> None: ...
+    def send(self, command: str, **arguments: Any) -> None: ...
 
     def cpu_s(self) -> Mapping[str, float]:
-        """CPU time of each of its processes so far."""
+        """CPU time of each process so far."""
 
     def others_s(self) -> float:
-        """CPU time so far that others took on the CPUs that it runs on."""
+        """CPU time so far of other processes on the same CPUs."""
 
     def memory_kib(self) -> int: ...
 
 
 @dataclass(slots=True)
 class Server:
-    """A running server, and the way to command it."""
+    """A running server and its control channel."""
 
     pid: int
     port: int
@@ -90,19 +90,19 @@ class Server:
     _writer: asyncio.StreamWriter
 
     async def call(self, command: str, *, timeout_s: float = 60.0, **arguments: Any) -> Any:
-        """Have the server do something and return its answer. One call at a time; `acknowledge` may come in between."""
-        self.tell(command, **arguments)
-        return await self.answer(timeout_s=timeout_s)
+        """Send a command and return its result. One call at a time, apart from `acknowledge`."""
+        self.send(command, **arguments)
+        return await self.receive(timeout_s=timeout_s)
 
-    async def answer(self, *, timeout_s: float = 60.0) -> Any:
-        """Return the answer to what it was told before."""
+    async def receive(self, *, timeout_s: float = 60.0) -> Any:
+        """Return the result of a command that was sent before."""
         line = await asyncio.wait_for(self._reader.readline(), timeout_s)
         if not line:
-            raise RuntimeError("the server ended before it answered; see its messages above")
+            raise RuntimeError("the server exited before it responded; see its messages above")
         return json.loads(line)
 
-    def tell(self, command: str, **arguments: Any) -> None:
-        """Have it do something without waiting. Everything but `acknowledge` is answered, see `answer`."""
+    def send(self, command: str, **arguments: Any) -> None:
+        """Send a command without waiting. Every command except `acknowledge` has a result; see `receive`."""
         self._writer.write(json.dumps({"do": command, **arguments}).encode() + b"\n")
 
     def cpu_s(self) -> Mapping[str, float]:
@@ -112,7 +112,7 @@ class Server:
         return busy_s(self.cpus) - process_cpu_s(self.pid)
 
     def memory_kib(self) -> int:
-        """Its proportional share of memory in use: private pages, and its part of shared ones."""
+        """Proportional set size: private pages, and its share of shared pages."""
         rollup = Path(f"/proc/{self.pid}/smaps_rollup").read_text()
         match = re.search(r"^Pss:\s+(\d+) kB$", rollup, re.MULTILINE)
         if match is None:
@@ -122,12 +122,12 @@ class Server:
 
 @contextlib.asynccontextmanager
 async def run_server(path: str, *, cpus: Collection[int], redis_url: str = "") -> AsyncIterator[Server]:
-    """Start the server of one peer's class on the given CPUs, wait until it listens, and end it by its pid."""
+    """Start the server of a peer class on the given CPUs, wait until it listens, and terminate it at the end."""
     ours, theirs = socket.socketpair()
     with theirs:
         command = [sys.executable, "-m", "benchmarks.servers", path, str(theirs.fileno()), ",".join(map(str, cpus))]
         command += [redis_url] if redis_url else []
-        # Not asyncio's: its child watcher would wake up the client's loop, and nothing is read from the process.
+        # Not asyncio's subprocess, because its child watcher would wake the client's loop.
         process = subprocess.Popen(  # noqa: ASYNC220
             command, cwd=_ROOT, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL
         )

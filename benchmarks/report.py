@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks.workloads import Result, Workload
 
 Results = dict[str, dict[str, list[Result]]]
-"""workload -> peer -> what each repetition gave."""
+"""workload -> peer -> the result of each repetition"""
 
 _PACKAGES = [
     "uvicorn",
@@ -53,14 +53,14 @@ _COLUMNS: list[tuple[str, str, Callable[[float], str]]] = [
     ("client CPU", "client_cpu", lambda value: f"{value:.0%}"),
     ("others' CPU", "others_cpu", lambda value: f"{value:.0%}"),
     ("missing", "missing", lambda value: f"{value:.0f}"),
-    ("doubled", "doubled", lambda value: f"{value:.0f}"),
+    ("duplicated", "duplicated", lambda value: f"{value:.0f}"),
     ("damaged", "damaged", lambda value: f"{value:.0f}"),
 ]
-"""Heading, figure, format. Ratios are of the workload's own figure. A table has the columns that it has figures for."""
+"""Heading, figure, format. `ratio` compares the main figure of a workload. A table only has columns with figures."""
 
 
 def summarize(workload: Workload, results: dict[str, list[Result]]) -> dict[str, dict[str, float]]:
-    """Return the figures of each peer: medians of its repetitions, sums of what is wrong, the ratio to one of them."""
+    """Return the figures of each peer: medians of its repetitions, sums of its errors, its ratio to the baseline."""
     rows = {peer: _merge(repetitions) for peer, repetitions in results.items() if repetitions}
     baseline = rows.get(workload.baseline, {}).get(workload.metric)
     if baseline:
@@ -76,13 +76,13 @@ def _merge(repetitions: list[Result]) -> dict[str, float]:
         for name in names
     }
     row["missing"] = sum(result.verdict.missing for result in repetitions)
-    row["doubled"] = sum(result.verdict.doubled for result in repetitions)
+    row["duplicated"] = sum(result.verdict.duplicated for result in repetitions)
     row["damaged"] = sum(result.verdict.damaged + result.unfinished for result in repetitions)
     return row
 
 
 def render(workloads: Sequence[Workload], results: Results) -> str:
-    """Return the whole table as text."""
+    """Return the table as text."""
     rows = [
         (workload.name, peer, row)
         for workload in workloads
@@ -108,7 +108,7 @@ def render(workloads: Sequence[Workload], results: Results) -> str:
 
 
 def describe_machine() -> dict[str, Any]:
-    """Return what a reader must know to judge the figures."""
+    """Return the facts about the machine that a reader needs to judge the figures."""
     packages = {}
     for name in _PACKAGES:
         try:
@@ -124,7 +124,7 @@ def describe_machine() -> dict[str, Any]:
 
 
 def as_json(workloads: Sequence[Workload], results: Results) -> dict[str, Any]:
-    """Return summary and single repetitions of each workload as plain values."""
+    """Return the summary and the repetitions of each workload as plain values."""
     return {
         workload.name: {
             "title": workload.title,

@@ -1,7 +1,7 @@
-"""The workloads: what is opened, what is published, what is measured.
+"""The workloads: what each opens, publishes and measures.
 
-Each takes a fresh server and the size of the run, and returns one `Result`. Nothing here knows which server it drives.
-All are bounded in count and in time; a server that is too slow for the count is measured on what it did.
+Each takes a fresh server and the size of the run and returns one `Result`, without knowing which server it drives. All
+are bounded in count and in time; a server that is too slow for the count is measured by what it did.
 """
 
 from __future__ import annotations
@@ -28,24 +28,24 @@ from benchmarks.process import Target, run_server
 from benchmarks.servers import PEERS
 
 WINDOW = 256
-"""Chunks that a closed-loop producer may be ahead of the slowest subscriber."""
+"""How many chunks a closed-loop producer can be ahead of the slowest subscriber."""
 _SAMPLED = 20
-"""Subscribers of one stream whose latencies are taken."""
+"""Subscribers of one stream with recorded latencies."""
 _WARM_UP = 64
 _IN_TIME_S = 0.05
-"""The latency that is allowed: what comes within it after the last chunk was due counts as delivered in time."""
+"""The allowed latency: chunks that arrive this soon after the last one was due count as delivered in time."""
 _STALLED_S = 2.0
-"""If a server neither sends nor computes for so long, what has not come is missing."""
+"""If a server neither sends nor computes for this long, chunks that have not arrived are missing."""
 
 
 @dataclass(slots=True)
 class Result:
-    """One workload on one server, once."""
+    """The result of one workload on one server."""
 
     metrics: dict[str, float]
     verdict: Verdict = field(default_factory=Verdict)
     unfinished: int = 0
-    """Subscribers whose response did not end cleanly after the stream ended."""
+    """Subscribers with a response that did not end cleanly after the stream ended."""
 
     @property
     def failed(self) -> bool:
@@ -53,29 +53,29 @@ class Result:
 
 
 def start_server(peer: str, server_cpu: int) -> AbstractAsyncContextManager[Target]:
-    """One peer's server, on a CPU of its own."""
+    """Start the server of one peer on its own CPU."""
     return run_server(PEERS[peer], cpus=[server_cpu])
 
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """A workload, the figure that compares servers in it, and what asgi_realtime must reach."""
+    """A workload, its main figure, and the goal for asgi_realtime."""
 
     name: str
     title: str
     metric: str
     goal: str
-    """What this library is to reach; printed, not enforced."""
+    """What this library should reach; printed, not enforced."""
     run: Callable[[Target, bool], Awaitable[Result]]
     peers: Sequence[str] = tuple(PEERS)
-    """Whom it compares."""
+    """The servers to compare."""
     baseline: str = next(iter(PEERS))
     start: Callable[[str, int], AbstractAsyncContextManager[Target]] = start_server
-    """Makes what is driven, from the peer's name and the CPU for it."""
+    """Starts the target, given the name of the peer and its CPU."""
 
 
 async def fan_out(server: Target, quick: bool, *, subscribers: int, burst: int) -> Result:
-    """One stream, many subscribers, as fast as the slowest of them."""
+    """One stream with many subscribers, as fast as the slowest of them."""
     seconds, count = (1.0, 320) if quick else (6.0, 2000 * burst)
     readers = await open_readers(server, ["fanout"], 100 if quick else subscribers)
     with quiet_client():
@@ -93,7 +93,7 @@ async def fan_out(server: Target, quick: bool, *, subscribers: int, burst: int) 
 
 
 async def paced(server: Target, quick: bool, *, streams: int, subscribers: int, rate: float) -> Result:
-    """Chunks that come at their own pace, whether or not the server keeps up: the honest latency."""
+    """Chunks at a fixed rate, whether or not the server keeps up, so that latencies include its backlog."""
     seconds, drain_s = (1.0, 5.0) if quick else (5.0, 15.0)
     if quick:
         subscribers = max(1, subscribers // 10)
@@ -103,11 +103,11 @@ async def paced(server: Target, quick: bool, *, streams: int, subscribers: int, 
     each = int(seconds * rate / streams)
     seconds = each * streams / rate
     with quiet_client():
-        # A chunk each first, so that every subscriber waits for the next when the clock starts.
+        # Send one chunk to each first, so that every subscriber waits for the next when the clock starts.
         await server.call("pace", streams=names, rate=rate, count=streams, start_ns=time.monotonic_ns())
         await receive_all(server, readers, 1)
         meter = Meter(server, start_ns=time.monotonic_ns() + 100_000_000)
-        server.tell("pace", streams=names, rate=rate, count=each * streams, start_ns=meter.start_ns)
+        server.send("pace", streams=names, rate=rate, count=each * streams, start_ns=meter.start_ns)
         await asyncio.sleep((meter.start_ns - time.monotonic_ns()) / 1e9 + seconds)
         window = meter.read(time.monotonic_ns())
         await asyncio.sleep(_IN_TIME_S)
@@ -115,7 +115,7 @@ async def paced(server: Target, quick: bool, *, streams: int, subscribers: int, 
         complete = await receive_all(server, readers, 1 + each, give_up_s=drain_s)
         metrics = meter.read(last_arrival(readers))
     if complete:
-        await server.answer()
+        await server.receive()
     in_time = sum(reader.transcript.count_to(position) - 1 for reader, position in zip(readers, positions, strict=True))
     metrics |= per_event(metrics, sum(reader.received() - 1 for reader in readers)) | _latency(readers, skip=1)
     metrics |= {
@@ -127,7 +127,7 @@ async def paced(server: Target, quick: bool, *, streams: int, subscribers: int, 
 
 
 async def idle(server: Target, quick: bool, *, subscribers: int) -> Result:
-    """Subscribers that wait: what each costs to open and to keep."""
+    """Waiting subscribers: what each costs to open and to hold."""
     count = 500 if quick else subscribers
     [subscription] = await server.call("create", streams=["idle"])
 
@@ -135,7 +135,7 @@ async def idle(server: Target, quick: bool, *, subscribers: int) -> Result:
         transcript = Transcript()
         return [Subscriber(subscription["path"], subscription["tokens"][0], transcript) for _ in range(number)]
 
-    # What the first ones import and allocate is no cost of a subscriber.
+    # One-time imports and allocations are not a cost per subscriber.
     await close_subscribers(await open_subscribers(server.port, make(200)))
     await asyncio.sleep(0.5)
     memory, cpu_s = server.memory_kib(), sum(server.cpu_s().values())
@@ -153,7 +153,7 @@ async def idle(server: Target, quick: bool, *, subscribers: int) -> Result:
 
 
 async def catch_up(server: Target, quick: bool) -> Result:
-    """A late subscriber reads all that is stored; several times, since once is over in milliseconds."""
+    """A late subscriber reads everything that is stored, several times, because once takes milliseconds."""
     count, rounds = (10_000, 3) if quick else (100_000, 5)
     [subscription] = await server.call("create", streams=["stored"])
     total = await server.call("produce", stream="stored", count=count, burst=500, window=count, seconds=30)
@@ -175,7 +175,7 @@ async def catch_up(server: Target, quick: bool) -> Result:
 
 
 async def subscribe(server: Target, quick: bool, *, distinct: bool) -> Result:
-    """Connections that are opened, get the one stored chunk, and leave: a new token each, or all the same."""
+    """Connections that open, receive the one stored chunk and close, each with a new token or all with the same."""
     count = 200 if quick else 2000
     [subscription] = await server.call("create", streams=["one"], tokens=count + 1 if distinct else 1)
     await server.call("produce", stream="one", count=1, burst=1, window=1, seconds=5)
@@ -198,7 +198,7 @@ async def subscribe(server: Target, quick: bool, *, distinct: bool) -> Result:
     with quiet_client():
         meter = Meter(server)
         await asyncio.gather(*(visit() for _ in range(16)))
-        await asyncio.sleep(0.05)  # The server's part of the last disconnects.
+        await asyncio.sleep(0.05)  # the server handles the last disconnects
         metrics = meter.read(last_arrival(readers))
     metrics |= per_event(metrics, len(readers))
     metrics["us_per_open"] = metrics.pop("us_per_event")
@@ -207,7 +207,7 @@ async def subscribe(server: Target, quick: bool, *, distinct: bool) -> Result:
 
 
 class Meter:
-    """CPU of each process, of the client and of whoever else disturbs, and the wall clock, until `read`."""
+    """Measures the CPU time of each process, of the client and of unrelated processes, and the wall time."""
 
     def __init__(self, server: Target, *, start_ns: int | None = None) -> None:
         self._server = server
@@ -229,7 +229,7 @@ PROCESSES = ("server", "web", "worker", "redis")
 
 
 def per_event(metrics: dict[str, float], events: int) -> dict[str, float]:
-    """The rate, and the CPU of each process for one event, in microseconds; `us` is that of all together."""
+    """The rate, and the CPU time of each process and of all together per event, in microseconds."""
     used = {name: metrics[f"{name}_s"] * 1e6 / max(events, 1) for name in PROCESSES if f"{name}_s" in metrics}
     figures = {"events": events, "events_per_s": events / metrics["wall_s"], "us_per_event": sum(used.values())}
     return figures | {f"us_{name}": value for name, value in used.items() if name != "server"}
@@ -243,7 +243,7 @@ def _latency(readers: list[Subscriber], *, skip: int) -> dict[str, float]:
 
 
 async def open_readers(server: Target, names: list[str], subscribers: int) -> list[Subscriber]:
-    """Create the streams and subscribe to each, so many times. The latencies of some subscribers are sampled."""
+    """Create the streams and open this many subscribers of each. Some of them record latencies."""
     readers: list[Subscriber] = []
     step = max(1, subscribers // _SAMPLED)
     for subscription in await server.call("create", streams=names):
@@ -258,7 +258,7 @@ async def open_readers(server: Target, names: list[str], subscribers: int) -> li
 async def finish(
     server: Target, streams: list[str], readers: list[Subscriber], expected: int | None, metrics: dict[str, float]
 ) -> Result:
-    """End the streams, see every response end cleanly, and judge every byte that came."""
+    """End the streams, check that every response ends cleanly, and verify every byte."""
     unfinished = 0
     if streams and expected is not None:
         await server.call("end", streams=streams)
@@ -269,13 +269,13 @@ async def finish(
 
 
 async def receive_all(server: Target, readers: list[Subscriber], total: int, *, give_up_s: float = 60.0) -> bool:
-    """Wait until every subscriber has `total` chunks or nothing comes any more; False if it would take longer."""
-    behind = list(readers)
+    """Wait until every subscriber has `total` chunks or no more arrive; False on timeout."""
+    incomplete = list(readers)
 
     def complete() -> bool:
-        while behind and behind[-1].received() >= total:
-            behind.pop()
-        return not behind
+        while incomplete and incomplete[-1].received() >= total:
+            incomplete.pop()
+        return not incomplete
 
     return await _wait_until(complete, server, readers, give_up_s=give_up_s)
 
@@ -283,7 +283,7 @@ async def receive_all(server: Target, readers: list[Subscriber], total: int, *, 
 async def _wait_until(
     condition: Callable[[], bool], server: Target, readers: list[Subscriber], *, give_up_s: float
 ) -> bool:
-    """Wait for the condition or for a silence of an idle server; False if neither came in time."""
+    """Wait for the condition, or until the server is silent and idle; False on timeout."""
     deadline = time.monotonic() + give_up_s
     checked, cpu_s, arrival = time.monotonic(), sum(server.cpu_s().values()), 0
     while not condition():
@@ -291,7 +291,7 @@ async def _wait_until(
         if now > deadline:
             return False
         if now - checked > _STALLED_S:
-            # An overloaded server may be silent for long, but it is not idle.
+            # An overloaded server can be silent for long, but it is not idle.
             used_s = sum(server.cpu_s().values())
             if used_s - cpu_s < 0.1 and arrival == last_arrival(readers):
                 return True
@@ -306,17 +306,17 @@ def last_arrival(readers: list[Subscriber]) -> int:
 
 @asynccontextmanager
 async def _acknowledging(server: Target, readers: list[Subscriber]) -> AsyncIterator[None]:
-    """Tell the producer what the slowest subscriber has, as long as the block lasts."""
+    """During the block, report the progress of the slowest subscriber to the producer."""
 
     async def acknowledge() -> None:
-        told = 0
+        reported = 0
         while True:
             await asyncio.sleep(0.001)
             slowest = min(readers, key=_progress)
             count = slowest.received()
-            if count >= told + WINDOW // 8:
-                server.tell("acknowledge", count=count)
-                told = count
+            if count >= reported + WINDOW // 8:
+                server.send("acknowledge", count=count)
+                reported = count
 
     task = asyncio.create_task(acknowledge())
     try:
@@ -331,7 +331,7 @@ def _progress(reader: Subscriber) -> int:
 
 @contextmanager
 def quiet_client() -> Iterator[None]:
-    """Keep the client's garbage collector out of the measurement; the server's stays as it is."""
+    """Disable the client's garbage collector during the measurement; the server's stays enabled."""
     gc.collect()
     gc.disable()
     try:
@@ -343,14 +343,14 @@ def quiet_client() -> Iterator[None]:
 WORKLOADS = [
     Workload(
         "fanout",
-        "1 stream, 1,000 subscribers, one chunk per loop turn",
+        "1 stream, 1,000 subscribers, one chunk per loop iteration",
         "us_per_event",
         "CPU <= 1.15 x raw",
         partial(fan_out, subscribers=1000, burst=1),
     ),
     Workload(
         "burst",
-        "1 stream, 100 subscribers, 32 chunks per loop turn",
+        "1 stream, 100 subscribers, 32 chunks per loop iteration",
         "us_per_event",
         "CPU <= 0.15 x raw",
         partial(fan_out, subscribers=100, burst=32),
@@ -373,7 +373,7 @@ WORKLOADS = [
     Workload("catchup", "100,000 stored chunks to one late subscriber", "events_per_s", ">= 8 x raw", catch_up),
     Workload(
         "subscribe",
-        "connect, token check, one chunk, leave; a new token each time",
+        "connect, check a token, receive one chunk, disconnect; a new token each time",
         "us_per_open",
         "CPU <= 1.4 x raw",
         partial(subscribe, distinct=True),

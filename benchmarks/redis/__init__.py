@@ -1,6 +1,6 @@
-"""What goes over Redis, measured as the rest is: web process, worker process and a Redis of its own, told apart in CPU.
+"""The Redis suite: a web process, a worker process and their own Redis, with separate CPU figures.
 
-`python -m benchmarks redis` starts them anew for each workload and peer. The web process has a CPU of its own and the
-load client another; the worker and Redis run where there is room, so only figures of CPU and ratios mean something on a
-machine with two.
+`python -m benchmarks redis` starts them anew for each workload and peer. The web process has its own CPU and the load
+client another. The worker and Redis share what is left, so on a machine with two CPUs only CPU figures and ratios are
+meaningful.
 """

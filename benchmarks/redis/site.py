@@ -1,6 +1,6 @@
-"""The processes of one measurement, driven as if they were one server: chunks go in at the worker, and out at the web.
+"""The processes of one measurement, driven like one server: chunks enter at the worker and leave at the web process.
 
-Redis is started here, keeps nothing on disk, and is ended by its pid.
+Redis is started here, stores nothing on disk, and is terminated by its pid.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ _START_S = 10.0
 _STOP_S = 5.0
 
 
-def redis_is_there() -> bool:
+def has_redis() -> bool:
     return shutil.which(BINARY) is not None
 
 
 @dataclass(slots=True)
 class RedisServer:
-    """A running Redis and a client of the benchmark's own, which is idle while something is measured."""
+    """A running Redis and a client of the benchmark, which is idle during measurements."""
 
     pid: int
     port: int
@@ -47,21 +47,21 @@ class RedisServer:
         return f"redis://127.0.0.1:{self.port}"
 
     def executed(self) -> dict[str, int]:
-        """How often each command was run so far, also by scripts."""
+        """How often each command has run so far, including in scripts."""
         stats: Any = self.client.info("commandstats")
         return {name.removeprefix("cmdstat_"): int(numbers["calls"]) for name, numbers in stats.items()}
 
     def connections(self, pid: int) -> set[str]:
-        """The addresses from which a process is connected, as Redis lists its clients."""
+        """The addresses of the connections of a process, as in Redis's client list."""
         clients: Any = self.client.client_list()
         ports = _local_ports(pid)
         return {client["addr"] for client in clients if int(client["addr"].rpartition(":")[2]) in ports}
 
     @contextlib.asynccontextmanager
     async def sent_by(self, pid: int) -> AsyncIterator[list[str]]:
-        """What a process sends while the block lasts: each command with its first argument. Scripts' own are left out.
+        """The commands that a process sends during the block, each with its first argument, without those in scripts.
 
-        MONITOR costs Redis much, so nothing else is to be measured meanwhile."""
+        MONITOR slows Redis down, so do not measure anything else during the block."""
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
         sent: list[tuple[str, str]] = []
 
@@ -86,7 +86,7 @@ class RedisServer:
 
 
 def _local_ports(pid: int) -> set[int]:
-    """The ports of a process's TCP connections."""
+    """The local ports of the TCP connections of a process."""
     inodes = set()
     for link in Path(f"/proc/{pid}/fd").iterdir():
         with contextlib.suppress(OSError):
@@ -132,7 +132,7 @@ async def _until_ready(client: redis.Redis, process: subprocess.Popen[bytes]) ->
 
 @dataclass(slots=True)
 class Site:
-    """A `Target` of several processes. Without Redis one process is web and worker."""
+    """A `Target` of several processes. Without Redis, one process is both web and worker."""
 
     web: Server
     worker: Server
@@ -145,11 +145,11 @@ class Site:
     async def call(self, command: str, *, timeout_s: float = 60.0, **arguments: Any) -> Any:
         return await self.worker.call(command, timeout_s=timeout_s, **arguments)
 
-    async def answer(self, *, timeout_s: float = 60.0) -> Any:
-        return await self.worker.answer(timeout_s=timeout_s)
+    async def receive(self, *, timeout_s: float = 60.0) -> Any:
+        return await self.worker.receive(timeout_s=timeout_s)
 
-    def tell(self, command: str, **arguments: Any) -> None:
-        self.worker.tell(command, **arguments)
+    def send(self, command: str, **arguments: Any) -> None:
+        self.worker.send(command, **arguments)
 
     def cpu_s(self) -> Mapping[str, float]:
         used = {"web": process_cpu_s(self.web.pid)}
@@ -170,7 +170,7 @@ def _all_cpus() -> set[int]:
 
 @contextlib.asynccontextmanager
 async def start_site(peer: str, server_cpu: int) -> AsyncIterator[Site]:
-    """Start what one peer needs. Chunks go in at the worker and come out at the web process."""
+    """Start the processes of one peer."""
     path = REDIS_PEERS[peer]
     if peer == "memory":
         async with run_server(path, cpus=[server_cpu]) as server:

@@ -1,6 +1,6 @@
-"""The workloads over Redis. What subscribers get is verified as ever; what is stored is read back and compared.
+"""The workloads over Redis. What subscribers receive is verified as always; stored streams are read back and compared.
 
-A delivery is one chunk at one subscriber; `us` is CPU for one of them, of web, worker and Redis apart.
+A delivery is one chunk at one subscriber. `us` is CPU time per delivery, separate for web, worker and Redis.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _WARM_UP = 64
 _PAGE = 5000
 _SIZE = 100
 _SAMPLE = 100
-"""Resumes whose commands are watched one by one."""
+"""Resumes with individually recorded commands."""
 
 
 def _site(target: Target) -> tuple[Site, RedisServer]:
@@ -44,7 +44,7 @@ def _site(target: Target) -> tuple[Site, RedisServer]:
 
 
 async def store(target: Target, quick: bool, *, streams: int, chunks: int, seconds: float) -> Result:
-    """Sources that give all they have at once, until Redis has acknowledged every chunk."""
+    """Sources that yield without pause, until Redis has acknowledged every chunk."""
     _, server = _site(target)
     if quick:
         streams, chunks, seconds = max(1, streams // 20), chunks // 50, 0.5
@@ -55,14 +55,14 @@ async def store(target: Target, quick: bool, *, streams: int, chunks: int, secon
         stored = await target.call("store", streams=streams, each=chunks // streams, size=_SIZE, seconds=seconds)
         metrics = meter.read(time.monotonic_ns())
         executed = _difference(server.executed(), before)
-    total = sum(given for _, given in stored)
+    total = sum(count for _, count in stored)
     metrics |= per_event(metrics, total)
     metrics |= {"sent": _appends(executed) / total, "executed": sum(executed.values()) / total}
     return Result(metrics, _judge_stored(server.client, stored, _SIZE))
 
 
 async def storm(target: Target, quick: bool, *, streams: int, subscribers: int) -> Result:
-    """All subscribers are cut, miss as much as they had, and come back at once with their Last-Event-ID."""
+    """All subscribers lose their connections, miss as many chunks as they had, and resume together by Last-Event-ID."""
     site = cast(Site, target)
     if quick:
         streams, subscribers = max(1, streams // 20), max(1, subscribers // 20)
@@ -100,14 +100,14 @@ async def storm(target: Target, quick: bool, *, streams: int, subscribers: int) 
 
 
 async def _cut(readers: list[Subscriber]) -> list[Subscriber]:
-    """Cut the connections at once. Returns what comes back."""
+    """Cut all connections, and return subscribers that resume them."""
     await close_subscribers(readers)
     await asyncio.sleep(0.2)  # until the server has noticed
     return [reader.resumed() for reader in readers]
 
 
 async def footprint(target: Target, quick: bool) -> Result:
-    """What a stream takes in Redis, what a chunk that comes alone costs, and how many connections a process has."""
+    """The memory of a stream in Redis, the commands of a single chunk, and the connections of a process."""
     site, server = _site(target)
     chunks, seconds, rate = 1000, 0.5 if quick else 3.0, 20
     metrics: dict[str, float] = {}
@@ -117,7 +117,7 @@ async def footprint(target: Target, quick: bool) -> Result:
         metrics[f"bytes_{size}"] = _memory(server.client, stored[0][0]) / chunks
         found = _judge_stored(server.client, stored, size)
         verdict = Verdict(
-            *(getattr(verdict, name) + getattr(found, name) for name in ("missing", "doubled", "damaged"))
+            *(getattr(verdict, name) + getattr(found, name) for name in ("missing", "duplicated", "damaged"))
         )
     readers = await open_readers(target, ["slow"], 1)
     async with server.sent_by(site.worker.pid) as sent:
@@ -135,13 +135,13 @@ async def footprint(target: Target, quick: bool) -> Result:
     }
     result = await finish(target, ["slow"], readers, count, metrics)
     result.verdict.missing += verdict.missing
-    result.verdict.doubled += verdict.doubled
+    result.verdict.duplicated += verdict.duplicated
     result.verdict.damaged += verdict.damaged
     return result
 
 
 _OWN = ("info", "client|list", "ping", "config|resetstat", "monitor")
-"""What the benchmark itself sends."""
+"""Commands of the benchmark itself."""
 
 
 def _difference(after: dict[str, int], before: dict[str, int]) -> dict[str, int]:
@@ -149,7 +149,7 @@ def _difference(after: dict[str, int], before: dict[str, int]) -> dict[str, int]
 
 
 def _appends(executed: dict[str, int]) -> int:
-    """The commands that a producer sent; a script's own are no others."""
+    """The commands that a producer sent, without those inside scripts."""
     scripts = executed.get("evalsha", 0) + executed.get("eval", 0)
     return scripts or executed.get("xadd", 0)
 
@@ -159,13 +159,13 @@ def _memory(client: redis.Redis, key: str) -> int:
 
 
 def _judge_stored(client: redis.Redis, stored: list[tuple[str, int]], size: int) -> Verdict:
-    """Read every stream back from Redis and compare it with what its source gave."""
+    """Read every stream back from Redis and compare it with its source."""
     total = Verdict()
-    for key, given in stored:
+    for key, count in stored:
         seqs, damaged = _read_back(client, key, size)
-        verdict = judge(seqs, given, damaged)
+        verdict = judge(seqs, count, damaged)
         total.missing += verdict.missing
-        total.doubled += verdict.doubled
+        total.duplicated += verdict.duplicated
         total.damaged += verdict.damaged
     return total
 
@@ -225,7 +225,7 @@ WORKLOADS = [
     ),
     Workload(
         "llm-1000",
-        "the same with 1,000 streams, more than two CPUs carry",
+        "the same with 1,000 streams, which overloads two CPUs",
         "us_per_event",
         "less CPU than broadcaster",
         partial(paced, streams=1000, subscribers=1, rate=50_000),
@@ -235,7 +235,7 @@ WORKLOADS = [
     ),
     Workload(
         "fanout",
-        "1 stream, 1,000 subscribers in another process, one chunk per loop turn of the worker",
+        "1 stream, 1,000 subscribers in another process, one chunk per loop iteration of the worker",
         "us_web",
         "CPU of the web process <= 1.2 x memory broker",
         partial(fan_out, subscribers=1000, burst=1),
@@ -245,7 +245,7 @@ WORKLOADS = [
     ),
     Workload(
         "fanout-25",
-        "the same with 25 chunks/s, so that none go out together",
+        "the same with 25 chunks/s, so that no chunks are sent together",
         "us_web",
         "CPU of the web process <= 1.2 x memory broker",
         partial(paced, streams=1, subscribers=1000, rate=25),
@@ -255,7 +255,7 @@ WORKLOADS = [
     ),
     Workload(
         "storm-1000",
-        "1,000 subscribers of 1,000 streams are cut and resume at once; an event is a resume, with 20 chunks",
+        "1,000 subscribers of 1,000 streams disconnect and resume together; an event is a resume with 20 chunks",
         "us_web",
         "all within 2 s",
         partial(storm, streams=1000, subscribers=1),
@@ -278,7 +278,7 @@ WORKLOADS = [
 FOOTPRINT = [
     Workload(
         "footprint",
-        "bytes in Redis per chunk of 20 and of 100 bytes, commands of a chunk that comes alone, connections",
+        "bytes in Redis per chunk of 20 and of 100 bytes, commands for a single chunk, connections",
         "bytes_100",
         "1 command sent per chunk, 3 connections",
         footprint,

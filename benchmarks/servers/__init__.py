@@ -1,4 +1,4 @@
-"""The servers that are compared: one module each, which differ in the transport only."""
+"""The compared servers, one module each. They differ only in the transport."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ PEERS = {
     "sse-starlette": "benchmarks.servers.sse_starlette:SseStarlettePeer",
     "asgi_realtime": "benchmarks.servers.ours:OursPeer",
 }
-"""Name to class, imported only in the server's own process. The first is what the others are compared with."""
+"""Names and classes, imported in the server's process only. The first is the baseline."""
 
 REDIS_PEERS = {
     "memory": PEERS["asgi_realtime"],
@@ -16,4 +16,4 @@ REDIS_PEERS = {
     "broadcaster": "benchmarks.servers.broadcaster:BroadcasterPeer",
     "asgi_realtime": "benchmarks.servers.ours_redis:OursRedisPeer",
 }
-"""The same for what goes over Redis, between two processes of one class; `memory` is this library in one process."""
+"""The servers over Redis, two processes of one class each; `memory` is this library in one process."""

@@ -1,6 +1,6 @@
-"""The process of one server: uvicorn on one CPU, and the control channel that makes it create, publish and end.
+"""The process of one server: uvicorn on one CPU, controlled through a socket.
 
-Called as `python -m benchmarks.servers CLASS CONTROL_FD CPUS [REDIS_URL]` by `benchmarks.process`; not by hand.
+`benchmarks.process` runs it as `python -m benchmarks.servers CLASS CONTROL_FD CPUS [REDIS_URL]`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _BACKLOG = 4096
 
 
 class Control:
-    """Does what the load client says, one command at a time; acknowledgements come in between."""
+    """Executes the commands of the load client one at a time; acknowledgements arrive in between."""
 
     def __init__(self, peer: Peer, writer: asyncio.StreamWriter) -> None:
         self._peer = peer
@@ -49,8 +49,8 @@ class Control:
             self._working = asyncio.create_task(self._work(command, message))
 
     async def _work(self, command: str, arguments: dict[str, Any]) -> None:
-        answer = await getattr(self, f"do_{command}")(**arguments)
-        self._writer.write(json.dumps(answer).encode() + b"\n")
+        result = await getattr(self, f"do_{command}")(**arguments)
+        self._writer.write(json.dumps(result).encode() + b"\n")
 
     async def do_create(self, *, streams: list[str], tokens: int = 1) -> list[dict[str, Any]]:
         self._produced |= dict.fromkeys(streams, 0)
@@ -58,9 +58,9 @@ class Control:
         return [dataclasses.asdict(subscription) for subscription in made]
 
     async def do_produce(self, *, stream: str, count: int, burst: int, window: int, seconds: float) -> int:
-        """Publish `burst` chunks per loop turn, at most `window` ahead of the slowest subscriber, not for ever.
+        """Publish `burst` chunks per loop iteration, at most `window` ahead of the slowest subscriber, for `seconds`.
 
-        The window is kept by what the subscribers report, so that no server can run ahead in its own queues."""
+        The window follows the progress that subscribers report, so no server can run ahead in its queues."""
         deadline = time.monotonic() + seconds
         seq = self._produced[stream]
         end = seq + count
@@ -77,7 +77,7 @@ class Control:
         return seq
 
     async def do_pace(self, *, streams: list[str], rate: float, count: int, start_ns: int) -> int:
-        """Publish to the streams in turn, `rate` chunks a second in all, whether or not subscribers keep up."""
+        """Publish to the streams in turn, `rate` chunks a second in total, whether or not subscribers keep up."""
         base = self._produced[streams[0]]
         done = 0
         while done < count:
@@ -87,13 +87,13 @@ class Control:
                 await self._peer.publish(streams[done % len(streams)], [chunk])
                 done += 1
             wait_ms = (start_ns + done * 1e9 / rate - time.monotonic_ns()) / 1e6
-            # uvloop's timers count in whole milliseconds: less than one would spin.
+            # uvloop's timers have a resolution of 1 ms; a shorter sleep would spin.
             await asyncio.sleep(max(1, math.ceil(wait_ms)) / 1000)
         self._produced |= dict.fromkeys(streams, base + count // len(streams))
         return base + count // len(streams)
 
     async def do_fill(self, *, streams: list[str], count: int) -> int:
-        """Publish `count` chunks to each stream, all at once."""
+        """Publish `count` chunks to each stream without a pause."""
         base = self._produced[streams[0]]
         for name in streams:
             now = time.monotonic_ns()
@@ -102,21 +102,21 @@ class Control:
         return base + count
 
     async def do_store(self, *, streams: int, each: int, size: int, seconds: float) -> list[tuple[str, int]]:
-        """Store `each` texts in each of new streams, all at the same time, not for ever; return once that is sure.
+        """Store `each` texts in each of new streams, concurrently and for at most `seconds`; return once acknowledged.
 
-        Returns the Redis key of each stream and how many its source gave."""
+        Returns the Redis key of each stream and the number of texts from its source."""
         deadline = time.monotonic() + seconds
-        given = [0] * streams
+        counts = [0] * streams
 
         async def source(number: int) -> AsyncIterator[str]:
             for seq in range(each):
                 if time.monotonic() > deadline:
                     return
-                given[number] = seq + 1
+                counts[number] = seq + 1
                 yield make_text(seq, size)
 
         keys = await asyncio.gather(*(self._peer.store(source(number)) for number in range(streams)))
-        return list(zip(keys, given, strict=True))
+        return list(zip(keys, counts, strict=True))
 
     async def do_end(self, *, streams: list[str]) -> None:
         await asyncio.gather(*(self._peer.end_stream(name) for name in streams))
@@ -147,16 +147,16 @@ async def _serve(peer: Peer, control_fd: int) -> None:
     server = uvicorn.Server(config)
     listener = socket.create_server(("127.0.0.1", 0), backlog=_BACKLOG)
     serving = asyncio.create_task(server.serve([listener]))
-    while not server.started and not serving.done():  # noqa: ASYNC110 - uvicorn sets a flag, no event.
+    while not server.started and not serving.done():  # noqa: ASYNC110 - uvicorn sets a flag and has no event
         await asyncio.sleep(0.01)
     reader, writer = await asyncio.open_connection(sock=socket.socket(fileno=control_fd), limit=_LINE_LIMIT)
     if server.started:
         writer.write(json.dumps({"port": listener.getsockname()[1]}).encode() + b"\n")
         control = Control(peer, writer)
-        with contextlib.suppress(ConnectionError):  # The client left in the middle of a call.
+        with contextlib.suppress(ConnectionError):  # the client disconnected during a call
             while line := await reader.readline():
                 control.handle(json.loads(line))
-    # An overloaded server is stopped in the middle of a thousand responses and has a traceback for each.
+    # An overloaded server is stopped with a thousand open responses and would log a traceback for each.
     logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
     server.should_exit = True
     await serving

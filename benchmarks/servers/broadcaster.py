@@ -1,10 +1,10 @@
 """broadcaster over Redis with sse-starlette, as its users write it: publish each chunk, a queue per subscriber.
 
-Two faults of broadcaster 0.3.1 are worked around, or little would arrive: its listener looks before the first
-SUBSCRIBE is through and then sleeps for good, so one channel is subscribed before all others and the listener woken
-after that; and subscribers that come together as a channel's first replace each other's set, so one at a time is let
-in.
-It keeps no history: the subscriptions are there before the responses begin, and the responses before the chunks.
+This works around two defects of broadcaster 0.3.1, which otherwise delivers little. Its listener can start before the
+first SUBSCRIBE has completed and then sleeps forever, so one channel is subscribed before all others and the listener
+woken after that. And concurrent first subscribers of a channel replace each other's set, so they enter one at a time.
+
+broadcaster has no history, so subscriptions exist before responses begin, and responses before chunks.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from starlette.requests import Request
 from starlette.routing import Route
 
 from benchmarks.servers.forwarding import ForwardingPeer, Source
-from benchmarks.servers.peer import token_admits
+from benchmarks.servers.peer import check_token
 
 _END = "end"
 _POOL = 4000
-"""Connections of redis-py that it may take: one for each publish that is under way, or publishing fails."""
+"""Limit of redis-py connections. Each publish in progress takes one, and fails without."""
 
 
 class BroadcasterPeer(ForwardingPeer):
@@ -53,11 +53,11 @@ class BroadcasterPeer(ForwardingPeer):
         await self._broadcast.publish(name, _END)
 
     async def store(self, source: AsyncIterator[str]) -> str:
-        raise NotImplementedError("it stores nothing")
+        raise NotImplementedError("broadcaster stores nothing")
 
     async def _subscribe(self, request: Request) -> EventSourceResponse:
         name = request.path_params["name"]
-        if not token_admits(request.headers.get("authorization", ""), name):
+        if not check_token(request.headers.get("authorization", ""), name):
             raise HTTPException(403)
         stack = AsyncExitStack()
         async with self._entering:

@@ -1,6 +1,6 @@
-"""What the producers that go over Redis share: each stream has a source, as a model's client is one, and a task.
+"""The base of producers that publish over Redis: each stream has a source, like a model's client, and a task.
 
-`publish` puts chunks into the source; the task forwards them in the way of the peer.
+`publish` puts chunks into the source, and the task forwards them in the way of the peer.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from benchmarks.servers.peer import Subscription, make_tokens
 
 
 class Source:
-    """Gives chunks as they come, until `end`."""
+    """Yields chunks as they arrive, until `end`."""
 
     def __init__(self) -> None:
         self._chunks: deque[str] = deque()
@@ -70,4 +70,4 @@ class ForwardingPeer(ABC):
 
     @abstractmethod
     async def forward(self, name: str, source: Source) -> None:
-        """Send what the source gives to the subscribers, and its end."""
+        """Send the chunks and the end of the source to the subscribers."""

@@ -1,4 +1,4 @@
-"""asgi_realtime as its users write it: the middleware, one run per stream, all else as shipped."""
+"""asgi_realtime as its users write it: the middleware, one run per stream, default settings otherwise."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from asgi_realtime.core.config import Retention
 from benchmarks.servers.peer import SECRET, Subscription
 
 _RETENTION = Retention(stream_bytes=256 * 1024 * 1024)
-"""Catch-up stores more than a stream keeps by default. The others keep everything."""
+"""Catch-up stores more than a stream retains by default. The other servers retain everything."""
 
 
 class OursPeer:
-    """A `Realtime` and the runs that are open."""
+    """A `Realtime` and its open runs."""
 
     def __init__(self) -> None:
         self._realtime = Realtime(secret_key=SECRET, retention=_RETENTION)

@@ -1,4 +1,4 @@
-"""asgi_realtime over Redis as its users write it: both processes the same, one pipe for each stream."""
+"""asgi_realtime over Redis as its users write it: two identical processes, one pipe for each stream."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from benchmarks.servers.forwarding import Source
 from benchmarks.servers.peer import SECRET, Subscription
 
 _RETENTION = Retention(stream_bytes=256 * 1024 * 1024)
-"""Everything is kept, since everything is verified."""
+"""Everything is retained, because everything is verified."""
 
 
 class OursRedisPeer:

@@ -1,4 +1,4 @@
-"""What a server must offer to be measured, and the token check that those without their own share."""
+"""The interface of a measured server, and the token check of servers that have none."""
 
 from __future__ import annotations
 
@@ -10,48 +10,48 @@ from typing import Protocol
 import jwt
 from starlette.types import ASGIApp
 
-SECRET = "a benchmark needs no better secret than this one"
+SECRET = "a benchmark does not need a better secret than this"
 _ISSUER = "https://benchmarks.invalid"
 
 
 @dataclass(frozen=True, slots=True)
 class Subscription:
-    """Where a stream is subscribed to, and distinct tokens that admit it."""
+    """The path of a stream, and distinct tokens that grant access to it."""
 
     path: str
     tokens: list[str]
 
 
 class Peer(Protocol):
-    """One server. All methods are called in the server's event loop, after its start."""
+    """One server. All methods run in its event loop, after its start."""
 
     @property
     def app(self) -> ASGIApp: ...
 
     async def create_stream(self, name: str, *, tokens: int) -> Subscription:
-        """Make an empty stream."""
+        """Create an empty stream."""
 
     async def publish(self, name: str, chunks: Sequence[str]) -> None:
         """Add chunks and wake the subscribers, without suspending."""
 
     async def end_stream(self, name: str) -> None:
-        """Have every subscriber end after the last chunk."""
+        """End every subscription after the last chunk."""
 
     async def store(self, source: AsyncIterator[str]) -> str:
-        """Put all of a source in a stream of its own in Redis, and return the stream's key once all is acknowledged.
+        """Store a source in a new stream in Redis, and return the key of the stream once everything is acknowledged.
 
-        Only of those that store there."""
+        Only for servers that store in Redis."""
 
 
 def make_tokens(stream: str, count: int) -> list[str]:
-    """Return distinct tokens that admit one stream for about an hour."""
+    """Return distinct tokens for one stream that expire in about an hour."""
     now = int(time.time())
     claims = {"iss": _ISSUER, "aud": _ISSUER, "scopes": [f"read:streams:{stream}"]}
     return [jwt.encode({**claims, "exp": now + 3600 + number}, SECRET, algorithm="HS256") for number in range(count)]
 
 
-def token_admits(authorization: str, stream: str) -> bool:
-    """Check an Authorization header as a careful application does: signature, algorithm, times, issuer, scope."""
+def check_token(authorization: str, stream: str) -> bool:
+    """Check an Authorization header as a careful app does: signature, algorithm, times, issuer, scope."""
     try:
         claims = jwt.decode(
             authorization.removeprefix("Bearer "),

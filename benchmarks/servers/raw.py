@@ -1,7 +1,7 @@
-"""The baseline: what a careful programmer writes by hand, without any library but the token's.
+"""The baseline: what a careful programmer writes by hand, with a library for tokens only.
 
-Frames are encoded once into a list that all subscribers share; each waits on one future and sends one frame at a time;
-a second task per subscriber waits in `receive()`, since no server tells of a disconnect in another way.
+Frames are encoded once into a list that all subscribers share. Each subscriber waits on one future and sends one frame
+at a time, and a second task waits in `receive()`, because servers report a disconnect in no other way.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from benchmarks.servers.peer import Subscription, make_tokens, token_admits
+from benchmarks.servers.peer import Subscription, check_token, make_tokens
 
 _PREFIX = "/streams/"
 _HEADERS = [
@@ -65,7 +65,7 @@ class RawPeer:
         name = scope["path"].removeprefix(_PREFIX)
         stream = self._streams.get(name)
         authorization = next((value for key, value in scope["headers"] if key == b"authorization"), b"")
-        if stream is None or not token_admits(authorization.decode("latin-1"), name):
+        if stream is None or not check_token(authorization.decode("latin-1"), name):
             await send({"type": "http.response.start", "status": 404 if stream is None else 403, "headers": []})
             await send({"type": "http.response.body"})
             return
@@ -99,7 +99,7 @@ async def _subscribe(stream: _Stream, receive: Receive, send: Send) -> None:
             await waiter
         await send({"type": "http.response.body", "body": b"", "more_body": False})
     except asyncio.CancelledError:
-        if not watcher.done():  # Not by the disconnect: the server itself wants to end.
+        if not watcher.done():  # canceled by the server, not by the disconnect
             raise
     finally:
         if waiter is not None:

@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from benchmarks.servers.peer import Subscription, make_tokens, token_admits
+from benchmarks.servers.peer import Subscription, check_token, make_tokens
 
 
 class _Stream:
@@ -55,7 +55,7 @@ class SseStarlettePeer:
         name = request.path_params["name"]
         if name not in self._streams:
             raise HTTPException(404)
-        if not token_admits(request.headers.get("authorization", ""), name):
+        if not check_token(request.headers.get("authorization", ""), name):
             raise HTTPException(403)
         return EventSourceResponse(_events(self._streams[name]))
 

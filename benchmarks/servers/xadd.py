@@ -1,4 +1,4 @@
-"""Storing in Redis by hand with redis-py: one awaited XADD for each chunk, and pipelines of many."""
+"""Storing in Redis by hand with redis-py: one awaited XADD for each chunk, or pipelines."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from redis.asyncio import BlockingConnectionPool, Redis
 from benchmarks.servers.forwarding import ForwardingPeer, Source
 
 _PIPELINE = 100
-"""Chunks in one pipeline: what a producer has to gather by itself, at the price of waiting for them."""
+"""Chunks in one pipeline. The producer has to collect them, which delays them."""
 
 
 class XaddPeer(ForwardingPeer):
@@ -18,12 +18,12 @@ class XaddPeer(ForwardingPeer):
 
     def __init__(self, redis_url: str) -> None:
         super().__init__(redis_url)
-        # The usual pool fails when it has no connection left, and a thousand tasks want one at the same time.
+        # The default pool raises when it is exhausted, and a thousand tasks need a connection at the same time.
         self.redis = Redis(connection_pool=BlockingConnectionPool.from_url(redis_url, timeout=None))
         self.keys = map("stream:{}".format, itertools.count())
 
     async def forward(self, name: str, source: Source) -> None:
-        raise NotImplementedError("it stores only")
+        raise NotImplementedError("this server only stores")
 
     async def store(self, source: AsyncIterator[str]) -> str:
         key = next(self.keys)
@@ -33,7 +33,7 @@ class XaddPeer(ForwardingPeer):
 
 
 class PipelinedPeer(XaddPeer):
-    """The same with a pipeline for each hundred chunks of a stream."""
+    """`XaddPeer` with a pipeline for each hundred chunks of a stream."""
 
     async def store(self, source: AsyncIterator[str]) -> str:
         key = next(self.keys)

@@ -150,7 +150,7 @@ class Stream {
       if (stream.readyState !== EventSource.CLOSED || this.#closed) return;
       const run = runs.get(this.id);
       if (run && FINAL.has(run.status)) this.#finish({ reason: run.status.toLowerCase() }); // everything was read before the connection was lost
-      else if (feed.ready && !run) this.#finish({ reason: "gone" });
+      else if (feed.ready && !run) this.#finish({ reason: "missing" });
       else this.#retry.later(() => this.#reopen());
     });
   }
@@ -208,7 +208,7 @@ function show(id, question, token) {
     },
     onEnd({ reason, error }) {
       $("answer").ariaBusy = "false";
-      if (reason === "gone") note("This run no longer exists on the server.");
+      if (reason === "missing") note("This run no longer exists on the server.");
       else if (error) note(typeof error === "string" ? error : error.message);
       showStatus();
     },

@@ -1,4 +1,4 @@
-"""The load client notices whatever a server can do wrong, wherever the bytes are cut."""
+"""The load client detects every error of a server, however the bytes are split."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _feed(subscriber: Subscriber, data: bytes, *, step: int = 1 << 20) -> Subscr
 
 @pytest.mark.parametrize("step", [1, 7, 100, 113, 1 << 20])
 @pytest.mark.asyncio
-async def test_a_right_body_is_right_however_it_is_cut(step: int) -> None:
+async def test_a_correct_body_is_accepted_however_it_is_split(step: int) -> None:
     data = _HEAD + _body(_PREAMBLE + _frame(0), *map(_frame, range(1, 20)), _END) + b"0\r\n\r\n"
     transcript = Transcript()
     readers = [_feed(_subscriber(transcript), data, step=size) for size in (step, step, 1 << 20, 3)]
@@ -44,7 +44,7 @@ async def test_a_right_body_is_right_however_it_is_cut(step: int) -> None:
 
 
 @pytest.mark.asyncio
-async def test_bodies_may_join_frames_as_they_like() -> None:
+async def test_bodies_can_hold_several_frames() -> None:
     transcript = Transcript()
     single = _feed(_subscriber(transcript), _HEAD + _body(*map(_frame, range(6))))
     joined = _feed(_subscriber(transcript), _HEAD + _body(_frame(0) + _frame(1) + _frame(2), _frame(3) + _frame(4)))
@@ -55,7 +55,7 @@ async def test_bodies_may_join_frames_as_they_like() -> None:
 
 
 @pytest.mark.asyncio
-async def test_heartbeats_are_no_difference() -> None:
+async def test_heartbeats_are_ignored() -> None:
     transcript = Transcript()
     first = _feed(_subscriber(transcript), _HEAD + _body(_frame(0), b": ping 1\n\n", _frame(1)))
     second = _feed(_subscriber(transcript), _HEAD + _body(_frame(0), _frame(1), b": ping 2\r\n\r\n"))
@@ -66,7 +66,7 @@ async def test_heartbeats_are_no_difference() -> None:
 
 
 @pytest.mark.asyncio
-async def test_a_heartbeat_inside_a_body_is_parsed_and_allowed() -> None:
+async def test_a_heartbeat_inside_a_body_is_allowed() -> None:
     transcript = Transcript()
     plain = _feed(_subscriber(transcript), _HEAD + _body(_frame(0), _frame(1)))
     joined = _feed(_subscriber(transcript), _HEAD + _body(_frame(0) + b": ping\n\n" + _frame(1)))
@@ -82,21 +82,21 @@ async def test_a_heartbeat_inside_a_body_is_parsed_and_allowed() -> None:
         ([0, 1, 3], Verdict(missing=1)),
         ([0, 1, 2], Verdict(missing=1)),
         ([1, 2, 3], Verdict(missing=1)),
-        ([0, 1, 1, 2, 3], Verdict(doubled=1)),
-        ([0, 1, 2, 3, 3], Verdict(doubled=1)),
+        ([0, 1, 1, 2, 3], Verdict(duplicated=1)),
+        ([0, 1, 2, 3, 3], Verdict(duplicated=1)),
         ([0, 2, 1, 3], Verdict(damaged=1)),
         ([0, 1, 2, 3, 4], Verdict(damaged=1)),
         ([], Verdict(missing=4)),
     ],
     ids=str,
 )
-@pytest.mark.parametrize("wrong_is_first", [True, False], ids=["leads", "follows"])
+@pytest.mark.parametrize("is_first", [True, False], ids=["leads", "follows"])
 @pytest.mark.asyncio
-async def test_one_wrong_subscriber_among_right_ones(frames: list[int], verdict: Verdict, wrong_is_first: bool) -> None:
+async def test_one_incorrect_subscriber_is_found(frames: list[int], verdict: Verdict, is_first: bool) -> None:
     transcript = Transcript()
     right = _HEAD + _body(*map(_frame, range(4)))
     wrong = _HEAD + _body(*map(_frame, frames))
-    bodies = [wrong, right, right] if wrong_is_first else [right, right, wrong]
+    bodies = [wrong, right, right] if is_first else [right, right, wrong]
     readers = [_feed(_subscriber(transcript), body) for body in bodies]
 
     assert verify(readers, 4) == verdict
@@ -113,7 +113,7 @@ async def test_one_wrong_subscriber_among_right_ones(frames: list[int], verdict:
     ids=["byte changed", "other id", "cut", "something else"],
 )
 @pytest.mark.asyncio
-async def test_damage_is_seen(damage: Callable[[bytes], bytes]) -> None:
+async def test_damage_is_detected(damage: Callable[[bytes], bytes]) -> None:
     transcript = Transcript()
     readers = [
         _feed(_subscriber(transcript), _HEAD + _body(_frame(0), middle, _frame(2)))
@@ -125,7 +125,7 @@ async def test_damage_is_seen(damage: Callable[[bytes], bytes]) -> None:
 
 
 @pytest.mark.asyncio
-async def test_a_resumed_subscriber_goes_on_after_its_last_chunk() -> None:
+async def test_a_resumed_subscriber_continues_after_its_last_chunk() -> None:
     first = _feed(_subscriber(Transcript()), _HEAD + _body(_PREAMBLE + _frame(0), _frame(1)))
     later = first.resumed()
     _feed(later, _HEAD + _body(_PREAMBLE + _frame(2), _frame(3)))
@@ -136,15 +136,15 @@ async def test_a_resumed_subscriber_goes_on_after_its_last_chunk() -> None:
 
 
 @pytest.mark.asyncio
-async def test_a_chunk_that_comes_again_after_a_resume_is_doubled() -> None:
+async def test_a_chunk_repeated_after_a_resume_is_duplicated() -> None:
     first = _feed(_subscriber(Transcript()), _HEAD + _body(_frame(0), _frame(1)))
     later = _feed(first.resumed(), _HEAD + _body(_frame(1), _frame(2)))
 
-    assert verify([later], 3).doubled == 1
+    assert verify([later], 3).duplicated == 1
 
 
 @pytest.mark.asyncio
-async def test_who_was_cut_within_a_chunk_is_not_resumed() -> None:
+async def test_a_subscriber_cut_within_a_chunk_cannot_resume() -> None:
     first = _feed(_subscriber(Transcript()), _HEAD + _body(_frame(0), _frame(1)[:20]))
 
     with pytest.raises(RuntimeError, match="within a chunk"):
@@ -152,7 +152,7 @@ async def test_who_was_cut_within_a_chunk_is_not_resumed() -> None:
 
 
 @pytest.mark.asyncio
-async def test_another_answer_than_200_is_an_error() -> None:
+async def test_a_status_other_than_200_is_an_error() -> None:
     subscriber = _feed(_subscriber(Transcript()), b"HTTP/1.1 403 Forbidden\r\ntransfer-encoding: chunked\r\n\r\n")
 
     with pytest.raises(ConnectionError, match="403"):
@@ -166,7 +166,7 @@ def test_carriage_returns_are_allowed() -> None:
     assert foreign == 0
 
 
-def test_a_stored_text_names_its_number_or_is_damaged() -> None:
+def test_a_stored_text_has_its_number_or_is_damaged() -> None:
     data = f'"{make_text(12, 20)}"'.encode()
 
     assert len(data) == 20
