@@ -242,7 +242,7 @@ class RedisServer:
             "logfile": str(self.directory / "redis.log"),
             "save": '""',
             "appendonly": "yes" if self.keeps_data else "no",
-            "appendfsync": "always",
+            "appendfsync": "no",  # a killed process loses nothing that it wrote; only a crash of the machine would
             "enable-debug-command": "local",
         }
         if self.password is not None:
@@ -365,7 +365,7 @@ class ReplicaPair:
         `isolate_replica`.
         """
         self.primary.kill()
-        self._swap()
+        self._promote()
 
     def hand_over(self) -> None:
         """Have the sentinel promote the replica while the primary lives.
@@ -373,8 +373,7 @@ class ReplicaPair:
         The old one does not know yet: until `bring_back` (or for ten seconds, then the sentinel tells it) it takes
         writes, and loses them when it becomes a replica. That is how a sentinel does it, not a trick of these tests.
         """
-        until(lambda: self.sentinel.command("SENTINEL", "FAILOVER", self.service) == b"OK", "the sentinel begins")
-        self._swap()
+        self._promote()
 
     def bring_back(self) -> None:
         """Make the old primary a replica of the new one; if it was killed, start it again as one."""
@@ -386,7 +385,8 @@ class ReplicaPair:
         self.until_in_step()
         until(self._watches_both, "the sentinel sees the replica again")
 
-    def _swap(self) -> None:
+    def _promote(self) -> None:
+        until(lambda: self.sentinel.command("SENTINEL", "FAILOVER", self.service) == b"OK", "the sentinel begins")
         until(lambda: self.sentinel.primary_port() == self.replica.port, "the sentinel names the new primary")
         until(lambda: self.replica.info("replication")["role"] == "master", "the replica was promoted")
         until(lambda: self.sentinel.primary()["flags"] == "master", "the sentinel finds the new primary well")

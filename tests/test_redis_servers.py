@@ -180,27 +180,6 @@ def test_a_slot_moves_with_its_keys(redis_cluster: RedisCluster) -> None:
             source.command("GET", "{moves}1")
 
 
-@pytest.mark.slow
-@pytest.mark.cluster
-def test_a_node_of_a_cluster_comes_back() -> None:
-    with RedisCluster(redis_binary(), keeps_data=True) as cluster:
-        node = cluster.slot_owner(cluster.slot_of("kept"))
-        node.command("SET", "kept", "yes")
-        node.restart(keep_data=True)
-        cluster.until_well()
-        assert node.command("GET", "kept") == b"yes"
-
-
-@pytest.mark.slow
-@pytest.mark.cluster
-def test_a_cluster_of_valkey() -> None:
-    with RedisCluster(valkey_binary()) as cluster:
-        slot = cluster.slot_of("kept")
-        cluster.slot_owner(slot).command("SET", "kept", "yes")
-        cluster.move_slot(slot, next(node for node in cluster.nodes if node is not cluster.slot_owner(slot)))
-        assert cluster.slot_owner(slot).command("GET", "kept") == b"yes"
-
-
 def test_waiting_has_an_end() -> None:
     begin = time.monotonic()
     with pytest.raises(AssertionError, match="still not so: pigs fly"):

@@ -20,7 +20,7 @@ from redis.asyncio.sentinel import Sentinel
 
 from asgi_realtime import Retention, Timeouts
 from asgi_realtime.brokers.base import Producer, StreamKey
-from asgi_realtime.brokers.redis import RedisBroker, schedule
+from asgi_realtime.brokers.redis import RedisBroker, pubsub, schedule, server_health
 from asgi_realtime.brokers.redis import broker as redis_broker
 from asgi_realtime.brokers.redis.pubsub import PubSub
 from asgi_realtime.brokers.redis.server_health import ServerHealthLog
@@ -62,6 +62,7 @@ def anyio_backend() -> str:
 def no_silence(monkeypatch: pytest.MonkeyPatch) -> None:
     """After ten seconds of silence positions are compared. Here that must not be what helps."""
     monkeypatch.setattr(redis_broker, "_SILENCE_S", 3600.0)
+    monkeypatch.setattr(server_health, "_STEADY_S", 0.25)
 
 
 @pytest.fixture(autouse=True)
@@ -151,7 +152,7 @@ async def test_while_redis_is_away_nothing_spins(redis_server: RedisServer) -> N
         with pytest.raises(BrokerUnavailable):
             await backend.broker.ping()
         began, used = time.monotonic(), time.process_time()
-        while time.monotonic() - began < 2:  # a measurement, so it has a length
+        while time.monotonic() - began < 1:  # a measurement, so it has a length
             with pytest.raises(BrokerUnavailable):
                 await backend.peer.ping()
             await asyncio.sleep(0.1)
@@ -237,8 +238,9 @@ async def test_a_wrong_password_from_the_start(log: Log) -> None:
     assert "wrong" not in "".join(log.having(""))
 
 
-async def test_a_user_that_may_not_listen(redis_server: RedisServer, log: Log) -> None:
+async def test_a_user_that_may_not_listen(redis_server: RedisServer, log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
     """That showed nowhere but in readers who got nothing."""
+    monkeypatch.setattr(pubsub, "_TROUBLE_S", 0.2)
     url = redis_server.add_user("app", "secret", "+@all", "~*")
     async with processes(redis_server.url) as backend, streaming(backend) as (stream,):
         async with RedisBroker(url, prefix=prefix_of(backend), timeouts=SHORT) as broker:
@@ -501,7 +503,7 @@ async def test_leases_are_renewed_from_a_thread_with_a_sentinel(redis_pair: Repl
 
 async def test_an_absence_longer_than_a_lease_crashes_nobody(redis_server: RedisServer, log: Log) -> None:
     """When Redis was back, tickers were faster than owners, and every run that went on was CRASHED."""
-    timeouts = Timeouts(lease=1.5)
+    timeouts = Timeouts(lease=0.8)
     async with processes(redis_server.url, timeouts=timeouts) as backend:
         held, left = [(await create(backend, status=Status.EXECUTING, owner="me")).id for _ in range(2)]
         expired = time.time() + timeouts.lease
@@ -553,7 +555,7 @@ STRANGERS = {
 
 @pytest.mark.parametrize("answer", STRANGERS.values(), ids=STRANGERS.keys())
 async def test_a_stranger_is_a_redis_that_is_away(log: Log, answer: bytes) -> None:
-    async with stranger(answer) as (url, connections), processes(url, timeouts=SHORT) as backend:
+    async with stranger(answer) as (url, connections), processes(url, timeouts=Timeouts(broker=0.3)) as backend:
         calls = [backend.broker.load(["run_1"]) for _ in range(50)]
         async with asyncio.timeout(GUARD_S):
             outcomes = await asyncio.gather(*calls, return_exceptions=True)
