@@ -306,7 +306,7 @@ class Supervisor:
             return await function()
         done = anyio.Event()
         results: list[T] = []
-        error: Exception = ServerShutdown()
+        error: Exception | None = None
 
         async def job() -> None:
             nonlocal error
@@ -320,7 +320,7 @@ class Supervisor:
         self.spawn(job)
         await done.wait()
         if not results:
-            raise error
+            raise error or ServerShutdown()
         return results[0]
 
     # Other threads

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import anyio.lowlevel
 import msgspec
@@ -217,8 +217,10 @@ def check_item(item: object) -> tuple[TaskLike, Any, RunOptions]:
     """The parts of a `BatchItem`. Raises `UsageError`."""
     if not isinstance(item, tuple | list) or len(item) not in (2, 3):
         raise UsageError(f"a batch item is {item!r}; allowed are (task, payload) and (task, payload, options)")
-    task, payload, *rest = item
-    return task, payload, rest[0] if rest else {}
+    task, payload, options = (*item, {})[:3]
+    if not isinstance(options, Mapping):
+        raise UsageError(f"the options of a batch item are a {type(options).__name__}; allowed is a dict")
+    return task, payload, cast(RunOptions, options)
 
 
 def _check_count_is_same(batch_id: str, count: int, found: BatchRecord | None) -> None:

@@ -26,6 +26,7 @@ from asgi_realtime.engine.engine import Engine
 from asgi_realtime.tasks.records import Prepared
 
 MAX_REMEMBERED_RUNS = 10_000
+"""Runs created by this process that it remembers, so that a repeated request does not create one again."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -85,6 +85,7 @@ async def test_an_item_of_a_batch_can_refer_to_an_earlier_run() -> None:
         (("echo", 1, {"tag": "x", "prio": 1}), UsageError, "unknown option prio, tag; allowed: "),
         ("echo", UsageError, "a batch item is 'echo'; allowed are (task, payload) and (task, payload, options)"),
         (("echo",), UsageError, "a batch item is ('echo',)"),
+        (("echo", 1, ["x"]), UsageError, "the options of a batch item are a list; allowed is a dict"),
     ],
 )
 async def test_all_items_are_checked_before_the_first_run_is_created(
