@@ -1,4 +1,4 @@
-"""The app of `test_celery`, as the guide has it, with the tasks of `worker_app`. LATE: acknowledge after the work."""
+"""The app of `test_celery`: that of the guide, with the tasks of `worker_app`. LATE enables late acknowledgment."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.e2e.worker_app import SECRET, TIMEOUTS, register
 
 
 def make(url: str, prefix: str, *, late: bool) -> tuple[Realtime, Celery]:
-    """A `Realtime` with its tasks, and the app of its workers."""
+    """A `Realtime` with its tasks, and the Celery app of its workers."""
     celery = Celery("tests", broker=url)
     celery.conf.update(
         broker_transport_options={"global_keyprefix": f"{prefix}:", "polling_interval": 0.05},

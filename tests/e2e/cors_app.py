@@ -1,4 +1,4 @@
-"""The FastAPI example in a host with CORS middleware of its own around everything. CURE says what it does for us."""
+"""The FastAPI example in a host whose own CORS middleware wraps everything. CURE selects how it accommodates us."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ app.add_middleware(
     CORSMiddleware, allow_origins=["*"], allow_methods=["*"], allow_headers=["*"], expose_headers=exposed
 )
 if cure == "outermost":
-    app.add_middleware(RealtimeMiddleware, realtime=realtime)  # the last one added is the first that a request meets
+    app.add_middleware(RealtimeMiddleware, realtime=realtime)  # the last one added runs first
 
 if __name__ == "__main__":
     run("tests.e2e.cors_app:app")

@@ -1,4 +1,4 @@
-"""An endpoint with OpenAI's API that answers what the test says, as far as the test lets it."""
+"""An endpoint with OpenAI's API whose answer the test sets, and can hold back."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any
 
 ANSWER = [f"word{number} " for number in range(40)]
 FAILS = "Fail, please."
-"""The question that is answered with an error."""
+"""The question that causes an error."""
 
 
 class FakeModel:
-    """Answers each question with the words of `ANSWER`. Held, it stops after some of them until it is let go."""
+    """Answers each question with the words of `ANSWER`. While held, it stops after some of them until released."""
 
     def __init__(self, url: str) -> None:
         self.environment = {"OPENAI_BASE_URL": f"{url}/v1", "OPENAI_API_KEY": "for the tests only"}

@@ -1,4 +1,4 @@
-"""The app behind the proxies. HEARTBEAT are seconds, PREFIX is where the library is served."""
+"""The app behind the proxies. HEARTBEAT is in seconds, PREFIX is the mount path of the library."""
 
 from __future__ import annotations
 

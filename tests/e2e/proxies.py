@@ -1,4 +1,4 @@
-"""Real proxies in front of a real uvicorn: nginx and Caddy of the machine, each with a folder and ports of its own."""
+"""Real proxies in front of a real uvicorn: the machine's nginx and Caddy, each with its own folder and ports."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def listens(port: int) -> bool:
 
 @contextmanager
 def running(command: Sequence[str], port: int, log: Path, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a command as a session of its own, once it listens on its port. What is left of it at the end is killed."""
+    """Run a command in a new session, and wait until it listens on its port. At the end, kill what is left."""
     with log.open("ab") as output:
         process = subprocess.Popen(
             command,
@@ -78,7 +78,7 @@ def app(folder: Path, *options: str, port: int, **environment: str) -> Iterator[
 
 @dataclass(frozen=True)
 class Certificate:
-    """Of localhost, by an authority that only this test trusts."""
+    """A certificate for localhost, from an authority that only this test trusts."""
 
     chain: Path
     key: Path
@@ -112,7 +112,7 @@ http {{
     {http}
 }}
 """
-"""What a machine has in nginx.conf already, but with everything in a folder of the test."""
+"""A usual nginx.conf, but with all files in a folder of the test."""
 
 
 @contextmanager
@@ -144,7 +144,7 @@ def caddy(folder: Path, sites: str, *, port: int) -> Iterator[subprocess.Popen[b
 
 
 class Visitor:
-    """Somebody behind the proxy, at an address such as `https://localhost:8443`, with a prefix before all paths."""
+    """A client of the proxy, at a URL such as `https://localhost:8443`, with a prefix before all paths."""
 
     def __init__(self, url: str, trust: ssl.SSLContext | bool = True, *, http2: bool = False) -> None:
         self.url = url
@@ -178,7 +178,7 @@ class Visitor:
 
 
 class Stream:
-    """A stream as it arrives."""
+    """A live stream."""
 
     def __init__(self, response: httpx.Response) -> None:
         assert response.status_code == 200, response.status_code
@@ -197,14 +197,14 @@ class Stream:
             assert self.parser.feed(next(self._bodies)) == []
 
     def rest(self) -> list[Event]:
-        """All that comes to the end. Raises `httpx.RemoteProtocolError` if it is cut."""
+        """All events to the end. Raises `httpx.RemoteProtocolError` if the stream is cut off."""
         for body in self._bodies:
             self._events.extend(self.parser.feed(body))
         return self._events
 
 
 def check_chunks_come_as_they_are_written(visitor: Visitor, **options: str) -> None:
-    """Each chunk is written when the one before was read, so one that is held back anywhere would hold up the test."""
+    """Write each chunk after the previous one was read, so a chunk delayed anywhere would block the test."""
     run = visitor.post("/open")
     with visitor.stream(run, **options) as stream:
         for number in range(5):

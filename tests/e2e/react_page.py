@@ -1,4 +1,4 @@
-"""The React example as users have it: built by `npm run build`, served by `vite preview` on an origin of its own."""
+"""The React example as users run it: built by `npm run build`, served by `vite preview` on a separate origin."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from tests.requirements import node_binary, npm_packages
 
 APP = Path(__file__).parent.parent.parent / "examples" / "react_app"
 REALTIME_URL = "https://realtime.example/realtime"
-"""Stands in what is built for the address of the server, which no test knows when it builds."""
+"""A placeholder in the build for the URL of the server, which is not known at build time."""
 
 
 def build(folder: Path, *, source: Path = APP) -> Path:
-    """Build the page, types checked, into `folder`."""
+    """Type-check the page and build it into `folder`."""
     node_binary()
     npm_packages(APP)
     command = ["npm", "run", "build", "--", "--outDir", str(folder), "--emptyOutDir"]
@@ -27,7 +27,7 @@ def build(folder: Path, *, source: Path = APP) -> Path:
 
 
 def build_beside(folder: Path, *, source: Path) -> Path:
-    """Build a page that uses the packages of the example, and has none of its own."""
+    """Build a page that uses the packages of the example."""
     node_binary()
     npm_packages(APP)
     copy = shutil.copytree(source, folder / "source")
@@ -38,7 +38,7 @@ def build_beside(folder: Path, *, source: Path) -> Path:
 
 @contextmanager
 def served(built: Path, folder: Path, backend_url: str) -> Iterator[str]:
-    """Serve what was built, with a server as its backend. Gives the address of the page."""
+    """Serve the build, with a server as its backend. Yields the URL of the page."""
     copy = shutil.copytree(built, folder / "page")
     for script in copy.glob("assets/*.js"):
         script.write_text(script.read_text().replace(REALTIME_URL, f"{backend_url}/realtime"))

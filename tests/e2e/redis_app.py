@@ -1,6 +1,6 @@
-"""The app that `test_redis_faults` serves, as web process and as the one that executes runs.
+"""The app that `test_redis_faults` serves, both as the web process and as the process that executes runs.
 
-REDIS_URL says where Redis is, or SENTINEL the port of a sentinel; LOG is the file for what is logged.
+REDIS_URL locates Redis, or SENTINEL is the port of a sentinel. LOG is the log file.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ async def numbers(padding: str, stop: asyncio.Event) -> AsyncIterator[str]:
 
 @realtime.task("count")
 async def count(asked: dict[str, Any]) -> int:
-    """Pipe numbers until told that it is enough; returns how many there were."""
+    """Pipe numbers until `stop` is requested; return how many there were."""
     piped = 0
     async for _ in realtime.pipe(numbers("x" * asked["size"], enough[asked["name"]])):
         piped += 1

@@ -1,4 +1,4 @@
-"""The app that `test_uvicorn` serves. START says how the `Realtime` is started: lifespan, middleware or lazy."""
+"""The app that `test_uvicorn` serves. START selects how the `Realtime` starts: lifespan, middleware or lazy."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ opened: list[Run] = []
 
 
 async def open_run(request: Request) -> JSONResponse:
-    """Open a run that stays open."""
+    """Open a run and leave it open."""
     run = await realtime.open_run("served").__aenter__()
     opened.append(run)
     token = realtime.create_public_token(scopes={"read": {"runs": [run.id]}})
@@ -25,7 +25,7 @@ async def open_run(request: Request) -> JSONResponse:
 
 
 async def publish(request: Request) -> JSONResponse:
-    """Append `count` chunks of `size` characters, one after the other."""
+    """Append `count` chunks of `size` characters, one by one."""
     body = await request.json()
     for number in range(body["count"]):
         await realtime.append(f"{number:08d}" + "x" * body["size"], run=body["run"])

@@ -1,4 +1,4 @@
-"""A place on a shared Redis for one test of job workers, and the processes that work there."""
+"""A namespace on a shared Redis for one test of job workers, and the processes that use it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ROOT = Path(__file__).parent.parent.parent
 
 @dataclass
 class Stage:
-    """A place of its own on the shared Redis, and the processes that work there."""
+    """A namespace on the shared Redis, and the processes that use it."""
 
     url: str
     prefix: str
@@ -40,7 +40,7 @@ class Stage:
     def running(
         self, *command: str, environment: Mapping[str, str] | None = None, **options: Any
     ) -> Iterator[subprocess.Popen[bytes]]:
-        """Run a command as a session of its own. What is left of it at the end is killed."""
+        """Run a command in a new session. At the end, kill what is left."""
         log = self.folder / f"{secrets.token_hex(4)}.log"
         with log.open("wb") as output:
             process = subprocess.Popen(
@@ -75,7 +75,7 @@ class Stage:
             return f"http://127.0.0.1:{bound.getsockname()[1]}"
 
     async def begun(self, handle: RunHandle[Any], chunks: int = 3) -> int:
-        """Wait until a worker executes the run and has written something. Returns the pid of the worker."""
+        """Wait until a worker executes the run and has written something. Return the pid of the worker."""
         found = 0
         async for _ in self.realtime.read(handle):
             found += 1
@@ -92,7 +92,7 @@ class Stage:
         raise AssertionError("it ended without saying who executes it")
 
     async def chunks(self, handle: RunLike) -> list[Any]:
-        """All chunks of a run that is over, however it ended."""
+        """All chunks of an ended run, however it ended."""
         found: list[Any] = []
         try:
             async for chunk in self.realtime.read(handle):
@@ -109,11 +109,11 @@ class Stage:
         return None if found is None else found.decode()
 
     def executions(self, handle: RunHandle[Any]) -> int:
-        """How often the code of the run was begun."""
+        """How often the code of the run was started."""
         return self._counted("executions", handle)
 
     def deliveries(self, handle: RunHandle[Any]) -> int:
-        """How often the queue gave the run to a worker, where the worker counts that."""
+        """How often the queue delivered the run, if the worker counts that."""
         return self._counted("deliveries", handle)
 
     def _counted(self, what: str, handle: RunHandle[Any]) -> int:
@@ -121,7 +121,7 @@ class Stage:
         return int(found or 0)
 
     def pending(self) -> int:
-        """What the queue has delivered and nobody has acknowledged."""
+        """The number of delivered messages that are not acknowledged."""
         found: Any = self.client.xpending(f"{self.prefix}:queue", "taskiq")
         return int(found["pending"])
 
@@ -132,7 +132,7 @@ async def until(condition: Callable[[], object]) -> None:
 
 
 Make = Callable[[str, str], Realtime]
-"""Makes the `Realtime` of the test itself, for a URL and a prefix."""
+"""Creates the `Realtime` of the test process, from a URL and a prefix."""
 
 
 @asynccontextmanager

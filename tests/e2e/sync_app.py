@@ -1,6 +1,6 @@
-"""Apps whose routes are sync and use `realtime.sync`, for `test_sync_hosts`. `HOST` names the one to serve.
+"""Apps with sync routes that use `realtime.sync`, for `test_sync_hosts`. `HOST` selects the one to serve.
 
-Annotations are values here: FastAPI reads those of the routes.
+This module does not postpone annotations, because FastAPI evaluates those of the routes.
 """
 
 import os
@@ -26,7 +26,7 @@ def double(number: int) -> int:
 
 
 def work(number: int) -> dict[str, Any]:
-    """What the sync route of each host does, on whatever thread it is called."""
+    """The sync route of each host, on whatever thread it runs."""
     handle = realtime.sync.trigger(double, number)
     output = realtime.sync.result(handle, timeout=30)
     with realtime.sync.open_run("import", tags=["sync"]) as run:
@@ -37,7 +37,7 @@ def work(number: int) -> dict[str, Any]:
 
 
 def mistake() -> str:
-    """A sync call where an event loop runs."""
+    """A sync call on a thread that runs an event loop."""
     try:
         realtime.sync.get_run("run_x")
     except RuntimeError as exc:
@@ -46,7 +46,7 @@ def mistake() -> str:
 
 
 def wait_in_a_thread() -> str:
-    """Begin to wait for what never comes, in a thread that would keep the process from ending. It tells how it ends."""
+    """Wait forever in a thread that would keep the process from exiting, and log how the wait ends."""
     begun = threading.Event()
 
     def wait() -> None:
@@ -56,7 +56,7 @@ def wait_in_a_thread() -> str:
         except RealtimeError as exc:
             os.write(1, f"the thread was told: {type(exc).__name__}\n".encode())
 
-    threading.Thread(target=wait, daemon=False).start()  # or it would be one where the thread of the route is
+    threading.Thread(target=wait, daemon=False).start()  # a thread inherits daemon otherwise
     begun.wait()
     return "begun"
 
@@ -128,7 +128,7 @@ def flask() -> Any:
 
 
 def wsgi() -> Any:
-    """Flask by itself, for a WSGI server."""
+    """Flask alone, for a WSGI server."""
     from flask import Flask, jsonify
 
     app = Flask(__name__)

@@ -1,4 +1,4 @@
-"""Behind a real Caddy, with the configuration that docs/deployment.md prints."""
+"""Behind a real Caddy, with the configuration of docs/deployment.md."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PROXY = "\treverse_proxy 127.0.0.1:8000\n"
 
 @contextmanager
 def front(folder: Path, app_port: int, directives: str = "") -> Iterator[tuple[str, Certificate]]:
-    """The site of the document, with our ports and files; give its address."""
+    """The site of the page, with our ports and files. Yields its URL."""
     certificate, port = Certificate.make(folder), free_port()
     text = SITE.replace(PROXY, directives + PROXY)
     for old, new in {
@@ -52,7 +52,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Certi
 
 
 @pytest.mark.parametrize("http2", [False, True], ids=["http1", "http2"])
-def test_chunks_come_as_they_are_written(plain: tuple[str, Certificate], http2: bool) -> None:
+def test_chunks_arrive_as_they_are_written(plain: tuple[str, Certificate], http2: bool) -> None:
     url, certificate = plain
     with Visitor(url, certificate.trust, http2=http2) as visitor:
         check_chunks_come_as_they_are_written(visitor)
@@ -60,7 +60,7 @@ def test_chunks_come_as_they_are_written(plain: tuple[str, Certificate], http2: 
         assert version == ("HTTP/2" if http2 else "HTTP/1.1")
 
 
-def test_a_reader_who_goes_is_noticed_by_the_app(plain: tuple[str, Certificate]) -> None:
+def test_the_app_notices_a_disconnected_reader(plain: tuple[str, Certificate]) -> None:
     url, certificate = plain
     with Visitor(url, certificate.trust) as host, Visitor(url, certificate.trust) as visitor:
         run = host.post("/open")
@@ -72,20 +72,20 @@ def test_a_reader_who_goes_is_noticed_by_the_app(plain: tuple[str, Certificate])
         wait_for(lambda: host.count() == 0, "the app was not told")
 
 
-def test_heartbeats_pass(plain: tuple[str, Certificate]) -> None:
+def test_heartbeats_pass_through(plain: tuple[str, Certificate]) -> None:
     url, certificate = plain
     with Visitor(url, certificate.trust) as visitor, visitor.stream(visitor.post("/open")) as stream:
         stream.wait_for_comments(4)
 
 
 LARGE = "x" * 100_000
-"""Caddy compresses a response if the first piece that it gets of it has 512 bytes, which depends on how it is cut."""
+"""Caddy compresses a response if its first piece has 512 bytes, which depends on how the response is split."""
 TRIES = 60
-"""Two of five streams that begin with so much were compressed where this was measured."""
+"""Where this was measured, two of five streams that start with this much were compressed."""
 
 
 class Reader:
-    """Reads a stream that begins with `LARGE` in a thread."""
+    """Reads a stream that starts with `LARGE` in a thread."""
 
     def __init__(self, url: str, certificate: Certificate, run: dict[str, str]) -> None:
         self.arrived = threading.Event()
@@ -110,13 +110,13 @@ class Reader:
         return self._encoding is not None
 
     def events(self) -> list[str]:
-        """All to the end of the stream."""
+        """Everything to the end of the stream."""
         self._thread.join(GUARD_S)
         return self._events
 
 
 def read_many(host: Visitor, url: str, certificate: Certificate) -> Generator[Reader, None, None]:
-    """One stream after the other, each with something in it; each is ended when the next is asked for."""
+    """Yield one non-empty stream after the other; each ends when the next is requested."""
     for _ in range(TRIES):
         run = host.post("/open")
         host.post("/append", run=run["id"], chunk=LARGE)
@@ -128,15 +128,15 @@ def read_many(host: Visitor, url: str, certificate: Certificate) -> Generator[Re
         assert reader.events() == ["message", "end"]
 
 
-def test_pages_alone_are_compressed(tmp_path: Path) -> None:
+def test_only_pages_are_compressed(tmp_path: Path) -> None:
     printed = blocks("caddy")["compressed"].text
     with served(tmp_path, printed) as (url, certificate), Visitor(url, certificate.trust) as host:
         assert host.http.get(f"{url}/", headers={"accept-encoding": "gzip"}).headers["content-encoding"] == "gzip"
         assert not any(reader.is_compressed() for reader in read_many(host, url, certificate))
 
 
-def test_compression_of_everything_holds_streams_back(tmp_path: Path) -> None:
-    """Why the document says to leave them out, and how the test above could fail."""
+def test_compressing_everything_delays_streams(tmp_path: Path) -> None:
+    """The reason why the page excludes them, and how the test above could fail."""
     with served(tmp_path, "encode gzip\n") as (url, certificate), Visitor(url, certificate.trust) as host:
         readers = read_many(host, url, certificate)
         compressed = next(reader for reader in readers if reader.is_compressed())
@@ -145,7 +145,7 @@ def test_compression_of_everything_holds_streams_back(tmp_path: Path) -> None:
         assert compressed.events() == ["message", "end"]
 
 
-def test_the_streams_of_an_app_that_stops_or_is_killed(tmp_path: Path) -> None:
+def test_streams_end_when_the_app_stops_or_is_killed(tmp_path: Path) -> None:
     app_port = free_port()
     with front(tmp_path, app_port) as (url, certificate), Visitor(url, certificate.trust) as visitor:
         for number in (signal.SIGTERM, signal.SIGKILL):
@@ -155,7 +155,7 @@ def test_the_streams_of_an_app_that_stops_or_is_killed(tmp_path: Path) -> None:
                     visitor.post("/append", run=run["id"], chunk="first")
                     stream.event()
                     process.send_signal(number)
-                    # Where nginx cuts the response of an app that is killed, Caddy ends it as if it were complete.
+                    # nginx cuts off the response of a killed app; Caddy ends it as if it were complete.
                     expected = ["reconnect"] if number == signal.SIGTERM else []
                     assert [event.event for event in stream.rest()] == expected
                 process.wait(GUARD_S)

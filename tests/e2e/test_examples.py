@@ -1,4 +1,4 @@
-"""What the examples do around the chat: ports, where the model comes from. And the one in Django, which has none."""
+"""What the examples do besides chatting: choose ports and find a model. And the Django example, which has none."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from examples.server import free_socket
 from tests.e2e.conftest import GUARD_S, ROOT
 
 
-def test_a_busy_port_takes_the_next() -> None:
+def test_the_next_port_is_used_if_one_is_busy() -> None:
     with free_socket(20_000) as first:
         port = first.getsockname()[1]
         with free_socket(port) as second:
@@ -34,7 +34,7 @@ def test_the_model_is_found_without_importing_its_package(model_path: Path) -> N
     assert model_path.stat().st_size > 90_000_000
 
 
-def test_a_missing_model_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_model_the_error_says_how_to_get_one(monkeypatch: pytest.MonkeyPatch) -> None:
     def distribution(name: str) -> None:
         raise PackageNotFoundError(name)
 
@@ -43,7 +43,7 @@ def test_a_missing_model_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> 
         find_model()
 
 
-def test_an_endpoint_of_the_users_own_needs_no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_with_a_custom_endpoint_no_model_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(local_model, "find_model", None)
     monkeypatch.setenv("OPENAI_API_KEY", "")
     monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
@@ -57,7 +57,7 @@ def test_an_endpoint_of_the_users_own_needs_no_model(monkeypatch: pytest.MonkeyP
 
 @contextmanager
 def served(*command: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """Run a command of uvicorn's, which prints its address. It is killed if the test did not end it."""
+    """Run a uvicorn command, which prints its URL. Kill it unless the test has ended it."""
     with subprocess.Popen(
         [sys.executable, "-m", *command],
         cwd=ROOT,
@@ -116,7 +116,7 @@ def test_the_page_of_the_django_example(chromium: Browser) -> None:
 
 
 def refuse_a_stranger(chromium: Browser, page: Page, url: str) -> None:
-    """Another browser, with a token against forgery of its own, cannot stop the run of this page."""
+    """Another browser, with its own CSRF token, cannot stop the run of this page."""
     requested = page.evaluate("performance.getEntriesByType('resource').map((entry) => entry.name).join()")
     run_id = re.findall(r"/runs/(run_\w+)", requested)[-1]
     stranger = chromium.new_context()
@@ -133,7 +133,7 @@ def refuse_a_stranger(chromium: Browser, page: Page, url: str) -> None:
 def test_the_django_example_as_a_module() -> None:
     with served("examples.django_asgi") as (url, process):
         assert httpx.get(url, timeout=GUARD_S).status_code == 200
-        assert httpx.post(f"{url}/start", timeout=GUARD_S).status_code == 403  # without the token against forgery
+        assert httpx.post(f"{url}/start", timeout=GUARD_S).status_code == 403  # without the CSRF token
         assert httpx.get(f"{url}/realtime/v1/health", timeout=GUARD_S).status_code == 200
         process.send_signal(signal.SIGTERM)
         printed, _ = process.communicate(timeout=GUARD_S)

@@ -1,6 +1,6 @@
-"""Each of the official React hooks by itself, in Chromium, on a page of another origin.
+"""Each of the official React hooks on its own, in Chromium, on a cross-origin page.
 
-The chat in `test_react_app` uses most of them as an app does. Here are the others, and what their options do.
+The chat of `test_react_app` uses most of them as an app does. This module covers the others, and their options.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class _Quiet(SimpleHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of the page that has one hook."""
+    """The URL of the page with one hook."""
     built = react_page.build_beside(tmp_path_factory.mktemp("hooks"), source=SOURCE)
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(_Quiet, directory=str(built))) as server:
         thread = threading.Thread(target=server.serve_forever)
@@ -43,7 +43,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 class Hook:
-    """A hook that is used by an open page."""
+    """A hook on an open page."""
 
     def __init__(self, page: Page, address: str, base_url: str) -> None:
         self.page = page
@@ -59,7 +59,7 @@ class Hook:
         self.page.wait_for_selector("pre", state="attached")
 
     def until(self, condition: str) -> dict[str, Any]:
-        """Wait until a condition holds of what the hook returns, and return that."""
+        """Wait until the return value of the hook fulfills a condition, and return it."""
         self.page.wait_for_function(f"() => {{ const hook = window.hook; return {condition}; }}")
         state: dict[str, Any] = json.loads(self.page.inner_text("pre"))
         return state
@@ -97,7 +97,7 @@ def test_use_realtime_run_follows_a_run_to_its_end(site: Site, hook: Hook) -> No
     hook.page.wait_for_function("calls.join() === 'COMPLETED'")
 
 
-def test_use_realtime_run_leaves_out_columns(site: Site, hook: Hook) -> None:
+def test_use_realtime_run_skips_columns(site: Site, hook: Hook) -> None:
     run = site.trigger("echo", "said", metadata={"step": 0})
     hook.use("useRealtimeRun", run.id, token=run.token, skipColumns=["payload"])
     state = hook.until("hook.run?.isCompleted")
@@ -108,7 +108,7 @@ def test_use_realtime_run_leaves_out_columns(site: Site, hook: Hook) -> None:
 def test_use_realtime_runs_with_tag_follows_new_runs_and_changes(site: Site, hook: Hook) -> None:
     tags = ["list:1", "list:2"]
     first = site.open(tags=tags)
-    site.open(tags=tags[:1])  # a run must have all
+    site.open(tags=tags[:1])  # a run must have all of them
     hook.use("useRealtimeRunsWithTag", tags, token=site.token("read:tags:list:1"))
     hook.until("hook.runs.length === 1")
     second = site.open(tags=tags)
@@ -129,7 +129,7 @@ def test_use_realtime_batch_follows_all_runs(site: Site, hook: Hook) -> None:
     assert [found[run_id] for run_id in batch["runs"]] == [{"received": ["go"]}, "said", "no luck"]
 
 
-def test_use_realtime_run_with_streams_gives_all_streams_of_a_run(site: Site, hook: Hook) -> None:
+def test_use_realtime_run_with_streams_returns_all_streams_of_a_run(site: Site, hook: Hook) -> None:
     run = site.open()
     run.append("a1", stream="a")
     hook.use("useRealtimeRunWithStreams", run.id, token=run.token)
@@ -142,7 +142,7 @@ def test_use_realtime_run_with_streams_gives_all_streams_of_a_run(site: Site, ho
     assert hook.until("hook.run.isSuccess")["run"]["output"] == "done"
 
 
-def test_use_realtime_task_trigger_with_streams_follows_what_it_triggered(site: Site, hook: Hook) -> None:
+def test_use_realtime_task_trigger_with_streams_follows_the_triggered_run(site: Site, hook: Hook) -> None:
     hook.use("useRealtimeTaskTriggerWithStreams", "steps", token=site.token("trigger:tasks:steps"))
     hook.call("submit({ count: 1 })")
     state = hook.until("hook.run?.metadata.step === 0")
@@ -186,7 +186,7 @@ def test_use_realtime_stream_has_every_part_once(site: Site, hook: Hook) -> None
     [({"startIndex": 2}, [2, 3, 4]), ({"lastEventId": 1}, [2, 3, 4]), ({"maxParts": 2}, [3, 4])],
     ids=["startIndex", "lastEventId", "maxParts"],
 )
-def test_use_realtime_stream_begins_where_it_is_told(
+def test_use_realtime_stream_starts_at_the_given_index(
     site: Site, hook: Hook, options: dict[str, Any], parts: list[int]
 ) -> None:
     run = site.open()
@@ -197,7 +197,7 @@ def test_use_realtime_stream_begins_where_it_is_told(
     run.end()
 
 
-def test_use_realtime_stream_from_latest_has_what_comes_now(site: Site, hook: Hook) -> None:
+def test_use_realtime_stream_from_latest_has_only_new_parts(site: Site, hook: Hook) -> None:
     run = site.open()
     run.append("old")
     with hook.page.expect_response(f"**/streams/{run.id}/default"):

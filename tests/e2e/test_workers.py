@@ -1,4 +1,4 @@
-"""Job workers of taskiq as processes of their own, on a real Redis: they execute, are canceled, killed and paused."""
+"""taskiq workers in separate processes, on a real Redis: they execute runs, and are canceled, killed and paused."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ async def test_a_worker_that_is_killed_leaves_a_crashed_run(stage: Stage) -> Non
     assert stage.executions(handle) == 1
 
 
-async def test_a_worker_that_was_paused_beyond_its_lease_is_fenced_off(stage: Stage) -> None:
+async def test_a_worker_paused_beyond_its_lease_cannot_write(stage: Stage) -> None:
     stage.start_worker()
     handle = await stage.realtime.trigger("endless")
     pid = await stage.begun(handle)
@@ -117,35 +117,35 @@ async def test_a_worker_that_was_paused_beyond_its_lease_is_fenced_off(stage: St
     await until(lambda: stage.note(handle))
     assert stage.note(handle) == "cancelled, refused"
     after = await stage.realtime.trigger("context", {"count": 1})
-    assert await stage.worker_of(after) == pid  # it goes on with other runs
+    assert await stage.worker_of(after) == pid  # it continues with other runs
     await stage.realtime.send_input(after, "first", 1)
     await after.result()
     assert await stage.realtime.get_run(handle) == record
     assert await stage.chunks(handle) == chunks
 
 
-async def test_a_loop_that_is_blocked_beyond_the_lease_crashes_nothing(stage: Stage) -> None:
+async def test_a_loop_blocked_beyond_the_lease_does_not_crash_the_run(stage: Stage) -> None:
     stage.start_worker()
     blocking = await stage.realtime.trigger("blocking", 2 * TIMEOUTS.lease)
     assert await blocking.result() > 0
 
 
-async def test_a_run_that_is_delivered_again_is_executed_once(stage: Stage) -> None:
-    """The queue gives what is not acknowledged after 0.2 s to whoever asks, though its run goes on. That one finds
-    the run claimed, and acknowledges."""
+async def test_a_redelivered_run_executes_once(stage: Stage) -> None:
+    """After 0.2 s without acknowledgment the queue delivers the message to another worker, although the run still
+    executes. That worker finds the run claimed, and acknowledges."""
     stage.start_worker(workers=2)
     handle = await stage.realtime.trigger("patient")
 
     await until(lambda: stage.executions(handle))
     while stage.pending():
-        await (await stage.realtime.trigger("quick", 7)).result()  # each makes the workers look for what is left
+        await (await stage.realtime.trigger("quick", 7)).result()  # makes the workers check for pending messages
     assert (await stage.realtime.get_run(handle)).status is Status.EXECUTING
     await stage.realtime.send_input(handle, "enough", True)
     assert await handle.result() is True
     assert stage.executions(handle) == 1
 
 
-async def test_a_process_that_dies_between_storing_a_run_and_queueing_it_loses_nothing(stage: Stage) -> None:
+async def test_a_process_that_dies_before_enqueueing_a_stored_run_loses_nothing(stage: Stage) -> None:
     program = f"""
 import asyncio, os
 from tests.e2e.worker_app import make
@@ -170,7 +170,7 @@ asyncio.run(main())
     assert await stage.realtime.result(run_id) == 7
 
 
-async def test_a_worker_that_is_stopped_fails_what_it_cannot_finish(stage: Stage) -> None:
+async def test_a_stopping_worker_fails_the_runs_it_cannot_finish(stage: Stage) -> None:
     worker = stage.start_worker("--wait-tasks-timeout", "0.2")
     handle = await stage.realtime.trigger("endless")
     await stage.begun(handle)
@@ -185,7 +185,7 @@ async def test_a_worker_that_is_stopped_fails_what_it_cannot_finish(stage: Stage
     assert await waiting.result() == 7
 
 
-async def test_the_id_of_a_run_that_is_gone_does_no_harm_to_the_queue(stage: Stage) -> None:
+async def test_the_queue_survives_the_id_of_an_expired_run(stage: Stage) -> None:
     stage.start_worker()
     executor: Any = stage.realtime.engine.dispatcher.executor
     await executor.enqueue("run_that_never_was", "quick")
@@ -193,7 +193,7 @@ async def test_the_id_of_a_run_that_is_gone_does_no_harm_to_the_queue(stage: Sta
     await until(lambda: not stage.pending())
 
 
-async def test_what_runs_in_a_web_process_is_canceled_by_another(stage: Stage) -> None:
+async def test_a_web_process_can_cancel_a_run_in_another(stage: Stage) -> None:
     async def numbers() -> AsyncIterator[int]:
         for number in range(1_000_000):
             yield number

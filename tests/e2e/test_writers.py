@@ -1,4 +1,4 @@
-"""Writers over HTTP under a real uvicorn, over real sockets, with either of its parsers."""
+"""HTTP writers under a real uvicorn, over real sockets, with each of its parsers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ async def http() -> AsyncIterator[httpx.AsyncClient]:
 
 
 async def open_writer(server: Served, run_id: str, client_id: str) -> Connection:
-    """Begin to write a stream, as the official client does."""
+    """Start writing a stream, as the official client does."""
     reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
     writer.write(
         f"POST /realtime/v1/streams/{run_id}/self/default HTTP/1.1\r\nHost: localhost\r\n"
@@ -48,13 +48,13 @@ async def last_index(http: httpx.AsyncClient, server: Served, run_id: str, clien
 
 
 @pytest.mark.parametrize("parser", ["h11", "httptools"])
-async def test_sigterm_answers_every_writer_and_ends_the_server(http: httpx.AsyncClient, parser: str) -> None:
+async def test_sigterm_responds_to_every_writer_and_ends_the_server(http: httpx.AsyncClient, parser: str) -> None:
     with served("lifespan", "--http", parser) as server:
         run_id = (await http.post(f"{server.url}/open")).json()["id"]
         connections = [await open_writer(server, run_id, f"c{number}") for number in range(20)]
         async with asyncio.timeout(GUARD_S):
             for number, (_, writer) in enumerate(connections):
-                if number % 2:  # the others are open and have sent nothing
+                if number % 2:  # the others are open but have sent nothing
                     write(writer, b'"whole"\n"ha')
                     while await last_index(http, server, run_id, f"c{number}") < 0:
                         pass
@@ -72,7 +72,7 @@ async def test_sigterm_answers_every_writer_and_ends_the_server(http: httpx.Asyn
 
 
 @pytest.mark.parametrize("parser", ["h11", "httptools"])
-async def test_a_large_body_that_comes_in_any_pieces_is_stored_as_it_is(http: httpx.AsyncClient, parser: str) -> None:
+async def test_a_large_body_is_stored_unchanged_however_it_is_split(http: httpx.AsyncClient, parser: str) -> None:
     lines = [json.dumps({"number": number, "text": "ü" * (number % 700)}).encode() for number in range(3000)]
     body = b"".join(line + b"\n" for line in lines)
     with served("lifespan", "--http", parser) as server:
@@ -94,7 +94,7 @@ async def test_a_large_body_that_comes_in_any_pieces_is_stored_as_it_is(http: ht
         token = {"authorization": f"Bearer {SECRET}"}
         stored: list[bytes] = []
         async with http.stream("GET", f"{server.url}/realtime/v1/streams/{run_id}/default", headers=token) as response:
-            async for line in response.aiter_lines():  # pragma: no branch - it is never over
+            async for line in response.aiter_lines():  # pragma: no branch - it never ends
                 if line.startswith("data: "):
                     stored.append(line.removeprefix("data: ").encode())
                     if len(stored) == len(lines):

@@ -1,7 +1,7 @@
 """The app of `test_workers` and `test_celery`: the tests, the web process and the workers all import it.
 
-REDIS_URL and PREFIX say where its data is; PREFIX is the queue's name too. In a process that has neither it holds
-nothing but `make`.
+REDIS_URL and PREFIX locate its data; PREFIX is also the name of the queue. Without them the module only defines
+`make`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Made:
 
 
 def make(url: str, prefix: str, executor: Any = None) -> Made:
-    """A `Realtime` with its tasks, and a queue that delivers again what is not acknowledged soon."""
+    """A `Realtime` with its tasks, and a queue that soon redelivers unacknowledged messages."""
     queue = RedisStreamBroker(url, queue_name=f"{prefix}:queue", idle_timeout=200, xread_block=100)
     realtime = Realtime(
         secret_key=SECRET,
@@ -47,7 +47,7 @@ def make(url: str, prefix: str, executor: Any = None) -> Made:
 
 def register(realtime: Realtime, url: str, prefix: str) -> None:
     async def note(what: str, value: str) -> None:
-        """Leave word outside of the run, which may be over."""
+        """Leave a note outside the run, which may be over."""
         async with redis.asyncio.from_url(url) as client:
             await client.hset(f"{prefix}:notes", what, value)
 

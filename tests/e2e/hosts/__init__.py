@@ -1,1 +1,1 @@
-"""The library as a guest: each host framework, under each server, as processes of their own."""
+"""The library in each host framework, under each server, in separate processes."""

@@ -1,6 +1,6 @@
-"""The hosts of the matrix: an app each, in the way that is natural there. `HOST` names the one to serve.
+"""The hosts of the matrix: one idiomatic app per framework. `HOST` selects the one to serve.
 
-Annotations are values here: the hosts read those of the routes, which are local.
+This module does not postpone annotations, because the frameworks evaluate those of the local route functions.
 """
 
 import os

@@ -1,6 +1,6 @@
-"""What every host of the matrix does with its guest, whatever its own way to have routes and a life.
+"""What every host of the matrix does with the library, however it defines routes and its lifespan.
 
-The variable ENTRY says how it is taken in: `mount` or `middleware`.
+The variable ENTRY selects how the library is embedded: `mount` or `middleware`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ realtime = Realtime(
 )
 hypercorn.watch(realtime)
 
-# No server shows what the library says at INFO, where it tells of a start on first use.
+# No server shows the INFO log of the library, which reports a start on first use.
 logger = logging.getLogger("asgi_realtime")
 logger.setLevel(logging.INFO)
 logger.addHandler(logging.StreamHandler(sys.stdout))
@@ -32,10 +32,10 @@ COMPRESSES = "COMPRESS" in os.environ
 
 
 async def act(body: dict[str, Any]) -> dict[str, Any]:
-    """What the one route of a host of its own does, `POST /do`."""
+    """The one route of each host, `POST /do`."""
     match body:
         case {"do": "open"}:
-            handle = realtime.pipe(silence(), "silence").handle  # it lives as long as its source
+            handle = realtime.pipe(silence(), "silence").handle  # it ends with its source
             return {"id": handle.id, "token": handle.public_access_token}
         case {"do": "append", "run": str(run_id), "chunk": chunk}:
             await realtime.append(chunk, body.get("stream", "default"), run=run_id)
@@ -56,7 +56,7 @@ async def silence() -> AsyncIterator[str]:
 
 
 async def presence() -> None:
-    """Says when the guest comes and goes."""
+    """Logs the start and the stop of the library."""
     tell("the guest started")
     try:
         await anyio.sleep_forever()
@@ -68,13 +68,13 @@ realtime.engine.companions.append(presence)
 
 
 async def host_starts() -> None:
-    """The host's own start-up: the guest is there already."""
+    """The start-up of the host: the library has already started."""
     await realtime.pipe(["started"]).wait_until_complete()
     tell("the host started")
 
 
 async def host_stops() -> None:
-    """The host's own shutdown: the guest is still there."""
+    """The shutdown of the host: the library still runs."""
     assert realtime.engine.supervisor is not None, "the guest left before its host"
     await realtime.pipe(["stopped"]).wait_until_complete()
     tell("the host stopped")
@@ -85,5 +85,5 @@ def tell(line: str) -> None:
 
 
 def taken_in(app: Any) -> Any:
-    """The app of a host that has no mounts, or is to be wrapped."""
+    """The app of a host without mounts, or one to be wrapped."""
     return RealtimeMiddleware(app, realtime)

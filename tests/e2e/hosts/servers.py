@@ -1,4 +1,4 @@
-"""The servers of the matrix, started by their command lines as people do."""
+"""The servers of the matrix, started by their command lines as users do."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from tests.ports import free_port
 
 ROOT = Path(__file__).parent.parent.parent.parent
 GUARD_S = 60.0
-"""Nothing waits longer than this. It is no measure of speed: the machine may be busy."""
+"""The longest wait. It says nothing about speed, as the machine may be busy."""
 
-# granian with more threads than one panics now and then in a worker that stops, before it tells the app of that.
+# With more than one thread, granian occasionally panics in a stopping worker before it notifies the app.
 SERVERS = {
     "uvicorn": ["uvicorn", "{app}", "--host", "127.0.0.1", "--port", "{port}", "--workers", "{workers}"],
     "hypercorn": ["hypercorn", "{app}", "--bind", "127.0.0.1:{port}", "--workers", "{workers}"],
@@ -38,12 +38,12 @@ ROOT_PATH = {
     "granian": "--url-path-prefix",
     "gunicorn": "--root-path",
 }
-"""How each is told that a proxy in front takes a prefix off. uvicorn's worker for gunicorn has no option for it."""
+"""How to tell each server that a proxy strips a prefix. uvicorn's gunicorn worker has no option for it."""
 
 
 @dataclass
 class Serving:
-    """A server that answers."""
+    """A running server."""
 
     process: subprocess.Popen[bytes]
     url: str
@@ -53,7 +53,7 @@ class Serving:
         return self.process.wait(timeout=GUARD_S)
 
     def terminate(self) -> None:
-        """As a supervisor does: the main process gets SIGTERM."""
+        """Send SIGTERM to the main process, as a process manager does."""
         self.process.send_signal(signal.SIGTERM)
 
 
@@ -68,12 +68,12 @@ def serving(
     cwd: Path = ROOT,
     health: str = "/realtime/v1/health",
 ) -> Iterator[Serving]:
-    """Start a server and wait until the guest in it answers. What is left of it at the end is killed, children too."""
+    """Start a server and wait until the library in it responds. At the end, kill what is left, including children."""
     port = free_port()
     command = [part.format(app=app, port=port, workers=workers) for part in SERVERS[server]]
     if server == "uvicorn" and workers == 1:
-        command = command[:-2]  # with --workers it serves from a child, and --reload refuses the option
-    outside = {name: value for name, value in os.environ.items() if name != "PYTEST_XDIST_WORKER"}  # it is no test's
+        command = command[:-2]  # with --workers it serves from a child process, and --reload does not accept the option
+    outside = {name: value for name, value in os.environ.items() if name != "PYTEST_XDIST_WORKER"}  # no test uses it
     log = folder / "server.log"
     with log.open("wb") as output:
         process = subprocess.Popen(
