@@ -83,7 +83,7 @@ class RealtimeApp:
             allowed = ", ".join(match.methods)
             message = f"{request.method[:80]} is not allowed here; allowed: {allowed}"
             return error_response(405, "method_not_allowed", message, {"allow": allowed})
-        if route.starts:
+        if route.needs_start:
             await self._ensure_started()
         return await self._call(route, request, match.params)
 
@@ -106,7 +106,7 @@ class RealtimeApp:
     def _kept_elsewhere(self) -> RunKeptElsewhere:
         error = RunKeptElsewhere(KEPT_ELSEWHERE)
         if not self._has_warned_of_elsewhere:
-            logger.warning("a request was rejected with 404, and others can be: %s", error)
+            logger.warning("a request got 404, and others can too: %s", error)
             self._has_warned_of_elsewhere = True
         return error
 

@@ -32,7 +32,6 @@ from asgi_realtime.asgi.trigger_dev import streams as batch_streams
 MAX_PREFIXES = 2
 """How many leading `realtime` segments are skipped: the mount's, if the host does not declare it, and the client's."""
 
-
 AnyResponse = Response | SubscriptionResponse[Any]
 
 
@@ -44,7 +43,7 @@ class Route(NamedTuple):
     endpoint: Callable[..., Awaitable[AnyResponse]]
     """Called with the request and the variable segments of the path."""
     when: Callable[[Request], bool] = lambda request: True
-    starts: bool = True
+    needs_start: bool = True
     """The `Realtime` is started before the endpoint is called."""
     reconnects: bool = False
     """A shutdown that interrupts the endpoint is answered with an event `reconnect` instead of 503."""
@@ -77,8 +76,8 @@ ROUTES = (
     Route("GET", "v1/batches/{batch_id}", feeds.batch_feed, when=_accepts_events, reconnects=True),
     Route("GET", "v1/batches/{batch_id}", shapes.batch_feed),
     Route("GET", "v1/health", health.probe, when=_accepts_events, reconnects=True),
-    Route("GET", "v1/health", health.check, starts=False),
-    Route("HEAD", "v1/health", health.check, starts=False),
+    Route("GET", "v1/health", health.check, needs_start=False),
+    Route("HEAD", "v1/health", health.check, needs_start=False),
     Route("POST", "api/v1/tasks/{task_id}/trigger", runs.trigger),
     Route("POST", "api/v3/batches", batches.create_batch),
     Route("POST", "api/v3/batches/{batch_id}/items", batches.fill_batch),

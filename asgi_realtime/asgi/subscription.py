@@ -1,25 +1,24 @@
 """One open `text/event-stream` response.
 
-Each connection has one loop, and besides it only the watcher of its guard, because no ASGI server reports a disconnect
-in `send()`. There is no queue, timer or generator per connection. Subclasses say what is followed (`_open`), check the
-request before the head is sent (`_prepare`) and run the loop (`_follow`).
+Each connection runs one loop. Its only companion is the guard's watcher, because no ASGI server reports a disconnect
+in `send()`; there is no queue, timer or generator per connection. Subclasses define what is followed (`_open`), check
+the request before the head is sent (`_prepare`) and implement the loop (`_follow`). Idle subscribers are many, so their
+size matters: nothing of the request is retained once the head is sent.
 
-**Phases** say where the loop is suspended. OPENING: the broker is asked before the head is sent; an exception becomes
-the HTTP response. After the head nothing is raised; the body ends instead. SENDING: in `send()`. WAITING: parked until
-the source or an alert wakes it. ASKING: the broker is asked for what this process does not hold. STILL_SENDING and
-STILL_WAITING are set by the ticker when it finds a phase for the first time, so the loop itself needs no clock: if the
-ticker finds one of these again, the phase has lasted since `_since`. `TRANSITIONS` has every step. The loop stores its
-phase without consulting the table, because that happens for every chunk; the tests check each store against it.
+**Phases.** The phase is where the loop is suspended. OPENING: it awaits the broker before the head is sent, and an
+exception becomes the HTTP response. Later exceptions end the body instead. SENDING: it awaits `send()`. WAITING: it is
+parked until the source or an alert wakes it. ASKING: it awaits the broker for something this process does not hold.
+CLOSED: it has returned. The loop has no clock. When the ticker finds SENDING or WAITING it changes the phase to
+STILL_SENDING or STILL_WAITING and notes the time, and the loop's next step overwrites that. So if a later tick finds
+one of these, the loop has not moved since `_since`: a send has stalled, or a heartbeat is due. `TRANSITIONS` lists
+every step. The loop stores its phase for every chunk and so does not consult the table; the tests check every store.
 
-**Alerts** are what others ask of the loop: the ticker (heartbeat, token expired, connection too old) and the shutdown.
-They set `_alert` and wake the loop, which checks it in every iteration, also while there is more to send: a reader that
-never catches up has to end too. Only the loop calls `send()`, so frames cannot interleave. An alert replaces a less
-urgent one only.
+**Alerts.** The ticker and the shutdown never send anything. They set `_alert` and wake the loop, which checks it in
+every iteration, also while there is more to send, so that a reader that never catches up ends too. Only the loop calls
+`send()`, so frames cannot interleave. An alert replaces only a less urgent one.
 
-Invariant: a shutdown ends every phase promptly. WAITING is woken, ASKING and OPENING are interrupted, SENDING sees the
-alert when `send()` returns, and the ticker cancels a `send()` that does not return.
-
-Idle subscribers are many, so their size matters: nothing of the request is retained once the head is sent.
+**Invariant.** A shutdown ends every phase promptly. WAITING is woken. OPENING and ASKING are interrupted. SENDING
+reaches the alert when `send()` returns; if it does not return, the ticker cancels it.
 """
 
 from __future__ import annotations
@@ -53,13 +52,13 @@ S = TypeVar("S")
 T = TypeVar("T")
 
 MIN_RECONNECT_MS = 250
-"""No client reconnects at once: after `reconnect` the server takes a moment to exit."""
+"""The minimum for every reconnect: a server that shuts down takes a moment to exit."""
 
 SHUTDOWN_RECONNECT_MS = 3000
 """Subscribers disconnected by a shutdown spread their reconnects over this time."""
 
-MAX_RECONNECT_MS = 1000
-"""The same for a subscriber whose connection became too old."""
+AGE_RECONNECT_MS = 1000
+"""The same for subscribers whose connection became too old."""
 
 AGE_SPREAD = 0.15
 """Connections end up to this fraction before `Timeouts.stream_age`, so those opened together do not end together."""
@@ -67,7 +66,7 @@ AGE_SPREAD = 0.15
 CLOSING_SEND_S = 1.0
 """How long one send can take during a shutdown. A stalled reader must not delay the exit."""
 
-HEAD = (
+_HEADERS = (
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache, no-transform"),
     (b"x-accel-buffering", b"no"),
@@ -102,11 +101,11 @@ TRANSITIONS: dict[Phase, frozenset[Phase]] = {
 
 
 class Alert(IntEnum):
-    """What others ask of the loop, in ascending urgency. All but the first two end the subscription."""
+    """What the ticker and the shutdown ask of the loop, in ascending urgency. All but the first two end the body."""
 
     HEARTBEAT = auto()
     SILENT = auto()
-    """Nothing was sent for as long as the client wanted to wait. Set by a subclass only."""
+    """The stream was silent for as long as the client wants to wait. Set by a subclass only."""
     TOO_OLD = auto()
     SHUTDOWN = auto()
     EXPIRED = auto()
@@ -129,7 +128,7 @@ async def until_disconnect(receive: Receive) -> None:
 def reconnect_response() -> Response:
     """A complete event stream that makes its client reconnect. An EventSource does so after a body, never after 503."""
     body = NATIVE.preamble("connected") + _reconnect(NATIVE, SHUTDOWN_RECONNECT_MS)
-    return Response(body, headers={name.decode(): value.decode() for name, value in HEAD})
+    return Response(body, headers={name.decode(): value.decode() for name, value in _HEADERS})
 
 
 def _reconnect(framing: Framing, longest_ms: int) -> bytes:
@@ -175,13 +174,13 @@ class SubscriptionResponse(ABC, Generic[S]):
         """Headers to add to the head, such as those of CORS."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Respond. Raises only before the head is sent, among others `LimitExceeded`."""
+        """Respond, once. Raises only before the head is sent: `LimitExceeded`, or what `_open` or `_prepare` raises."""
         limits = self._subscription_limits
-        assert limits is not None, "a subscription responds once"
+        assert limits is not None, "a subscription can respond only once"
         limits.acquire(self._run_id, self._token_id)
         self._send = send
         self._host.subscribers.add(self)
-        self._alert = Alert.SHUTDOWN if self._host.closing else None  # one that begins later calls `shut_down`
+        self._alert = Alert.SHUTDOWN if self._host.closing else None  # a later shutdown calls `shut_down`
         try:
             async with make_guard(partial(until_disconnect, receive)) as self._guard, self._open() as source:
                 comment = await self._prepare(source)
@@ -213,7 +212,7 @@ class SubscriptionResponse(ABC, Generic[S]):
 
     @abstractmethod
     async def _prepare(self, source: S) -> str | None:
-        """Check the request against the source: the last chance to raise.
+        """Check the request against the source, as the last chance to raise.
 
         Returns the comment that opens the body, or None if the client has everything and there is nothing to send.
         """
@@ -226,16 +225,16 @@ class SubscriptionResponse(ABC, Generic[S]):
 
     async def _send_nothing(self, scope: Scope, receive: Receive) -> None:
         response = Response(status_code=self.framing.status_when_over)
-        response.raw_headers += [*HEAD, *self.framing.headers, *self.raw_headers]
+        response.raw_headers += [*_HEADERS, *self.framing.headers, *self.raw_headers]
         await response(scope, receive, self._send)
 
     async def _send_head(self, comment: str) -> None:
-        headers, self.raw_headers = [*HEAD, *self.framing.headers, *self.raw_headers], []
+        headers, self.raw_headers = [*_HEADERS, *self.framing.headers, *self.raw_headers], []
         await self._send({"type": "http.response.start", "status": 200, "headers": headers})
         await self._write(self.framing.preamble(comment))
 
     def _write(self, body: bytes) -> Awaitable[None]:
-        """Send part of the body. The message is a new one each time: a host's compression writes into it."""
+        """Send part of the body. Each message is a new dict, because a host's compression middleware writes into it."""
         self._phase = SENDING
         return self._send({"type": "http.response.body", "body": body, "more_body": True})
 
@@ -257,7 +256,7 @@ class SubscriptionResponse(ABC, Generic[S]):
             return exc.last
         if isinstance(exc, OSError):
             raise exc
-        if isinstance(exc, BrokerUnavailable | ServerShutdown):  # the broker logs that once, not once per reader
+        if isinstance(exc, BrokerUnavailable | ServerShutdown):  # logged once by the broker
             logger.debug("a subscription has to reconnect: %s", exc)
             return _reconnect(self.framing, SHUTDOWN_RECONNECT_MS)
         logger.error("a subscription failed; its client will resume", exc_info=exc)
@@ -273,7 +272,7 @@ class SubscriptionResponse(ABC, Generic[S]):
             case Alert.SHUTDOWN:
                 return _reconnect(self.framing, SHUTDOWN_RECONNECT_MS)
             case Alert.TOO_OLD:
-                return _reconnect(self.framing, MAX_RECONNECT_MS)
+                return _reconnect(self.framing, AGE_RECONNECT_MS)
         return None
 
     def _handle_alert(self) -> None:
@@ -300,7 +299,7 @@ class SubscriptionResponse(ABC, Generic[S]):
         elif phase is STILL_WAITING:
             if steady - self._since >= self._host.timeouts.heartbeat:
                 self._notify(Alert.HEARTBEAT)
-        elif self._host.closing:  # it was opened during the shutdown
+        elif self._host.closing:  # it was opened after `shut_down` was called for the others
             self._interrupt()
         if now >= self._expires_at:
             self._notify(Alert.EXPIRED)

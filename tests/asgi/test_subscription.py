@@ -9,7 +9,7 @@ import anyio
 import anyio.lowlevel
 import pytest
 
-from asgi_realtime.asgi.subscription import MAX_RECONNECT_MS, MIN_RECONNECT_MS
+from asgi_realtime.asgi.subscription import AGE_RECONNECT_MS, MIN_RECONNECT_MS
 from asgi_realtime.brokers.base import StreamKey
 from asgi_realtime.core.config import Limits, Timeouts
 from asgi_realtime.testing import AsgiClient, Event
@@ -245,7 +245,7 @@ async def test_a_connection_that_is_too_old_ends_with_reconnect() -> None:
         host.tick(16)
         (event,) = await response.read_all_events()
         assert (event.event, event.id) == ("reconnect", "1")
-        assert event.retry is not None and MIN_RECONNECT_MS <= event.retry <= MAX_RECONNECT_MS
+        assert event.retry is not None and MIN_RECONNECT_MS <= event.retry <= AGE_RECONNECT_MS
         assert response.ended
     async with AsgiClient(host).stream(PATH, headers=host.headers(last_event_id="1")) as response:
         await host.append("c")
