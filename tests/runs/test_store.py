@@ -53,6 +53,29 @@ async def test_changes_of_one_call_are_one_version() -> None:
     assert await runs.get("run_1") == after
 
 
+async def test_a_known_record_saves_a_load() -> None:
+    class Counting(MemoryBroker):
+        loads = 0
+
+        async def load(self, run_ids: Sequence[str]) -> list[RunRecord | None]:
+            self.loads += 1
+            return await super().load(run_ids)
+
+    broker = Counting()
+    runs = store(broker)
+    await runs.create(record())
+    after = await runs.update("run_1", increment(), known=record())
+    assert (after.version, broker.loads) == (2, 0)
+
+
+async def test_changes_apply_to_the_newest_version_if_the_known_record_is_outdated() -> None:
+    runs = store(MemoryBroker())
+    await runs.create(record())
+    await runs.update("run_1", increment())
+    after = await runs.update("run_1", increment(), known=record())
+    assert (after.version, after.metadata) == (3, {"n": 2})
+
+
 async def test_a_change_that_changes_nothing_makes_no_version() -> None:
     runs = store(MemoryBroker())
     await runs.create(record())
