@@ -81,7 +81,7 @@ async def _appears(request: Request, claims: Claims, topic: str) -> bool:
     """
     host, token_id = request.host, "" if claims.secret else claims.token_id
     if host.closing:
-        raise ServerShutdown("the server is shutting down; try again")
+        raise ServerShutdown()
     deadline = _Deadline(host.timeouts.find)
     request.subscription_limits.acquire("", token_id)
     host.subscribers.add(deadline)
@@ -94,8 +94,8 @@ async def _appears(request: Request, claims: Claims, topic: str) -> bool:
 
 async def _wait_for_run(host: Host, topic: str, deadline: _Deadline, receive: Receive) -> bool:
     async with (
-        following(host.broker, topic, waiter=deadline.waiter) as follower,
         make_guard(partial(until_disconnect, receive)),
+        following(host.broker, topic, waiter=deadline.waiter) as follower,
     ):
         while not deadline.is_over:
             if (await follower.changes(None, limit=1)).items:

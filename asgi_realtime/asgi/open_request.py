@@ -81,4 +81,4 @@ async def until_shutdown(
         request.release_body()
     if opened.is_silent:
         return error_response(408, "silent", f"nothing came for {silence_s:g} s; send again what is not confirmed")
-    raise ServerShutdown("the server is shutting down; try again")
+    raise ServerShutdown()

@@ -11,7 +11,7 @@ from typing import Any
 from starlette.responses import Response
 
 from asgi_realtime.core.chunks import encode_value
-from asgi_realtime.core.errors import RealtimeError, ScopeDenied, TokenError
+from asgi_realtime.core.errors import RealtimeError, ScopeDenied, ServerShutdown, TokenError
 
 
 def json_bytes_response(body: bytes, status: int = 200, headers: dict[str, str] | None = None) -> Response:
@@ -34,6 +34,8 @@ def exception_response(error: Exception, *, debug: bool = False) -> Response:
     if not isinstance(error, RealtimeError):
         message = f"{type(error).__name__}: {error}" if debug else "internal error"
         return error_response(500, RealtimeError.code, message)
+    if isinstance(error, ServerShutdown):  # its message is meant for tasks
+        return error_response(error.status, error.code, "the server is shutting down; try again")
     body = {"error": str(error), "code": error.code}
     if isinstance(error, ScopeDenied):
         body |= {"param": "access_token", "type": "authorization"}  # the official clients expect these

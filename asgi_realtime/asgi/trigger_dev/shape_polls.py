@@ -78,7 +78,7 @@ class ShapePoll:
         finally:
             self._host.subscribers.discard(self)
             self._subscription_limits.release(self._feed.run_id, self._token_id)
-        raise ServerShutdown("the server is shutting down; try again")  # a disconnected client does not receive it
+        raise ServerShutdown()  # a disconnected client does not receive it
 
     async def _poll(self, topic: LiveTopic) -> Response:
         shape = self._shape
@@ -138,7 +138,7 @@ class ShapePoll:
     def _without_changes(self, cursor: Cursor) -> Response | None:
         """The response to a poll without changes, or None to hold it."""
         if self._host.closing:
-            raise ServerShutdown("the server is shutting down; try again")
+            raise ServerShutdown()
         if self._host.clock() >= self._expires_at:
             raise ExpiredToken("token has expired")
         return None if self._shape.live and not self._is_hold_over else self._rows([], cursor)
