@@ -67,15 +67,19 @@ class ChangeBuffer:
 
     async def _store_in_background(self) -> None:
         """The only background job of this buffer. It ends when no changes wait."""
+        unavailable = False
         try:
             while self._continues():
                 await anyio.sleep(COALESCE_S)
                 try:
                     await self._store()
+                    unavailable = False
                 except LimitExceeded as exc:
                     logger.warning("a change of run %s was refused: %s", self.run_id, exc)
                 except BrokerUnavailable as exc:
-                    logger.warning("metadata of run %s is not stored yet: %s", self.run_id, exc)
+                    if not unavailable:
+                        logger.warning("metadata of run %s is not stored yet: %s", self.run_id, exc)
+                    unavailable = True
         except BaseException as exc:
             with self.lock:
                 self._has_job = False

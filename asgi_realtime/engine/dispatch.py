@@ -9,6 +9,7 @@ EXECUTING, which succeeds once.
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
@@ -35,6 +36,7 @@ class Dispatcher:
         self._on_held = on_held
         self._refused = False
         """The executor refused the newest run, and the log says so."""
+        self._to_fail: deque[str] = deque()
 
     @property
     def in_process(self) -> InProcessExecutor | None:
@@ -87,27 +89,34 @@ class Dispatcher:
             logger.info("run %s is in the queue and will be enqueued again: %s", record.id, exc)
 
     async def fail_unstarted(self, run_id: str, error: RunError) -> None:
-        """Fail a run that has not started, if that is still so."""
+        """Fail a run, unless it has started in the meantime."""
         try:
             await self._runs.update(run_id, Finished(Status.FAILED, error=error))
         except (InvalidTransition, RunNotFound, BrokerUnavailable) as exc:
             logger.info("run %s could not be failed: %s", run_id, exc)
 
     async def fail_waiting(self) -> None:
-        """Fail the runs that wait in this process, because the server is shutting down."""
+        """Fail the runs that wait in this process, because the server is shutting down.
+
+        If the call is cancelled, the next one continues.
+        """
         if self.in_process is not None:
-            for run_id in self.in_process.take_waiting():
-                await self.fail_unstarted(run_id, RunError("ServerShutdown", "the server was shut down"))
+            self._to_fail.extend(self.in_process.take_waiting())
+        while self._to_fail:
+            await self.fail_unstarted(self._to_fail[0], RunError("ServerShutdown", "the server was shut down"))
+            self._to_fail.popleft()
 
     # Life
 
     def restart(self) -> None:
         """A new start begins, possibly on another event loop: start the runs that wait in this process."""
+        self._to_fail.clear()
         if self.in_process is not None:
             self.in_process.restart()
 
     def forget(self) -> None:
         """This is a forked child: every run belongs to the parent."""
+        self._to_fail.clear()
         if self.in_process is not None:
             self.in_process.forget()
 

@@ -237,7 +237,7 @@ class Engine:
             start.fail(exc)
             start.supervisor.request_stop()  # the next use tries again
         except BaseException:
-            start.fail(ServerShutdown("this Realtime was stopped before its broker was there"))
+            start.fail(ServerShutdown("this Realtime was stopped before its broker was available"))
             raise
         finally:
             self.leases.stop()

@@ -479,6 +479,32 @@ async def test_runs_that_are_triggered_during_the_stop_end() -> None:
     assert len(records) >= 2
 
 
+class Slow(MemoryBroker):
+    """Takes 5 ms for each commit."""
+
+    async def commit(
+        self, record: RunRecord, *, expect: int, change: ChangeMark, floors: Mapping[tuple[str, str], int] | None = None
+    ) -> int:
+        await anyio.sleep(0.005)
+        return await super().commit(record, expect=expect, change=change, floors=floors)
+
+
+@pytest.mark.anyio
+async def test_all_waiting_runs_end_even_if_that_takes_longer_than_the_drain() -> None:
+    """The drain interrupted this, and the rest stayed QUEUED."""
+    realtime = make_realtime(broker=Slow())
+
+    @realtime.task("t", concurrency_limit=1)
+    async def task() -> None:
+        await anyio.sleep(60)
+
+    async with realtime:
+        ids = [(await realtime.trigger(task)).id for _ in range(20)]
+    async with realtime:
+        records = [await realtime.get_run(run_id) for run_id in ids]
+    assert {record.status for record in records} == {Status.FAILED}
+
+
 @pytest.mark.anyio
 async def test_a_task_that_ignores_its_cancellation_does_not_block_the_stop_forever() -> None:
     realtime = make_realtime(timeouts=Timeouts(tick=0.01, drain=0.01, cancel=0.02))
@@ -607,7 +633,7 @@ async def test_a_call_that_waits_for_a_start_ends_with_a_stop() -> None:
         await anyio.wait_all_tasks_blocked()
         await realtime.stop()
         await until(lambda: len(errors) == 2)
-    assert set(errors) == {"this Realtime was stopped before its broker was there"}
+    assert set(errors) == {"this Realtime was stopped before its broker was available"}
 
 
 class NoCommits(MemoryBroker):
