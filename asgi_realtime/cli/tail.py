@@ -85,9 +85,8 @@ def parse_address(url: str) -> Address:
     query = parse_qs(parts.query)
     tags = tuple(",".join(query.get("tags", [])).split(","))
     segments = parts.path.rstrip("/").split("/")
-    for at in (
-        at for at in reversed(range(len(segments))) if segments[at] == "v1"
-    ):  # the mount path may contain one too
+    versions = [index for index, segment in enumerate(segments) if segment == "v1"]
+    for at in reversed(versions):  # the mount path can contain "v1" too
         named = _named(tuple(map(unquote, segments[at + 1 :])), tags)
         if named is not None:
             base = f"{parts.scheme}://{parts.netloc}{'/'.join(segments[:at])}"

@@ -1,4 +1,4 @@
-"""What the tests on the real thing need: Chromium, the language model, and the examples as processes of their own."""
+"""What the end-to-end tests need: Chromium, the language model, and the examples in separate processes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.requirements import missing, node_binary, npm_packages
 
 ROOT = Path(__file__).parent.parent.parent
 GUARD_S = 60.0
-"""Nothing waits longer than this. It is no measure of speed: the machine may be busy."""
+"""The longest wait. It says nothing about speed, as the machine may be busy."""
 
 CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM_FLAGS = [
@@ -42,7 +42,7 @@ CHROMIUM_FLAGS = [
 
 @dataclass(frozen=True)
 class Server:
-    """An example that runs."""
+    """A running example."""
 
     process: subprocess.Popen[str]
     url: str
@@ -53,7 +53,7 @@ class Server:
 
 
 class Relay:
-    """Carries bytes to a server and back, until `cut` breaks every connection of the moment."""
+    """Forwards bytes to a server and back. `cut` breaks every open connection."""
 
     def __init__(self, port: int) -> None:
         self._port = port
@@ -101,7 +101,7 @@ class Relay:
             target.shutdown(socket.SHUT_RDWR)
 
 
-# Not wider than a module: Playwright's sync API leaves its event loop running, and tests elsewhere start their own.
+# At most module scope: Playwright's sync API leaves its event loop running, and other tests start their own.
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[Browser]:
     path = next(filter(None, map(shutil.which, CHROMIUM_NAMES)), None)
@@ -123,14 +123,14 @@ def model_path() -> Path:
 
 @pytest.fixture(scope="session")
 def model(model_path: Path) -> Iterator[Model]:
-    """One real model for all tests that do not start or end it. Its answers are short, to save time."""
+    """One real model for all tests that do not start or stop it. Its answers are short, to save time."""
     with serving(model_path, api_key="for the tests only", answer_tokens=150) as running:
         yield running
 
 
 @pytest.fixture(scope="session")
 def fake() -> Iterator[FakeModel]:
-    """A model that says what the test wants, and stops in the middle of an answer when held."""
+    """A fake model with the answer of the test, which stops in the middle of it while held."""
     with fake_model() as running:
         yield running
 
@@ -151,7 +151,7 @@ def example(name: str, environment: dict[str, str], *, package: str = "examples"
         assert process.stdout is not None
         try:
             printed = []
-            for line in process.stdout:  # above it stands a warning where a test has started the same example already
+            for line in process.stdout:  # a warning precedes it if a test has already started the same example
                 printed.append(line)
                 if url := next((word for word in line.split() if word.startswith("http://")), None):
                     break
@@ -173,12 +173,12 @@ def node_ready() -> Iterator[None]:
 both_brokers = pytest.mark.parametrize(
     "broker_url", ["memory", pytest.param("redis", marks=pytest.mark.redis)], indirect=True, scope="session"
 )
-"""For one test of each capability. The rest of them run on the memory broker: the HTTP side is the same."""
+"""For one test per capability. The others run on the memory broker, because the HTTP side is the same."""
 
 
 @pytest.fixture(scope="session")
 def broker_url(request: pytest.FixtureRequest) -> str:
-    """Where a site keeps its data."""
+    """The broker of a site."""
     if getattr(request, "param", "memory") == "memory":
         return "memory"
     url: str = request.getfixturevalue("redis_url")
@@ -187,6 +187,6 @@ def broker_url(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="session")
 def site(broker_url: str) -> Iterator[Site]:
-    """One server for all tests with the official clients that do not stop it. They keep apart by their runs."""
+    """One server for all tests with the official clients that do not stop it. Each test uses its own runs."""
     with serving_site(broker_url) as running:
         yield running

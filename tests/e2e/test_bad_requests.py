@@ -1,4 +1,4 @@
-"""What the official clients would never send, to the routes that they use: each gets its status, at once."""
+"""Requests that the official clients never send, to the routes that they use: each gets its status at once."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MUST_REFETCH = [{"headers": {"control": "must-refetch"}}]
 EMOJI = "%F0%9F%98%80"
 
 FEED_QUERIES = [
-    # Where to go on
+    # Positions to resume from
     ("", 400),
     ("offset=", 400),
     ("offset=-2", 400),
@@ -35,7 +35,7 @@ FEED_QUERIES = [
     ("offset=" + "9" * 40 + "_0", 400),
     ("offset=now", 400),
     ("offset=-1&offset=x", 400),
-    # A cursor that is none of ours: the client starts over
+    # A foreign cursor: the client starts over
     ("offset=1_0", 409),
     ("offset=1_0&handle=", 409),
     ("offset=1_0&handle=ffffffff.0", 409),
@@ -45,7 +45,7 @@ FEED_QUERIES = [
     ("offset=1_0&handle=%00%0D%0A", 409),
     (f"offset=1_0&handle={EMOJI}", 409),
     ("offset=1_0&handle=" + "a" * 5000, 409),
-    # What is passed over
+    # Ignored parameters
     ("offset=-1", 200),
     ("offset=-1&live=true&cursor=" + "1" * 2000, 200),
     ("offset=-1&live=perhaps&log=some&table=x&where=1%3D1&columns=a&replica=full&params=%7B%7D", 200),
@@ -107,7 +107,7 @@ PATHS = [
     ("/v1/runs/%00?offset=-1", 404),
     ("/v1/runs/%FF?offset=-1", 404),
     (f"/v1/runs/{'x' * 5000}?offset=-1", 404),
-    ("/v1/runs/run_never?offset=1_0&handle=ffffffff.0&live=true", 409),  # and then 404: it starts over
+    ("/v1/runs/run_never?offset=1_0&handle=ffffffff.0&live=true", 409),  # then 404, so it starts over
     ("/v1/batches/batch_never?offset=-1", 404),
     (f"/v1/batches/{EMOJI}?offset=-1", 404),
     ("/v1/streams/run_never/default", 404),
@@ -146,7 +146,7 @@ def run(site: Site) -> Opened:
 def ask(
     site: Site, path: str, *, method: str = "GET", headers: Mapping[str, str] = OFFICIAL, content: bytes | None = None
 ) -> httpx.Response:
-    """The whole answer, within the guard, which is far below what a feed is held for."""
+    """The complete response, within the guard, which is far below the time that a feed is held."""
     deadline = time.monotonic() + GUARD_S
     encoded = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
     url = f"{site.base_url}{path}"
@@ -160,7 +160,7 @@ def ask(
 
 
 def check(wanted: int, answer: httpx.Response) -> str | None:
-    """What is wrong with an answer: an error has words for people and programs, and any page can read it."""
+    """What is wrong with a response: an error has a message and a code, and any page can read it."""
     sent = answer.request
     request = f"{sent.method} {sent.url} {dict(sent.headers)} {sent.content[:200]!r}"
     if answer.status_code != wanted:
@@ -175,7 +175,7 @@ def check(wanted: int, answer: httpx.Response) -> str | None:
 
 
 def wrong(answers: Iterable[tuple[int, httpx.Response]]) -> str:
-    """What is wrong with each of many answers."""
+    """What is wrong with each of many responses."""
     return "\n".join(said for wanted, answer in answers if (said := check(wanted, answer)))
 
 
@@ -279,7 +279,7 @@ API: list[tuple[str, str, bytes, int]] = [
     ("POST", "/v1/tasks/echo/trigger", b"{", 400),
     ("POST", "/v1/tasks/echo/trigger", b"[1]", 400),
     ("POST", "/v1/tasks/echo/trigger", b"\xff", 400),
-    ("POST", "/v1/tasks/echo/trigger", b'{"payload": "{"}', 200),  # without a type it is JSON already
+    ("POST", "/v1/tasks/echo/trigger", b'{"payload": "{"}', 200),  # without a content type it is JSON
     ("POST", "/v1/tasks/echo/trigger", b'{"payload": "{}", "options": 1}', 400),
     ("POST", "/v1/tasks/echo/trigger", b'{"payload": "{}", "options": {"payloadType": "text/html"}}', 422),
     ("POST", "/v1/tasks/echo/trigger", b'{"payload": "{}", "options": {"payloadType": "application/super+json"}}', 400),
@@ -338,8 +338,8 @@ def test_changes_of_metadata(site: Site, run: Opened) -> None:
     assert wrong((status, ask(site, path, method="PUT", content=body)) for body, status in METADATA) == ""
 
 
-def test_a_body_that_is_cut_off_is_no_error_of_the_server(site: Site, run: Opened) -> None:
-    """And what came of it before stays."""
+def test_a_body_that_is_cut_off_is_not_a_server_error(site: Site, run: Opened) -> None:
+    """What arrived before the cut is stored."""
     before = len(site.requests(f"/streams/{run.id}/self/cut"))
     head = f"POST /realtime/realtime/v1/streams/{run.id}/self/cut HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n"
     head += f"Authorization: Bearer {SECRET}\r\nX-Client-Id: cut\r\n\r\n"

@@ -1,7 +1,7 @@
-"""The official React hooks in Chromium, on a page of another origin: `examples/react_app` as its users build it.
+"""The official React hooks in Chromium, on a cross-origin page: `examples/react_app` as its users build it.
 
-The language model is one that says what the test wants, and can be held in the middle of an answer. What the page shows
-is compared with what the run holds.
+A fake language model gives the answer that the test sets, and can be held in the middle of it. The tests compare what
+the page shows with what the run contains.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ ROUND_TRIPS = 50
 
 @dataclass(frozen=True)
 class Chat:
-    """A server, and the page that is built for it."""
+    """A server, and the page built for it."""
 
     server: Server
     url: str
@@ -70,7 +70,7 @@ def either_chat(request: pytest.FixtureRequest) -> Chat:
 
 @pytest.fixture
 def errors() -> Iterator[list[str]]:
-    """What nobody caught in a page. A test takes out what it expects."""
+    """Uncaught errors of a page. A test removes those it expects."""
     errors: list[str] = []
     yield errors
     assert errors == []
@@ -78,7 +78,7 @@ def errors() -> Iterator[list[str]]:
 
 @pytest.fixture
 def context(chromium: Browser, errors: list[str]) -> Iterator[BrowserContext]:
-    """A browser of its own, so a user of its own."""
+    """A separate browser, so a separate user."""
     context = chromium.new_context()
     context.set_default_timeout(GUARD_S * 1000)
     context.on("weberror", lambda error: errors.append(str(error.error)))
@@ -99,7 +99,7 @@ def held(fake: FakeModel) -> Iterator[FakeModel]:
 
 
 def ask(page: Page, question: str = QUESTION) -> str:
-    """Ask, and return the run's id."""
+    """Ask a question, and return the id of the run."""
     before = shown_run(page)
     page.fill("textarea", question)
     page.keyboard.press("Enter")
@@ -148,9 +148,7 @@ def test_the_page_triggers_a_run_and_shows_its_answer_and_its_end(either_chat: C
     assert f"{run['metadata']['tokens']} tokens" in page.inner_text("article footer .status")
 
 
-def test_the_answer_is_shown_while_it_is_written_and_a_reload_does_no_harm(
-    chat: Chat, page: Page, held: FakeModel
-) -> None:
+def test_the_answer_is_shown_while_it_is_written_and_after_a_reload(chat: Chat, page: Page, held: FakeModel) -> None:
     page.goto(chat.url)
     ask(page)
     wait_for_answer(page, 10)
@@ -165,7 +163,7 @@ def test_the_answer_is_shown_while_it_is_written_and_a_reload_does_no_harm(
     wait_for_status(page, "COMPLETED")
 
 
-def test_the_list_of_runs_follows_what_another_tab_does(
+def test_the_list_of_runs_follows_another_tab(
     either_chat: Chat, context: BrowserContext, page: Page, held: FakeModel
 ) -> None:
     page.goto(either_chat.url)
@@ -186,7 +184,7 @@ def test_the_list_of_runs_follows_what_another_tab_does(
     other.wait_for_selector(row(second, "COMPLETED"))
 
 
-def test_an_approval_is_sent_into_the_run_that_waits_for_it(chat: Chat, page: Page) -> None:
+def test_an_approval_is_sent_to_the_run_that_waits_for_it(chat: Chat, page: Page) -> None:
     page.goto(chat.url)
     ask(page)
     page.click("button:text-is('Publish')")
@@ -225,8 +223,8 @@ def test_a_failed_run_shows_its_error(chat: Chat, page: Page) -> None:
     assert page.inner_text("article [role=alert]") == "task failed"
 
 
-def test_the_demo_serves_the_page_for_whoever_works_on_it(built: Path, fake: FakeModel, page: Page) -> None:
-    """Vite's own server, where React mounts everything twice: each hook begins, is dropped, and begins again."""
+def test_the_demo_serves_the_page_for_its_developers(built: Path, fake: FakeModel, page: Page) -> None:
+    """With Vite's own server React mounts everything twice: each hook starts, stops, and starts again."""
     complaints: list[str] = []
     page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
     with example("react_app", fake.environment) as server:
@@ -238,7 +236,7 @@ def test_the_demo_serves_the_page_for_whoever_works_on_it(built: Path, fake: Fak
     assert complaints == []
 
 
-# Tokens that are refused
+# Refused tokens
 
 
 def minted(*scopes: str, secret: str = SECRET, expires_in_s: float = 900, age_s: float = 0) -> str:
@@ -247,7 +245,7 @@ def minted(*scopes: str, secret: str = SECRET, expires_in_s: float = 900, age_s:
 
 
 def replace_tokens(page: Page, chat: Chat, **make: Callable[[str], str]) -> list[str]:
-    """Give the page other tokens than its backend makes, each time that it asks. Returns the list of these times."""
+    """Replace every token that the page requests from its backend. Return the list of these requests."""
     asked: list[str] = []
 
     def answer(route: Route) -> None:
@@ -267,7 +265,7 @@ REFUSED: dict[str, tuple[int, Callable[[str], str]]] = {
 
 
 @pytest.mark.parametrize("token", REFUSED)
-def test_a_refused_token_is_shown_and_not_tried_again(chat: Chat, page: Page, token: str) -> None:
+def test_a_refused_token_is_shown_and_not_retried(chat: Chat, page: Page, token: str) -> None:
     status, make = REFUSED[token]
     replace_tokens(page, chat, token=make)
     page.goto(chat.url)
@@ -284,11 +282,11 @@ def test_a_refused_trigger_is_shown(chat: Chat, page: Page, errors: list[str]) -
     page.wait_for_selector("form [role=alert]")
     assert "trigger:tasks:chat" in page.inner_text("form [role=alert]")
     assert requests_while_idle(page, chat) == []
-    assert "trigger:tasks:chat" in errors.pop()  # the hook's `submit` also lets it go as an unhandled rejection
+    assert "trigger:tasks:chat" in errors.pop()  # the `submit` of the hook also causes an unhandled rejection
 
 
-def test_an_answer_outlives_the_token_that_it_began_with(chat: Chat, page: Page, held: FakeModel) -> None:
-    """The client renews the token of a stream. That of a feed it does not, so the feed ends with an error."""
+def test_an_answer_outlives_the_token_that_it_started_with(chat: Chat, page: Page, held: FakeModel) -> None:
+    """The client renews the token of a stream, but not that of a feed, which ends with an error."""
     page.goto(chat.url)
     ask(page)
     lives_s = iter([3.0, 900.0])
@@ -304,11 +302,11 @@ def test_an_answer_outlives_the_token_that_it_began_with(chat: Chat, page: Page,
     assert requests_while_idle(page, chat) == []
 
 
-# A page that waits
+# An idle page
 
 
 def requests_while_idle(page: Page, chat: Chat) -> list[str]:
-    """What the page asks of the server while that answers others. A client that spins asks hundreds of times."""
+    """The requests of the page while the server handles others. A client in a busy loop sends hundreds."""
     seen: list[str] = []
 
     def note(request: Request) -> None:
@@ -321,13 +319,13 @@ def requests_while_idle(page: Page, chat: Chat) -> list[str]:
     return seen
 
 
-def test_a_page_that_waits_asks_for_nothing(chat: Chat, page: Page, held: FakeModel) -> None:
+def test_an_idle_page_sends_no_requests(chat: Chat, page: Page, held: FakeModel) -> None:
     page.goto(chat.url)
     run_id = ask(page)
     wait_for_answer(page, 10)
-    for status in ("article footer .status", "aside .status"):  # the last change has been told
+    for status in ("article footer .status", "aside .status"):  # the last change was published
         page.wait_for_selector(f"{status}:has-text('10 tokens')")
-    assert len(requests_while_idle(page, chat)) <= 2  # a held request of each feed may end meanwhile
+    assert len(requests_while_idle(page, chat)) <= 2  # the held poll of each feed can end in between
 
     held.let_go()
     wait_for_status(page, "COMPLETED")
@@ -336,7 +334,7 @@ def test_a_page_that_waits_asks_for_nothing(chat: Chat, page: Page, held: FakeMo
     assert len(requests_while_idle(page, chat)) <= 1
 
 
-# A host that has CORS middleware of its own
+# A host with its own CORS middleware
 
 
 @contextmanager
@@ -359,7 +357,7 @@ def test_a_host_that_exposes_other_headers_breaks_feeds(
 
 
 @pytest.mark.parametrize("cure", ["exposed", "outermost"])
-def test_the_cures_for_such_a_host(built: Path, fake: FakeModel, tmp_path: Path, page: Page, cure: str) -> None:
+def test_the_fixes_for_such_a_host(built: Path, fake: FakeModel, tmp_path: Path, page: Page, cure: str) -> None:
     with host_with_cors(cure, built, fake, tmp_path) as chat:
         page.goto(chat.url)
         run_id = ask(page)

@@ -1,4 +1,4 @@
-"""The example beyond one process, as one command starts it: its web workers, its job workers, its Redis."""
+"""The example with several processes, as one command starts it: web workers, job workers and Redis."""
 
 from __future__ import annotations
 
@@ -48,13 +48,13 @@ def wait_until(condition: Callable[[], object]) -> None:
 
 
 def descendants(pid: int) -> set[int]:
-    """All processes that a process has started, directly or not."""
+    """All descendants of a process."""
     parents: dict[int, int] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             fields = stat.read_text().rpartition(")")[2].split()
         except OSError:
-            continue  # it has just ended
+            continue  # it has just exited
         parents[int(stat.parent.name)] = int(fields[1])
     found: set[int] = set()
     while more := {child for child, parent in parents.items() if parent in found | {pid}} - found:
@@ -68,7 +68,7 @@ def running(pids: set[int]) -> set[int]:
 
 @contextmanager
 def started(environment: dict[str, str]) -> Iterator[Server]:
-    """The example with a Redis of its own. Nothing of it is left, however it ends."""
+    """The example with its own Redis. However the test ends, no process of it is left."""
     redis_binary()
     kept = {key: value for key, value in environment.items() if key != "REDIS_URL"}
     children: set[int] = set()
@@ -90,7 +90,7 @@ def answering() -> Iterator[dict[str, str]]:
 
 
 def chat(client: httpx.Client) -> tuple[dict[str, Any], list[Event]]:
-    """Ask, and read the stream to its end. The run's handle, and the events."""
+    """Ask a question and read the stream to its end. Return the handle of the run, and the events."""
     handle: dict[str, Any] = client.post("/chat", json={"text": "Hi"}).json()
     parser = EventParser()
     path = f"/realtime/v1/streams/{handle['id']}/default?access_token={handle['publicAccessToken']}"
@@ -99,10 +99,10 @@ def chat(client: httpx.Client) -> tuple[dict[str, Any], list[Event]]:
 
 
 @pytest.mark.usefixtures("without_redis_url")
-def test_an_answer_comes_from_a_worker_and_ctrl_c_ends_everything(answering: dict[str, str]) -> None:
+def test_a_worker_answers_and_ctrl_c_ends_everything(answering: dict[str, str]) -> None:
     with started(answering) as server:
         with httpx.Client(base_url=server.url, timeout=GUARD_S) as client:
-            for _ in range(4):  # whatever web worker answers
+            for _ in range(4):  # whichever web worker responds
                 handle, events = chat(client)
                 headers = {"authorization": f"Bearer {handle['publicAccessToken']}"}
                 run = client.get(f"/realtime/api/v3/runs/{handle['id']}", headers=headers).json()
@@ -114,11 +114,11 @@ def test_an_answer_comes_from_a_worker_and_ctrl_c_ends_everything(answering: dic
         server.process.send_signal(signal.SIGINT)
         output, _ = server.process.communicate(timeout=GUARD_S)
         assert (server.process.returncode, output) == (0, "")
-        wait_until(lambda: not running(children))  # what Python itself has started ends by itself, a little later
+        wait_until(lambda: not running(children))  # processes that Python started end a little later
 
 
 @pytest.mark.usefixtures("without_redis_url")
-def test_nothing_is_left_running_if_the_starter_is_killed(answering: dict[str, str]) -> None:
+def test_no_process_survives_the_one_that_started_them(answering: dict[str, str]) -> None:
     with started(answering) as server:
         children = descendants(server.process.pid)
         assert len(children) > 6
@@ -128,14 +128,14 @@ def test_nothing_is_left_running_if_the_starter_is_killed(answering: dict[str, s
 
 @pytest.fixture(scope="module")
 def server(fake: FakeModel, redis_url: str) -> Iterator[Server]:
-    """The example on a Redis that it did not start."""
+    """The example on an existing Redis."""
     with example("redis_workers", {**fake.environment, "REDIS_URL": redis_url}) as server:
         yield server
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(GUARD_S) == 0
 
 
-def test_the_redis_of_the_environment_is_used(server: Server) -> None:
+def test_the_redis_in_the_environment_is_used(server: Server) -> None:
     commands = [Path(f"/proc/{pid}/cmdline").read_text() for pid in descendants(server.process.pid)]
     assert commands and not any("redis-server" in command for command in commands)
     with httpx.Client(base_url=server.url, timeout=GUARD_S) as client:
@@ -143,7 +143,7 @@ def test_the_redis_of_the_environment_is_used(server: Server) -> None:
     assert len(events) == len(ANSWER) + 1
 
 
-def test_without_a_redis_it_says_what_to_do(answering: dict[str, str]) -> None:
+def test_without_a_redis_the_error_says_what_to_do(answering: dict[str, str]) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "examples.redis_workers"],
         cwd=ROOT,
@@ -176,7 +176,7 @@ def test_the_chat_page_with_workers(server: Server, page: Page, held: FakeModel)
 
 
 def test_the_compose_file_starts_the_same() -> None:
-    yaml: Any = importlib.import_module("yaml")  # of uvicorn's; its types are a package of their own
+    yaml: Any = importlib.import_module("yaml")  # a dependency of uvicorn; its types are a separate package
     compose = yaml.safe_load((ROOT / "examples/redis_workers/compose.yaml").read_text("utf-8"))
     services = compose["services"]
     assert set(services) == {"redis", "web", "worker"}

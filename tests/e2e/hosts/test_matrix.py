@@ -1,4 +1,4 @@
-"""Hosts and servers: the mounted app is found, streams at once, notices disconnects, and shuts down when asked.
+"""Hosts and servers: the mounted app is found, streams live, notices disconnects, and shuts down on request.
 
 Pairs, not products. With the variable HOSTS_TABLE the whole matrix runs, and the measured times are written to that
 file, for docs/deployment.md.
@@ -48,12 +48,12 @@ class Cell(NamedTuple):
 
     @property
     def redirects_the_bare_prefix(self) -> bool:
-        """Starlette's own mounts do so, before the guest hears of the request."""
+        """Starlette's own mounts redirect, before the library sees the request."""
         return self.host in ("starlette", "fastapi") and self.entry == "mount"
 
     @property
     def life(self) -> list[str]:
-        """What happens in its log, in this order. Django has no start-up of its own."""
+        """The events in its log, in this order. Django has no start-up of its own."""
         own = [] if self.host == "django" else ["the host started", "the host stopped"]
         return ["the guest started", *own, "the guest stopped"]
 
@@ -86,7 +86,7 @@ PAIRS = [
     Cell("fastapi", "gunicorn", "mount"),
     Cell("django", "gunicorn-uvicorn"),
 ]
-"""Each host, each server and each way in, at least once with and without the others."""
+"""Each host, server and entry, at least once with and without the others."""
 PREFIXED = [
     *(Cell(host, "uvicorn") for host in ("starlette", "blacksheep", "falcon")),
     Cell("litestar", "uvicorn", "mount"),
@@ -107,7 +107,7 @@ async def http() -> AsyncIterator[httpx.AsyncClient]:
 
 
 async def do(http: httpx.AsyncClient, server: Serving, **body: Any) -> dict[str, Any]:
-    """Call the host's own route."""
+    """Call the route of the host."""
     response = await http.post(f"{server.url}/do", json=body)
     assert response.status_code == 200, response.text
     answer: dict[str, Any] = response.json()
@@ -116,7 +116,7 @@ async def do(http: httpx.AsyncClient, server: Serving, **body: Any) -> dict[str,
 
 @dataclass
 class Stream:
-    """An open stream. A body that is cut raises; one that ends does not."""
+    """An open stream. It raises if the body is cut off, but not at its end."""
 
     response: httpx.Response
     events: AsyncIterator[Event]
@@ -168,13 +168,13 @@ async def test_guest(cell: Cell, http: httpx.AsyncClient, tmp_path: Path, seen: 
 
 async def check_paths(cell: Cell, http: httpx.AsyncClient, server: Serving) -> None:
     await check_the_bare_prefix(cell, http, server.url + "/realtime")
-    assert (await http.get(f"{server.url}/realtime/realtime/v1/health")).status_code == 200  # as a client may ask
+    assert (await http.get(f"{server.url}/realtime/realtime/v1/health")).status_code == 200  # as clients can request
     for path in ("/realtimeX", "/realtimeX/v1/health", "/realtime.json"):
         response = await http.get(server.url + path)
         assert response.status_code == 404
-        if cell.entry == "middleware":  # what only looks like our prefix is left to the host
+        if cell.entry == "middleware":  # paths that only resemble our prefix belong to the host
             assert '"code"' not in response.text
-    for run_id, status in (("%C3%A9", 401), ("%20%25", 401), ("a%2Fb", 404)):  # the last is one segment more
+    for run_id, status in (("%C3%A9", 401), ("%20%25", 401), ("a%2Fb", 404)):  # the last one has one more segment
         assert (await http.get(f"{server.url}/realtime/v1/runs/{run_id}")).status_code == status
     key = "caf\u00e9 100%"
     run = await do(http, server, do="open")
@@ -185,7 +185,7 @@ async def check_paths(cell: Cell, http: httpx.AsyncClient, server: Serving) -> N
 
 
 async def check_the_bare_prefix(cell: Cell, http: httpx.AsyncClient, url: str) -> None:
-    """It is answered, with a slash at the end and without, and never redirected by us."""
+    """The path works with and without a trailing slash, and we never redirect it."""
     for end in ("", "/"):
         response = await http.get(url + end)
         if cell.redirects_the_bare_prefix and not end:
@@ -195,10 +195,10 @@ async def check_the_bare_prefix(cell: Cell, http: httpx.AsyncClient, url: str) -
 
 
 async def check_a_stream_arrives_as_it_is_written(http: httpx.AsyncClient, server: Serving) -> float:
-    """Each chunk is here before the next one is written. Returns the seconds to the first."""
+    """Each chunk arrives before the next one is written. Return the seconds to the first."""
     run = await do(http, server, do="open")
     async with AsyncExitStack() as stack:
-        stream = await subscribe(stack, http, server, run)  # its head comes before there is a chunk
+        stream = await subscribe(stack, http, server, run)  # its head arrives before the first chunk
         began = time.monotonic()
         await do(http, server, do="append", run=run["id"], chunk=0)
         assert await stream.chunk() == 0
@@ -221,7 +221,7 @@ async def check_who_leaves_is_forgotten(http: httpx.AsyncClient, server: Serving
 
 
 async def check_everything_ends_when_asked(cell: Cell, http: httpx.AsyncClient, server: Serving) -> float:
-    """Returns the seconds from SIGTERM to the exit."""
+    """Return the seconds from SIGTERM to the exit."""
     run = await do(http, server, do="open")
     await do(http, server, do="append", run=run["id"], chunk="first")
     async with AsyncExitStack() as stack:
@@ -244,20 +244,20 @@ async def check_everything_ends_when_asked(cell: Cell, http: httpx.AsyncClient, 
 
 
 def loses_its_own_routes(cell: Cell) -> bool:
-    """Falcon and Sanic do not take off what uvicorn puts in front; Quart refuses a path without what it was told of."""
+    """Falcon and Sanic keep the prefix that uvicorn adds; Quart refuses a path without the configured prefix."""
     if cell.server == "uvicorn":
         return cell.host in ("falcon", "sanic")
     return cell.host in ("quart", "quart_trio")
 
 
 @pytest.mark.parametrize("cell", PREFIXED, ids=str)
-async def test_behind_a_proxy_that_takes_a_prefix_off(cell: Cell, http: httpx.AsyncClient, tmp_path: Path) -> None:
-    """The guest is found under every path that may arrive, also where the host's own routes are not."""
-    # The guest has routes of its own that begin with /api. Litestar takes a root path off wherever it stands in a path.
+async def test_behind_a_proxy_that_strips_a_prefix(cell: Cell, http: httpx.AsyncClient, tmp_path: Path) -> None:
+    """The library is found under every path that can arrive, even where the routes of the host are not."""
+    # The library has routes that start with /api. Litestar strips a root path wherever it occurs in a path.
     taken_off = "/outer" if (cell.host, cell.entry) == ("litestar", "mount") else "/api"
     with serving(cell.server, tmp_path, cell.environment, ROOT_PATH[cell.server], taken_off) as server:
         prefixes = ["/realtime"]
-        if cell.server != "uvicorn":  # which takes it for granted that the proxy took it off
+        if cell.server != "uvicorn":  # this assumes that the proxy has stripped it
             prefixes.append(f"{taken_off}/realtime")
         headers = {"authorization": f"Bearer {SECRET}"}
         async with asyncio.timeout(GUARD_S), AsyncExitStack() as stack:

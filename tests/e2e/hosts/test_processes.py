@@ -23,7 +23,7 @@ HOST = {"HOST": "starlette", "ENTRY": "mount"}
 
 @pytest_asyncio.fixture
 async def http() -> AsyncIterator[httpx.AsyncClient]:
-    """A connection for each request, so that each may come to another worker."""
+    """A new connection per request, so that each request can reach another worker."""
     async with httpx.AsyncClient(timeout=GUARD_S, headers={"connection": "close"}) as client:
         yield client
 
@@ -33,9 +33,9 @@ def starts(log: str) -> int:
 
 
 @pytest.mark.parametrize("server", ["uvicorn", "hypercorn", "granian", "gunicorn"])
-async def test_workers_on_a_broker_in_memory(server: str, http: httpx.AsyncClient, tmp_path: Path) -> None:
-    """One of two warns; a stream of either ends when the server is told to stop; and who reaches the wrong one hears
-    why its run is not there."""
+async def test_workers_on_the_memory_broker(server: str, http: httpx.AsyncClient, tmp_path: Path) -> None:
+    """One of two workers warns, streams of both end at shutdown, and a request to the wrong worker gets an error that
+    explains why it does not have the run."""
     with serving(server, tmp_path, HOST, workers=2) as running:
         async with asyncio.timeout(GUARD_S), AsyncExitStack() as stack:
             while starts(running.log.read_text()) < 2:  # noqa: ASYNC110 - of other processes
@@ -67,10 +67,10 @@ async def test_workers_on_a_broker_in_memory(server: str, http: httpx.AsyncClien
 @pytest.mark.parametrize(
     ("server", "option"), [("uvicorn", "--limit-max-requests"), ("gunicorn-uvicorn", "--max-requests")]
 )
-async def test_a_worker_that_is_replaced_ends_its_streams(
+async def test_a_replaced_worker_ends_its_streams(
     server: str, option: str, http: httpx.AsyncClient, tmp_path: Path
 ) -> None:
-    """uvicorn waited for them, and took no new connection before the last reader had gone."""
+    """uvicorn waited for them, and accepted no connection until the last reader had disconnected."""
     with serving(server, tmp_path, HOST, option, "5") as running:
         async with asyncio.timeout(GUARD_S), AsyncExitStack() as stack:
             stream = await subscribe(stack, http, running, await do(http, running, do="open"))
@@ -85,8 +85,8 @@ from tests.e2e.hosts.apps import app
 """
 
 
-async def test_a_reload_ends_open_streams_and_the_app_is_back(http: httpx.AsyncClient, tmp_path: Path) -> None:
-    """uvicorn waited for them, and the change was not seen before the browser was closed."""
+async def test_a_reload_ends_open_streams_and_restarts_the_app(http: httpx.AsyncClient, tmp_path: Path) -> None:
+    """uvicorn waited for them, and the change took effect only after the browser was closed."""
     module = tmp_path / "reloaded.py"
     module.write_text(APP)
     options = ("--reload", "--reload-dir", str(tmp_path), "--app-dir", str(tmp_path))
