@@ -33,7 +33,7 @@ async def handles() -> tuple[RunHandle[Any], BatchHandle]:
         return await realtime.trigger("echo", 1), await realtime.batch_trigger([("echo", 1), ("echo", 2)])
 
 
-async def test_a_handle_is_a_dict_with_the_keys_of_the_wire_and_attributes_of_python() -> None:
+async def test_a_handle_has_protocol_keys_and_python_attributes() -> None:
     run, batch = await handles()
     assert isinstance(run, dict)
     assert dict(run) == {"id": run.id, "publicAccessToken": run.public_access_token, "isCached": False}
@@ -42,14 +42,14 @@ async def test_a_handle_is_a_dict_with_the_keys_of_the_wire_and_attributes_of_py
     assert batch["runCount"] == len(batch.runs) == 2
 
 
-async def test_a_handle_is_ready_json() -> None:
+async def test_a_handle_is_json() -> None:
     for handle in await handles():
         assert json.loads(json.dumps(handle)) == dict(handle)
         assert msgspec.json.decode(msgspec.json.encode(handle)) == dict(handle)
         assert msgspec.to_builtins(handle) == dict(handle)
 
 
-async def test_its_token_stays_out_of_logs() -> None:
+async def test_the_repr_hides_the_token() -> None:
     for handle in await handles():
         token = handle.public_access_token
         stream = io.StringIO()
@@ -65,7 +65,7 @@ async def test_its_token_stays_out_of_logs() -> None:
         assert repr(handle) == f"<{type(handle).__name__} {handle.id}>"
 
 
-async def test_a_handle_is_a_response_of_fastapi() -> None:
+async def test_a_handle_is_a_valid_fastapi_response() -> None:
     realtime = with_echo()
     app = fastapi.FastAPI(lifespan=realtime.lifespan)
 
@@ -85,7 +85,7 @@ async def test_a_handle_is_a_response_of_fastapi() -> None:
         assert body["runCount"] == 1
 
 
-async def test_a_handle_is_a_response_of_litestar() -> None:
+async def test_a_handle_is_a_valid_litestar_response() -> None:
     realtime = with_echo()
 
     async def run() -> dict[str, Any]:
@@ -97,7 +97,7 @@ async def test_a_handle_is_a_response_of_litestar() -> None:
     assert set(body) == {"id", "publicAccessToken", "isCached"}
 
 
-async def test_a_handle_reads_its_run_and_writes_its_inputs_and_nothing_else() -> None:
+async def test_the_token_reads_the_run_and_writes_its_inputs_only() -> None:
     realtime = with_echo()
     async with realtime:
         handle = await realtime.trigger("echo", 1, token_expires_in="2m")
@@ -106,7 +106,7 @@ async def test_a_handle_reads_its_run_and_writes_its_inputs_and_nothing_else() -
     assert 0 < claims.expires_at - realtime.clock() <= 121
 
 
-async def test_the_token_of_a_handle_lives_an_hour_by_default() -> None:
+async def test_the_token_lasts_one_hour_by_default() -> None:
     realtime = with_echo()
     async with realtime:
         handle = await realtime.trigger("echo", 1)

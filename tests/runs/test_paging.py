@@ -13,7 +13,7 @@ CHANGES = [Change(position, f"run_{position}", 1) for position in range(250)]
 
 
 class Loader:
-    """Finds the changes at even positions, and notes how many it was asked for."""
+    """Returns the changes at even positions, and counts the requested ones."""
 
     def __init__(self) -> None:
         self.requested = 0

@@ -45,7 +45,7 @@ async def test_a_run_is_created_once() -> None:
     assert await runs.load(["run_2", "run_1"]) == [None, await runs.get("run_1")]
 
 
-async def test_changes_of_one_call_are_one_version() -> None:
+async def test_the_changes_of_one_call_make_one_version() -> None:
     runs = store(MemoryBroker())
     await runs.create(record())
     after = await runs.update("run_1", increment(), increment(2), Finished(Status.COMPLETED))
@@ -76,7 +76,7 @@ async def test_changes_apply_to_the_newest_version_if_the_known_record_is_outdat
     assert (after.version, after.metadata) == (3, {"n": 2})
 
 
-async def test_a_change_that_changes_nothing_makes_no_version() -> None:
+async def test_a_change_without_effect_makes_no_version() -> None:
     runs = store(MemoryBroker())
     await runs.create(record())
     await runs.update("run_1", Finished(Status.FAILED))
@@ -86,7 +86,7 @@ async def test_a_change_that_changes_nothing_makes_no_version() -> None:
         await runs.update("run_2", increment())
 
 
-async def test_a_change_that_may_not_be_is_refused() -> None:
+async def test_an_invalid_transition_is_rejected() -> None:
     runs = store(MemoryBroker())
     await runs.create(record())
     with pytest.raises(InvalidTransition):
@@ -94,8 +94,9 @@ async def test_a_change_that_may_not_be_is_refused() -> None:
     assert (await runs.get("run_1")).version == 1
 
 
-async def test_what_several_processes_do_together_is_limited_too() -> None:
-    """Each process looked at what it knew of the run: ten children made a parent's metadata seven times its limit."""
+async def test_limits_hold_for_concurrent_changes_of_several_processes() -> None:
+    """Each process checked only what it knew of the run: ten children grew the metadata of a parent to seven times its
+    limit."""
     broker = DistantBroker()
     stores = [store(broker, metadata_bytes=100, tags=3) for _ in range(4)]
     await stores[0].create(record())
@@ -122,7 +123,7 @@ async def test_what_several_processes_do_together_is_limited_too() -> None:
     assert set(refused) == {"run 'run_1' would have 4 tags, limit 3"}
 
 
-async def test_a_run_ends_whatever_is_refused_beside_it(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_run_ends_even_if_other_changes_are_rejected(caplog: pytest.LogCaptureFixture) -> None:
     runs = store(MemoryBroker(), tags=1)
     await runs.create(record())
     after = await runs.update("run_1", TagsAdded(("a", "b")), increment(), Finished(Status.COMPLETED))
@@ -130,7 +131,7 @@ async def test_a_run_ends_whatever_is_refused_beside_it(caplog: pytest.LogCaptur
     assert "a change of run run_1 was rejected: run 'run_1' would have 2 tags, limit 1" in caplog.text
 
 
-async def test_what_was_over_a_limit_before_may_shrink() -> None:
+async def test_a_run_over_a_limit_can_shrink() -> None:
     runs = store(MemoryBroker(), metadata_bytes=20, tags=1)
     await runs.create(msgspec.structs.replace(record(), metadata={"a": "x" * 50, "b": 1}, tags=("a", "b")))
     assert (await runs.update("run_1", MetadataChanged((Delete("b"),)))).metadata == {"a": "x" * 50}
@@ -139,8 +140,8 @@ async def test_what_was_over_a_limit_before_may_shrink() -> None:
         await runs.update("run_1", MetadataChanged((Set("b", 1),)))
 
 
-async def test_inputs_are_counted_apart_from_streams() -> None:
-    """Whoever had a handle's public token could open streams in a run without end."""
+async def test_inputs_and_streams_are_counted_separately() -> None:
+    """A client with the public token of a handle could open any number of streams in a run."""
     runs = store(MemoryBroker(), inputs_per_run=2)
     await runs.create(record())
     for name in ("$trigger.input:a", "$trigger.input:b", "$trigger.input:a", "a", "b", "c"):
@@ -151,7 +152,7 @@ async def test_inputs_are_counted_apart_from_streams() -> None:
     assert (len(after.inputs), after.streams) == (2, ("a", "b", "c"))
 
 
-async def test_no_change_is_lost_when_many_change_one_run_at_once() -> None:
+async def test_concurrent_changes_of_one_run_lose_nothing() -> None:
     broker = DistantBroker()
     stores = [store(broker) for _ in range(4)]
     await stores[0].create(record())
@@ -175,7 +176,7 @@ class Removing(MemoryBroker):
         return await super().commit(record, expect=expect, change=change, floors=floors)
 
 
-async def test_a_run_that_is_removed_meanwhile_is_not_found() -> None:
+async def test_a_run_that_is_removed_during_an_update_is_not_found() -> None:
     runs = store(Removing())
     await runs.create(record())
     with pytest.raises(RunNotFound, match="has expired"):
@@ -183,7 +184,7 @@ async def test_a_run_that_is_removed_meanwhile_is_not_found() -> None:
 
 
 class Flaky(MemoryBroker):
-    """Fails so many times, after it has done its work."""
+    """Fails a number of times, after it has done the work."""
 
     def __init__(self, failures: int) -> None:
         super().__init__()
@@ -212,7 +213,7 @@ class Flaky(MemoryBroker):
         return await super().load(run_ids)
 
 
-async def test_a_commit_without_an_answer_is_repeated_and_counts_once() -> None:
+async def test_a_commit_without_a_response_is_repeated_and_counts_once() -> None:
     broker = Flaky(2)
     runs = store(broker)
     await runs.create(record())
@@ -240,7 +241,7 @@ async def test_a_change_with_a_mark_is_stored_once() -> None:
     assert (await runs.update("run_1", increment(), mark=mark)).metadata == {"n": 3 + MARKS_KEPT}, "it is forgotten"
 
 
-async def test_an_absent_broker_is_waited_for_up_to_the_patience() -> None:
+async def test_calls_retry_for_a_limited_time() -> None:
     broker = Flaky(1000)
     runs = store(broker, patience_s=0.12)
     with pytest.raises(BrokerUnavailable, match="no answer"):
@@ -248,7 +249,7 @@ async def test_an_absent_broker_is_waited_for_up_to_the_patience() -> None:
     assert len(broker.marks) == 2
 
 
-async def test_a_run_that_is_about_to_be_created_is_waited_for() -> None:
+async def test_get_waits_for_a_run_that_is_being_created() -> None:
     runs = store(MemoryBroker())
     got: list[str] = []
 
@@ -289,7 +290,7 @@ async def test_streams_are_listed_up_to_the_limit() -> None:
         await runs.add_stream(StreamKey("run_2", "a"))
 
 
-async def test_known_streams_are_remembered_up_to_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_limited_number_of_known_streams_is_cached(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("asgi_realtime.runs.store._KNOWN_STREAMS", 2)
     runs = store(MemoryBroker())
     await runs.create(record())
@@ -312,7 +313,7 @@ class Followed(MemoryBroker):
                 self.followers -= 1
 
 
-async def test_the_end_of_a_run_is_waited_for_and_leaves_nothing() -> None:
+async def test_waiting_for_the_end_of_a_run_leaves_nothing_behind() -> None:
     broker = Followed()
     runs = store(broker)
     await runs.create(record())

@@ -29,7 +29,7 @@ class CountingBroker(RemoteBroker):
 
 
 @where
-async def test_a_run_is_followed_from_its_present_state_to_its_end(where: str) -> None:
+async def test_a_run_is_followed_from_its_current_state_to_its_end(where: str) -> None:
     async with make(**broker_for(where)) as realtime:
         got: list[RunRecord] = []
         with anyio.fail_after(10):
@@ -46,7 +46,7 @@ async def test_a_run_is_followed_from_its_present_state_to_its_end(where: str) -
 
 
 @pytest.mark.parametrize("with_streams", [False, True])
-async def test_following_may_go_on_after_the_end(with_streams: bool) -> None:
+async def test_a_follower_can_continue_after_the_end(with_streams: bool) -> None:
     async with make() as realtime:
         async with realtime.open_run("report") as run:
             pass
@@ -59,7 +59,7 @@ async def test_following_may_go_on_after_the_end(with_streams: bool) -> None:
 
 @where
 async def test_a_cancelled_follower_loses_no_state_at_any_step(where: str) -> None:
-    """The cursor used to move before the record was there, so a cancelled `anext` swallowed a change."""
+    """The cursor used to move before the record was loaded, so a cancelled `anext` lost a change."""
     for turns in range(100):
         async with make(**broker_for(where)) as realtime:
             async with realtime.open_run("report") as run:
@@ -94,7 +94,7 @@ async def test_with_streams_the_terminal_record_comes_after_the_last_chunk(where
             assert [chunk.index for chunk in mine] == [chunk.chunk for chunk in mine] == list(range(count))
 
 
-async def test_with_streams_a_run_that_is_over_gives_its_chunks_and_then_its_end() -> None:
+async def test_with_streams_a_finished_run_yields_its_chunks_and_then_its_end() -> None:
     async with make() as realtime:
         async with realtime.open_run("report") as run:
             await realtime.append("one")
@@ -104,8 +104,8 @@ async def test_with_streams_a_run_that_is_over_gives_its_chunks_and_then_its_end
         assert len(got) == 2
 
 
-async def test_with_streams_the_end_waits_for_a_log_that_lags_behind() -> None:
-    """A broker elsewhere may tell of the end of the run before its chunks have arrived here."""
+async def test_with_streams_the_end_waits_for_a_slower_log() -> None:
+    """A remote broker can announce the end of a run before its last chunks arrive."""
     broker = RemoteBroker()
     async with make(broker=broker) as realtime:
         async with realtime.open_run("report") as run:
@@ -121,8 +121,8 @@ async def test_with_streams_the_end_waits_for_a_log_that_lags_behind() -> None:
         assert isinstance(await anext(items), RunRecord)
 
 
-async def test_with_streams_a_change_while_a_stream_is_being_joined_is_not_missed() -> None:
-    """The waiter used to be set after the streams were joined: an end in between was never seen."""
+async def test_with_streams_a_change_during_the_join_of_a_stream_is_not_missed() -> None:
+    """The follower used to start waiting after it had joined the streams, and missed an end in between."""
     broker = RemoteBroker()
     async with make(broker=broker) as realtime:
         joined = anyio.Event()
@@ -166,7 +166,7 @@ async def test_runs_are_followed_by_all_of_their_tags() -> None:
             realtime.subscribe_to_runs_with_tag([])
 
 
-async def test_runs_that_are_too_old_are_left_out() -> None:
+async def test_older_runs_are_left_out() -> None:
     now = 1_000_000.0
     async with make(clock=lambda: now) as realtime:
         async with realtime.open_run("old", tags=["a"]):
@@ -192,8 +192,8 @@ async def test_a_batch_ends_with_its_last_run() -> None:
         assert [record.status for record in again] == [Status.COMPLETED] * 2
 
 
-async def test_who_waits_when_a_run_is_removed_is_told() -> None:
-    """A run that had to make room was forgotten in silence: its followers and `result()` waited for ever."""
+async def test_followers_of_a_removed_run_raise() -> None:
+    """A run that a full broker evicted was removed silently: its followers and `result()` waited forever."""
     async with make() as realtime:
         failures: list[str] = []
 
@@ -219,8 +219,8 @@ async def test_who_waits_when_a_run_is_removed_is_told() -> None:
         assert sorted(failures) == ["follower", "result", "with streams"]
 
 
-async def test_a_batch_is_over_when_all_that_is_left_of_it_is_over() -> None:
-    """A member that was past its retention never counted as over, so the batch never was."""
+async def test_removed_runs_of_a_batch_count_as_over() -> None:
+    """A run that had expired never counted as over, so the batch never ended."""
     async with make() as realtime:
         go = anyio.Event()
 
@@ -243,8 +243,8 @@ async def test_a_batch_is_over_when_all_that_is_left_of_it_is_over() -> None:
             await anext(realtime.subscribe_to_batch("batch_nope"))
 
 
-async def test_a_list_by_two_tags_has_runs_that_are_old_in_the_first() -> None:
-    """The newest runs of the first tag were taken and filtered after that, so older runs with both were missed."""
+async def test_a_feed_of_two_tags_includes_older_runs_of_the_first() -> None:
+    """The newest runs of the first tag were filtered by the second, so older runs with both were missing."""
     async with make(limits=Limits(feed_runs=2)) as realtime:
         both = realtime.pipe([1], tags=["a", "b"]).run_id
         await realtime.result(both)
@@ -254,7 +254,7 @@ async def test_a_list_by_two_tags_has_runs_that_are_old_in_the_first() -> None:
             assert (await anext(realtime.subscribe_to_runs_with_tag(["a", "b"]))).id == both
 
 
-async def test_a_list_begins_with_its_newest_runs() -> None:
+async def test_a_feed_starts_with_its_newest_runs() -> None:
     async with make(limits=Limits(feed_runs=2)) as realtime:
         runs = []
         for _ in range(4):

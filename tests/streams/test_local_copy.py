@@ -1,4 +1,4 @@
-"""The local copy of a pipe, by itself."""
+"""The local copy, without a pipe."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ def filled(limit: int, count: int) -> LocalCopy[int]:
     return copy
 
 
-async def test_items_come_in_order_and_then_the_end() -> None:
+async def test_items_arrive_in_order_and_then_the_end() -> None:
     copy = filled(10, 3)
     copy.finish(None)
     assert [item async for item in Reader(copy)] == [0, 1, 2]
     assert [item async for item in Reader(copy)] == []
 
 
-async def test_an_error_comes_after_the_items() -> None:
+async def test_an_error_follows_the_items() -> None:
     copy = filled(10, 2)
     error = ValueError("the source broke")
     copy.finish(error)
@@ -41,7 +41,7 @@ async def test_an_error_comes_after_the_items() -> None:
     assert copy.error_seen
 
 
-async def test_the_first_finish_decides() -> None:
+async def test_the_first_finish_wins() -> None:
     copy = filled(10, 0)
     copy.finish(None)
     copy.finish(ValueError("too late"))
@@ -56,7 +56,7 @@ async def test_it_is_not_full_at_its_limit() -> None:
     assert await anext(Reader(copy)) == 0
 
 
-async def test_full_and_unread_it_is_given_up() -> None:
+async def test_a_full_copy_without_a_reader_is_dropped() -> None:
     copy = filled(3, 4)
     assert copy.full
     await copy.room()
@@ -66,7 +66,7 @@ async def test_full_and_unread_it_is_given_up() -> None:
         await anext(Reader(copy))
 
 
-async def test_full_and_read_the_producer_waits() -> None:
+async def test_a_full_copy_with_a_reader_makes_the_producer_wait() -> None:
     copy = filled(3, 4)
     reader = Reader(copy)
     ready: list[int] = []
@@ -85,8 +85,8 @@ async def test_full_and_read_the_producer_waits() -> None:
     assert [await anext(reader) for _ in range(3)] == [1, 2, 3]
 
 
-@pytest.mark.parametrize("ending", ["the reader leaves", "somebody waits for the end"])
-async def test_a_waiting_producer_goes_on_when(ending: str) -> None:
+@pytest.mark.parametrize("ending", ["the reader leaves", "the host waits for the end"])
+async def test_a_waiting_producer_drops_the_copy_when(ending: str) -> None:
     copy = filled(3, 4)
     readers = [Reader(copy)]
     draining = ExitStack()
@@ -113,7 +113,7 @@ async def test_after_a_drain_readers_count_again() -> None:
     assert await anext(reader) == 0
 
 
-async def test_a_cancelled_read_takes_nothing() -> None:
+async def test_a_cancelled_read_loses_nothing() -> None:
     copy = filled(3, 0)
     reader = Reader(copy)
     with anyio.move_on_after(0):

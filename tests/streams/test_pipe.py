@@ -1,4 +1,4 @@
-"""`Pipe`: what it promises to the host's own code, to subscribers and to the run."""
+"""What `Pipe` guarantees to the host's own code, to subscribers and to the run."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ pytestmark = pytest.mark.anyio
 
 
 class Source:
-    """Gives numbers, waits for `go` before each if there is one, and notes what is done with it."""
+    """Yields numbers, each after `go` if it is set, and records how it is used."""
 
     def __init__(self, count: int, *, error: Exception | None = None, steps: int = 1, gated: bool = False) -> None:
         self.count = count
         self.error = error
         self.steps = steps
         self.gate = anyio.Semaphore(0) if gated else None
-        self.given = 0
+        self.read = 0
         self.closed = 0
         self.closed_wholly = 0
         self.tasks: set[int] = set()
@@ -67,12 +67,12 @@ class Source:
         if self.gate is not None:
             await self.gate.acquire()
         await steps(self.steps)
-        if self.given == self.count:
+        if self.read == self.count:
             if self.error is not None:
                 raise self.error
             raise StopAsyncIteration
-        self.given += 1
-        return self.given - 1
+        self.read += 1
+        return self.read - 1
 
     async def aclose(self) -> None:
         self.tasks.add(anyio.get_current_task().id)
@@ -103,7 +103,7 @@ async def over(realtime: Realtime, run_id: str) -> Status:
 # Forwarding and the local copy
 
 
-async def test_it_is_returned_at_once_and_forwarding_begins_by_itself() -> None:
+async def test_pipe_returns_immediately_and_starts_forwarding() -> None:
     async with make() as realtime, realtime.open_run("report") as run:
         pipe = realtime.pipe(Source(3))
         assert await over_pipe(pipe) == PipeResult(3, 3, 2)
@@ -117,19 +117,19 @@ async def over_pipe(pipe: Pipe[Any]) -> PipeResult:
 
 
 async def test_the_consumer_gets_the_original_objects_unchanged() -> None:
-    given = [{"n": number} for number in range(5)]
+    items = [{"n": number} for number in range(5)]
 
     async def source() -> AsyncIterator[dict[str, int]]:
-        for item in given:
+        for item in items:
             yield item
 
     async with make() as realtime, realtime.open_run("report") as run:
         got = [item async for item in realtime.pipe(source())]
-        assert [id(item) for item in got] == [id(item) for item in given]
-        assert await stored(realtime, run.id) == given
+        assert [id(item) for item in got] == [id(item) for item in items]
+        assert await stored(realtime, run.id) == items
 
 
-async def test_one_task_of_ours_makes_reads_and_closes_the_iterator() -> None:
+async def test_one_task_creates_reads_and_closes_the_iterator() -> None:
     source = Source(5)
     async with make() as realtime, realtime.open_run("report"):
         await realtime.pipe(source).wait_until_complete()
@@ -158,7 +158,7 @@ async def test_the_source_runs_in_a_copy_of_the_callers_context() -> None:
         assert seen == ["of the caller", run.id, "of the source"]
 
 
-async def test_the_context_is_the_callers_also_when_the_first_use_starts_everything() -> None:
+async def test_the_source_has_the_callers_context_on_first_use_too() -> None:
     colour: contextvars.ContextVar[str] = contextvars.ContextVar("colour", default="none")
     colour.set("of the caller")
     seen: list[str] = []
@@ -183,18 +183,18 @@ async def test_a_slow_consumer_does_not_delay_subscribers() -> None:
         assert [item async for item in consumer] == list(range(1, 100))
 
 
-async def test_a_full_buffer_with_a_reading_consumer_makes_the_pump_wait() -> None:
+async def test_a_full_buffer_with_a_reader_pauses_the_source() -> None:
     source = Source(50)
     async with make(limits=Limits(pipe_buffer=4)) as realtime, realtime.open_run("report") as run:
         consumer = aiter(realtime.pipe(source))
-        await until(lambda: source.given >= 5)
+        await until(lambda: source.read >= 5)
         await steps(50)
-        assert source.given == 5, "four in the buffer, one in the hand"
+        assert source.read == 5, "four in the buffer, and one that the pipe has read"
         assert await stored(realtime, run.id) == [0, 1, 2, 3, 4], "and all of them are with the subscribers"
         assert [item async for item in consumer] == list(range(50))
 
 
-async def test_a_pipe_that_nobody_consumes_loses_its_local_copy_only() -> None:
+async def test_an_unread_pipe_loses_only_its_local_copy() -> None:
     async with make(limits=Limits(pipe_buffer=4)) as realtime, realtime.open_run("report") as run:
         pipe = realtime.pipe(Source(50))
         await over_pipe(pipe)
@@ -205,14 +205,14 @@ async def test_a_pipe_that_nobody_consumes_loses_its_local_copy_only() -> None:
         assert (await pipe.wait_until_complete()).chunks == 50
 
 
-async def test_as_many_as_the_buffer_holds_can_be_read_later() -> None:
+async def test_chunks_within_the_buffer_can_be_read_later() -> None:
     async with make(limits=Limits(pipe_buffer=50)) as realtime, realtime.open_run("report"):
         pipe = realtime.pipe(Source(50))
         await pipe.wait_until_complete()
         assert [item async for item in pipe] == list(range(50))
 
 
-async def test_an_early_break_and_then_wait_until_complete() -> None:
+async def test_wait_until_complete_works_after_an_early_break() -> None:
     async with make(limits=Limits(pipe_buffer=4)) as realtime, realtime.open_run("report") as run:
         pipe = realtime.pipe(Source(50))
         async for item in pipe:
@@ -224,7 +224,7 @@ async def test_an_early_break_and_then_wait_until_complete() -> None:
 
 
 @pytest.mark.parametrize("leaving", ["break", "exception", "cancellation"])
-async def test_a_consumer_that_left_its_loop_holds_nothing_up(leaving: str) -> None:
+async def test_a_consumer_that_left_its_loop_delays_nothing(leaving: str) -> None:
     async with make(limits=Limits(pipe_buffer=4)) as realtime, realtime.open_run("report") as run:
         pipe = realtime.pipe(Source(50))
 
@@ -247,7 +247,7 @@ async def test_a_consumer_that_left_its_loop_holds_nothing_up(leaving: str) -> N
         assert await stored(realtime, run.id) == list(range(50))
 
 
-async def test_whoever_waits_for_the_end_gives_the_local_copy_up() -> None:
+async def test_waiting_for_the_end_drops_the_local_copy() -> None:
     async with make(limits=Limits(pipe_buffer=4)) as realtime, realtime.open_run("report") as run:
         pipe = realtime.pipe(Source(50))
         consumer = aiter(pipe)
@@ -259,7 +259,7 @@ async def test_whoever_waits_for_the_end_gives_the_local_copy_up() -> None:
         assert await stored(realtime, run.id) == list(range(50))
 
 
-async def test_waiting_and_reading_at_once_loses_nothing_within_the_buffer() -> None:
+async def test_waiting_while_reading_loses_nothing_within_the_buffer() -> None:
     async with make() as realtime, realtime.open_run("report"):
         pipe = realtime.pipe(Source(50))
         got: list[int] = []
@@ -282,8 +282,8 @@ async def test_the_pipe_itself_can_be_advanced_and_then_iterated() -> None:
             await anext(pipe)
 
 
-async def test_who_advanced_the_pipe_once_and_forgot_it_holds_nothing_up() -> None:
-    """A first look with `anext(pipe)` used to count as a consumer for ever: the pump waited, and so did the run."""
+async def test_a_single_anext_delays_nothing() -> None:
+    """One `anext(pipe)` used to count as a reader forever, so the source paused and the run never ended."""
     async with make(limits=Limits(pipe_buffer=4)) as realtime:
         pipe = realtime.pipe(Source(50))
         run_id = pipe.run_id
@@ -310,7 +310,7 @@ async def test_aclose_stops_forwarding_and_closes_the_source() -> None:
     async with make() as realtime, realtime.open_run("report") as run:
         pipe = realtime.pipe(source)
         source.let(3)
-        await until(lambda: source.given == 3)
+        await until(lambda: source.read == 3)
         await steps(5)
         with anyio.fail_after(5):
             await pipe.aclose()
@@ -326,27 +326,27 @@ async def test_aclose_stops_forwarding_and_closes_the_source() -> None:
     assert await over(realtime, run.id) is Status.COMPLETED
 
 
-async def test_aclose_of_a_pipe_with_a_full_buffer_keeps_what_is_in_it() -> None:
+async def test_aclose_keeps_the_chunks_in_a_full_buffer() -> None:
     source = Source(50)
     async with make(limits=Limits(pipe_buffer=4)) as realtime, realtime.open_run("report") as run:
         pipe = realtime.pipe(source)
         consumer = aiter(pipe)
-        await until(lambda: source.given == 5)
+        await until(lambda: source.read == 5)
         await steps(5)
         await pipe.aclose()
         assert [item async for item in consumer] == await stored(realtime, run.id) == [0, 1, 2, 3, 4]
 
 
-async def test_aclose_at_once_reads_nothing() -> None:
+async def test_an_immediate_aclose_reads_nothing() -> None:
     source = Source(50, steps=0)
     async with make() as realtime, realtime.open_run("report") as run:
         await realtime.pipe(source).aclose()
-        assert source.given == 0
+        assert source.read == 0
         assert source.closed_wholly == 1
         assert await stored(realtime, run.id) == []
 
 
-async def test_a_pipe_shows_what_it_is() -> None:
+async def test_the_repr_of_a_pipe() -> None:
     async with make() as realtime, realtime.open_run("report") as run:
         pipe = realtime.pipe(numbers(2), "ai")
         assert repr(pipe) == f"<Pipe run={run.id} stream='ai' chunks=0 open>"
@@ -375,7 +375,7 @@ async def test_the_end_of_a_source_does_not_end_the_stream() -> None:
         assert [chunk async for chunk in realtime.read(run)] == [0, 1, 0, 1]
 
 
-async def test_several_write_one_stream_at_once_each_in_its_order() -> None:
+async def test_concurrent_pipes_into_one_stream_keep_their_order() -> None:
     async with make() as realtime, realtime.open_run("report") as run:
         pipes = [realtime.pipe([f"{name}{number}" for number in range(200)]) for name in "abc"]
         for pipe in pipes:
@@ -386,7 +386,7 @@ async def test_several_write_one_stream_at_once_each_in_its_order() -> None:
         assert len(chunks) == 600
 
 
-async def test_streams_of_one_run_are_apart() -> None:
+async def test_streams_of_one_run_are_separate() -> None:
     async with make() as realtime:
         async with realtime.open_run("report") as run:
             realtime.pipe(numbers(2), "a")
@@ -407,7 +407,7 @@ async def test_a_run_waits_for_its_open_pipes(remote: bool) -> None:
         assert await stored(realtime, run.id) == list(range(300))
 
 
-async def test_a_task_that_forgets_to_wait_loses_nothing() -> None:
+async def test_a_task_that_does_not_wait_for_its_pipe_loses_nothing() -> None:
     async with make() as realtime:
 
         @realtime.task("chat")
@@ -421,7 +421,7 @@ async def test_a_task_that_forgets_to_wait_loses_nothing() -> None:
         assert await stored(realtime, handle.id) == list(range(100))
 
 
-async def test_another_tasks_run_is_named_by_whatever_names_a_run() -> None:
+async def test_the_run_of_another_task_can_be_passed_in_any_form() -> None:
     async with make() as realtime, realtime.open_run("report") as run:
         handle = realtime.pipe(numbers(1), run=run.id).handle
         await realtime.pipe(numbers(1), run=handle).wait_until_complete()
@@ -430,21 +430,21 @@ async def test_another_tasks_run_is_named_by_whatever_names_a_run() -> None:
         assert await stored(realtime, run.id) == [0, 0, 0, 0]
 
 
-async def test_tags_belong_to_a_run_that_the_pipe_opens() -> None:
+async def test_tags_are_only_for_a_run_that_the_pipe_creates() -> None:
     async with make() as realtime, realtime.open_run("report"):
         with pytest.raises(UsageError, match="use run.tags"):
             realtime.pipe(numbers(1), tags=["user:1"])
 
 
 async def test_a_pipe_into_an_unknown_run_fails_and_closes_its_source(caplog: pytest.LogCaptureFixture) -> None:
-    """The source used to stay open: the stream was opened before it."""
+    """The source used to stay open, because the stream was opened first."""
     source = Source(3)
     async with make() as realtime:
         pipe = realtime.pipe(source, run="run_unknown")
         with pytest.raises(RunNotFound):
             await pipe.wait_until_complete()
         assert source.closed_wholly == 1
-        assert source.given == 0
+        assert source.read == 0
 
 
 async def test_a_pipe_into_a_run_that_is_over_fails_and_closes_its_source() -> None:
@@ -459,7 +459,7 @@ async def test_a_pipe_into_a_run_that_is_over_fails_and_closes_its_source() -> N
         assert await stored(realtime, run.id) == ["one"]
 
 
-async def test_a_failure_in_a_foreign_run_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_failure_of_a_pipe_into_another_run_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     async with make() as realtime:
         pipe = realtime.pipe(Source(3), run="run_unknown")
         with caplog.at_level(logging.WARNING, "asgi_realtime"):
@@ -467,7 +467,7 @@ async def test_a_failure_in_a_foreign_run_is_logged(caplog: pytest.LogCaptureFix
         assert pipe.unseen_error is not None
 
 
-async def test_too_many_streams_in_a_run_are_refused() -> None:
+async def test_too_many_streams_in_a_run_are_rejected() -> None:
     async with make(limits=Limits(streams_per_run=1)) as realtime, realtime.open_run("report"):
         await realtime.append(1, "a")
         with pytest.raises(LimitExceeded, match="2 streams, limit 1"):
@@ -477,7 +477,7 @@ async def test_too_many_streams_in_a_run_are_refused() -> None:
 # Without a run
 
 
-async def test_outside_a_run_it_opens_one_that_lives_as_long_as_its_source() -> None:
+async def test_outside_a_run_the_pipe_creates_one_that_lives_as_long_as_its_source() -> None:
     async with make() as realtime:
         source = Source(3, gated=True)
         pipe = realtime.pipe(source, tags=["user:1"], metadata={"a": 1})
@@ -497,13 +497,13 @@ async def test_outside_a_run_it_opens_one_that_lives_as_long_as_its_source() -> 
         assert await status_of(realtime, pipe.run_id) is Status.COMPLETED
 
 
-async def test_its_run_has_the_name_that_was_asked_for() -> None:
+async def test_the_created_run_has_the_requested_name() -> None:
     async with make() as realtime:
         pipe = realtime.pipe(numbers(1), task="chat")
         assert (await realtime.get_run(pipe.run_id)).task == "chat"
 
 
-async def test_its_run_is_current_in_the_source() -> None:
+async def test_the_created_run_is_current_in_the_source() -> None:
     seen: list[str] = []
 
     async def source() -> AsyncIterator[int]:
@@ -519,7 +519,7 @@ async def test_its_run_is_current_in_the_source() -> None:
 
 
 @pytest.mark.parametrize("seen", [False, True])
-async def test_its_run_fails_with_its_source(seen: bool) -> None:
+async def test_the_created_run_fails_with_its_source(seen: bool) -> None:
     async with make() as realtime:
         pipe = realtime.pipe(Source(2, error=ConnectionError("to the model")))
         if seen:
@@ -530,12 +530,12 @@ async def test_its_run_fails_with_its_source(seen: bool) -> None:
         assert await stored(realtime, pipe.run_id) == [0, 1]
 
 
-async def test_canceling_its_run_stops_it() -> None:
+async def test_canceling_the_created_run_stops_the_pipe() -> None:
     source = Source(5, gated=True)
     async with make() as realtime:
         pipe = realtime.pipe(source)
         source.let(2)
-        await until(lambda: source.given == 2)
+        await until(lambda: source.read == 2)
         await realtime.cancel(pipe.handle)
         with pytest.raises(RunCanceled):
             await pipe.wait_until_complete()
@@ -543,7 +543,7 @@ async def test_canceling_its_run_stops_it() -> None:
         assert source.closed_wholly == 1
 
 
-async def test_aclose_completes_its_run() -> None:
+async def test_aclose_completes_the_created_run() -> None:
     source = Source(5, gated=True)
     async with make() as realtime:
         pipe = realtime.pipe(source)
@@ -551,7 +551,7 @@ async def test_aclose_completes_its_run() -> None:
         assert await over(realtime, pipe.run_id) is Status.COMPLETED
 
 
-async def test_its_run_can_be_read_and_followed_before_it_is_there() -> None:
+async def test_the_created_run_can_be_read_and_followed_before_it_exists() -> None:
     async with make(broker=RemoteBroker()) as realtime:
         pipe = realtime.pipe(numbers(3))
         with anyio.fail_after(5):
@@ -564,7 +564,7 @@ async def test_its_run_can_be_read_and_followed_before_it_is_there() -> None:
 # Errors of the source
 
 
-async def test_an_error_of_the_source_is_raised_unchanged_to_the_consumer_and_to_who_waits() -> None:
+async def test_an_error_of_the_source_is_raised_unchanged_to_the_consumer_and_the_waiter() -> None:
     error = ConnectionError("to the model")
     async with make() as realtime:
         async with realtime.open_run("report") as run:
@@ -577,16 +577,16 @@ async def test_an_error_of_the_source_is_raised_unchanged_to_the_consumer_and_to
             with pytest.raises(ConnectionError) as caught:
                 await pipe.wait_until_complete()
             assert caught.value is error
-        assert await status_of(realtime, run.id) is Status.COMPLETED, "somebody saw it"
+        assert await status_of(realtime, run.id) is Status.COMPLETED, "the error was raised once"
 
 
-@pytest.mark.parametrize("who", ["consumer", "waiter"])
-async def test_one_who_saw_the_error_is_enough(who: str) -> None:
+@pytest.mark.parametrize("observer", ["consumer", "waiter"])
+async def test_an_error_that_was_raised_once_does_not_fail_the_run(observer: str) -> None:
     async with make() as realtime:
         async with realtime.open_run("report") as run:
             pipe = realtime.pipe(Source(3, error=ConnectionError("to the model")))
             with pytest.raises(ConnectionError):
-                if who == "waiter":
+                if observer == "waiter":
                     await pipe.wait_until_complete()
                 else:
                     assert [item async for item in pipe] == []
@@ -594,7 +594,7 @@ async def test_one_who_saw_the_error_is_enough(who: str) -> None:
 
 
 @pytest.mark.parametrize("consumed", ["not at all", "in part", "lost"])
-async def test_an_error_raised_to_nobody_fails_the_run(consumed: str) -> None:
+async def test_an_error_that_was_never_raised_fails_the_run(consumed: str) -> None:
     async with make(limits=Limits(pipe_buffer=2 if consumed == "lost" else 10)) as realtime:
         async with realtime.open_run("report") as run:
             pipe = realtime.pipe(Source(3, error=ConnectionError("to the model")))
@@ -635,8 +635,8 @@ async def test_an_exit_in_the_source_is_an_error_of_the_source(error: BaseExcept
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
-async def test_a_source_that_awaits_something_cancelled_fails_alone(anyio_backend: str) -> None:
-    """Its `CancelledError` used to be taken for the shutdown, and ended all other pipes as well."""
+async def test_a_source_that_awaits_a_cancelled_task_fails_alone(anyio_backend: str) -> None:
+    """Its `CancelledError` was mistaken for the shutdown, and ended all other pipes too."""
 
     async def source() -> AsyncIterator[int]:
         yield 0
@@ -676,7 +676,7 @@ class Model(pydantic.BaseModel):
     long_name: int = pydantic.Field(serialization_alias="longName")
 
 
-async def test_every_kind_of_chunk_arrives_as_its_json() -> None:
+async def test_all_kinds_of_chunks_arrive_as_json() -> None:
     openai = pytest.importorskip("openai.types.chat.chat_completion_chunk")
     delta = openai.ChoiceDelta(content="hello")
     chunks: list[tuple[Any, Any]] = [
@@ -699,8 +699,8 @@ async def test_every_kind_of_chunk_arrives_as_its_json() -> None:
         ("half a pair \ud83d", "half a pair \ufffd"),
     ]
     async with make() as realtime, realtime.open_run("report") as run:
-        got = [item async for item in realtime.pipe([given for given, _ in chunks])]
-        assert [id(item) for item in got] == [id(given) for given, _ in chunks]
+        got = [item async for item in realtime.pipe([chunk for chunk, _ in chunks])]
+        assert [id(item) for item in got] == [id(chunk) for chunk, _ in chunks]
         assert await stored(realtime, run.id) == [expected for _, expected in chunks]
 
 
@@ -729,7 +729,7 @@ async def test_an_unencodable_chunk_is_named_and_the_stream_stays_usable(bad: ob
         assert [chunk async for chunk in realtime.read(run)] == ["zero", "one", "others", "may write"]
 
 
-async def test_bytes_are_refused_with_what_to_use() -> None:
+async def test_bytes_are_rejected_with_an_alternative() -> None:
     async with make() as realtime, realtime.open_run("report"):
         with pytest.raises(EncodingError, match=r"bytes has no JSON form; pass text \(`data.decode\(\)`\)"):
             await realtime.pipe([b"text"]).wait_until_complete()
@@ -748,7 +748,7 @@ async def test_a_chunk_at_the_limit_passes_and_one_above_is_named() -> None:
 # Cancellation
 
 
-async def test_canceling_the_run_stops_its_pipes_and_keeps_what_they_hold() -> None:
+async def test_canceling_the_run_stops_its_pipes_and_keeps_their_chunks() -> None:
     broker = RemoteBroker()
     source = Source(50, gated=True)
     async with make(broker=broker) as realtime:
@@ -757,7 +757,7 @@ async def test_canceling_the_run_stops_its_pipes_and_keeps_what_they_hold() -> N
                 pipe = realtime.pipe(source)
                 broker.hold = anyio.Event()
                 source.let(7)
-                await until(lambda: source.given == 7)
+                await until(lambda: source.read == 7)
                 await steps(10)
                 assert await stored(realtime, run.id) == []
                 await realtime.cancel(run)
@@ -780,7 +780,7 @@ async def test_a_run_that_fails_stops_its_pipes() -> None:
             async with realtime.open_run("report") as run:
                 realtime.pipe(source)
                 source.let(2)
-                await until(lambda: source.given == 2)
+                await until(lambda: source.read == 2)
                 await steps(3)
                 raise KeyError
         assert source.closed_wholly == 1
@@ -789,7 +789,7 @@ async def test_a_run_that_fails_stops_its_pipes() -> None:
 
 
 @pytest.mark.parametrize("waits", ["iteration", "wait_until_complete", "aclose elsewhere"])
-async def test_cancelling_whoever_awaits_a_pipe_does_not_stop_it(waits: str) -> None:
+async def test_cancelling_the_waiter_of_a_pipe_does_not_stop_it(waits: str) -> None:
     source = Source(5, gated=True)
     async with make() as realtime, realtime.open_run("report") as run:
         pipe = realtime.pipe(source)
@@ -804,7 +804,7 @@ async def test_cancelling_whoever_awaits_a_pipe_does_not_stop_it(waits: str) -> 
         async with anyio.create_task_group() as group:
             group.start_soon(wait)
             source.let(2)
-            await until(lambda: source.given == 2)
+            await until(lambda: source.read == 2)
             group.cancel_scope.cancel()
         assert source.closed == 0
         source.let(4)
@@ -850,18 +850,18 @@ async def _stop(realtime: Realtime, pipe: Pipe[int]) -> None:
 @pytest.mark.parametrize("manager", [False, True], ids=["source", "manager"])
 @pytest.mark.parametrize("act", [_cancel, _aclose, _stop])
 @pytest.mark.parametrize("consumed", [False, True])
-async def test_cancelled_at_any_step_nothing_is_lost_doubled_or_left_over(
+async def test_stopped_at_any_step_nothing_is_lost_duplicated_or_left_over(
     remote: bool, manager: bool, act: Act, consumed: bool
 ) -> None:
-    """Stop the pipe after so many turns of the loop, for each number of turns until it ends by itself."""
+    """Stop the pipe after n loop iterations, for every n until it ends on its own."""
     before = others()
     for turns in range(1000):
         source = Source(6)
-        given = Manager(source) if manager else source
+        piped = Manager(source) if manager else source
         broker = {"broker": RemoteBroker()} if remote else {}
         realtime = make(**broker, timeouts=Timeouts(drain=0.001), limits=Limits(pipe_buffer=2, pending_bytes=2))
         async with realtime:
-            pipe: Pipe[int] = realtime.pipe(given)
+            pipe: Pipe[int] = realtime.pipe(piped)
             got: list[int] = []
 
             async def consume(pipe: Pipe[int] = pipe, got: list[int] = got) -> None:
@@ -880,17 +880,17 @@ async def test_cancelled_at_any_step_nothing_is_lost_doubled_or_left_over(
                 await pipe.settled()
                 await realtime.stop()
             held = await stored(realtime, pipe.run_id) if await _exists(realtime, pipe.run_id) else []
-            assert held == list(range(source.given))[: len(held)], turns
+            assert held == list(range(source.read))[: len(held)], turns
             assert pipe.result.chunks == len(held), turns
             if not (remote and act is _stop):
-                assert len(held) == source.given, turns
+                assert len(held) == source.read, turns
             if consumed:
-                assert got == list(range(source.given))[: len(got)]
-                assert len(got) == source.given
+                assert got == list(range(source.read))[: len(got)]
+                assert len(got) == source.read
             assert source.closed == source.closed_wholly <= 1
-            assert source.closed == 1 or manager or source.given == 0
-            if isinstance(given, Manager):
-                assert given.left == given.entered
+            assert source.closed == 1 or manager or source.read == 0
+            if isinstance(piped, Manager):
+                assert piped.left == piped.entered
         assert others() <= before, turns
         if ended:
             assert turns > 6
@@ -904,10 +904,10 @@ async def _exists(realtime: Realtime, run_id: str) -> bool:
 
 
 class Manager:
-    """Shaped like anthropic's `messages.stream()`: not iterable itself, gives what is when it is entered."""
+    """Like anthropic's `messages.stream()`: not iterable, but returns an iterable when entered."""
 
-    def __init__(self, given: Any, *, hang: bool = False) -> None:
-        self.given = given
+    def __init__(self, iterable: Any, *, hang: bool = False) -> None:
+        self.iterable = iterable
         self.hang = hang
         self.entered = 0
         self.left = 0
@@ -916,7 +916,7 @@ class Manager:
     async def __aenter__(self) -> Any:
         await steps(2)
         self.entered += 1
-        return self.given
+        return self.iterable
 
     async def __aexit__(self, exc_type: object, exc: BaseException | None, tb: object) -> None:
         self.left_with = exc
@@ -926,8 +926,8 @@ class Manager:
         self.left += 1
 
 
-@pytest.mark.parametrize("who", ["consumer", "waiter"])
-async def test_a_cancelled_wait_can_be_repeated_at_any_step(who: str) -> None:
+@pytest.mark.parametrize("observer", ["consumer", "waiter"])
+async def test_a_cancelled_wait_can_be_repeated_at_any_step(observer: str) -> None:
     for turns in range(1000):
         async with make() as realtime, realtime.open_run("report") as run:
             pipe = realtime.pipe(Source(4))
@@ -936,7 +936,7 @@ async def test_a_cancelled_wait_can_be_repeated_at_any_step(who: str) -> None:
                 async with anyio.create_task_group() as group:
 
                     async def wait(pipe: Pipe[int] = pipe, got: list[int] = got) -> None:
-                        if who == "waiter":
+                        if observer == "waiter":
                             await pipe.wait_until_complete()
                         await take(pipe, got)
 
@@ -952,7 +952,7 @@ async def test_a_cancelled_wait_can_be_repeated_at_any_step(who: str) -> None:
             return
 
 
-async def test_a_shutdown_ends_whoever_waits() -> None:
+async def test_a_shutdown_ends_all_waiters() -> None:
     source = Source(50, gated=True)
     caught: list[BaseException] = []
     async with make(timeouts=Timeouts(drain=0.001)) as realtime, anyio.create_task_group() as group:
@@ -977,7 +977,7 @@ async def test_a_shutdown_ends_whoever_waits() -> None:
 # A broker that is away
 
 
-async def test_a_broker_that_is_away_for_a_while_costs_no_chunk() -> None:
+async def test_a_short_outage_of_the_broker_loses_no_chunk() -> None:
     broker = RemoteBroker()
     async with make(broker=broker) as realtime, realtime.open_run("report") as run:
         broker.away = {"append", "load"}
@@ -992,8 +992,8 @@ async def test_a_broker_that_is_away_for_a_while_costs_no_chunk() -> None:
         assert await stored(realtime, run.id) == list(range(20))
 
 
-async def test_a_broker_that_stays_away_is_told_to_who_waits_and_the_local_iteration_goes_on() -> None:
-    """The consumer used to get the broker's error as well, if it was slow enough to be at its last item by then."""
+async def test_a_long_outage_raises_to_the_waiter_and_the_local_iteration_continues() -> None:
+    """A consumer that was slow enough used to get the error of the broker too."""
     broker = RemoteBroker()
     async with make(broker=broker, timeouts=Timeouts(append=0.01)) as realtime:
         async with realtime.open_run("report") as run:
@@ -1010,7 +1010,7 @@ async def test_a_broker_that_stays_away_is_told_to_who_waits_and_the_local_itera
         assert await stored(realtime, run.id) == ["later"]
 
 
-async def test_chunks_lost_with_the_broker_fail_the_run_if_nobody_is_told() -> None:
+async def test_unpublished_chunks_fail_the_run_if_nothing_awaits_the_pipe() -> None:
     broker = RemoteBroker()
     async with make(broker=broker, timeouts=Timeouts(append=0.01)) as realtime:
         async with realtime.open_run("report") as run:
@@ -1019,15 +1019,15 @@ async def test_chunks_lost_with_the_broker_fail_the_run_if_nobody_is_told() -> N
         assert await status_of(realtime, run.id) is Status.FAILED
 
 
-async def test_a_source_waits_when_too_much_waits_for_the_broker() -> None:
+async def test_a_source_pauses_while_too_much_waits_for_the_broker() -> None:
     broker = RemoteBroker()
     source = Source(50)
     async with make(broker=broker, limits=Limits(pending_bytes=4)) as realtime, realtime.open_run("report") as run:
         broker.hold = anyio.Event()
         pipe = realtime.pipe(source)
-        await until(lambda: source.given >= 5)
+        await until(lambda: source.read >= 5)
         await steps(50)
-        assert source.given == 5
+        assert source.read == 5
         broker.hold.set()
         with anyio.fail_after(10):
             assert (await pipe.wait_until_complete()).chunks == 50
@@ -1035,8 +1035,8 @@ async def test_a_source_waits_when_too_much_waits_for_the_broker() -> None:
 
 
 @pytest.mark.parametrize("within", [False, True])
-async def test_a_pipe_that_cannot_begin_says_so_and_closes_its_source(within: bool) -> None:
-    """`wait_until_complete` used to wait for ever, and the source stayed open."""
+async def test_a_pipe_that_cannot_start_raises_and_closes_its_source(within: bool) -> None:
+    """`wait_until_complete` used to wait forever, and the source stayed open."""
 
     class Broken(RemoteBroker):
         async def __aenter__(self) -> RemoteBroker:
@@ -1054,7 +1054,7 @@ async def test_a_pipe_that_cannot_begin_says_so_and_closes_its_source(within: bo
     await realtime.stop()
 
 
-async def test_a_pipe_that_is_stopped_before_it_began_ends() -> None:
+async def test_a_pipe_that_is_stopped_before_it_started_ends() -> None:
     class Slow(RemoteBroker):
         async def __aenter__(self) -> RemoteBroker:
             await anyio.sleep_forever()
@@ -1111,14 +1111,14 @@ async def test_an_endless_source_that_never_suspends_can_be_stopped() -> None:
     ],
     ids=lambda value: type(value).__name__,
 )
-async def test_what_is_no_source_is_refused_at_the_call(source: Any, hint: str) -> None:
+async def test_an_invalid_source_is_rejected_by_the_call(source: Any, hint: str) -> None:
     async with make() as realtime:
         with pytest.raises(InvalidSource, match=hint):
             realtime.pipe(source)
         assert not realtime.engine.executions
 
 
-async def test_an_awaitable_is_refused_with_the_missing_await() -> None:
+async def test_an_awaitable_is_rejected_with_a_hint() -> None:
     async def create() -> AsyncIterator[int]:
         return numbers(3)
 
@@ -1130,13 +1130,13 @@ async def test_an_awaitable_is_refused_with_the_missing_await() -> None:
 
 
 @pytest.mark.parametrize("name", ["", "$mine", "a/b", "x" * 129])
-async def test_a_bad_stream_key_is_refused_at_the_call(name: str) -> None:
+async def test_an_invalid_stream_key_is_rejected_by_the_call(name: str) -> None:
     async with make() as realtime:
         with pytest.raises(UsageError, match="stream key"):
             realtime.pipe(numbers(1), name)
 
 
-async def test_a_pipe_needs_a_loop() -> None:
+async def test_a_pipe_requires_an_event_loop() -> None:
     realtime = make()
 
     def elsewhere() -> None:
@@ -1154,9 +1154,9 @@ plans = st.tuples(
     st.integers(0, 40),  # items
     st.integers(1, 12),  # the buffer
     st.integers(0, 3),  # how often the source suspends
-    st.integers(0, 4),  # how often the consumer does
+    st.integers(0, 4),  # how often the consumer suspends
     st.sampled_from(["reads all", "leaves", "never reads", "waits"]),
-    st.integers(0, 40),  # where it leaves
+    st.integers(0, 40),  # where the consumer leaves
 )
 
 
@@ -1164,9 +1164,7 @@ plans = st.tuples(
 @given(plan=plans, remote=st.booleans(), fails=st.booleans())
 @settings(max_examples=150, deadline=None)
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
-def test_whatever_the_consumer_does_the_stream_holds_everything(
-    backend: str, plan: Plan, remote: bool, fails: bool
-) -> None:
+def test_the_stream_is_complete_whatever_the_consumer_does(backend: str, plan: Plan, remote: bool, fails: bool) -> None:
     count, buffer, source_steps, consumer_steps, behaviour, leaves_at = plan
 
     async def drive() -> None:

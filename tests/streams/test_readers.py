@@ -1,4 +1,4 @@
-"""Reading streams and following runs from the host's own code."""
+"""Reading streams from the host's own code."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.anyio
 
 
 @where
-async def test_what_is_there_and_what_comes_until_the_run_completes(where: str) -> None:
+async def test_chunks_are_read_until_the_run_completes(where: str) -> None:
     async with make(**broker_for(where)) as realtime:
         got: list[int] = []
         with anyio.fail_after(10):
@@ -60,8 +60,8 @@ async def test_the_start_index_counts_from_zero() -> None:
             assert [chunk async for chunk in realtime.read(run, start_index=start)] == list(range(5))[start:]
 
 
-async def test_a_reader_of_a_run_that_ended_and_was_removed_gets_its_end() -> None:
-    """The run was removed before its reader had its turn, and all that it wrote seemed to have failed."""
+async def test_a_reader_gets_the_end_of_a_run_that_is_removed_at_once() -> None:
+    """The run was removed before its reader ran, and the reader took that for a failure."""
     async with make() as realtime:
         got: list[int] = []
         with anyio.fail_after(10):
@@ -76,7 +76,7 @@ async def test_a_reader_of_a_run_that_ended_and_was_removed_gets_its_end() -> No
 
 
 @pytest.mark.parametrize("index", [-1, 1.5, "3", True, None])
-async def test_a_bad_start_index_is_refused_at_the_call(index: Any) -> None:
+async def test_an_invalid_start_index_is_rejected_by_the_call(index: Any) -> None:
     async with make() as realtime:
         with pytest.raises(UsageError, match="start_index is .*; allowed are whole numbers from 0"):
             realtime.read("run_1", start_index=index)
@@ -94,7 +94,7 @@ async def test_a_start_beyond_the_end_waits() -> None:
         assert await anext(reader) == 2
 
 
-async def test_chunks_past_their_retention_are_a_gap() -> None:
+async def test_trimmed_chunks_are_a_gap() -> None:
     async with make(retention=Retention(stream_bytes=200)) as realtime:
         async with realtime.open_run("report") as run:
             await realtime.pipe(numbers(100)).wait_until_complete()
@@ -103,7 +103,7 @@ async def test_chunks_past_their_retention_are_a_gap() -> None:
         with pytest.raises(StreamGap, match="chunk 0 of stream 'default' was trimmed") as caught:
             await anext(reader)
         assert (caught.value.requested, caught.value.first) == (0, kept[0])
-        assert [chunk async for chunk in reader] == kept, "it was told once; the reader could never go on"
+        assert [chunk async for chunk in reader] == kept, "the gap is raised once; the reader used to raise it forever"
         with_streams = realtime.subscribe_to_run(run, with_streams=True)
         with pytest.raises(StreamGap):
             await anext(with_streams)
@@ -112,7 +112,7 @@ async def test_chunks_past_their_retention_are_a_gap() -> None:
         assert [chunk async for chunk in realtime.read(run, start_index=caught.value.first)] == kept
 
 
-async def test_a_reader_that_falls_behind_its_retention_is_told() -> None:
+async def test_a_slow_reader_gets_a_gap() -> None:
     async with make(retention=Retention(stream_bytes=200)) as realtime, realtime.open_run("report") as run:
         await realtime.append(0)
         reader = realtime.read(run)
@@ -123,7 +123,7 @@ async def test_a_reader_that_falls_behind_its_retention_is_told() -> None:
         assert caught.value.requested == 1
 
 
-async def test_silence_beyond_the_timeout_is_raised_and_reading_can_go_on() -> None:
+async def test_silence_raises_a_timeout_and_reading_can_continue() -> None:
     async with make() as realtime, realtime.open_run("report") as run:
         reader = realtime.read(run, timeout=0.01)
         with pytest.raises(TimeoutError):
@@ -132,13 +132,13 @@ async def test_silence_beyond_the_timeout_is_raised_and_reading_can_go_on() -> N
         assert await anext(reader) == "later"
 
 
-async def test_a_bad_timeout_is_refused_at_the_call() -> None:
+async def test_an_invalid_timeout_is_rejected_by_the_call() -> None:
     async with make() as realtime:
         with pytest.raises(UsageError, match="timeout is"):
             realtime.read("run_1", timeout="soon")
 
 
-async def test_a_failed_run_is_raised_after_the_last_chunk() -> None:
+async def test_the_failure_of_a_run_is_raised_after_the_last_chunk() -> None:
     async with make() as realtime:
         with pytest.raises(KeyError):
             async with realtime.open_run("report") as run:
@@ -151,7 +151,7 @@ async def test_a_failed_run_is_raised_after_the_last_chunk() -> None:
                 await anext(reader)
 
 
-async def test_a_canceled_run_is_raised_after_the_last_chunk() -> None:
+async def test_the_cancellation_of_a_run_is_raised_after_the_last_chunk() -> None:
     async with make() as realtime:
         with pytest.raises(RunCanceled):
             async with realtime.open_run("report") as run:
@@ -165,7 +165,7 @@ async def test_a_canceled_run_is_raised_after_the_last_chunk() -> None:
 
 
 @where
-async def test_an_unknown_run_is_raised(where: str) -> None:
+async def test_an_unknown_run_raises(where: str) -> None:
     async with make(**broker_for(where)) as realtime:
         with pytest.raises(RunNotFound, match="run_unknown"):
             await anext(realtime.read("run_unknown"))
@@ -174,7 +174,7 @@ async def test_an_unknown_run_is_raised(where: str) -> None:
                 await anext(realtime.subscribe_to_run("run_unknown", with_streams=with_streams))
 
 
-async def test_a_run_that_is_removed_while_it_is_read_is_raised() -> None:
+async def test_a_run_that_is_removed_while_it_is_read_raises() -> None:
     async with make() as realtime:
         broker = realtime.broker
         assert isinstance(broker, MemoryBroker)
@@ -196,7 +196,7 @@ async def test_a_run_that_is_removed_while_it_is_read_is_raised() -> None:
         assert len(caught) == 1
 
 
-async def test_a_run_that_pipe_is_about_to_create_is_waited_for() -> None:
+async def test_a_reader_waits_for_a_run_that_pipe_is_creating() -> None:
     broker = RemoteBroker()
     realtime = make(broker=broker)
     pipe = realtime.pipe(numbers(3))
@@ -207,8 +207,8 @@ async def test_a_run_that_pipe_is_about_to_create_is_waited_for() -> None:
 
 
 @pytest.mark.parametrize("call", ["read", "run", "run with streams", "tag", "batch"])
-async def test_the_first_use_starts_the_broker_before_it_is_asked(call: str) -> None:
-    """Iterators used to begin the start and then not wait for it."""
+async def test_the_first_use_waits_for_the_start_of_the_broker(call: str) -> None:
+    """Iterators used to begin the start without waiting for it."""
     broker = RemoteBroker()
     async with make(broker=broker) as first, first.open_run("report", tags=["a"]) as run:
         await first.append(0)
@@ -253,9 +253,11 @@ async def test_a_cancelled_read_loses_nothing_at_any_step(where: str) -> None:
 
 @where
 @pytest.mark.parametrize("left", ["dropped", "cancelled", "break"])
-async def test_an_iterator_that_is_left_early_leaves_nothing_behind(where: str, left: str) -> None:
+async def test_an_abandoned_iterator_leaves_nothing_behind(where: str, left: str) -> None:
     before = others()
-    async with make(**broker_for(where), timeouts=Timeouts(tick=60)) as realtime:  # so nobody follows the run but we
+    async with make(
+        **broker_for(where), timeouts=Timeouts(tick=60)
+    ) as realtime:  # so that nothing else follows the run
         broker = realtime.broker.inner if isinstance(realtime.broker, RemoteBroker) else realtime.broker
         assert isinstance(broker, MemoryBroker)
         async with realtime.open_run("report", tags=["a"]) as run:
@@ -286,7 +288,7 @@ async def test_an_iterator_that_is_left_early_leaves_nothing_behind(where: str, 
     assert others() <= before
 
 
-async def test_a_reader_of_a_stream_that_nobody_writes_leaves_no_stream() -> None:
+async def test_reading_an_unwritten_stream_does_not_create_it() -> None:
     async with make() as realtime, realtime.open_run("report") as run:
         with anyio.move_on_after(0):
             await anext(realtime.read(run, "never"))
@@ -295,7 +297,7 @@ async def test_a_reader_of_a_stream_that_nobody_writes_leaves_no_stream() -> Non
         assert (await realtime.broker.read(StreamKey(run.id, "never"))).entries == []
 
 
-async def test_a_shutdown_ends_a_reader_by_the_end_of_its_run() -> None:
+async def test_a_shutdown_ends_a_reader_with_the_end_of_its_run() -> None:
     async with make(timeouts=Timeouts(drain=0.001)) as realtime:
 
         async def endless() -> AsyncIterator[int]:
@@ -328,7 +330,7 @@ plans = st.lists(st.tuples(st.sampled_from(["append", "read", "turn", "cancel"])
 @given(plan=plans, remote=st.booleans())
 @settings(max_examples=100, deadline=None)
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
-def test_whenever_it_is_read_every_chunk_comes_once(backend: str, plan: list[tuple[str, int]], remote: bool) -> None:
+def test_every_chunk_is_read_once_in_any_interleaving(backend: str, plan: list[tuple[str, int]], remote: bool) -> None:
     async def drive() -> None:
         async with make(**broker_for("remote" if remote else "memory")) as realtime:
             got: list[int] = []
@@ -353,7 +355,7 @@ def test_whenever_it_is_read_every_chunk_comes_once(backend: str, plan: list[tup
     anyio.run(drive, backend=backend)
 
 
-def test_reading_needs_a_loop() -> None:
+def test_reading_requires_an_event_loop() -> None:
     realtime: Realtime = make()
     with pytest.raises(RuntimeError, match=r"realtime\.sync"):
         realtime.read("run_1")

@@ -41,7 +41,7 @@ def _generator(closed: Closed, third: Callable[[], Any]) -> Any:
             yield await third()
             yield "c"
         finally:
-            with anyio.CancelScope(shield=True):  # the cancellation was raised in here
+            with anyio.CancelScope(shield=True):  # the cancellation is raised here
                 await steps(2)
             closed.append("generator")
 
@@ -83,7 +83,7 @@ class _SyncClose(_Iterator):
 
 
 class _Response:
-    """Iterates by a generator and is closed itself, as the streams of openai and anthropic are."""
+    """Iterates through a generator and has its own close, like the streams of openai and anthropic."""
 
     def __init__(self, closed: Closed, third: Callable[[], Any]) -> None:
         self.closed = closed
@@ -148,7 +148,7 @@ async def test_a_source_is_closed_in_every_case(make_source: Make, expected: Clo
             if ending == "shutdown":
                 await realtime.stop()
             await pipe.settled()
-        if ending == "lost":  # a generator that was not begun has no end to reach
+        if ending == "lost":  # a generator that was not started runs no cleanup
             assert closed == [part for part in expected if part != "generator"]
         else:
             assert closed == expected
@@ -159,7 +159,7 @@ async def test_a_source_is_closed_in_every_case(make_source: Make, expected: Clo
     gc.collect()
 
 
-async def test_close_need_not_be_async() -> None:
+async def test_close_can_be_sync() -> None:
     closed: Closed = []
 
     async def third() -> str:
@@ -170,7 +170,7 @@ async def test_close_need_not_be_async() -> None:
     assert closed == ["sync close"]
 
 
-async def test_a_source_without_close_is_fine() -> None:
+async def test_a_source_needs_no_close() -> None:
     async def third() -> str:
         return "third"
 
@@ -179,37 +179,37 @@ async def test_a_source_without_close_is_fine() -> None:
 
 
 class _Resisting:
-    """Gives one item; closing it fails or hangs."""
+    """Yields one item; closing it fails or hangs."""
 
     def __init__(self, how: str) -> None:
         self.how = how
-        self.given = False
+        self.yielded = False
         self.closed = False
 
     def __aiter__(self) -> AsyncIterator[int]:
         return self if self.how != "hangs in the iterator" else _Resisting("hangs")
 
     async def __anext__(self) -> int:
-        if self.given:
+        if self.yielded:
             raise StopAsyncIteration
-        self.given = True
+        self.yielded = True
         return 1
 
     async def aclose(self) -> None:
         self.closed = True
         if self.how == "fails":
-            raise OSError("the connection is gone")
+            raise OSError("the connection is lost")
         if self.how == "hangs":
             await anyio.sleep_forever()
 
 
-async def test_an_error_while_closing_is_logged_and_no_more(caplog: pytest.LogCaptureFixture) -> None:
+async def test_an_error_while_closing_is_only_logged(caplog: pytest.LogCaptureFixture) -> None:
     async with make() as realtime, realtime.open_run("report"):
         assert (await realtime.pipe(_Resisting("fails")).wait_until_complete()).chunks == 1
     assert "closing a piped _Resisting failed" in caplog.text
 
 
-async def test_closing_is_given_up_after_a_while(caplog: pytest.LogCaptureFixture) -> None:
+async def test_closing_has_a_time_limit(caplog: pytest.LogCaptureFixture) -> None:
     async with make(timeouts=Timeouts(close=0.01)) as realtime, realtime.open_run("report"):
         with anyio.fail_after(5):
             assert (await realtime.pipe(_Resisting("hangs")).wait_until_complete()).chunks == 1
@@ -217,7 +217,7 @@ async def test_closing_is_given_up_after_a_while(caplog: pytest.LogCaptureFixtur
 
 
 async def test_an_iterator_that_hangs_does_not_keep_its_source_from_being_closed() -> None:
-    """One time limit used to stand around both, so the connection behind a stuck iterator stayed open."""
+    """Both used to share one time limit, so a stuck iterator kept its connection open."""
     source = _Resisting("hangs in the iterator")
     async with make(timeouts=Timeouts(close=0.01)) as realtime, realtime.open_run("report"):
         with anyio.fail_after(5):
@@ -229,8 +229,8 @@ async def test_an_iterator_that_hangs_does_not_keep_its_source_from_being_closed
 
 
 class _Manager:
-    def __init__(self, given: Any, *, leaving: Callable[[], Any] | None = None, suppress: bool = False) -> None:
-        self.given = given
+    def __init__(self, result: Any, *, leaving: Callable[[], Any] | None = None, suppress: bool = False) -> None:
+        self.result = result
         self.leaving = leaving
         self.suppress = suppress
         self.task: set[int] = set()
@@ -238,9 +238,9 @@ class _Manager:
 
     async def __aenter__(self) -> Any:
         self.task.add(anyio.get_current_task().id)
-        if isinstance(self.given, Exception):
-            raise self.given
-        return self.given
+        if isinstance(self.result, Exception):
+            raise self.result
+        return self.result
 
     async def __aexit__(self, exc_type: object, exc: BaseException | None, tb: object) -> bool:
         self.task.add(anyio.get_current_task().id)
@@ -257,7 +257,7 @@ async def _numbers(count: int, error: Exception | None = None) -> AsyncIterator[
         raise error
 
 
-async def test_a_manager_is_entered_and_left_by_the_pump() -> None:
+async def test_a_manager_is_entered_and_exited_by_the_job() -> None:
     manager = _Manager(_numbers(3))
     async with make() as realtime, realtime.open_run("report"):
         assert [item async for item in realtime.pipe(manager)] == [0, 1, 2]
@@ -267,7 +267,7 @@ async def test_a_manager_is_entered_and_left_by_the_pump() -> None:
 
 
 @pytest.mark.parametrize("kind", [list, iter])
-async def test_a_manager_may_give_a_sync_iterable(kind: Callable[[list[int]], Any]) -> None:
+async def test_a_manager_can_return_a_sync_iterable(kind: Callable[[list[int]], Any]) -> None:
     async with make() as realtime, realtime.open_run("report") as run:
         await realtime.pipe(_Manager(kind([1, 2]))).wait_until_complete()
         assert await stored(realtime, run.id) == [1, 2]
@@ -280,7 +280,7 @@ async def test_a_manager_that_cannot_be_entered_fails_the_pipe() -> None:
             await pipe.wait_until_complete()
 
 
-async def test_a_manager_that_gives_no_source_is_left_again() -> None:
+async def test_a_manager_that_returns_no_source_is_exited() -> None:
     manager = _Manager("text")
     async with make() as realtime:
         with pytest.raises(InvalidSource, match="a str is not a source"):
@@ -288,7 +288,7 @@ async def test_a_manager_that_gives_no_source_is_left_again() -> None:
     assert len(manager.left_with) == 1
 
 
-async def test_a_manager_sees_the_error_of_what_it_gave() -> None:
+async def test_a_manager_sees_the_error_of_its_iterable() -> None:
     error = ConnectionError("to the model")
     manager = _Manager(_numbers(1, error))
     async with make() as realtime:
@@ -297,7 +297,7 @@ async def test_a_manager_sees_the_error_of_what_it_gave() -> None:
     assert manager.left_with == [error]
 
 
-async def test_a_manager_may_suppress_an_error() -> None:
+async def test_a_manager_can_suppress_an_error() -> None:
     manager = _Manager(_numbers(1, ConnectionError("to the model")), suppress=True)
     async with make() as realtime:
         pipe = realtime.pipe(manager)
@@ -305,8 +305,8 @@ async def test_a_manager_may_suppress_an_error() -> None:
         assert (await realtime.runs.ended(pipe.run_id)).status is Status.COMPLETED
 
 
-async def test_leaving_a_manager_is_shielded_from_the_cancellation_of_its_run() -> None:
-    """A canceled run used to cut the manager's own clean-up short at its first `await`."""
+async def test_the_exit_of_a_manager_is_shielded_from_the_cancellation_of_its_run() -> None:
+    """The cancellation of a run used to interrupt the manager's cleanup at its first `await`."""
     left: list[bool] = []
 
     async def leave() -> None:
@@ -327,7 +327,7 @@ async def test_leaving_a_manager_is_shielded_from_the_cancellation_of_its_run() 
 
 
 @pytest.mark.parametrize("fails", [False, True])
-async def test_a_manager_that_does_not_leave_is_given_up(fails: bool, caplog: pytest.LogCaptureFixture) -> None:
+async def test_the_exit_of_a_manager_has_a_time_limit(fails: bool, caplog: pytest.LogCaptureFixture) -> None:
     error = ConnectionError("to the model") if fails else None
     manager = _Manager(_numbers(1, error), leaving=anyio.sleep_forever)
     async with make(timeouts=Timeouts(close=0.01)) as realtime:
@@ -341,7 +341,7 @@ async def test_a_manager_that_does_not_leave_is_given_up(fails: bool, caplog: py
     assert "closing a piped _Manager took longer than 0.01 s" in caplog.text
 
 
-async def test_a_source_made_inside_async_with_needs_the_wait_inside_of_it() -> None:
+async def test_a_source_inside_async_with_must_be_awaited_inside() -> None:
     async with make() as realtime, realtime.open_run("report") as run:
         async with anyio.create_task_group():
             send, receive = anyio.create_memory_object_stream[int](10)
@@ -366,8 +366,8 @@ async def test_plain_collections_are_read_inline(source: Any) -> None:
         assert await stored(realtime, run.id) == [1, 2, 3]
 
 
-async def test_a_list_left_in_the_middle_leaves_no_generator_behind() -> None:
-    """On trio the dropped generator made a ResourceWarning."""
+async def test_an_abandoned_list_leaves_no_generator_behind() -> None:
+    """On trio, the dropped generator caused a ResourceWarning."""
     async with make(limits=Limits(pipe_buffer=3)) as realtime:
         pipe = realtime.pipe(range(10**9))
         await steps(5)
@@ -377,7 +377,7 @@ async def test_a_list_left_in_the_middle_leaves_no_generator_behind() -> None:
 
 
 class Threaded:
-    """A sync iterable that notes which threads work on it."""
+    """A sync iterable that records the threads that use it."""
 
     def __init__(self, count: int, error: BaseException | None = None) -> None:
         self.count = count
@@ -402,7 +402,7 @@ class Threaded:
         self.closed.append("source")
 
 
-async def test_any_other_sync_iterable_is_made_read_and_closed_by_one_daemon_thread_of_its_own() -> None:
+async def test_another_sync_iterable_has_one_daemon_thread() -> None:
     source = Threaded(3 * THREAD_AHEAD)
     async with make() as realtime, realtime.open_run("report") as run:
         assert [item async for item in realtime.pipe(source)] == list(range(3 * THREAD_AHEAD))
@@ -416,7 +416,7 @@ async def test_any_other_sync_iterable_is_made_read_and_closed_by_one_daemon_thr
     assert not thread.is_alive()
 
 
-async def test_it_never_comes_from_the_hosts_pool() -> None:
+async def test_the_thread_is_not_from_the_hosts_pool() -> None:
     limiter = anyio.to_thread.current_default_thread_limiter()
     source = Threaded(5)
     seen: list[float] = []
@@ -431,7 +431,7 @@ async def test_it_never_comes_from_the_hosts_pool() -> None:
     assert seen == [0, 0, 0, 0, 0]
 
 
-async def test_its_thread_sees_the_callers_context() -> None:
+async def test_the_thread_has_the_callers_context() -> None:
     colour: contextvars.ContextVar[str] = contextvars.ContextVar("colour", default="none")
 
     def source() -> Iterator[str]:
@@ -443,7 +443,7 @@ async def test_its_thread_sees_the_callers_context() -> None:
         assert await stored(realtime, run.id) == ["of the caller"]
 
 
-async def test_its_error_is_raised_unchanged() -> None:
+async def test_an_error_in_the_thread_is_raised_unchanged() -> None:
     error = ConnectionError("to the model")
     source = Threaded(2, error)
     async with make() as realtime, realtime.open_run("report") as run:
@@ -455,19 +455,19 @@ async def test_its_error_is_raised_unchanged() -> None:
     assert source.closed == ["generator", "source"]
 
 
-async def test_an_exit_in_its_thread_does_not_end_the_loop() -> None:
+async def test_an_exit_in_the_thread_does_not_end_the_loop() -> None:
     async with make() as realtime, realtime.open_run("report"):
         with pytest.raises(RuntimeError, match="the source raised SystemExit"):
             await realtime.pipe(Threaded(1, SystemExit(3))).wait_until_complete()
 
 
-async def test_what_only_looks_iterable_fails_in_its_thread() -> None:
+async def test_a_class_of_iterables_fails_in_the_thread() -> None:
     async with make() as realtime, realtime.open_run("report"):
         with pytest.raises(TypeError, match="not iterable"):
             await realtime.pipe(list).wait_until_complete()  # type: ignore[arg-type]
 
 
-async def test_an_error_of_its_close_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+async def test_an_error_while_closing_in_the_thread_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     class Bad(Threaded):
         def close(self) -> None:
             raise OSError("gone")
@@ -477,7 +477,7 @@ async def test_an_error_of_its_close_is_logged(caplog: pytest.LogCaptureFixture)
         await until(lambda: "closing a piped Bad failed" in caplog.text)
 
 
-async def test_it_is_read_ahead_only_so_far() -> None:
+async def test_the_thread_reads_ahead_up_to_a_limit() -> None:
     source = Threaded(10 * THREAD_AHEAD)
     async with make(limits=Limits(pipe_buffer=1)) as realtime:
         pipe = realtime.pipe(source)
@@ -492,7 +492,7 @@ async def test_it_is_read_ahead_only_so_far() -> None:
     assert len(set(source.threads)) == 1
 
 
-async def test_the_number_of_its_threads_is_bounded() -> None:
+async def test_the_number_of_threads_is_limited() -> None:
     go = threading.Event()
 
     def blocking() -> Iterator[int]:
@@ -515,7 +515,7 @@ async def test_the_number_of_its_threads_is_bounded() -> None:
         assert (await realtime.pipe(Threaded(3)).wait_until_complete()).chunks == 3
 
 
-async def test_a_thread_that_cannot_start_gives_its_place_back(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_thread_that_cannot_start_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(self: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
@@ -526,7 +526,7 @@ async def test_a_thread_that_cannot_start_gives_its_place_back(monkeypatch: pyte
         assert realtime.engine.threads.used == 0
 
 
-async def test_a_blocked_sync_source_holds_nothing_up() -> None:
+async def test_a_blocked_sync_source_delays_nothing() -> None:
     go = threading.Event()
     closed: list[str] = []
 
@@ -587,7 +587,7 @@ async def test_the_interpreter_exits_with_a_blocked_sync_source(library: str, st
     assert (done.returncode, done.stdout) == (0, "left\n"), done.stderr
 
 
-async def test_a_source_that_outlives_its_loop_ends_quietly(anyio_backend: str) -> None:
+async def test_a_source_that_outlives_its_loop_ends_silently(anyio_backend: str) -> None:
     go = threading.Event()
     closed = threading.Event()
 
@@ -626,13 +626,13 @@ _OPENAI = _body(
 
 
 def _http(client: Any) -> Any:
-    """The HTTP library that a client package is built on: httpx, or its successor."""
+    """The HTTP library of a client package: httpx, or its successor."""
     name = client.DefaultAsyncHttpxClient.__mro__[1].__module__.partition(".")[0]
     return sys.modules[name]
 
 
 def _watched(http: Any, data: bytes, closed: list[bool]) -> Any:
-    """A response's body that notes its close."""
+    """A response body that records its close."""
 
     class Body(http.AsyncByteStream):  # type: ignore[misc]
         async def __aiter__(self) -> AsyncIterator[bytes]:
@@ -648,7 +648,7 @@ def _watched(http: Any, data: bytes, closed: list[bool]) -> Any:
 
 @pytest.mark.parametrize("stopped", [False, True])
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
-async def test_a_stream_of_the_openai_client(stopped: bool, anyio_backend: str) -> None:
+async def test_a_stream_of_the_openai_client_is_piped_and_closed(stopped: bool, anyio_backend: str) -> None:
     import openai
 
     closed: list[bool] = []
@@ -706,10 +706,10 @@ def _anthropic(body: bytes) -> Any:
 
 @pytest.mark.parametrize("stopped", [False, True])
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
-async def test_the_manager_of_the_anthropic_client(stopped: bool, anyio_backend: str) -> None:
+async def test_the_manager_of_the_anthropic_client_is_piped_and_closed(stopped: bool, anyio_backend: str) -> None:
     async with _anthropic(_anthropic_body()) as client, make() as realtime, realtime.open_run("chat") as run:
-        given = client.messages.stream(model="m", max_tokens=10, messages=[{"role": "user", "content": "hi"}])
-        pipe = realtime.pipe(given)
+        stream = client.messages.stream(model="m", max_tokens=10, messages=[{"role": "user", "content": "hi"}])
+        pipe = realtime.pipe(stream)
         text = ""
         async for event in pipe:
             if event.type == "text":
@@ -726,19 +726,19 @@ async def test_the_manager_of_the_anthropic_client(stopped: bool, anyio_backend:
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
-async def test_a_raw_stream_of_the_anthropic_client(anyio_backend: str) -> None:
+async def test_a_raw_stream_of_the_anthropic_client_is_piped_and_closed(anyio_backend: str) -> None:
     async with _anthropic(_anthropic_body()) as client, make() as realtime, realtime.open_run("chat") as run:
-        given = await client.messages.create(
+        stream = await client.messages.create(
             model="m", max_tokens=10, messages=[{"role": "user", "content": "hi"}], stream=True
         )
-        await realtime.pipe(given).wait_until_complete()
+        await realtime.pipe(stream).wait_until_complete()
         chunks = await stored(realtime, run.id)
         assert chunks[2] == {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": "one"}}
         assert len(chunks) == 7
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
-async def test_the_sync_openai_client(anyio_backend: str) -> None:
+async def test_a_stream_of_the_sync_openai_client_is_piped_and_closed(anyio_backend: str) -> None:
     import openai
 
     library = _http(openai)
@@ -752,8 +752,8 @@ async def test_the_sync_openai_client(anyio_backend: str) -> None:
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
-async def test_a_completion_that_is_no_stream_is_refused(anyio_backend: str) -> None:
-    """Without `stream=True` the client gives a model, which would be iterated as its fields."""
+async def test_a_completion_that_is_not_a_stream_is_rejected(anyio_backend: str) -> None:
+    """Without `stream=True` the client returns a model, and iterating that yields its fields."""
     import openai.types.chat
 
     completion = openai.types.chat.ChatCompletion(id="c", choices=[], created=1, model="m", object="chat.completion")

@@ -45,7 +45,7 @@ async def test_in_memory_a_chunk_is_in_the_log_when_write_returns() -> None:
         await writer.drain()
 
 
-async def test_chunks_gather_while_an_append_is_under_way() -> None:
+async def test_chunks_are_collected_while_an_append_is_in_flight() -> None:
     broker = RemoteBroker()
     async with make(broker=broker) as realtime, realtime.open_run("report") as run:
         writer = writer_of(realtime, run.id)
@@ -64,7 +64,7 @@ async def test_chunks_gather_while_an_append_is_under_way() -> None:
         assert await stored(realtime, run.id) == list(range(10))
 
 
-async def test_one_call_carries_only_so_many_items_and_bytes() -> None:
+async def test_one_call_carries_a_limited_number_of_items_and_bytes() -> None:
     broker = RemoteBroker()
     big = b'"' + b"x" * (CALL_BYTES // 2) + b'"'
     async with make(broker=broker) as realtime, realtime.open_run("report") as run:
@@ -79,7 +79,7 @@ async def test_one_call_carries_only_so_many_items_and_bytes() -> None:
         assert counts(writer) == (CALL_ITEMS + 4, CALL_ITEMS + 1 + 3 * len(big), CALL_ITEMS + 3)
 
 
-async def test_a_lost_answer_doubles_nothing() -> None:
+async def test_a_lost_response_duplicates_nothing() -> None:
     broker = RemoteBroker()
     async with make(broker=broker) as realtime, realtime.open_run("report") as run:
         writer = writer_of(realtime, run.id)
@@ -93,8 +93,8 @@ async def test_a_lost_answer_doubles_nothing() -> None:
 
 
 @pytest.mark.parametrize("call", ["append", "load", "commit"])
-async def test_a_broker_that_is_away_for_a_while_is_waited_for(call: str) -> None:
-    """A broker that was away when the run was looked up used to fail the stream at once."""
+async def test_the_writer_waits_for_an_unavailable_broker(call: str) -> None:
+    """A broker that was unavailable when the run was loaded used to fail the stream immediately."""
     broker = RemoteBroker()
     async with make(broker=broker) as realtime, realtime.open_run("report") as run:
         broker.away = {call}
@@ -108,7 +108,7 @@ async def test_a_broker_that_is_away_for_a_while_is_waited_for(call: str) -> Non
         assert await stored(realtime, run.id) == [1]
 
 
-async def test_a_broker_that_stays_away_makes_the_stream_unwritable() -> None:
+async def test_a_broker_that_stays_unavailable_fails_the_writer() -> None:
     broker = RemoteBroker()
     async with make(broker=broker, timeouts=Timeouts(append=0.01)) as realtime, realtime.open_run("report") as run:
         broker.away = {"append"}
@@ -125,7 +125,7 @@ async def test_a_broker_that_stays_away_makes_the_stream_unwritable() -> None:
         broker.away = set()
 
 
-async def test_a_run_that_is_over_refuses_chunks() -> None:
+async def test_a_run_that_is_over_rejects_chunks() -> None:
     for broker in ({}, {"broker": RemoteBroker()}):
         async with make(**broker) as realtime:
             async with realtime.open_run("report") as run:
@@ -137,7 +137,7 @@ async def test_a_run_that_is_over_refuses_chunks() -> None:
                 await writer.drain()
 
 
-async def test_an_unknown_run_is_refused() -> None:
+async def test_an_unknown_run_is_rejected() -> None:
     for broker in ({}, {"broker": RemoteBroker()}):
         async with make(**broker) as realtime:
             writer = writer_of(realtime, "run_unknown")
@@ -167,8 +167,8 @@ async def test_room_waits_until_enough_is_acknowledged() -> None:
         assert writer.chunks == 4
 
 
-async def test_drain_waits_for_what_was_written_before_and_not_for_what_others_add() -> None:
-    """With several appending to one stream it used to return only when all of them paused at once."""
+async def test_drain_waits_only_for_chunks_written_before_it() -> None:
+    """With several concurrent appends, it used to return only once all of them paused at the same time."""
     broker = RemoteBroker()
     async with make(broker=broker) as realtime, realtime.open_run("report") as run:
         writer = writer_of(realtime, run.id)
@@ -203,7 +203,7 @@ async def test_a_cancelled_drain_can_be_repeated() -> None:
         assert await stored(realtime, run.id) == [1]
 
 
-async def test_a_shutdown_before_the_acknowledgement_is_told() -> None:
+async def test_a_shutdown_before_the_acknowledgement_raises() -> None:
     """`wait_until_complete` used to report success for chunks that were never stored."""
     broker = RemoteBroker()
     async with make(broker=broker, timeouts=Timeouts(drain=0.001)) as realtime:
@@ -219,7 +219,7 @@ async def test_a_shutdown_before_the_acknowledgement_is_told() -> None:
                 await writer.drain()
 
 
-async def test_a_broker_with_a_bug_is_told_too(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_bug_in_the_broker_raises(caplog: pytest.LogCaptureFixture) -> None:
     class Buggy(RemoteBroker):
         async def append(self, *args: Any, **kwargs: Any) -> Any:
             raise ZeroDivisionError
@@ -232,7 +232,7 @@ async def test_a_broker_with_a_bug_is_told_too(caplog: pytest.LogCaptureFixture)
     assert "a background job failed" in caplog.text
 
 
-def test_a_chunk_is_encoded_within_its_limit() -> None:
+def test_a_chunk_is_limited_in_size() -> None:
     assert encode_within("12345678", 10) == b'"12345678"'
     with pytest.raises(LimitExceeded, match="a chunk is 11 bytes, limit 10"):
         encode_within("123456789", 10)
@@ -255,7 +255,7 @@ async def test_append_is_stored_when_it_returns(remote: bool) -> None:
             assert await stored(realtime, run.id) == list(range(number + 1))
 
 
-async def test_many_append_at_once_each_chunk_once() -> None:
+async def test_concurrent_appends_store_each_chunk_once() -> None:
     broker = RemoteBroker()
     async with make(broker=broker) as realtime, realtime.open_run("report") as run:
         async with anyio.create_task_group() as group:
@@ -265,7 +265,7 @@ async def test_many_append_at_once_each_chunk_once() -> None:
         assert len(broker.appends) < 20, "they shared their calls"
 
 
-async def test_append_recovers_after_the_broker_was_away_too_long() -> None:
+async def test_append_recovers_after_a_long_outage() -> None:
     broker = RemoteBroker()
     async with make(broker=broker, timeouts=Timeouts(append=0.01)) as realtime, realtime.open_run("report") as run:
         broker.away = {"append"}
@@ -276,7 +276,7 @@ async def test_append_recovers_after_the_broker_was_away_too_long() -> None:
         assert await stored(realtime, run.id) == ["stored"]
 
 
-async def test_append_of_what_cannot_be_encoded_names_the_type() -> None:
+async def test_append_of_an_unencodable_chunk_names_its_type() -> None:
     async with make() as realtime, realtime.open_run("report") as run:
         with pytest.raises(EncodingError, match="object has no JSON form"):
             await realtime.append(object())
@@ -293,9 +293,7 @@ writes = st.lists(st.tuples(st.integers(0, 40), st.integers(0, 3), st.booleans()
 @given(plan=writes, lost=st.integers(0, 1))
 @settings(max_examples=50, deadline=None)
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
-def test_whatever_is_written_is_stored_once_and_in_order(
-    backend: str, plan: list[tuple[int, int, bool]], lost: int
-) -> None:
+def test_chunks_are_stored_once_and_in_order(backend: str, plan: list[tuple[int, int, bool]], lost: int) -> None:
     async def drive() -> None:
         broker = RemoteBroker()
         async with make(broker=broker, limits=Limits(pending_bytes=60)) as realtime, realtime.open_run("report") as run:
