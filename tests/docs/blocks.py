@@ -1,6 +1,6 @@
-"""The fenced blocks of README.md and docs/*.md, each with the comment before it that says how it is tested.
+"""The fenced blocks of README.md and docs/*.md, each with the comment before it that declares how it is tested.
 
-`<!-- test: fragment tokens -->` before a block: its kind, and for most kinds its name. Every block of code has one.
+`<!-- test: fragment tokens -->` holds the kind of the block and, for most kinds, its name. Every code block has one.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 CODE = frozenset({"python", "js", "bash", "json"})
-"""Languages of blocks that have to be tested. Others (`text`, `console`) may be, or are read by people only."""
+"""Languages of blocks that must be tested. For others (`text`, `console`) a test is optional."""
 
 _COMMENT = re.compile(r"<!-- test: (\w+)(?: (\w+))? -->")
 
@@ -25,7 +25,7 @@ class Block:
 
     document: Path
     line: int
-    """Of its first line of text, from 1."""
+    """The number of its first line of text, from 1."""
     language: str
     text: str
     kind: str | None
@@ -49,12 +49,12 @@ def blocks_of(document: Path) -> Iterator[Block]:
         text = "".join(f"{inner}\n" for inner in lines[start + 1 : number])
         yield Block(document, start + 2, lines[start][3:], text, kind, name or "")
         start = None
-    assert start is None, f"{document.name} has a block that nothing closes"
+    assert start is None, f"{document.name} has an unclosed block"
 
 
 BLOCKS = [block for document in DOCUMENTS for block in blocks_of(document)]
 
 
 def blocks(kind: str) -> dict[str, Block]:
-    """The blocks of one kind by their name."""
+    """The blocks of one kind by name."""
     return {block.name: block for block in BLOCKS if block.kind == kind}

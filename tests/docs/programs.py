@@ -1,4 +1,4 @@
-"""Programs of the documents, served by uvicorn as a reader would, and an endpoint that answers as a model's does."""
+"""Runs programs of the documents under uvicorn as a reader would, with an endpoint that imitates a language model."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ GUARD_S = 15.0
 
 @contextmanager
 def served(source: str, folder: Path, environment: dict[str, str] | None = None) -> Iterator[str]:
-    """Run `uvicorn app:app` on a free port; give its address. SIGTERM ends it in time, or this fails.
+    """Run `uvicorn app:app` on a free port and yield its address. Fails if SIGTERM does not end it in time.
 
-    The port is bound and listens before the process starts, so a request that comes early waits and none is refused.
+    The port listens before the process starts, so early requests wait instead of being refused.
     """
     (folder / "app.py").write_text(source, "utf-8")
     with socket.create_server(("127.0.0.1", 0)) as bound:
@@ -47,7 +47,7 @@ def served(source: str, folder: Path, environment: dict[str, str] | None = None)
 
 
 class _Completions(BaseHTTPRequestHandler):
-    """Streams one completion, a word a chunk."""
+    """Streams one completion, one word per chunk."""
 
     def do_POST(self) -> None:
         self.rfile.read(int(self.headers["content-length"]))
@@ -66,7 +66,7 @@ class _Completions(BaseHTTPRequestHandler):
 
 @contextmanager
 def completions_endpoint() -> Iterator[dict[str, str]]:
-    """The environment for the openai client."""
+    """Serve completions, and yield the environment for the openai client."""
     with ThreadingHTTPServer(("127.0.0.1", 0), _Completions) as server:
         thread = Thread(target=server.serve_forever, args=(0.01,))
         thread.start()

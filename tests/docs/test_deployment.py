@@ -1,4 +1,4 @@
-"""The blocks of docs/deployment.md. Each host's program is started by the command in its first line."""
+"""The blocks of docs/deployment.md. Each program is started with the command in its first line."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.server, pytest.mark.timeout(2 * GUAR
 
 @contextmanager
 def running(command: str, folder: Path, environment: dict[str, str] | None = None) -> Iterator[str]:
-    """Run a server's command line in a folder; give its address once it answers. SIGTERM ends it cleanly."""
+    """Run a server command in a folder and yield its address once it listens. Fails if SIGTERM does not end it."""
     port = free_port()
     program, *arguments = command.split()
     log = folder / f"{program}.log"
@@ -72,7 +72,7 @@ def wait_for_server(port: int, process: subprocess.Popen[bytes]) -> None:
         try:
             socket.create_connection(("127.0.0.1", port), timeout=GUARD_S).close()
         except OSError:
-            assert process.poll() is None, "the server ended"
+            assert process.poll() is None, "the server exited"
             assert time.monotonic() < deadline, "the server does not listen"
             time.sleep(0.02)
         else:
@@ -86,7 +86,7 @@ def events_of(response: httpx.Response) -> Iterator[Event]:
         yield from parser.feed(body)
 
 
-def check_it_streams(app: str, streams: str) -> None:
+def check_streaming(app: str, streams: str) -> None:
     path = httpx.post(f"{app}/words", timeout=GUARD_S).text
     with httpx.stream("GET", streams + path, timeout=GUARD_S) as response:
         events = list(events_of(response))
@@ -95,30 +95,30 @@ def check_it_streams(app: str, streams: str) -> None:
 
 
 @contextmanager
-def an_open_stream(app: str, streams: str) -> Iterator[None]:
-    """Read a stream while its server is told to stop: it ends as it should, and is not cut."""
+def open_stream(app: str, streams: str) -> Iterator[None]:
+    """Read a stream while its server stops, and check that the stream ends properly."""
     path = httpx.post(f"{app}/words", timeout=GUARD_S).text
     with httpx.stream("GET", streams + path, timeout=GUARD_S) as response:
         events = events_of(response)
         assert next(events).data == '"Each"'
         yield
-        assert [event.event for event in events][-1] in ("reconnect", "end")  # at its end if the machine is that slow
+        assert [event.event for event in events][-1] in ("reconnect", "end")  # `end` on a slow machine
 
 
 @pytest.mark.parametrize("name", [name for name in HOSTS if name != "wsgi"])
-def test_a_host_as_printed(name: str, tmp_path: Path) -> None:
+def test_a_host_works_as_printed(name: str, tmp_path: Path) -> None:
     (tmp_path / "app.py").write_text(HOSTS[name].text, "utf-8")
     found = _COMMANDS.match(HOSTS[name].text)
     assert found
     with ExitStack() as stack:
         server = stack.enter_context(running(found[1], tmp_path))
-        check_it_streams(server, server)
-        with an_open_stream(server, server):
+        check_streaming(server, server)
+        with open_stream(server, server):
             stack.close()
 
 
 @pytest.mark.redis
-def test_flask_beside_a_server_of_streams(redis_url: str, tmp_path: Path) -> None:
+def test_flask_with_a_separate_stream_server(redis_url: str, tmp_path: Path) -> None:
     (tmp_path / "app.py").write_text(HOSTS["wsgi"].text, "utf-8")
     found = _COMMANDS.match(HOSTS["wsgi"].text)
     assert found
@@ -126,8 +126,8 @@ def test_flask_beside_a_server_of_streams(redis_url: str, tmp_path: Path) -> Non
     environment = {"REALTIME_SECRET_KEY": SECRET, "REDIS_URL": redis_url}
     with running(flask, tmp_path, environment) as app, ExitStack() as stack:
         streams = stack.enter_context(running(uvicorn, tmp_path, environment))
-        check_it_streams(app, streams)
-        with an_open_stream(app, streams):
+        check_streaming(app, streams)
+        with open_stream(app, streams):
             stack.close()
 
 
@@ -136,7 +136,7 @@ def test_every_host_has_a_program() -> None:
     assert set(HOSTS) == asgi | {"litestar_mount", "flask", "wsgi"}
 
 
-def test_the_lines_that_try_a_host(tmp_path: Path) -> None:
+def test_the_curl_lines_work(tmp_path: Path) -> None:
     if shutil.which("curl") is None:
         missing("curl is not installed")
     (tmp_path / "app.py").write_text(HOSTS["starlette"].text, "utf-8")

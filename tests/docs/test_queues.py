@@ -1,4 +1,4 @@
-"""The guide's programs with job workers, as it says to start them, on a Redis of their own."""
+"""The guide's programs with job workers, started as documented, each with its own Redis."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ GUARD_S = 30.0
 pytestmark = [pytest.mark.slow, pytest.mark.redis, pytest.mark.timeout(3 * GUARD_S)]
 
 
-def test_every_program_with_workers_is_started_by_a_test_as_the_guide_says() -> None:
+def test_every_program_with_workers_is_started_as_documented() -> None:
     assert set(WORKERS) == set(COMMANDS)
     for name, command in COMMANDS.items():
         assert f"$ {command}\n" in WORKERS[name].document.read_text("utf-8")
@@ -38,7 +38,7 @@ def test_every_program_with_workers_is_started_by_a_test_as_the_guide_says() -> 
 
 @contextmanager
 def working(command: str, folder: Path, environment: dict[str, str]) -> Iterator[None]:
-    """Run a worker in a folder. SIGTERM ends it in time, or this fails."""
+    """Run a worker in a folder. Fails if SIGTERM does not end it in time."""
     with (folder / "worker.log").open("w") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", *command.split()],
@@ -62,7 +62,7 @@ def working(command: str, folder: Path, environment: dict[str, str]) -> Iterator
 
 
 @pytest.mark.parametrize("name", WORKERS)
-def test_a_program_of_the_guide_with_workers(name: str, tmp_path: Path, redis_server: RedisServer) -> None:
+def test_a_program_with_workers(name: str, tmp_path: Path, redis_server: RedisServer) -> None:
     environment = {"REDIS_URL": redis_server.url, "REALTIME_SECRET_KEY": SECRET}
     with served(WORKERS[name].text, tmp_path, environment) as url, working(COMMANDS[name], tmp_path, environment):
         handle = httpx.post(f"{url}/count", params={"limit": 3}).json()

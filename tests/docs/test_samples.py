@@ -1,6 +1,6 @@
-"""The samples and tables of docs/protocol.md are what the app answers.
+"""The samples and tables of docs/protocol.md match what the app sends.
 
-What differs from run to run is evened out on both sides: run ids, epochs, the random time of `reconnect`.
+Values that differ from run to run are normalized on both sides: run ids, epochs, the random delay of `reconnect`.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from tests.docs.blocks import ROOT, blocks
 
 SECRET = "a secret that is long enough for the tests"
 NOW = 1_768_469_400.0  # 2026-01-15T09:30:00Z
-ALL_POWERS = {"authorization": f"Bearer {SECRET}"}
-FEED = {**ALL_POWERS, "accept": "text/event-stream"}
+ADMIN = {"authorization": f"Bearer {SECRET}"}
+FEED = {**ADMIN, "accept": "text/event-stream"}
 
 SAMPLES = blocks("sample")
 PROTOCOL = (ROOT / "docs/protocol.md").read_text("utf-8")
 
 
 class WaitingExecutor:
-    """Runs nothing by itself, so that a test sees a run that is QUEUED."""
+    """Executes nothing, so that a test sees a QUEUED run."""
 
     async def enqueue(self, run_id: str, task_id: str) -> None:
         return None
@@ -42,7 +42,7 @@ def make(**settings: Any) -> Realtime:
     return Realtime(secret_key=SECRET, signals=False, clock=lambda: NOW, **settings)
 
 
-def evened(text: str) -> str:
+def normalize(text: str) -> str:
     text = re.sub(r"(run|batch)_[0-9a-f]{26}", r"\1_", text)
     text = re.sub(r"^((?:electric-handle|id): )[0-9a-f]{8}\.", r"\1epoch.", text, flags=re.MULTILINE)
     text = re.sub(r'^(.*"value":\{"id":"run_"),.*(\},"headers":.*)$', r"\1, …\2", text, flags=re.MULTILINE)
@@ -53,8 +53,8 @@ def evened(text: str) -> str:
 
 
 async def body(realtime: Realtime, path: str) -> str:
-    """The whole of a stream that ends."""
-    return (await AsgiClient(realtime).get(path, headers=ALL_POWERS)).body.decode()
+    """The complete body of a stream that ends."""
+    return (await AsgiClient(realtime).get(path, headers=ADMIN)).body.decode()
 
 
 async def ended_run(realtime: Realtime, *chunks: Any) -> str:
@@ -74,7 +74,7 @@ async def unwritten() -> str:
     async with make() as realtime, realtime.open_run("sample") as run:
         await realtime.append("x")
         path = f"/v1/streams/{run.id}/defualt"
-        async with AsgiClient(realtime).stream(path, headers=ALL_POWERS) as response:
+        async with AsgiClient(realtime).stream(path, headers=ADMIN) as response:
             return (await response.chunk()).decode()
 
 
@@ -100,13 +100,13 @@ async def gap() -> str:
 async def reconnect() -> str:
     async with make() as realtime, realtime.open_run("sample") as run:
         path = f"/v1/streams/{run.id}/default"
-        async with AsgiClient(realtime).stream(path, headers=ALL_POWERS) as response:
+        async with AsgiClient(realtime).stream(path, headers=ADMIN) as response:
             await response.chunk()
             realtime.begin_shutdown()
             return (await response.read()).decode()
 
 
-OFFICIAL = {**ALL_POWERS, "trigger-version": "4.8.3"}
+OFFICIAL = {**ADMIN, "trigger-version": "4.8.3"}
 
 
 async def batches() -> str:
@@ -135,7 +135,7 @@ async def shape() -> str:
 
         run = await realtime.trigger(sample)
         path, query = f"/v1/runs/{run.id}", {"offset": "-1", "live": "true"}
-        answer = await AsgiClient(realtime).get(path, headers=ALL_POWERS, query=query)
+        answer = await AsgiClient(realtime).get(path, headers=ADMIN, query=query)
         names = ("cache-control", "content-type", *(name for name in answer.headers if name.startswith("electric-")))
         head = "".join(f"{name}: {answer.headers[name]}\n" for name in names)
         return f"HTTP/1.1 {answer.status_code}\n{head}\n{answer.body.decode()}\n"
@@ -144,18 +144,18 @@ async def shape() -> str:
 async def refetch() -> str:
     async with chatted() as (realtime, handle):
         path, query = f"/v1/runs/{handle.id}", {"offset": "7_0", "handle": "9f3c01d2.0"}
-        answer = await AsgiClient(realtime).get(path, headers=ALL_POWERS, query=query)
+        answer = await AsgiClient(realtime).get(path, headers=ADMIN, query=query)
         assert answer.status_code == 409
         return answer.body.decode()
 
 
 async def feed() -> str:
     async with make(executor=WaitingExecutor()) as realtime:
-        told = anyio.Event()
+        gate = anyio.Event()
 
         @realtime.task("sample")
         async def sample() -> None:
-            await told.wait()
+            await gate.wait()
 
         run = await realtime.trigger(sample)
         async with AsgiClient(realtime).stream(f"/v1/runs/{run.id}", headers=FEED) as response:
@@ -163,7 +163,7 @@ async def feed() -> str:
             async with anyio.create_task_group() as group:
                 group.start_soon(realtime.execute, run.id)
                 parts.append(await response.chunk())
-                told.set()
+                gate.set()
                 parts.append(await response.read())
         return b"".join(parts).decode()
 
@@ -191,19 +191,19 @@ async def run() -> str:
 async def input() -> str:
     async with make() as realtime, realtime.open_run("sample") as run:
         path = f"/v1/streams/{run.id}/input/approval"
-        answer = await AsgiClient(realtime).post(path, headers=ALL_POWERS, body=b'{"data": "yes"}')
+        answer = await AsgiClient(realtime).post(path, headers=ADMIN, body=b'{"data": "yes"}')
         assert await run.input("approval").get() == "yes"
         return answer.body.decode()
 
 
 async def cancel() -> str:
     async with chatted() as (realtime, handle):
-        answer = await AsgiClient(realtime).post(f"/api/v2/runs/{handle.id}/cancel", headers=ALL_POWERS)
+        answer = await AsgiClient(realtime).post(f"/api/v2/runs/{handle.id}/cancel", headers=ADMIN)
         return answer.body.decode()
 
 
 async def post(realtime: Realtime, method: str, path: str, body: bytes) -> Response:
-    answer = await AsgiClient(realtime).request(method, path, headers=ALL_POWERS, body=body)
+    answer = await AsgiClient(realtime).request(method, path, headers=ADMIN, body=body)
     assert answer.status_code in (200, 202), answer.body
     return answer
 
@@ -284,9 +284,9 @@ async def forbidden() -> str:
         return answer.body.decode()
 
 
-REAL: dict[str, Callable[[], Awaitable[str]]] = {
-    made.__name__: made
-    for made in (
+ACTUAL: dict[str, Callable[[], Awaitable[str]]] = {
+    sample.__name__: sample
+    for sample in (
         *(stream, unwritten, failed, gap, reconnect, batches, interrupted, feed, shape, refetch, run, input),
         *(cancel, health, probe, forbidden, triggered, batch, filled, retrieved, metadata, claims),
     )
@@ -294,18 +294,18 @@ REAL: dict[str, Callable[[], Awaitable[str]]] = {
 
 
 def test_every_sample_is_compared() -> None:
-    assert set(REAL) == set(SAMPLES)
+    assert set(ACTUAL) == set(SAMPLES)
 
 
 @pytest.mark.asyncio
 @pytest.mark.parametrize("name", SAMPLES)
 async def test_sample(name: str) -> None:
-    real, printed = evened(await REAL[name]()), evened(SAMPLES[name].text)
+    actual, printed = normalize(await ACTUAL[name]()), normalize(SAMPLES[name].text)
     if SAMPLES[name].language == "json":
-        assert json.loads(real) == json.loads(printed)
-        assert list(json.loads(real)) == list(json.loads(printed))  # the order of the fields
+        assert json.loads(actual) == json.loads(printed)
+        assert list(json.loads(actual)) == list(json.loads(printed))  # the order of the fields
     else:
-        assert real == printed
+        assert actual == printed
 
 
 # Tables
@@ -336,28 +336,28 @@ def test_the_table_of_errors_has_the_status_of_each_code() -> None:
 
 
 @pytest.mark.asyncio
-async def test_refusals_that_are_no_exceptions() -> None:
+async def test_errors_of_the_router() -> None:
     async with chatted() as (realtime, handle):
         for method, path, status, code in (
             ("GET", "/v2/runs", 404, "not_found"),
             ("PATCH", "/v1/runs", 405, "method_not_allowed"),
             ("GET", f"/v1/runs/{handle.id}", 400, "invalid_request"),
         ):
-            answer = await AsgiClient(realtime).request(method, path, headers=ALL_POWERS)
+            answer = await AsgiClient(realtime).request(method, path, headers=ADMIN)
             assert (answer.status_code, json.loads(answer.body)["code"]) == (status, code)
 
 
-def test_the_reasons_of_ends_are_all_told() -> None:
+def test_all_end_reasons_are_documented() -> None:
     reasons = set(re.findall(r"^\| `(\w+)` \|", section(4), re.MULTILINE))
     assert reasons - {"reason"} == {*END_REASONS.values(), "token_expired", "lost"}
 
 
-def test_all_statuses_are_told() -> None:
+def test_all_statuses_are_documented() -> None:
     row = next(line for line in section(6).splitlines() if line.startswith("| `status` |"))
     assert set(re.findall(r"`([A-Z_]+)`", row)) == set(Status)
 
 
-def test_the_columns_of_a_row_are_all_told() -> None:
+def test_all_columns_are_documented() -> None:
     table = section(5).partition("### 5.2")[2].partition("| column |")[2].partition("\n\n")[0]
     assert set(re.findall(r"`(\w+)`", "".join(line.split("|")[1] for line in table.splitlines()[1:]))) == set(
         json.loads(shapes.schema())
@@ -366,20 +366,20 @@ def test_the_columns_of_a_row_are_all_told() -> None:
     assert set(re.findall(r"`([A-Z_]+)`", statuses)) == set(shapes.WIRE_STATUS.values())
 
 
-def test_cors_is_told() -> None:
-    told = section(11)
-    assert {f"`{name}`" for name in EXPOSED.decode().split(", ")} <= set(re.findall(r"`[\w-]+`", told))
-    assert f"`{METHODS.decode()}`" in told
-    assert f"`Access-Control-Max-Age: {Cors().max_age}`" in told
+def test_cors_headers_are_documented() -> None:
+    text = section(11)
+    assert {f"`{name}`" for name in EXPOSED.decode().split(", ")} <= set(re.findall(r"`[\w-]+`", text))
+    assert f"`{METHODS.decode()}`" in text
+    assert f"`Access-Control-Max-Age: {Cors().max_age}`" in text
 
 
 @pytest.mark.asyncio
 @pytest.mark.parametrize("prefix", ["", "/realtime", "/realtime/realtime"])
-async def test_every_route_of_the_table_is_there(prefix: str) -> None:
+async def test_documented_routes_exist(prefix: str) -> None:
     rows = re.findall(r"^\| `(GET|HEAD|POST|PUT) (/[^`?]+)(\?[^`]*)?` \|", section(1), re.MULTILINE)
     assert len(rows) == 23
     async with make() as realtime:
         for method, path, _ in rows:
-            real = prefix + re.sub(r"\{\w+\}", "x", path)
-            answer = await AsgiClient(realtime).request(method, real)
-            assert answer.status_code == (200 if path == "/v1/health" else 401), real
+            full_path = prefix + re.sub(r"\{\w+\}", "x", path)
+            answer = await AsgiClient(realtime).request(method, full_path)
+            assert answer.status_code == (200 if path == "/v1/health" else 401), full_path

@@ -1,4 +1,4 @@
-"""What docs/scaling.md says of Redis, tried with a Redis."""
+"""The claims of docs/scaling.md about Redis, checked with a real Redis."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SCRIPTS = Path(asgi_realtime.brokers.redis.__file__).parent / "lua"
 
 @pytest.mark.redis
 @pytest.mark.asyncio
-async def test_a_user_with_these_rules_can_do_everything(redis_server: RedisServer) -> None:
+async def test_the_documented_rules_are_sufficient(redis_server: RedisServer) -> None:
     url = redis_server.add_user("app", "secret", *RULES)
     timeouts = Timeouts(tick=0.02, lease=0.3, append=3)
     retention = Retention(after_end=0.2, stream_bytes=1000)
@@ -46,6 +46,6 @@ async def test_a_user_with_these_rules_can_do_everything(redis_server: RedisServ
     assert redis_server.command("ACL", "LOG") == []
 
 
-def test_the_rules_name_what_the_scripts_call() -> None:
+def test_the_rules_include_the_commands_of_the_scripts() -> None:
     called = chain.from_iterable(re.findall(r"\bcall\('(\w+)'", path.read_text()) for path in SCRIPTS.glob("*.lua"))
     assert {f"+{command.lower()}" for command in called} <= set(RULES)

@@ -1,4 +1,4 @@
-"""Every block of code in the documents does what the text around it says."""
+"""Every code block in the documents does what the text around it claims."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import types
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import httpx
 import pytest
@@ -26,6 +26,7 @@ from asgi_realtime.brokers.redis import RedisBroker
 from asgi_realtime.testing import AsgiClient, Event, EventParser
 from tests.docs.blocks import BLOCKS, CODE, ROOT, Block, blocks
 from tests.docs.programs import completions_endpoint, served
+from tests.requirements import missing
 
 SECRET = "a secret that is long enough for the tests"
 WORDS = "Each word is sent as soon as it is produced.".split()
@@ -33,15 +34,9 @@ WORDS = "Each word is sent as soon as it is produced.".split()
 FRAGMENTS = blocks("fragment")
 PROGRAMS = blocks("program")
 NEEDS = {"options": "tasks", "batches": "tasks"}
-"""Fragments that go on from another one."""
+"""Fragments that continue another one."""
 
 Names = dict[str, Any]
-
-
-def missing(what: str) -> NoReturn:
-    if os.environ.get("REQUIRE_ALL"):
-        pytest.fail(what)
-    pytest.skip(what)
 
 
 @pytest.mark.parametrize("block", [block for block in BLOCKS if block.language in CODE], ids=str)
@@ -73,7 +68,7 @@ async def finished_run(realtime: Realtime) -> str:
 
 
 async def execute(block: Block, names: Names) -> None:
-    """Run a block that may have `await` at its top level. Tracebacks show the line in the document."""
+    """Run a block that can have `await` at the top level. Tracebacks show the line in the document."""
     source = "\n" * (block.line - 1) + block.text
     flags = ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
     code = compile(source, str(block.document), "exec", flags=flags, dont_inherit=True)
@@ -115,7 +110,7 @@ async def check_limits(names: Names, printed: str) -> None:
 
 
 async def check_hypercorn(names: Names, printed: str) -> None:
-    assert names["hypercorn"].watch(names["realtime"]) is False  # it is another server's process
+    assert names["hypercorn"].watch(names["realtime"]) is False  # another server runs in this process
 
 
 async def check_client(names: Names, printed: str) -> None:
@@ -220,7 +215,7 @@ async def check_shared(names: Names, printed: str) -> None:
 
 
 async def check_sentinel(names: Names, printed: str) -> None:
-    assert isinstance(names["realtime"].broker, RedisBroker)  # tests/brokers/test_redis_faults.py has real ones
+    assert isinstance(names["realtime"].broker, RedisBroker)  # tests/brokers/test_redis_faults.py uses real ones
 
 
 async def check_redact(names: Names, printed: str) -> None:
@@ -253,7 +248,7 @@ async def check_mounts(names: Names, printed: str) -> None:
     assert json.loads((await AsgiClient(app).get("/api/users")).body) == []
 
 
-async def browser_may_read(names: Names) -> None:
+async def assert_browser_access(names: Names) -> None:
     origin = {"origin": "https://app.example"}
     asks = {"access-control-request-method": "POST", "access-control-request-headers": "authorization,trigger-version"}
     path = "/realtime/api/v1/tasks/chat/trigger"
@@ -265,11 +260,11 @@ async def browser_may_read(names: Names) -> None:
 
 
 async def check_outermost(names: Names, printed: str) -> None:
-    await browser_may_read(names)
+    await assert_browser_access(names)
 
 
 async def check_exposed(names: Names, printed: str) -> None:
-    await browser_may_read(names)
+    await assert_browser_access(names)
 
 
 async def check_prefixed(names: Names, printed: str) -> None:
@@ -278,7 +273,7 @@ async def check_prefixed(names: Names, printed: str) -> None:
         async with httpx.AsyncClient(transport=transport, base_url="http://host") as http:
             url = (await http.post("/start")).json()
             assert url.startswith(f"{prefix}/realtime/v1/streams/")
-            assert '"you!"' in (await http.get(url.removeprefix(prefix))).text  # as the proxy does
+            assert '"you!"' in (await http.get(url.removeprefix(prefix))).text  # the proxy strips the prefix
 
 
 CHECKS: dict[str, Callable[[Names, str], Awaitable[None]]] = {
@@ -294,7 +289,7 @@ def test_every_fragment_has_a_check() -> None:
 @pytest.mark.parametrize("name", FRAGMENTS)
 async def test_fragment(name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     module = types.ModuleType("fragment")
-    monkeypatch.setitem(sys.modules, "fragment", module)  # where the annotations of its classes are looked up
+    monkeypatch.setitem(sys.modules, "fragment", module)  # its classes resolve annotations in it
     names = vars(module)
     async with Realtime(secret_key=SECRET, signals=False) as realtime:
         run = await realtime.get_run(await finished_run(realtime))
@@ -327,7 +322,7 @@ def smallest(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 def events_of(url: str, headers: dict[str, str] | None = None) -> list[Event]:
-    """All events of a stream that ends, asked for as an EventSource does."""
+    """All events of a stream that ends, requested like an EventSource."""
     parser = EventParser()
     headers = {"accept": "text/event-stream", **(headers or {})}
     with httpx.stream("GET", url, headers=headers, timeout=10) as response:
@@ -336,7 +331,7 @@ def events_of(url: str, headers: dict[str, str] | None = None) -> list[Event]:
 
 
 @pytest.mark.slow
-def test_the_curl_line_works_as_printed(smallest: str) -> None:
+def test_the_curl_line_works(smallest: str) -> None:
     if shutil.which("curl") is None:
         missing("curl is not installed")
     line = blocks("curl")["smallest"].text.replace("localhost:8000", smallest.removeprefix("http://"))
@@ -397,7 +392,7 @@ def test_the_program_with_a_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_conformance_suite_as_the_architecture_says(tmp_path: Path) -> None:
+def test_the_documented_conformance_suite_runs(tmp_path: Path) -> None:
     (block,) = blocks("conformance").values()
     (tmp_path / "test_broker.py").write_text(block.text, "utf-8")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "retried_append", "--rootdir", "."]
@@ -406,7 +401,7 @@ def test_the_conformance_suite_as_the_architecture_says(tmp_path: Path) -> None:
     assert " passed" in done.stdout
 
 
-# What else the documents say
+# Facts
 
 
 _SIZE = re.compile(r"(\d+)(?: (KiB|MiB|h))?")
@@ -414,7 +409,7 @@ _UNITS = {"": 1, "KiB": 1024, "MiB": 1024 * 1024, "h": 3600}
 _ROW = re.compile(r"^\| `(Limits|Retention|Timeouts)\.(\w+)` \| ([^|]+) \|", re.MULTILINE)
 
 
-def test_the_table_of_limits_is_right() -> None:
+def test_the_table_of_limits_has_the_defaults() -> None:
     rows = _ROW.findall((ROOT / "README.md").read_text("utf-8"))
     assert len(rows) > 15
     defaults = {kind.__name__: kind() for kind in (Limits, Retention, Timeouts)}
@@ -424,7 +419,7 @@ def test_the_table_of_limits_is_right() -> None:
         assert getattr(defaults[kind], name) == int(found[1]) * _UNITS[found[2] or ""], name
 
 
-def test_settings_that_the_documents_name_exist() -> None:
+def test_documented_settings_exist() -> None:
     known = {kind.__name__.lower(): {field.name for field in fields(kind)} for kind in (Limits, Retention, Timeouts)}
     for document in sorted({block.document for block in BLOCKS}):
         for kind, name in re.findall(
@@ -433,7 +428,7 @@ def test_settings_that_the_documents_name_exist() -> None:
             assert any(known_name.startswith(name) for known_name in known[kind.lower()]), f"{document.name}: {name}"
 
 
-def test_links_lead_somewhere() -> None:
+def test_links_are_valid() -> None:
     for document in sorted({block.document for block in BLOCKS}):
         for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", document.read_text("utf-8")):
             if not target.startswith("http"):

@@ -1,4 +1,4 @@
-"""The test that docs/testing.md prints, run by pytest as a reader would."""
+"""The test in docs/testing.md, run by pytest as a reader would."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def run_pytest(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(90)
-def test_the_test_of_a_stream_passes_and_can_fail(tmp_path: Path) -> None:
+def test_the_documented_test_passes_and_can_fail(tmp_path: Path) -> None:
     printed = blocks("pytest")["stream"].text
     lines = printed[printed.index("@pytest") :].splitlines()
-    assert len(lines) - 1 <= 10, "it says: in ten lines"
+    assert len(lines) - 1 <= 10, "the document promises ten lines"
     (tmp_path / "app.py").write_text(blocks("program")["smallest"].text)
     (tmp_path / "test_words.py").write_text(printed)
     (tmp_path / "test_other_words.py").write_text(printed.replace('"Each"', '"Every"'))
@@ -35,7 +35,7 @@ def test_the_test_of_a_stream_passes_and_can_fail(tmp_path: Path) -> None:
     assert "FAILED test_other_words.py" in done.stdout
 
 
-def test_the_plugin_loads_no_extra_into_the_tests_of_others() -> None:
+def test_the_plugin_imports_no_optional_dependencies() -> None:
     heavy = "starlette.testclient hypothesis httpx trio redis fastapi".split()
     script = f"import sys, asgi_realtime.testing.plugin; print(sorted(set({heavy}) & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

@@ -1,4 +1,4 @@
-"""What docs/trigger-dev.md says of a frontend's code, and of the hooks that there are."""
+"""The claims of docs/trigger-dev.md about frontend code and hooks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.server]
 
 
 @pytest.mark.parametrize("block", [one for one in BLOCKS if (one.document, one.language) == (DOCUMENT, "tsx")], ids=str)
-def test_the_types_of_a_frontend_are_right(block: Block, tmp_path: Path) -> None:
+def test_frontend_code_type_checks(block: Block, tmp_path: Path) -> None:
     node_binary()
     (tmp_path / "node_modules").symlink_to(npm_packages(REACT_APP) / "node_modules")
     shutil.copy(REACT_APP / "tsconfig.json", tmp_path)
@@ -30,7 +30,7 @@ def test_the_types_of_a_frontend_are_right(block: Block, tmp_path: Path) -> None
     assert done.returncode == 0, done.stdout
 
 
-def test_every_hook_is_in_the_table() -> None:
+def test_every_hook_is_documented() -> None:
     program = "import('@trigger.dev/react-hooks').then((all) => console.log(JSON.stringify(Object.keys(all))))"
     command = [node_binary(), "--eval", program]
     done = subprocess.run(command, cwd=npm_packages(REACT_APP), capture_output=True, text=True, check=True)
