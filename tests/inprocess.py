@@ -1,4 +1,4 @@
-"""What tests of the in-process API share: a quick `Realtime`, a clock moved by hand, waiting for a fact."""
+"""Shared by tests of the in-process API: a fast `Realtime`, a manual clock, and waiting for a condition."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ GUARD_S = 5.0
 
 
 class FakeClock:
-    """Unix seconds, moved by hand."""
+    """Unix seconds, set by the test."""
 
     def __init__(self) -> None:
         self.seconds = 1_700_000_000.0
@@ -32,9 +32,9 @@ def make_realtime(**options: Any) -> Realtime:
 
 
 async def until(fact: Callable[[], object]) -> None:
-    """Wait until something is so."""
+    """Wait until a condition holds."""
     with anyio.fail_after(GUARD_S):
-        while not fact():  # noqa: ASYNC110 - of threads too, and of what has no event
+        while not fact():  # noqa: ASYNC110 - it can depend on threads, or have no event
             await anyio.sleep(0.001)
 
 
@@ -46,7 +46,7 @@ async def ended(realtime: Realtime, run: RunLike) -> RunRecord:
 
 
 def run_without_anyio(main: Callable[[], Coroutine[Any, Any, None]], backend: str) -> None:
-    """Run a program on a loop of its own as servers do: anyio's runner sets a variable that its functions look at."""
+    """Run a program on a new event loop, as servers do. anyio's runner sets a context variable that it reads."""
     if backend == "asyncio":
         asyncio.run(asyncio.wait_for(main(), GUARD_S))
     else:

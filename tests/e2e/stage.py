@@ -89,7 +89,7 @@ class Stage:
             if "pid" in record.metadata:
                 pid: int = record.metadata["pid"]
                 return pid
-        raise AssertionError("it ended without saying who executes it")
+        raise AssertionError("it ended without the pid of its process")
 
     async def chunks(self, handle: RunLike) -> list[Any]:
         """All chunks of an ended run, however it ended."""

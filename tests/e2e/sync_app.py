@@ -52,9 +52,9 @@ def wait_in_a_thread() -> str:
     def wait() -> None:
         try:
             begun.set()
-            next(realtime.sync.subscribe_to_runs_with_tag("nobody has this tag"))
+            next(realtime.sync.subscribe_to_runs_with_tag("unused"))
         except RealtimeError as exc:
-            os.write(1, f"the thread was told: {type(exc).__name__}\n".encode())
+            os.write(1, f"the thread got {type(exc).__name__}\n".encode())
 
     threading.Thread(target=wait, daemon=False).start()  # a thread inherits daemon otherwise
     begun.wait()

@@ -64,12 +64,12 @@ def test_the_app_notices_a_disconnected_reader(plain: tuple[str, Certificate]) -
     url, certificate = plain
     with Visitor(url, certificate.trust) as host, Visitor(url, certificate.trust) as visitor:
         run = host.post("/open")
-        wait_for(lambda: host.count() == 0, "those of other tests are still there")
+        wait_for(lambda: host.count() == 0, "subscribers of other tests remain")
         with ExitStack() as stack:
             for _ in range(10):
                 stack.enter_context(visitor.stream(run))
-            wait_for(lambda: host.count() == 10, "nobody reads")
-        wait_for(lambda: host.count() == 0, "the app was not told")
+            wait_for(lambda: host.count() == 10, "not all readers are subscribed")
+        wait_for(lambda: host.count() == 0, "the app did not notice the disconnect")
 
 
 def test_heartbeats_pass_through(plain: tuple[str, Certificate]) -> None:

@@ -1,4 +1,4 @@
-"""Celery's workers as the guide has them: processes made by fork, which acknowledge before the work or after it."""
+"""Celery workers as in the guide: forked processes that acknowledge before the work or after it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ async def stage(request: pytest.FixtureRequest, redis_url: str, tmp_path: Path) 
 
 @either_acknowledgement
 async def test_a_worker_executes_with_full_context(stage: Stage) -> None:
-    for number in range(3):  # each process of the worker, and one of them again
+    for number in range(3):  # each process of the worker, and one of them twice
         handle = await stage.realtime.trigger("context", {"count": 100}, tags=["user:1"])
         assert await stage.worker_of(handle) != os.getpid()
         await stage.realtime.send_input(handle, "first", number)

@@ -42,7 +42,7 @@ WATCH = """
       new MutationObserver(note).observe(document, { subtree: true, childList: true, characterData: true });
     });
 """
-"""Put into each page: every EventSource that it makes and how often it connected, every length that the answer had."""
+"""Runs in each page and records every EventSource, how often it connected, and every length that the answer had."""
 
 
 @pytest.fixture(scope="module", params=["fastapi_app", "litestar_app", "quart_app"])
@@ -59,7 +59,7 @@ def server(fake: FakeModel) -> Iterator[Server]:
 
 @pytest.fixture
 def context(chromium: Browser) -> Iterator[BrowserContext]:
-    """A browser of its own, so a user of its own. Fails if a script of the page did."""
+    """A new browser profile, so a new user. Fails if a script of the page failed."""
     context = chromium.new_context()
     context.set_default_timeout(GUARD_S * 1000)
     context.add_init_script(WATCH)
@@ -145,12 +145,12 @@ def test_an_answer_comes_token_by_token_and_is_the_output(any_server: Server, pa
     run = load_run(page, any_server, run_id)
     assert answer(page) == run["output"]["text"]
     assert page.text_content("#progress") == f"{run['metadata']['tokens']} tokens"
-    assert page.evaluate("lengths.size") > run["metadata"]["tokens"] / 10  # drawn as it came, and not at the end
+    assert page.evaluate("lengths.size") > run["metadata"]["tokens"] / 10  # drawn as it arrived, not at the end
     assert page.evaluate("mostAtOnce") == 2
     assert page.evaluate("opened.filter(isOpen).length") == 1  # the stream was closed at its end
 
 
-def test_a_reload_in_mid_answer_goes_on_without_a_missing_or_doubled_token(
+def test_a_reload_in_mid_answer_resumes_without_a_missing_or_doubled_token(
     server: Server, page: Page, held: FakeModel
 ) -> None:
     open_chat(page, server)
@@ -177,7 +177,7 @@ def test_a_lost_connection_resumes_without_a_missing_or_doubled_token(
         open_chat(page, through_relay)
         run_id = ask_and_hold(page, held)
         relay.cut()
-        # The browser comes back by itself, and names the last token that it has.
+        # The browser reconnects and sends the id of the last token that it has.
         page.wait_for_function("opened.filter(isOpen).map((source) => source.times).join() === '2,2'")
         held.let_go()
 
@@ -185,7 +185,7 @@ def test_a_lost_connection_resumes_without_a_missing_or_doubled_token(
         assert answer(page) == load_run(page, server, run_id)["output"]["text"]
 
 
-def test_runs_that_a_restart_has_forgotten_go_off_the_page(page: Page, held: FakeModel) -> None:
+def test_runs_lost_in_a_restart_disappear_from_the_page(page: Page, held: FakeModel) -> None:
     key, port = "a fixed key for tests, 32 bytes or more", str(free_port())
     environment = {**held.environment, "REALTIME_SECRET_KEY": key, "PORT": port}
     with example("fastapi_app", environment) as before:
@@ -214,7 +214,7 @@ def test_stop_ends_the_run_and_keeps_the_partial_answer(server: Server, page: Pa
     assert page.is_hidden("#stop")
 
     page.click("#new")
-    page.click(f"[data-run={run_id}]")  # a past run shows what it has, as often as one asks
+    page.click(f"[data-run={run_id}]")  # a past run can be shown again at any time
     wait_for_end(page, "CANCELED")
     assert answer(page) == partial
 
@@ -232,7 +232,7 @@ def test_the_list_of_runs_follows_what_happens_in_another_tab(
     other.wait_for_selector(f"{row} [data-status=EXECUTING]")
     assert other.text_content(f"{row} .text") == QUESTION
 
-    other.click(row)  # and the answer can be read there too
+    other.click(row)  # the answer can be read there too
     wait_for_text(other, len(answer(page)))
     held.let_go()
     other.wait_for_selector(f"{row} [data-status=COMPLETED]")
@@ -272,7 +272,7 @@ def test_the_feed_is_dropped_while_the_tab_is_hidden(server: Server, page: Page)
 
 
 def plain_event_source(page: Page, path: str) -> list[str]:
-    """Read a stream with an EventSource that nobody closes, until it gives up. Returns what was requested."""
+    """Read a stream with an EventSource that the page never closes, until it gives up. Returns the requested URLs."""
     requested: list[str] = []
 
     def note(request: Request) -> None:
@@ -288,14 +288,14 @@ def plain_event_source(page: Page, path: str) -> list[str]:
     return requested
 
 
-def test_a_browser_stops_at_the_end_of_a_stream_that_nobody_closes(server: Server, page: Page) -> None:
+def test_a_browser_stops_at_the_end_of_a_stream_that_the_page_never_closes(server: Server, page: Page) -> None:
     open_chat(page, server)
     run_id = ask(page, "Say hello.")
     wait_for_end(page, "COMPLETED")
     token = page.request.post(f"{server.url}/session").json()["token"]
     page.evaluate("opened.forEach((source) => source.close())")
 
-    # EventSource reconnects by itself after the end, and the 204 that it gets then stops it for good.
+    # EventSource reconnects after the end, and a 204 then stops it permanently.
     path = f"realtime/v1/streams/{run_id}/default?access_token={token}"
     assert len(plain_event_source(page, path)) == 2
 
@@ -317,7 +317,7 @@ def test_a_browser_stops_at_the_end_of_an_empty_stream(server: Server, page: Pag
 
 @pytest.mark.model
 def test_ctrl_c_in_mid_answer_ends_server_and_model_at_once(model_path: Path, page: Page) -> None:
-    with example("fastapi_app", {}) as server:  # with a model of its own, as `make demo` starts it
+    with example("fastapi_app", {}) as server:  # with its own model, as `make demo` starts it
         children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
         assert len(children) == 1
         open_chat(page, server)

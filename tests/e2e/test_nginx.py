@@ -1,4 +1,4 @@
-"""Behind a real nginx, with the configuration that docs/deployment.md prints: what passes, when, and what cuts it."""
+"""A real nginx in front, with the configuration in docs/deployment.md: what passes, when, and what cuts a stream."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SITE = blocks("nginx")["site"].text
 
 @dataclass
 class Front:
-    """nginx before an app, and what starts another app behind it."""
+    """nginx in front of an app, and the ports to start another app."""
 
     folder: Path
     certificate: Certificate
@@ -41,7 +41,7 @@ class Front:
 
 
 def site(certificate: Certificate, port: int, app_port: int, changes: dict[str, str]) -> str:
-    """The site of the document, with our ports and files, and with changes, each of which must find its place."""
+    """The site of the document, with our ports and files, and with changes, each of which must match."""
     ours = {
         "127.0.0.1:8000": f"127.0.0.1:{app_port}",
         "listen 443": f"listen 127.0.0.1:{port}",
@@ -112,13 +112,13 @@ def test_many_streams_share_one_connection_of_http2(plain: Front) -> None:
         visitor.http.close()
 
 
-def test_a_reader_who_goes_is_noticed_by_the_app(plain: Front) -> None:
+def test_the_app_notices_a_disconnected_reader(plain: Front) -> None:
     with plain.visitor() as host, plain.visitor() as visitor:
         run = host.post("/open")
-        wait_for(lambda: host.count() == 0, "those of other tests are still there")
+        wait_for(lambda: host.count() == 0, "subscribers of other tests remain")
         with visitor.stream(run):
-            wait_for(lambda: host.count() == 1, "nobody reads")
-        wait_for(lambda: host.count() == 0, "the app was not told")
+            wait_for(lambda: host.count() == 1, "the reader is not subscribed")
+        wait_for(lambda: host.count() == 0, "the app did not notice the disconnect")
 
 
 def test_no_token_is_in_the_access_log(quiet_app: int, tmp_path: Path) -> None:
@@ -156,10 +156,10 @@ def test_the_header_of_the_library_is_enough_against_buffering(quiet_app: int, t
     ],
     ids=["http1", "http1 with tls", "http2", "http1, gzip", "http1 with tls, gzip", "http2, gzip"],
 )
-def test_where_the_header_is_ignored_a_quiet_stream_may_be_held_to_its_end(
+def test_where_the_header_is_ignored_a_quiet_stream_can_be_held_to_its_end(
     beating_app: int, tmp_path: Path, changes: dict[str, str], http2: bool, held: bool
 ) -> None:
-    """What the others would see if nginx buffered: this is how they could fail."""
+    """Proof that the other tests can fail: this is what they would see if nginx buffered."""
     with front(tmp_path, BUFFERED | changes, app_port=beating_app) as found:
         url = found.url if " ssl http2" not in changes else found.url.replace("https", "http")
         host = Visitor(url, found.certificate.trust)
@@ -169,7 +169,7 @@ def test_where_the_header_is_ignored_a_quiet_stream_may_be_held_to_its_end(
 
 
 def check_a_quiet_stream(host: Visitor, visitor: Visitor, *, held: bool) -> None:
-    wait_for(lambda: host.count() == 0, "subscribers of other tests are still there")
+    wait_for(lambda: host.count() == 0, "subscribers of other tests remain")
     run = host.post("/open")
     arrived = threading.Event()
     events: list[str] = []
@@ -182,7 +182,7 @@ def check_a_quiet_stream(host: Visitor, visitor: Visitor, *, held: bool) -> None
 
     reader = threading.Thread(target=read)
     reader.start()
-    wait_for(lambda: host.count() == 1, "nobody reads")
+    wait_for(lambda: host.count() == 1, "the reader is not subscribed")
     host.post("/append", run=run["id"], chunk="quiet")
     assert arrived.wait(1 if held else GUARD_S) is not held
     host.post("/end", run=run["id"])
@@ -201,9 +201,9 @@ def test_a_read_timeout_shorter_than_the_heartbeat_cuts_and_the_reader_resumes(q
             event = stream.event()
             with pytest.raises(httpx.RemoteProtocolError):
                 stream.rest()
-        visitor.post("/append", run=run["id"], chunk="meanwhile")
+        visitor.post("/append", run=run["id"], chunk="second")
         with visitor.stream(run, last_event_id=event.id) as stream:
-            assert stream.event().json() == "meanwhile"
+            assert stream.event().json() == "second"
 
 
 def test_a_read_timeout_longer_than_the_heartbeat_cuts_nothing(beating_app: int, tmp_path: Path) -> None:
@@ -233,7 +233,7 @@ STRIPPED = blocks("nginx")["stripped"].text
 KEPT = "location /api/ { proxy_pass http://app; }"
 
 
-def test_a_prefix_that_the_proxy_takes_off(tmp_path: Path) -> None:
+def test_a_prefix_that_the_proxy_strips(tmp_path: Path) -> None:
     assert "uvicorn app:app --root-path /api" in STRIPPED
     with served(tmp_path, with_location(STRIPPED), "--root-path", "/api") as found, found.visitor() as visitor:
         visitor.url += "/api"
@@ -241,7 +241,7 @@ def test_a_prefix_that_the_proxy_takes_off(tmp_path: Path) -> None:
         assert visitor.http.get(f"{found.url}/api/realtimeX").status_code == 404
 
 
-def test_a_prefix_that_the_proxy_leaves(tmp_path: Path) -> None:
+def test_a_prefix_that_the_proxy_keeps(tmp_path: Path) -> None:
     with served(tmp_path, with_location(KEPT), PREFIX="/api/realtime") as found, found.visitor() as visitor:
         check_chunks_come_as_they_are_written(visitor, prefix="/api/realtime")
         assert visitor.http.get(f"{found.url}/realtime/v1/health").status_code == 404
@@ -263,7 +263,7 @@ def test_an_app_that_is_killed_cuts_the_stream(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("http2", [False, True], ids=["http1", "http2"])
-def test_an_app_that_is_told_to_stop_ends_its_streams(tmp_path: Path, http2: bool) -> None:
+def test_an_app_that_shuts_down_ends_its_streams(tmp_path: Path, http2: bool) -> None:
     with front(tmp_path) as found, app(tmp_path, port=found.app_port) as process:
         with found.visitor(http2=http2) as visitor:
             run = visitor.post("/open")
@@ -275,7 +275,7 @@ def test_an_app_that_is_told_to_stop_ends_its_streams(tmp_path: Path, http2: boo
         assert process.wait(GUARD_S) in (0, -signal.SIGTERM)
 
 
-def test_what_a_writer_streams_comes_before_its_request_ends(plain: Front) -> None:
+def test_chunks_of_a_writer_arrive_before_its_request_ends(plain: Front) -> None:
     with plain.visitor() as visitor:
         run = visitor.post("/open")
         read = threading.Event()
@@ -319,7 +319,7 @@ def test_a_browser_opens_six_streams_over_http1_and_all_over_http2(
 ) -> None:
     changes = {} if http2 else {"ssl http2;": "ssl;"}
     with front(tmp_path, changes, app_port=quiet_app) as found, found.visitor() as host:
-        wait_for(lambda: host.count() == 0, "subscribers of other tests are still there")
+        wait_for(lambda: host.count() == 0, "subscribers of other tests remain")
         run = host.post("/open")
         context = chromium.new_context(ignore_https_errors=True)
         page = context.new_page()
@@ -333,8 +333,8 @@ def test_a_browser_opens_six_streams_over_http1_and_all_over_http2(
         )
         assert (fetched, page.evaluate(OPENED), host.count()) == (True if http2 else None, expected, expected)
         page.evaluate("sources[0].close()")
-        if http2:  # the connection stays, and the app hears of it all the same
-            wait_for(lambda: host.count() == 7, "the app was not told")
-        else:  # the next one has its place
+        if http2:  # the app notices although the connection stays open
+            wait_for(lambda: host.count() == 7, "the app did not notice the disconnect")
+        else:  # the next one gets its connection
             page.wait_for_function("sources[6].readyState === EventSource.OPEN")
         context.close()

@@ -274,7 +274,7 @@ def test_a_refused_token_is_shown_and_not_retried(chat: Chat, page: Page, token:
     assert requests_while_idle(page, chat) == []
 
 
-def test_a_refused_trigger_is_shown(chat: Chat, page: Page, errors: list[str]) -> None:
+def test_a_rejected_trigger_is_shown(chat: Chat, page: Page, errors: list[str]) -> None:
     replace_tokens(page, chat, triggerToken=lambda tag: minted("trigger:tasks:publish"))
     page.goto(chat.url)
     page.fill("textarea", QUESTION)

@@ -98,11 +98,11 @@ def test_use_realtime_run_follows_a_run_to_its_end(site: Site, hook: Hook) -> No
 
 
 def test_use_realtime_run_skips_columns(site: Site, hook: Hook) -> None:
-    run = site.trigger("echo", "said", metadata={"step": 0})
+    run = site.trigger("echo", "hello", metadata={"step": 0})
     hook.use("useRealtimeRun", run.id, token=run.token, skipColumns=["payload"])
     state = hook.until("hook.run?.isCompleted")
     assert "payload" not in state["run"]
-    assert (state["run"]["output"], state["run"]["metadata"]) == ("said", {"step": 0})
+    assert (state["run"]["output"], state["run"]["metadata"]) == ("hello", {"step": 0})
 
 
 def test_use_realtime_runs_with_tag_follows_new_runs_and_changes(site: Site, hook: Hook) -> None:
@@ -119,14 +119,14 @@ def test_use_realtime_runs_with_tag_follows_new_runs_and_changes(site: Site, hoo
 
 
 def test_use_realtime_batch_follows_all_runs(site: Site, hook: Hook) -> None:
-    items = [["steps", {"count": 1}], ["echo", "said"], ["unlucky", None]]
+    items = [["steps", {"count": 1}], ["echo", "hello"], ["unlucky", None]]
     batch = site.post("batch_trigger", items=items)
     hook.use("useRealtimeBatch", batch["id"], token=batch["publicAccessToken"])
     hook.until("hook.runs.map((run) => run.status).sort().join() === 'COMPLETED,EXECUTING,FAILED'")
     site.send(batch["runs"][0], "next", "go")
     state = hook.until("hook.runs.filter((run) => run.isSuccess).length === 2")
     found = {run["id"]: run.get("output") or run["error"]["message"] for run in state["runs"]}
-    assert [found[run_id] for run_id in batch["runs"]] == [{"received": ["go"]}, "said", "no luck"]
+    assert [found[run_id] for run_id in batch["runs"]] == [{"received": ["go"]}, "hello", "no luck"]
 
 
 def test_use_realtime_run_with_streams_returns_all_streams_of_a_run(site: Site, hook: Hook) -> None:
@@ -164,9 +164,9 @@ def test_use_input_stream_send_reaches_the_run(site: Site, hook: Hook) -> None:
     run = site.trigger("steps", {"count": 1})
     hook.use("useInputStreamSend", "next", run.id, token=run.token)
     hook.until("hook.isReady")
-    hook.call("send({ words: 'go on' })")
-    site.until(lambda: load_run(site, run)["status"] == "COMPLETED", "the run goes on")
-    assert load_run(site, run)["output"] == {"received": [{"words": "go on"}]}
+    hook.call("send({ words: 'next' })")
+    site.until(lambda: load_run(site, run)["status"] == "COMPLETED", "the run completes")
+    assert load_run(site, run)["output"] == {"received": [{"words": "next"}]}
 
 
 def test_use_realtime_stream_has_every_part_once(site: Site, hook: Hook) -> None:

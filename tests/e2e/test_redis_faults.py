@@ -1,6 +1,6 @@
-"""A browser follows a run of another process while something happens to Redis: the answer is complete, or clearly lost.
+"""A browser follows a run of another process while Redis fails: the answer is complete, or clearly lost.
 
-Two real uvicorns share a Redis: one executes the runs, the other serves the browser. Nothing is restarted but Redis.
+Two real uvicorns share a Redis: one executes the runs, the other serves the browser. Only Redis restarts.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.redis, pytest.mark.asyncio, pytest.m
 
 @dataclass
 class Browser:
-    """An EventSource: it comes back after a body that ends or breaks, with the last id; any answer but 200 ends it."""
+    """An EventSource: reconnects with the last id when a body ends or breaks; a status other than 200 ends it."""
 
     http: httpx.AsyncClient
     url: str
@@ -43,7 +43,7 @@ class Browser:
                 await self._open()
             except httpx.TransportError:
                 pass
-            await asyncio.sleep(0.02)  # a browser waits for longer
+            await asyncio.sleep(0.02)  # a browser waits longer
 
     async def _open(self) -> None:
         headers = {"accept": "text/event-stream", "authorization": f"Bearer {self.token}"}
@@ -75,7 +75,7 @@ class Browser:
 
 @dataclass
 class Site:
-    """The process that executes, the one that serves, and a run that is under way."""
+    """The executing process, the serving process, and a run."""
 
     http: httpx.AsyncClient
     worker: Served
@@ -84,7 +84,7 @@ class Site:
     run: dict[str, str]
     browser: Browser
 
-    async def goes_on(self, numbers: int = 100) -> None:
+    async def receives(self, numbers: int = 100) -> None:
         wanted = len(self.browser.events) + numbers
         async with asyncio.timeout(GUARD_S):
             while len(self.browser.events) < wanted:  # noqa: ASYNC110
@@ -154,11 +154,11 @@ class Sites:
         browser = Browser(self._http, f"{web.url}/realtime/v1/streams/{run['id']}/default", run["token"])
         site = Site(self._http, worker, web, self.logs, run, browser)
         following = asyncio.create_task(browser.run())
-        await site.goes_on(10)
+        await site.receives(10)
         return site, following
 
     async def finish(self, site: Site, following: asyncio.Task[None]) -> None:
-        """Let the run end; the browser has all of it."""
+        """End the run, and check that the browser has all of it."""
         await self._http.post(f"{site.worker.url}/stop/one")
         async with asyncio.timeout(GUARD_S):
             await following
@@ -195,7 +195,7 @@ async def paused(server: RedisServer, site: Site) -> None:
 async def cut(server: RedisServer, site: Site) -> None:
     for _ in range(10):
         await asyncio.to_thread(server.cut_clients)
-        await site.goes_on(3)
+        await site.receives(3)
 
 
 async def full(server: RedisServer, site: Site) -> None:
@@ -215,7 +215,7 @@ async def test_the_answer_is_complete(
     with sites.processes({"REDIS_URL": redis_server.url}) as (worker, web):
         site, following = await sites.begin(worker, web)
         await fault(redis_server, site)
-        await site.goes_on()
+        await site.receives()
         await site.until_healthy()
         await sites.finish(site, following)
     assert len(site.logged("Redis is unavailable")) <= 2
@@ -225,7 +225,7 @@ async def test_the_answer_is_complete(
 async def test_more_is_lost_than_can_be_restored(sites: Sites, redis_server: RedisServer) -> None:
     with sites.processes({"REDIS_URL": redis_server.url}) as (worker, web):
         site, following = await sites.begin(worker, web, size=10_000)
-        await site.goes_on()  # a megabyte
+        await site.receives()  # a megabyte
         await asyncio.to_thread(redis_server.restart, keep_data=False)
         async with asyncio.timeout(GUARD_S):
             await following
@@ -240,14 +240,14 @@ async def test_more_is_lost_than_can_be_restored(sites: Sites, redis_server: Red
 
 
 async def test_an_absence_longer_than_a_lease(sites: Sites, redis_server: RedisServer) -> None:
-    """No process takes the run for crashed only because nobody could renew its lease."""
+    """No process marks the run CRASHED only because its lease could not be renewed."""
     lease_s = 1.5
     with sites.processes({"REDIS_URL": redis_server.url, "LEASE": str(lease_s)}) as (worker, web):
         site, following = await sites.begin(worker, web)
         redis_server.kill()
         await asyncio.sleep(1.2 * lease_s)
         await asyncio.to_thread(redis_server.restart, keep_data=True)
-        await site.goes_on()
+        await site.receives()
         await sites.finish(site, following)
     assert site.logged("ERROR") == []
     assert len(site.logged("leases cannot be renewed")) <= 1
@@ -268,10 +268,10 @@ async def test_redis_comes_after_the_processes(sites: Sites, redis_server: Redis
 
 
 @pytest.mark.parametrize("keep_data", [True, False])
-async def test_feeds_outlive_an_absence_and_say_nothing(
+async def test_feeds_survive_an_absence_and_log_nothing(
     sites: Sites, redis_server: RedisServer, keep_data: bool
 ) -> None:
-    """With each heartbeat they look whether their run is still there: without Redis that fails, in each of them."""
+    """Feeds check with each heartbeat whether their run still exists, which fails without Redis."""
     with sites.processes({"REDIS_URL": redis_server.url}) as (worker, web):
         site, following = await sites.begin(worker, web)
         url = f"{web.url}/realtime/v1/runs/{site.run['id']}"
@@ -296,9 +296,9 @@ async def test_a_failover(sites: Sites, redis_pair: ReplicaPair, lost: str) -> N
         site, following = await sites.begin(worker, web)
         if lost == "the last writes":
             await asyncio.to_thread(redis_pair.isolate_replica)
-            await site.goes_on(20)
+            await site.receives(20)
         await asyncio.to_thread(redis_pair.fail_over)
-        await site.goes_on()
+        await site.receives()
         await sites.finish(site, following)
     assert len(site.logged("Redis is unavailable")) <= 2
     assert site.logged("ERROR") == []

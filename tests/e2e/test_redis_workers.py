@@ -167,7 +167,7 @@ def test_the_chat_page_with_workers(server: Server, page: Page, held: FakeModel)
 
     run_id = ask_and_hold(page, held)
     before = answer(page)
-    page.click("#stop")  # it reaches the worker, which waits for the model
+    page.click("#stop")  # the worker, which waits for the model, is canceled
     wait_for_end(page, "CANCELED")
     held.let_go()
     assert answer(page).startswith(before)

@@ -1,4 +1,4 @@
-"""Sync code in real servers: routes in worker threads, sync views, WSGI, scripts, and what becomes of their threads."""
+"""Sync code in real servers: routes in worker threads, sync views, WSGI, scripts, and how their threads end."""
 
 from __future__ import annotations
 
@@ -57,23 +57,23 @@ def test_sync_routes_call_and_threads_do_not_hold_up_the_exit(host: str, server:
             answers = list(pool.map(lambda number: work(found.url, number), range(24)))
         assert answers == [expected(number) for number in range(24)]
 
-        if host != "flask":  # whose views never are on the loop
+        if host != "flask":  # its views never run on the event loop
             refused = httpx.get(f"{found.url}/mistake", timeout=GUARD_S)
             assert "realtime.sync was called on an event loop's thread: await the async call there" in refused.text
-        assert work(found.url, 5) == expected(5)  # nothing is stuck
+        assert work(found.url, 5) == expected(5)  # no thread is stuck
 
         assert "begun" in httpx.get(f"{found.url}/wait", timeout=GUARD_S).text
         found.terminate()
         assert found.wait() in (0, -signal.SIGTERM)
         log = found.log.read_text()
         assert "Traceback" not in log and "never awaited" not in log
-        if server != "uvicorn":  # which ends itself by the signal, and the thread may not come to say so
-            assert "the thread was told: ServerShutdown" in log
+        if server != "uvicorn":  # it raises the signal again, and the thread may not run in time
+            assert "the thread got ServerShutdown" in log
 
 
 @contextmanager
 def flask_alone(folder: Path, broker: str) -> Iterator[str]:
-    """The development server of Flask, which has a thread for each request."""
+    """Flask's development server, which uses a thread per request."""
     port = free_port()
     command = [sys.executable, "-m", "flask", "--app", APP, "run", "--port", str(port)]
     with running(command, port, folder / "flask.log", HOST="wsgi", BROKER=broker):
@@ -102,7 +102,7 @@ SCRIPT = """
 
 @contextmanager
 def script(lines: str, redis_url: str) -> Iterator[subprocess.Popen[str]]:
-    """A program of its own that calls and never heard of a loop. It is killed if the test did not end it."""
+    """A separate program that calls `realtime.sync` and has no event loop. It is killed if the test did not end it."""
     source = textwrap.dedent(SCRIPT) + textwrap.dedent(lines)
     with subprocess.Popen(
         [sys.executable, "-W", "error", "-c", source],
@@ -135,7 +135,7 @@ def test_a_script_calls_and_ends(redis_url: str) -> None:
     [
         "realtime.sync.result(handle)",
         "list(realtime.sync.read(handle))",
-        "list(realtime.sync.subscribe_to_runs_with_tag('nobody'))",
+        "list(realtime.sync.subscribe_to_runs_with_tag('unused'))",
     ],
     ids=["result", "read", "subscribe"],
 )
@@ -173,8 +173,8 @@ def test_ctrl_c_cancels_the_run_that_a_script_has_open(redis_url: str) -> None:
 
 
 @pytest.mark.redis
-def test_children_of_a_fork_call_each_for_itself(redis_url: str) -> None:
-    """As the workers of a server do that forks after it has imported the app."""
+def test_forked_children_can_all_call(redis_url: str) -> None:
+    """As in a server that forks its workers after it imported the app."""
     lines = """
         import threading
         before = realtime.sync.result(realtime.sync.trigger(double, 1), timeout=30)
@@ -197,7 +197,7 @@ def test_children_of_a_fork_call_each_for_itself(redis_url: str) -> None:
 
 
 @pytest.mark.redis
-def test_an_app_whose_module_calls_at_its_import_starts(redis_url: str, tmp_path: Path) -> None:
+def test_an_app_whose_module_calls_during_its_import_starts(redis_url: str, tmp_path: Path) -> None:
     (tmp_path / "app.py").write_text(
         "from tests.e2e import sync_app\n"
         "assert sync_app.realtime.sync.result(sync_app.realtime.sync.trigger('double', 2), timeout=30) == 4\n"
@@ -210,8 +210,8 @@ def test_an_app_whose_module_calls_at_its_import_starts(redis_url: str, tmp_path
         assert "Traceback" not in found.log.read_text()
 
 
-def test_a_module_that_calls_at_its_import_in_memory_is_told_so(tmp_path: Path) -> None:
-    """And not left to wait for ever: uvicorn imports the app on the thread of its loop, others before they have one."""
+def test_a_module_that_calls_during_its_import_gets_an_error_in_memory(tmp_path: Path) -> None:
+    """It must not wait forever: uvicorn imports the app on the event loop's thread, others before they have a loop."""
     (tmp_path / "app.py").write_text("from tests.e2e import sync_app\nsync_app.realtime.sync.trigger('double', 2)\n")
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     for command in ("uvicorn app:app", "hypercorn app:app", "granian --interface asgi app:app"):
@@ -224,5 +224,5 @@ def test_a_module_that_calls_at_its_import_in_memory_is_told_so(tmp_path: Path) 
             text=True,
             timeout=GUARD_S,
         )
-        told = done.stdout + done.stderr
-        assert "its broker is in memory" in told or "called on an event loop's thread" in told, (command, told)
+        output = done.stdout + done.stderr
+        assert "its broker is in memory" in output or "called on an event loop's thread" in output, (command, output)

@@ -1,4 +1,4 @@
-"""Under a real uvicorn, over real sockets: streams end when told to, resume, and do not wait for each other."""
+"""A real uvicorn and real sockets: streams end at shutdown, resume, and do not wait for each other."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ GUARD_S = 60.0
 pytestmark = [pytest.mark.slow, pytest.mark.asyncio, pytest.mark.timeout(120)]
 
 LAST_CHUNK = b"0\r\n\r\n"
-"""What a body ends with whose sender meant to end it (RFC 9112, section 7.1)."""
+"""The end of a complete body (RFC 9112, section 7.1)."""
 
 
 @dataclass
@@ -42,7 +42,7 @@ class Served:
 def served(
     start: str = "lifespan", *options: str, app: str = "tests.e2e.served:app", log: IO[bytes] | None = None
 ) -> Iterator[Served]:
-    """uvicorn in a process of its own, on a socket that listens before it starts. `log` gets its access log."""
+    """Run uvicorn on a socket that listens before it starts. `log` receives its access log."""
     listener = socket.create_server(("127.0.0.1", 0), backlog=2048)
     command = [sys.executable, "-m", "uvicorn", app, "--fd", str(listener.fileno()), *options]
     environment = {**os.environ, "START": start, "OPENAI_API_KEY": "none"}
@@ -60,7 +60,7 @@ def served(
 
 @contextmanager
 def many_files() -> Iterator[None]:
-    """Allow as many open files as the machine lets us, for this process and its children."""
+    """Raise the limit of open files for this process and its children."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     try:
@@ -136,7 +136,7 @@ async def test_a_dropped_reader_resumes_without_a_gap_or_a_double(http: httpx.As
         assert received == list(range(4 * 200 + 151))
 
 
-async def test_a_reader_that_never_reads_costs_nobody_else_anything(http: httpx.AsyncClient) -> None:
+async def test_a_reader_that_never_reads_slows_no_other(http: httpx.AsyncClient) -> None:
     with served() as server:
         run = (await http.post(f"{server.url}/open")).json()
         _, stalled = await subscribe(server, run, receive_buffer=4096)
@@ -145,18 +145,18 @@ async def test_a_reader_that_never_reads_costs_nobody_else_anything(http: httpx.
         memory = _resident_kib(server.process.pid)
         received: list[int] = []
         async with asyncio.timeout(GUARD_S):
-            for round_ in range(30):  # each read before the next, or the reader could fall behind what is kept
+            for round_ in range(30):  # read before the next round, or the reader could fall behind the retention
                 await http.post(f"{server.url}/publish", json={"run": run["id"], "count": 1000, "size": 1000})
                 while len(received) < (round_ + 1) * 1000:
                     received += ids(await reader.readuntil(b"\n\n"))
         assert received == list(range(30_000))
-        # 30 MB went by; the stream keeps 8 MiB of it, and the stalled reader one body.
+        # Of 30 MB, the stream retains 8 MiB and the stalled reader one body.
         assert _resident_kib(server.process.pid) - memory < 24 * 1024
         writer.close()
         stalled.close()
 
 
-async def test_a_reader_that_leaves_is_forgotten(http: httpx.AsyncClient) -> None:
+async def test_a_disconnected_reader_is_removed(http: httpx.AsyncClient) -> None:
     with served() as server:
         run = (await http.post(f"{server.url}/open")).json()
         for _ in range(200):

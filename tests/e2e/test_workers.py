@@ -188,7 +188,7 @@ async def test_a_stopping_worker_fails_the_runs_it_cannot_finish(stage: Stage) -
 async def test_the_queue_survives_the_id_of_an_expired_run(stage: Stage) -> None:
     stage.start_worker()
     executor: Any = stage.realtime.engine.dispatcher.executor
-    await executor.enqueue("run_that_never_was", "quick")
+    await executor.enqueue("run_unknown", "quick")
     assert await (await stage.realtime.trigger("quick", 7)).result() == 7
     await until(lambda: not stage.pending())
 

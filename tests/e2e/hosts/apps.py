@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
-from tests.e2e.hosts.guest import COMPRESSES, MIDDLEWARE, act, host_starts, host_stops, realtime, taken_in
+from tests.e2e.hosts.guest import COMPRESSES, MIDDLEWARE, act, host_starts, host_stops, realtime, wrapped
 
 
 @asynccontextmanager
@@ -44,7 +44,7 @@ def starlette() -> Any:
     around = [Middleware(GZipMiddleware, minimum_size=0), Middleware(BaseHTTPMiddleware, dispatch=pass_on)]
     routes: list[Any] = [Route("/do", do, methods=["POST"])]
     if MIDDLEWARE:
-        return taken_in(Starlette(routes=routes, lifespan=host_life))
+        return wrapped(Starlette(routes=routes, lifespan=host_life))
     routes.append(Mount("/realtime", realtime))
     return Starlette(routes=routes, lifespan=both_lives, middleware=around if COMPRESSES else [])
 
@@ -91,7 +91,7 @@ def litestar() -> Any:
         await realtime(scope, receive, send)
 
     if MIDDLEWARE:
-        return taken_in(Litestar([do], lifespan=[host_life]))
+        return wrapped(Litestar([do], lifespan=[host_life]))
     compression = CompressionConfig(backend="gzip", minimum_size=1) if COMPRESSES else None
     return Litestar([do, mounted], lifespan=[both_lives], compression_config=compression)
 
@@ -117,7 +117,7 @@ def _quart(app: Any) -> Any:
 
     app.before_serving(host_starts)
     app.after_serving(host_stops)
-    app.asgi_app = taken_in(app.asgi_app)
+    app.asgi_app = wrapped(app.asgi_app)
     return app
 
 
@@ -143,7 +143,7 @@ def blacksheep() -> Any:
     app.on_start += starts
     app.on_stop += stops
     if MIDDLEWARE:
-        return taken_in(app)
+        return wrapped(app)
     app.mount("/realtime", realtime)
     return app
 
@@ -165,7 +165,7 @@ def falcon() -> Any:
     app: Any = falcon.asgi.App()
     app.add_middleware(Life())
     app.add_route("/do", Do())
-    return taken_in(app)
+    return wrapped(app)
 
 
 def django() -> Any:
@@ -182,7 +182,7 @@ def django() -> Any:
         return JsonResponse(await act(json.loads(request.body)))
 
     settings.configure(SECRET_KEY="of the tests", ALLOWED_HOSTS=["*"], ROOT_URLCONF=(path("do", do),))
-    return taken_in(get_asgi_application())
+    return wrapped(get_asgi_application())
 
 
 def sanic() -> Any:
@@ -202,7 +202,7 @@ def sanic() -> Any:
     async def stops(app: Any) -> None:
         await host_stops()
 
-    return taken_in(app)
+    return wrapped(app)
 
 
 HOSTS: dict[str, Callable[[], Any]] = {

@@ -57,11 +57,11 @@ async def silence() -> AsyncIterator[str]:
 
 async def presence() -> None:
     """Logs the start and the stop of the library."""
-    tell("the guest started")
+    report("the guest started")
     try:
         await anyio.sleep_forever()
     finally:
-        tell("the guest stopped")
+        report("the guest stopped")
 
 
 realtime.engine.companions.append(presence)
@@ -70,20 +70,20 @@ realtime.engine.companions.append(presence)
 async def host_starts() -> None:
     """The start-up of the host: the library has already started."""
     await realtime.pipe(["started"]).wait_until_complete()
-    tell("the host started")
+    report("the host started")
 
 
 async def host_stops() -> None:
     """The shutdown of the host: the library still runs."""
     assert realtime.engine.supervisor is not None, "the guest left before its host"
     await realtime.pipe(["stopped"]).wait_until_complete()
-    tell("the host stopped")
+    report("the host stopped")
 
 
-def tell(line: str) -> None:
+def report(line: str) -> None:
     os.write(1, f"{line}\n".encode())
 
 
-def taken_in(app: Any) -> Any:
+def wrapped(app: Any) -> Any:
     """The app of a host without mounts, or one to be wrapped."""
     return RealtimeMiddleware(app, realtime)

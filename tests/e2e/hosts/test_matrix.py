@@ -161,8 +161,8 @@ async def test_guest(cell: Cell, http: httpx.AsyncClient, tmp_path: Path, seen: 
                 assert compressed.headers["content-encoding"] == "gzip"
             await check_paths(cell, http, server)
             first_s = await check_a_stream_arrives_as_it_is_written(http, server)
-            await check_who_leaves_is_forgotten(http, server)
-            exit_s = await check_everything_ends_when_asked(cell, http, server)
+            await check_disconnects_are_noticed(http, server)
+            exit_s = await check_everything_ends_at_sigterm(cell, http, server)
         seen[cell] = f"| {cell.host} | {cell.server} | {cell.entry} | {first_s * 1000:.0f} ms | {exit_s:.2f} s |"
 
 
@@ -209,7 +209,7 @@ async def check_a_stream_arrives_as_it_is_written(http: httpx.AsyncClient, serve
     return first_s
 
 
-async def check_who_leaves_is_forgotten(http: httpx.AsyncClient, server: Serving) -> None:
+async def check_disconnects_are_noticed(http: httpx.AsyncClient, server: Serving) -> None:
     run = await do(http, server, do="open")
     async with AsyncExitStack() as stack:
         for _ in range(5):
@@ -220,7 +220,7 @@ async def check_who_leaves_is_forgotten(http: httpx.AsyncClient, server: Serving
         pass
 
 
-async def check_everything_ends_when_asked(cell: Cell, http: httpx.AsyncClient, server: Serving) -> float:
+async def check_everything_ends_at_sigterm(cell: Cell, http: httpx.AsyncClient, server: Serving) -> float:
     """Return the seconds from SIGTERM to the exit."""
     run = await do(http, server, do="open")
     await do(http, server, do="append", run=run["id"], chunk="first")

@@ -53,7 +53,7 @@ async def test_workers_on_the_memory_broker(server: str, http: httpx.AsyncClient
                 try:
                     streams.append(await subscribe(stack, http, running, await do(http, running, do="open")))
                 except AssertionError:
-                    continue  # it reached the other worker
+                    continue  # the other worker answered
             running.terminate()
             for stream in streams:
                 assert [event.event for event in await stream.rest()] == ["reconnect"]
