@@ -161,10 +161,12 @@ class Execution:
         return record
 
     async def _store(self, result: Finished) -> RunRecord:
+        # Not based on the record that this process stored last, although that would save a load: after a data loss
+        # of the broker another process can execute the run, and its record can have the same version.
         async with self.run.buffer.storing:
-            changes, known = self.run.buffer.take(), self._runs.owned.record(self.run.id)
+            changes = self.run.buffer.take()
             try:
-                return await self._runs.update(self.run.id, *changes, result, known=known)
+                return await self._runs.update(self.run.id, *changes, result)
             except StreamLost as exc:  # a stream lacks acknowledged chunks that cannot be restored
                 return await self._runs.update(self.run.id, *changes, self._failure(exc))
 

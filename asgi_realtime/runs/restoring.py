@@ -111,11 +111,6 @@ class OwnedRuns:
         if owned is not None:
             owned.record = record
 
-    def record(self, run_id: str) -> RunRecord | None:
-        """The newest record of an owned run that this process stored."""
-        owned = self._runs.get(run_id)
-        return None if owned is None else owned.record
-
     def renewed(self) -> None:
         """The leases were renewed. Thread-safe."""
         self._renewed_at = self._clock()

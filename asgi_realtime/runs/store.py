@@ -124,7 +124,7 @@ class RunStore:
         A run that is over ignores changes. Raises `RunNotFound`, `InvalidTransition`, and `LimitExceeded` if a change
         would exceed a limit; the other changes are stored then. If they ended the run, the excess is logged instead.
         A repeated call with the same `mark` changes nothing, as long as the mark is among the newest `MARKS_KEPT` of
-        the run. `known`, a record that the caller has just loaded or stored, saves a load; if it is outdated, the
+        the run. `known`, a record that the caller has just loaded, saves a load; if it is outdated, the
         changes still apply to the newest record.
         """
         record, rejected = await self.try_change(run_id, *changes, mark=mark, known=known)

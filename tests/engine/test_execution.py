@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Sequence
 
 import anyio
+import msgspec
 import pytest
 
 from asgi_realtime import Realtime, Run, RunCanceled, RunError, RunFailed, Status
@@ -183,6 +184,20 @@ async def test_a_run_waits_for_a_pipe_that_a_source_opens_at_its_end() -> None:
         handle = await realtime.trigger(task)
         record = await ended(realtime, handle.id)
     assert (record.status, record.error) == (Status.FAILED, RunError("ValueError", "task failed"))
+
+
+async def test_a_run_that_another_process_executes_after_a_data_loss_is_not_ended_here() -> None:
+    """The result was stored over the record of the new owner, because both records had the same version."""
+
+    class Shared(MemoryBroker):
+        shared = True
+
+    broker = Shared()
+    async with make_realtime(broker=broker) as realtime:
+        async with realtime.open_run("r") as run:
+            stored = broker._runs[run.id]
+            stored.record = msgspec.structs.replace(stored.record, owner="another process")
+        assert (await realtime.get_run(run)).status is Status.EXECUTING
 
 
 async def test_an_execution_moves_through_its_phases() -> None:
