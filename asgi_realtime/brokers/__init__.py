@@ -11,7 +11,7 @@ REDIS_SCHEMES = ("redis", "rediss", "unix")
 
 
 def open_broker(url: str, *, limits: Limits, retention: Retention, timeouts: Timeouts, clock: Clock) -> Broker:
-    """Make the broker that a URL names. Raises `InvalidConfiguration` for a URL that names none."""
+    """Create the broker for a URL. Raises `InvalidConfiguration` for an unknown scheme."""
     if url == "memory://":
         return MemoryBroker(limits=limits, retention=retention, timeouts=timeouts, clock=clock)
     scheme = url.partition(":")[0]

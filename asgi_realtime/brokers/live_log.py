@@ -1,8 +1,8 @@
-"""A stream as this process follows it: the newest part of its log, and those who wait for more.
+"""A stream as this process follows it: the newest part of its log, and the readers that wait for more.
 
-There is one for each stream and process, whatever the number of its readers. A reader asks with its cursor: `take` for
-bytes to send, `entries` for chunks. What several readers at one place are given is built once and shared. The join of
-history and tail is the broker's work and has happened before a reader gets here.
+There is one for each stream and process, however many readers it has. A reader passes its cursor: to `take` for bytes
+to send, to `entries` for chunks. What several readers at the same cursor get is built once and shared. The broker has
+joined history and tail before a reader gets here.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ from asgi_realtime.core.log import End, Entry, Log
 from asgi_realtime.loop.waiting import WaitList, WakeSoon
 
 MAX_BODY = 64 * 1024
-"""Bytes of one joined body: a server's write buffer, so that a stalled reader holds about one of them."""
+"""The size of a joined body. It equals a server's write buffer, so that a stalled reader holds about one body."""
 
 _SHARED_SLICES = 4
-"""Joined bodies that are kept for other readers at the same place, while there are readers."""
+"""How many joined bodies are retained for other readers at the same cursor, while there are readers."""
 
 
 class Slice(NamedTuple):
-    """Frames to send in one go, and the cursor behind them."""
+    """Frames to send in one piece, and the cursor after them."""
 
     body: bytes
     last: int
 
 
 class LiveLog:
-    """A log with its waiters. The owner appends to `log` and calls `wake`; its logs may share their `wakes`."""
+    """A log with its waiters. The owner appends to `log` and calls `wake`. Logs of one owner can share `wakes`."""
 
     __slots__ = ("_slices", "_slices_at", "_wakes", "failure", "log", "readers", "waiting")
 
@@ -47,40 +47,37 @@ class LiveLog:
         return self.log.end
 
     def wake(self) -> None:
-        """Wake everyone who waits, at the next turn of the loop.
-
-        There are new entries, the log ended, or it cannot be followed any more.
-        """
+        """Wake all waiters in the next loop iteration: the log has new entries, has ended or has failed."""
         self._wakes.wake(self.waiting)
 
     def fail(self, failure: Exception) -> None:
-        """End all readers with an error: the source of this log cannot be followed. They resume by their cursor."""
+        """End all readers with an error, because this log can no longer be followed. They resume by their cursors."""
         self.failure = failure
         self.wake()
 
     def enter(self) -> None:
-        """Count one more reader."""
+        """Add a reader."""
         self.readers += 1
 
     def leave(self) -> None:
-        """Count one reader less; the last one takes the shared bodies along."""
+        """Remove a reader. The last one releases the shared bodies."""
         self.readers -= 1
         if not self.readers:
             self._slices.clear()
 
     def gap(self, after: int) -> int | None:
-        """The first retained seq if entries after the cursor are gone, else None."""
+        """The first retained seq if entries after the cursor were trimmed, else None."""
         first = self.log.first
         return first if after + 1 < first else None
 
     def entries(self, after: int, limit: int = 500) -> list[Entry]:
-        """The entries that follow the cursor, at most `limit`. The caller has asked `gap` first."""
+        """The entries after the cursor, at most `limit`. Check `gap` first."""
         return self.log.entries(after, limit)
 
     def take(self, after: int) -> Slice | None:
-        """What follows the cursor, as one body of at most about `MAX_BODY`; None if there is nothing.
+        """The frames after the cursor as one body of about `MAX_BODY` at most; None if there are none.
 
-        The caller has asked `gap` first: a cursor before the retained part is moved to its begin without a word.
+        Check `gap` first: a cursor before the retained part silently moves to its start.
         """
         log = self.log
         if after + 1 >= log.next:
@@ -96,7 +93,7 @@ class LiveLog:
         return found
 
     def take_as(self, after: int, encode: Callable[[Sequence[Entry]], bytes]) -> Slice | None:
-        """As `take`, with the body that `encode` makes of the same entries."""
+        """As `take`, with the body that `encode` returns for the same entries."""
         log = self.log
         if after + 1 >= log.next:
             return None

@@ -1,30 +1,30 @@
-"""The suite that every broker backend passes: one promise of `asgi_realtime.brokers.Broker` a test.
+"""The suite that every broker backend passes: one test for each promise of `asgi_realtime.brokers.Broker`.
 
-Take it into a test module of your own, with a fixture that opens your broker::
+Import it into one of your test modules, together with a fixture that opens your broker::
 
     from asgi_realtime.testing.conformance import *
 
     @pytest.fixture
     def make_broker() -> MakeBroker:
         @asynccontextmanager
-        async def opened(**settings):                       # limits=, retention=, timeouts=
+        async def open(**settings):                       # limits=, retention=, timeouts=
             clock = Clock()
             async with MyBroker(url, clock=clock, **settings) as broker, MyBroker(url, ...) as peer:
                 yield Backend(broker=broker, peer=peer, now=clock, advance=clock.advance, held=...)
 
-        return opened
+        return open
 
-    @pytest.fixture(params=["asyncio", "trio"])             # the loop libraries that your broker runs on
+    @pytest.fixture(params=["asyncio", "trio"])             # the loops that your broker runs on
     def anyio_backend(request): ...
 
-Each call of `make_broker` opens an empty storage of its own. `peer` is that storage as another process sees it, and
-the tests write here and there; for a broker that is not shared it is the broker itself. Without a clock that can be
-moved leave `now` and `advance` out: the suite then sleeps for a few seconds in all. `held` counts what the two brokers
-hold open for readers, to find what a cancelled reader left behind.
+Each call of `make_broker` opens an empty storage. `peer` is that storage as another process sees it, and the tests
+write through both; for a broker that is not shared it is the broker itself. If the broker's clock cannot be moved,
+leave out `now` and `advance`: the suite then sleeps for a few seconds in all. `held` counts what the two brokers hold
+for readers, so that the suite finds what a cancelled reader leaves behind.
 
-The tests need pytest, hypothesis and anyio's pytest plugin. They wait for conditions, never for a time, under a guard
-of 10 seconds (`make_broker.guard_s`, if your fixture's function has that attribute, says otherwise). A backend may
-deliver changes to topics more than once and may trim roughly; it may not lose, reorder or invent anything.
+The tests need pytest, hypothesis and anyio's pytest plugin. They wait for conditions, within 10 seconds each
+(`make_broker.guard_s` changes that). A backend may deliver changes to topics more than once and may trim roughly; it
+must not lose, reorder or invent anything.
 """
 
 from __future__ import annotations

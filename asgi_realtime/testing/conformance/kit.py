@@ -1,7 +1,7 @@
-"""What the tests of the suite are written with: the broker under test, a reader, and the art of cancelling.
+"""What the tests of the suite share: the broker under test, a reader, and cancellation at every waiting point.
 
-`Backend` is what a user's fixture gives. `Reader` does what a subscription does, with the same calls. Nothing in here
-sleeps; a test that waits for ever is ended by `open_backend`.
+`Backend` is what a user's fixture yields. `Reader` makes the same calls as a subscription. Nothing here sleeps, except
+that `Backend.advance` does for backends whose clock cannot be moved; `open_backend` ends tests that wait forever.
 """
 
 from __future__ import annotations
@@ -33,22 +33,22 @@ T = TypeVar("T")
 COMPLETE = End("complete")
 
 PROPERTY = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
-"""For tests of random examples: each opens a backend of its own, and how long that takes is the backend's matter."""
+"""For tests of random examples. Each example opens a backend of its own, which takes as long as it takes."""
 
 
 @dataclass(kw_only=True)
 class Backend:
-    """A broker under test, and what the suite has to know of it."""
+    """A broker under test, and what the suite needs to know about it."""
 
     broker: Broker
     peer: Broker
-    """The same storage as another process sees it: a second broker object; or `broker` itself if it is not shared."""
+    """The same storage as another process sees it: a second broker object, or `broker` itself if it is not shared."""
     now: Callable[[], float] = time.time
     """The broker's clock, in unix seconds."""
     advance: Callable[[float], Awaitable[None]] = anyio.sleep
-    """Moves that clock on. A backend whose clock cannot be moved sleeps; the suite asks for a few seconds at most."""
+    """Moves that clock forward. Backends whose clock cannot be moved sleep, a few seconds in the whole suite."""
     held: Callable[[], int] = lambda: 0
-    """How many subscriptions, mirrors, tasks and other things the two brokers hold open for readers, just now."""
+    """How many subscriptions, mirrors, tasks and so on the two brokers hold for readers at the moment."""
 
     @property
     def processes(self) -> tuple[Broker, Broker]:
@@ -59,7 +59,7 @@ class Backend:
 
 
 class MakeBroker(Protocol):
-    """The fixture `make_broker`: opens a broker with these settings, and closes it."""
+    """The fixture `make_broker`: opens a broker with these settings and closes it."""
 
     def __call__(
         self, *, limits: Limits, retention: Retention, timeouts: Timeouts
@@ -67,7 +67,7 @@ class MakeBroker(Protocol):
 
 
 SHORT_S = 0.25
-"""A delay that a test waits for."""
+"""The delay of a test that has to wait for one."""
 
 STEP_S = 0.02
 """How far a test lets the broker's clock move before it checks again."""
@@ -78,7 +78,7 @@ LATE_S = 5.0
 TIMEOUTS = Timeouts(lease=0.3, cancel=0.2)
 
 GUARD_S = 10.0
-"""No test of the suite takes longer, on any backend."""
+"""The time limit of each test, on any backend."""
 
 
 @asynccontextmanager
@@ -90,7 +90,7 @@ async def open_backend(
     topic_runs: int = 1000,
     after_end: float = 3.0,
 ) -> AsyncIterator[Backend]:
-    """A backend for one test, under the guard."""
+    """A backend for one test, within the time limit."""
     with anyio.fail_after(getattr(make_broker, "guard_s", GUARD_S)):
         async with make_broker(
             limits=Limits(topic_runs=topic_runs, inputs_bytes=inputs_bytes),
@@ -131,7 +131,7 @@ def new_tag() -> str:
 
 
 def new_mark() -> ChangeMark:
-    """The mark of a writer that commits once."""
+    """The mark of a new writer."""
     return ChangeMark(secrets.token_hex(8), 0)
 
 
@@ -159,7 +159,7 @@ async def store(broker: Broker, record: RunRecord) -> RunRecord:
 
 
 async def new_key(backend: Backend, name: str = "default") -> StreamKey:
-    """A stream of a run of its own."""
+    """A stream of a new run."""
     return StreamKey((await create(backend)).id, name)
 
 
@@ -189,24 +189,24 @@ async def read_all(broker: Broker, key: StreamKey, after: int = -1) -> list[Entr
 
 @dataclass
 class Reader:
-    """A subscriber with a cursor. It may leave and come again; what it has seen stays."""
+    """A subscriber with a cursor. It can leave and resume; it remembers the entries that it has seen."""
 
     broker: Broker
     key: StreamKey
     after: int = -1
     seen: list[Entry] = field(default_factory=list)
     gaps: list[tuple[int, int]] = field(default_factory=list)
-    """(cursor, first retained seq) for each loss that was reported."""
+    """(cursor, first retained seq) for each gap that was reported."""
     end: End | None = None
 
     async def run(self, *, enough: Callable[[Reader], bool] = lambda reader: False) -> Reader:
-        """Read until the stream ends, or until it is enough."""
+        """Read until the stream ends or `enough` is true."""
         async with self.broker.live(self.key) as live:
             await self.follow(live, enough=enough)
         return self
 
     async def follow(self, live: LiveLog, *, enough: Callable[[Reader], bool] = lambda reader: False) -> None:
-        """The same on a log that is being followed."""
+        """As `run`, on a log that is followed already."""
         while not enough(self):
             if await self._take(live):
                 continue
@@ -218,7 +218,7 @@ class Reader:
             await live.waiting.wait()
 
     async def _take(self, live: LiveLog) -> bool:
-        """Move the cursor on; false if there is nothing behind it."""
+        """Move the cursor forward; false if there is nothing after it."""
         if live.gap(self.after) is not None:
             await self._catch_up()
             return True
@@ -232,10 +232,10 @@ class Reader:
         return True
 
     async def _catch_up(self) -> None:
-        """Read from storage what the process does not hold, or learn that it is lost."""
+        """Read from storage what the process does not hold, or note that it was trimmed."""
         page = await self.broker.read(self.key, after=self.after)
         lost = page.first > self.after + 1
-        assert lost or page.entries, f"neither the process nor the storage has what follows {self.after}"
+        assert lost or page.entries, f"neither the process nor the storage has entries after {self.after}"
         if lost:
             self.gaps.append((self.after, page.first))
             self.after = page.first - 1
@@ -247,27 +247,27 @@ class Reader:
             self.after = entry.seq
 
     def assert_seamless(self) -> None:
-        """Every entry came once and in order, and every jump was reported."""
+        """Every entry arrived once and in order, and every gap was reported."""
         jumps = {first: cursor for cursor, first in self.gaps}
         for entry, successor in itertools.pairwise(self.seen):
             if successor.seq != entry.seq + 1:
-                assert successor.seq > entry.seq, f"{successor.seq} came after {entry.seq}"
-                assert jumps.get(successor.seq) == entry.seq, f"nobody told of {entry.seq + 1} to {successor.seq - 1}"
+                assert successor.seq > entry.seq, f"{successor.seq} arrived after {entry.seq}"
+                assert jumps.get(successor.seq) == entry.seq, f"{entry.seq + 1} to {successor.seq - 1} are missing"
 
 
 def have(count: int) -> Callable[[Reader], bool]:
-    """Enough for a reader: so many entries."""
+    """Whether a reader has seen this many entries."""
     return lambda reader: len(reader.seen) >= count
 
 
 async def pause(steps: int) -> None:
-    """Let the others run for some steps of the loop."""
+    """Let other tasks run for some loop iterations."""
     for _ in range(steps):
         await anyio.lowlevel.checkpoint()
 
 
-async def until_parked(place: LiveLog | LiveTopic, count: int = 1) -> None:
-    """Wait until so many wait there."""
+async def until_waiting(place: LiveLog | LiveTopic, count: int = 1) -> None:
+    """Wait until this many readers wait."""
     while len(place.waiting) < count:
         await anyio.lowlevel.checkpoint()
 
@@ -285,14 +285,14 @@ async def next_changes(topic: LiveTopic, cursor: Cursor | None, *, limit: int = 
 
 
 def versions(changes: Changes) -> dict[str, int]:
-    """The newest version of each run in an answer; a run stands in an answer once."""
+    """The version of each run in an answer, which lists a run once."""
     found = {change.run_id: change.version for change in changes.items}
-    assert len(found) == len(changes.items), "a run came twice in one answer"
+    assert len(found) == len(changes.items), "an answer lists a run twice"
     return found
 
 
 async def versions_in(broker: Broker, topic: str) -> dict[str, int]:
-    """The runs of a topic and their versions, as a new reader sees them."""
+    """The runs of a topic and their versions, as a new reader gets them."""
     changes = await broker.changes(topic)
     assert changes.snapshot
     return versions(changes)
@@ -302,10 +302,10 @@ async def versions_in(broker: Broker, topic: str) -> dict[str, int]:
 
 
 async def cancelled_at(number: int, call: Coroutine[Any, Any, Any]) -> bool:
-    """Run a call and cancel it at its `number`-th suspension, from 1 (0: before it begins).
+    """Run a call and cancel it at its `number`-th suspension, counted from 1 (0: before it starts).
 
-    Returns whether it was over before that. Nothing here depends on time, so going through the numbers until the call
-    is over cancels it at every one of its waiting points.
+    Returns whether the call finished before that. Nothing depends on time, so trying all numbers until the call
+    finishes cancels it at each of its waiting points.
     """
     reached = [0]
     with anyio.CancelScope() as scope:
@@ -324,7 +324,7 @@ def _cancel_at(scope: anyio.CancelScope, number: int, reached: int) -> None:
 def _counting(
     call: Coroutine[Any, Any, Any], reached: list[int], suspended: Callable[[int], None]
 ) -> Generator[Any, Any, Any]:
-    """As `yield from call`, with a look at each suspension."""
+    """As `yield from call`, and call `suspended` at each suspension."""
     resume: Callable[[], Any] = partial(call.send, None)
     while True:
         try:

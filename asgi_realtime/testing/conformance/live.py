@@ -1,4 +1,4 @@
-"""Following a stream: the join of history and tail, gaps, ends, and that leaving leaves nothing."""
+"""Following a stream: the join of history and tail, gaps, ends, and the release of everything on leaving."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from asgi_realtime.testing.conformance.kit import (
     read_all,
     seqs,
     store,
-    until_parked,
+    until_waiting,
 )
 
 
@@ -62,7 +62,7 @@ async def test_a_reader_can_start_before_the_first_writer(make_broker: MakeBroke
         async with anyio.create_task_group() as group:
             group.start_soon(reader.run)
             async with backend.broker.live(key) as live:
-                await until_parked(live)
+                await until_waiting(live)
             await backend.peer.append(key, items(2), end=COMPLETE)
         assert data(reader.seen) == items(2)
 
@@ -120,14 +120,14 @@ async def test_every_reader_of_a_stream_gets_everything(make_broker: MakeBroker)
 
 
 class Visit(NamedTuple):
-    """A reader's stay: it comes after some steps of the loop, and leaves when it has so many entries more."""
+    """A reader's visit: it joins after `late` loop iterations and leaves after `entries` more entries."""
 
     late: int
     entries: int
 
 
 class Call(NamedTuple):
-    """One append: after some steps of the loop, so many items."""
+    """One append of `items` items, after `late` loop iterations."""
 
     late: int
     items: int
@@ -143,7 +143,7 @@ async def _write(broker: Broker, key: StreamKey, name: str, calls: list[Call]) -
     for call in calls:
         await pause(call.late)
         chunks = [b'["%b",%d]' % (name.encode(), number) for number in range(sent, sent + call.items)]
-        for _ in range(1 + call.late % 2):  # every other call is made twice
+        for _ in range(1 + call.late % 2):  # every other call is repeated
             await broker.append(key, chunks, producer=Producer(name, sent))
         sent += call.items
 
@@ -216,7 +216,7 @@ async def test_whenever_entries_are_trimmed_each_loss_is_reported(
 
 @pytest.mark.anyio
 async def test_the_end_of_a_run_ends_all_its_streams_at_their_last_entry(make_broker: MakeBroker) -> None:
-    """Also those that nobody wrote and somebody reads, and in whatever process."""
+    """Including streams that have readers but no writer, in any process."""
     async with open_backend(make_broker) as backend:
         run = await create(backend)
         keys = [StreamKey(run.id, name) for name in ("written", "unread", "followed", "written elsewhere")]
@@ -250,7 +250,7 @@ async def test_a_stream_that_ended_before_its_run_keeps_its_own_end(make_broker:
 
 @pytest.mark.anyio
 async def test_acknowledged_entries_can_be_read_once_the_terminal_record_can(make_broker: MakeBroker) -> None:
-    """Writers are cut off by the end of the run; each reader gets exactly what was acknowledged, then the end."""
+    """The end of the run cuts writers off. Each reader gets exactly the acknowledged entries, then the end."""
     async with open_backend(make_broker) as backend:
         run = await create(backend)
         key = StreamKey(run.id, "default")
@@ -267,19 +267,19 @@ async def test_acknowledged_entries_can_be_read_once_the_terminal_record_can(mak
                 acknowledged.append(chunk)
                 await pause(1)
 
-        async def look(broker: Broker) -> None:
-            """At the very first moment at which the run is seen to be over, its stream is as it will stay."""
+        async def read_at_the_end(broker: Broker) -> None:
+            """From the moment the terminal record can be loaded, the stream does not change any more."""
             while not (record := (await broker.load([run.id]))[0]) or not record.is_completed:
                 await pause(1)
             page = await broker.read(key, limit=10_000)
             assert page.end == COMPLETE
-            first_looks.append(data(page.entries))
+            first_reads.append(data(page.entries))
 
-        first_looks: list[list[bytes]] = []
+        first_reads: list[list[bytes]] = []
         async with anyio.create_task_group() as group:
             for reader in readers:
                 group.start_soon(reader.run)
-                group.start_soon(look, reader.broker)
+                group.start_soon(read_at_the_end, reader.broker)
             for writer in range(4):
                 group.start_soon(write, backend.processes[writer % 2], writer)
             while len(acknowledged) < 30:
@@ -288,7 +288,7 @@ async def test_acknowledged_entries_can_be_read_once_the_terminal_record_can(mak
             at_the_end = data(await read_all(backend.broker, key))
 
         assert sorted(at_the_end) == sorted(acknowledged)
-        assert first_looks == [at_the_end, at_the_end]
+        assert first_reads == [at_the_end, at_the_end]
         for reader in readers:
             assert data(reader.seen) == at_the_end
 
@@ -307,7 +307,7 @@ async def test_a_stream_of_an_ended_run_ends_at_once(make_broker: MakeBroker) ->
 
 @pytest.mark.anyio
 async def test_readers_of_a_removed_run_still_get_its_end(make_broker: MakeBroker) -> None:
-    """An `end` is told with all that lies before it, so who has it needs nothing of the broker any more."""
+    """A log has all entries before its end, so its readers need nothing more from the broker."""
     async with open_backend(make_broker) as backend:
         run = await create(backend)
         key = StreamKey(run.id, "default")
@@ -336,7 +336,7 @@ async def test_leaving_releases_everything(make_broker: MakeBroker) -> None:
         await backend.broker.append(key, items(3))
         for _ in range(3):
             async with backend.broker.live(key) as live, backend.broker.live(key) as same:
-                assert live is same, "one log for each stream and process"
+                assert live is same, "there is one log for each stream and process"
                 assert live.readers == 2
                 assert live.take(-1) is not None
             assert (live.readers, len(live.waiting)) == (0, 0)
@@ -358,7 +358,7 @@ async def test_cancelled_readers_release_everything(make_broker: MakeBroker) -> 
             for reader in readers:
                 group.start_soon(reader.run)
             async with backend.broker.live(key) as live:
-                await until_parked(live, count=10)
+                await until_waiting(live, count=10)
             group.cancel_scope.cancel()
         assert (live.readers, len(live.waiting)) == (0, 0)
         assert backend.held() == held
@@ -374,7 +374,7 @@ async def test_leaving_does_not_affect_other_readers(make_broker: MakeBroker) ->
             async with anyio.create_task_group() as leaving:
                 leaving.start_soon(Reader(backend.broker, key).run)
                 async with backend.broker.live(key) as live:
-                    await until_parked(live, count=2)
+                    await until_waiting(live, count=2)
                 leaving.cancel_scope.cancel()
             await backend.peer.append(key, items(2), end=COMPLETE)
         assert data(staying.seen) == items(2)
@@ -393,9 +393,9 @@ async def test_entering_can_be_cancelled_at_every_await(make_broker: MakeBroker)
                 entered.append(live)
 
         for number in count():  # pragma: no branch
-            was_over = await cancelled_at(number, enter_and_leave())
+            has_finished = await cancelled_at(number, enter_and_leave())
             assert backend.held() == held, f"cancelled at {number}"
             assert all((live.readers, len(live.waiting)) == (0, 0) for live in entered)
-            if was_over:
+            if has_finished:
                 break
         assert data((await Reader(backend.broker, key).run(enough=have(3))).seen) == items(3)

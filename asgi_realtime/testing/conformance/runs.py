@@ -1,4 +1,4 @@
-"""Runs: compare-and-set, retried commits, one step for record and run topic, what a cancelled commit leaves."""
+"""Runs: compare-and-set, retried commits, record and run topic in one step, cancelled commits."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ async def test_a_record_is_loaded_as_it_was_stored(make_broker: MakeBroker) -> N
 async def test_records_are_loaded_in_the_requested_order(make_broker: MakeBroker) -> None:
     async with open_backend(make_broker) as backend:
         first, second = await create(backend), await create(backend)
-        asked = [second.id, "run_that_never_was", first.id, second.id]
+        asked = [second.id, "run_unknown", first.id, second.id]
         assert await backend.peer.load(asked) == [second, None, first, second]
         assert await backend.peer.load([]) == []
 
@@ -200,7 +200,7 @@ async def test_a_retried_commit_changes_nothing(make_broker: MakeBroker) -> None
 
 @pytest.mark.anyio
 async def test_a_retried_commit_is_recognized_after_later_ones(make_broker: MakeBroker) -> None:
-    """A commit whose answer was lost is retried when others, or another task of the same writer, went on."""
+    """A commit whose answer was lost is retried after others, or another task of its writer, have committed."""
     async with open_backend(make_broker) as backend:
         tag = new_tag()
         record = await create(backend, tags=(tag,))
@@ -219,7 +219,7 @@ async def test_a_retried_commit_is_recognized_after_later_ones(make_broker: Make
 
 @pytest.mark.anyio
 async def test_a_late_commit_is_not_mistaken_for_a_retry(make_broker: MakeBroker) -> None:
-    """Two tasks of one writer commit; the one with the higher number arrives first. The other must learn of it."""
+    """Two tasks of one writer commit, and the higher number arrives first. The other must get a conflict."""
     async with open_backend(make_broker) as backend:
         record = await create(backend)
         newest = next_version(record, metadata={"by": "second"})
@@ -253,24 +253,24 @@ async def test_a_rejected_commit_leaves_no_mark(make_broker: MakeBroker) -> None
 
 @pytest.mark.anyio
 async def test_record_and_run_topic_change_in_one_step(make_broker: MakeBroker) -> None:
-    """Whoever looks: the topic is never behind a record that was loaded before, nor ahead of one loaded after."""
+    """In any process: the topic is never older than a record loaded before, or newer than one loaded after."""
     async with open_backend(make_broker) as backend:
         run = await create(backend)
         over = anyio.Event()
 
-        async def look(broker: Broker) -> None:
+        async def compare(broker: Broker) -> None:
             while not over.is_set():
                 (before,) = await broker.load([run.id])
-                told = (await versions_in(broker, run_topic(run.id)))[run.id]
+                listed = (await versions_in(broker, run_topic(run.id)))[run.id]
                 (after,) = await broker.load([run.id])
                 assert before is not None
                 assert after is not None
-                assert before.version <= told <= after.version
+                assert before.version <= listed <= after.version
                 await pause(1)
 
         async with anyio.create_task_group() as group:
             for broker in backend.processes:
-                group.start_soon(look, broker)
+                group.start_soon(compare, broker)
             record = run
             for _ in range(20):
                 record = await store(backend.peer, next_version(record))
@@ -280,7 +280,7 @@ async def test_record_and_run_topic_change_in_one_step(make_broker: MakeBroker) 
 
 @pytest.mark.anyio
 async def test_a_cancelled_commit_takes_full_effect_or_none(make_broker: MakeBroker) -> None:
-    """And if it took effect, it is published to every topic, though the process that should have is dead."""
+    """If it took effect, another process publishes it to every topic."""
     async with open_backend(make_broker) as backend:
         held = backend.held()
         commits: list[tuple[RunRecord, RunRecord, ChangeMark]] = []
@@ -290,7 +290,7 @@ async def test_a_cancelled_commit_takes_full_effect_or_none(make_broker: MakeBro
             commits.append((record, changed, mark))
             if await cancelled_at(number, backend.broker.commit(changed, expect=1, change=mark)):
                 break
-        await backend.advance(1.1)  # by then no call is on its way, and each mark that was left is due
+        await backend.advance(1.1)  # by then no call is under way, and every mark that is left is due
         for number, (record, changed, mark) in enumerate(commits):
             assert await published_at_last(backend, record) in (record, changed), f"cancelled at {number}"
             assert await backend.broker.commit(changed, expect=1, change=mark) == 2
@@ -326,7 +326,7 @@ async def test_publishing_again_is_harmless(make_broker: MakeBroker) -> None:
         newest = await store(backend.broker, next_version(record))
         for broker in backend.processes:
             await broker.publish(record.id)
-            await broker.publish("run_that_never_was")
+            await broker.publish("run_unknown")
         assert await versions_in(backend.broker, f"tag:{tag}") == {record.id: newest.version}
 
 

@@ -1,4 +1,4 @@
-"""Streams: order, ends, producers, pages, retention, what a cancelled append leaves."""
+"""Streams: order, ends, producers, pages, retention, cancelled appends."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ from asgi_realtime.testing.conformance.kit import (
     store,
 )
 
-UNKNOWN = StreamKey("run_that_never_was", "default")
+UNKNOWN = StreamKey("run_unknown", "default")
 
 CHUNK = b'"' + b"x" * 100 + b'"'
 
 
 @pytest.mark.anyio
 async def test_inputs_are_rejected_at_the_limit_and_never_trimmed(make_broker: MakeBroker) -> None:
-    """What was sent into a run was trimmed before the run had read it."""
+    """Messages to a run were trimmed before the run had read them."""
     async with open_backend(make_broker, stream_bytes=2000, inputs_bytes=10_000) as backend:
         run = await create(backend)
         one, other = (StreamKey(run.id, f"$input {name}") for name in ("one", "other"))
@@ -219,7 +219,7 @@ async def test_pages_are_read_after_a_cursor_up_to_a_limit(make_broker: MakeBrok
 
         async def page(after: int, limit: int) -> list[int]:
             found = await backend.broker.read(key, after=after, limit=limit)
-            assert (found.first, found.next, found.end) == (0, 10, COMPLETE), "also of a page that is not the last"
+            assert (found.first, found.next, found.end) == (0, 10, COMPLETE), "every page reports the range and the end"
             return seqs(found.entries)
 
         assert await page(-1, 3) == [0, 1, 2]
@@ -272,7 +272,7 @@ async def test_an_end_without_an_entry_is_durable_too(make_broker: MakeBroker) -
     async with open_backend(make_broker) as backend:
         key = await new_key(backend)
         assert await backend.broker.append(key, [], end=COMPLETE) == Position(-1, 0)
-        reader = await Reader(backend.peer, key).run()  # a reader who comes and goes takes nothing along
+        reader = await Reader(backend.peer, key).run()  # a reader that leaves does not drop the end
         assert (reader.seen, reader.end) == ([], COMPLETE)
         assert (await backend.peer.read(key)).end == COMPLETE
         with pytest.raises(StreamClosed):
@@ -358,7 +358,7 @@ async def test_a_gap_in_the_count_of_a_producer_is_rejected(make_broker: MakeBro
                 await backend.broker.append(key, items(1), producer=Producer("p", stored + 1), end=COMPLETE)
             assert refusal.value.expected == stored
             page = await backend.broker.read(key)
-            assert (page.next, page.end) == (stored, None), "a refused append leaves nothing, its end neither"
+            assert (page.next, page.end) == (stored, None), "a rejected append stores neither its items nor its end"
             await backend.broker.append(key, items(2, start=stored), producer=Producer("p", stored))
 
 
@@ -378,13 +378,13 @@ async def test_each_producer_counts_its_items_per_stream(make_broker: MakeBroker
 
 @pytest.mark.anyio
 async def test_the_count_of_a_producer_can_be_read(make_broker: MakeBroker) -> None:
-    """A writer that comes back, maybe at another process, goes on behind what is stored."""
+    """A writer that reconnects, possibly to another process, continues after what is stored."""
     async with open_backend(make_broker) as backend:
         key = await new_key(backend)
         sibling, inputs = StreamKey(key.run, "sibling"), StreamKey(key.run, "$input")
         assert await backend.broker.produced(key, "p") == 0
         await backend.broker.append(key, items(3))
-        assert await backend.peer.produced(key, "p") == 0, "those of nobody are not its own"
+        assert await backend.peer.produced(key, "p") == 0, "items without a producer do not count"
         await backend.broker.append(key, items(3, start=3), producer=Producer("p", 0))
         await backend.broker.append(key, items(2, start=6), producer=Producer("p:1", 0))
         await backend.broker.append(key, items(3, start=4), producer=Producer("p", 1))
@@ -396,7 +396,7 @@ async def test_the_count_of_a_producer_can_be_read(make_broker: MakeBroker) -> N
             assert await broker.produced(key, "p:1") == 2
             assert await broker.produced(sibling, "p") == 0
             assert await broker.produced(inputs, "p") == 5
-        assert (await backend.broker.read(sibling))[1:] == (0, 0, None), "to ask makes no stream"
+        assert (await backend.broker.read(sibling))[1:] == (0, 0, None), "reading the count creates no stream"
 
 
 @pytest.mark.anyio
@@ -459,7 +459,7 @@ async def test_concurrent_retries_of_one_append_are_stored_once(make_broker: Mak
 async def test_whatever_producers_retry_each_item_is_stored_once(
     make_broker: MakeBroker, calls: list[tuple[int, int, int, bool]]
 ) -> None:
-    """Each call: a producer, the place in its count, the number of items, and which process writes."""
+    """Each call has a producer, a start in its count, a number of items, and a process that writes."""
     async with open_backend(make_broker) as backend:
         key = await new_key(backend)
         stored = dict.fromkeys(range(3), 0)
@@ -484,14 +484,14 @@ async def test_lost_items_are_restored_in_their_place_or_not_at_all(make_broker:
         key = await new_key(backend)
         await backend.broker.append(key, items(3), producer=Producer("p", 0))
         again = await backend.peer.append(key, items(5), producer=Producer("p", 0), at=0)
-        assert again == Position(4, 5), "what is there was skipped, and the rest stands behind it"
+        assert again == Position(4, 5), "stored items are skipped, the rest follows them"
         with pytest.raises(StreamLost):
             await backend.broker.append(key, items(1), producer=Producer("p", 5), at=4)
-        with pytest.raises(RestoreOutOfOrder):  # those before it have to be restored first
+        with pytest.raises(RestoreOutOfOrder):  # earlier items have to be restored first
             await backend.broker.append(key, items(1), producer=Producer("p", 5), at=7, end=COMPLETE)
         with pytest.raises(ProducerGap):
             await backend.broker.append(key, [], producer=Producer("p", 6))
-        assert (await backend.broker.read(key))[1:] == (0, 5, None), "a refused append leaves nothing"
+        assert (await backend.broker.read(key))[1:] == (0, 5, None), "a rejected append stores nothing"
         assert await backend.broker.append(key, items(1), producer=Producer("p", 5), at=5) == Position(5, 6)
 
 
@@ -507,8 +507,8 @@ async def test_trimming_drops_the_oldest_entries_and_keeps_positions(make_broker
         page = await backend.broker.read(key)
         assert page.first > 0, "nothing was trimmed"
         assert page.next == 50
-        assert seqs(page.entries) == list(range(page.first, 50)), "a page says where the retained part begins"
-        assert len(page.entries) * len(CHUNK) <= 2000, "twice the retention: a backend may trim roughly"
+        assert seqs(page.entries) == list(range(page.first, 50)), "a page reports where the retained part starts"
+        assert len(page.entries) * len(CHUNK) <= 2000, "twice the limit, since backends may trim roughly"
         assert await backend.peer.append(key, [CHUNK]) == Position(50, 51)
 
 
@@ -561,12 +561,12 @@ async def test_a_cancelled_append_takes_full_effect_or_none(make_broker: MakeBro
         for number in count():  # pragma: no branch
             key = await new_key(backend)
             append = backend.broker.append(key, items(3), producer=Producer("p", 0), end=COMPLETE)
-            was_over = await cancelled_at(number, append)
+            has_finished = await cancelled_at(number, append)
             page = await backend.peer.read(key)
             assert (data(page.entries), page.end) in (([], None), (items(3), COMPLETE)), f"cancelled at {number}"
             again = await backend.peer.append(key, items(3), producer=Producer("p", 0), end=COMPLETE)
             assert again == Position(2, 3)
             assert data(await read_all(backend.broker, key)) == items(3)
             assert backend.held() == held
-            if was_over:
+            if has_finished:
                 return

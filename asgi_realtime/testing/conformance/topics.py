@@ -1,6 +1,7 @@
-"""Topics: a snapshot and what follows miss no change, a reader behind gets the newest, a useless cursor a snapshot.
+"""Topics: a snapshot and the changes after it miss nothing, late readers get the newest versions, unusable cursors a
+snapshot.
 
-A topic may tell a change more than once: these tests ask for the newest version, never for the number of tellings.
+A backend may publish a change more than once: these tests check for the newest version, never for how often it came.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from asgi_realtime.testing.conformance.kit import (
     open_backend,
     pause,
     store,
-    until_parked,
+    until_waiting,
     versions,
     versions_in,
 )
@@ -98,7 +99,7 @@ async def test_a_late_reader_gets_each_changed_run_once_in_its_newest_version(ma
         late = await store(backend.broker, next_version(late))
         changes = await backend.broker.changes(f"tag:{tag}", after=cursor)
         assert not changes.snapshot
-        assert versions(changes) == {busy.id: 6, late.id: 2}, "and nothing of the one that did not change"
+        assert versions(changes) == {busy.id: 6, late.id: 2}, "without the run that did not change"
         assert changes.cursor.epoch == cursor.epoch
         assert idle.version == 1
 
@@ -159,14 +160,14 @@ async def test_a_topic_retains_its_newest_runs_and_older_cursors_get_a_snapshot(
         assert (within.snapshot, len(within.items)) == (False, 4)
         runs += [await create(backend, tags=(tag,)) for _ in range(6)]
         behind = await backend.broker.changes(f"tag:{tag}", after=early)
-        assert behind.snapshot, "what this reader missed was dropped"
+        assert behind.snapshot, "the changes that this reader missed were dropped"
         assert versions(behind) == {run.id: 1 for run in runs[-5:]}
-        assert await backend.broker.load([first.id]) == [first], "the run itself is still there"
+        assert await backend.broker.load([first.id]) == [first], "the run itself is not removed"
 
 
 @pytest.mark.anyio
 async def test_a_recreated_topic_has_a_new_epoch(make_broker: MakeBroker) -> None:
-    """A position must not be taken for one of an index that is gone."""
+    """A position in a topic must not match one in a former topic of the same name."""
     async with open_backend(make_broker) as backend:
         tag = new_tag()
         run = await create(backend, tags=(tag,))
@@ -196,33 +197,33 @@ async def test_a_follower_gets_the_changes_of_every_process(make_broker: MakeBro
 
 
 class Feed:
-    """A reader of a topic as the library has them: the snapshot, then each change; it loads what it is told of."""
+    """A subscriber of a topic: the snapshot, then each change; it loads the runs that changed."""
 
     def __init__(self, broker: Broker, topic: str) -> None:
         self.broker = broker
         self.topic = topic
-        self.told: dict[str, int] = {}
+        self.versions: dict[str, int] = {}
         self.rows: dict[str, RunRecord] = {}
         self.cursor: Cursor | None = None
 
     async def run(self, expected: dict[str, int], limit: int = 1000) -> None:
-        """Read until these versions have come. May be called again, with the cursor of before."""
+        """Read until these versions have arrived. Can be called again and resumes at its cursor."""
         async with self.broker.follow(self.topic) as topic:
             while not self._has(expected):
                 await self.take(await next_changes(topic, self.cursor, limit=limit))
 
     def _has(self, expected: dict[str, int]) -> bool:
-        return all(self.told.get(run_id, 0) >= version for run_id, version in expected.items())
+        return all(self.versions.get(run_id, 0) >= version for run_id, version in expected.items())
 
     async def take(self, changes: Changes) -> None:
         self.cursor = changes.cursor
         for change in changes.items:
-            assert change.version >= self.told.get(change.run_id, 0), "an older version came over a newer one"
-            self.told[change.run_id] = change.version
+            assert change.version >= self.versions.get(change.run_id, 0), "an older version replaced a newer one"
+            self.versions[change.run_id] = change.version
         records = await self.broker.load([change.run_id for change in changes.items])
         for change, record in zip(changes.items, records, strict=True):
             assert record is not None
-            assert record.version >= change.version, "a record was older than the topic said"
+            assert record.version >= change.version, "a record was older than its topic"
             self.rows[change.run_id] = record
 
 
@@ -235,7 +236,7 @@ class Feed:
 async def test_whenever_a_feed_starts_it_misses_no_change(
     make_broker: MakeBroker, runs: list[list[tuple[int, bool]]], feeds: list[tuple[int, bool, int]]
 ) -> None:
-    """Each run changes in a task of its own, after so many steps and in that process; each feed begins at its time."""
+    """Each run changes in its own task, after some loop iterations, in either process. Feeds start at any time."""
     async with open_backend(make_broker) as backend:
         held = backend.held()
         tag = new_tag()
@@ -261,7 +262,7 @@ async def test_whenever_a_feed_starts_it_misses_no_change(
             for record, changes in zip(created, runs, strict=True):
                 group.start_soon(change, record, changes)
         for feed, _, _ in reading:
-            assert feed.told == expected
+            assert feed.versions == expected
             assert {run_id: row.version for run_id, row in feed.rows.items()} == expected
         assert await versions_in(backend.broker, f"tag:{tag}") == expected
         assert backend.held() == held
@@ -269,14 +270,14 @@ async def test_whenever_a_feed_starts_it_misses_no_change(
 
 @pytest.mark.anyio
 async def test_no_older_version_replaces_a_newer_one_under_concurrent_committers(make_broker: MakeBroker) -> None:
-    """Many commits of one run on many topics, from both sides, while tellers tell again: versions only grow."""
+    """Many commits of one run with many topics, in both processes, while others publish again: versions only grow."""
     async with open_backend(make_broker) as backend:
         tags = tuple(new_tag() for _ in range(4))
         run = await create(backend, tags=tags)
         feeds = [Feed(broker, f"tag:{tag}") for tag in tags for broker in backend.processes]
         committed = 30
 
-        async def tell_again(broker: Broker) -> None:
+        async def publish_again(broker: Broker) -> None:
             for _ in range(committed):
                 await broker.publish(run.id)
                 await pause(1)
@@ -298,7 +299,7 @@ async def test_no_older_version_replaces_a_newer_one_under_concurrent_committers
             for feed in feeds:
                 group.start_soon(feed.run, {run.id: 1 + committed})
             for broker in backend.processes:
-                group.start_soon(tell_again, broker)
+                group.start_soon(publish_again, broker)
                 group.start_soon(change, broker)
         for tag in tags:
             assert await versions_in(backend.peer, f"tag:{tag}") == {run.id: 1 + committed}
@@ -313,7 +314,7 @@ async def test_leaving_a_topic_releases_everything(make_broker: MakeBroker) -> N
             async with backend.broker.follow(f"tag:{tag}") as topic:
                 for _ in range(5):
                     group.start_soon(_follow, backend.broker, tag)
-                await until_parked(topic, count=5)
+                await until_waiting(topic, count=5)
                 group.cancel_scope.cancel()
         assert len(topic.waiting) == 0
         assert backend.held() == held
@@ -336,9 +337,9 @@ async def test_following_can_be_cancelled_at_every_await(make_broker: MakeBroker
                 await topic.changes(None)
 
         for number in count():  # pragma: no branch
-            was_over = await cancelled_at(number, enter_and_leave())
+            has_finished = await cancelled_at(number, enter_and_leave())
             assert backend.held() == held, f"cancelled at {number}"
-            if was_over:
+            if has_finished:
                 break
         async with backend.broker.follow(f"tag:{tag}") as topic:
             assert len((await topic.changes(None)).items) == 1
