@@ -1,11 +1,11 @@
 """Decides when a batch is over.
 
-A batch is *whole* once no more runs join it: its creator says so (`closed`), or its last run has been seen, because
-runs are created in the order of their indexes. A whole batch is over when none of the runs seen so far is open. A run
-that was never seen counts as over: it ended and expired before anyone looked.
+A batch is *whole* once no more runs join it: either its creator has closed it (`closed`), or its last run has been
+seen, because runs are created in the order of their indexes. A whole batch is over when none of the runs seen so far is
+open. A run that was never seen counts as over: it ended and expired before.
 
-`closed` cannot follow from the runs alone: the last items of a batch can resolve to older runs of the same idempotency
-key, so the run with the last index is never created.
+`closed` does not follow from the runs: if the last items of a batch have idempotency keys of older runs, the run with
+the last index is never created.
 """
 
 from __future__ import annotations

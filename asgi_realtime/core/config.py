@@ -36,7 +36,7 @@ def parse_span(value: Span, *, name: str = "span") -> float:
             )
         seconds = sum(float(number) * _UNITS[unit] for number, unit in _PART.findall(text))
     elif isinstance(value, int | float) and not isinstance(value, bool):
-        seconds = float(max(-1, min(value, MAX_SPAN_S)))  # an int may be too large for a float
+        seconds = float(max(-1, min(value, MAX_SPAN_S)))  # an int can be too large for a float
     else:
         raise UsageError(f"{name} is a {type(value).__name__}; allowed are seconds, a timedelta, or text like '15m'")
     if not 0 < seconds < MAX_SPAN_S:

@@ -220,7 +220,7 @@ class StreamGap(StateError):
 
 
 class StreamBehind(StateError):
-    """A stream lacks entries that the broker acknowledged. Its writer may be able to restore them."""
+    """A stream lacks entries that the broker acknowledged. Its writer can sometimes restore them."""
 
     code = "stream_behind"
 
@@ -266,7 +266,7 @@ class ServerShutdown(RealtimeError):
 
 
 class BrokerUnavailable(RealtimeError):
-    """The broker does not respond. The call may or may not have taken effect, and can be repeated unchanged."""
+    """The broker does not respond. Whether the call took effect is unknown; it can be repeated unchanged."""
 
     status = 503
     code = "broker_unavailable"

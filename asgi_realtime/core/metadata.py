@@ -111,7 +111,7 @@ def apply_operations(
 
 
 def _apply(result: dict[str, Any], operation: Operation, strict: bool, copies: Copies) -> dict[str, Any]:
-    """Apply one operation to a dict that can be changed in place; its values may be shared."""
+    """Apply one operation to a dict that can be changed in place; its values can be shared."""
     match operation:
         case Set(key, value):
             return _at(result, key, lambda _: value, copies)

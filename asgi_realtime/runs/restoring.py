@@ -16,8 +16,8 @@ with their seqs (`RestorableProducer`). Nothing else can be restored; a run with
   broker refuses it (`StreamBehind`).
 
 **In which order.** First the record, because streams need their run. Then the streams, all writers of the run at once:
-their chunks can interleave in one stream, each chunk has to return to its old seq, and a writer whose turn has not come
-gets `RestoreOutOfOrder` and retries. Then the call that found the loss is repeated.
+their chunks can interleave in one stream, and each chunk has to return to its old seq. A writer that is too early gets
+`RestoreOutOfOrder` and retries. Then the call that found the loss is repeated.
 
 **What wins.** Whatever other processes stored after the loss stays: the end of the run, a new owner, tags, a request to
 cancel. A run that another process executes by now is lost to this one, and so is everything that it would still store.
@@ -26,6 +26,10 @@ cancel. A run that another process executes by now is lost to this one, and so i
 stream ends as `lost`, because its readers have seen chunks that no longer exist. A run that would be COMPLETED with
 such a stream becomes FAILED. A run that disappeared is restored only if its lease was renewed within
 `Retention.after_end`; otherwise it could have ended and expired elsewhere.
+
+**Readers** are not restored but corrected. A process that has received lost entries is ahead of the broker, so the
+broker fails its copy of the stream, and its readers resume by their cursors. The version of a run can decrease, so
+feeds and followers check whether it differs, not whether it is higher.
 """
 
 from __future__ import annotations
@@ -66,6 +70,7 @@ _MAX_STEP_S = 2.0
 """The longest time between two ticks that counts. A longer one means that the broker did not answer in between."""
 
 _CALL_ITEMS = 500
+"""Chunks of one append."""
 
 
 class _OwnedRun:
@@ -95,30 +100,30 @@ class OwnedRuns:
         """How long the broker has been available, as seen by the ticker. Held chunks age by this clock."""
 
     def own(self, record: RunRecord) -> None:
-        """This process starts to execute the run."""
+        """Call when this process starts to execute a run."""
         self._runs[record.id] = _OwnedRun(record, self._clock())
 
     def disown(self, run_id: str) -> None:
-        """The execution is over; its producers have nothing left to restore."""
+        """Call when an execution is over. Its producers release their chunks: a run that is over is not restored."""
         owned = self._runs.pop(run_id, None)
         for producer in () if owned is None else owned.producers:
             self._holding.pop(producer, None)
             producer.drop()
 
     def note_stored(self, record: RunRecord) -> None:
-        """The broker acknowledged a new version."""
+        """Call when the broker has acknowledged a new version."""
         owned = self._runs.get(record.id)
         if owned is not None:
             owned.record = record
 
     def renewed(self) -> None:
-        """The leases were renewed. Thread-safe."""
+        """Call when the leases were renewed. Thread-safe."""
         self._renewed_at = self._clock()
 
     # Records
 
     def is_taken_over(self, record: RunRecord) -> bool:
-        """Whether another process executes a run that this one started. This execution has no effect any more then."""
+        """Whether another process executes a run that started here. Then this execution has no effect any more."""
         owned = self._runs.get(record.id)
         return owned is not None and record.owner is not None and record.owner != owned.record.owner
 
@@ -149,7 +154,7 @@ class OwnedRuns:
     # Chunks
 
     def note_held(self, producer: RestorableProducer) -> None:
-        """The producer holds a chunk that was just acknowledged."""
+        """Call when a producer holds chunks that were just acknowledged."""
         owned = self._runs.get(producer.key.run)
         if owned is not None:
             owned.producers[producer] = None
@@ -334,7 +339,7 @@ class RestorableProducer:
                     items = [chunk.data for chunk in chunks]
                     await self._append(items, Producer(self.id, index), at=chunks[0].seq)
                     index += len(chunks)
-            except (ProducerGap, StreamLost, RestoreOutOfOrder):  # more was lost than is held, or its place is taken
+            except (ProducerGap, StreamLost, RestoreOutOfOrder):  # not all of it is held, or its seq is taken
                 await self._lose()
             except StreamClosed as exc:
                 self._fail(exc)

@@ -32,7 +32,7 @@ _KNOWN_STREAMS = 10_000
 
 
 class Changed(NamedTuple):
-    """A run after an update. `rejected` says which limit kept some of the changes from being applied."""
+    """A run after an update. `rejected` is the limit that some of the changes would exceed; they were not applied."""
 
     record: RunRecord
     rejected: LimitExceeded | None = None

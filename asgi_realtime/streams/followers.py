@@ -128,7 +128,7 @@ class TagFollower(_TopicFollower):
 
 
 class BatchFollower(_TopicFollower):
-    """The runs of a batch, until all are over. Raises `RunNotFound` if there is no such batch.
+    """The runs of a batch, until all are over. Raises `RunNotFound` if it does not exist.
 
     `closed` returns whether no more runs join the batch, or None if only its runs are known; then it was created whole.
     """

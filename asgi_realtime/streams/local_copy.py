@@ -23,7 +23,7 @@ T = TypeVar("T")
 class CopyState(Enum):
     OPEN = "open"
     DROPPED = "dropped"
-    """It was full without a reader. Its items are gone."""
+    """It was full without a reader, and its items were discarded."""
     FINISHED = "finished"
     """No item follows."""
 

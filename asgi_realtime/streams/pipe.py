@@ -8,8 +8,8 @@ The states of a pipe:
 * FORWARDING: the job reads the source, or has not started yet.
 * STOPPING: `stop` was called, by `aclose` or because the run ends. The job is being cancelled. It closes the source and
   writes the chunks that it has already taken.
-* ENDED: the source is closed and the broker has acknowledged every chunk, or the writer has failed. Whoever waits for
-  the pipe continues. A source that ends by itself skips STOPPING.
+* ENDED: the source is closed and the broker has acknowledged every chunk, or the writer has failed. A source
+  that ends normally skips STOPPING.
 
 The local copy finishes before the pipe ends, so that the host's loop does not wait for the broker.
 """
