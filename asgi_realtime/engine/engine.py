@@ -178,6 +178,7 @@ class Engine:
 
         Raises what prevented the start; if a stop did, `ServerShutdown`.
         """
+        self._check_fork()
         if lazy and self.running:
             return
         supervisor = self.supervisor
