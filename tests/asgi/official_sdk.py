@@ -9,6 +9,7 @@ import pytest
 
 from asgi_realtime import Realtime
 from asgi_realtime.testing import AsgiClient, Response
+from asgi_realtime.testing.driver import make_scope
 from tests.inprocess import SECRET, make_realtime
 
 on_one_loop = pytest.mark.parametrize("anyio_backend", ["asyncio"])
@@ -43,6 +44,21 @@ async def call(
         headers["x-trigger-request-idempotency-key"] = key
     data = body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
     return Answer(await AsgiClient(app).request(method, path, headers=headers, body=data))
+
+
+async def send_cut_off(app: Realtime, path: str, body: bytes) -> int:
+    """Send part of a body and disconnect; returns the status."""
+    messages: list[Any] = [{"type": "http.request", "body": body, "more_body": True}, {"type": "http.disconnect"}]
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        return messages.pop(0)
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    await app(make_scope("POST", path, headers={"authorization": f"Bearer {SECRET}"}), receive, send)
+    return int(sent[0]["status"])
 
 
 async def trigger(

@@ -14,7 +14,6 @@ from asgi_realtime.brokers.memory import MemoryBroker
 from asgi_realtime.core.errors import LimitExceeded
 from asgi_realtime.core.runs import BatchMember
 from asgi_realtime.testing import AsgiClient, EventParser
-from asgi_realtime.testing.driver import make_scope
 from tests.asgi.official_sdk import (
     Answer,
     call,
@@ -24,6 +23,7 @@ from tests.asgi.official_sdk import (
     item,
     lines,
     on_one_loop,
+    send_cut_off,
     with_tasks,
 )
 from tests.brokers.backends import DistantBroker
@@ -376,21 +376,7 @@ async def test_items_without_a_waiting_batch_are_404() -> None:
 async def test_a_cut_off_body_starts_nothing() -> None:
     async with with_tasks() as realtime:
         batch_id = (await create_batch(realtime, 1)).json["id"]
-        messages: list[Any] = [
-            {"type": "http.request", "body": lines(GOOD), "more_body": True},
-            {"type": "http.disconnect"},
-        ]
-        sent: list[Any] = []
-
-        async def receive() -> Any:
-            return messages.pop(0)
-
-        async def send(message: Any) -> None:
-            sent.append(message)
-
-        headers = {"authorization": f"Bearer {SECRET}"}
-        await realtime(make_scope("POST", f"{BATCHES}/{batch_id}/items", headers=headers), receive, send)
-        assert sent[0]["status"] == 408
+        assert await send_cut_off(realtime, f"{BATCHES}/{batch_id}/items", lines(GOOD)) == 408
         assert await count_runs(realtime, "tag:seen") == 0
 
 

@@ -69,6 +69,19 @@ class Client:
         return [message["value"] for message in messages[:-1]]
 
     @asynccontextmanager
+    async def pending(self, *, live: bool = True) -> AsyncIterator[list[Response]]:
+        """A poll that runs during the block. The list has its response after the block."""
+        answers: list[Response] = []
+
+        async def poll() -> None:
+            answers.append(await self.get(live=live))
+
+        with anyio.fail_after(5):
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(poll)
+                yield answers
+
+    @asynccontextmanager
     async def polling(self) -> AsyncIterator[list[list[dict[str, Any]]]]:
         """A live poll that is held. The list has its rows after the block."""
         answers: list[list[dict[str, Any]]] = []
@@ -320,16 +333,9 @@ async def test_held_polls_are_503_at_the_shutdown(host: FakeHost) -> None:
     await host.create()
     client = Client(host)
     await client.rows()
-    answers: list[Response] = []
-
-    async def poll() -> None:
-        answers.append(await client.get(live=True))
-
-    with anyio.fail_after(5):
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(poll)
-            await host.wait_for_subscriber()
-            host.begin_shutdown()
+    async with client.pending() as answers:
+        await host.wait_for_subscriber()
+        host.begin_shutdown()
     (answer,) = answers
     assert (answer.status_code, json.loads(answer.body)["code"]) == (503, "server_shutdown")
     assert answer.headers["access-control-allow-origin"] == "*"
@@ -350,16 +356,9 @@ async def test_a_held_poll_ends_when_its_token_expires(host: FakeHost) -> None:
     client = Client(host)
     client.headers["authorization"] = f"Bearer {host.token(expires_in_s=5)}"
     await client.rows()
-    answers: list[Response] = []
-
-    async def poll() -> None:
-        answers.append(await client.get(live=True))
-
-    with anyio.fail_after(5):
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(poll)
-            await host.wait_for_subscriber()
-            host.tick(5.1)
+    async with client.pending() as answers:
+        await host.wait_for_subscriber()
+        host.tick(5.1)
     assert (answers[0].status_code, json.loads(answers[0].body)["code"]) == (401, "token_expired")
 
 
@@ -584,16 +583,9 @@ async def test_errors_are_immediate(host: FakeHost) -> None:
 
 
 async def test_a_poll_that_waits_for_a_run_is_503_at_the_shutdown(host: FakeHost) -> None:
-    answers: list[Response] = []
-
-    async def poll() -> None:
-        answers.append(await Client(host).get())
-
-    with anyio.fail_after(5):
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(poll)
-            await host.wait_for_subscriber()
-            host.begin_shutdown()
+    async with Client(host).pending(live=False) as answers:
+        await host.wait_for_subscriber()
+        host.begin_shutdown()
     assert answers[0].status_code == 503
 
 
@@ -637,16 +629,9 @@ async def test_the_shutdown_ends_a_poll_that_waits_for_the_broker(host: FakeHost
         yield
 
     host.broker.follow = follow  # type: ignore[method-assign]
-    answers: list[Response] = []
-
-    async def poll() -> None:
-        answers.append(await client.get(live=True))
-
-    with anyio.fail_after(5):
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(poll)
-            await entered.wait()
-            host.begin_shutdown()
+    async with client.pending() as answers:
+        await entered.wait()
+        host.begin_shutdown()
     assert answers[0].status_code == 503
 
 

@@ -14,8 +14,7 @@ from asgi_realtime.brokers.memory import MemoryBroker
 from asgi_realtime.core.scopes import grants
 from asgi_realtime.tasks import launch
 from asgi_realtime.testing import AsgiClient
-from asgi_realtime.testing.driver import make_scope
-from tests.asgi.official_sdk import Answer, call, count_runs, on_one_loop, trigger, with_tasks
+from tests.asgi.official_sdk import Answer, call, count_runs, on_one_loop, send_cut_off, trigger, with_tasks
 from tests.brokers.backends import DistantBroker
 from tests.inprocess import SECRET, FakeClock, ended, until
 
@@ -148,21 +147,7 @@ async def test_the_payload_limit_is_exact() -> None:
 
 async def test_a_cut_off_body_starts_nothing() -> None:
     async with with_tasks() as realtime:
-        messages: list[Any] = [
-            {"type": "http.request", "body": b'{"payload": 1, "options": {"tags": "x"}}', "more_body": True},
-            {"type": "http.disconnect"},
-        ]
-        sent: list[Any] = []
-
-        async def receive() -> Any:
-            return messages.pop(0)
-
-        async def send(message: Any) -> None:
-            sent.append(message)
-
-        scope = make_scope("POST", TRIGGER, headers={"authorization": f"Bearer {SECRET}"})
-        await realtime(scope, receive, send)
-        assert sent[0]["status"] == 408
+        assert await send_cut_off(realtime, TRIGGER, b'{"payload": 1, "options": {"tags": "x"}}') == 408
         assert await count_runs(realtime, "tag:x") == 0
 
 
