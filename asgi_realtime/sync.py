@@ -93,8 +93,7 @@ def _blocking(method: Callable[Concatenate[Any, P], Awaitable[T]]) -> Callable[C
         bound: Callable[P, Awaitable[T]] = getattr(self._realtime, name)
         return self._bridge.call(lambda: bound(*args, **kwargs))
 
-    functools.update_wrapper(call, method)
-    call.__doc__ = f"As `Realtime.{name}`."
+    _describe(call, method)
     return call
 
 
@@ -108,9 +107,15 @@ def _iterating(
         bound: Callable[P, AsyncIterator[T]] = getattr(self._realtime, name)
         return self._bridge.iterate(lambda: bound(*args, **kwargs))
 
-    functools.update_wrapper(iterate, method)
-    iterate.__doc__ = f"As `Realtime.{name}`."
+    _describe(iterate, method)
     return iterate
+
+
+def _describe(call: Callable[..., Any], method: Callable[..., Any]) -> None:
+    """Give a blocking form the name and the signature of the async call."""
+    functools.update_wrapper(call, method)
+    call.__qualname__ = f"SyncRealtime.{method.__name__}"
+    call.__doc__ = f"As `Realtime.{method.__name__}`."
 
 
 class SyncRealtime:
