@@ -157,6 +157,11 @@ class FakeHost:
         await self.broker.commit(record, expect=0, change=self._mark())
         return await self.change(run_id, Started("me")) if executing else record
 
+    async def create_batch(self, count: int = 3) -> None:
+        """Create `run_0` to `run_<count - 1>` in `batch_1`."""
+        for index in range(count):
+            await self.create(f"run_{index}", batch=BatchMember("batch_1", index, count))
+
     async def change(self, run_id: str, *changes: RunChange) -> RunRecord:
         return await (await self.prepare_change(run_id, *changes))()
 

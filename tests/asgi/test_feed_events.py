@@ -14,9 +14,10 @@ from asgi_realtime.core.metadata import Set
 from asgi_realtime.core.run_json import run_json
 from asgi_realtime.core.runs import BatchMember, MetadataChanged, RunChange, RunRecord, Started, Status, TagsAdded
 from asgi_realtime.core.topics import Cursor
-from asgi_realtime.testing import AsgiClient, Event
+from asgi_realtime.testing import AsgiClient
 from tests.asgi.fake_host import FakeHost
 from tests.asgi.official_sdk import on_one_loop
+from tests.asgi.reading import kinds, runs, statuses, tag_snapshot
 
 pytestmark = pytest.mark.anyio
 
@@ -24,18 +25,6 @@ RUN = "/v1/runs/run_1"
 TAGS = "/v1/runs"
 BATCH = "/v1/batches/batch_1"
 BATCH_SCOPE = "read:batch:batch_1"
-
-
-def runs(events: list[Event]) -> list[str]:
-    return [json.loads(event.data)["id"] for event in events if event.event == "run"]
-
-
-def statuses(events: list[Event]) -> list[str]:
-    return [json.loads(event.data)["status"] for event in events if event.event == "run"]
-
-
-def kinds(events: list[Event]) -> list[str]:
-    return [event.event for event in events]
 
 
 def progress(value: float) -> RunChange:
@@ -159,19 +148,6 @@ async def test_a_slow_subscriber_gets_the_newest_state(host: FakeHost) -> None:
     assert statuses(events) == ["EXECUTING", "COMPLETED"]
 
 
-async def test_a_run_feed_waits_for_the_run_that_its_token_names(host: FakeHost) -> None:
-    async with anyio.create_task_group() as tasks:
-
-        async def appear() -> None:
-            await host.wait_for_subscriber()
-            await anyio.wait_all_tasks_blocked()
-            await host.create()
-
-        tasks.start_soon(appear)
-        async with AsgiClient(host).stream(RUN, headers=host.feed_headers()) as response:
-            assert kinds(await response.read_until("ready")) == ["run", "ready"]
-
-
 async def test_the_feed_of_a_removed_run_ends(host: FakeHost) -> None:
     """If a run was evicted while a page followed it, the page waited forever."""
     await host.create()
@@ -212,25 +188,6 @@ async def test_an_idle_feed_loads_no_record(host: FakeHost, monkeypatch: pytest.
         await commit()
         await response.read_until("run")
         assert loaded == ["run_1"]
-
-
-async def test_a_run_feed_checks_token_run_and_scope(host: FakeHost) -> None:
-    assert (await AsgiClient(host).get(RUN)).status_code == 401
-    assert (await AsgiClient(host).get(RUN, headers=host.feed_headers("read:runs"))).status_code == 404
-    await host.create()
-    assert (await AsgiClient(host).get(RUN, headers=host.feed_headers("read:runs:run_2"))).status_code == 403
-
-
-@pytest.mark.parametrize("accept", ["application/json", "*/*", None])
-async def test_a_request_without_accept_header_and_offset_is_400_and_names_both(
-    host: FakeHost, accept: str | None
-) -> None:
-    await host.create()
-    headers = host.headers() if accept is None else host.headers(accept=accept)
-    response = await AsgiClient(host).get(RUN, headers=headers)
-    assert response.status_code == 400
-    error = json.loads(response.body)["error"]
-    assert "Accept: text/event-stream" in error and "?offset=-1" in error
 
 
 # Columns
@@ -289,13 +246,6 @@ async def test_a_version_of_a_run_is_encoded_once(host: FakeHost, monkeypatch: p
 
 
 # Tags
-
-
-async def tag_snapshot(host: FakeHost, tags: str, scope: str = "read:runs", **query: str) -> list[Event]:
-    headers = host.feed_headers(scope)
-    async with AsgiClient(host).stream(TAGS, headers=headers, query={"tags": tags, **query}) as response:
-        assert response.status_code == 200, await response.read()
-        return await response.read_until("ready")
 
 
 async def test_a_tag_feed_has_the_runs_with_all_of_the_tags(host: FakeHost) -> None:
@@ -401,83 +351,11 @@ async def test_a_large_snapshot_is_complete_and_split_into_bodies_of_bounded_siz
     assert b"".join(bodies).count(b"event: run\n") == 1000
 
 
-async def test_created_at_limits_the_feed_to_a_window(host: FakeHost) -> None:
-    await host.create("run_old", tags=["a"], created_ago_s=25 * 3600)
-    await host.create("run_2h", tags=["a"], created_ago_s=2 * 3600)
-    await host.create("run_now", tags=["a"])
-    assert runs(await tag_snapshot(host, "a")) == ["run_2h", "run_now"]
-    assert runs(await tag_snapshot(host, "a", createdAt="1h")) == ["run_now"]
-    assert runs(await tag_snapshot(host, "a", createdAt="7d")) == ["run_2h", "run_now"]  # clamped
-
-
-async def test_a_changed_run_from_before_the_window_is_not_sent(host: FakeHost) -> None:
-    await host.create("run_old", tags=["a"], created_ago_s=7200)
-    query = {"tags": "a", "createdAt": "1h"}
-    async with AsgiClient(host).stream(TAGS, headers=host.feed_headers("read:runs"), query=query) as response:
-        assert kinds(await response.read_until("ready")) == ["ready"]
-        await host.finish("run_old")
-        await host.create("run_new", tags=["a"], executing=False)
-        assert runs(await response.read_events()) == ["run_new"]
-
-
-@on_one_loop
-@pytest.mark.parametrize(
-    ("query", "status", "words"),
-    [
-        ({}, 400, "tags is missing"),
-        ({"tags": ""}, 400, "tags is missing"),
-        ({"tags": "a,"}, 400, "empty"),
-        ({"tags": " "}, 400, "empty"),
-        ({"tags": "a\nb"}, 400, "control character"),
-        ({"tags": "a\x7f"}, 400, "control character"),
-        ({"tags": 'a"b'}, 400, "double quote"),
-        ({"tags": "a\\b"}, 400, "backslash"),
-        ({"tags": "t" * 129}, 422, "limit 128"),
-        ({"tags": ",".join(map(str, range(11)))}, 422, "limit 10"),
-        ({"tags": "a", "createdAt": "soon"}, 400, "createdAt"),
-        ({"tags": "a", "createdAt": "-1h"}, 400, "createdAt"),
-        ({"tags": "a", "createdAt": "0s"}, 400, "createdAt"),
-    ],
-)
-async def test_malformed_queries_are_rejected(host: FakeHost, query: dict[str, str], status: int, words: str) -> None:
-    response = await AsgiClient(host).get(TAGS, headers=host.feed_headers("read:runs"), query=query)
-    assert response.status_code == status
-    assert words in json.loads(response.body)["error"]
-
-
-async def test_tags_at_the_limit_are_accepted(host: FakeHost) -> None:
-    await tag_snapshot(host, ",".join("t" * 127 + str(number) for number in range(10)))
-
-
-@on_one_loop
-@pytest.mark.parametrize(
-    ("scope", "status"),
-    [
-        ("read:runs", 200),
-        ("read:tags", 200),
-        ("read:tags:b", 200),
-        ("read:all", 200),
-        ("read:runs:run_1", 403),
-        ("read:tags:c", 403),
-        ("write:tags:a", 403),
-    ],
-)
-async def test_scopes_that_grant_access_to_a_tag_feed(host: FakeHost, scope: str, status: int) -> None:
-    headers = host.feed_headers(scope)
-    async with AsgiClient(host).stream(TAGS, headers=headers, query={"tags": "a,b"}) as response:
-        assert response.status_code == status
-
-
 # Batches
 
 
-async def create_batch(host: FakeHost, count: int = 3) -> None:
-    for index in range(count):
-        await host.create(f"run_{index}", batch=BatchMember("batch_1", index, count))
-
-
 async def test_a_batch_feed_ends_when_all_runs_have_ended(host: FakeHost) -> None:
-    await create_batch(host)
+    await host.create_batch()
     await host.finish("run_0")
     async with AsgiClient(host).stream(BATCH, headers=host.feed_headers(BATCH_SCOPE)) as response:
         assert set(runs(await response.read_until("ready"))) == {"run_0", "run_1", "run_2"}
@@ -508,7 +386,7 @@ async def test_the_feed_of_an_incomplete_batch_does_not_end(host: FakeHost) -> N
 
 @pytest.mark.parametrize("missed", [0, 1, 2, 3])
 async def test_a_resumed_batch_feed_sends_missed_changes_and_ends(host: FakeHost, missed: int) -> None:
-    await create_batch(host)
+    await host.create_batch()
     async with AsgiClient(host).stream(BATCH, headers=host.feed_headers(BATCH_SCOPE)) as response:
         await response.read_until("ready")
         for index in range(3 - missed):
@@ -529,7 +407,7 @@ async def test_a_resumed_batch_feed_sends_missed_changes_and_ends(host: FakeHost
 
 async def test_a_batch_feed_ends_even_if_the_snapshot_omits_runs() -> None:
     host = FakeHost(limits=Limits(feed_runs=2))
-    await create_batch(host, 5)
+    await host.create_batch(5)
     for index in range(5):
         await host.finish(f"run_{index}")
     async with AsgiClient(host).stream(BATCH, headers=host.feed_headers(BATCH_SCOPE)) as response:
@@ -539,7 +417,7 @@ async def test_a_batch_feed_ends_even_if_the_snapshot_omits_runs() -> None:
 
 async def test_a_batch_feed_does_not_wait_for_expired_runs(host: FakeHost) -> None:
     """If the first runs of a long batch had expired, the feed waited for them forever."""
-    await create_batch(host, 2)
+    await host.create_batch(2)
     await host.finish("run_0")
     await host.broker.remove("run_0")
     async with AsgiClient(host).stream(BATCH, headers=host.feed_headers(BATCH_SCOPE)) as response:
@@ -547,39 +425,6 @@ async def test_a_batch_feed_does_not_wait_for_expired_runs(host: FakeHost) -> No
         await host.finish("run_1")
         with anyio.fail_after(5):
             assert kinds(await response.read_all_events()) == ["run", "end"]
-
-
-async def test_a_batch_feed_checks_token_and_scope(host: FakeHost) -> None:
-    assert (await AsgiClient(host).get(BATCH)).status_code == 401
-    await create_batch(host)
-    response = await AsgiClient(host).get(BATCH, headers=host.feed_headers("read:batch:batch_2"))
-    assert response.status_code == 403
-    async with AsgiClient(host).stream(BATCH, headers=host.feed_headers("read:runs")) as feed:
-        assert feed.status_code == 200
-
-
-async def test_a_lookup_waits_for_an_unknown_batch_and_is_then_404(host: FakeHost) -> None:
-    async with anyio.create_task_group() as tasks:
-
-        async def pass_time() -> None:
-            await host.wait_for_subscriber()
-            await anyio.wait_all_tasks_blocked()
-            host.tick()
-            host.tick(5)
-
-        tasks.start_soon(pass_time)
-        response = await AsgiClient(host).get(BATCH, headers=host.feed_headers(BATCH_SCOPE))
-    assert response.status_code == 404
-    assert not host.subscribers
-
-
-async def test_a_batch_lookup_during_the_shutdown_ends_with_reconnect(host: FakeHost) -> None:
-    """The response was 404 although the batch existed."""
-    await create_batch(host)
-    host.begin_shutdown()
-    response = await AsgiClient(host).get(BATCH, headers=host.feed_headers(BATCH_SCOPE))
-    assert response.status_code == 200
-    assert b"event: reconnect\n" in response.body
 
 
 # Heartbeats, expiry and shutdown

@@ -15,17 +15,13 @@ from asgi_realtime.core.errors import BrokerUnavailable
 from asgi_realtime.core.log import End
 from asgi_realtime.core.runs import BatchMember, Status, StreamAdded
 from asgi_realtime.testing import AsgiClient, Event
-from asgi_realtime.testing.driver import make_scope
 from tests.asgi.fake_host import SECRET, FakeHost
 from tests.asgi.official_sdk import on_one_loop
+from tests.asgi.reading import chunks
 
 pytestmark = pytest.mark.anyio
 
 PATH = "/v1/streams/run_1/default"
-
-
-def data(events: list[Event]) -> list[Any]:
-    return [json.loads(event.data) for event in events if event.event == "message"]
 
 
 async def read(host: FakeHost, last_event_id: str | None = None, path: str = PATH) -> list[Event]:
@@ -115,7 +111,7 @@ async def test_a_resumed_stream_sends_the_rest(host: FakeHost, last_event_id: in
     await host.append(*range(5))
     await host.finish()
     events = await read(host, str(last_event_id))
-    assert data(events) == list(range(last_event_id + 1, 5))
+    assert chunks(events) == list(range(last_event_id + 1, 5))
     assert events[-1].event == "end"
 
 
@@ -159,7 +155,7 @@ async def test_a_position_beyond_an_open_stream_waits(host: FakeHost) -> None:
         await response.chunk()
         await host.append(1, 2)
         await host.append(3)
-        assert data(await response.read_events()) == [3]
+        assert chunks(await response.read_events()) == [3]
 
 
 async def test_a_stream_that_ends_before_the_position_sends_its_end(host: FakeHost) -> None:
@@ -178,16 +174,16 @@ async def test_the_query_resumes_too_and_the_header_takes_precedence(host: FakeH
     await host.finish()
     query = {"last_event_id": "3"}
     async with AsgiClient(host).stream(PATH, headers=host.headers(), query=query) as response:
-        assert data(await response.read_all_events()) == [4]
+        assert chunks(await response.read_all_events()) == [4]
     async with AsgiClient(host).stream(PATH, headers=host.headers(last_event_id="1"), query=query) as response:
-        assert data(await response.read_all_events()) == [2, 3, 4]
+        assert chunks(await response.read_all_events()) == [2, 3, 4]
 
 
 async def test_an_empty_last_event_id_starts_at_the_beginning(host: FakeHost) -> None:
     await host.create()
     await host.append(0)
     await host.finish()
-    assert data(await read(host, "")) == [0]
+    assert chunks(await read(host, "")) == [0]
 
 
 @on_one_loop
@@ -202,8 +198,8 @@ async def test_a_malformed_last_event_id_is_400(host: FakeHost, last_event_id: s
 
 async def test_a_long_catch_up_is_complete_and_in_order(host: FakeHost) -> None:
     await host.create()
-    chunks = [f"{number} " + "x" * 200 for number in range(2000)]
-    await host.append(*chunks)
+    texts = [f"{number} " + "x" * 200 for number in range(2000)]
+    await host.append(*texts)
     await host.finish()
     async with AsgiClient(host).stream(PATH, headers=host.headers()) as response:
         bodies = [chunk async for chunk in response]
@@ -217,7 +213,8 @@ async def test_a_long_catch_up_is_complete_and_in_order(host: FakeHost) -> None:
 # Gaps
 
 
-def small(**limits: int) -> FakeHost:
+def small() -> FakeHost:
+    """A host that retains few chunks."""
     return FakeHost(retention=Retention(stream_bytes=200), cors=Cors())
 
 
@@ -232,7 +229,7 @@ async def test_a_position_before_the_retained_part_gets_a_gap() -> None:
     gap, *rest = await read(host, "4")
     assert (gap.event, json.loads(gap.data)) == ("gap", {"requested": 5, "first": first})
     assert gap.id == str(first - 1)
-    assert [int(text) for text in data(rest)] == list(range(first, 20))
+    assert [int(text) for text in chunks(rest)] == list(range(first, 20))
     # a client that disconnects right after the gap misses nothing and gets no second gap
     assert [event.event for event in await read(host, gap.id)] == ["message"] * (20 - first) + ["end"]
 
@@ -261,7 +258,7 @@ async def test_a_subscriber_overtaken_by_trimming_gets_a_gap() -> None:
     assert [event.event for event in events[:2]] == ["message", "gap"]
     assert json.loads(events[1].data)["requested"] == 1
     first = json.loads(events[1].data)["first"]
-    assert [int(text) for text in data(events[2:])] == list(range(first, 20))
+    assert [int(text) for text in chunks(events[2:])] == list(range(first, 20))
 
 
 # Streams that cannot be followed
@@ -306,7 +303,7 @@ async def test_removing_an_ended_run_still_sends_its_end(host: FakeHost) -> None
         await host.broker.remove("run_1")
         with anyio.fail_after(5):
             events = await response.read_all_events()
-    assert data(events) == ["a"]
+    assert chunks(events) == ["a"]
     assert events[-1].event == "end"
 
 
@@ -370,88 +367,6 @@ async def test_a_missing_token_is_401_even_for_an_unknown_run(host: FakeHost) ->
     assert response.headers["www-authenticate"] == "Bearer"
     assert response.headers["access-control-allow-origin"] == "*"
     assert set(json.loads(response.body)) == {"error", "code"}
-
-
-# Lookup
-
-
-async def test_an_unknown_run_that_the_token_does_not_name_is_404_at_once(host: FakeHost) -> None:
-    response = await AsgiClient(host).get(PATH, headers=host.headers("read:runs"))
-    assert response.status_code == 404
-    assert json.loads(response.body)["code"] == "run_not_found"
-
-
-async def test_a_lookup_waits_for_a_run_that_the_token_names(host: FakeHost) -> None:
-    async with anyio.create_task_group() as tasks:
-
-        async def appear() -> None:
-            await host.wait_for_subscriber()
-            await anyio.wait_all_tasks_blocked()
-            await host.create()
-
-        tasks.start_soon(appear)
-        async with AsgiClient(host).stream(PATH, headers=host.headers()) as response:
-            assert response.status_code == 200
-            await response.chunk()
-            await host.append("a")
-            assert data(await response.read_events()) == ["a"]
-
-
-async def test_a_lookup_is_404_after_its_timeout(host: FakeHost) -> None:
-    async with anyio.create_task_group() as tasks:
-
-        async def wait() -> None:
-            await host.wait_for_subscriber()
-            await anyio.wait_all_tasks_blocked()
-            host.tick(0)
-            host.tick(4.9)
-            await anyio.wait_all_tasks_blocked()
-            assert host.subscribers
-            host.tick(0.1)
-
-        tasks.start_soon(wait)
-        response = await AsgiClient(host).get(PATH, headers=host.headers())
-    assert response.status_code == 404
-    assert not host.subscribers
-    assert host.app.subscription_limits.open == 0
-
-
-async def test_a_shutdown_ends_a_lookup_with_reconnect(host: FakeHost) -> None:
-    """The response was 404, after which an EventSource never reconnects, although the run appeared soon after."""
-    async with anyio.create_task_group() as tasks:
-
-        async def shut_down() -> None:
-            await host.wait_for_subscriber()
-            await anyio.wait_all_tasks_blocked()
-            host.begin_shutdown()
-
-        tasks.start_soon(shut_down)
-        async with AsgiClient(host).stream(PATH, headers=host.headers()) as response:
-            assert (response.status_code, response.headers["content-type"]) == (200, "text/event-stream; charset=utf-8")
-            assert [event.event for event in await response.read_all_events()] == ["reconnect"]
-    assert not host.subscribers
-
-
-async def test_a_lookup_during_the_shutdown_ends_with_reconnect_at_once(host: FakeHost) -> None:
-    host.begin_shutdown()
-    response = await AsgiClient(host).get(PATH, headers=host.headers())
-    assert (response.status_code, response.headers["access-control-allow-origin"]) == (200, "*")
-    assert response.body.startswith(b"retry: 1000\n\n: connected\n\nevent: reconnect\n")
-    assert (await AsgiClient(host).get(PATH, headers=host.headers("read:runs"))).status_code == 404
-
-
-async def test_a_disconnect_ends_a_lookup(host: FakeHost) -> None:
-    async def gone() -> dict[str, Any]:
-        return {"type": "http.disconnect"}
-
-    sent: list[Any] = []
-
-    async def send(message: Any) -> None:
-        sent.append(message)
-
-    await host(make_scope("GET", PATH, headers=host.headers()), gone, send)
-    assert not host.subscribers
-    assert sent[0]["status"] == 404
 
 
 # Keys, hidden streams and hidden columns

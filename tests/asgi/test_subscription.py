@@ -15,14 +15,11 @@ from asgi_realtime.core.config import Limits, Timeouts
 from asgi_realtime.testing import AsgiClient, Event
 from asgi_realtime.testing.driver import make_scope
 from tests.asgi.fake_host import SECRET, FakeHost
+from tests.asgi.reading import chunks
 
 pytestmark = pytest.mark.anyio
 
 PATH = "/v1/streams/run_1/default"
-
-
-def data(events: list[Event]) -> list[Any]:
-    return [json.loads(event.data) for event in events if event.event == "message"]
 
 
 # Heartbeats and stalled readers
@@ -43,7 +40,7 @@ async def test_a_heartbeat_interrupts_silence() -> None:
         host.tick()
         host.tick(14.9)
         await host.append("a")
-        assert data(await response.read_events()) == ["a"]  # no heartbeat before it
+        assert chunks(await response.read_events()) == ["a"]  # no heartbeat before it
 
 
 async def test_a_stalled_reader_is_disconnected_and_does_not_delay_the_producer() -> None:
@@ -118,7 +115,7 @@ async def test_one_stalled_reader_does_not_delay_another(host: FakeHost) -> None
             await reader.chunk()
             for number in range(20):
                 await host.append(number)
-                assert data(await reader.read_events()) == [number]
+                assert chunks(await reader.read_events()) == [number]
 
 
 # Disconnects
