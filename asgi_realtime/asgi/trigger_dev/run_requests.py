@@ -9,6 +9,7 @@ A short text can describe millions of values, each of which costs time and memor
 
 from __future__ import annotations
 
+from contextlib import suppress
 from datetime import datetime
 from typing import Any
 
@@ -65,10 +66,10 @@ class Options(msgspec.Struct, rename="camel"):
         """Raises `UsageError`."""
         return RunOptions(
             tags=self.tags,
-            metadata=_metadata(self.metadata, self.metadata_type or JSON),
+            metadata=_metadata(self.metadata, JSON if self.metadata_type is None else self.metadata_type),
             idempotency_key=self.idempotency_key,
             idempotency_key_ttl=_span("idempotencyKeyTTL", self.idempotency_key_ttl),
-            ttl=_span("ttl", None if self.ttl == 0 else self.ttl),
+            ttl=_span("ttl", None if self.ttl == 0 else self.ttl),  # 0 means no limit
             delay=None if self.delay is None else _delay(self.delay),
             max_duration=_max_duration(self.max_duration),
         )
@@ -150,23 +151,16 @@ def _span(name: str, value: str | int | None) -> Span | None:
 
 def _delay(text: str) -> Span | datetime:
     """A span, or a time: clients send a `Date` as text with a time zone."""
-    try:
+    with suppress(UsageError):
         return parse_span(text, name="delay")
-    except UsageError:
-        return _time("delay", text)
-
-
-def _time(name: str, text: str) -> datetime:
-    try:
+    with suppress(ValueError):
         time = datetime.fromisoformat(text)
-    except ValueError:
-        time = None
-    if time is None or time.tzinfo is None:
-        raise UsageError(
-            f"{name} is {shown(text)}; allowed are spans like '90s', '15m', '1h30m' and times like"
-            " '2026-01-15T09:30:00Z', with a time zone"
-        )
-    return time
+        if time.tzinfo is not None:
+            return time
+    raise UsageError(
+        f"delay is {shown(text)}; allowed are spans like '90s', '15m', '1h30m' and times like"
+        " '2026-01-15T09:30:00Z', with a time zone"
+    )
 
 
 def _max_duration(seconds: float | None) -> Span | None:
