@@ -12,8 +12,8 @@ from urllib.parse import urlsplit
 
 import httpx
 
+from asgi_realtime.cli.cors_checks import check_cors
 from asgi_realtime.cli.findings import Finding, Mark
-from asgi_realtime.core.config import EXPOSED_HEADERS
 from asgi_realtime.core.errors import UsageError
 from asgi_realtime.core.event_stream import EventParser
 
@@ -28,9 +28,6 @@ BUNCHED = 0.5
 """A stream counts as buffered if its events arrive within less than this part of the time in which they were sent."""
 
 SKEW_S, BAD_SKEW_S = 5.0, 60.0
-
-REQUEST_HEADERS = ("authorization", "last-event-id", "trigger-version")
-"""Headers that cross-origin clients send, so a preflight must allow them."""
 
 
 def examine(url: str, origin: str | None) -> Iterator[Finding]:
@@ -88,24 +85,30 @@ def _connection_cure(error: httpx.HTTPError) -> str:
 
 
 def check_version(url: str) -> Finding:
-    """The HTTP version a browser would use: version 2 only over TLS, if the server offers it (ALPN, RFC 7301)."""
-    parts = urlsplit(url)
-    assert parts.hostname is not None
-    if parts.scheme == "https":
-        context = ssl.create_default_context()
-        context.set_alpn_protocols(["h2", "http/1.1"])
-        try:
-            with (
-                socket.create_connection((parts.hostname, parts.port or 443), timeout=TIMEOUT_S) as plain,
-                context.wrap_socket(plain, server_hostname=parts.hostname) as secured,
-            ):
-                if secured.selected_alpn_protocol() == "h2":
-                    return Finding(Mark.GOOD, "HTTP/2: many streams share one connection")
-        except OSError as exc:
-            return Finding(Mark.BAD, f"no TLS connection: {exc}", "Check the certificate of the server.")
+    """The HTTP version a browser would use: version 2 only over TLS, if the server offers it."""
+    try:
+        if _offers_http_2(url):
+            return Finding(Mark.GOOD, "HTTP/2: many streams share one connection")
+    except OSError as exc:
+        return Finding(Mark.BAD, f"no TLS connection: {exc}", "Check the certificate of the server.")
     text = "HTTP/1.1: with six open streams, a browser blocks all further requests to this origin"
     cure = "Browsers open six connections per origin, across all tabs. Put a proxy with TLS and HTTP/2 in front."
     return Finding(Mark.NOTE, text, cure)
+
+
+def _offers_http_2(url: str) -> bool:
+    """Ask the server with ALPN (RFC 7301). Raises `OSError`."""
+    parts = urlsplit(url)
+    assert parts.hostname is not None
+    if parts.scheme != "https":
+        return False
+    context = ssl.create_default_context()
+    context.set_alpn_protocols(["h2", "http/1.1"])
+    with (
+        socket.create_connection((parts.hostname, parts.port or 443), timeout=TIMEOUT_S) as plain,
+        context.wrap_socket(plain, server_hostname=parts.hostname) as secured,
+    ):
+        return secured.selected_alpn_protocol() == "h2"
 
 
 @dataclass
@@ -154,33 +157,45 @@ def read_probe(http: httpx.Client, url: str, encodings: str = ENCODINGS) -> Arri
 
 def check_stream(http: httpx.Client, url: str) -> Iterator[Finding]:
     try:
-        browser = probe = read_probe(http, url)
-        if not probe.sent and _encoding(probe.response) not in READABLE:
-            probe = read_probe(http, url, "identity")
-        first_bunched = probe.bunched
-        if first_bunched:  # perhaps this machine was slow: read again
-            probe = read_probe(http, url, probe.response.request.headers["accept-encoding"])
+        browser, probe, buffered = _read_probes(http, url)
     except (httpx.HTTPError, ValueError, KeyError) as exc:
         cure = "A proxy may close connections early; check its timeouts and its log."
         yield Finding(Mark.BAD, f"the stream broke off: {exc or type(exc).__name__}", cure)
         return
     yield from _check_head(browser.response)
-    if probe.response.status_code == 429:
-        text = "streaming was not checked: the server has reached its limit of concurrent probes (429)"
-        yield Finding(Mark.BAD, text, "Try again in a moment.")
+    if (missing := _check_arrival(probe)) is not None:
+        yield missing
         return
-    if not probe.sent or not probe.ended:
-        content_type = probe.response.headers.get("content-type", "no content type")
-        text = f"no stream arrives: {probe.response.status_code}, {content_type}"
-        yield Finding(Mark.BAD, text, "The server may have an older version, or a proxy responds in its place.")
-        return
-    if first_bunched and probe.bunched:
+    if buffered:
         text = f"something buffers the stream: {len(probe.sent)} events arrived at once, {probe.delay_s:.1f} s late"
         cure = "Turn off buffering for this path. In nginx: proxy_buffering off; and no gzip of text/event-stream."
         yield Finding(Mark.BAD, text, cure)
     else:
         yield Finding(Mark.GOOD, f"{len(probe.sent)} events arrived one by one, as they were sent")
     yield check_clock(probe)
+
+
+def _read_probes(http: httpx.Client, url: str) -> tuple[Arrivals, Arrivals, bool]:
+    """Read the stream as a browser would, then in a readable encoding, and return both and whether it is buffered."""
+    browser = probe = read_probe(http, url)
+    if not probe.sent and _encoding(probe.response) not in READABLE:
+        probe = read_probe(http, url, "identity")
+    if not probe.bunched:
+        return browser, probe, False
+    again = read_probe(http, url, probe.response.request.headers["accept-encoding"])  # perhaps this machine was slow
+    return browser, again, again.bunched
+
+
+def _check_arrival(probe: Arrivals) -> Finding | None:
+    """What is wrong if the stream did not arrive."""
+    status = probe.response.status_code
+    if status == 429:
+        text = "streaming was not checked: the server has reached its limit of concurrent probes (429)"
+        return Finding(Mark.BAD, text, "Try again in a moment.")
+    if not probe.sent or not probe.ended:
+        text = f"no stream arrives: {status}, {probe.response.headers.get('content-type', 'no content type')}"
+        return Finding(Mark.BAD, text, "The server may have an older version, or a proxy responds in its place.")
+    return None
 
 
 def _encoding(response: httpx.Response) -> str:
@@ -209,74 +224,3 @@ def check_clock(found: Arrivals) -> Finding:
     text = f"the server's clock is {abs(skew_s):.0f} s {'ahead of' if skew_s > 0 else 'behind'} this machine's"
     cure = "Tokens created on one machine expire early or late on the other. Synchronize both clocks with NTP."
     return Finding(Mark.BAD if abs(skew_s) >= BAD_SKEW_S else Mark.NOTE, text, cure)
-
-
-def check_cors(http: httpx.Client, url: str, origin: str) -> Iterator[Finding]:
-    preflight_headers = {
-        "origin": origin,
-        "access-control-request-method": "GET",
-        "access-control-request-headers": ",".join(sorted(REQUEST_HEADERS)),
-    }
-    try:
-        preflight = http.options(f"{url}/v1/runs/run_1", headers=preflight_headers)
-        response = http.get(f"{url}/v1/health", headers={"origin": origin})
-    except httpx.HTTPError as exc:
-        yield Finding(Mark.BAD, f"CORS was not checked: {exc or type(exc).__name__}")
-        return
-    yield _check_preflight(preflight, origin)
-    yield from _check_response(response, origin)
-
-
-def _check_preflight(preflight: httpx.Response, origin: str) -> Finding:
-    if len(_origins(preflight)) > 1:
-        return _duplicate_origins(preflight, "a preflight")
-    wrong = [] if preflight.is_success else [f"status {preflight.status_code}"]
-    if not _allows(preflight, origin):
-        wrong.append("the origin is not allowed")
-    allowed = _names(preflight, "access-control-allow-headers")
-    # "*" does not include authorization (Fetch, section 4.8)
-    missing = [
-        name for name in REQUEST_HEADERS if name not in allowed and ("*" not in allowed or name == "authorization")
-    ]
-    if missing:
-        wrong.append(f"not allowed: {', '.join(missing)}")
-    if not wrong:
-        return Finding(Mark.GOOD, f"CORS: preflight requests from {origin} are allowed")
-    cure = f"Realtime(cors=[{origin!r}]), or allow_headers=['*', 'authorization'] in the host app's CORS middleware."
-    return Finding(Mark.BAD, f"CORS: preflight requests from {origin} are rejected: {'; '.join(wrong)}", cure)
-
-
-def _check_response(response: httpx.Response, origin: str) -> Iterator[Finding]:
-    if len(_origins(response)) > 1:
-        yield _duplicate_origins(response, "a response")
-    elif not _allows(response, origin):
-        yield Finding(Mark.BAD, f"CORS: pages from {origin} cannot read responses", f"Realtime(cors=[{origin!r}])")
-    else:
-        yield Finding(Mark.GOOD, f"CORS: pages from {origin} can read responses")
-    exposed = _names(response, "access-control-expose-headers")
-    missing = [name for name in EXPOSED_HEADERS if name not in exposed]
-    if missing and "*" not in exposed:  # "*" includes all without credentials (Fetch, section 3.3.3)
-        cure = "expose_headers=asgi_realtime.EXPOSED_HEADERS in the host app's CORS middleware."
-        text = f"CORS: pages cannot see {', '.join(missing)}, which the Trigger.dev clients read"
-        yield Finding(Mark.NOTE, text, cure)
-    else:
-        yield Finding(Mark.GOOD, "CORS: all headers that clients read are exposed")
-
-
-def _origins(response: httpx.Response) -> list[str]:
-    """All allowed origins, whether in several headers or comma-separated in one."""
-    return response.headers.get_list("access-control-allow-origin", split_commas=True)
-
-
-def _duplicate_origins(response: httpx.Response, what: str) -> Finding:
-    text = f"CORS: {what} has {len(_origins(response))} values of access-control-allow-origin"
-    cure = "The proxy or the host app adds CORS headers too. Keep one of them; Realtime(cors=None) leaves it to them."
-    return Finding(Mark.BAD, text, cure)
-
-
-def _allows(response: httpx.Response, origin: str) -> bool:
-    return response.headers.get("access-control-allow-origin") in ("*", origin)
-
-
-def _names(response: httpx.Response, header: str) -> set[str]:
-    return {name.strip().lower() for name in response.headers.get(header, "").split(",")}

@@ -16,7 +16,7 @@ import httpx
 import pytest
 import trustme
 
-from asgi_realtime.cli import checks, terminal
+from asgi_realtime.cli import checks, cors_checks, terminal
 from tests.cli.command import Command
 from tests.client.scripted import ScriptedServer, answer
 from tests.e2e import proxies
@@ -184,7 +184,7 @@ def test_a_wrong_clock_is_found(server: Serving, command: Command) -> None:
 def cors(server: Serving, path: str, origin: str = "https://app.example") -> list[str]:
     """The CORS findings, each with its sign and its cure."""
     with checks.make_http() as http:
-        findings = list(checks.check_cors(http, server.url + path, origin))
+        findings = list(cors_checks.check_cors(http, server.url + path, origin))
     return [f"{finding.mark.value[0]} {finding.text} {finding.cure}" for finding in findings]
 
 
