@@ -6,7 +6,7 @@ Everything here can be used from a thread as well, except what is async.
 from __future__ import annotations
 
 import contextvars
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from asgi_realtime.brokers.base import Broker, StreamKey
 from asgi_realtime.core.chunks import encode_value
@@ -19,10 +19,8 @@ from asgi_realtime.engine.inputs import Input
 from asgi_realtime.engine.metadata import Metadata, Tags
 from asgi_realtime.loop.supervisor import Supervisor
 from asgi_realtime.runs.store import RunStore
+from asgi_realtime.streams.pipe import Pipe
 from asgi_realtime.streams.readers import StreamReader
-
-if TYPE_CHECKING:
-    from asgi_realtime.streams.pipe import Pipe
 
 
 class RelatedRun:

@@ -25,7 +25,7 @@ from asgi_realtime.runs.store import RunStore
 logger = logging.getLogger("asgi_realtime")
 
 _EXPIRED = Finished(Status.EXPIRED, error=RunError("Expired", "the run was not started within its ttl"))
-_CRASHED = Finished(Status.CRASHED, error=RunError("Crashed", "the process that executed the run is gone"))
+_CRASHED = Finished(Status.CRASHED, error=RunError("Crashed", "the process that executed the run died"))
 
 
 @runtime_checkable

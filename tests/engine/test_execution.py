@@ -100,8 +100,8 @@ async def test_a_run_crashes_without_renewals_and_its_code_is_stopped() -> None:
                 await anyio.sleep(60)
         record = await ended(other, run.id)
         assert record.status is Status.CRASHED
-        assert record.error == RunError("Crashed", "the process that executed the run is gone")
-        with pytest.raises(RunFailed, match="the process that executed the run is gone"):
+        assert record.error == RunError("Crashed", "the process that executed the run died")
+        with pytest.raises(RunFailed, match="the process that executed the run died"):
             [chunk async for chunk in other.read(run)]
 
 
