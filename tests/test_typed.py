@@ -310,5 +310,5 @@ async def test_write_waits_while_too_many_bytes_are_pending() -> None:
 async def test_an_input_cannot_be_written_as_a_stream() -> None:
     async with make() as realtime, realtime.open_run("report") as run:
         await realtime.send_input(run, "a", 1)
-        with pytest.raises(UsageError, match="begins with \\$"):
+        with pytest.raises(UsageError, match="starts with \\$"):
             await realtime.append(2, "$trigger.input:a")
