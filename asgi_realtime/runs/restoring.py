@@ -185,7 +185,7 @@ class OwnedRuns:
 
         Raises `StreamLost` if the run would be COMPLETED although one of its streams was lost.
         """
-        if not record.is_completed or not self._lossy:
+        if not self._lossy or not record.is_completed:
             return {}
         producers = self.producers(record.id)
         for producer in producers:

@@ -125,7 +125,7 @@ class Tasks:
         record = await self._runs.get(run_id)
         task = await self._task_of(record)
         try:
-            record = await self._runs.update(run_id, Started(self._engine.owner), known=record)
+            record = await self._runs.update(run_id, Started(self._runs.owner), known=record)
         except InvalidTransition:
             return
         if record.is_completed:
