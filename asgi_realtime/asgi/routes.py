@@ -25,9 +25,16 @@ from starlette.responses import Response
 from asgi_realtime.asgi import feeds, health, streams
 from asgi_realtime.asgi.request import Request
 from asgi_realtime.asgi.subscription import SubscriptionResponse
-from asgi_realtime.asgi.trigger_dev import batches, metadata, runs, stream_writers, tokens
-from asgi_realtime.asgi.trigger_dev import feeds as shapes
-from asgi_realtime.asgi.trigger_dev import streams as batch_streams
+from asgi_realtime.asgi.trigger_dev import (
+    batch_streams,
+    batches,
+    inputs,
+    metadata,
+    runs,
+    shape_feeds,
+    stream_writers,
+    tokens,
+)
 
 MAX_PREFIXES = 2
 """How many leading `realtime` segments are skipped: the mount's, if the host does not declare it, and the client's."""
@@ -64,17 +71,17 @@ ROUTES = (
     Route("GET", "v1/streams/{run_id}/{key}", streams.stream, reconnects=True),
     Route("GET", "v1/streams/{run_id}/input/{input_id}", batch_streams.tail_input, when=_is_official),
     Route("GET", "v1/streams/{run_id}/input/{input_id}", streams.tail_input, reconnects=True),
-    Route("POST", "v1/streams/{run_id}/input/{input_id}", stream_writers.send_input),
+    Route("POST", "v1/streams/{run_id}/input/{input_id}", inputs.send_input),
     Route("PUT", "v1/streams/{run_id}/{target}/{key}", stream_writers.create_stream),
     Route("POST", "v1/streams/{run_id}/{target}/{key}", stream_writers.write_stream, open_ended=True),
     Route("HEAD", "v1/streams/{run_id}/{target}/{key}", stream_writers.last_index),
     Route("POST", "v1/streams/{run_id}/{target}/{key}/append", stream_writers.append),
     Route("GET", "v1/runs", feeds.tag_feed, when=_accepts_events, reconnects=True),
-    Route("GET", "v1/runs", shapes.tag_feed),
+    Route("GET", "v1/runs", shape_feeds.tag_feed),
     Route("GET", "v1/runs/{run_id}", feeds.run_feed, when=_accepts_events, reconnects=True),
-    Route("GET", "v1/runs/{run_id}", shapes.run_feed),
+    Route("GET", "v1/runs/{run_id}", shape_feeds.run_feed),
     Route("GET", "v1/batches/{batch_id}", feeds.batch_feed, when=_accepts_events, reconnects=True),
-    Route("GET", "v1/batches/{batch_id}", shapes.batch_feed),
+    Route("GET", "v1/batches/{batch_id}", shape_feeds.batch_feed),
     Route("GET", "v1/health", health.probe, when=_accepts_events, reconnects=True),
     Route("GET", "v1/health", health.check, needs_start=False),
     Route("HEAD", "v1/health", health.check, needs_start=False),
