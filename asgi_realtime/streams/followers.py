@@ -18,12 +18,11 @@ from asgi_realtime.brokers.following import Follower, following
 from asgi_realtime.brokers.live_log import LiveLog
 from asgi_realtime.core.batch_progress import BatchProgress
 from asgi_realtime.core.chunks import decode
-from asgi_realtime.core.errors import RunNotFound, StreamGap
-from asgi_realtime.core.log import Entry
+from asgi_realtime.core.errors import RunNotFound
 from asgi_realtime.core.runs import RunRecord, batch_topic, run_topic, tag_topic
 from asgi_realtime.runs.paging import newest
 from asgi_realtime.runs.store import RunStore
-from asgi_realtime.streams.readers import BufferedIterator, next_entries
+from asgi_realtime.streams.readers import BufferedIterator, StreamCursor
 
 Start = Callable[[], Awaitable[None]]
 
@@ -197,7 +196,7 @@ class RunWithStreams(BufferedIterator[RunRecord | StreamChunk]):
         self._run = _CurrentRun(runs, run_id)
         self._version = 0
         """Of the newest state that was returned."""
-        self._after: dict[str, int] = {}
+        self._cursors: dict[str, StreamCursor] = {}
 
     async def _fill(self) -> None:
         await self._runs.wait_created(self._run_id)
@@ -208,8 +207,8 @@ class RunWithStreams(BufferedIterator[RunRecord | StreamChunk]):
                 record = await self._run.load(follower)
                 for name in record.streams:
                     if name not in lives:
-                        live = await stack.enter_async_context(self._broker.live(StreamKey(self._run_id, name)))
-                        lives[name] = live
+                        cursor = self._cursors.setdefault(name, StreamCursor(StreamKey(self._run_id, name)))
+                        live = lives[name] = await stack.enter_async_context(self._broker.live(cursor.key))
                         follower.add(live.waiting)
                 await self._take(record, lives)
                 if self._ready:
@@ -223,10 +222,11 @@ class RunWithStreams(BufferedIterator[RunRecord | StreamChunk]):
             self._add(record)
         read_to_end = True
         for name, live in lives.items():
-            for entry in await self._next_entries(live, name):
-                self._after[name] = entry.seq
+            cursor = self._cursors[name]
+            for entry in await cursor.entries(self._broker, live):
+                cursor.after = entry.seq
                 self._ready.append(StreamChunk(name, entry.seq, decode(entry.data)))
-            read_to_end = read_to_end and live.end is not None and self._after.get(name, -1) + 1 >= live.log.next
+            read_to_end = read_to_end and live.end is not None and cursor.at_end_of(live)
         if read_to_end and record.is_completed:
             self._add(record)
 
@@ -234,11 +234,3 @@ class RunWithStreams(BufferedIterator[RunRecord | StreamChunk]):
         if self._version != record.version:
             self._version = record.version
             self._ready.append(record)
-
-    async def _next_entries(self, live: LiveLog, name: str) -> list[Entry]:
-        key = StreamKey(self._run_id, name)
-        try:
-            return await next_entries(self._broker, live, key, self._after.get(name, -1))
-        except StreamGap as gap:
-            self._after[name] = gap.first - 1
-            raise

@@ -50,6 +50,43 @@ class BufferedIterator(AsyncIterator[T], Generic[T]):
         """
 
 
+class StreamCursor:
+    """A position in one stream: `after` is the seq of the last entry that was read, -1 for none."""
+
+    __slots__ = ("after", "key")
+
+    def __init__(self, key: StreamKey, after: int = -1) -> None:
+        self.key = key
+        self.after = after
+
+    async def entries(self, broker: Broker, live: LiveLog) -> list[Entry]:
+        """The entries after the cursor, which the caller moves. Suspends only to fetch what this process does not hold.
+
+        Raises `StreamGap` if entries were trimmed, once: the cursor moves to the retained ones. Raises the failure of
+        the log unless it has ended; an ended log is complete.
+        """
+        if live.failure is not None and live.end is None:
+            raise live.failure
+        if live.gap(self.after) is None:
+            return live.entries(self.after)
+        page = await broker.read(self.key, after=self.after)
+        expected = self.after + 1
+        if page.first > expected:
+            self.after = page.first - 1
+            raise StreamGap(
+                f"chunk {expected} of stream {self.key.name!r} was trimmed; the oldest retained chunk is {page.first}",
+                requested=expected,
+                first=page.first,
+            )
+        if not page.entries:
+            raise BrokerUnavailable(f"chunks after {self.after} of stream {self.key.name!r} disappeared; retry")
+        return page.entries
+
+    def at_end_of(self, live: LiveLog) -> bool:
+        """Whether every entry of the log has been read."""
+        return self.after + 1 >= live.log.next
+
+
 class StreamReader(BufferedIterator[Entry]):
     """The entries of one stream after a cursor. `end` is set once all are read and the stream has ended.
 
@@ -68,55 +105,27 @@ class StreamReader(BufferedIterator[Entry]):
         start: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         super().__init__(runs, start)
-        self.key = key
-        self.after = after
-        self.timeout_s = timeout_s
         self.end: End | None = None
         self._broker = broker
+        self._cursor = StreamCursor(key, after)
+        self._timeout_s = timeout_s
 
     async def _fill(self) -> None:
         if self.end is not None:
             raise StopAsyncIteration
-        await self._runs.wait_created(self.key.run)
-        async with self._broker.live(self.key) as live:
-            while not (entries := await self._next_entries(live)):
+        cursor = self._cursor
+        await self._runs.wait_created(cursor.key.run)
+        async with self._broker.live(cursor.key) as live:
+            while not (entries := await cursor.entries(self._broker, live)):
                 if live.end is not None:
                     self.end = live.end
                     raise StopAsyncIteration
-                with anyio.fail_after(self.timeout_s):
+                with anyio.fail_after(self._timeout_s):
                     await live.waiting.wait()
-            self.after = entries[-1].seq
+            cursor.after = entries[-1].seq
             self._ready.extend(entries)
-            if self.after + 1 >= live.log.next:
+            if cursor.at_end_of(live):
                 self.end = live.end  # the run can expire before the next call
-
-    async def _next_entries(self, live: LiveLog) -> list[Entry]:
-        try:
-            return await next_entries(self._broker, live, self.key, self.after)
-        except StreamGap as gap:
-            self.after = gap.first - 1  # raise it once, then continue with what is retained
-            raise
-
-
-async def next_entries(broker: Broker, live: LiveLog, key: StreamKey, after: int) -> list[Entry]:
-    """The entries after a cursor. Suspends only to fetch what this process does not hold.
-
-    Raises `StreamGap`, or the failure of the log unless it has ended: an ended log is complete.
-    """
-    if live.failure is not None and live.end is None:
-        raise live.failure
-    if live.gap(after) is None:
-        return live.entries(after)
-    page = await broker.read(key, after=after)
-    if page.first > after + 1:
-        raise StreamGap(
-            f"chunk {after + 1} of stream {key.name!r} was trimmed; the oldest retained chunk is {page.first}",
-            requested=after + 1,
-            first=page.first,
-        )
-    if not page.entries:
-        raise BrokerUnavailable(f"chunks after {after} of stream {key.name!r} disappeared; retry")
-    return page.entries
 
 
 class ChunkReader(AsyncIterator[T], Generic[T]):
