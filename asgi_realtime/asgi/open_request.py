@@ -21,6 +21,9 @@ from asgi_realtime.loop.interrupts import make_interrupt
 
 A = TypeVar("A")
 
+CLOSING_GRACE_S = 1.0
+"""How long a request without a body that arrives during a shutdown can wait."""
+
 
 class OpenRequest:
     """A request as the ticker and the shutdown see it."""
@@ -35,7 +38,7 @@ class OpenRequest:
         self._receive = receive
         self._silence_s = silence_s
         self._receiving = False
-        self._since: float | None = None  # the first tick while it waits for this message
+        self._since: float | None = None  # the first tick of the current wait
 
     async def receive(self) -> Message:
         """The next message of the client."""
@@ -47,14 +50,13 @@ class OpenRequest:
             self._receiving = False
 
     def tick(self, now: float, steady: float) -> None:
-        if self._host.closing:  # it arrived during the shutdown
-            self.interrupt.interrupt()
-        elif not self._receiving:
+        closing = self._host.closing
+        if not (closing or self._receiving):
             return
-        elif self._since is None:
+        if self._since is None:
             self._since = steady
-        elif steady - self._since >= self._silence_s:
-            self.is_silent = True
+        elif steady - self._since >= (CLOSING_GRACE_S if closing else self._silence_s):
+            self.is_silent = not closing
             self.interrupt.interrupt()
 
     def shut_down(self) -> None:
@@ -66,7 +68,7 @@ async def until_shutdown(
 ) -> A | Response:
     """The response, or 408 if the client sends nothing for `silence_s`. Raises `ServerShutdown` once a shutdown begins.
 
-    During a shutdown a request with a body is rejected at once. Others can still be served until the next tick.
+    During a shutdown, a request with a body is rejected at once. Other requests can still be served for a moment.
     """
     host = request.host
     opened = OpenRequest(host, request.receive, silence_s)

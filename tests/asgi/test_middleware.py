@@ -100,7 +100,7 @@ async def test_a_websocket_under_the_path_is_rejected(host: FakeHost) -> None:
 # Lifespan
 
 
-async def live(app: App, host: FakeHost) -> list[str]:
+async def run_lifespan(app: App, host: FakeHost) -> list[str]:
     """Run the server's side of the lifespan. Returns the calls of the host and the messages, in order."""
     messages = [{"type": "lifespan.startup"}, {"type": "lifespan.shutdown"}]
 
@@ -137,7 +137,7 @@ ORDER = ["<startup", "start", "host starts", ">startup.complete", "<shutdown", "
 
 
 async def test_the_realtime_starts_before_the_host_and_stops_after_it(host: FakeHost) -> None:
-    assert await live(RealtimeMiddleware(starlette(host), host), host) == [*ORDER, ">shutdown.complete"]
+    assert await run_lifespan(RealtimeMiddleware(starlette(host), host), host) == [*ORDER, ">shutdown.complete"]
 
 
 async def test_the_order_is_the_same_with_add_middleware(host: FakeHost) -> None:
@@ -145,18 +145,18 @@ async def test_the_order_is_the_same_with_add_middleware(host: FakeHost) -> None
     app.add_middleware(RealtimeMiddleware, realtime=host)
     assert (await AsgiClient(app).get("/realtime/v1/health")).status_code == 200
     assert (await AsgiClient(app).get("/")).body == b"index"
-    assert await live(app, host) == [*ORDER, ">shutdown.complete"]
+    assert await run_lifespan(app, host) == [*ORDER, ">shutdown.complete"]
 
 
 async def test_the_realtime_stops_if_the_host_fails_to_start(host: FakeHost) -> None:
     with pytest.raises(ValueError, match="start"):
-        await live(RealtimeMiddleware(starlette(host, fail="start"), host), host)
+        await run_lifespan(RealtimeMiddleware(starlette(host, fail="start"), host), host)
     assert host.calls == ["<startup", "start", "host starts", "stop", ">startup.failed"]
 
 
 async def test_the_realtime_stops_if_the_host_fails_to_stop(host: FakeHost) -> None:
     with pytest.raises(ValueError, match="stop"):
-        await live(RealtimeMiddleware(starlette(host, fail="stop"), host), host)
+        await run_lifespan(RealtimeMiddleware(starlette(host, fail="stop"), host), host)
     assert host.calls == [*ORDER, ">shutdown.failed"]
 
 
@@ -167,14 +167,14 @@ async def test_the_middleware_replaces_the_lifespan_of_a_host_that_raises(host: 
     async def django(scope: Any, receive: Any, send: Any) -> None:
         raise ValueError("Django can only handle ASGI/HTTP connections, not lifespan.")
 
-    assert await live(RealtimeMiddleware(django, host), host) == ALONE
+    assert await run_lifespan(RealtimeMiddleware(django, host), host) == ALONE
 
 
 async def test_the_middleware_replaces_the_lifespan_of_a_host_that_returns(host: FakeHost) -> None:
     async def silent(scope: Any, receive: Any, send: Any) -> None:
         return None
 
-    assert await live(RealtimeMiddleware(silent, host), host) == ALONE
+    assert await run_lifespan(RealtimeMiddleware(silent, host), host) == ALONE
 
 
 @pytest.mark.parametrize("sees_the_end", [False, True])
@@ -187,7 +187,7 @@ async def test_the_realtime_stops_if_the_host_returns_after_its_start(host: Fake
         if sees_the_end:
             await receive()
 
-    assert await live(RealtimeMiddleware(brief, host), host) == ALONE
+    assert await run_lifespan(RealtimeMiddleware(brief, host), host) == ALONE
 
 
 async def test_a_host_that_raises_after_receiving_the_startup_is_logged(
@@ -197,7 +197,7 @@ async def test_a_host_that_raises_after_receiving_the_startup_is_logged(
         await receive()
         raise ValueError("boom")
 
-    assert await live(RealtimeMiddleware(clumsy, host), host) == ALONE
+    assert await run_lifespan(RealtimeMiddleware(clumsy, host), host) == ALONE
     assert "without its start-up" in caplog.text
 
 
@@ -208,7 +208,7 @@ async def test_the_realtime_stops_if_the_host_raises_after_its_start(host: FakeH
         raise ValueError("boom")
 
     with pytest.raises(ValueError, match="boom"):
-        await live(RealtimeMiddleware(short, host), host)
+        await run_lifespan(RealtimeMiddleware(short, host), host)
     assert host.calls == ["<startup", "start", ">startup.complete", "stop"]
 
 
@@ -216,7 +216,11 @@ async def test_a_failed_start_is_reported_and_the_host_does_not_start(
     host: FakeHost, caplog: pytest.LogCaptureFixture
 ) -> None:
     host.start_error = InvalidConfiguration("no")
-    assert await live(RealtimeMiddleware(starlette(host), host), host) == ["<startup", "start", ">startup.failed"]
+    assert await run_lifespan(RealtimeMiddleware(starlette(host), host), host) == [
+        "<startup",
+        "start",
+        ">startup.failed",
+    ]
 
 
 async def test_a_failed_start_is_reported_if_the_host_has_no_lifespan(
@@ -226,7 +230,7 @@ async def test_a_failed_start_is_reported_if_the_host_has_no_lifespan(
         raise ValueError("no lifespan")
 
     host.start_error = InvalidConfiguration("no")
-    assert await live(RealtimeMiddleware(django, host), host) == ["<startup", "start", ">startup.failed"]
+    assert await run_lifespan(RealtimeMiddleware(django, host), host) == ["<startup", "start", ">startup.failed"]
 
 
 async def test_a_host_cannot_report_success_after_a_failed_start(
@@ -239,12 +243,12 @@ async def test_a_host_cannot_report_success_after_a_failed_start(
             await send({"type": "lifespan.startup.complete"})
 
     host.start_error = InvalidConfiguration("no")
-    assert await live(RealtimeMiddleware(swallowing, host), host) == ["<startup", "start", ">startup.failed"]
+    assert await run_lifespan(RealtimeMiddleware(swallowing, host), host) == ["<startup", "start", ">startup.failed"]
 
 
 async def test_a_failed_stop_does_not_fail_the_host(host: FakeHost, caplog: pytest.LogCaptureFixture) -> None:
     host.stop_error = ValueError("no")
-    assert await live(RealtimeMiddleware(starlette(host), host), host) == [*ORDER, ">shutdown.complete"]
+    assert await run_lifespan(RealtimeMiddleware(starlette(host), host), host) == [*ORDER, ">shutdown.complete"]
 
 
 # Mounts

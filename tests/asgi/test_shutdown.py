@@ -166,7 +166,7 @@ async def test_a_shutdown_reaches_a_stream_that_catches_up() -> None:
             assert [event.event for event in await response.read_all_events()] == ["reconnect"]
 
 
-async def test_a_request_that_arrives_during_the_shutdown_waits_until_the_next_tick(
+async def test_a_subscription_that_opens_during_the_shutdown_waits_until_the_next_tick(
     host: FakeHost, broker: UnresponsiveBroker
 ) -> None:
     host.begin_shutdown()
@@ -182,6 +182,30 @@ async def test_a_request_that_arrives_during_the_shutdown_waits_until_the_next_t
             tasks.start_soon(tick)
             async with AsgiClient(host).stream(STREAM, headers=host.headers()) as response:
                 assert [event.event for event in await response.read_all_events()] == ["reconnect"]
+
+
+async def test_a_request_during_the_shutdown_can_still_be_served_for_a_moment(
+    host: FakeHost, broker: UnresponsiveBroker
+) -> None:
+    host.begin_shutdown()
+    headers = {"authorization": f"Bearer {host.secret}"}
+    assert (await AsgiClient(host).get("/api/v3/runs/run_1", headers=headers)).status_code == 200
+    broker.block("load")
+
+    async def tick() -> None:
+        await broker.is_waiting.wait()
+        await anyio.wait_all_tasks_blocked()
+        host.tick()
+        host.tick(0.9)
+        await anyio.wait_all_tasks_blocked()
+        assert host.subscribers
+        host.tick(0.1)
+
+    with anyio.fail_after(5):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(tick)
+            response = await AsgiClient(host).get("/api/v3/runs/run_1", headers=headers)
+    assert (response.status_code, response.json()["code"]) == (503, "server_shutdown")
 
 
 async def test_a_disconnect_ends_a_subscription_that_waits_for_the_broker(
