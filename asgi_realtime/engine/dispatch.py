@@ -67,7 +67,7 @@ class Dispatcher:
             await self._enqueue(record)
         except Exception as exc:  # an executor is foreign code: it can raise anything
             if isinstance(exc, UsageError) and not isinstance(exc, LimitExceeded):
-                await self.fail_unstarted(record.id, RunError("NotQueued", "the executor does not take such a run"))
+                await self.fail_unstarted(record.id, RunError("NotQueued", "the executor does not accept the run"))
                 raise
             if not self._refused:
                 logger.warning("the executor does not accept runs; the ticker retries", exc_info=True)

@@ -95,7 +95,7 @@ class Engine:
         self.runs = RunStore(broker, clock=clock, patience_s=timeouts.append, limits=limits, retention=retention)
         self.threads = ThreadBudget(limits.source_threads)
         self.subscribers = Subscribers(
-            signals=signals, supervisor=lambda: self.supervisor, is_left_alone=lambda: self._is_lazy
+            signals=signals, supervisor=lambda: self.supervisor, is_lazy=lambda: self._is_lazy
         )
         self.leases = Leases(broker, self.runs, held=lambda: self.held, clock=clock, lease_s=timeouts.lease)
         self.dispatcher = Dispatcher(broker, self.runs, timeouts=timeouts, on_held=self.leases.keep)

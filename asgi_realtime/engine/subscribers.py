@@ -58,16 +58,16 @@ _NEXT: dict[State, frozenset[State]] = {
 class Subscribers:
     """The set `open`, and whether it is `closing`.
 
-    `supervisor` returns the current one, if any; `is_left_alone` whether no host is going to stop this `Realtime`.
+    `supervisor` returns the current one, if any; `is_lazy` whether no host is going to stop this `Realtime`.
     """
 
     def __init__(
-        self, *, signals: bool, supervisor: Callable[[], Supervisor | None], is_left_alone: Callable[[], bool]
+        self, *, signals: bool, supervisor: Callable[[], Supervisor | None], is_lazy: Callable[[], bool]
     ) -> None:
         self.open: set[Subscriber] = set()
         self._state = State.OPEN
         self._supervisor = supervisor
-        self._is_left_alone = is_left_alone
+        self._is_lazy = is_lazy
         self._signals = ShutdownSignals(self.announce_shutdown, in_background=self._in_background) if signals else None
         self._announced_at = 0.0
 
@@ -143,7 +143,7 @@ class Subscribers:
             supervisor.post(lambda: self._on_announcement(supervisor))
 
     def _on_announcement(self, supervisor: Supervisor) -> None:
-        if self._is_left_alone():
+        if self._is_lazy():
             self.close()
             supervisor.request_stop()
             return

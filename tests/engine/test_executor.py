@@ -183,7 +183,7 @@ async def test_a_run_that_the_executor_never_accepts_fails_and_the_error_is_rais
         (change,) = (await realtime.broker.changes("tag:x")).items
         record = await ended(realtime, change.run_id)
     assert record.status is Status.FAILED
-    assert record.error == RunError("NotQueued", "the executor does not take such a run")
+    assert record.error == RunError("NotQueued", "the executor does not accept the run")
 
 
 async def test_an_executor_that_fails_does_not_end_the_ticker(caplog: pytest.LogCaptureFixture) -> None:
