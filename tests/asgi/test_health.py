@@ -73,6 +73,12 @@ async def test_the_status_needs_no_token(host: FakeHost, monkeypatch: pytest.Mon
     assert (response.status_code, response.json()) == (503, {"status": "unavailable", "broker": "unavailable"})
 
 
+async def test_the_status_has_the_warnings_of_the_broker(host: FakeHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host.broker, "warnings", ["maxmemory-policy is allkeys-lru"])
+    response = await AsgiClient(host).get(PATH)
+    assert response.json() == {"status": "ok", "broker": "ok", "warnings": ["maxmemory-policy is allkeys-lru"]}
+
+
 async def test_an_unexpected_error_is_unavailable_without_its_message(
     host: FakeHost, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -190,6 +190,13 @@ async def test_the_realtime_stops_if_the_host_returns_after_its_start(host: Fake
     assert await run_lifespan(RealtimeMiddleware(brief, host), host) == ALONE
 
 
+async def test_a_host_that_responds_without_receiving_is_started_first(host: FakeHost) -> None:
+    async def hasty(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "lifespan.startup.complete"})
+
+    assert await run_lifespan(RealtimeMiddleware(hasty, host), host) == ALONE
+
+
 async def test_a_host_that_raises_after_receiving_the_startup_is_logged(
     host: FakeHost, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import anyio
@@ -12,12 +14,12 @@ from asgi_realtime.brokers.base import StreamKey
 from asgi_realtime.brokers.live_log import LiveLog
 from asgi_realtime.core.config import Cors, Retention
 from asgi_realtime.core.errors import BrokerUnavailable
-from asgi_realtime.core.log import End
+from asgi_realtime.core.log import End, Log, Page
 from asgi_realtime.core.runs import BatchMember, Status, StreamAdded
-from asgi_realtime.testing import AsgiClient, Event
+from asgi_realtime.testing import AsgiClient, Event, EventParser
 from tests.asgi.fake_host import SECRET, FakeHost
 from tests.asgi.official_sdk import on_one_loop
-from tests.asgi.reading import chunks
+from tests.asgi.reading import chunks, kinds
 
 pytestmark = pytest.mark.anyio
 
@@ -413,3 +415,59 @@ async def test_a_stream_does_not_reveal_the_columns_that_the_token_hides(host: F
         assert b"internal" not in await response.chunk()
         await host.finish(status=Status.FAILED, error="the secret reason")
         assert b'data: {"reason":"failed"}' in await response.read()
+
+
+# Entries that this process does not hold
+
+
+@pytest.fixture
+async def tail_host(host: FakeHost, monkeypatch: pytest.MonkeyPatch) -> FakeHost:
+    """A host whose process holds only the newest part of a stream, as with Redis."""
+    await host.create()
+    await host.append(*(f"{number} " + "x" * 20_000 for number in range(10)))
+
+    @asynccontextmanager
+    async def live(key: StreamKey) -> AsyncIterator[LiveLog]:
+        page = await host.broker.read(key)
+        tail = LiveLog(Log())
+        tail.log.append([entry.data for entry in page.entries], 0)
+        tail.log.trim(50_000)
+        if page.end is not None:
+            tail.log.close(page.end)
+        yield tail
+
+    monkeypatch.setattr(host.broker, "live", live)
+    return host
+
+
+async def test_older_entries_are_read_from_the_broker_in_bounded_bodies(tail_host: FakeHost) -> None:
+    await tail_host.finish()
+    async with AsgiClient(tail_host).stream(PATH, headers=tail_host.headers()) as response:
+        bodies = [chunk async for chunk in response]
+    assert max(map(len, bodies)) <= 64 * 1024
+    events = EventParser().feed(b"".join(bodies))
+    assert [int(text.split()[0]) for text in chunks(events)] == list(range(10))
+    assert events[-1].event == "end"
+
+
+async def test_a_shutdown_ends_a_catch_up_between_two_bodies(tail_host: FakeHost) -> None:
+    async with AsgiClient(tail_host).stream(PATH, headers=tail_host.headers()) as response:
+        await response.read_until("message")
+        tail_host.begin_shutdown()
+        events = await response.read_all_events()
+    assert len(events) < 8
+    assert events[-1].event == "reconnect"
+
+
+async def test_entries_that_disappear_during_a_catch_up_make_the_client_reconnect(
+    tail_host: FakeHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = tail_host.broker.read
+
+    async def empty(key: StreamKey, *, after: int = -1, limit: int = 500) -> Page:
+        page = await read(key, after=after, limit=limit)
+        return page if after < 0 else page._replace(entries=[])
+
+    monkeypatch.setattr(tail_host.broker, "read", empty)
+    async with AsgiClient(tail_host).stream(PATH, headers=tail_host.headers(last_event_id="0")) as response:
+        assert kinds(await response.read_all_events()) == ["reconnect"]
