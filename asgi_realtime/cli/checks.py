@@ -6,7 +6,7 @@ import json
 import socket
 import ssl
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
@@ -33,7 +33,8 @@ SKEW_S, BAD_SKEW_S = 5.0, 60.0
 def examine(url: str, origin: str | None) -> Iterator[Finding]:
     """All findings, most fundamental first."""
     with make_http() as http:
-        yield from check_health(http, url)
+        if not (yield from check_health(http, url)):
+            return
         yield check_version(url)
         yield from check_stream(http, url)
         if origin is not None:
@@ -44,28 +45,27 @@ def make_http() -> httpx.Client:
     return httpx.Client(timeout=TIMEOUT_S, follow_redirects=False, verify=ssl.create_default_context())
 
 
-def check_health(http: httpx.Client, url: str) -> Iterator[Finding]:
+def check_health(http: httpx.Client, url: str) -> Generator[Finding, None, bool]:
+    """Return whether a `Realtime` responds, so that other checks make sense."""
     try:
         response = http.get(f"{url}/v1/health")
     except (httpx.InvalidURL, UnicodeError) as exc:
         raise UsageError(f"{url!r} is not a URL: {exc}") from None
     except httpx.HTTPError as exc:
-        yield Finding(
-            Mark.BAD, f"{url} cannot be reached: {exc or type(exc).__name__}", _connection_cure(exc), ends=True
-        )
-        return
+        yield Finding(Mark.BAD, f"{url} cannot be reached: {exc or type(exc).__name__}", _connection_cure(exc))
+        return False
     if response.is_redirect:
         text = f"{url} redirects to {response.headers.get('location', 'nowhere')}"
-        yield Finding(Mark.BAD, text, "Use the target URL: a cross-origin EventSource does not follow.", ends=True)
-        return
+        yield Finding(Mark.BAD, text, "Use the target URL: a cross-origin EventSource does not follow.")
+        return False
     try:
         health = response.json()
         status, broker = health["status"], health["broker"]
     except (ValueError, TypeError, KeyError):
         text = f"no Realtime responds at {url}: /v1/health returns {response.status_code}"
         cure = "URL must be the origin and the mount path. An HTML page comes from a proxy or from the host app."
-        yield Finding(Mark.BAD, text, cure, ends=True)
-        return
+        yield Finding(Mark.BAD, text, cure)
+        return False
     if status == "ok":
         yield Finding(Mark.GOOD, f"healthy, broker {broker}")
     else:
@@ -73,6 +73,7 @@ def check_health(http: httpx.Client, url: str) -> Iterator[Finding]:
         yield Finding(Mark.BAD, f"not healthy: {status}, broker {broker}", cure)
     for warning in health.get("warnings", []):
         yield Finding(Mark.NOTE, warning)
+    return True
 
 
 def _connection_cure(error: httpx.HTTPError) -> str:

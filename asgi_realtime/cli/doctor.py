@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from asgi_realtime.cli.findings import Finding, Mark
@@ -43,17 +43,10 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("doctor needs httpx: pip install 'asgi_realtime[client]'") from exc
     failed = False
     paint = _painter()
-    for finding in _until_end(examine(args.url.rstrip("/"), args.origin)):
+    for finding in examine(args.url.rstrip("/"), args.origin):
         print(paint(finding), flush=True)  # noqa: T201
         failed = failed or finding.mark is Mark.BAD
     return 1 if failed else 0
-
-
-def _until_end(findings: Iterator[Finding]) -> Iterator[Finding]:
-    for finding in findings:
-        yield finding
-        if finding.ends:
-            return
 
 
 def _painter() -> Callable[[Finding], str]:

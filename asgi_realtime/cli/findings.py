@@ -21,5 +21,3 @@ class Finding:
     mark: Mark
     text: str
     cure: str = ""
-    ends: bool = False
-    """No other check makes sense after this finding."""

@@ -242,6 +242,18 @@ def test_a_server_cannot_control_the_terminal(command: Command, monkeypatch: pyt
     assert "broker \N{REPLACEMENT CHARACTER}]0;x" in out
 
 
+@pytest.mark.parametrize(
+    ("status", "cure"),
+    [("closing", "It is shutting down; try again."), ("unavailable", "Check the log of the server.")],
+)
+def test_an_unhealthy_server_is_reported(command: Command, status: str, cure: str) -> None:
+    health = f'{{"status":"{status}","broker":"{status}"}}'.encode()
+    with ScriptedServer(answer(503, health), answer(429)) as server:
+        done = command("doctor", server.origin)
+    assert done.code == 1
+    assert f"✗ not healthy: {status}, broker {status}\n    {cure}\n" in done.out
+
+
 def test_a_server_at_its_limit_of_probes_is_reported(command: Command) -> None:
     health = answer(200, b'{"status":"ok","broker":"memory"}')
     with ScriptedServer(health, answer(429)) as server:

@@ -214,6 +214,12 @@ def test_a_long_event_arrives_complete(kind: str) -> None:
     assert outcome.items == [text]
 
 
+def test_get_run_without_a_state_is_unexpected() -> None:
+    with ScriptedServer(stream(END)) as server, SyncRealtimeClient(server.origin, TOKEN) as client:
+        with pytest.raises(UnexpectedAnswer, match="the server sent no state of the run"):
+            client.get_run("run_1")
+
+
 # Refusals
 
 
