@@ -209,7 +209,7 @@ class Engine:
         except anyio.NoEventLoopError:
             raise RuntimeError("no event loop runs in this thread: use realtime.sync") from None
         start = self._start = Start(supervisor, lazy)
-        self.runs.retry.patience_s = self.timeouts.append
+        self.runs.retry.reset()
         self.subscribers.start()
         self.executions.clear()
         self.leases.stop()
@@ -285,7 +285,7 @@ class Engine:
             await self.dispatcher.fail_waiting()
             while self._is_busy:
                 await self.executions.changed.wait()
-        self.runs.retry.patience_s = min(self.timeouts.append, _STOP_PATIENCE_S)
+        self.runs.retry.shorten(_STOP_PATIENCE_S)
         with anyio.move_on_after(self.timeouts.cancel):
             while self._is_busy:
                 await self.executions.shut_down()

@@ -21,22 +21,22 @@ class Retry:
     """Calls a coroutine function again, with exponential backoff, while it raises `BrokerUnavailable`.
 
     Pass only calls that are safe to repeat. The error is raised once another attempt would start more than `patience_s`
-    seconds after the first failure; every other exception, and cancellation, passes through at once. A new patience
-    takes effect at once, for calls in progress as well.
+    seconds after the first failure; every other exception, and cancellation, passes through at once.
     """
 
     def __init__(self, patience_s: float) -> None:
-        self._patience_s = patience_s
-        self._changed = WaitList()
+        self._full_patience_s = self._patience_s = patience_s
+        self._shortened = WaitList()
 
-    @property
-    def patience_s(self) -> float:
-        return self._patience_s
+    def shorten(self, patience_s: float) -> None:
+        """Reduce the patience, for calls in progress as well, until `reset`."""
+        self._patience_s = min(self._patience_s, patience_s)
+        self._shortened.wake()
 
-    @patience_s.setter
-    def patience_s(self, patience_s: float) -> None:
-        self._patience_s = patience_s
-        self._changed.wake()
+    def reset(self) -> None:
+        """Restore the full patience, and forget calls of an earlier event loop."""
+        self._patience_s = self._full_patience_s
+        self._shortened = WaitList()
 
     async def __call__(self, call: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T:
         failed_at: float | None = None
@@ -50,5 +50,5 @@ class Retry:
                 if now + delay_s > failed_at + self._patience_s:
                     raise
             with anyio.move_on_after(delay_s):
-                await self._changed.wait()
+                await self._shortened.wait()
             delay_s = min(delay_s * 2, MAX_DELAY_S)

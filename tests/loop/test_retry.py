@@ -44,7 +44,7 @@ async def test_other_errors_are_not_retried() -> None:
     assert calls.count == 1
 
 
-async def test_a_shorter_patience_ends_calls_in_progress() -> None:
+async def test_shortening_the_patience_ends_calls_in_progress() -> None:
     retry = Retry(1000)
     calls = Calls(10**9)
     with anyio.fail_after(5):
@@ -55,6 +55,15 @@ async def test_a_shorter_patience_ends_calls_in_progress() -> None:
 
 
 async def shorten(retry: Retry, calls: Calls) -> None:
-    while calls.count < 3:  # noqa: ASYNC110 - no event tells how often it was called
+    while calls.count < 3:  # noqa: ASYNC110 - nothing signals a call
         await anyio.sleep(0.001)
-    retry.patience_s = 0
+    retry.shorten(0)
+
+
+async def test_a_reset_restores_the_patience() -> None:
+    retry = Retry(5)
+    retry.shorten(0)
+    with pytest.raises(BrokerUnavailable):
+        await retry(Calls(1))
+    retry.reset()
+    assert await retry(Calls(1)) == 7
