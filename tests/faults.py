@@ -1,4 +1,4 @@
-"""What the tests of the in-process API share: a broker that is far away and may fail, and ways to look and to wait."""
+"""What the tests of the in-process API share: a remote broker that can fail, and helpers that inspect and wait."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ SECRET = "a secret of thirty-two bytes, or more"
 
 
 def make(**options: Any) -> Realtime:
-    """A `Realtime` that leaves signals alone. Not started."""
+    """A `Realtime` without signal handlers. Not started."""
     return Realtime(secret_key=SECRET, signals=False, **options)
 
 
 class RemoteBroker:
-    """A `MemoryBroker` as if it were on another machine.
+    """A `MemoryBroker` that behaves as if it were on another machine.
 
-    It has no `append_nowait`, all calls suspend, and those named in `away` fail. It must have been entered.
+    It has no `append_nowait`, every call suspends, and calls named in `away` fail. It has to be entered first.
     """
 
     shared = True
@@ -51,13 +51,13 @@ class RemoteBroker:
         self.entered = False
         self.away: set[str] = set()
         self.lose_answers = 0
-        """So many appends are stored and yet raise."""
+        """How many appends are stored but raise."""
         self.hold: anyio.Event | None = None
-        """Appends wait for it, if it is set."""
+        """If given, appends wait for this event."""
         self.before_live: Callable[[], Any] | None = None
-        """Awaited while a stream is being joined."""
+        """Awaited before `live` yields."""
         self.appends: list[int] = []
-        """Items of each append that was answered."""
+        """The number of items of each append that returned."""
         self.failed = 0
 
     async def __aenter__(self) -> RemoteBroker:
@@ -69,11 +69,11 @@ class RemoteBroker:
         self.entered = False
 
     async def _travel(self, call: str) -> None:
-        assert self.entered, f"{call} before the start"
+        assert self.entered, f"{call} was called before the broker was entered"
         await anyio.lowlevel.checkpoint()
         if call in self.away:
             self.failed += 1
-            raise BrokerUnavailable(f"{call}: nobody there")
+            raise BrokerUnavailable(f"{call}: the broker is unavailable")
 
     async def append(
         self,
@@ -92,7 +92,7 @@ class RemoteBroker:
             await anyio.lowlevel.checkpoint()
         if self.lose_answers:
             self.lose_answers -= 1
-            raise BrokerUnavailable("stored, but nobody was told")
+            raise BrokerUnavailable("stored, but the answer was lost")
         self.appends.append(len(items))
         return position
 
@@ -167,31 +167,31 @@ class RemoteBroker:
 
 
 async def stored(realtime: Realtime, run_id: str, stream: str = "default") -> list[Any]:
-    """What a stream holds now."""
+    """The chunks that a stream holds now."""
     broker = realtime.broker.inner if isinstance(realtime.broker, RemoteBroker) else realtime.broker
     page = await broker.read(StreamKey(run_id, stream), limit=1_000_000)
     return [decode(entry.data) for entry in page.entries]
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    """Give the loop turns until something holds."""
+    """Let the loop run until a condition holds."""
     with anyio.fail_after(10):
         while not condition():
             await anyio.lowlevel.checkpoint()
 
 
 async def steps(count: int) -> None:
-    """Give the loop so many turns."""
+    """Let the loop run this many iterations."""
     for _ in range(count):
         await anyio.lowlevel.checkpoint()
 
 
 def others() -> set[int]:
-    """The tasks that run now, besides the caller's."""
+    """The tasks that run now, other than the caller's."""
     return {task.id for task in anyio.get_running_tasks()} - {anyio.get_current_task().id}
 
 
 async def take(items: AsyncIterable[T], into: list[T]) -> None:
-    """Append each item as it comes, so that what came before an error or a cancellation is there."""
+    """Append each item as it arrives, so that items before an error or a cancellation are kept."""
     async for item in items:
         into.append(item)  # noqa: PERF401

@@ -1,9 +1,8 @@
-"""Real Redis servers of the tests' own: alone, as a primary with a replica and a sentinel, and as a cluster.
+"""Real Redis servers for the tests: a single one, a primary with a replica and a sentinel, and a Cluster.
 
-They listen on loopback only, keep their files in a directory of their own and are gone at the end of the `with` block.
-Each can be killed, restarted, paused, cut off and reconfigured. All calls block until what they say holds (nothing
-waits for a time), for a few milliseconds mostly; in an async test pass those that take longer to
-`anyio.to_thread.run_sync`. `binary` may be a `valkey-server`.
+They listen on loopback only, store their files in a temporary directory, and stop at the end of the `with` block. Each
+can be killed, restarted, paused, reconfigured, and its clients disconnected. Calls block until what their name says
+holds, mostly for a few milliseconds; async tests pass longer ones to a thread. `binary` can be a `valkey-server`.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from tests.ports import free_port
 T = TypeVar("T")
 
 GUARD_S = 30.0
-"""Nothing waits longer than this. It is no measure of speed: the machine may be busy."""
+"""The time limit of every wait. Generous, because the machine can be busy."""
 
 SLOTS = 16384
 
@@ -39,18 +38,18 @@ ClientType = Literal["normal", "pubsub"]
 
 
 def until(condition: Callable[[], T], what: str, *, within_s: float = GUARD_S) -> T:
-    """Ask until the answer is true, and return it. A server that is not there yet has not answered."""
+    """Evaluate a condition until it is true; return its value. Errors of a starting server count as false."""
     deadline = time.monotonic() + within_s
     while True:
         with suppress(RedisError, OSError):
             if answer := condition():
                 return answer
-        assert time.monotonic() < deadline, f"after {within_s:g} s still not so: {what}"
+        assert time.monotonic() < deadline, f"not within {within_s:g} s: {what}"
         time.sleep(0.005)
 
 
 class RedisServer:
-    """One server. Without `keeps_data` nothing touches the disk and `restart` cannot keep anything.
+    """One server. Without `keeps_data` it writes nothing to disk, so `restart` cannot keep anything.
 
     `settings` are lines of redis.conf: `{"maxmemory": "4mb", "maxmemory-policy": "noeviction"}`.
     """
@@ -88,7 +87,7 @@ class RedisServer:
         self.kill()
         self._cleanup.close()
 
-    # Where it is
+    # Addresses
 
     @property
     def directory(self) -> Path:
@@ -116,14 +115,14 @@ class RedisServer:
 
     @property
     def log(self) -> str:
-        """What the server wrote, of all its starts."""
+        """The server's log since it was first started."""
         path = self.directory / "redis.log"
         return path.read_text(errors="replace") if path.exists() else ""
 
-    # Life and death
+    # Starting and stopping
 
     def launch(self) -> None:
-        """Start the process, and do not wait until it answers."""
+        """Start the process without waiting until it answers."""
         if self._directory is None:
             self._directory = Path(self._cleanup.enter_context(TemporaryDirectory(prefix="redis-")))
         if not self.port:
@@ -137,7 +136,7 @@ class RedisServer:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            start_new_session=True,  # an interrupt of the tests is not for it
+            start_new_session=True,  # so that Ctrl-C does not reach it
         )
 
     def until_ready(self) -> None:
@@ -148,14 +147,14 @@ class RedisServer:
         return self._process is not None and self._process.poll() is None
 
     def kill(self) -> None:
-        """SIGKILL: it writes nothing more and says no farewell."""
+        """SIGKILL: it cannot write anything more or close its connections."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
 
     def restart(self, *, keep_data: bool) -> None:
-        """Kill it if it runs, and start it again on its port, with all that it acknowledged or with nothing."""
-        assert self.keeps_data or not keep_data, "it was started without keeps_data"
+        """Kill the server if it runs, and start it on the same port, with all acknowledged data or without any."""
+        assert self.keeps_data or not keep_data, "the server was started without keeps_data"
         self.kill()
         if not keep_data:
             shutil.rmtree(self.directory / "appendonlydir", ignore_errors=True)
@@ -164,7 +163,7 @@ class RedisServer:
         self.until_ready()
 
     def pause(self) -> None:
-        """SIGSTOP: its connections stay open and nobody answers on them. New ones are still accepted, by the system."""
+        """SIGSTOP: connections stay open without answers. The system still accepts new ones."""
         os.kill(self.pid, signal.SIGSTOP)
         os.waitpid(self.pid, os.WUNTRACED)
 
@@ -179,20 +178,20 @@ class RedisServer:
         finally:
             self.resume()
 
-    # What it is told
+    # Commands
 
     def client(self, *, timeout_s: float = GUARD_S) -> redis.Redis:
-        """A client that never tries again by itself. The caller closes it."""
+        """A client without retries. The caller closes it."""
         return redis.Redis.from_url(self.url, protocol=2, retry=Retry(NoBackoff(), 0), socket_timeout=timeout_s)
 
     def command(self, *args: str | bytes | int) -> Any:
-        """One command over a connection of its own. The answer is as it came: bytes, numbers and lists."""
+        """Send one command on a new connection. The answer is not converted: bytes, numbers and lists."""
         with self.client() as client:
             client.response_callbacks.clear()
             return client.execute_command(*args)
 
     def configure(self, name: str, value: str | int) -> None:
-        """Until it is restarted."""
+        """Change a setting until the next restart."""
         assert self.command("CONFIG", "SET", name, value) == b"OK"
 
     def info(self, section: str = "everything") -> dict[str, str]:
@@ -200,30 +199,30 @@ class RedisServer:
         return {name: value for name, colon, value in (line.partition(":") for line in lines) if colon}
 
     def clients(self, kind: ClientType) -> list[dict[str, str]]:
-        """Who is connected, besides the one that asks: `CLIENT LIST`."""
+        """The connected clients (`CLIENT LIST`), without the one that asks."""
         lines = self.command("CLIENT", "LIST", "TYPE", kind).decode().splitlines()
         listed = [dict(field.split("=", 1) for field in line.split()) for line in lines]
         return [client for client in listed if client["cmd"] != "client|list"]
 
     def cut_clients(self, kind: ClientType | None = None) -> int:
-        """Close connections without a word, and say how many."""
+        """Close connections abruptly; return how many."""
         kinds = ("normal", "pubsub") if kind is None else (kind,)
         return sum(self.command("CLIENT", "KILL", "TYPE", each, "SKIPME", "yes") for each in kinds)
 
     def add_user(self, name: str, password: str, *rules: str) -> str:
-        """Make a user that may do only what `rules` of the ACL say; returns its URL."""
+        """Create a user with these ACL rules; return its URL."""
         assert self.command("ACL", "SETUSER", name, "reset", "on", f">{password}", *rules) == b"OK"
         scheme, _, rest = self.url.partition("://")
         return f"{scheme}://{quote(name, safe='')}:{quote(password, safe='')}@{rest.rpartition('@')[2]}"
 
-    # How it is started
+    # Configuration
 
     def _answers(self) -> bool:
         assert self._process is not None
         if self._process.poll() is not None:
             raise AssertionError(f"{self.binary} ended with {self._process.returncode}:\n{self.log}")
         loaded = self.command("PING") == b"PONG"
-        return loaded and self.info("server")["process_id"] == str(self.pid)  # and not somebody else on our port
+        return loaded and self.info("server")["process_id"] == str(self.pid)  # and not another process on our port
 
     def _arguments(self) -> list[str]:
         return [self.binary, str(self.directory / "redis.conf")]
@@ -242,7 +241,7 @@ class RedisServer:
             "logfile": str(self.directory / "redis.log"),
             "save": '""',
             "appendonly": "yes" if self.keeps_data else "no",
-            "appendfsync": "no",  # a killed process loses nothing that it wrote; only a crash of the machine would
+            "appendfsync": "no",  # only needed if the machine crashes, not if the process is killed
             "enable-debug-command": "local",
         }
         if self.password is not None:
@@ -265,7 +264,7 @@ def _fields(listed: list[bytes]) -> dict[str, str]:
 
 
 class RedisSentinel(RedisServer):
-    """Watches one primary under the name `service`, and promotes a replica alone (quorum 1)."""
+    """Watches one primary under the name `service`, and can promote its replica alone (quorum 1)."""
 
     def __init__(self, watched: RedisServer, *, service: str, down_after_ms: int) -> None:
         super().__init__(watched.binary, keeps_data=False)
@@ -275,19 +274,19 @@ class RedisSentinel(RedisServer):
 
     def until_ready(self) -> None:
         super().until_ready()
-        # It would ask the servers for their state every ten seconds, and do nothing for thirty after a stall of two.
+        # By default it polls the servers every 10 s, and does nothing for 30 s after it stalled for 2 s.
         self.command("SENTINEL", "DEBUG", "INFO-PERIOD", 200, "TILT-TRIGGER", 20_000)
 
     def primary_port(self) -> int:
-        """Of the primary as clients are told."""
+        """The port of the primary that clients get."""
         return int(self.command("SENTINEL", "GET-MASTER-ADDR-BY-NAME", self.service)[1])
 
     def primary(self) -> dict[str, str]:
-        """The primary as it sees it."""
+        """The primary as the sentinel sees it."""
         return _fields(self.command("SENTINEL", "MASTER", self.service))
 
     def replicas(self) -> list[dict[str, str]]:
-        """The replicas that it knows, as it sees them."""
+        """The replicas as the sentinel sees them."""
         return [_fields(listed) for listed in self.command("SENTINEL", "REPLICAS", self.service)]
 
     def _arguments(self) -> list[str]:
@@ -295,7 +294,7 @@ class RedisSentinel(RedisServer):
 
     def _write_settings(self) -> None:
         path = self.directory / "redis.conf"
-        if path.exists():  # it keeps what it knows in there
+        if path.exists():  # the sentinel stores its state in it
             return
         name, log = self.service, self.directory / "redis.log"
         lines = [f"bind 127.0.0.1\nport {self.port}\ndir {self.directory}\nlogfile {log}"]
@@ -308,7 +307,7 @@ class RedisSentinel(RedisServer):
 
 
 class ReplicaPair:
-    """A primary, a replica of it, and a sentinel that promotes the replica when the primary is gone.
+    """A primary, its replica, and a sentinel that promotes the replica.
 
     After a failover `primary` is the new one, and `replica` the one that was killed or demoted.
     """
@@ -316,7 +315,7 @@ class ReplicaPair:
     service = "tests"
 
     def __init__(self, binary: str = "redis-server", *, password: str | None = None, down_after_ms: int = 1000) -> None:
-        # Replicas log in as a user of their own, so that they can be locked out and clients not.
+        # Replicas have a user of their own, so that they can be locked out without the clients.
         settings = {"masteruser": "replica", "masterauth": "of-the-tests"}
         settings["user"] = "replica on >of-the-tests +psync +replconf +ping"
         settings["repl-diskless-sync-delay"] = "0"
@@ -341,42 +340,41 @@ class ReplicaPair:
 
     @property
     def sentinels(self) -> list[tuple[str, int]]:
-        """As `redis.sentinel.Sentinel` takes them."""
+        """For `redis.sentinel.Sentinel`."""
         return [("127.0.0.1", self.sentinel.port)]
 
     def until_in_step(self) -> None:
-        """Wait until the replica has all that the primary has now."""
+        """Wait until the replica has everything that the primary has now."""
         offset = int(self.primary.info("replication")["master_repl_offset"])
         until(lambda: self._has(offset), "the replica is in step")
 
     def isolate_replica(self) -> None:
-        """From now on it gets nothing of what the primary is given, and is still what would be promoted.
+        """From now on the replica receives nothing more; it can still be promoted.
 
-        For a few seconds: a sentinel passes over a replica that has been without its primary for 10 × down_after_ms.
+        Only for a few seconds: a sentinel ignores a replica that has lost its primary for 10 × `down_after_ms`.
         """
         self.primary.command("ACL", "SETUSER", "replica", "off")
         self.primary.command("CLIENT", "KILL", "TYPE", "replica")
-        until(lambda: self.replica.info("replication")["master_link_status"] == "down", "the replica is alone")
+        until(lambda: self.replica.info("replication")["master_link_status"] == "down", "the replica is isolated")
 
     def fail_over(self) -> None:
-        """Kill the primary, and wait until the sentinel has promoted the replica.
+        """Kill the primary and have the sentinel promote the replica.
 
-        What the replica did not have by then is lost: nothing after `until_in_step`, everything after
-        `isolate_replica`.
+        Writes that the replica has not received are lost: none before `until_in_step`, all after `isolate_replica`.
         """
         self.primary.kill()
         self._promote()
 
     def hand_over(self) -> None:
-        """Have the sentinel promote the replica while the primary lives.
+        """Have the sentinel promote the replica while the primary is running.
 
-        The old one does not know yet: until `bring_back` (or for ten seconds, then the sentinel tells it) it takes
-        writes, and loses them when it becomes a replica. That is how a sentinel does it, not a trick of these tests.
+        The old primary does not know yet: until `bring_back` (or until the sentinel demotes it after ten seconds) it
+        accepts writes, and loses them when it becomes a replica. This is how a sentinel works.
         """
         self._promote()
 
     def bring_back(self) -> None:
-        """Make the old primary a replica of the new one; if it was killed, start it again as one."""
+        """Make the old primary a replica of the new one, starting it if it was killed."""
         self.replica.settings["replicaof"] = f"127.0.0.1 {self.primary.port}"
         if self.replica.runs:
             self.replica.command("REPLICAOF", "127.0.0.1", self.primary.port)
@@ -386,10 +384,13 @@ class ReplicaPair:
         until(self._watches_both, "the sentinel sees the replica again")
 
     def _promote(self) -> None:
-        until(lambda: self.sentinel.command("SENTINEL", "FAILOVER", self.service) == b"OK", "the sentinel begins")
+        until(
+            lambda: self.sentinel.command("SENTINEL", "FAILOVER", self.service) == b"OK",
+            "the failover starts",
+        )
         until(lambda: self.sentinel.primary_port() == self.replica.port, "the sentinel names the new primary")
         until(lambda: self.replica.info("replication")["role"] == "master", "the replica was promoted")
-        until(lambda: self.sentinel.primary()["flags"] == "master", "the sentinel finds the new primary well")
+        until(lambda: self.sentinel.primary()["flags"] == "master", "the sentinel sees the new primary working")
         self.primary, self.replica = self.replica, self.primary
         self.primary.settings.pop("replicaof", None)
         self.primary.command("ACL", "SETUSER", "replica", "on")
@@ -405,7 +406,7 @@ class ReplicaPair:
 
 
 class RedisCluster:
-    """Primaries that share the slots among them, without replicas: a node that is away takes its slots with it."""
+    """Primaries that share the slots, without replicas: if a node is down, its slots are unavailable."""
 
     def __init__(
         self,
@@ -442,21 +443,21 @@ class RedisCluster:
         return int(self.nodes[0].command("CLUSTER", "KEYSLOT", key))
 
     def slot_owner(self, slot: int) -> RedisServer:
-        """The node that owns a slot, on which all must agree."""
+        """The node that owns a slot, on which all nodes agree."""
         owners = {self._owner_seen_by(node, slot) for node in self.nodes}
         assert len(owners) == 1, f"the nodes do not agree on slot {slot}"
         return self._node(owners.pop())
 
     def move_slot(self, slot: int, to: RedisServer) -> None:
-        """Move a slot with its keys, as resharding does, while clients go on."""
+        """Move a slot with its keys, as resharding does, while clients use it."""
         with self.moving_slot(slot, to):
             pass
 
     @contextmanager
     def moving_slot(self, slot: int, to: RedisServer) -> Iterator[None]:
-        """Within the block the slot is on its way: the old owner sends clients on (ASK) for keys it does not have."""
+        """In the block the slot is moving: the old owner redirects clients (ASK) for keys that it no longer has."""
         source = self.slot_owner(slot)
-        assert source is not to, f"slot {slot} is there already"
+        assert source is not to, f"the node already owns slot {slot}"
         to.command("CLUSTER", "SETSLOT", slot, "IMPORTING", self._id(source))
         source.command("CLUSTER", "SETSLOT", slot, "MIGRATING", self._id(to))
         yield
@@ -466,14 +467,14 @@ class RedisCluster:
         until(lambda: all(self._owner_seen_by(node, slot) == to.port for node in self.nodes), f"slot {slot} has moved")
 
     def move_keys(self, slot: int, source: RedisServer, to: RedisServer) -> None:
-        """The keys that a slot on its way has now."""
+        """Move the keys that a moving slot has now."""
         while keys := source.command("CLUSTER", "GETKEYSINSLOT", slot, 100):
             timeout_ms = int(GUARD_S * 1000)
             source.command("MIGRATE", "127.0.0.1", to.port, "", 0, timeout_ms, "KEYS", *keys)
 
     def until_well(self) -> None:
-        """Wait until every node knows all others and says that it serves."""
-        until(lambda: all(self._is_well(node) for node in self.nodes), "the cluster is well")
+        """Wait until every node knows all others and serves its slots."""
+        until(lambda: all(self._is_well(node) for node in self.nodes), "the cluster is healthy")
 
     def _join(self) -> None:
         share = -(-SLOTS // len(self.nodes))
@@ -490,7 +491,7 @@ class RedisCluster:
         return wanted <= set(lines)
 
     def _owner_seen_by(self, node: RedisServer, slot: int) -> int | None:
-        """The port of the owner."""
+        """The port of the owner as a node sees it."""
         ranges = node.command("CLUSTER", "SLOTS")
         return next((owner[1] for first, last, owner, *_ in ranges if first <= slot <= last), None)
 

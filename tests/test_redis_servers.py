@@ -1,4 +1,4 @@
-"""The servers do what the tests of the Redis broker take for granted."""
+"""The servers behave as the tests of the Redis broker expect."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def fetch(url: str) -> bytes | None:
         return value
 
 
-def test_what_was_acknowledged_outlives_a_kill(server: RedisServer) -> None:
+def test_acknowledged_data_survives_a_kill(server: RedisServer) -> None:
     before = server.port, server.pid
     server.command("SET", "kept", "yes")
     server.kill()
@@ -50,7 +50,7 @@ def test_a_restart_without_data(server: RedisServer) -> None:
     assert fetch(server.url) is None
 
 
-def test_a_server_that_keeps_nothing_cannot_be_asked_to(tmp_path: Path) -> None:
+def test_a_server_without_data_cannot_restart_with_it(tmp_path: Path) -> None:
     with RedisServer(redis_binary(), directory=tmp_path, keeps_data=False) as server:
         server.command("SET", "kept", "yes")
         with pytest.raises(AssertionError, match="without keeps_data"):
@@ -60,7 +60,7 @@ def test_a_server_that_keeps_nothing_cannot_be_asked_to(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("**/*.aof"))
 
 
-def test_nothing_is_left_of_a_server() -> None:
+def test_a_server_leaves_nothing_behind() -> None:
     with RedisServer(redis_binary()) as server:
         directory = server.directory
         assert server.runs
@@ -70,12 +70,12 @@ def test_nothing_is_left_of_a_server() -> None:
         server.command("PING")
 
 
-def test_a_paused_server_answers_nobody_until_it_goes_on(server: RedisServer) -> None:
+def test_a_paused_server_answers_once_it_resumes(server: RedisServer) -> None:
     with server.client(timeout_s=0.05) as client:
         client.ping()
         with server.paused(), pytest.raises(redis.TimeoutError):
             client.execute_command("SET", "kept", "yes")
-    until(lambda: fetch(server.url) == b"yes", "the command that lay in its buffer is carried out")
+    until(lambda: fetch(server.url) == b"yes", "the buffered command is executed")
 
 
 def test_a_paused_server_can_be_killed(server: RedisServer) -> None:
@@ -85,7 +85,7 @@ def test_a_paused_server_can_be_killed(server: RedisServer) -> None:
 
 
 @pytest.mark.parametrize(("kind", "cut"), [("normal", 1), ("pubsub", 1), (None, 2)])
-def test_clients_are_cut_off_by_their_kind(server: RedisServer, kind: str | None, cut: int) -> None:
+def test_clients_are_disconnected_by_kind(server: RedisServer, kind: str | None, cut: int) -> None:
     with server.client() as client, server.client() as other, other.pubsub() as subscriber:
         client.ping()
         subscriber.subscribe("news")
@@ -98,7 +98,7 @@ def test_clients_are_cut_off_by_their_kind(server: RedisServer, kind: str | None
             assert server.clients("normal") == []
 
 
-def test_settings_at_the_start_and_later() -> None:
+def test_settings_at_start_and_at_run_time() -> None:
     with RedisServer(redis_binary(), settings={"maxmemory": "4mb", "maxmemory-policy": "noeviction"}) as server:
         assert server.info("memory")["maxmemory_policy"] == "noeviction"
         server.configure("maxmemory", 1)
@@ -106,7 +106,7 @@ def test_settings_at_the_start_and_later() -> None:
             server.command("SET", "kept", "yes")
 
 
-def test_a_wrong_setting_shows_the_log() -> None:
+def test_an_invalid_setting_shows_the_log() -> None:
     with pytest.raises(AssertionError, match="ended with 1"), RedisServer(redis_binary(), settings={"no-such": "one"}):
         pass
 
@@ -136,7 +136,7 @@ def test_tls() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(60)
-def test_a_failover_keeps_what_the_replica_has_and_loses_the_rest(redis_pair: ReplicaPair) -> None:
+def test_a_failover_loses_what_the_replica_lacks(redis_pair: ReplicaPair) -> None:
     first, second = redis_pair.primary, redis_pair.replica
     first.command("SET", "kept", "yes")
     redis_pair.until_in_step()
@@ -155,7 +155,7 @@ def test_a_failover_keeps_what_the_replica_has_and_loses_the_rest(redis_pair: Re
 
     redis_pair.hand_over()
     assert redis_pair.primary is first
-    assert second.command("SET", "late", "yes") == b"OK", "it has not been told, and acknowledges what will be lost"
+    assert second.command("SET", "late", "yes") == b"OK", "it does not know that it was replaced"
     redis_pair.bring_back()
     assert second.command("GET", "late") is None
     assert second.info("replication")["role"] == "slave"
@@ -180,14 +180,14 @@ def test_a_slot_moves_with_its_keys(redis_cluster: RedisCluster) -> None:
             source.command("GET", "{moves}1")
 
 
-def test_waiting_has_an_end() -> None:
+def test_waiting_ends_with_an_error() -> None:
     begin = time.monotonic()
-    with pytest.raises(AssertionError, match="still not so: pigs fly"):
+    with pytest.raises(AssertionError, match="not within 0.02 s: pigs fly"):
         until(lambda: False, "pigs fly", within_s=0.02)
     assert time.monotonic() - begin >= 0.02
 
 
-def test_what_is_missing_is_skipped_and_in_ci_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_server_skips_tests_and_fails_them_in_ci(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda name: None)
     monkeypatch.setattr(requirements, "find_spec", lambda name: None)
     monkeypatch.delenv("REQUIRE_ALL", raising=False)

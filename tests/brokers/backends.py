@@ -1,4 +1,4 @@
-"""The memory broker as the conformance suite wants it, and two that keep the same promises in another way."""
+"""The memory broker for the conformance suite, and two variants that keep the same promises differently."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from asgi_realtime.testing.conformance.kit import pause
 
 
 class Clock:
-    """Unix seconds, moved by hand."""
+    """Unix seconds that tests move."""
 
     def __init__(self) -> None:
         self.seconds = 1_700_000_000.0
@@ -42,7 +42,7 @@ class Clock:
 
 
 def held(broker: MemoryBroker) -> int:
-    """Readers, followers, those who wait, and what is kept only for them."""
+    """How many readers, followers and waiters there are, and what is held only for them."""
     streams = [live for run in broker._runs.values() for live in run.streams.values()]
     topics = list(broker._topics.values())
     return (
@@ -54,7 +54,7 @@ def held(broker: MemoryBroker) -> int:
 
 
 class Memory:
-    """`make_broker` for a memory broker, or for a class that says it is as good."""
+    """`make_broker` for the memory broker or a variant of it."""
 
     def __init__(self, factory: Callable[..., MemoryBroker] = MemoryBroker, *, guard_s: float = 10.0) -> None:
         self.factory = factory
@@ -74,7 +74,7 @@ class Memory:
 
 
 class RepeatingIndex(TopicIndex):
-    """Tells a version that it has told before as if it were new."""
+    """Accepts a version that it has as if it were new."""
 
     def update(self, run_id: str, version: int) -> bool:
         known = self._entries.get(run_id)
@@ -84,7 +84,7 @@ class RepeatingIndex(TopicIndex):
 
 
 class RepeatingBroker(MemoryBroker):
-    """Tells every topic twice, the second time when the committer is gone. At least once is what the contract asks."""
+    """Publishes every change twice, the second time after the commit. The contract is at least once."""
 
     async def __aenter__(self) -> RepeatingBroker:
         self._later = anyio.create_task_group()
@@ -116,7 +116,7 @@ class RepeatingBroker(MemoryBroker):
 
 
 class DistantBroker(MemoryBroker):
-    """Every call takes its time, and topics are told after the commit, under a mark, as over a network."""
+    """Every call suspends, and changes are published after the commit, under a mark, as over a network."""
 
     async def append(
         self,
@@ -171,7 +171,7 @@ class DistantBroker(MemoryBroker):
             if run_id in self._runs and run is not None:
                 self._publish(topic, run.record)
         if run_id in self._runs and run is not None:
-            super()._publish_topics(run)  # what was committed meanwhile
+            super()._publish_topics(run)  # including what was committed during the calls
             self._due["unpublished"].set(run_id, None)
 
     async def load(self, run_ids: Sequence[str]) -> list[RunRecord | None]:

@@ -1,7 +1,7 @@
-"""A stream that is written by one process and followed by another while something happens to Redis.
+"""Streams that one process writes and another follows while something happens to Redis.
 
-Two broker objects stand for the two processes. The writer does what a pipe does (each call is repeated until it is
-acknowledged), the reader what a browser does (it comes back with its cursor when it cannot be served).
+The two processes are two broker objects. The writer behaves like a pipe and repeats each call until it is acknowledged;
+the reader behaves like a browser and resumes by its cursor when it is interrupted.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ T = TypeVar("T")
 
 
 async def until(condition: Callable[[], object], what: str = "") -> None:
-    """Look at a condition again and again until it holds."""
+    """Wait until a condition holds."""
     async with asyncio.timeout(GUARD_S):
         while not condition():  # noqa: ASYNC110
             await asyncio.sleep(0.002)
 
 
 async def patiently(call: Callable[[], Awaitable[T]]) -> T:
-    """Repeat a call while the broker is away, as a pipe does."""
+    """Repeat a call while the broker is unavailable, as a pipe does."""
     async with asyncio.timeout(2 * GUARD_S):
         pause_s = 0.02
         while True:
@@ -62,19 +62,19 @@ async def processes(
     retention: Retention | None = None,
     timeouts: Timeouts | None = None,
 ) -> AsyncIterator[Backend]:
-    """Two brokers on one server, and the certainty that they leave nothing behind."""
+    """Two brokers on one server. Checks that they release everything."""
     before = asyncio.all_tasks()
     settings: dict[str, Any] = {"limits": limits, "retention": retention, "timeouts": timeouts}
     settings["prefix"] = f"t{secrets.token_hex(4)}"
     first, second = (RedisBroker(server if isinstance(server, str) else server(), **settings) for _ in range(2))
     async with first as broker, second as peer:
         yield Backend(broker=broker, peer=peer, held=lambda: broker.held + peer.held)
-        await until(lambda: not broker.held + peer.held, "readers that have left leave nothing")
+        await until(lambda: not broker.held + peer.held, "readers release everything when they leave")
     assert asyncio.all_tasks() == before
 
 
 class Streaming:
-    """One stream on its way. `sent` items are acknowledged; the reader has `seen` some of them."""
+    """One stream in use. `sent` items are acknowledged; the reader has `seen` some of them."""
 
     def __init__(self, writer: Broker, reader: Broker, key: StreamKey, *, size: int) -> None:
         self.key = key
@@ -91,7 +91,7 @@ class Streaming:
         return len(self.reader.seen)
 
     async def write(self) -> None:
-        """Append one item after the other until it is enough, then end the stream."""
+        """Append item after item until `end` is called, then end the stream."""
         while not self._enough:
             item = b'"%d %s"' % (self.sent, self._padding)
             producer = Producer("p", self.sent)
@@ -102,12 +102,12 @@ class Streaming:
 
     @asynccontextmanager
     async def paused(self) -> AsyncIterator[None]:
-        """Nothing is under way and nothing is begun."""
+        """Keep the writer idle."""
         async with self._writing:
             yield
 
     async def read(self) -> None:
-        """Follow to the end; come back when the process cannot follow any more."""
+        """Follow to the end, resuming whenever the stream can no longer be followed."""
         while self.reader.end is None:
             try:
                 await self.reader.run()
@@ -115,16 +115,16 @@ class Streaming:
                 self.resumed += 1
                 await asyncio.sleep(0.01)
 
-    async def goes_on(self, items: int = 100) -> None:
-        """Wait until so many items more have arrived."""
+    async def continues(self, items: int = 100) -> None:
+        """Wait until this many more items have arrived."""
         wanted = self.sent + items
         await until(lambda: self.seen >= wanted, f"{wanted} items arrived")
 
     def end(self) -> None:
         self._enough = True
 
-    async def assert_whole(self) -> None:
-        """Neither lost nor doubled, in Redis and at the reader."""
+    async def assert_complete(self) -> None:
+        """Nothing was lost or duplicated, in Redis or at the reader."""
         self.reader.assert_seamless()
         assert seqs(self.reader.seen) == list(range(self.sent))
         assert [entry.data.split()[0] for entry in self.reader.seen] == [b'"%d' % n for n in range(self.sent)]
@@ -137,27 +137,27 @@ class Streaming:
 async def streaming(
     backend: Backend, *, count: int = 1, size: int = 0, keys: Sequence[StreamKey] = ()
 ) -> AsyncIterator[Sequence[Streaming]]:
-    """Streams that go on through the block, and are whole after it."""
+    """Streams that are written and read during the block. Checks that they are complete after it."""
     keys = keys or [await new_key(backend) for _ in range(count)]
     streams = [Streaming(backend.broker, backend.peer, key, size=size) for key in keys]
     async with asyncio.timeout(3 * GUARD_S), asyncio.TaskGroup() as group:
         for stream in streams:
             group.create_task(stream.write())
             group.create_task(stream.read())
-        await asyncio.gather(*(stream.goes_on(10) for stream in streams))
+        await asyncio.gather(*(stream.continues(10) for stream in streams))
         yield streams
-        await asyncio.gather(*(stream.goes_on(10) for stream in streams))
+        await asyncio.gather(*(stream.continues(10) for stream in streams))
         for stream in streams:
             stream.end()
     for stream in streams:
-        await stream.assert_whole()
+        await stream.assert_complete()
 
 
-# What the log says
+# Log messages
 
 
 class Log:
-    """What was logged about Redis."""
+    """The log messages about Redis."""
 
     def __init__(self, caplog: pytest.LogCaptureFixture) -> None:
         self._caplog = caplog
@@ -167,7 +167,7 @@ class Log:
         return [message for message in messages if text in message]
 
     @property
-    def away(self) -> int:
+    def outages(self) -> int:
         return len(self.having(" is unavailable: "))
 
     @property
@@ -175,24 +175,24 @@ class Log:
         return len(self.having(" broke; connecting again: "))
 
     @property
-    def back(self) -> int:
+    def recoveries(self) -> int:
         return len(self.having(" is available again, after "))
 
-    async def until_back(self) -> None:
-        await until(lambda: self.away == self.back, "the log says that Redis is back")
+    async def until_available(self) -> None:
+        await until(lambda: self.outages == self.recoveries, "the log reports that Redis is available again")
 
-    async def assert_told_once(self, *, processes: int = 2) -> None:
-        """One absence: each process that noticed it has said so once, and once that it is over.
+    async def assert_reported_once(self, *, processes: int = 2) -> None:
+        """Each process that noticed the outage has logged it once, and its end once.
 
-        A server that is there again at once was not away: a connection broke.
+        If the server is available again at once, only a broken connection is logged.
         """
-        await self.until_back()
-        assert 1 <= self.away + self.broke, "nobody noticed"
-        assert self.away <= processes, self.having("Redis")
+        await self.until_available()
+        assert 1 <= self.outages + self.broke, "no process noticed it"
+        assert self.outages <= processes, self.having("Redis")
 
 
 def assert_quiet(caplog: pytest.LogCaptureFixture) -> None:
-    """Nothing broke inside, and no exception was left for nobody."""
+    """No error was logged, and no exception was left unretrieved."""
     gc.collect()
     loud = [record for record in caplog.records if record.levelname == "ERROR" or record.name == "asyncio"]
     assert [record.getMessage() for record in loud if "Using selector" not in record.getMessage()] == []

@@ -1,4 +1,4 @@
-"""The suite fails on brokers that are sloppy. Each is a mistake that a real backend has made, or nearly."""
+"""The suite fails on sloppy brokers. Each has a mistake that a real backend has made, or nearly made."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tests.brokers.backends import Memory
 
 
 class Mirrors(MemoryBroker, ABC):
-    """Readers follow a copy, which they have to join with the storage."""
+    """Readers follow a copy, which has to be joined with the storage."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
@@ -72,7 +72,7 @@ class Mirrors(MemoryBroker, ABC):
 
 
 class JoinsInOneStep(Mirrors):
-    """Not sloppy: shows that it is the join that the next two are caught for."""
+    """Not sloppy: shows that the next two are caught because of their join."""
 
     async def _join(self, key: StreamKey, mirror: LiveLog) -> None:
         mirror.log.append(self._all(key), 0)
@@ -96,7 +96,7 @@ class SubscribesThenReads(Mirrors):
 
 
 class ForgetfulLog(Log):
-    """Counts again from 0 when it is trimmed."""
+    """Counts from 0 again when it is trimmed."""
 
     def trim(self, max_bytes: int) -> int:
         freed = super().trim(max_bytes)
@@ -159,7 +159,7 @@ class ForgetsProducersWithTheirEntries(MemoryBroker):
         return position
 
 
-class KeepsSilentAboutGaps(MemoryBroker):
+class ReportsNoGaps(MemoryBroker):
     async def read(self, key: StreamKey, *, after: int = -1, limit: int = 500) -> Page:
         return (await super().read(key, after=after, limit=limit))._replace(first=0)
 
@@ -177,7 +177,7 @@ class IgnoresProducers(MemoryBroker):
         return super().append_nowait(key, items, end=end)
 
 
-class AcceptsHoles(MemoryBroker):
+class AcceptsGapsInProducers(MemoryBroker):
     def append_nowait(
         self,
         key: StreamKey,
@@ -235,7 +235,7 @@ class CountsForTheRun(MemoryBroker):
         return sum(live.log.counted(producer_id) for live in self._runs[key.run].streams.values())
 
 
-class CountsNothingOfUnknownRuns(MemoryBroker):
+class CountsZeroForUnknownRuns(MemoryBroker):
     async def produced(self, key: StreamKey, producer_id: str) -> int:
         return await super().produced(key, producer_id) if key.run in self._runs else 0
 
@@ -273,8 +273,8 @@ class LastEndWins(MemoryBroker):
         return position
 
 
-class ReadersTakeTheEndAlong(MemoryBroker):
-    """A stream without entries is dropped with its last reader, though a writer has ended it."""
+class DropsEndsWithReaders(MemoryBroker):
+    """Drops a stream without entries with its last reader, though a writer has ended it."""
 
     @asynccontextmanager
     async def live(self, key: StreamKey) -> AsyncIterator[LiveLog]:
@@ -285,7 +285,7 @@ class ReadersTakeTheEndAlong(MemoryBroker):
 
 
 class NeverLeaves(MemoryBroker):
-    """Cleans up after the body only if the body went well."""
+    """Cleans up only if the body raised nothing."""
 
     @asynccontextmanager
     async def live(self, key: StreamKey) -> AsyncIterator[LiveLog]:
@@ -307,7 +307,7 @@ class LeaksWhileEntering(MemoryBroker):
 
 
 class EndsTheRunBeforeItsStreams(MemoryBroker):
-    """Between the terminal record and the end of the streams more is acknowledged."""
+    """Acknowledges entries between the terminal record and the end of the streams."""
 
     async def commit(
         self, record: RunRecord, *, expect: int, change: ChangeMark, floors: Mapping[tuple[str, str], int] | None = None
@@ -325,7 +325,7 @@ class EndsTheRunBeforeItsStreams(MemoryBroker):
         return version
 
 
-class EndsOnlyWhatIsWritten(MemoryBroker):
+class EndsOnlyWrittenStreams(MemoryBroker):
     async def commit(
         self, record: RunRecord, *, expect: int, change: ChangeMark, floors: Mapping[tuple[str, str], int] | None = None
     ) -> int:
@@ -378,7 +378,7 @@ class ForgetsTheConflictingRecord(MemoryBroker):
 
 
 class KnowsOnlyTheLastMark(MemoryBroker):
-    """Remembers one commit; a retry of ours after a commit of another is a conflict."""
+    """Remembers one commit, so a retry after the commit of another writer is a conflict."""
 
     async def commit(
         self, record: RunRecord, *, expect: int, change: ChangeMark, floors: Mapping[tuple[str, str], int] | None = None
@@ -389,7 +389,7 @@ class KnowsOnlyTheLastMark(MemoryBroker):
 
 
 class TakesLateCommitsForRetries(MemoryBroker):
-    """Believes that the numbers of a writer arrive in order."""
+    """Assumes that the numbers of a writer arrive in order."""
 
     async def commit(
         self, record: RunRecord, *, expect: int, change: ChangeMark, floors: Mapping[tuple[str, str], int] | None = None
@@ -404,10 +404,10 @@ class TakesLateCommitsForRetries(MemoryBroker):
 # Topics
 
 
-class TellsLater(MemoryBroker):
-    """Leaves the topics to a task."""
+class PublishesLater(MemoryBroker):
+    """Publishes in a task."""
 
-    async def __aenter__(self) -> TellsLater:
+    async def __aenter__(self) -> PublishesLater:
         self._later = anyio.create_task_group()
         await self._later.__aenter__()
         return self
@@ -424,8 +424,8 @@ class TellsLater(MemoryBroker):
         super()._publish_topics(run)
 
 
-class TellsWithoutMark(MemoryBroker):
-    """Who dies between the commit and the telling takes the change along."""
+class PublishesWithoutMark(MemoryBroker):
+    """A process that dies between the commit and the publication loses the change."""
 
     def _publish_topics(self, run: _StoredRun) -> None:
         pass
@@ -439,15 +439,15 @@ class TellsWithoutMark(MemoryBroker):
         return version
 
 
-class TellsTheRunTopicLater(MemoryBroker):
+class PublishesTheRunTopicLater(MemoryBroker):
     async def commit(
         self, record: RunRecord, *, expect: int, change: ChangeMark, floors: Mapping[tuple[str, str], int] | None = None
     ) -> int:
-        told, self._publish = self._publish, lambda topic, record: None  # type: ignore[method-assign]
+        publish, self._publish = self._publish, lambda topic, record: None  # type: ignore[method-assign]
         try:
             version = await super().commit(record, expect=expect, change=change, floors=floors)
         finally:
-            self._publish = told  # type: ignore[method-assign]
+            self._publish = publish  # type: ignore[method-assign]
         await pause(1)
         self._publish(f"run:{record.id}", self._runs[record.id].record)
         self._publish_topics(self._runs[record.id])
@@ -455,7 +455,7 @@ class TellsTheRunTopicLater(MemoryBroker):
 
 
 class CarelessIndex(TopicIndex):
-    """Takes whatever version comes."""
+    """Accepts any version."""
 
     def update(self, run_id: str, version: int) -> bool:
         self._entries.pop(run_id, None)
@@ -478,14 +478,14 @@ class OverwritesNewerVersions(MemoryBroker):
 
 
 class BoundlessIndex(TopicIndex):
-    """Does not know what it has dropped."""
+    """Does not remember that it has dropped runs."""
 
     def after(self, cursor: Cursor | None, *, limit: int) -> Changes:
         self.floor = 0
         return super().after(cursor, limit=limit)
 
 
-class MissesWhatWasDropped(MemoryBroker):
+class MissesDroppedRuns(MemoryBroker):
     def _add_topic(self, topic: str) -> _MemoryTopic:
         entry = super()._add_topic(topic)
         entry.index = BoundlessIndex(entry.index.epoch, max_runs=entry.index.max_runs)
@@ -500,7 +500,7 @@ class HasOneEpoch(MemoryBroker):
 
 
 class WaitsAtUnknownPositions(MemoryBroker):
-    """Takes a position that is not reached yet for one that will come."""
+    """Mistakes an unknown position for one that will come."""
 
     async def changes(self, topic: str, *, after: Cursor | None = None, limit: int = 1000) -> Changes:
         changes = await super().changes(topic, after=after, limit=limit)
@@ -518,7 +518,7 @@ class LastClaimWins(MemoryBroker):
         return await super().claim(key, value, ttl_s=ttl_s)
 
 
-class LooksAndThenClaims(MemoryBroker):
+class ChecksAndThenClaims(MemoryBroker):
     async def claim(self, key: str, value: str, *, ttl_s: float) -> str:
         if key in self._claims:
             return self._claims[key][0]
@@ -541,7 +541,7 @@ class SeesExpiredClaims(MemoryBroker):
         return self._claims[key][0] if key in self._claims else None
 
 
-class ClaimsByAsking(MemoryBroker):
+class ClaimsByLookup(MemoryBroker):
     async def claimed(self, key: str) -> str | None:
         found = await super().claimed(key)
         if found is None:
@@ -549,8 +549,8 @@ class ClaimsByAsking(MemoryBroker):
         return found
 
 
-class HandsOutOnce(MemoryBroker):
-    """Forgets what is due as soon as somebody asked; who asked may have died since."""
+class ListsDueRunsOnce(MemoryBroker):
+    """Forgets due runs once a process has asked, which may have died since."""
 
     async def due(self, kind: str, *, limit: int = 100, skip: int = 0) -> list[str]:
         found = await super().due(kind, limit=limit, skip=skip)
@@ -572,14 +572,14 @@ class RenewsWithEveryCommit(MemoryBroker):
             self._due["lease"].set(record.id, self._lease_end())
 
 
-class HandsOverAfterEveryCommit(MemoryBroker):
+class EnqueuesAfterEveryCommit(MemoryBroker):
     def _schedule(self, record: RunRecord, was: Status | None) -> None:
         super()._schedule(record, was)
         if record.status is Status.QUEUED:
             self._due["enqueue"].set(record.id, self._lease_end())
 
 
-class HandsOverWhatAQueueHas(MemoryBroker):
+class EnqueuesWhatAQueueHas(MemoryBroker):
     async def renew(self, run_ids: Sequence[str], *, owner: str) -> None:
         await super().renew(run_ids, owner=owner)
         for run_id in run_ids:
@@ -588,39 +588,39 @@ class HandsOverWhatAQueueHas(MemoryBroker):
                 self._due["enqueue"].set(run_id, self._lease_end())
 
 
-class HandsOverOnlyNewRuns(MemoryBroker):
+class EnqueuesOnlyNewRuns(MemoryBroker):
     def _schedule(self, record: RunRecord, was: Status | None) -> None:
         super()._schedule(record, was)
         if was is Status.DELAYED:
             self._due["enqueue"].set(record.id, None)
 
 
-class TakesAQueueForAnOwner(MemoryBroker):
+class MistakesAQueueForAnOwner(MemoryBroker):
     async def enqueued(self, run_id: str) -> None:
         await super().enqueued(run_id)
         self._due["lease"].set(run_id, None)
 
 
-class AsksInAnyOrder(MemoryBroker):
+class ListsInAnyOrder(MemoryBroker):
     async def due(self, kind: str, *, limit: int = 100, skip: int = 0) -> list[str]:
         return sorted(heapq.nlargest(limit, await super().due(kind, limit=10_000)))
 
 
-class RemovesInSilence(MemoryBroker):
+class RemovesSilently(MemoryBroker):
     def _remove(self, run_id: str) -> None:
         for topic in self._topics.values():
             topic.waiting = WaitList()
         super()._remove(run_id)
 
 
-class TakesEndsBack(MemoryBroker):
+class RevokesEnds(MemoryBroker):
     def _remove(self, run_id: str) -> None:
         for live in self._runs[run_id].streams.values():
             live.log.end = None
         super()._remove(run_id)
 
 
-class KeepsClaimsOfTheRemoved(MemoryBroker):
+class KeepsClaimsOfRemovedRuns(MemoryBroker):
     def _remove(self, run_id: str) -> None:
         before = dict(self._claims)
         super()._remove(run_id)
@@ -652,7 +652,7 @@ CATCHES: dict[type[MemoryBroker], tuple[str, ...]] = {
     SubscribesThenReads: ("test_whenever_a_reader_joins_and_leaves_nothing_is_lost_or_duplicated",),
     ReusesSeqs: ("test_trimming_drops_the_oldest_entries_and_keeps_positions",),
     ForgetsProducersWithTheirEntries: ("test_a_retry_of_trimmed_items_is_still_recognized",),
-    KeepsSilentAboutGaps: (
+    ReportsNoGaps: (
         "test_trimming_drops_the_oldest_entries_and_keeps_positions",
         "test_a_reader_before_the_retained_part_gets_a_gap",
         "test_whenever_entries_are_trimmed_each_loss_is_reported",
@@ -661,7 +661,7 @@ CATCHES: dict[type[MemoryBroker], tuple[str, ...]] = {
         "test_a_retried_append_stores_nothing_twice",
         "test_a_gap_in_the_count_of_a_producer_is_rejected",
     ),
-    AcceptsHoles: ("test_whatever_producers_retry_each_item_is_stored_once",),
+    AcceptsGapsInProducers: ("test_whatever_producers_retry_each_item_is_stored_once",),
     ChecksTheEndBeforeTheProducer: (
         "test_a_retry_of_the_ending_append_succeeds",
         "test_a_retry_succeeds_after_the_run_has_ended",
@@ -675,13 +675,13 @@ CATCHES: dict[type[MemoryBroker], tuple[str, ...]] = {
     ForgetsCountsAtTheEnd: ("test_the_count_of_a_producer_outlives_its_entries_and_the_run",),
     CountsAllProducers: ("test_the_count_of_a_producer_can_be_read",),
     CountsForTheRun: ("test_the_count_of_a_producer_can_be_read",),
-    CountsNothingOfUnknownRuns: ("test_a_run_that_does_not_exist_has_no_streams",),
+    CountsZeroForUnknownRuns: ("test_a_run_that_does_not_exist_has_no_streams",),
     LastEndWins: ("test_the_first_end_is_final",),
-    ReadersTakeTheEndAlong: ("test_an_end_without_an_entry_is_durable_too",),
+    DropsEndsWithReaders: ("test_an_end_without_an_entry_is_durable_too",),
     NeverLeaves: ("test_leaving_releases_everything", "test_cancelled_readers_release_everything"),
     LeaksWhileEntering: ("test_entering_can_be_cancelled_at_every_await",),
     EndsTheRunBeforeItsStreams: ("test_acknowledged_entries_can_be_read_once_the_terminal_record_can",),
-    EndsOnlyWhatIsWritten: ("test_the_end_of_a_run_ends_all_its_streams_at_their_last_entry",),
+    EndsOnlyWrittenStreams: ("test_the_end_of_a_run_ends_all_its_streams_at_their_last_entry",),
     CommitsWithoutComparing: (
         "test_a_commit_on_another_version_is_rejected_with_the_stored_record",
         "test_one_of_concurrent_committers_wins_each_version",
@@ -690,41 +690,41 @@ CATCHES: dict[type[MemoryBroker], tuple[str, ...]] = {
     ForgetsTheConflictingRecord: ("test_a_run_is_created_once",),
     KnowsOnlyTheLastMark: ("test_a_retried_commit_is_recognized_after_later_ones",),
     TakesLateCommitsForRetries: ("test_a_late_commit_is_not_mistaken_for_a_retry",),
-    TellsLater: ("test_a_run_is_in_all_its_topics_when_the_commit_returns",),
-    TellsWithoutMark: ("test_a_cancelled_commit_takes_full_effect_or_none",),
-    TellsTheRunTopicLater: ("test_record_and_run_topic_change_in_one_step",),
+    PublishesLater: ("test_a_run_is_in_all_its_topics_when_the_commit_returns",),
+    PublishesWithoutMark: ("test_a_cancelled_commit_takes_full_effect_or_none",),
+    PublishesTheRunTopicLater: ("test_record_and_run_topic_change_in_one_step",),
     OverwritesNewerVersions: ("test_no_older_version_replaces_a_newer_one_under_concurrent_committers",),
-    MissesWhatWasDropped: ("test_a_topic_retains_its_newest_runs_and_older_cursors_get_a_snapshot",),
+    MissesDroppedRuns: ("test_a_topic_retains_its_newest_runs_and_older_cursors_get_a_snapshot",),
     HasOneEpoch: ("test_a_recreated_topic_has_a_new_epoch",),
     WaitsAtUnknownPositions: ("test_an_unusable_cursor_gets_a_snapshot_at_once",),
     LastClaimWins: ("test_the_first_claim_wins", "test_concurrent_claims_all_return_one_winner"),
-    LooksAndThenClaims: (
+    ChecksAndThenClaims: (
         "test_concurrent_claims_all_return_one_winner",
         "test_a_claim_expires_by_the_brokers_clock",
     ),
     ProlongsClaims: ("test_a_claim_expires_by_the_brokers_clock",),
     SeesExpiredClaims: ("test_a_claim_can_be_looked_up",),
-    ClaimsByAsking: ("test_a_claim_can_be_looked_up",),
-    HandsOutOnce: ("test_a_delayed_run_is_due_at_the_end_of_its_delay",),
+    ClaimsByLookup: ("test_a_claim_can_be_looked_up",),
+    ListsDueRunsOnce: ("test_a_delayed_run_is_due_at_the_end_of_its_delay",),
     RenewsForAnyone: ("test_only_the_owner_renews_a_lease",),
     RenewsWithEveryCommit: ("test_a_change_of_the_run_does_not_renew_its_lease",),
-    HandsOverAfterEveryCommit: (
+    EnqueuesAfterEveryCommit: (
         "test_a_run_that_a_queue_has_is_not_due",
         "test_any_process_that_holds_a_queued_run_renews_it",
     ),
-    HandsOverWhatAQueueHas: ("test_a_run_that_a_queue_has_is_not_due",),
-    HandsOverOnlyNewRuns: ("test_a_delayed_run_is_due_for_enqueueing_from_the_end_of_its_delay",),
-    TakesAQueueForAnOwner: ("test_an_executing_run_keeps_its_lease_when_it_is_reported_as_enqueued",),
-    AsksInAnyOrder: ("test_due_runs_are_listed_oldest_first_up_to_a_limit",),
+    EnqueuesWhatAQueueHas: ("test_a_run_that_a_queue_has_is_not_due",),
+    EnqueuesOnlyNewRuns: ("test_a_delayed_run_is_due_for_enqueueing_from_the_end_of_its_delay",),
+    MistakesAQueueForAnOwner: ("test_an_executing_run_keeps_its_lease_when_it_is_reported_as_enqueued",),
+    ListsInAnyOrder: ("test_due_runs_are_listed_oldest_first_up_to_a_limit",),
     SkipsNothing: ("test_due_runs_are_listed_oldest_first_up_to_a_limit",),
     LeavesTopicsBehind: ("test_a_removed_run_disappears_everywhere",),
-    RemovesInSilence: ("test_a_removal_wakes_the_followers_of_the_runs_topics",),
+    RemovesSilently: ("test_a_removal_wakes_the_followers_of_the_runs_topics",),
     TrimsInputs: ("test_inputs_are_rejected_at_the_limit_and_never_trimmed",),
     CountsFramesOfInputs: ("test_the_limit_of_inputs_counts_the_bytes_of_their_items",),
     CountsRetriedInputs: ("test_inputs_are_rejected_at_the_limit_and_never_trimmed",),
-    KeepsClaimsOfTheRemoved: ("test_a_claim_is_removed_with_its_run",),
+    KeepsClaimsOfRemovedRuns: ("test_a_claim_is_removed_with_its_run",),
     DropsClaimsOfOthers: ("test_the_claim_of_another_run_is_not_removed",),
-    TakesEndsBack: ("test_readers_of_a_removed_run_still_get_its_end",),
+    RevokesEnds: ("test_readers_of_a_removed_run_still_get_its_end",),
 }
 
 
@@ -740,11 +740,11 @@ FAILURES = (AssertionError, TimeoutError, RealtimeError, pytest.fail.Exception)
 
 
 PROPERTIES = {test: test.hypothesis.inner_test for test in vars(conformance).values() if hasattr(test, "hypothesis")}
-"""The properties as they are written, kept before any test runs: anyio's plugin wraps those that run for pytest."""
+"""The properties before anyio's plugin wraps them, which it does when pytest runs one."""
 
 
 def run_test(name: str, broker: type[MemoryBroker], *, guard_s: float = 10.0) -> BaseException | None:
-    """Run one test of the suite on asyncio. Returns what it failed with, if it failed."""
+    """Run one test of the suite on asyncio. Return the error if it failed."""
     test = getattr(conformance, name)
     make_broker = Memory(broker, guard_s=guard_s)
     try:
@@ -761,7 +761,7 @@ def run_test(name: str, broker: type[MemoryBroker], *, guard_s: float = 10.0) ->
 
 
 def run_property(test: Any, make_broker: Memory) -> None:
-    """As anyio's plugin does it for pytest, but content with the first failure instead of looking for the smallest."""
+    """As anyio's plugin for pytest, except that it stops at the first failure instead of shrinking it."""
     before, original = test.hypothesis.inner_test, PROPERTIES[test]
     failure: BaseException | None = None
 
@@ -790,7 +790,7 @@ def run_property(test: Any, make_broker: Memory) -> None:
 )
 def test_a_sloppy_broker_is_caught(broker: type[MemoryBroker], name: str) -> None:
     assert run_test(name, MemoryBroker) is None
-    assert run_test(name, broker, guard_s=0.5) is not None  # some are caught by a wait without end
+    assert run_test(name, broker, guard_s=0.5) is not None  # some are caught because they wait forever
 
 
 def test_a_join_in_one_step_is_not_caught() -> None:

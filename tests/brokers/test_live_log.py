@@ -1,4 +1,4 @@
-"""A followed log: what readers are given, shared among them, and when they are woken."""
+"""A followed log: what readers get, what they share, and when they are woken."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def followed(*items: bytes) -> LiveLog:
     return live
 
 
-def test_a_reader_takes_what_follows_its_cursor_as_one_body() -> None:
+def test_a_reader_gets_the_frames_after_its_cursor_as_one_body() -> None:
     live = followed(b"0", b"1", b"2")
     assert live.take(-1) == (chunk_frame(0, b"0") + chunk_frame(1, b"1") + chunk_frame(2, b"2"), 2)
     assert live.take(1) == (chunk_frame(2, b"2"), 2)
@@ -27,24 +27,24 @@ def test_a_reader_takes_what_follows_its_cursor_as_one_body() -> None:
     assert live.take(99) is None
 
 
-def test_readers_at_one_place_share_one_body() -> None:
+def test_readers_at_one_cursor_share_one_body() -> None:
     live = followed(b"0", b"1")
     first, second = live.take(-1), live.take(-1)
     assert first is second
     live.log.append([b"2"], 1)
     grown = live.take(-1)
     assert grown is not None
-    assert grown.last == 2, "a body that was shared before the append is not given after it"
+    assert grown.last == 2, "a body from before the append is not shared after it"
 
 
-def test_a_single_frame_is_given_as_it_is() -> None:
+def test_a_single_frame_is_not_copied() -> None:
     live = followed(b"0")
     found = live.take(-1)
     assert found is not None
     assert found.body is live.log.frames(-1, 1)[0]
 
 
-def test_few_bodies_are_kept_and_none_without_readers() -> None:
+def test_few_bodies_are_retained_and_none_without_readers() -> None:
     live = followed(*(b"%d" % number for number in range(20)))
     live.enter()
     live.enter()
@@ -66,14 +66,14 @@ def test_a_body_is_at_most_about_a_write_buffer() -> None:
     assert len(found.body) <= MAX_BODY < len(found.body) + 20_000
 
 
-def test_an_entry_that_is_larger_than_a_body_comes_alone() -> None:
+def test_an_entry_larger_than_a_body_is_a_body_of_its_own() -> None:
     live = followed(b"x" * MAX_BODY, b"1")
     found = live.take(-1)
     assert found is not None
     assert (found.last, len(found.body) > MAX_BODY) == (0, True)
 
 
-def test_a_reader_before_the_retained_part_is_told() -> None:
+def test_a_reader_before_the_retained_part_has_a_gap() -> None:
     live = followed(b"0", b"1", b"2")
     assert live.gap(-1) is None
     live.log.trim(1)
@@ -84,14 +84,14 @@ def test_a_reader_before_the_retained_part_is_told() -> None:
     assert [entry.seq for entry in live.entries(-1)] == [2]
 
 
-def test_entries_come_up_to_a_limit() -> None:
+def test_entries_are_limited() -> None:
     live = followed(b"0", b"1", b"2")
     assert [entry.data for entry in live.entries(0)] == [b"1", b"2"]
     assert [entry.data for entry in live.entries(-1, 2)] == [b"0", b"1"]
 
 
 @pytest.mark.anyio
-async def test_an_entry_an_end_and_a_failure_wake_those_who_wait() -> None:
+async def test_entries_ends_and_failures_wake_the_waiters() -> None:
     live = followed()
     waiter = make_waiter()
 

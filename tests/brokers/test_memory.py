@@ -1,4 +1,4 @@
-"""What is the memory broker's own: its size, what goes when it is full, and that nothing stays behind."""
+"""The memory broker: its size, what it removes when it is full, and that it leaks nothing."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ async def finish(broker: Broker, run: RunRecord, *, at_ms: int = 0, **fields: ob
 
 
 async def lengths(broker: Broker, *run_ids: str) -> list[int | None]:
-    """How many entries each run's stream retains; None for a run that is gone."""
+    """How many entries each run's stream retains; None for a run that was removed."""
     found: list[int | None] = []
     for run_id in run_ids:
         try:
@@ -57,7 +57,7 @@ async def lengths(broker: Broker, *run_ids: str) -> list[int | None]:
 # Size
 
 
-async def test_size_counts_what_is_kept_and_goes_back_to_zero() -> None:
+async def test_the_size_covers_all_data_and_returns_to_zero() -> None:
     broker = MemoryBroker()
     assert broker.size == 0
     run = await create(broker, "a", payload_json=b"p" * 500)
@@ -65,7 +65,7 @@ async def test_size_counts_what_is_kept_and_goes_back_to_zero() -> None:
     assert empty > 500
     await broker.append(StreamKey("a", "s"), [KIB] * 3)
     await broker.append(StreamKey("a", "t"), [KIB])
-    assert 4256 < broker.size - empty < 4500, "entries cost something besides their bytes"
+    assert 4256 < broker.size - empty < 4500, "entries have a cost in addition to their bytes"
     before = broker.size
     run = await finish(broker, run, output_json=b"o" * 700)
     assert broker.size == before + 700
@@ -73,7 +73,7 @@ async def test_size_counts_what_is_kept_and_goes_back_to_zero() -> None:
     assert broker.size == 0
 
 
-async def test_size_goes_down_with_what_is_trimmed() -> None:
+async def test_trimming_reduces_the_size() -> None:
     broker = MemoryBroker(retention=Retention(stream_bytes=5000))
     await create(broker, "a")
     empty = broker.size
@@ -93,8 +93,8 @@ async def test_a_retry_costs_nothing() -> None:
     assert broker.size == before
 
 
-async def test_what_producers_leave_behind_is_counted() -> None:
-    """Each of many appends over HTTP was a producer that outlived its chunk, and a run could grow without an end."""
+async def test_the_counts_of_producers_have_a_size() -> None:
+    """Each append over HTTP had a producer that outlived its chunk, so a run could grow without limit."""
     broker = MemoryBroker(retention=Retention(stream_bytes=1000, total_bytes=100_000))
     run = await create(broker, "a")
     empty = broker.size
@@ -114,7 +114,7 @@ async def test_what_producers_leave_behind_is_counted() -> None:
 # Full
 
 
-async def test_runs_that_ended_longest_ago_go_first() -> None:
+async def test_runs_that_ended_first_are_removed_first() -> None:
     broker = MemoryBroker(retention=Retention(total_bytes=45_500))
     runs = {}
     for name in ("open", "early", "late", "middle"):
@@ -143,8 +143,8 @@ async def test_without_ended_runs_the_largest_streams_lose_their_older_half() ->
     assert broker.size <= 36_000
 
 
-async def test_a_stream_of_one_large_entry_does_not_keep_the_others_from_being_trimmed() -> None:
-    """The largest stream was chosen though nothing of it could go, and the broker grew without end."""
+async def test_a_stream_of_one_large_entry_does_not_prevent_trimming_others() -> None:
+    """The largest stream was chosen though nothing of it could be trimmed, so the broker grew without limit."""
     broker = MemoryBroker(retention=Retention(total_bytes=40_000))
     await create(broker, "one")
     await broker.append(StreamKey("one", "s"), [b"x" * 20_000])
@@ -155,8 +155,8 @@ async def test_a_stream_of_one_large_entry_does_not_keep_the_others_from_being_t
     assert (await lengths(broker, "one")) == [1]
 
 
-async def test_metadata_is_counted() -> None:
-    """A hundred runs with large metadata were held in a broker of a quarter of their size."""
+async def test_metadata_has_a_size() -> None:
+    """A hundred runs with large metadata were stored in a broker of a quarter of their size."""
     broker = MemoryBroker(retention=Retention(total_bytes=100_000))
     for number in range(30):
         run = await create(broker, f"run {number}", metadata={"a": "x" * 5000})
@@ -170,8 +170,8 @@ async def test_metadata_is_counted() -> None:
     assert broker.size == 0
 
 
-async def test_what_cannot_be_freed_is_kept_and_nothing_is_added_to_it() -> None:
-    """Runs that went on could fill the process without end."""
+async def test_data_that_cannot_be_freed_stays_and_more_is_rejected() -> None:
+    """Active runs could fill the process without limit."""
     broker = MemoryBroker(retention=Retention(total_bytes=7000))
     await create(broker, "a")
     b = await create(broker, "b")
@@ -189,8 +189,8 @@ async def test_what_cannot_be_freed_is_kept_and_nothing_is_added_to_it() -> None
     assert await lengths(broker, "a", "b", "c") == [1, None, 0]
 
 
-async def test_room_is_not_looked_for_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With little to be freed, every append went through all streams, and a server with many stood still."""
+async def test_room_is_not_made_on_every_append(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With little to free, every append went through all streams, and a server with many streams stalled."""
     broker = MemoryBroker(retention=Retention(total_bytes=1_000_000))
     looks = 0
     halve = broker._halve_streams
@@ -225,8 +225,8 @@ async def test_a_large_output_makes_room_too() -> None:
     assert await lengths(broker, "old", "new") == [None, 0]
 
 
-async def test_the_run_that_is_written_to_does_not_have_to_go() -> None:
-    """A run whose output was over the total vanished as it ended: its result never came to anybody."""
+async def test_the_run_that_was_just_written_to_is_not_removed() -> None:
+    """A run whose output exceeded the total was removed as it ended, so its result was never read."""
     broker = MemoryBroker(retention=Retention(total_bytes=10_000))
     await finish(broker, await create(broker, "old"))
     await finish(broker, await create(broker, "huge"), output_json=b"x" * 20_000)
@@ -236,7 +236,7 @@ async def test_the_run_that_is_written_to_does_not_have_to_go() -> None:
     assert len(broker._due["expiry"]._heap) <= 2
 
 
-async def test_a_reader_of_a_run_that_had_to_go_is_told() -> None:
+async def test_a_reader_of_a_removed_run_gets_an_error() -> None:
     broker = MemoryBroker(retention=Retention(total_bytes=10_000))
     await finish(broker, await create(broker, "old"))
     async with broker.live(StreamKey("old", "s")) as live:
@@ -246,10 +246,10 @@ async def test_a_reader_of_a_run_that_had_to_go_is_told() -> None:
     assert held(broker) == 0
 
 
-# Nothing stays behind
+# No leaks
 
 
-async def test_a_refused_append_leaves_no_stream() -> None:
+async def test_a_rejected_append_leaves_no_stream() -> None:
     broker = MemoryBroker()
     run = await create(broker, "a")
     with pytest.raises(ProducerGap):
@@ -261,7 +261,7 @@ async def test_a_refused_append_leaves_no_stream() -> None:
     assert broker._runs["a"].streams == {}
 
 
-async def test_a_stream_that_only_readers_knew_goes_with_them() -> None:
+async def test_a_stream_that_was_only_read_is_dropped_with_its_readers() -> None:
     broker = MemoryBroker()
     run = await create(broker, "a")
     async with broker.live(StreamKey("a", "s")), broker.live(StreamKey("a", "s")):
@@ -275,7 +275,7 @@ async def test_a_stream_that_only_readers_knew_goes_with_them() -> None:
     assert broker._runs["a"].streams == {}
 
 
-async def test_a_topic_goes_with_its_last_run_and_its_last_follower() -> None:
+async def test_a_topic_is_dropped_with_its_last_run_and_follower() -> None:
     broker = MemoryBroker()
     async with broker.follow("tag:t"):
         run = await create(broker, "a", tags=("t",))
@@ -286,7 +286,7 @@ async def test_a_topic_goes_with_its_last_run_and_its_last_follower() -> None:
     assert broker._topics == {}
 
 
-async def test_a_topic_that_was_dropped_and_made_anew_is_not_dropped_for_the_old_one() -> None:
+async def test_leaving_a_dropped_topic_does_not_drop_its_successor() -> None:
     broker = MemoryBroker(limits=Limits(topic_runs=1))
     await create(broker, "a", tags=("t",))
     await create(broker, "b", tags=("t",))  # "a" is no longer in the topic
@@ -298,7 +298,7 @@ async def test_a_topic_that_was_dropped_and_made_anew_is_not_dropped_for_the_old
     await create(broker, "a", tags=("t",))
     await create(broker, "b", tags=("t",))
     await broker.remove("b")
-    assert "tag:t" not in broker._topics, "though it was told of a run that is still there"
+    assert "tag:t" not in broker._topics, "though it listed a run that still exists"
     await broker.remove("a")
     assert broker._topics == {}
 
@@ -324,7 +324,7 @@ async def test_a_thousand_runs_come_and_go() -> None:
         assert len(schedule._heap) <= 70
 
 
-async def test_renewing_for_ever_costs_nothing() -> None:
+async def test_renewing_forever_costs_nothing() -> None:
     clock = Clock()
     broker = MemoryBroker(clock=clock, timeouts=Timeouts(lease=30))
     await create(broker, "a", status=Status.EXECUTING, owner="us")
@@ -337,7 +337,7 @@ async def test_renewing_for_ever_costs_nothing() -> None:
     assert await broker.due("lease") == ["a"]
 
 
-async def test_a_time_that_is_set_forth_and_back_is_due_once() -> None:
+async def test_a_time_that_is_moved_forth_and_back_is_due_once() -> None:
     clock = Clock()
     broker = MemoryBroker(clock=clock)
     now_ms = int(clock() * 1000)
@@ -359,20 +359,20 @@ async def test_the_marks_of_a_run_are_bounded() -> None:
     assert len(broker._runs["a"].marks) == 64
 
 
-async def test_claims_that_expired_make_room_a_hundred_at_a_time() -> None:
+async def test_expired_claims_are_dropped_a_hundred_at_a_time() -> None:
     clock = Clock()
     broker = MemoryBroker(clock=clock)
     for number in range(300):
         await broker.claim(f"key {number}", "old", ttl_s=1)
     await clock.advance(2)
-    assert await broker.claim("key 299", "new", ttl_s=1) == "new", "also one whose turn has not come"
+    assert await broker.claim("key 299", "new", ttl_s=1) == "new", "even one that has not been dropped yet"
     assert len(broker._claims) == 200
     for number in range(3):
         await broker.claim(f"more {number}", "new", ttl_s=1)
     assert set(broker._claims) == {"key 299", "more 0", "more 1", "more 2"}
 
 
-# Life
+# Life cycle
 
 
 async def test_every_call_can_be_made_without_suspending() -> None:
@@ -388,7 +388,7 @@ async def test_every_call_can_be_made_without_suspending() -> None:
 
 
 @pytest.mark.parametrize("second", ["asyncio", "trio"])
-def test_it_can_be_entered_again_on_another_loop(second: str) -> None:
+def test_the_broker_can_be_entered_again_on_another_loop(second: str) -> None:
     broker = MemoryBroker()
     key = StreamKey("a", "s")
     followed: list[bytes] = []
@@ -424,14 +424,14 @@ def test_it_can_be_entered_again_on_another_loop(second: str) -> None:
     assert held(broker) == 0
 
 
-def test_it_is_chosen_by_its_url() -> None:
+def test_the_url_selects_the_broker() -> None:
     settings: Any = {"limits": Limits(), "retention": Retention(), "timeouts": Timeouts(), "clock": Clock()}
     assert isinstance(open_broker("memory://", **settings), MemoryBroker)
     with pytest.raises(InvalidConfiguration, match="'amqp://' is not known"):
         open_broker("amqp://host", **settings)
 
 
-async def test_claims_are_counted_and_go_back_to_zero() -> None:
+async def test_claims_have_a_size_and_return_to_zero() -> None:
     clock = FakeClock()
     broker = MemoryBroker(clock=clock)
     await broker.claim("key", "value", ttl_s=10)
@@ -449,7 +449,7 @@ async def test_claims_are_counted_and_go_back_to_zero() -> None:
     assert broker.size < held
 
 
-async def test_claims_fill_the_broker_and_are_refused_then_until_some_have_expired() -> None:
+async def test_a_full_broker_rejects_claims_until_some_have_expired() -> None:
     clock = FakeClock()
     broker = MemoryBroker(retention=Retention(total_bytes=100_000), clock=clock)
     number = 0
@@ -459,7 +459,7 @@ async def test_claims_fill_the_broker_and_are_refused_then_until_some_have_expir
             number += 1
     assert refused.value.status == 503
     assert number < 100
-    assert await broker.claim("key 0", "y", ttl_s=10) == "x" * 1000, "one that stands is told all the same"
+    assert await broker.claim("key 0", "y", ttl_s=10) == "x" * 1000, "a valid claim is still returned"
     clock.seconds += 11
     assert await broker.claim("another", "y", ttl_s=10) == "y"
     assert broker.size < 100_000

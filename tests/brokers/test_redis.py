@@ -1,4 +1,4 @@
-"""What is the Redis broker's own: pages that a process does not hold, positions, trimming, what Redis may lose."""
+"""The Redis broker: pages that a process does not hold, positions, trimming, data loss, due runs."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ CHUNK = "x" * 1000
 
 
 class Storage:
-    """One prefix of a Redis, to look at and to turn back."""
+    """One prefix of a Redis server, to inspect and to turn back."""
 
     def __init__(self, url: str) -> None:
         self.url = url
@@ -66,12 +66,12 @@ class Storage:
         return [key async for key in self.client.scan_iter(f"{self.prefix}*", count=1000)]
 
     async def dump(self) -> dict[bytes, bytes]:
-        """What is there now."""
+        """All data at the moment."""
         dumped = {key: await self.client.dump(key) for key in await self.keys()}
         return {key: value for key, value in dumped.items() if value is not None}
 
     async def turn_back(self, dumped: dict[bytes, bytes], *, noticed: bool = True) -> None:
-        """As after a failover to a replica that had not heard of the rest. If it is noticed, connections are lost."""
+        """Restore a dump, as after a failover to a replica without the rest. `noticed`: connections are lost."""
         pipe = self.client.pipeline(transaction=True)
         for key in await self.keys():
             pipe.delete(key)
@@ -102,7 +102,7 @@ async def opened(storage: Storage, **settings: Any) -> AsyncIterator[Backend]:
         yield Backend(broker=broker, peer=peer)
 
 
-# What a process does not hold
+# Data that a process does not hold
 
 
 async def test_a_reader_before_the_mirror_reads_pages_and_then_follows(storage: Storage) -> None:
@@ -113,7 +113,7 @@ async def test_a_reader_before_the_mirror_reads_pages_and_then_follows(storage: 
             reader = realtime.read(run)
             read = [(await anext(reader))[0] for _ in range(50)]
             live = next(iter(storage_mirrors(realtime).values()), None)
-            assert live is None, "an iterator holds nothing between two batches"
+            assert live is None, "an iterator holds nothing between batches"
             await realtime.append([100, CHUNK])
         read += [chunk[0] async for chunk in reader]
         assert read == list(range(101))
@@ -131,15 +131,15 @@ def storage_mirrors(realtime: Realtime) -> dict[StreamKey, Any]:
     return broker._streams
 
 
-async def hears_of(run: Run, mirror: TopicMirror) -> None:
-    """Change the run, and wait until the mirror of one of its topics has it."""
+async def change_and_await(run: Run, mirror: TopicMirror) -> None:
+    """Change the run and wait until the mirror of one of its topics has the change."""
     position = mirror._index.position
     run.metadata.increment("n")
     await run.metadata.flush()
     await until(lambda: mirror._index.position > position)
 
 
-async def test_a_topic_that_is_followed_again_and_again_is_read_once(storage: Storage) -> None:
+async def test_a_topic_that_is_followed_repeatedly_is_read_once(storage: Storage) -> None:
     async with storage.realtime() as realtime, realtime.open_run("r", tags=["a"]) as run:
         broker = realtime.broker
         assert isinstance(broker, RedisBroker)
@@ -148,11 +148,11 @@ async def test_a_topic_that_is_followed_again_and_again_is_read_once(storage: St
         for _ in range(3):
             async with broker.follow("tag:a") as topic:
                 assert topic is first
-                await hears_of(run, first)
+                await change_and_await(run, first)
         assert not broker.held
         broker._idle._sweep()
         async with broker.follow("tag:a") as topic:
-            assert topic is first, "it stays for a whole turn of the timer"
+            assert topic is first, "it is retained for one period of the timer"
         for _ in range(2):
             broker._idle._sweep()
         assert not broker._topics
@@ -165,7 +165,7 @@ async def test_a_topic_that_is_followed_again_and_again_is_read_once(storage: St
 
 @pytest.mark.parametrize("kind", ["run", "tag"])
 @pytest.mark.parametrize("followed", [True, False])
-async def test_who_enters_a_topic_knows_what_was_committed_before_however_late_messages_are(
+async def test_a_new_follower_knows_earlier_commits_however_late_messages_are(
     storage: Storage, kind: str, followed: bool
 ) -> None:
     async with opened(storage) as backend, AsyncExitStack() as stack:
@@ -175,7 +175,7 @@ async def test_who_enters_a_topic_knows_what_was_committed_before_however_late_m
         topic = f"run:{record.id}" if kind == "run" else "tag:a"
         async with broker.follow(topic) as empty:
             assert not (await empty.changes(None)).items
-        if followed:  # by another one
+        if followed:  # by someone else
             await stack.enter_async_context(broker.follow(topic))
         broker._topics[topic].on_message = lambda message: None  # type: ignore[method-assign]
         await store(peer, record)
@@ -190,7 +190,7 @@ async def test_who_enters_a_topic_knows_what_was_committed_before_however_late_m
             assert await second.changes(later.cursor) == Changes(later.cursor, [], False)
 
 
-async def test_no_more_topics_linger_than_a_limit(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_idle_topics_are_limited(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(idle_mirrors, "MAX_IDLE", 3)
     async with opened(storage) as backend:
         broker = backend.broker
@@ -207,8 +207,8 @@ async def test_no_more_topics_linger_than_a_limit(storage: Storage, monkeypatch:
         assert list(broker._topics) == ["tag:9", "tag:10", "tag:11"]
 
 
-def test_what_a_closed_loop_has_left_is_not_asked_on_the_next(storage: Storage) -> None:
-    """A host with a loop for each request, and no stop."""
+def test_mirrors_of_a_closed_loop_are_not_used_on_the_next(storage: Storage) -> None:
+    """A host that has a loop for each request and never stops the library."""
     broker = storage.broker()
 
     async def follow_and_leave() -> None:
@@ -223,12 +223,12 @@ def test_what_a_closed_loop_has_left_is_not_asked_on_the_next(storage: Storage) 
                 assert [change.run_id for change in (await topic.changes(None)).items] == [record.id]
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ResourceWarning)  # its connections are left too
+        warnings.simplefilter("ignore", ResourceWarning)  # its connections are left open too
         asyncio.run(follow_and_leave())
         asyncio.run(follow_again())
 
 
-async def test_a_topic_that_lingers_is_left_with_the_broker(storage: Storage) -> None:
+async def test_idle_topics_are_closed_with_the_broker(storage: Storage) -> None:
     async with storage.realtime() as realtime:
         broker = realtime.broker
         assert isinstance(broker, RedisBroker)
@@ -257,7 +257,7 @@ async def test_over_http_pages_and_the_mirror_join_byte_for_byte(storage: Storag
         assert bytes(body).endswith(b"".join(frames))
 
 
-async def test_a_gap_is_told_where_redis_has_trimmed_and_not_where_the_mirror_begins(storage: Storage) -> None:
+async def test_a_gap_starts_where_redis_has_trimmed_not_where_the_mirror_does(storage: Storage) -> None:
     settings: dict[str, Any] = {"limits": Limits(mirror_bytes=3000), "retention": Retention(stream_bytes=20_000)}
     async with storage.realtime(**settings) as realtime:
         async with realtime.open_run("r") as run:
@@ -266,7 +266,7 @@ async def test_a_gap_is_told_where_redis_has_trimmed_and_not_where_the_mirror_be
             reader = realtime.read(run)
             with pytest.raises(StreamGap) as gap:
                 await anext(reader)
-            assert 50 - 20 <= gap.value.first < 40, "what is retained, not what this process holds"
+            assert 50 - 20 <= gap.value.first < 40, "the first retained seq, not the first that this process holds"
             assert (await anext(reader))[0] == gap.value.first
 
 
@@ -279,12 +279,12 @@ async def test_trimming_by_bytes_is_exact(storage: Storage) -> None:
             size = sum(len(chunk_frame(entry.seq, entry.data)) for entry in page.entries)
             oldest = chunk_frame(page.first - 1, b'"%s"' % (b"x" * ((page.first - 1) % 90)))
             assert size <= 1000
-            assert page.first == 0 or size + len(oldest) > 1000, "one more would have fitted"
+            assert page.first == 0 or size + len(oldest) > 1000, "one more entry would fit"
         names = backend.broker._names(key)  # type: ignore[attr-defined]
         assert await storage.client.xlen(names.keys[2]) == len(page.entries)
 
 
-async def test_a_large_append_is_named_and_read(storage: Storage) -> None:
+async def test_a_large_append_is_announced_and_read(storage: Storage) -> None:
     async with opened(storage) as backend:
         key = StreamKey((await create(backend)).id, "s")
         large = [b'"%s"' % (b"%d" % number * 50_000) for number in range(4)]
@@ -304,7 +304,7 @@ async def test_removing_leaves_nothing_in_redis(storage: Storage) -> None:
 
         handle = await realtime.trigger(task, tags=["a", "b"], idempotency_key="once")
         await handle.result(timeout=5)
-        gone = until_gone(storage)
+        gone = until_removed(storage)
         await asyncio.wait_for(gone, 20)
 
 
@@ -312,16 +312,16 @@ async def collect(states: AsyncIterator[RunRecord]) -> list[RunRecord]:
     return [state async for state in states]
 
 
-async def until_gone(storage: Storage) -> None:
+async def until_removed(storage: Storage) -> None:
     while left := [key for key in await storage.keys() if b"{due}" not in key]:
         await asyncio.sleep(0.05)
         assert left
 
 
-# What Redis may lose
+# Data loss
 
 
-async def test_what_was_lost_is_restored_at_the_same_places(storage: Storage) -> None:
+async def test_lost_chunks_are_restored_with_their_seqs(storage: Storage) -> None:
     async with storage.realtime() as realtime:
         async with realtime.open_run("r") as run:
             await realtime.append("a")
@@ -335,8 +335,8 @@ async def test_what_was_lost_is_restored_at_the_same_places(storage: Storage) ->
         assert [chunk async for chunk in realtime.read(run)] == ["a", "b", "c", "d"]
 
 
-async def test_what_several_lost_of_one_stream_is_restored_in_its_order(storage: Storage) -> None:
-    """Each has to wait for the others: whoever notices first has all of them restore."""
+async def test_several_writers_restore_one_stream_in_its_order(storage: Storage) -> None:
+    """Each has to wait for the others: the writer that notices first makes all of them restore."""
     async with storage.realtime() as realtime:
         async with realtime.open_run("r") as run, realtime.writer() as one, realtime.writer() as other:
             before = await storage.dump()
@@ -350,10 +350,8 @@ async def test_what_several_lost_of_one_stream_is_restored_in_its_order(storage:
         assert chunks == [*([name, number] for number in range(4) for name in ("one", "other")), ["one", 4]]
 
 
-async def test_a_run_with_a_stream_that_was_lost_is_no_success(
-    storage: Storage, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Nobody wrote to that stream any more, and the run completed without it."""
+async def test_a_run_with_a_lost_stream_does_not_complete(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No writer used that stream any more, and the run completed without it."""
     monkeypatch.setattr("asgi_realtime.runs.restoring.HELD_BYTES", 10)
     async with storage.realtime() as realtime:
         async with realtime.open_run("r") as run:
@@ -367,8 +365,8 @@ async def test_a_run_with_a_stream_that_was_lost_is_no_success(
         assert (record.status, record.error.name) == (Status.FAILED, "StreamLost")
 
 
-async def test_what_was_lost_before_the_end_of_the_run_is_restored_by_the_end(storage: Storage) -> None:
-    """The writer was through and the run completed: nobody wrote any more, and the last chunks were missing."""
+async def test_the_end_of_a_run_restores_what_was_lost_before(storage: Storage) -> None:
+    """The writer had finished and the run completed without its last chunks, because no append noticed the loss."""
     async with storage.realtime() as realtime:
         async with realtime.open_run("r") as run:
             await realtime.append("a")
@@ -385,7 +383,7 @@ async def test_what_was_lost_before_the_end_of_the_run_is_restored_by_the_end(st
         assert [chunk async for chunk in realtime.read(run, "other")] == ["b", "c"]
 
 
-async def test_a_run_that_redis_has_lost_altogether_is_stored_again_by_its_owner(storage: Storage) -> None:
+async def test_the_owner_restores_a_run_that_redis_has_lost(storage: Storage) -> None:
     async with storage.realtime() as realtime:
         async with realtime.open_run("r", tags="tag") as run:
             await realtime.append("a")
@@ -396,7 +394,7 @@ async def test_a_run_that_redis_has_lost_altogether_is_stored_again_by_its_owner
         assert (await anext(realtime.subscribe_to_runs_with_tag("tag"))).id == run.id
 
 
-async def test_what_cannot_be_restored_ends_the_stream_as_lost_and_fails_the_run(
+async def test_a_stream_that_cannot_be_restored_is_lost_and_fails_the_run(
     storage: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("asgi_realtime.runs.restoring.HELD_BYTES", 10)
@@ -434,8 +432,8 @@ async def test_what_cannot_be_restored_ends_the_stream_as_lost_and_fails_the_run
             assert [event.event for event in await response.read_all_events()][-1] == "end"
 
 
-async def test_a_run_whose_claim_was_lost_and_is_executed_elsewhere_is_stopped_here(storage: Storage) -> None:
-    """Its queue delivered it again after the failover, and what both did was mixed in one run."""
+async def test_a_run_whose_start_was_lost_and_that_executes_elsewhere_is_stopped_here(storage: Storage) -> None:
+    """Its queue delivered it again after the failover, and one run had the effects of both executions."""
     async with storage.realtime() as ours, storage.realtime() as theirs:
         began: list[Realtime] = []
         go_on, stopped = asyncio.Event(), asyncio.Event()
@@ -458,7 +456,7 @@ async def test_a_run_whose_claim_was_lost_and_is_executed_elsewhere_is_stopped_h
         before = await storage.dump()
         executing = asyncio.ensure_future(ours.execute(record.id))
         await until(lambda: began == [ours])
-        await until(lambda: held(ours) >= 3)  # its watch begins with the next tick, and waits
+        await until(lambda: held(ours) >= 3)  # its watch starts with the next tick
         await storage.turn_back(before, noticed=False)
         again = asyncio.ensure_future(theirs.execute(record.id))
         await until(lambda: began == [ours, theirs])
@@ -471,8 +469,8 @@ async def test_a_run_whose_claim_was_lost_and_is_executed_elsewhere_is_stopped_h
         assert (stored.status, stored.output, stored.owner) == (Status.COMPLETED, "theirs", theirs.runs.owner)
 
 
-async def test_a_claim_that_was_lost_is_stored_again(storage: Storage) -> None:
-    """The run was EXPIRED, as one that never began, while it executed."""
+async def test_the_lost_start_of_a_run_is_restored(storage: Storage) -> None:
+    """The run became EXPIRED while it executed, as if it had never started."""
     async with storage.realtime() as realtime:
         go_on = asyncio.Event()
 
@@ -495,9 +493,9 @@ async def test_a_claim_that_was_lost_is_stored_again(storage: Storage) -> None:
         assert (await realtime.get_run(record.id)).output == "done"
 
 
-async def test_an_end_that_others_stored_after_a_loss_stays(storage: Storage) -> None:
-    """The owner knew newer versions, which were lost, and stored his over a run that was CRASHED by then. Those who had
-    seen these versions did not hear of the end, whose version was lower."""
+async def test_an_end_that_others_stored_after_a_loss_is_final(storage: Storage) -> None:
+    """The owner knew newer versions, which were lost, and stored its own over a run that had become CRASHED. Readers
+    that had seen those versions missed the end, whose version was lower."""
     async with storage.realtime() as ours, storage.realtime() as theirs, AsyncExitStack() as leaving:
         opened: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
@@ -530,8 +528,8 @@ async def test_an_end_that_others_stored_after_a_loss_stays(storage: Storage) ->
         assert (await theirs.get_run(run_id)).status is Status.CRASHED
 
 
-async def test_chunks_that_others_have_overwritten_are_not_taken_for_complete(storage: Storage) -> None:
-    """The stream was long enough again, with other chunks in the places of those that were acknowledged and lost."""
+async def test_chunks_at_the_seqs_of_lost_ones_do_not_complete_the_stream(storage: Storage) -> None:
+    """The stream was long enough again, but other chunks had the seqs of those that were acknowledged and lost."""
     async with storage.realtime() as realtime:
         async with realtime.open_run("r") as run:
             await realtime.append("a")
@@ -546,7 +544,7 @@ async def test_chunks_that_others_have_overwritten_are_not_taken_for_complete(st
         assert (await realtime.broker.read(StreamKey(run.id, "default"))).end.reason == "lost"  # type: ignore[union-attr]
 
 
-async def test_a_run_that_was_lost_altogether_is_stored_again_by_its_end(storage: Storage) -> None:
+async def test_the_end_of_a_run_restores_a_run_that_was_lost(storage: Storage) -> None:
     async with storage.realtime() as realtime:
         async with realtime.open_run("r") as run:
             await realtime.pipe(["a", "b"]).wait_until_complete()
@@ -557,7 +555,7 @@ async def test_a_run_that_was_lost_altogether_is_stored_again_by_its_end(storage
         assert [chunk async for chunk in realtime.read(run)] == ["a", "b"]
 
 
-async def test_who_writes_while_what_was_lost_is_restored_disturbs_nothing(storage: Storage) -> None:
+async def test_other_writers_do_not_disturb_restoring(storage: Storage) -> None:
     async with storage.realtime() as realtime:
         async with realtime.open_run("r") as run, realtime.writer() as one, realtime.writer() as other:
             before = await storage.dump()
@@ -578,8 +576,8 @@ async def test_who_writes_while_what_was_lost_is_restored_disturbs_nothing(stora
         assert sorted(chunks[60:]) == [number for number in range(30, 60) for _ in range(2)]
 
 
-async def test_readers_are_told_when_their_realtime_stops(storage: Storage) -> None:
-    """They waited for ever for a run that executes elsewhere."""
+async def test_readers_get_an_error_when_their_realtime_stops(storage: Storage) -> None:
+    """They waited forever for a run that executes elsewhere."""
     async with storage.realtime() as theirs, theirs.open_run("r") as run:
         async with storage.realtime() as ours:
             waiting = [
@@ -587,14 +585,14 @@ async def test_readers_are_told_when_their_realtime_stops(storage: Storage) -> N
                 asyncio.ensure_future(anext(ours.subscribe_to_runs_with_tag("none"))),
                 asyncio.ensure_future(ours.result(run.id)),
             ]
-            await until(lambda: held(ours) >= 3)  # also those that are still on their way
+            await until(lambda: held(ours) >= 3)  # including those that are still opening
         for done in await asyncio.wait_for(asyncio.gather(*waiting, return_exceptions=True), 5):
             assert isinstance(done, ServerShutdown)
 
 
 async def test_a_stop_closes_every_connection(storage: Storage) -> None:
-    """The stop cancels the task that has entered the broker, and so it cancelled the closing: who asked for something a
-    moment later was served by a Realtime that was stopped, and waited for ever."""
+    """The stop cancels the task that has entered the broker, and that cancelled the closing too: a call a moment later
+    used a Realtime that was stopped, and waited forever."""
     ours = await storage.client.client_id()
     async with storage.realtime() as realtime, realtime.open_run("r") as run:
         await realtime.append(1)
@@ -607,7 +605,7 @@ async def test_a_stop_closes_every_connection(storage: Storage) -> None:
             raise AssertionError("followed")
 
 
-async def test_a_place_that_was_taken_is_lost(storage: Storage) -> None:
+async def test_items_whose_seqs_were_taken_are_lost(storage: Storage) -> None:
     async with opened(storage) as backend:
         key = StreamKey((await create(backend)).id, "s")
         await backend.broker.append(key, items(2), producer=Producer("p", 0))
@@ -620,7 +618,7 @@ async def test_a_place_that_was_taken_is_lost(storage: Storage) -> None:
         await backend.broker.append(key, [], end=End("lost"))
 
 
-async def test_a_mirror_that_is_ahead_of_its_log_ends_its_readers(storage: Storage) -> None:
+async def test_a_mirror_ahead_of_its_log_ends_its_readers(storage: Storage) -> None:
     async with opened(storage) as backend:
         key = StreamKey((await create(backend)).id, "s")
         await backend.broker.append(key, items(2))
@@ -634,11 +632,11 @@ async def test_a_mirror_that_is_ahead_of_its_log_ends_its_readers(storage: Stora
             assert live.log.next == 2
 
 
-# Under the eyes of the server
+# Positions, health, calls, URLs
 
 
 async def test_a_position_in_a_topic_is_not_used_again_after_a_loss(storage: Storage) -> None:
-    """A change took the position of one that was lost, and a feed that had seen that one missed it."""
+    """A change got the position of one that was lost, and a feed that had seen the lost one missed it."""
     async with storage.realtime() as realtime:
         async with realtime.open_run("r", tags="t") as run:
             before = await storage.dump()
@@ -668,8 +666,8 @@ async def test_health_warns_of_a_memory_policy_that_evicts(storage: Storage, cap
         assert (await AsgiClient(realtime).get("/v1/health")).body == b'{"status":"ok","broker":"ok"}'
 
 
-async def test_calls_of_one_turn_share_one_write(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Group commit: what many streams have ready goes out in one piece."""
+async def test_calls_of_one_loop_iteration_share_one_write(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Group commit: the appends of many streams are sent in one piece."""
     writes = 0
     send = Connection.send_packed_command
 
@@ -686,7 +684,7 @@ async def test_calls_of_one_turn_share_one_write(storage: Storage, monkeypatch: 
 
 
 @pytest.mark.parametrize("way", ["tls", "unix", "password"])
-async def test_urls_are_those_of_redis_py(way: str) -> None:
+async def test_urls_are_parsed_by_redis_py(way: str) -> None:
     password = "pass:word/with?signs" if way == "password" else None
     with RedisServer(redis_binary(), tls=way == "tls", password=password, keeps_data=False) as server:
         async with RedisBroker(server.unix_url if way == "unix" else server.url) as broker:
@@ -706,7 +704,7 @@ async def fail(*args: object) -> None:
 
 
 async def test_a_poll_that_failed_is_repeated_soon(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The runs of the partitions that it was about to read were found a minute later."""
+    """The runs in the partitions that it was about to read were found a minute later."""
     monkeypatch.setattr(schedule, "_SCANNED", 0)
     monkeypatch.setattr(schedule, "_READ_MS", 50)
     async with opened(storage) as backend:

@@ -1,4 +1,4 @@
-"""On a Cluster: slots move and primaries go while streams are written and followed."""
+"""On a Cluster: slots move and primaries fail while streams are written and followed."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def anyio_backend() -> str:
 
 @pytest.fixture(autouse=True)
 def no_silence(monkeypatch: pytest.MonkeyPatch) -> None:
-    """After ten seconds of silence positions are compared. Here that must not be what helps."""
+    """Without the comparison of positions after ten seconds of silence, which would hide lost messages."""
     monkeypatch.setattr(redis_broker, "_SILENCE_S", 3600.0)
     monkeypatch.setattr(server_health, "_STEADY_S", 0.25)
 
@@ -54,7 +54,7 @@ def log(caplog: pytest.LogCaptureFixture) -> Iterator[Log]:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[RedisCluster]:
-    """Of these tests' own: a node that is away takes only its own slots with it."""
+    """A Cluster for these tests: if a node is down, only its own slots are unavailable."""
     settings = {"cluster-require-full-coverage": "no"}
     with RedisCluster(redis_binary(), keeps_data=True, settings=settings) as cluster:
         yield cluster
@@ -66,7 +66,7 @@ def slot_of(cluster: RedisCluster, backend: Backend, key: StreamKey) -> int:
 
 
 async def key_at(cluster: RedisCluster, backend: Backend, node: RedisServer) -> StreamKey:
-    """A new stream on a node."""
+    """A new stream that a node owns."""
     while True:
         key = await new_key(backend)
         slot = await asyncio.to_thread(slot_of, cluster, backend, key)
@@ -89,13 +89,13 @@ async def test_a_slot_moves_while_its_stream_is_written_and_followed(cluster: Re
             owner = await asyncio.to_thread(cluster.slot_owner, slot)
             other = next(node for node in cluster.nodes if node is not owner)
             await asyncio.to_thread(cluster.move_slot, slot, other)
-            await stream.goes_on(20)
+            await stream.continues(20)
         assert stream.resumed == 0
-    assert (log.away, log.broke) == (0, 0)
+    assert (log.outages, log.broke) == (0, 0)
 
 
-async def test_a_stream_goes_on_while_its_slot_is_on_its_way(cluster: RedisCluster) -> None:
-    """For as long as the block, what is not there any more is asked for at the other node."""
+async def test_a_stream_continues_while_its_slot_is_moving(cluster: RedisCluster) -> None:
+    """While it moves, calls for keys that have moved already are redirected to the other node."""
     async with processes(cluster.url) as backend, streaming(backend, count=3) as streams:
         slot = slot_of(cluster, backend, streams[0].key)
         owner = await asyncio.to_thread(cluster.slot_owner, slot)
@@ -110,44 +110,44 @@ async def test_a_stream_goes_on_while_its_slot_is_on_its_way(cluster: RedisClust
         moved, end = Event(), Event()
         moving = asyncio.create_task(asyncio.to_thread(move_slowly))
         await until(moved.is_set)
-        await streams[0].goes_on()
+        await streams[0].continues()
         end.set()
         await moving
-        await streams[0].goes_on()
+        await streams[0].continues()
 
 
 @pytest.mark.parametrize("kind", ["normal", "pubsub"])
-async def test_connections_are_cut_at_each_node(cluster: RedisCluster, log: Log, kind: ClientType) -> None:
+async def test_each_node_closes_connections(cluster: RedisCluster, log: Log, kind: ClientType) -> None:
     async with processes(cluster.url) as backend, on_each_node(cluster, backend) as streams:
         for node, stream in streams.items():
             assert await asyncio.to_thread(node.cut_clients, kind) >= 1
-            await stream.goes_on()
+            await stream.continues()
         assert sum(stream.resumed for stream in streams.values()) == 0
-    assert log.away == 0
+    assert log.outages == 0
 
 
 @pytest.mark.parametrize("how", ["killed", "paused"])
-async def test_a_primary_is_away_and_the_others_go_on(cluster: RedisCluster, log: Log, how: str) -> None:
+async def test_a_primary_fails_and_the_others_continue(cluster: RedisCluster, log: Log, how: str) -> None:
     async with processes(cluster.url, timeouts=SHORT) as backend:
         async with on_each_node(cluster, backend) as streams:
-            node = cluster.nodes[0]  # the one of the URL
+            node = cluster.nodes[0]  # the node of the URL
             node.kill() if how == "killed" else node.pause()
             for broker in backend.processes:
                 with pytest.raises(BrokerUnavailable):
                     await broker.ping()
             began = time.monotonic()
-            await asyncio.gather(*(streams[other].goes_on() for other in cluster.nodes[1:]))
-            assert time.monotonic() - began < SHORT.broker * 2  # nobody waits for the one that is away
+            await asyncio.gather(*(streams[other].continues() for other in cluster.nodes[1:]))
+            assert time.monotonic() - began < SHORT.broker * 2  # nothing waits for the primary that is down
             await asyncio.to_thread(node.restart, keep_data=True) if how == "killed" else node.resume()
             await asyncio.to_thread(cluster.until_well)
-            await streams[node].goes_on()
+            await streams[node].continues()
         for broker in backend.processes:
             await broker.ping()
-        await log.assert_told_once()
+        await log.assert_reported_once()
         assert all(f"Redis at 127.0.0.1:{node.port} is " in line for line in log.having(" is unavailable: "))
 
 
-async def test_while_a_primary_is_away_nothing_spins(cluster: RedisCluster) -> None:
+async def test_nothing_spins_while_a_primary_is_down(cluster: RedisCluster) -> None:
     node = cluster.nodes[1]
     async with processes(cluster.url) as backend:
         keys = [await key_at(cluster, backend, node) for _ in range(20)]
@@ -156,25 +156,25 @@ async def test_while_a_primary_is_away_nothing_spins(cluster: RedisCluster) -> N
             with pytest.raises(BrokerUnavailable):
                 await backend.broker.ping()
             began, used = time.monotonic(), time.process_time()
-            await asyncio.sleep(1)  # a measurement, so it has a length
+            await asyncio.sleep(1)  # the length of the measurement
             share = (time.process_time() - used) / (time.monotonic() - began)
             await asyncio.to_thread(node.restart, keep_data=True)
             await asyncio.to_thread(cluster.until_well)
     assert share < 0.25, f"{share:.0%} of a core"
 
 
-async def test_many_streams_come_back_when_a_primary_does(cluster: RedisCluster, log: Log) -> None:
+async def test_many_streams_resume_when_a_primary_restarts(cluster: RedisCluster, log: Log) -> None:
     async with processes(cluster.url) as backend:
         async with streaming(backend, count=200) as streams:
             await asyncio.to_thread(cluster.nodes[2].restart, keep_data=True)
             await asyncio.to_thread(cluster.until_well)
-            await asyncio.gather(*(stream.goes_on(3) for stream in streams))
-        await log.until_back()
-        assert log.away <= 2
+            await asyncio.gather(*(stream.continues(3) for stream in streams))
+        await log.until_available()
+        assert log.outages <= 2
 
 
-async def test_a_process_that_was_blocked_is_cut_off_by_a_primary(cluster: RedisCluster, log: Log) -> None:
-    """In mid-stream, by `client-output-buffer-limit`; what is followed at the other primaries goes on as it was."""
+async def test_a_primary_disconnects_a_process_that_was_blocked(cluster: RedisCluster, log: Log) -> None:
+    """In mid-stream, by `client-output-buffer-limit`. Streams at other primaries are not affected."""
     chunk = b'"%s"' % (b"x" * 8000)
     node, other = cluster.nodes[:2]
     retention = Retention(stream_bytes=64 * 1024 * 1024)
@@ -198,7 +198,7 @@ async def test_a_process_that_was_blocked_is_cut_off_by_a_primary(cluster: Redis
 
         writing = threading.Thread(target=asyncio.run, args=(write(),))
         writing.start()
-        writing.join()  # blocks this loop, and so the readers
+        writing.join()  # blocks this loop, and thereby the readers
         node.configure("client-output-buffer-limit", "pubsub 32mb 8mb 60")
         assert "overcoming of output buffer limits" in node.log
         async with asyncio.timeout(GUARD_S):
@@ -207,4 +207,4 @@ async def test_a_process_that_was_blocked_is_cut_off_by_a_primary(cluster: Redis
             reader.assert_seamless()
             assert reader.gaps == []
             assert (reader.after, reader.end) == (last, COMPLETE)
-        await log.until_back()
+        await log.until_available()

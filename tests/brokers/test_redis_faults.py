@@ -1,4 +1,4 @@
-"""Whatever happens to Redis: what it still has is neither lost nor doubled, nothing hangs, and nothing is restarted."""
+"""Whatever happens to Redis: nothing that it still has is lost or duplicated, nothing hangs, no process restarts."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def anyio_backend() -> str:
 
 @pytest.fixture(autouse=True)
 def no_silence(monkeypatch: pytest.MonkeyPatch) -> None:
-    """After ten seconds of silence positions are compared. Here that must not be what helps."""
+    """Without the comparison of positions after ten seconds of silence, which would hide lost messages."""
     monkeypatch.setattr(redis_broker, "_SILENCE_S", 3600.0)
     monkeypatch.setattr(server_health, "_STEADY_S", 0.25)
 
@@ -72,7 +72,7 @@ def log(caplog: pytest.LogCaptureFixture) -> Iterator[Log]:
     assert_quiet(caplog)
 
 
-# A stream goes on
+# A stream continues
 
 
 async def killed(server: RedisServer, stream: Streaming) -> None:
@@ -91,15 +91,15 @@ async def paused(server: RedisServer, stream: Streaming) -> None:
         await stream.reader.broker.ping()
 
 
-async def commands_cut(server: RedisServer, stream: Streaming) -> None:
+async def commands_closed(server: RedisServer, stream: Streaming) -> None:
     assert await asyncio.to_thread(server.cut_clients, "normal") >= 2
 
 
-async def messages_cut(server: RedisServer, stream: Streaming) -> None:
+async def subscriptions_closed(server: RedisServer, stream: Streaming) -> None:
     assert await asyncio.to_thread(server.cut_clients, "pubsub") >= 1
 
 
-async def all_cut(server: RedisServer, stream: Streaming) -> None:
+async def all_closed(server: RedisServer, stream: Streaming) -> None:
     assert await asyncio.to_thread(server.cut_clients) >= 3
 
 
@@ -107,52 +107,52 @@ async def scripts_flushed(server: RedisServer, stream: Streaming) -> None:
     await asyncio.to_thread(server.command, "SCRIPT", "FLUSH")
 
 
-FAULTS = [killed, killed_for_long, paused, commands_cut, messages_cut, all_cut, scripts_flushed]
+FAULTS = [killed, killed_for_long, paused, commands_closed, subscriptions_closed, all_closed, scripts_flushed]
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-async def test_a_stream_goes_on(
+async def test_a_stream_continues(
     redis_server: RedisServer, log: Log, fault: Callable[[RedisServer, Streaming], Awaitable[None]]
 ) -> None:
     async with processes(redis_server.url, timeouts=SHORT) as backend:
         async with streaming(backend) as (stream,):
             await fault(redis_server, stream)
-            await stream.goes_on()
+            await stream.continues()
         await backend.broker.ping()
         await backend.peer.ping()
         assert stream.resumed == 0
-        await log.until_back()
-    assert log.away <= 2
+        await log.until_available()
+    assert log.outages <= 2
 
 
-async def test_connections_cut_again_and_again_under_load(redis_server: RedisServer, log: Log) -> None:
+async def test_connections_are_closed_repeatedly_under_load(redis_server: RedisServer, log: Log) -> None:
     async with processes(redis_server.url) as backend:
         async with streaming(backend, count=10) as streams:
             for number in range(30):  # 3 connections each time
                 await asyncio.to_thread(redis_server.cut_clients, "normal" if number % 3 else "pubsub")
-                await streams[number % 10].goes_on(3)
+                await streams[number % 10].continues(3)
         assert sum(stream.resumed for stream in streams) == 0
-    assert (log.away, log.back) == (0, 0)
+    assert (log.outages, log.recoveries) == (0, 0)
     assert 1 <= log.broke <= 6
 
 
-async def test_many_streams_at_once_come_back(redis_server: RedisServer, log: Log) -> None:
-    """More channels than go into one subscription."""
+async def test_many_streams_resume_at_once(redis_server: RedisServer, log: Log) -> None:
+    """More channels than fit into one SSUBSCRIBE."""
     async with processes(redis_server.url) as backend:
         async with streaming(backend, count=300) as streams:
             await asyncio.to_thread(redis_server.restart, keep_data=True)
-            await asyncio.gather(*(stream.goes_on(3) for stream in streams))
-        await log.assert_told_once()
+            await asyncio.gather(*(stream.continues(3) for stream in streams))
+        await log.assert_reported_once()
         assert sum(stream.resumed for stream in streams) == 0
 
 
-async def test_while_redis_is_away_nothing_spins(redis_server: RedisServer) -> None:
+async def test_nothing_spins_while_redis_is_down(redis_server: RedisServer) -> None:
     async with processes(redis_server.url) as backend, streaming(backend, count=50):
         redis_server.kill()
         with pytest.raises(BrokerUnavailable):
             await backend.broker.ping()
         began, used = time.monotonic(), time.process_time()
-        while time.monotonic() - began < 1:  # a measurement, so it has a length
+        while time.monotonic() - began < 1:  # the length of the measurement
             with pytest.raises(BrokerUnavailable):
                 await backend.peer.ping()
             await asyncio.sleep(0.1)
@@ -161,25 +161,25 @@ async def test_while_redis_is_away_nothing_spins(redis_server: RedisServer) -> N
     assert share < 0.25, f"{share:.0%} of a core"
 
 
-async def test_restarted_without_data(redis_server: RedisServer, log: Log) -> None:
+async def test_a_restart_without_data(redis_server: RedisServer, log: Log) -> None:
     async with processes(redis_server.url) as backend:
         key = await new_key(backend)
         await backend.broker.append(key, items(3))
         async with backend.peer.live(key) as live, backend.peer.follow(f"run:{key.run}") as topic:
             cursor = (await topic.changes(None)).cursor
             await asyncio.to_thread(redis_server.restart, keep_data=False)
-            await until(lambda: live.failure is not None, "a stream that is gone is not followed any more")
+            await until(lambda: live.failure is not None, "a stream that was lost can no longer be followed")
             assert isinstance(live.failure, RunNotFound)
             changes = await topic.changes(cursor)
             assert (changes.snapshot, changes.items) == (True, [])
         with pytest.raises(RunNotFound):
             await backend.broker.append(key, items(1), producer=Producer("p", 0))
-        await log.assert_told_once()
+        await log.assert_reported_once()
         async with streaming(backend):
             pass
 
 
-# Redis has no room, or does not let us in
+# Redis is full or refuses access
 
 
 async def test_memory_full(redis_server: RedisServer, log: Log, hurried: None) -> None:
@@ -191,23 +191,23 @@ async def test_memory_full(redis_server: RedisServer, log: Log, hurried: None) -
                 await backend.broker.append(stream.key, items(1))
             with pytest.raises(BrokerUnavailable, match="no memory left"):
                 await backend.broker.ping()
-            await store(backend.broker, finished(backend, over))  # frees memory, sooner or later
+            await store(backend.broker, finished(backend, over))  # this frees memory in the end
             (ended,) = await backend.peer.load([over.id])
             assert ended is not None and ended.is_completed
-            while over.id not in await backend.peer.due("expiry"):  # what would free memory could not be found
+            while over.id not in await backend.peer.due("expiry"):  # runs whose removal frees memory are still found
                 for kind in DUE_KINDS:
                     await backend.peer.due(kind)
             await backend.peer.remove(over.id)
             assert await backend.broker.load([over.id]) == [None]
             redis_server.configure("maxmemory", 0)
-            await stream.goes_on()
+            await stream.continues()
         await backend.broker.ping()
         await until(lambda: log.having("accepts calls again"))
     assert len(log.having("Redis refuses calls: Redis has no memory left")) == 1
-    assert (log.away, log.back) == (0, 0)
+    assert (log.outages, log.recoveries) == (0, 0)
 
 
-async def test_the_password_is_changed_and_comes_right_again(log: Log) -> None:
+async def test_the_password_is_changed_and_changed_back(log: Log) -> None:
     with RedisServer(redis_binary(), password="right") as server:
         async with processes(server.url) as backend, streaming(backend) as (stream,):
             server.configure("requirepass", "another")
@@ -217,8 +217,8 @@ async def test_the_password_is_changed_and_comes_right_again(log: Log) -> None:
                 await backend.peer.ping()
             server.configure("requirepass", "right")
             server.password = "right"
-            await stream.goes_on()
-            await log.assert_told_once()
+            await stream.continues()
+            await log.assert_reported_once()
     assert "password" in log.having("is unavailable")[0]
     assert "another" not in "".join(log.having(""))
 
@@ -234,12 +234,14 @@ async def test_a_wrong_password_from_the_start(log: Log) -> None:
             server.configure("requirepass", "wrong")
             async with streaming(backend):
                 pass
-            await log.assert_told_once()
+            await log.assert_reported_once()
     assert "wrong" not in "".join(log.having(""))
 
 
-async def test_a_user_that_may_not_listen(redis_server: RedisServer, log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
-    """That showed nowhere but in readers who got nothing."""
+async def test_a_user_without_permission_to_subscribe(
+    redis_server: RedisServer, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That showed only in readers that received nothing."""
     monkeypatch.setattr(pubsub, "_TROUBLE_S", 0.2)
     url = redis_server.add_user("app", "secret", "+@all", "~*")
     async with processes(redis_server.url) as backend, streaming(backend) as (stream,):
@@ -255,13 +257,13 @@ async def test_a_user_that_may_not_listen(redis_server: RedisServer, log: Log, m
             await following
             reader.assert_seamless()
             await broker.ping()
-            await log.assert_told_once(processes=1)
+            await log.assert_reported_once(processes=1)
 
 
-# Redis is not there yet
+# Redis starts later
 
 
-async def test_redis_comes_later(redis_server: RedisServer, log: Log) -> None:
+async def test_redis_starts_later(redis_server: RedisServer, log: Log) -> None:
     redis_server.kill()
     async with processes(redis_server.url) as backend:
         with pytest.raises(BrokerUnavailable):
@@ -270,12 +272,12 @@ async def test_redis_comes_later(redis_server: RedisServer, log: Log) -> None:
         await asyncio.to_thread(redis_server.restart, keep_data=True)
         await creating
         async with streaming(backend):
-            await log.assert_told_once()
+            await log.assert_reported_once()
 
 
-@pytest.mark.parametrize("why", ["away", "paused"])
-async def test_many_who_find_redis_away_wait_no_longer_than_one(redis_server: RedisServer, why: str) -> None:
-    """Each looked for a Cluster by itself, one after the other."""
+@pytest.mark.parametrize("why", ["killed", "paused"])
+async def test_many_calls_fail_as_fast_as_one_while_redis_is_down(redis_server: RedisServer, why: str) -> None:
+    """Each asked whether it is a Cluster, one after the other."""
     redis_server.pause() if why == "paused" else redis_server.kill()
     async with processes(redis_server.url, timeouts=SHORT) as backend:
         calls = [backend.broker.load([f"run_{number}"]) for number in range(200)]
@@ -285,14 +287,14 @@ async def test_many_who_find_redis_away_wait_no_longer_than_one(redis_server: Re
         assert all(isinstance(outcome, BrokerUnavailable) for outcome in outcomes)
 
 
-# A reader that does not keep up
+# A reader that is too slow
 
 
 @pytest.mark.parametrize("kept", ["all", "not all"])
-async def test_a_process_that_was_blocked_is_cut_off_by_redis(log: Log, kept: str) -> None:
-    """Its messages were over the limit; it reads what it missed, or tells what is trimmed since."""
+async def test_redis_disconnects_a_process_that_was_blocked(log: Log, kept: str) -> None:
+    """Its messages exceeded the limit. It reads what it missed, or reports what has been trimmed."""
     retention = Retention(stream_bytes=(64 if kept == "all" else 4) * 1024 * 1024)
-    chunk = b'"%s"' % (b"x" * 8000)  # of longer ones Valkey keeps one copy for all, and does not count it
+    chunk = b'"%s"' % (b"x" * 8000)  # Valkey stores longer ones once for all clients, and does not count them
     with RedisServer(redis_binary(), keeps_data=False) as redis_server:
         redis_server.configure("client-output-buffer-limit", "pubsub 256kb 0 0")
         async with processes(redis_server.url, retention=retention) as backend:
@@ -310,7 +312,7 @@ async def test_a_process_that_was_blocked_is_cut_off_by_redis(log: Log, kept: st
 
             elsewhere = threading.Thread(target=asyncio.run, args=(write(),))
             elsewhere.start()
-            elsewhere.join()  # blocks this loop, and so the reader
+            elsewhere.join()  # blocks this loop, and thereby the reader
             assert "overcoming of output buffer limits" in redis_server.log
             async with asyncio.timeout(GUARD_S):
                 await reading
@@ -318,7 +320,7 @@ async def test_a_process_that_was_blocked_is_cut_off_by_redis(log: Log, kept: st
             assert reader.after == 2501
             assert reader.end == COMPLETE
             assert bool(reader.gaps) == (kept == "not all")
-            await log.until_back()
+            await log.until_available()
 
 
 def prefix_of(backend: Backend) -> str:
@@ -326,10 +328,10 @@ def prefix_of(backend: Backend) -> str:
     return backend.broker._keys._prefix
 
 
-# Messages that do not come, or say nothing
+# Messages that are lost or unreadable
 
 
-async def test_a_message_that_never_came_is_missed_after_some_silence(
+async def test_a_lost_message_is_noticed_after_some_silence(
     redis_server: RedisServer, log: Log, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(redis_broker, "_SILENCE_S", 0.2)
@@ -344,7 +346,7 @@ async def test_a_message_that_never_came_is_missed_after_some_silence(
             connected = {client["id"] for client in redis_server.clients("pubsub")}
             await backend.broker.append(key, items(2, start=1))
             await until(lambda: len(reader.seen) == 3)
-            # And the connection that missed it is made anew.
+            # And the connection that missed it is replaced.
             await until(lambda: connected.isdisjoint(client["id"] for client in redis_server.clients("pubsub")))
         await backend.broker.append(key, items(1, start=3), end=COMPLETE)
         await reading
@@ -355,7 +357,7 @@ async def test_a_message_that_never_came_is_missed_after_some_silence(
 @pytest.mark.parametrize(
     "message", [b"", b"a", b"a x y\n0", b"a 1 0\n\xff", b"e 7\n{", b"E 1", b"p", b"c 1 2", b"t", b"?"]
 )
-async def test_a_message_that_makes_no_sense_stops_nobody(
+async def test_an_unreadable_message_stops_nothing(
     redis_server: RedisServer, caplog: pytest.LogCaptureFixture, message: bytes
 ) -> None:
     async with processes(redis_server.url) as backend:
@@ -364,7 +366,7 @@ async def test_a_message_that_makes_no_sense_stops_nobody(
             names = backend.broker._keys
             for channel in (names.stream_channel(stream.key), names.topic_channel(f"run:{stream.key.run}")):
                 redis_server.command("SPUBLISH", channel, message)
-            await stream.goes_on()
+            await stream.continues()
         assert stream.resumed == 0
     errors = [record for record in caplog.records if record.levelname == "ERROR"]
     assert len(errors) <= 2
@@ -372,16 +374,16 @@ async def test_a_message_that_makes_no_sense_stops_nobody(
     caplog.clear()
 
 
-# A process that dies between a commit and telling the topics
+# A process that dies between a commit and its publication
 
 
 @pytest.fixture
 def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What nothing is noted of is met within a minute. That is too long for a test."""
+    """Partitions without hints are read within a minute, which is too long for a test."""
     monkeypatch.setattr(schedule, "_SCAN_S", 0.0)
 
 
-async def test_what_nobody_was_told_is_told_by_another(
+async def test_another_process_publishes_what_was_not_published(
     redis_server: RedisServer, hurried: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with processes(redis_server.url) as backend:
@@ -391,7 +393,7 @@ async def test_what_nobody_was_told_is_told_by_another(
         record = new_record(backend, tags=(tag,))
         async with backend.peer.follow(tag_topic(tag)) as topic:
             committing = asyncio.create_task(backend.broker.commit(record, expect=0, change=new_mark()))
-            await until_told_by(backend, record.id)
+            await until_published(backend, record.id)
             committing.cancel()
             changes = await next_changes(topic, None)
         assert [change.run_id for change in changes.items] == [record.id]
@@ -399,8 +401,8 @@ async def test_what_nobody_was_told_is_told_by_another(
         assert await backend.peer.due("unpublished") == []
 
 
-async def until_told_by(backend: Backend, run_id: str) -> None:
-    """Do what the ticker of the other process does, until it has met the run."""
+async def until_published(backend: Backend, run_id: str) -> None:
+    """Do what the ticker of the other process does, until it has published the run."""
     async with asyncio.timeout(GUARD_S):
         while True:
             for kind in DUE_KINDS:
@@ -409,7 +411,7 @@ async def until_told_by(backend: Backend, run_id: str) -> None:
                     return await backend.peer.publish(run_id)
 
 
-async def test_a_process_is_killed_between_its_commit_and_telling(redis_server: RedisServer, hurried: None) -> None:
+async def test_a_process_is_killed_before_it_publishes(redis_server: RedisServer, hurried: None) -> None:
     program = """
         import asyncio, sys
         from asgi_realtime.brokers.redis import RedisBroker
@@ -435,7 +437,7 @@ async def test_a_process_is_killed_between_its_commit_and_telling(redis_server: 
         process.kill()
         assert await process.wait() == -signal.SIGKILL
         assert await versions_in(backend.peer, tag_topic(tag)) == {}
-        await until_told_by(backend, run_id)
+        await until_published(backend, run_id)
         assert await versions_in(backend.broker, tag_topic(tag)) == {run_id: 1}
 
 
@@ -456,13 +458,13 @@ async def test_a_failover_that_loses_nothing(redis_pair: ReplicaPair, log: Log, 
                 await asyncio.to_thread(redis_pair.until_in_step)
                 await asyncio.to_thread(redis_pair.fail_over if how == "killed" else redis_pair.hand_over)
                 await asyncio.to_thread(redis_pair.bring_back)
-            await stream.goes_on()
-        await log.until_back()
-        assert log.away <= 2
+            await stream.continues()
+        await log.until_available()
+        assert log.outages <= 2
 
 
 async def test_a_failover_that_loses_the_last_writes(redis_pair: ReplicaPair, log: Log) -> None:
-    """Readers are ahead of what is left. They are ended, come back, and get the items that are written again."""
+    """Readers are ahead of the remaining entries. They end, resume, and get the restored items."""
     async with processes(partial(master_of, redis_pair), timeouts=SHORT) as backend:
         key = await new_key(backend)
         await backend.broker.append(key, items(5), producer=Producer("p", 0))
@@ -472,7 +474,7 @@ async def test_a_failover_that_loses_the_last_writes(redis_pair: ReplicaPair, lo
             await backend.broker.append(key, items(5, start=5), producer=Producer("p", 5))
             await until(lambda: live.log.next == 10)
             await asyncio.to_thread(redis_pair.fail_over)
-            await until(lambda: live.failure is not None, "a reader ahead of its log is ended")
+            await until(lambda: live.failure is not None, "a reader that is ahead of its log ends")
             assert "stream 'default' has 5 entries left of 10" in str(live.failure)
         reader = Reader(backend.peer, key, after=9)
         reading = asyncio.create_task(patiently(reader.run))
@@ -482,12 +484,12 @@ async def test_a_failover_that_loses_the_last_writes(redis_pair: ReplicaPair, lo
         await reading
         assert data(reader.seen) == [b"10"]
         assert data(await read_all(backend.broker, key)) == items(11)
-        await log.until_back()
-        assert log.away <= 2
+        await log.until_available()
+        assert log.outages <= 2
 
 
 async def test_leases_are_renewed_from_a_thread_with_a_sentinel(redis_pair: ReplicaPair) -> None:
-    """The thread asked the sentinels over connections that belong to the loop, which is blocked just then."""
+    """The thread used connections to the sentinels that belong to the loop, which was blocked."""
     timeouts = Timeouts(lease=2.0)
     async with processes(partial(master_of, redis_pair), timeouts=timeouts) as backend:
         record = await create(backend, status=Status.EXECUTING, owner="me")
@@ -501,8 +503,8 @@ async def test_leases_are_renewed_from_a_thread_with_a_sentinel(redis_pair: Repl
         assert redis_pair.primary.command("ZSCORE", lease, record.id) is not None
 
 
-async def test_an_absence_longer_than_a_lease_crashes_nobody(redis_server: RedisServer, log: Log) -> None:
-    """When Redis was back, tickers were faster than owners, and every run that went on was CRASHED."""
+async def test_an_outage_longer_than_a_lease_crashes_no_runs(redis_server: RedisServer, log: Log) -> None:
+    """When Redis was available again, tickers were faster than owners, and every executing run became CRASHED."""
     timeouts = Timeouts(lease=0.8)
     async with processes(redis_server.url, timeouts=timeouts) as backend:
         held, left = [(await create(backend, status=Status.EXECUTING, owner="me")).id for _ in range(2)]
@@ -525,12 +527,12 @@ async def test_an_absence_longer_than_a_lease_crashes_nobody(redis_server: Redis
         assert due == [left]
 
 
-# What answers is not Redis
+# A server that is not Redis
 
 
 @asynccontextmanager
-async def stranger(answer: bytes) -> AsyncIterator[tuple[str, list[int]]]:
-    """Something that answers everything so and hangs up. Gives its URL and the connections that it had."""
+async def other_server(answer: bytes) -> AsyncIterator[tuple[str, list[int]]]:
+    """A server that gives this answer to everything and disconnects. Yields its URL and the connections it had."""
     connections: list[int] = []
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -544,7 +546,7 @@ async def stranger(answer: bytes) -> AsyncIterator[tuple[str, list[int]]]:
         yield f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}", connections
 
 
-STRANGERS = {
+OTHER_SERVERS = {
     "silent": b"",
     "web server": b"HTTP/1.1 400 Bad Request\r\n\r\n",
     "talkative": b"+OK\r\n" * 10,
@@ -553,9 +555,9 @@ STRANGERS = {
 }
 
 
-@pytest.mark.parametrize("answer", STRANGERS.values(), ids=STRANGERS.keys())
-async def test_a_stranger_is_a_redis_that_is_away(log: Log, answer: bytes) -> None:
-    async with stranger(answer) as (url, connections), processes(url, timeouts=Timeouts(broker=0.3)) as backend:
+@pytest.mark.parametrize("answer", OTHER_SERVERS.values(), ids=OTHER_SERVERS.keys())
+async def test_a_server_that_is_not_redis_counts_as_unavailable(log: Log, answer: bytes) -> None:
+    async with other_server(answer) as (url, connections), processes(url, timeouts=Timeouts(broker=0.3)) as backend:
         calls = [backend.broker.load(["run_1"]) for _ in range(50)]
         async with asyncio.timeout(GUARD_S):
             outcomes = await asyncio.gather(*calls, return_exceptions=True)
@@ -563,17 +565,17 @@ async def test_a_stranger_is_a_redis_that_is_away(log: Log, answer: bytes) -> No
         with pytest.raises(BrokerUnavailable):
             await Reader(backend.peer, StreamKey("run_1", "default")).run()
         assert len(connections) <= 40
-    assert log.away <= 2
+    assert log.outages <= 2
 
 
-async def test_what_goes_and_comes_in_a_second_is_one_absence(log: Log) -> None:
+async def test_repeated_failures_within_a_second_are_one_outage(log: Log) -> None:
     health = ServerHealthLog()
     health.not_answering("it")
     for _ in range(100):
-        health.failed("it", "it is unavailable", "nobody knows")
+        health.failed("it", "it is unavailable", "unknown reason")
         health.works("it", "it is available again")
         await asyncio.sleep(0)
-    assert log.having("it is") == ["it is unavailable: nobody knows"]
+    assert log.having("it is") == ["it is unavailable: unknown reason"]
     assert health.answering_for_s() == 0.0
     health.answering("it")
     assert health.answering_for_s() < GUARD_S
@@ -581,19 +583,19 @@ async def test_what_goes_and_comes_in_a_second_is_one_absence(log: Log) -> None:
     assert len(log.having("it is")) == 2
 
 
-async def test_a_server_that_has_left_the_cluster_is_not_away_for_ever(log: Log) -> None:
+async def test_a_server_that_has_left_the_cluster_is_forgotten(log: Log) -> None:
     health = ServerHealthLog()
     health.not_answering("it")
-    health.failed("it", "it is unavailable", "nobody knows")
+    health.failed("it", "it is unavailable", "unknown reason")
     health.works("it", "it is available again")
     health.forget("it")
-    health.failed("it", "it is unavailable", "it came again")
+    health.failed("it", "it is unavailable", "it failed again")
     assert len(log.having("it is unavailable")) == 2
     assert health.answering_for_s() < GUARD_S
 
 
-async def test_a_connection_that_breaks_all_the_time_is_told_of_once(log: Log) -> None:
+async def test_a_connection_that_keeps_breaking_is_logged_once(log: Log) -> None:
     health = ServerHealthLog()
     for _ in range(100):
-        health.broke("it", "it", "nobody knows")
+        health.broke("it", "it", "unknown reason")
     assert log.broke == 1
