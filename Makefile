@@ -52,7 +52,8 @@ demo: $(DEMO) $(DEMO_MODEL) $(DEMO_PACKAGES)  ## the chat in your browser, with 
 test: $(DEV) $(NPM_PACKAGES)  ## all tests, in parallel; those that need Chromium, Node, Redis or the model are skipped without it (ARGS="-k pipe"; serial with ARGS=tests/core)
 	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
-quick: $(DEV)  ## the tests that start no server, browser or Node: about a minute
+quick: WORKERS := auto
+quick: $(DEV)  ## the tests that start no server, browser or Node: less than a minute
 	$(BIN)/python -m pytest $(PARALLEL) -m 'not server' $(ARGS)
 
 check: $(DEV)  ## format, lint, types, layers, version: what CI runs before the tests

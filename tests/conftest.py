@@ -9,14 +9,12 @@ import random
 import signal
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from tests.redis_servers import RedisCluster, RedisServer, ReplicaPair
 from tests.requirements import redis_binary, valkey_binary
 
-E2E = Path(__file__).parent / "e2e"
 SERVER_MARKERS = ("redis", "chromium", "model")
 SERVER_FIXTURES = {"redis_url", "valkey_url", "redis_cluster", "redis_server", "redis_pair", "site", "smallest"}
 
@@ -32,7 +30,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    if E2E in item.path.parents or any(map(item.get_closest_marker, SERVER_MARKERS)):
+    if item.nodeid.startswith("tests/e2e/") or any(map(item.get_closest_marker, SERVER_MARKERS)):
         item.add_marker("server")
     elif isinstance(item, pytest.Function) and not SERVER_FIXTURES.isdisjoint(item.fixturenames):
         item.add_marker("server")

@@ -13,10 +13,8 @@ from typing import Any
 import msgspec
 import pydantic
 import pytest
-from anthropic.types import RawContentBlockDeltaEvent, TextDelta
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from openai.types.chat import ChatCompletionChunk
 
 from asgi_realtime.core.chunks import decode, encode_value, json_line
 from asgi_realtime.core.errors import EncodingError, UsageError
@@ -118,6 +116,8 @@ def test_pydantic_models_are_encoded_by_alias() -> None:
 
 
 def test_an_openai_chunk_is_encoded_as_the_api_sent_it() -> None:
+    from openai.types.chat import ChatCompletionChunk  # a second of imports
+
     sent: dict[str, Any] = {
         "id": "chatcmpl-1",
         "object": "chat.completion.chunk",
@@ -134,11 +134,15 @@ def test_an_openai_chunk_is_encoded_as_the_api_sent_it() -> None:
 
 
 def test_an_openai_model_of_unexpected_shape_is_encoded_without_a_warning() -> None:
+    from openai.types.chat import ChatCompletionChunk  # a second of imports
+
     sent: dict[str, Any] = {"id": 7, "choices": [{"index": "zero", "delta": "text"}]}
     assert decode(encode_value(ChatCompletionChunk.construct(**sent))) == sent
 
 
 def test_an_anthropic_event_is_encoded_as_the_api_sent_it() -> None:
+    from anthropic.types import RawContentBlockDeltaEvent, TextDelta  # a second of imports
+
     sent = {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": "hi"}}
     event = RawContentBlockDeltaEvent.model_validate(sent)
     assert isinstance(event.delta, TextDelta)
