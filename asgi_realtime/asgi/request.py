@@ -38,7 +38,9 @@ class Request:
         self.run_cache = run_cache
         self.receive = receive
         self.method: str = scope["method"]
-        self._headers: list[tuple[bytes, bytes]] = scope["headers"]
+        self._headers: dict[bytes, bytes] = {}
+        for name, value in scope["headers"]:
+            self._headers.setdefault(name.lower(), value)
         self._query_token = redact_query(scope)
         self._query: bytes = scope.get("query_string", b"")
         self._parameters: dict[str, str] | None = None
@@ -48,10 +50,7 @@ class Request:
 
     def header(self, name: bytes) -> bytes | None:
         """The first value of a header, by its lowercase name."""
-        for key, value in self._headers:
-            if key.lower() == name:
-                return value
-        return None
+        return self._headers.get(name)
 
     def query(self, name: str) -> str | None:
         """The last value of a query parameter."""
