@@ -6,7 +6,6 @@ import argparse
 import json
 import logging
 import os
-import re
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -15,20 +14,19 @@ from urllib.parse import parse_qs, unquote
 
 from asgi_realtime.cli import secret
 from asgi_realtime.cli.terminal import HarmlessFormatter, harmless, split_url
-from asgi_realtime.core.errors import RealtimeError, UsageError
+from asgi_realtime.core.errors import InvalidToken, RealtimeError, UsageError
 from asgi_realtime.tokens import TokenAuthority
 
 if TYPE_CHECKING:
     from asgi_realtime.client import RunState, SyncRealtimeClient
 
 VARIABLE = "REALTIME_ACCESS_TOKEN"
-_TOKEN = re.compile(r"[!-~]+")
 _TOKEN_LIFE_S = 3600.0
 _FORMS = ".../v1/streams/<run>/<key>, .../v1/runs/<run>, .../v1/runs?tags=<tag> or .../v1/batches/<batch>"
 
 
 @dataclass(frozen=True)
-class Address:
+class Target:
     """What a URL refers to."""
 
     base: str
@@ -62,14 +60,18 @@ def run(args: argparse.Namespace) -> int:
         from asgi_realtime.client import SyncRealtimeClient
     except ModuleNotFoundError as exc:
         raise UsageError(str(exc)) from exc
-    address = parse_address(args.url)
+    target = parse_url(args.url)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(HarmlessFormatter("%(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("asgi_realtime.client").setLevel(logging.INFO)
-    with SyncRealtimeClient(address.base, _token(args, address)) as client:
+    try:
+        client = SyncRealtimeClient(target.base, _token(args, target))
+    except InvalidToken as exc:
+        raise UsageError(str(exc)) from exc
+    with client:
         try:
-            return _follow(client, address, args)
+            return _follow(client, target, args)
         except UsageError:
             raise
         except RealtimeError as exc:
@@ -78,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
             return 1
 
 
-def parse_address(url: str) -> Address:
+def parse_url(url: str) -> Target:
     """Raises `UsageError` for any other URL."""
     expected = f"this is not the URL of a run or a stream; use {_FORMS}"
     parts = split_url(url, expected)
@@ -90,7 +92,7 @@ def parse_address(url: str) -> Address:
         named = _named(tuple(map(unquote, segments[at + 1 :])), tags)
         if named is not None:
             base = f"{parts.scheme}://{parts.netloc}{'/'.join(segments[:at])}"
-            return Address(base, *named, query.get("access_token", [None])[-1])
+            return Target(base, *named, query.get("access_token", [None])[-1])
     raise UsageError(expected)
 
 
@@ -109,11 +111,9 @@ def _named(path: tuple[str, ...], tags: tuple[str, ...]) -> tuple[str, tuple[str
             return None
 
 
-def _token(args: argparse.Namespace, address: Address) -> str | Callable[[], str]:
-    found = (address.token or os.environ.get(VARIABLE) or "").strip()
+def _token(args: argparse.Namespace, target: Target) -> str | Callable[[], str]:
+    found = (target.token or os.environ.get(VARIABLE) or "").strip()
     if found:
-        if not _TOKEN.fullmatch(found):
-            raise UsageError(f"the token in the URL or ${VARIABLE} has characters that no token contains")
         return found
     key = secret.find(args)
     if key is None:
@@ -121,21 +121,21 @@ def _token(args: argparse.Namespace, address: Address) -> str | Callable[[], str
             f"no token: put it into the URL (?access_token=) or ${VARIABLE}, or set ${secret.VARIABLE} to create one"
         )
     authority = TokenAuthority(key)
-    return lambda: authority.mint([address.scope], expires_in_s=_TOKEN_LIFE_S, own_id=True)
+    return lambda: authority.mint([target.scope], expires_in_s=_TOKEN_LIFE_S, own_id=True)
 
 
-def _follow(client: SyncRealtimeClient, address: Address, args: argparse.Namespace) -> int:
+def _follow(client: SyncRealtimeClient, target: Target, args: argparse.Namespace) -> int:
     """Return the exit code: 1 if a run ended without success."""
-    if address.kind == "streams":
-        run_id, key = address.names
+    if target.kind == "streams":
+        run_id, key = target.names
         with client.read(run_id, key, start_index=args.start) as chunks:
             _print_chunks(chunks, as_json=args.json)
         return 0
     subscription = {
-        "runs": lambda: client.subscribe_to_run(address.names[0]),
-        "tags": lambda: client.subscribe_to_runs_with_tag(address.names),
-        "batches": lambda: client.subscribe_to_batch(address.names[0]),
-    }[address.kind]()
+        "runs": lambda: client.subscribe_to_run(target.names[0]),
+        "tags": lambda: client.subscribe_to_runs_with_tag(target.names),
+        "batches": lambda: client.subscribe_to_batch(target.names[0]),
+    }[target.kind]()
     failed: set[str] = set()
     with subscription as states:
         for state in states:

@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from asgi_realtime.cli import terminal
-from asgi_realtime.cli.tail import Address, parse_address
+from asgi_realtime.cli.tail import Target, parse_url
 from asgi_realtime.core.errors import UsageError
 from tests.cli.command import Command
 from tests.client.scripted import ScriptedServer, answer
@@ -114,23 +114,23 @@ def test_a_pipe_that_closes_early_is_not_an_error(server: Serving) -> None:
 
 
 @pytest.mark.parametrize(
-    ("url", "address"),
+    ("url", "target"),
     [
         (
             "https://a.example/realtime/v1/streams/run_1/default?access_token=t",
-            Address("https://a.example/realtime", "streams", ("run_1", "default"), "t"),
+            Target("https://a.example/realtime", "streams", ("run_1", "default"), "t"),
         ),
-        ("http://a/x/v1/runs/run_1/", Address("http://a/x", "runs", ("run_1",), None)),
-        ("http://a/v1/runs?tags=a%3A1,b", Address("http://a", "tags", ("a:1", "b"), None)),
-        ("http://a/api/v1/v1/runs/run_1", Address("http://a/api/v1", "runs", ("run_1",), None)),
-        ("http://a/api/v1/realtime/v1/runs/run_1", Address("http://a/api/v1/realtime", "runs", ("run_1",), None)),
-        ("http://a/v1/streams/v1/default", Address("http://a", "streams", ("v1", "default"), None)),
-        ("http://a/v1/streams/run_1/v1", Address("http://a", "streams", ("run_1", "v1"), None)),
-        ("http://a/v1/batches/batch_1", Address("http://a", "batches", ("batch_1",), None)),
+        ("http://a/x/v1/runs/run_1/", Target("http://a/x", "runs", ("run_1",), None)),
+        ("http://a/v1/runs?tags=a%3A1,b", Target("http://a", "tags", ("a:1", "b"), None)),
+        ("http://a/api/v1/v1/runs/run_1", Target("http://a/api/v1", "runs", ("run_1",), None)),
+        ("http://a/api/v1/realtime/v1/runs/run_1", Target("http://a/api/v1/realtime", "runs", ("run_1",), None)),
+        ("http://a/v1/streams/v1/default", Target("http://a", "streams", ("v1", "default"), None)),
+        ("http://a/v1/streams/run_1/v1", Target("http://a", "streams", ("run_1", "v1"), None)),
+        ("http://a/v1/batches/batch_1", Target("http://a", "batches", ("batch_1",), None)),
     ],
 )
-def test_addresses(url: str, address: Address) -> None:
-    assert parse_address(url) == address
+def test_urls(url: str, target: Target) -> None:
+    assert parse_url(url) == target
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_addresses(url: str, address: Address) -> None:
 )
 def test_other_urls_are_refused(url: str) -> None:
     with pytest.raises(UsageError, match="not the URL of a run or a stream"):
-        parse_address(url)
+        parse_url(url)
 
 
 def test_whitespace_around_a_token_in_the_environment_is_ignored(
@@ -185,5 +185,5 @@ def test_a_log_cannot_control_the_terminal(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_created_token_grants_only_what_the_url_needs() -> None:
-    assert Address("http://a", "batches", ("batch_1",), None).scope == "read:batch:batch_1"
-    assert Address("http://a", "tags", ("user:1", "b"), None).scope == "read:tags:user:1"
+    assert Target("http://a", "batches", ("batch_1",), None).scope == "read:batch:batch_1"
+    assert Target("http://a", "tags", ("user:1", "b"), None).scope == "read:tags:user:1"
