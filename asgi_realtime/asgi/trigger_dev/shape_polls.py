@@ -27,7 +27,6 @@ from asgi_realtime.brokers.following import Follower
 from asgi_realtime.core.errors import ExpiredToken, ServerShutdown
 from asgi_realtime.core.topics import Changes, Cursor
 from asgi_realtime.loop.guards import make_guard
-from asgi_realtime.loop.interrupts import make_interrupt
 from asgi_realtime.loop.waiting import make_waiter
 from asgi_realtime.runs.paging import newest, pages
 from asgi_realtime.tokens import Claims
@@ -57,7 +56,6 @@ class ShapePoll:
         self._feed = feed
         self._shape = shape
         self._skip = shapes.skippable_columns(request.skipped_columns(claims))
-        self._interrupt = make_interrupt()
         self._waiter = make_waiter()
         self._was_delayed = False
         self._hold_s = host.timeouts.poll * random.uniform(1 - HOLD_JITTER, 1 + HOLD_JITTER)
@@ -69,16 +67,15 @@ class ShapePoll:
         self._subscription_limits.acquire(self._feed.run_id, self._token_id)
         self._host.subscribers.add(self)
         try:
-            with self._interrupt:
-                async with (
-                    make_guard(partial(until_disconnect, self._receive)),
-                    self._host.broker.follow(self._feed.topic) as topic,
-                ):
-                    return await self._poll(topic)
+            async with (
+                make_guard(partial(until_disconnect, self._receive)),
+                self._host.broker.follow(self._feed.topic) as topic,
+            ):
+                return await self._poll(topic)
         finally:
             self._host.subscribers.discard(self)
             self._subscription_limits.release(self._feed.run_id, self._token_id)
-        raise ServerShutdown()  # a disconnected client does not receive it
+        raise ServerShutdown()  # the client has disconnected and does not receive it
 
     async def _poll(self, topic: LiveTopic) -> Response:
         shape = self._shape
@@ -182,7 +179,7 @@ class ShapePoll:
             self._waiter.wake()
 
     def shut_down(self) -> None:
-        self._interrupt.interrupt()  # also interrupts a broker call that hangs
+        """Nothing to do: the shutdown interrupts the whole request."""
 
 
 @lru_cache(maxsize=64)
