@@ -27,7 +27,7 @@ import anyio
 
 from asgi_realtime.brokers.base import Broker
 from asgi_realtime.core.config import Limits, Retention, Timeouts
-from asgi_realtime.core.errors import ServerShutdown
+from asgi_realtime.core.errors import BrokerUnavailable, ServerShutdown
 from asgi_realtime.core.runs import RunRecord
 from asgi_realtime.engine.dispatch import Dispatcher
 from asgi_realtime.engine.execution import Execution
@@ -44,7 +44,8 @@ from asgi_realtime.streams.thread_iterator import ThreadBudget
 logger = logging.getLogger("asgi_realtime")
 
 _STOP_PATIENCE_S = 0.5
-"""How long calls are retried while the broker is unavailable, once a stop has waited for `timeouts.drain`."""
+"""How long a stop, once it has waited for `timeouts.drain`, waits for a broker that is unavailable or does not respond.
+Runs whose end cannot be stored end CRASHED when their lease expires."""
 
 
 @dataclass(slots=True)
@@ -286,12 +287,24 @@ class Engine:
             while self._is_busy:
                 await self.executions.changed.wait()
         self.runs.retry.shorten(_STOP_PATIENCE_S)
-        with anyio.move_on_after(self.timeouts.cancel):
+        cancel_s = self.timeouts.cancel
+        if self._is_busy and not await self._broker_responds():
+            cancel_s = min(cancel_s, _STOP_PATIENCE_S)
+        with anyio.move_on_after(cancel_s):
             while self._is_busy:
                 await self.executions.shut_down()
                 if self._is_busy:
                     await self.executions.changed.wait()
             await self.dispatcher.fail_waiting()
+
+    async def _broker_responds(self) -> bool:
+        with anyio.move_on_after(_STOP_PATIENCE_S):
+            try:
+                await self.broker.ping()
+                return True
+            except BrokerUnavailable:
+                pass
+        return False
 
     @property
     def _is_busy(self) -> bool:

@@ -342,3 +342,49 @@ async def test_a_stop_without_the_broker_is_prompt_and_logs_no_traceback(caplog:
             group.start_soon(run.metadata.flush)
             await anyio.sleep(0.1)
             broker.away = False
+
+
+class Hanging(MemoryBroker):
+    """Does not respond while `hangs`. Leaving it ends its calls."""
+
+    hangs = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._left = anyio.Event()
+
+    async def _respond(self) -> None:
+        if self.hangs:
+            await self._left.wait()
+            raise ServerShutdown
+
+    async def ping(self) -> None:
+        await self._respond()
+
+    async def commit(
+        self, record: RunRecord, *, expect: int, change: ChangeMark, floors: Mapping[tuple[str, str], int] | None = None
+    ) -> int:
+        await self._respond()
+        return await super().commit(record, expect=expect, change=change, floors=floors)
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        self._left.set()
+
+
+@pytest.mark.anyio
+async def test_a_stop_does_not_wait_for_a_broker_that_does_not_respond(caplog: pytest.LogCaptureFixture) -> None:
+    """It took `timeouts.cancel`, 5 s."""
+    broker = Hanging()
+    realtime = make_realtime(broker=broker, timeouts=Timeouts(tick=0.01, drain=0.02))
+
+    @realtime.task("t")
+    async def task() -> None:
+        await anyio.sleep(60)
+
+    async with realtime:
+        await realtime.trigger(task)
+        await until(lambda: realtime.engine.executions)
+        broker.hangs = True
+        began = anyio.current_time()
+    assert anyio.current_time() - began < 2
+    assert [record for record in caplog.records if record.exc_info] == []
