@@ -33,7 +33,7 @@ class SubscriptionLimits:
         _check("this server", self.open, limits.subscribers)
         _check("this run", self._by_run[run_id] if run_id else 0, limits.subscribers_per_run)
         if token_id == PROBE:
-            _check("the health of this server", self._by_token[token_id], MAX_PROBES)
+            _check("/v1/health", self._by_token[token_id], MAX_PROBES)
         _check("this token", self._by_token[token_id] if token_id else 0, limits.subscribers_per_token)
         self.open += 1
         if run_id:

@@ -13,6 +13,7 @@ from asgi_realtime.asgi.app import KEPT_ELSEWHERE
 from asgi_realtime.brokers.memory import MemoryBroker
 from asgi_realtime.runs.handles import RunHandle
 from asgi_realtime.testing import AsgiClient
+from tests.asgi.official_sdk import on_one_loop
 from tests.inprocess import GUARD_S, SECRET, make_realtime
 
 pytestmark = pytest.mark.anyio
@@ -34,6 +35,7 @@ async def finished(realtime: Realtime) -> RunHandle[Any]:
     return pipe.handle
 
 
+@on_one_loop
 @pytest.mark.parametrize(
     ("method", "path"),
     [

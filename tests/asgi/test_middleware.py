@@ -261,8 +261,8 @@ async def test_a_failed_stop_does_not_fail_the_host(host: FakeHost, caplog: pyte
 # Mounts
 
 
-@pytest.mark.parametrize("prefix", ["/realtime", "/live", "/a/b"])
-@pytest.mark.parametrize("root_path", ["", "/proxy"])
+@on_one_loop
+@pytest.mark.parametrize(("prefix", "root_path"), [("/realtime", ""), ("/live", "/proxy"), ("/a/b", "")])
 async def test_mounted_in_starlette_and_fastapi(host: FakeHost, prefix: str, root_path: str) -> None:
     fastapi = FastAPI()
     fastapi.mount(prefix, host)
