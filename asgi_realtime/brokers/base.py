@@ -173,7 +173,7 @@ class Broker(Protocol):
     async def renew(self, run_ids: Sequence[str], *, owner: str) -> None:
         """Put off what this process is responsible for, to `Timeouts.lease` from now.
 
-        That is `lease` for runs that are EXECUTING and owned by `owner`, and `enqueue` for QUEUED runs, whoever calls:
+        That is `lease` for runs that are EXECUTING and owned by `owner`, and `enqueue` for QUEUED runs of any caller:
         a process that holds them in memory is going to start them. A run that is not due at any time, because of
         `enqueued`, does not become due. Other runs are left alone.
         """

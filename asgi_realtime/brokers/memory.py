@@ -32,13 +32,13 @@ ENTRY_BYTES = 64
 """What an entry costs in addition to the bytes of its frame, roughly."""
 
 _PRODUCER_BYTES = 220
-"""What the count of a producer costs, roughly. Each append over HTTP has a producer of its own."""
+"""What the count of a producer costs, roughly. Each append over HTTP has its own producer."""
 
 _CLAIM_BYTES = 256
 """What a claim costs in addition to its key and value, roughly."""
 
 _LEASES = {"enqueue": Status.QUEUED, "lease": Status.EXECUTING}
-"""The statuses in which a run has a lease, and what it is due for when nobody renews it."""
+"""The statuses in which a run has a lease, and what it is due for unless it is renewed."""
 
 Clock = Callable[[], float]
 
@@ -108,7 +108,7 @@ class MemoryBroker:
 
     @property
     def home(self) -> str:
-        return f"{self._name}-{os.getpid()}"  # after a fork, each process has data of its own
+        return f"{self._name}-{os.getpid()}"  # after a fork, each process has its own data
 
     def _now_ms(self) -> int:
         return int(self._clock() * 1000)
@@ -182,7 +182,7 @@ class MemoryBroker:
         finally:
             live.leave()
             if not live.readers and not live.log.next and live.end in (None, run.record.end):
-                run.streams.pop(key.name, None)  # nobody has ever written it
+                run.streams.pop(key.name, None)  # it was never written
 
     def _refuse(self) -> None:
         limit = self._retention.total_bytes
@@ -398,7 +398,7 @@ class MemoryBroker:
     def _make_room(self, run_id: str) -> None:
         """Free memory until a tenth of the total is unused: remove ended runs, oldest first, then trim large streams.
 
-        The run that was just written to stays, because its writer was told that the write is stored. If less can be
+        The run that was just written to stays, because its writer gets an acknowledgement. If less can be
         freed, the next attempt is made after some growth or when a run ends, and until then appends beyond the total
         are rejected.
         """

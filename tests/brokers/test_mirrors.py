@@ -1,15 +1,21 @@
-"""Mirrors of topics and streams, on a fake Redis that the test holds up, breaks and corrects."""
+"""The states of mirrors and of pub/sub connections, with a fake Redis that tests hold up and break."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
 from contextlib import suppress
 from typing import Any
 
 import pytest
+from redis.asyncio import Connection
+from redis.exceptions import MovedError
 
+from asgi_realtime.brokers.redis import pubsub_connection
 from asgi_realtime.brokers.redis.keys import Keys
+from asgi_realtime.brokers.redis.mirror import TRANSITIONS, MirrorState
+from asgi_realtime.brokers.redis.pubsub_connection import ConnectionState, PubSubConnection
+from asgi_realtime.brokers.redis.slots import Address
 from asgi_realtime.brokers.redis.topic_mirror import TopicMirror
 from asgi_realtime.core.errors import BrokerUnavailable
 from asgi_realtime.core.topics import Change, Changes, Cursor, TopicIndex
@@ -26,11 +32,15 @@ def anyio_backend() -> str:
 class FakePubSub:
     """Confirms every subscription at once."""
 
+    def __init__(self) -> None:
+        self.missed_channels: list[str] = []
+
     def add(self, channel: str, subscriber: object) -> None: ...
 
     def discard(self, channel: str, subscriber: object) -> None: ...
 
-    def missed(self, channel: str) -> None: ...
+    def missed(self, channel: str) -> None:
+        self.missed_channels.append(channel)
 
     async def confirmed(self, channels: Sequence[str]) -> None: ...
 
@@ -90,13 +100,18 @@ async def stored() -> FakeTopic:
 
 
 @pytest.fixture
-async def mirror(stored: FakeTopic, jobs: Jobs) -> TopicMirror:
+def pubsub() -> FakePubSub:
+    return FakePubSub()
+
+
+@pytest.fixture
+async def mirror(stored: FakeTopic, jobs: Jobs, pubsub: FakePubSub) -> TopicMirror:
     mirror = TopicMirror(
         "tag:a",
         read=stored.read,
         ask=stored.ask,
         keys=Keys("test"),
-        pubsub=FakePubSub(),  # type: ignore[arg-type]
+        pubsub=pubsub,  # type: ignore[arg-type]
         spawn=jobs.spawn,
     )
     await mirror.joined()
@@ -141,8 +156,10 @@ async def test_callers_share_a_refresh_that_began_after_they_called(stored: Fake
     assert len(stored.asks) == 2
 
 
-async def test_a_topic_that_cannot_be_read_says_so(stored: FakeTopic, mirror: TopicMirror, jobs: Jobs) -> None:
-    """Its followers kept the old index for ever: feeds and `RunWatch` were silently deaf."""
+async def test_the_followers_of_an_unreadable_topic_get_an_error(
+    stored: FakeTopic, mirror: TopicMirror, jobs: Jobs
+) -> None:
+    """Its followers kept the old index forever: feeds and `RunWatch` silently missed all changes."""
     woken = asyncio.create_task(mirror.waiting.wait())
     await asyncio.sleep(0)
     stored.failure = ValueError("an answer of another version")
@@ -155,10 +172,10 @@ async def test_a_topic_that_cannot_be_read_says_so(stored: FakeTopic, mirror: To
         async with asyncio.timeout(5):
             await mirror.refresh()
     mirror.on_message(b"t epoch 0 1 1 run_1")
-    assert not mirror._pending, "messages are not retained for a reading that will never come"
+    assert not mirror._pending, "messages do not wait for a read that will never happen"
 
 
-async def test_who_refreshes_while_the_topic_becomes_unreadable_hears_of_it(
+async def test_a_refresh_fails_if_the_topic_becomes_unreadable(
     stored: FakeTopic, mirror: TopicMirror, jobs: Jobs
 ) -> None:
     stored.failure = ValueError("an answer of another version")
@@ -166,3 +183,123 @@ async def test_who_refreshes_while_the_topic_becomes_unreadable_hears_of_it(
     with pytest.raises(BrokerUnavailable, match="an answer of another version"):
         async with asyncio.timeout(5):
             await mirror.refresh()
+
+
+# States
+
+
+def test_every_state_has_its_transitions() -> None:
+    for states, transitions in ((MirrorState, TRANSITIONS), (ConnectionState, pubsub_connection.TRANSITIONS)):
+        assert set(transitions) == set(states)
+
+
+async def test_a_closed_mirror_cannot_change_its_state(mirror: TopicMirror) -> None:
+    mirror.close()
+    mirror.close()
+    with pytest.raises(RuntimeError, match="cannot go from CLOSED to LIVE"):
+        mirror._enter(MirrorState.LIVE)
+    mirror.on_message(b"w")
+    mirror.check(routine=False)
+    assert not mirror._pending and not mirror.is_usable
+
+
+async def test_messages_during_a_read_are_applied_after_it(stored: FakeTopic, mirror: TopicMirror) -> None:
+    stored.change("run_1")
+    mirror.check(routine=False)
+    mirror.on_message(b"t epoch 1 2 1 run_2")
+    await until(lambda: mirror._state is MirrorState.LIVE)
+    assert await run_ids(mirror) == ["run_1", "run_2"]
+
+
+async def test_a_message_that_leaves_a_gap_makes_the_mirror_read_again(stored: FakeTopic, mirror: TopicMirror) -> None:
+    for run_id in ("run_1", "run_2"):
+        stored.change(run_id)
+    mirror.on_message(b"t epoch 1 2 1 run_2")
+    await until(lambda: mirror._state is MirrorState.LIVE)
+    assert await run_ids(mirror) == ["run_1", "run_2"]
+
+
+@pytest.mark.parametrize("routine", [True, False])
+async def test_a_routine_check_that_finds_a_change_reports_the_connection(
+    stored: FakeTopic, mirror: TopicMirror, pubsub: FakePubSub, routine: bool
+) -> None:
+    stored.change("run_1")
+    mirror.check(routine=routine)
+    await until(lambda: mirror._state is MirrorState.LIVE)
+    assert pubsub.missed_channels == ([Keys("test").topic_channel("tag:a")] if routine else [])
+
+
+async def test_followers_are_woken_if_a_connection_is_lost_during_a_routine_check(mirror: TopicMirror) -> None:
+    """They had failed to load a run during the outage, and nothing made them try again."""
+    woken = asyncio.create_task(mirror.waiting.wait())
+    await asyncio.sleep(0)
+    mirror.check(routine=True)
+    mirror.check(routine=False)
+    async with asyncio.timeout(5):
+        await woken
+
+
+async def test_an_unavailable_broker_is_retried_by_one_job(stored: FakeTopic, mirror: TopicMirror, jobs: Jobs) -> None:
+    stored.failure = BrokerUnavailable("down")
+    before = len(jobs.tasks)
+    for _ in range(100):
+        mirror.check(routine=False)
+        mirror.on_message(b"?")
+        await asyncio.sleep(0)
+    assert len(jobs.tasks) == before + 1
+    stored.failure = None
+    stored.change("run_1")
+    await until(lambda: mirror._state is MirrorState.LIVE)
+    assert await run_ids(mirror) == ["run_1"]
+
+
+class Registry(FakePubSub):
+    def __init__(self) -> None:
+        super().__init__()
+        self.moved: list[str] = []
+
+    def on_message(self, channel: str, message: bytes) -> None: ...
+
+    def on_confirmed(self, channel: str) -> None: ...
+
+    def on_moved(self, channels: Sequence[str], *, by: MovedError | None = None) -> None:
+        self.moved += channels
+
+    def on_lost(self) -> None: ...
+
+    def check(self, channels: Iterable[str], *, routine: bool) -> None: ...
+
+    def is_needed(self, connection: PubSubConnection) -> bool:
+        return True
+
+
+class Reporter:
+    def __init__(self) -> None:
+        self.reports: list[str] = []
+
+    def broke(self, reason: Exception) -> None:
+        self.reports.append("broke")
+
+    def failed(self, reason: Exception) -> None:
+        self.reports.append("failed")
+
+    def works(self) -> None:
+        self.reports.append("works")
+
+
+async def test_a_connection_whose_last_open_subscription_moves_elsewhere_works() -> None:
+    """It counted as failing until another channel was confirmed, and the health check failed."""
+    registry, reporter = Registry(), Reporter()
+    connection = PubSubConnection(
+        registry, Address("127.0.0.1", 1), connect=Connection, reporter=reporter, timeout_s=1, silence_s=1
+    )
+    for channel in ("{a}", "{b}"):
+        connection.subscribe(channel)
+    connection.failure = ConnectionError("it was lost")
+    connection._subscribe_all()
+    connection._commands(connection._to_send)
+    connection._on_confirmed("{a}")
+    assert reporter.reports == []
+    connection._on_refused(MovedError(f"{pubsub_connection._slot('{b}')} 127.0.0.1:2"))
+    assert (registry.moved, reporter.reports) == (["{b}"], ["works"])
+    assert not connection.failure

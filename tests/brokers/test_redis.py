@@ -128,7 +128,7 @@ def held(realtime: Realtime) -> int:
 def storage_mirrors(realtime: Realtime) -> dict[StreamKey, Any]:
     broker = realtime.broker
     assert isinstance(broker, RedisBroker)
-    return broker._streams
+    return broker._open.mirrors.streams
 
 
 async def change_and_await(run: Run, mirror: TopicMirror) -> None:
@@ -144,22 +144,22 @@ async def test_a_topic_that_is_followed_repeatedly_is_read_once(storage: Storage
         broker = realtime.broker
         assert isinstance(broker, RedisBroker)
         async with broker.follow("tag:a"):
-            first = broker._topics["tag:a"]
+            first = broker._open.mirrors.topics["tag:a"]
         for _ in range(3):
             async with broker.follow("tag:a") as topic:
                 assert topic is first
                 await change_and_await(run, first)
         assert not broker.held
-        broker._idle._sweep()
+        broker._open.mirrors.idle._sweep()
         async with broker.follow("tag:a") as topic:
             assert topic is first, "it is retained for one period of the timer"
         for _ in range(2):
-            broker._idle._sweep()
-        assert not broker._topics
+            broker._open.mirrors.idle._sweep()
+        assert not broker._open.mirrors.topics
         async with broker.follow("tag:a") as topic:
             assert topic is not first
-            broker._idle._sweep()
-            broker._idle._sweep()
+            broker._open.mirrors.idle._sweep()
+            broker._open.mirrors.idle._sweep()
             assert (await topic.changes(None)).items[0].run_id == run.id
 
 
@@ -177,7 +177,7 @@ async def test_a_new_follower_knows_earlier_commits_however_late_messages_are(
             assert not (await empty.changes(None)).items
         if followed:  # by someone else
             await stack.enter_async_context(broker.follow(topic))
-        broker._topics[topic].on_message = lambda message: None  # type: ignore[method-assign]
+        broker._open.mirrors.topics[topic].on_message = lambda message: None  # type: ignore[method-assign]
         await store(peer, record)
         async with broker.follow(topic) as first:
             changes = await first.changes(None)
@@ -198,13 +198,13 @@ async def test_idle_topics_are_limited(storage: Storage, monkeypatch: pytest.Mon
         for number in range(10):
             async with broker.follow(f"tag:{number}"):
                 pass
-            assert len(broker._topics) <= 4
-        assert list(broker._topics) == ["tag:7", "tag:8", "tag:9"]
-        broker._idle._sweep()
+            assert len(broker._open.mirrors.topics) <= 4
+        assert list(broker._open.mirrors.topics) == ["tag:7", "tag:8", "tag:9"]
+        broker._open.mirrors.idle._sweep()
         for number in range(8, 12):
             async with broker.follow(f"tag:{number}"):
                 pass
-        assert list(broker._topics) == ["tag:9", "tag:10", "tag:11"]
+        assert list(broker._open.mirrors.topics) == ["tag:9", "tag:10", "tag:11"]
 
 
 def test_mirrors_of_a_closed_loop_are_not_used_on_the_next(storage: Storage) -> None:
@@ -234,8 +234,9 @@ async def test_idle_topics_are_closed_with_the_broker(storage: Storage) -> None:
         assert isinstance(broker, RedisBroker)
         async with broker.follow("tag:a"):
             pass
-        assert broker._topics
-    assert not broker._topics
+        topics = broker._open.mirrors.topics
+        assert topics
+    assert not topics
 
 
 async def test_over_http_pages_and_the_mirror_join_byte_for_byte(storage: Storage) -> None:

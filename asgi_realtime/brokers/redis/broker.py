@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Coroutine, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, suppress
 from functools import lru_cache
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import anyio
 import msgspec
@@ -23,15 +23,13 @@ from asgi_realtime.brokers.base import ChangeMark, LiveTopic
 from asgi_realtime.brokers.live_log import LiveLog
 from asgi_realtime.brokers.redis import scripts
 from asgi_realtime.brokers.redis.clients import open_client
-from asgi_realtime.brokers.redis.idle_mirrors import IdleMirrors
 from asgi_realtime.brokers.redis.keys import Keys
-from asgi_realtime.brokers.redis.mirror import Mirror
+from asgi_realtime.brokers.redis.mirrors import Mirrors
 from asgi_realtime.brokers.redis.pubsub import PubSub
 from asgi_realtime.brokers.redis.records import Records
 from asgi_realtime.brokers.redis.schedule import Schedule
 from asgi_realtime.brokers.redis.servers import Servers
-from asgi_realtime.brokers.redis.stream_mirror import StreamMirror, decode_end
-from asgi_realtime.brokers.redis.topic_mirror import TopicMirror
+from asgi_realtime.brokers.redis.stream_mirror import decode_end
 from asgi_realtime.brokers.redis.topics import Topics
 from asgi_realtime.core.config import Limits, Retention, Timeouts
 from asgi_realtime.core.errors import (
@@ -47,11 +45,9 @@ from asgi_realtime.core.errors import (
 from asgi_realtime.core.log import End, Entry, Page, Position, Producer, StreamKey, misplaced
 from asgi_realtime.core.runs import RunRecord
 from asgi_realtime.core.topics import Changes, Cursor
-from asgi_realtime.loop.waiting import WakeSoon, on_asyncio
+from asgi_realtime.loop.waiting import on_asyncio
 
 logger = logging.getLogger("asgi_realtime")
-
-M = TypeVar("M", bound=Mirror)
 
 PREFIX = "asgi_realtime"
 
@@ -84,6 +80,7 @@ class _Open(NamedTuple):
     pubsub: PubSub
     records: Records
     topics: Topics
+    mirrors: Mirrors
     schedule: Schedule
 
 
@@ -114,11 +111,7 @@ class RedisBroker:
         self._retention = retention or Retention()
         self._timeouts = timeouts or Timeouts()
         self._names = lru_cache(maxsize=10_000)(self._names_of)
-        self._streams: dict[StreamKey, StreamMirror] = {}
-        self._topics: dict[str, TopicMirror] = {}
-        self._idle = IdleMirrors(self._discard_topic)
         self._jobs: set[asyncio.Task[None]] = set()
-        self._wakes = WakeSoon()
         self._quiet = False
         self._was_open = False
         self._opened: _Open | None = None
@@ -129,27 +122,27 @@ class RedisBroker:
     async def __aenter__(self) -> RedisBroker:
         if not on_asyncio():
             raise RuntimeError("the Redis broker runs on asyncio only; on trio use the memory broker")
-        # An event loop that was closed without a stop leaves mirrors that receive nothing.
-        self._streams, self._topics, self._jobs = {}, {}, set()
-        self._idle = IdleMirrors(self._discard_topic)
+        self._jobs = set()  # jobs of a loop that was closed without a stop never end
         servers = Servers(self._client, timeout_s=self._timeouts.broker, spawn=self._spawn, quiet=self._quiet)
-        self._opened = _Open(
-            servers,
-            PubSub(servers, timeout_s=self._timeouts.broker, silence_s=_SILENCE_S, spawn=self._spawn),
-            Records(servers, self._keys, timeouts=self._timeouts, retention=self._retention),
-            Topics(servers, self._keys, max_runs=self._limits.topic_runs),
-            Schedule(servers, self._keys, lease_s=self._timeouts.lease),
+        pubsub = PubSub(servers, timeout_s=self._timeouts.broker, silence_s=_SILENCE_S, spawn=self._spawn)
+        topics = Topics(servers, self._keys, max_runs=self._limits.topic_runs)
+        mirrors = Mirrors(
+            read_page=self._read_for_mirror,
+            topics=topics,
+            keys=self._keys,
+            pubsub=pubsub,
+            spawn=self._spawn,
+            max_stream_bytes=self._limits.mirror_bytes,
         )
+        records = Records(servers, self._keys, timeouts=self._timeouts, retention=self._retention)
+        schedule = Schedule(servers, self._keys, lease_s=self._timeouts.lease)
+        self._opened = _Open(servers, pubsub, records, topics, mirrors, schedule)
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
         opened, self._opened = self._open, None
         self._was_open = True
-        self._idle.clear()
-        for mirror in (*self._streams.values(), *self._topics.values()):
-            mirror.shut_down()
-        self._streams.clear()
-        self._topics.clear()
+        opened.mirrors.close()
         with anyio.CancelScope(shield=True):  # a stop cancels the task that is here, and connections would stay open
             await opened.pubsub.aclose()
             await opened.servers.aclose()
@@ -180,15 +173,8 @@ class RedisBroker:
 
     @property
     def held(self) -> int:
-        """How much is held for readers: mirrors, their users, waiters. Idle mirrors do not count."""
-        lives = [mirror.live for mirror in self._streams.values()]
-        return (
-            len(self._streams)
-            + sum(1 for mirror in self._topics.values() if mirror.users)
-            + sum(mirror.users for mirror in (*self._streams.values(), *self._topics.values()))
-            + sum(live.readers + len(live.waiting) for live in lives)
-            + sum(len(mirror.waiting) for mirror in self._topics.values())
-        )
+        """How much is held for readers, see `Mirrors.held`."""
+        return 0 if self._opened is None else self._opened.mirrors.held
 
     # Streams
 
@@ -269,47 +255,8 @@ class RedisBroker:
         entries = [Entry(int(row[0][:-2]) - 1, row[1][3], int(row[1][1])) for row in rows]
         return Page(entries, int(first), int(following), decode_end(end) if end else None)
 
-    @asynccontextmanager
-    async def live(self, key: StreamKey) -> AsyncIterator[LiveLog]:
-        async with self._followed(self._streams, key, lambda: self._stream_mirror(key), self._leave_stream) as mirror:
-            mirror.live.enter()
-            try:
-                yield mirror.live
-            finally:
-                mirror.live.leave()
-
-    def _stream_mirror(self, key: StreamKey) -> StreamMirror:
-        return StreamMirror(
-            key,
-            read=self._read_for_mirror,
-            keys=self._keys,
-            pubsub=self._open.pubsub,
-            spawn=self._spawn,
-            wakes=self._wakes,
-            max_bytes=self._limits.mirror_bytes,
-        )
-
-    def _leave_stream(self, mirror: StreamMirror) -> None:
-        mirror.close()
-        if self._streams.get(mirror.key) is mirror:
-            del self._streams[mirror.key]
-
-    @asynccontextmanager
-    async def _followed(
-        self, mirrors: dict[Any, M], key: object, make: Callable[[], M], leave: Callable[[M], None]
-    ) -> AsyncIterator[M]:
-        _ = self._open
-        mirror = mirrors.get(key)
-        if mirror is None or not mirror.is_usable:
-            mirror = mirrors[key] = make()
-        mirror.users += 1
-        try:
-            await mirror.joined()
-            yield mirror
-        finally:
-            mirror.users -= 1
-            if not mirror.users:
-                leave(mirror)
+    def live(self, key: StreamKey) -> AbstractAsyncContextManager[LiveLog]:
+        return self._open.mirrors.live(key)
 
     # Runs
 
@@ -328,7 +275,7 @@ class RedisBroker:
                 await hints
         except StateError:
             raise
-        except BaseException:  # it may have been stored, and then other processes have to complete it
+        except BaseException:  # if it was stored, another process has to complete it
             self._spawn(self._hint_at(record))
             raise
         return version
@@ -359,37 +306,8 @@ class RedisBroker:
     async def changes(self, topic: str, *, after: Cursor | None = None, limit: int = 1000) -> Changes:
         return await self._open.topics.changes(topic, after, limit)
 
-    @asynccontextmanager
-    async def follow(self, topic: str) -> AsyncIterator[LiveTopic]:
-        known = self._topics.get(topic)
-        async with self._followed(self._topics, topic, lambda: self._topic_mirror(topic), self._leave_topic) as mirror:
-            self._idle.discard(mirror)
-            if mirror is known:
-                await mirror.refresh()
-            yield mirror
-
-    def _leave_topic(self, mirror: TopicMirror) -> None:
-        if mirror.is_usable and self._opened is not None:
-            self._idle.add(mirror)
-        else:
-            self._discard_topic(mirror)
-
-    def _discard_topic(self, mirror: TopicMirror) -> None:
-        if not mirror.users:
-            mirror.close()
-            if self._topics.get(mirror.topic) is mirror:
-                del self._topics[mirror.topic]
-
-    def _topic_mirror(self, topic: str) -> TopicMirror:
-        opened = self._open
-        return TopicMirror(
-            topic,
-            read=opened.topics.index,
-            ask=opened.topics.changes,
-            keys=self._keys,
-            pubsub=opened.pubsub,
-            spawn=self._spawn,
-        )
+    def follow(self, topic: str) -> AbstractAsyncContextManager[LiveTopic]:
+        return self._open.mirrors.follow(topic)
 
     async def publish(self, run_id: str) -> None:
         record = await self._open.records.load(run_id)
@@ -416,7 +334,7 @@ class RedisBroker:
         await self._open.schedule.renew(run_ids, owner=owner)
 
     def renew_from_thread(self, run_ids: Sequence[str], *, owner: str) -> None:
-        """As `renew`, on a loop and connections of its own, because the broker's loop may be blocked."""
+        """As `renew`, on its own loop and connections, because the broker's loop can be blocked."""
 
         async def renew() -> None:
             broker = RedisBroker(self._client, prefix=self._prefix, timeouts=self._timeouts)
@@ -433,7 +351,7 @@ class RedisBroker:
         await self._open.servers.check()
         if (trouble := self._open.pubsub.trouble) is not None:
             raise BrokerUnavailable(f"nothing can be followed: {trouble}")
-        with suppress(BrokerUnavailable):  # the user may not have the permission for INFO
+        with suppress(BrokerUnavailable):  # the Redis user can lack the permission for INFO
             evicts = any(map(_evicts, await self._open.servers.ask_all("INFO", "memory")))
             if evicts and not self.warnings:
                 logger.warning("%s", _EVICTS)

@@ -32,12 +32,12 @@ _COOL_DOWN_S = 0.1
 
 
 class ConnectionLost(BrokerUnavailable):
-    """The connection was lost, or could not be opened. Commands under way may or may not have been executed."""
+    """The connection was lost or could not be opened. It is unknown whether commands under way were executed."""
 
     def __init__(self, message: str, *, broke: bool = False) -> None:
         super().__init__(message)
         self.broke = broke
-        """It worked until then, so a new one may work at once."""
+        """It worked until then, so a new one probably works at once."""
 
 
 class HealthReporter(Protocol):
@@ -132,7 +132,7 @@ class CommandConnection:
                     self._has_queue.clear()
                     raise
                 await self._carry(connection)
-            except Exception as exc:  # any, such as an answer that cannot be parsed: no caller may wait forever
+            except Exception as exc:  # any, such as an unparsable answer: no caller must wait forever
                 self._on_lost(exc)
             finally:
                 await connection.disconnect(nowait=True)
@@ -140,7 +140,7 @@ class CommandConnection:
                 await asyncio.sleep(_COOL_DOWN_S)
 
     def _on_lost(self, exc: Exception) -> None:
-        """A server may close a connection that was idle; only one that was in use is reported as broken."""
+        """Servers close idle connections, so only one that was in use is reported as broken."""
         broke = self._has_answered and not isinstance(exc, TimeoutError | RedisTimeoutError)
         if not broke:
             self.is_failing = True
@@ -213,7 +213,7 @@ class CommandConnection:
         for future in under_way:
             if not future.done():
                 future.set_exception(_copy(failure))
-                future.exception()  # marks it as retrieved: its caller may have been cancelled
+                future.exception()  # marks it as retrieved, in case its caller was cancelled
 
 
 def _copy(failure: ConnectionLost | ServerShutdown) -> Exception:

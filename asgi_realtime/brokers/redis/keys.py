@@ -1,7 +1,7 @@
 """The names of all keys and channels in Redis.
 
 All keys of a run carry the hash tag of its partition, so that one script can use them on a Cluster; a topic and a claim
-have tags of their own. Channels are sharded and carry the tag of what they announce. The number of partitions is part
+have their own tags. Channels are sharded and carry the tag of what they announce. The number of partitions is part
 of the data: a run belongs to partition `crc16(run id) mod 256`.
 """
 
@@ -56,7 +56,7 @@ class Keys:
         return [self.due(kind, partition) for kind in DUE_OF_PARTITION]
 
     def hints(self, kind: str) -> str:
-        """ZSET: partitions by the time at which their first run may be due."""
+        """ZSET: partitions by the earliest time at which one of their runs is due."""
         return f"{self._prefix}{{due}}:{kind}"
 
     def topic(self, topic: str) -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""The state machine of a mirror: a stream or topic of Redis that this process follows.
+"""The state machine of a mirror: a copy of a stream or topic in Redis that this process follows.
 
 Joining history and tail. Redis stores the history, and a channel announces what is appended. Reading first and
 subscribing after it would lose what happens in between; subscribing first and appending the history to what arrived
@@ -14,7 +14,7 @@ The states, and what moves a mirror between them:
 
 * JOINING: subscribing and reading for the first time. Users wait in `joined`, messages wait for the read.
 * LIVE: up to date as far as this process knows; messages are applied as they arrive. No job runs.
-* SYNCING: something may have been missed, so a job reads again. Messages wait for it. What was there stays readable.
+* SYNCING: messages were possibly missed, so a job reads again. Messages wait for it. Users can read the old content.
   An unavailable broker is retried for as long as there are users: one job per mirror, however often it is asked for.
 * FAILED: cannot be followed (the run was removed, data was lost, an answer was unreadable). Users get the failure; the
   next user needs a new mirror. Messages are ignored.
@@ -22,7 +22,7 @@ The states, and what moves a mirror between them:
 
 Invariants: a job runs in JOINING and SYNCING and in no other state. Leaving these two states takes no `await` after
 the last waiting message was applied, so no message falls between the job and `on_message`. Every transition wakes
-whoever waits for one. A read that was overtaken (`_reread`) is repeated by the same job before it becomes LIVE.
+the tasks that wait for one. A read that was overtaken (`_reread`) is repeated by the same job before it becomes LIVE.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class MirrorState(Enum):
     CLOSED = "closed"
 
 
-JOINING, LIVE, SYNCING, FAILED, CLOSED = MirrorState  # `on_message` is the hot path, and this spares it a lookup
+JOINING, LIVE, SYNCING, FAILED, CLOSED = MirrorState  # saves a lookup in `on_message`, the hot path
 
 TRANSITIONS: dict[MirrorState, frozenset[MirrorState]] = {
     JOINING: frozenset({LIVE, FAILED, CLOSED}),
@@ -146,7 +146,7 @@ class Mirror(ABC):
             failure = BrokerUnavailable(f"Redis holds something that cannot be read: {exc!r}")
             raise
         finally:
-            if self._state is JOINING or self._state is SYNCING:  # unless a message failed it, or it was closed
+            if self._state is JOINING or self._state is SYNCING:  # not if a message failed it or it was closed
                 self._routine = False
                 if failure is None:
                     self._enter(LIVE)
@@ -205,7 +205,7 @@ class Mirror(ABC):
             self._reread = True
 
     def check(self, *, routine: bool) -> None:
-        """Read again, because something may have been missed. `routine`: only because the channels were silent."""
+        """Read again, because messages were possibly missed. `routine`: only because the channels were silent."""
         if self._state is LIVE:
             self._routine = routine
             self._enter(SYNCING)

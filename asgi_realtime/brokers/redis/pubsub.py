@@ -1,7 +1,7 @@
 """All channels that this process is subscribed to, at whichever primary they are.
 
 There is one sharded pub/sub connection per primary (`pubsub_connection.py`), made when its first channel is needed. A
-message says that something happened and usually what; Redis always stores it too. So losing a connection costs no data:
+message announces a change and usually contains it; Redis always stores it too. So losing a connection costs no data:
 once its channels are confirmed again, their subscribers compare positions. On a Cluster a slot can move to another
 primary at any time; its channels are then subscribed there.
 """
@@ -43,7 +43,7 @@ class Subscriber(Protocol):
     def on_message(self, message: bytes) -> None: ...
 
     def check(self, *, routine: bool) -> None:
-        """Messages may have been missed: compare positions. `routine`: only because the channels were silent."""
+        """Messages were possibly missed: compare positions. `routine`: only because the channels were silent."""
         ...
 
 
@@ -186,7 +186,7 @@ class PubSub:
         self.check(channels, routine=False)
 
     def check(self, channels: Iterable[str], *, routine: bool) -> None:
-        """Messages on these channels may have been missed."""
+        """Messages on these channels were possibly missed."""
         subscribers = {subscriber: None for channel in channels for subscriber in self._subscribers.get(channel, ())}
         for subscriber in subscribers:
             subscriber.check(routine=routine)
@@ -208,7 +208,7 @@ class PubSub:
         self._spawn(self._place_later(channels))
 
     def on_lost(self) -> None:
-        """A connection was lost. On a Cluster, another primary may have its channels now."""
+        """A connection was lost. On a Cluster, another primary can have its channels by now."""
         self._servers.slots.refresh_soon()
 
     def is_needed(self, connection: PubSubConnection) -> bool:

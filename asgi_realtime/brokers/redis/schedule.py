@@ -1,7 +1,7 @@
 """What runs are due for, and when: sorted sets by Redis's clock, seven for each of the 256 partitions.
 
 A commit updates the sets of its run's partition in its own step. Reading all partitions at every poll would be too
-much, so after each commit a *hint* records when its partition may have something due. A poll takes the hints that are
+much, so after each commit a *hint* records when its partition has something due. A poll takes the hints that are
 due, reads those partitions, and adds a hint for what comes next there.
 
 A hint can be missing, because it is added after the commit. So a few partitions are read at each poll without a hint,
@@ -81,7 +81,7 @@ class Schedule:
         return [(float(at), run_id.decode()) for run_id, at in zip(pairs[::2], pairs[1::2], strict=True)]
 
     async def _scan(self) -> None:
-        """Read the partitions whose turn it is, and hint at what they hold."""
+        """Read the next partitions in rotation, and add hints for what they hold."""
         now = asyncio.get_running_loop().time()
         if now - self._scanned_at < _SCAN_S:
             return

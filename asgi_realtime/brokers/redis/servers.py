@@ -26,7 +26,7 @@ from asgi_realtime.core.errors import BrokerUnavailable, ServerShutdown
 _RETRY_S = 0.02
 
 RESYNC = b"?"
-"""A message that names no change: whoever receives it reads again."""
+"""A message without a change: its subscribers read again."""
 
 WRITABLE = Script("#!lua\nreturn 1")
 """Writes nothing, but is refused wherever a writing script would be: without memory, on a replica."""
@@ -65,7 +65,7 @@ class Servers:
     async def call(self, key: str, *command: Any, bulk: bool = False) -> Any:
         """Send a command to the primary of a key. Raises `BrokerUnavailable`.
 
-        It can be executed twice. `bulk` is for answers that may be large: they have a connection of their own, so that
+        It can be executed twice. `bulk` is for answers that can be large: they use a separate connection, so that
         they delay no others.
         """
         return await self._call(key, command, bulk)
@@ -108,7 +108,7 @@ class Servers:
                     raise self._refused(address, command, exc) from exc
                 refusal: Exception = exc
             except ConnectionLost as exc:
-                self.slots.refresh_soon()  # the primary may have been replaced
+                self.slots.refresh_soon()  # in case the primary was replaced
                 if not exc.broke or not repeat:
                     raise
                 repeat = False
@@ -201,7 +201,7 @@ class Servers:
             raise unavailable(exc) from exc
 
     async def aclose(self) -> None:
-        """Close all connections for good."""
+        """Close all connections. Later calls raise `ServerShutdown`."""
         self._closed = True
         self.slots.close()
         connections = list(self._connections.values())

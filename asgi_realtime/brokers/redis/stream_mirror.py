@@ -1,6 +1,6 @@
 """The newest part of a stream, as this process follows it.
 
-Two channels tell about a stream: its own one (appends and its end) and that of its run, because a terminal commit ends
+Two channels announce changes: that of the stream (appends, its end) and that of its run, because a terminal commit ends
 all streams in one step and announces the end of each with the position at which it ends. An end applies only once all
 entries before it are here; if some are missing, the mirror reads again.
 
@@ -94,36 +94,33 @@ class StreamMirror(Mirror):
             self.live.wake()
 
     def _take(self, message: bytes) -> None:
+        log = self.live.log
         kind = message[:1]
         if kind == b"r":
             self._fail(RunNotFound(f"run {self.key.run!r} has expired (Retention.after_end)"))
-        elif self.live.log.end is not None:
+        elif log.end is not None:
             return
-        elif kind == b"a":
-            self._take_items(message)
+        elif kind == b"a":  # inline: each chunk takes this path
+            head, _, body = message.partition(b"\n")
+            _, seq_text, time_ms = head.split(b" ")
+            seq = int(seq_text)
+            if seq > log.next:
+                self.check(routine=False)
+                return
+            items = body.split(b"\n")
+            if seq < log.next:
+                items = items[log.next - seq :]
+            if items:
+                log.append(items, int(time_ms))
+                self._grown()
         elif kind == b"p":
-            if int(message[2:]) > self.live.log.next:
+            if int(message[2:]) > log.next:
                 self.check(routine=False)
         elif kind == b"e":
             head, _, end = message.partition(b"\n")
             self._take_end(decode_end(end), int(head[2:]))
         elif kind == b"E":
             self._take_end(*_run_end(message, self.key.name))
-
-    def _take_items(self, message: bytes) -> None:
-        log = self.live.log
-        head, _, body = message.partition(b"\n")
-        _, seq_text, time_ms = head.split(b" ")
-        seq = int(seq_text)
-        if seq > log.next:
-            self.check(routine=False)
-            return
-        items = body.split(b"\n")
-        if seq < log.next:
-            items = items[log.next - seq :]
-        if items:
-            log.append(items, int(time_ms))
-            self._grown()
 
     def _take_end(self, end: End, at: int) -> None:
         self._end(end, at)

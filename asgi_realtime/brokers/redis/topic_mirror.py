@@ -3,11 +3,11 @@
 A message carries the position before its change and the position of the change. If the first is where this index ends,
 the change continues it; anything else means that a message is missing, and the index is read again as a whole.
 
-Messages can be late, so being LIVE does not mean being as new as Redis. Whoever starts to follow a topic that this
-process follows already must know every change that was committed before (`Broker.follow`), and therefore refreshes:
-asks Redis what is newer than this index. Callers that arrive while one asks cannot share that answer, which may be
-older than their call; they share the next one. A refresh counts once it has *succeeded*: if the caller that asks is
-cancelled or fails, the next one in line asks again."""
+Messages can be late, so being LIVE does not mean being as new as Redis. A caller that starts to follow a topic that
+this process follows already must know every change that was committed before (`Broker.follow`), and therefore
+refreshes: asks Redis what is newer than this index. Callers that arrive while one asks cannot share that answer, which
+may be older than their call; they share the next one. A refresh counts once it has *succeeded*: if the caller that asks
+is cancelled or fails, the next one in line asks again."""
 
 from __future__ import annotations
 

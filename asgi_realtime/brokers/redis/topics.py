@@ -1,7 +1,7 @@
 """Topics in Redis: which runs changed, in the order of their last change.
 
-The topic of a run is part of the run's own hash, so both change in one step. Topics of tags and batches have keys of
-their own and are published to after the commit; a version that is not newer than the known one changes nothing.
+The topic of a run is part of the run's own hash, so both change in one step. Topics of tags and batches have separate
+keys and are published to after the commit; a version that is not newer than the known one changes nothing.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ T = TypeVar("T")
 COMPLETE = End("complete")
 
 PROPERTY = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
-"""For tests of random examples. Each example opens a backend of its own, which takes as long as it takes."""
+"""For tests of random examples. Each example opens a new backend, which has no time limit."""
 
 
 @dataclass(kw_only=True)

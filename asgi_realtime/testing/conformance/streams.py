@@ -152,7 +152,7 @@ async def test_no_reader_sees_part_of_an_append(make_broker: MakeBroker) -> None
         reader = Reader(backend.broker, key)
         lengths: list[int] = []
 
-        async def look(broker: Broker) -> None:
+        async def read(broker: Broker) -> None:
             while not (page := await broker.read(key)).end:
                 lengths.append(page.next)
                 lengths.append(len(page.entries))
@@ -166,7 +166,7 @@ async def test_no_reader_sees_part_of_an_append(make_broker: MakeBroker) -> None
 
         async with anyio.create_task_group() as group:
             for broker in backend.processes:
-                group.start_soon(look, broker)
+                group.start_soon(read, broker)
             group.start_soon(watch)
             group.start_soon(reader.run)
             for call in range(20):

@@ -1,5 +1,5 @@
 #!lua flags=allow-oom
--- Hints that a partition may have something due: at a time (a<unix ms>), or after a delay from now (r<ms>).
+-- Hints that a partition has something due: at a time (a<unix ms>), or after a delay from now (r<ms>).
 -- KEYS: the hints of each kind. ARGV: the partition, then a time for each key.
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)

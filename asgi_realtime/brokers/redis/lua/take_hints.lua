@@ -1,6 +1,6 @@
 #!lua flags=allow-oom
--- The partitions that may have something due now. Their hints move on by ARGV[1] ms: if the caller is cut off before
--- it has read a partition, the next poll after that does. Returns the partitions, and the time their hints moved to.
+-- Takes the hints that are due, and moves them ARGV[1] ms into the future: if the caller fails before it has read a
+-- partition, a later poll reads it. Returns the partitions, and the time that the hints moved to.
 -- KEYS: the hints of one kind.
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
