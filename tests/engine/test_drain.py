@@ -1,4 +1,4 @@
-"""Stopping a `Realtime`: what happens to its runs, with the broker and without."""
+"""Stopping a `Realtime`: what happens to its runs, with the broker and without it."""
 
 from __future__ import annotations
 
