@@ -82,5 +82,6 @@ async def until_shutdown(
         host.subscribers.discard(opened)
         request.release_body()
     if opened.is_silent:
-        return error_response(408, "silent", f"nothing came for {silence_s:g} s; send again what is not confirmed")
+        message = f"the client sent nothing for {silence_s:g} s; send again what was not confirmed"
+        return error_response(408, "silent", message)
     raise ServerShutdown()

@@ -136,7 +136,7 @@ class Request:
         while True:
             message = await self.receive()
             if message["type"] == "http.disconnect":
-                raise RequestCutOff("the request's body was cut off; send it again")
+                raise RequestCutOff("the request body was cut off; send it again")
             body += message.get("body", b"")
             _check_length(len(body), max_bytes)
             if not message.get("more_body", False):
