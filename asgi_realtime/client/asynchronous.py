@@ -48,7 +48,7 @@ class RealtimeClient:
     and `silence_timeout` without a byte; its pauses grow from 1 s to 30 s. After `give_up_after` without progress it
     raises `ServerUnreachable`; None means never. `connect_timeout` limits one connection attempt.
 
-    `http` sends the requests if given, so you can configure proxies and certificates; the client does not close it.
+    Pass `http` to configure proxies and certificates; the client does not close it.
     Use the client with `async with`, or call `aclose`. Then its subscriptions end, and new calls raise `UsageError`.
     """
 
@@ -121,7 +121,7 @@ class RealtimeClient:
         raise UnexpectedAnswer("the server sent no state of the run", status=200)
 
     async def aclose(self) -> None:
-        """End all subscriptions, even while they are read, and close the connections unless `http` was given."""
+        """End all subscriptions, even while they are read, and close the connections unless `http` was passed in."""
         self._closed = True
         for subscription in list(self._subscriptions):
             await subscription.aclose()

@@ -57,7 +57,7 @@ class Backoff:
         self._failing_since = None
 
     def fail(self, at_least_s: float = 0.0) -> float | None:
-        """Return the pause before the next attempt, or None to give up. After None everything starts anew."""
+        """Return the pause before the next attempt, or None to give up. Returning None also resets it."""
         now = self.clock()
         if self._failing_since is None:
             self._failing_since = now

@@ -113,7 +113,7 @@ class SubscriptionProtocol(ABC, Generic[T]):
 
     @property
     def pause_s(self) -> float:
-        """What remains of the pause before the next request. An interrupted pause does not start anew."""
+        """What remains of the pause before the next request. An interrupted pause does not restart."""
         return max(0.0, self._due_at - self._backoff.clock())
 
     def headers(self, token: str) -> dict[str, str]:

@@ -47,7 +47,7 @@ T = TypeVar("T")
 class SyncRealtimeClient:
     """As `RealtimeClient`, for threads. `access_token` is a token, or a function that is not async.
 
-    Many threads can use the client, but each subscription only one at a time. `http` sends the requests if given; it
+    Many threads can use the client, but each subscription only one at a time. Pass `http` to configure the requests; it
     must be an `httpx.AsyncClient`, is used on the event loop of this client only, and is closed with it.
 
     Use the client in a `with` block, or call `close`. Then its subscriptions end, and new calls raise `UsageError`. So

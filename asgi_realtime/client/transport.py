@@ -18,7 +18,7 @@ from asgi_realtime.core.errors import InvalidConfiguration
 
 
 class Transport:
-    """`http` is used if given, and otherwise made here; `aclose` closes only the latter."""
+    """`http` is created here unless it is passed in; `aclose` closes only one created here."""
 
     def __init__(
         self,

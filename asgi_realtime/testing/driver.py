@@ -1,6 +1,6 @@
 """One request to an ASGI app, without sockets and with a live body.
 
-`send()` waits until the test reads the chunk, so back-pressure is that of a socket without any buffer.
+`send()` waits until the test reads the chunk, so backpressure is that of a socket without any buffer.
 Works on asyncio and trio. (`httpx.ASGITransport` collects the whole body first, so it cannot show a live stream.)
 """
 
@@ -55,7 +55,7 @@ class _Exchange:
     def __init__(self, app: App, scope: Scope, body: bytes, timeout: float | None) -> None:
         self.response = StreamedResponse(scope, timeout=timeout)
         self.raised: list[Exception] = []
-        """What the app raised, unless it had `continued`."""
+        """What the app raised before `leave` let it continue."""
         self._app = app
         self._timeout = timeout
         self._requests: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]

@@ -99,7 +99,7 @@ class Faults:
         return stall
 
     def clear(self) -> None:
-        """Remove all planned faults. Faults that already happen continue."""
+        """Remove all planned faults. Faults in progress continue."""
         self._planned.clear()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -164,7 +164,7 @@ def test_an_http_client_that_was_passed_is_closed_with_the_client() -> None:
     assert http.is_closed
 
 
-def test_after_the_end_of_a_client_its_subscriptions_have_ended() -> None:
+def test_closing_a_client_ends_its_subscriptions() -> None:
     with ScriptedServer(stream(chunk(0), chunk(1)) + HOLD) as server:
         with SyncRealtimeClient(server.origin, TOKEN) as client:
             started, unused = client.read("run_1"), client.read("run_1")
