@@ -83,6 +83,13 @@ def test_fields_are_parsed_as_the_standard_says(data: bytes, events: list[Event]
     assert parse(data)[0] == events
 
 
+def test_the_data_of_an_event_can_be_decoded() -> None:
+    (event,), _ = parse(b'data: {"a":\ndata: 1}\n\n')
+    assert event.json() == {"a": 1}
+    with pytest.raises(ValueError):
+        Event("message", "text").json()
+
+
 def test_an_id_takes_effect_at_the_end_of_its_event() -> None:
     parser = EventParser()
     parser.feed(b"id: 1\n")

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from asgi_realtime.core.errors import ProducerGap, StreamClosed
+from asgi_realtime.core.errors import ProducerGap, RestoreOutOfOrder, StreamClosed, StreamLost
 from asgi_realtime.core.log import COMPACT_AFTER, End, Entry, Log, Position, Producer
 from asgi_realtime.core.sse import chunk_frame
 
@@ -85,6 +85,26 @@ def test_a_retry_on_an_ended_log_succeeds_and_a_new_item_does_not() -> None:
     with pytest.raises(StreamClosed):
         log.append([b"a", b"b"], 2, producer=Producer("p", 0))
     assert log.unseen([b"b"], Producer("p", 1)) == [b"b"]
+
+
+def test_a_lost_item_is_restored_at_its_seq_only() -> None:
+    log = filled(3)
+    with pytest.raises(StreamLost, match="entry 1 was lost, and other entries were appended up to 2"):
+        log.append([b"1"], 1, at=1)
+    with pytest.raises(RestoreOutOfOrder, match="entry 5 was lost; entries 3 to 4 must be restored before it"):
+        log.append([b"5"], 1, at=5)
+    assert log.append([b"3"], 1, at=3) == Position(3, 4)
+
+
+def test_stored_items_are_skipped_when_others_are_restored() -> None:
+    log = Log()
+    log.append([b"0", b"1"], 1, producer=Producer("p", 0))
+    assert log.append([b"1", b"2"], 1, producer=Producer("p", 1), at=1) == Position(2, 3)
+    assert [entry.data for entry in log.entries(-1, 10)] == [b"0", b"1", b"2"]
+
+
+def test_an_end_can_hide_its_error() -> None:
+    assert End("failed", "a message").without_error() == End("failed")
 
 
 def test_frames_are_limited_by_size_but_never_to_none() -> None:
@@ -185,3 +205,11 @@ def test_a_log_behaves_like_a_naive_one(steps: list[list[bytes] | int], cursors:
         assert len(some) == len(expected) or sum(map(len, expected[: len(some) + 1])) > limit
         entries = log.entries(cursor, limit)
         assert [chunk_frame(entry.seq, entry.data) for entry in entries] == expected[:limit]
+
+
+def test_a_copy_can_continue_at_another_seq() -> None:
+    log = filled(3)
+    log.restart(10)
+    assert (log.first, log.next, log.size) == (10, 10, 0)
+    assert log.append([b"10"], 1) == Position(10, 11)
+    assert [entry.seq for entry in log.entries(5, 10)] == [10]

@@ -145,6 +145,17 @@ def test_a_deeply_nested_value_can_be_removed() -> None:
         assert len(apply_operations({"l": items}, [Remove("l", value)])["l"]) == left
 
 
+def test_deeply_nested_values_of_another_shape_stay() -> None:
+    def deep(inner: Any) -> Any:
+        for _ in range(2000):
+            inner = [inner]
+        return inner
+
+    for other in ([1, 2], [1, 1, 1], {"b": 1}, {"a": 2}, {"a": True}, True):
+        items = [deep([1]), deep({"a": 1})]
+        assert apply_operations({"l": items}, [Remove("l", deep(other))])["l"] == items
+
+
 def test_no_operations_return_a_copy() -> None:
     result = apply_operations(OLD, [])
     assert result == OLD

@@ -112,3 +112,10 @@ async def test_the_token_lasts_one_hour_by_default() -> None:
         handle = await realtime.trigger("echo", 1)
         claims = realtime.verify_token(handle.public_access_token)
     assert 3590 < claims.expires_at - realtime.clock() <= 3601
+
+
+async def test_a_batch_handle_waits_for_all_results() -> None:
+    realtime = with_echo()
+    async with realtime:
+        batch = await realtime.batch_trigger([("echo", number) for number in range(3)])
+        assert await batch.results(timeout=5) == [0, 1, 2]

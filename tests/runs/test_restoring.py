@@ -1,19 +1,25 @@
-"""What this process knows and holds of its runs. tests/brokers/test_redis.py restores from a real data loss."""
+"""Restoring lost data: what this process knows, what it holds, and how both come together.
+
+tests/brokers/test_redis.py does the same with a Redis that really loses data.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import anyio
 import msgspec
 import pytest
 
-from asgi_realtime import Realtime, RunRecord, Status, Timeouts
+from asgi_realtime import Realtime, RunNotFound, RunRecord, Status, Timeouts
+from asgi_realtime.brokers.base import End, Position, Producer, StreamKey
 from asgi_realtime.core.config import Retention
-from asgi_realtime.core.runs import Finished
+from asgi_realtime.core.errors import BrokerUnavailable, StreamClosed, StreamLost
+from asgi_realtime.core.log import Log
+from asgi_realtime.core.runs import Finished, RunError, TagsAdded
 from asgi_realtime.runs import restoring
 from asgi_realtime.runs.restoring import OwnedRuns, RestorableProducer
-from tests.faults import RemoteBroker, make, until
+from tests.faults import RemoteBroker, make, stored, until
 from tests.inprocess import FakeClock
 
 pytestmark = pytest.mark.anyio
@@ -176,3 +182,162 @@ async def test_a_commit_that_is_not_the_end_sets_no_floors() -> None:
         assert realtime.runs.owned.floors(run.record) == {}
         assert realtime.runs.owned.floors(ending) == {("default", producer.id): 2}
         assert (await realtime.runs.update(run.id, Finished(Status.FAILED))).is_completed
+
+
+# A broker that loses data
+
+STILL = Timeouts(tick=60)
+
+
+class LosingBroker(RemoteBroker):
+    """A broker that can go back to an earlier state, as after a failover."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.history: list[tuple[StreamKey, tuple[bytes, ...], Producer | None]] = []
+
+    async def append(
+        self,
+        key: StreamKey,
+        items: Sequence[bytes],
+        *,
+        producer: Producer | None = None,
+        end: End | None = None,
+        at: int | None = None,
+    ) -> Position:
+        position = await super().append(key, items, producer=producer, end=end, at=at)
+        self.history.append((key, tuple(items), producer))
+        return position
+
+    def lose_appends(self, run_id: str, *, keep: int = 0) -> None:
+        """Lose all appends to a run but the first ones."""
+        del self.history[keep:]
+        for name, live in self.inner._runs[run_id].streams.items():
+            live.log = Log()
+            for key, items, producer in self.history:
+                if key == (run_id, name):
+                    live.log.append(items, 0, producer=producer)
+
+    def lose_run(self, run_id: str) -> None:
+        del self.inner._runs[run_id]
+        self.history.clear()
+
+    def lose_version(self, run_id: str, record: RunRecord) -> None:
+        self.inner._runs[run_id].record = record
+
+
+@pytest.mark.parametrize("keep", range(4))
+async def test_an_append_restores_lost_chunks(keep: int) -> None:
+    broker = LosingBroker()
+    async with make(broker=broker, timeouts=STILL) as realtime, realtime.open_run("r") as run:
+        for number in range(3):
+            await realtime.append(number)
+        broker.lose_appends(run.id, keep=keep)
+        await realtime.append(3)
+        assert await stored(realtime, run.id) == [0, 1, 2, 3]
+
+
+async def test_chunks_of_several_writers_return_to_their_seqs() -> None:
+    broker = LosingBroker()
+    async with make(broker=broker, timeouts=STILL) as realtime, realtime.open_run("r") as run:
+        async with realtime.writer() as one, realtime.writer() as other:
+            for number in range(5):
+                for writer in (one, other):
+                    await writer.write(number)
+                    await writer._writer.drain()
+            broker.lose_appends(run.id, keep=3)
+            await other.write("last")
+        assert await stored(realtime, run.id) == [number for number in range(5) for _ in range(2)] + ["last"]
+
+
+async def test_the_end_of_a_run_restores_chunks_and_record() -> None:
+    broker = LosingBroker()
+    async with make(broker=broker, timeouts=STILL) as realtime:
+        async with realtime.open_run("r", tags=["a"]) as run:
+            await realtime.append("x")
+            broker.lose_run(run.id)
+        found = await realtime.get_run(run)
+        assert (found.status, found.tags) == (Status.COMPLETED, ("a",))
+        assert await stored(realtime, run.id) == ["x"]
+
+
+async def test_an_append_restores_a_lost_run() -> None:
+    broker = LosingBroker()
+    async with make(broker=broker, timeouts=STILL) as realtime, realtime.open_run("r") as run:
+        await realtime.append("x")
+        broker.lose_run(run.id)
+        await realtime.append("y")
+        assert await stored(realtime, run.id) == ["x", "y"]
+
+
+async def test_a_change_restores_a_lost_version() -> None:
+    broker = LosingBroker()
+    async with make(broker=broker, timeouts=STILL) as realtime, realtime.open_run("r") as run:
+        before = await realtime.get_run(run)
+        run.metadata.set("n", 1)
+        await run.metadata.flush()
+        broker.lose_version(run.id, before)
+        after = await realtime.runs.update(run.id, TagsAdded(("a",)))
+        assert (after.metadata, after.tags) == ({"n": 1}, ("a",))
+
+
+async def test_a_run_that_was_removed_is_not_restored_by_others() -> None:
+    broker = LosingBroker()
+    async with make(broker=broker, timeouts=STILL) as realtime, make(broker=broker, timeouts=STILL) as other:
+        async with other.open_run("r") as run:
+            await realtime.append("x", run=run)
+            broker.lose_run(run.id)
+            with pytest.raises(RunNotFound):
+                await realtime.append("y", run=run)
+
+
+async def test_chunks_that_are_not_held_are_lost_and_fail_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(restoring, "HELD_BYTES", 1)
+    broker = LosingBroker()
+    async with make(broker=broker, timeouts=STILL) as realtime:
+        async with realtime.open_run("r") as run:
+            for number in range(3):
+                await realtime.append(number)
+            broker.lose_appends(run.id)
+            with pytest.raises(StreamLost, match="entries of stream 'default' were lost"):
+                await realtime.append(3)
+        found = await realtime.get_run(run)
+        assert found.error is not None
+        assert (found.status, found.error.name) == (Status.FAILED, "StreamLost")
+        end = (await realtime.broker.read(StreamKey(run.id, "default"))).end
+        assert end is not None
+        assert end.reason == "lost"
+
+
+async def test_chunks_whose_seqs_are_taken_are_lost() -> None:
+    broker = LosingBroker()
+    async with make(broker=broker, timeouts=STILL) as realtime, realtime.open_run("r") as run:
+        await realtime.append("ours")
+        broker.lose_appends(run.id)
+        await broker.inner.append(StreamKey(run.id, "default"), [b'"theirs"'])
+        with pytest.raises(StreamLost):
+            await realtime.append("more")
+        assert await stored(realtime, run.id) == ["theirs"]
+
+
+async def test_a_run_that_ended_elsewhere_is_not_restored() -> None:
+    broker = LosingBroker()
+    async with make(broker=broker, timeouts=STILL) as realtime, realtime.open_run("r") as run:
+        await realtime.append("x")
+        broker.lose_appends(run.id)
+        crashed = Finished(Status.CRASHED, error=RunError("Crashed", "its process is gone"))
+        async with make(broker=RemoteBroker(broker.inner), timeouts=STILL) as other:
+            await other.runs.update(run.id, crashed)
+        with pytest.raises(StreamClosed):
+            await realtime.append("y")
+
+
+async def test_a_stream_that_cannot_be_restored_yet_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    broker = LosingBroker()
+    async with make(broker=broker, timeouts=Timeouts(tick=60, append=0.1)) as realtime, realtime.open_run("r") as run:
+        await realtime.append("x")
+        broker.away = {"append"}
+        await realtime.runs.restorer.restore_streams(run.id)
+        assert f"stream 'default' of run {run.id} could not be restored yet" in caplog.text
+        with pytest.raises(BrokerUnavailable):
+            await realtime.append("y")
