@@ -1,8 +1,8 @@
 """Ending the runs of this process when the `Realtime` stops.
 
-1. Runs that wait here FAIL. The others have `timeouts.drain` to finish.
-2. The code of the remaining runs is stopped, and they FAIL with `ServerShutdown`. Cleanup, and the commits that store
-   these ends, have `timeouts.cancel`. Runs that are created by such cleanup end in the same way.
+1. Runs that wait here become FAILED. The others have `timeouts.drain` to finish.
+2. The code of the remaining runs is stopped, and they become FAILED with `ServerShutdown`. Their cleanup, and the
+   commits that store these ends, have `timeouts.cancel`. Runs that the cleanup creates end in the same way.
 
 The engine then cancels what still runs and leaves the broker, which interrupts calls in progress. If the broker is
 unavailable or does not respond, the second step is short: nothing more can be stored, and a process that does not exit

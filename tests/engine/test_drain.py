@@ -16,6 +16,7 @@ from asgi_realtime.brokers.base import ChangeMark
 from asgi_realtime.brokers.memory import MemoryBroker
 from asgi_realtime.core.errors import ServerShutdown
 from asgi_realtime.core.runs import RunRecord
+from asgi_realtime.engine import drain
 from tests.inprocess import ended, make_realtime, until
 
 
@@ -313,8 +314,11 @@ async def test_a_stop_without_the_broker_ends() -> None:
 
 
 @pytest.mark.anyio
-async def test_a_stop_without_the_broker_is_prompt_and_logs_no_traceback(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_stop_without_the_broker_is_prompt_and_logs_no_traceback(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It took as long as a commit is retried, 30 s, and logged the traceback of an expected error."""
+    monkeypatch.setattr(drain, "_PATIENCE_S", 0.05)
     broker = NoCommits()
     realtime = make_realtime(broker=broker)
 
@@ -372,8 +376,11 @@ class Hanging(MemoryBroker):
 
 
 @pytest.mark.anyio
-async def test_a_stop_does_not_wait_for_a_broker_that_does_not_respond(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_stop_does_not_wait_for_a_broker_that_does_not_respond(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It took `timeouts.cancel`, 5 s."""
+    monkeypatch.setattr(drain, "_PATIENCE_S", 0.05)
     broker = Hanging()
     realtime = make_realtime(broker=broker, timeouts=Timeouts(tick=0.01, drain=0.02))
 

@@ -13,6 +13,7 @@ import pytest
 
 from asgi_realtime import Realtime, Run, ServerShutdown, Timeouts
 from asgi_realtime.engine.held_run import HeldRun
+from asgi_realtime.loop import thread_calls
 from asgi_realtime.loop.thread_calls import ThreadCall
 from tests.inprocess import GUARD_S, make_realtime, run_without_anyio, until
 
@@ -130,7 +131,8 @@ def test_a_loop_of_this_thread_that_is_not_running_is_an_error() -> None:
     loop.close()
 
 
-def test_a_closed_loop_leaves_no_thread_waiting() -> None:
+def test_a_closed_loop_leaves_no_thread_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(thread_calls, "CHECK_PERIOD_S", 0.01)
     loop = asyncio.new_event_loop()
     realtime = make_realtime()
     loop.run_until_complete(realtime.start())
