@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 from asgi_realtime.core.config import Limits
 from asgi_realtime.core.errors import LimitExceeded, UsageError
+from asgi_realtime.core.log import HIDDEN_STREAM
 
 INPUT_PREFIX = "$trigger.input:"
 """Inputs are hidden streams with this name and the id of the input, as in the official clients."""
@@ -56,8 +57,8 @@ def check_key(key: str, limits: Limits, *, what: str) -> str:
 def stream_name(name: str, limits: Limits) -> str:
     """The key of a stream that users can write and read. Raises as `check_key`."""
     check_key(name, limits, what="stream key")
-    if name.startswith("$"):
-        raise UsageError(f"stream key {name!r} starts with $, which is reserved for inputs")
+    if name.startswith(HIDDEN_STREAM):
+        raise UsageError(f"stream key {name!r} starts with {HIDDEN_STREAM}, which is reserved for inputs")
     return name
 
 
