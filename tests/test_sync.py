@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import inspect
 import signal
 import subprocess
@@ -476,6 +477,26 @@ def test_a_start_that_fails_releases_its_lock(monkeypatch: pytest.MonkeyPatch) -
             patch.setattr(LoopThread, "close", fail)
             with pytest.raises(OSError, match="no thread"):
                 await realtime.start()
+        with anyio.fail_after(GUARD_S):
+            async with realtime:
+                pass
+
+    anyio.run(host)
+
+
+def test_a_start_that_is_cancelled_while_a_thread_starts_leaves_the_lock_free() -> None:
+    """A worker thread took the lock for the cancelled start, and nothing released it."""
+    realtime = with_tasks(broker=Shared())
+    starting = realtime._bridge._starting
+
+    async def host() -> None:
+        starting.acquire()  # as a thread that starts
+        start = asyncio.create_task(realtime.start())
+        await anyio.sleep(0.02)
+        start.cancel()
+        await asyncio.wait([start])
+        starting.release()
+        await anyio.sleep(0.02)
         with anyio.fail_after(GUARD_S):
             async with realtime:
                 pass

@@ -30,6 +30,9 @@ from asgi_realtime.loop.waiting import on_asyncio
 
 T = TypeVar("T")
 
+_POLL_S = 0.01
+"""How often a starting host checks whether the start of a thread is over."""
+
 
 class ThreadBridge:
     """Runs coroutine functions and async iterators on the loop of an engine, and blocks the calling thread."""
@@ -118,11 +121,13 @@ class ThreadBridge:
             return
         self._reset_in_child()
         starting = self._starting
-        with anyio.CancelScope(shield=True):
-            # A limiter of its own: the threads of the default one can all be waiting for this start.
-            await anyio.to_thread.run_sync(starting.acquire, limiter=anyio.CapacityLimiter(1))
+        while not starting.acquire(
+            blocking=False
+        ):  # a worker thread could take it after a cancellation
+            await anyio.sleep(_POLL_S)
         try:
             with anyio.CancelScope(shield=True):
+                # A limiter of its own: the threads of the default one can all be waiting for this start.
                 await anyio.to_thread.run_sync(self.close, limiter=anyio.CapacityLimiter(1))
             yield
         finally:
