@@ -121,9 +121,8 @@ class ThreadBridge:
             return
         self._reset_in_child()
         starting = self._starting
-        while not starting.acquire(
-            blocking=False
-        ):  # a worker thread could take it after a cancellation
+        # Polled, because a worker thread that waits for the lock would still take it after a cancellation.
+        while not starting.acquire(blocking=False):  # noqa: ASYNC110
             await anyio.sleep(_POLL_S)
         try:
             with anyio.CancelScope(shield=True):
