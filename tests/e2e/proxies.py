@@ -203,7 +203,7 @@ class Stream:
         return self._events
 
 
-def check_chunks_come_as_they_are_written(visitor: Visitor, **options: str) -> None:
+def check_chunks_arrive_as_they_are_written(visitor: Visitor, **options: str) -> None:
     """Write each chunk after the previous one was read, so a chunk delayed anywhere would block the test."""
     run = visitor.post("/open")
     with visitor.stream(run, **options) as stream:

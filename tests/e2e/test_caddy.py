@@ -12,7 +12,7 @@ import pytest
 
 from tests.docs.blocks import blocks
 from tests.e2e.hosts.servers import GUARD_S
-from tests.e2e.proxies import Certificate, Visitor, app, caddy, check_chunks_come_as_they_are_written, wait_for
+from tests.e2e.proxies import Certificate, Visitor, app, caddy, check_chunks_arrive_as_they_are_written, wait_for
 from tests.ports import free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3 * GUARD_S)]
@@ -55,7 +55,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Certi
 def test_chunks_arrive_as_they_are_written(plain: tuple[str, Certificate], http2: bool) -> None:
     url, certificate = plain
     with Visitor(url, certificate.trust, http2=http2) as visitor:
-        check_chunks_come_as_they_are_written(visitor)
+        check_chunks_arrive_as_they_are_written(visitor)
         version = visitor.http.get(f"{url}/realtime/v1/health").http_version
         assert version == ("HTTP/2" if http2 else "HTTP/1.1")
 

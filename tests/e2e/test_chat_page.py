@@ -316,7 +316,7 @@ def test_a_browser_stops_at_the_end_of_an_empty_stream(server: Server, page: Pag
 
 
 @pytest.mark.model
-def test_ctrl_c_in_mid_answer_ends_server_and_model_at_once(model_path: Path, page: Page) -> None:
+def test_ctrl_c_in_mid_answer_ends_server_and_model_immediately(model_path: Path, page: Page) -> None:
     with example("fastapi_app", {}) as server:  # with its own model, as `make demo` starts it
         children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
         assert len(children) == 1

@@ -15,7 +15,7 @@ from playwright.sync_api import Browser
 
 from tests.docs.blocks import blocks
 from tests.e2e.hosts.servers import GUARD_S
-from tests.e2e.proxies import Certificate, Visitor, app, check_chunks_come_as_they_are_written, nginx, wait_for
+from tests.e2e.proxies import Certificate, Visitor, app, check_chunks_arrive_as_they_are_written, nginx, wait_for
 from tests.ports import free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3 * GUARD_S)]
@@ -93,9 +93,9 @@ def plain(quiet_app: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 
 @pytest.mark.parametrize("http2", [False, True], ids=["http1", "http2"])
-def test_chunks_come_as_they_are_written(plain: Front, http2: bool) -> None:
+def test_chunks_arrive_as_they_are_written(plain: Front, http2: bool) -> None:
     with plain.visitor(http2=http2) as visitor:
-        check_chunks_come_as_they_are_written(visitor)
+        check_chunks_arrive_as_they_are_written(visitor)
         version = visitor.http.get(f"{plain.url}/realtime/v1/health").http_version
         assert version == ("HTTP/2" if http2 else "HTTP/1.1")
 
@@ -141,7 +141,7 @@ COMPRESSED = {"gzip off;": "gzip on; gzip_types *;"}
 
 def test_the_header_of_the_library_is_enough_against_buffering(quiet_app: int, tmp_path: Path) -> None:
     with front(tmp_path, UNBUFFERED, app_port=quiet_app) as found, found.visitor() as visitor:
-        check_chunks_come_as_they_are_written(visitor)
+        check_chunks_arrive_as_they_are_written(visitor)
 
 
 @pytest.mark.parametrize(
@@ -219,7 +219,7 @@ def test_a_read_timeout_longer_than_the_heartbeat_cuts_nothing(beating_app: int,
 def test_gzip_does_not_hold_chunks_back(quiet_app: int, tmp_path: Path, types: str) -> None:
     compressing = {"gzip off;": f"gzip on; gzip_proxied any; {types}"}
     with front(tmp_path, compressing, app_port=quiet_app) as found, found.visitor() as visitor:
-        check_chunks_come_as_they_are_written(visitor)
+        check_chunks_arrive_as_they_are_written(visitor)
         with visitor.stream(visitor.post("/open"), **{"accept-encoding": "gzip"}) as stream:
             encoding = stream.response.headers.get("content-encoding")
         assert encoding == ("gzip" if types else None)
@@ -237,13 +237,13 @@ def test_a_prefix_that_the_proxy_strips(tmp_path: Path) -> None:
     assert "uvicorn app:app --root-path /api" in STRIPPED
     with served(tmp_path, with_location(STRIPPED), "--root-path", "/api") as found, found.visitor() as visitor:
         visitor.url += "/api"
-        check_chunks_come_as_they_are_written(visitor)
+        check_chunks_arrive_as_they_are_written(visitor)
         assert visitor.http.get(f"{found.url}/api/realtimeX").status_code == 404
 
 
 def test_a_prefix_that_the_proxy_keeps(tmp_path: Path) -> None:
     with served(tmp_path, with_location(KEPT), PREFIX="/api/realtime") as found, found.visitor() as visitor:
-        check_chunks_come_as_they_are_written(visitor, prefix="/api/realtime")
+        check_chunks_arrive_as_they_are_written(visitor, prefix="/api/realtime")
         assert visitor.http.get(f"{found.url}/realtime/v1/health").status_code == 404
 
 
@@ -259,7 +259,7 @@ def test_an_app_that_is_killed_cuts_the_stream(tmp_path: Path) -> None:
                     stream.rest()
         assert visitor.http.get(f"{found.url}/realtime/v1/health").status_code == 502
         with app(tmp_path, port=found.app_port):
-            check_chunks_come_as_they_are_written(visitor)
+            check_chunks_arrive_as_they_are_written(visitor)
 
 
 @pytest.mark.parametrize("http2", [False, True], ids=["http1", "http2"])

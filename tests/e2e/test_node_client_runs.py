@@ -235,7 +235,7 @@ def test_changes_of_other_runs_do_not_answer_a_held_request(site: Site) -> None:
     other.end()
 
 
-def test_a_list_of_large_runs_arrives_whole(site: Site) -> None:
+def test_a_list_of_large_runs_arrives_complete(site: Site) -> None:
     tag = new_tag()
     runs = [site.open(tags=[tag]) for _ in range(8)]
     for number, run in enumerate(runs):

@@ -48,7 +48,7 @@ def for_another(scope: str) -> str:
 REFUSED = {expired: 401, foreign: 401, forged: 401, unsigned: 401, for_another: 403}
 
 
-def test_streams_runs_and_triggers_are_refused(site: Site) -> None:
+def test_streams_runs_and_triggers_are_rejected(site: Site) -> None:
     run = site.open()
     run.append("secret")
     tokens = {make.__name__: make(f"read:runs:{run.id}") for make in REFUSED}
@@ -63,7 +63,7 @@ def test_streams_runs_and_triggers_are_refused(site: Site) -> None:
     run.end()
 
 
-def test_a_token_to_read_does_not_trigger_and_the_reverse(site: Site) -> None:
+def test_a_read_token_does_not_trigger_nor_a_trigger_token_read(site: Site) -> None:
     run = site.open()
     tokens = {"read": run.token, "trigger": site.token("trigger:tasks:echo")}
     with running("refused", site, run=run.id, task="unlucky", tokens=tokens) as program:
@@ -72,7 +72,7 @@ def test_a_token_to_read_does_not_trigger_and_the_reverse(site: Site) -> None:
         assert [program.next("token")] + [program.next("error")["status"] for _ in range(3)] == ["trigger"] + [403] * 3
 
 
-def test_a_feed_is_refused_and_asked_for_once() -> None:
+def test_a_rejected_feed_is_polled_once() -> None:
     """The polls of an accepted feed show that enough time has passed for a second try."""
     with serving("memory", poll_s=0.2) as site:
         run = site.open()
@@ -101,7 +101,7 @@ def soon_expired(site: Site, run: Opened) -> str:
     return site.token(f"read:runs:{run.id}", expires_in=f"{site.ahead_s + 10}s")
 
 
-def test_a_stream_ends_with_its_token(ahead: Site) -> None:
+def test_a_stream_ends_when_its_token_expires(ahead: Site) -> None:
     run = ahead.open()
     run.append("a")
     with running("read", ahead, run=run.id, token=soon_expired(ahead, run)) as reader:
@@ -116,7 +116,7 @@ def has_number(number: int, run: Line) -> bool:
     return bool(run["metadata"].get("number") == number)
 
 
-def test_a_stream_goes_on_with_a_new_token(ahead: Site) -> None:
+def test_a_stream_continues_with_a_new_token(ahead: Site) -> None:
     run = ahead.open()
     run.append("a")
     stale = soon_expired(ahead, run)
@@ -132,7 +132,7 @@ def test_a_stream_goes_on_with_a_new_token(ahead: Site) -> None:
     assert asked == [(None, 200), ("0", 401), ("0", 200)]
 
 
-def test_a_feed_ends_with_its_token(ahead: Site) -> None:
+def test_a_feed_ends_when_its_token_expires(ahead: Site) -> None:
     run, other = ahead.open(), ahead.open()
     refused = [[run.id, soon_expired(ahead, run)]]
     with running("refused_feed", ahead, run=other.id, refused=refused) as program:

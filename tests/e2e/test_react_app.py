@@ -265,7 +265,7 @@ REFUSED: dict[str, tuple[int, Callable[[str], str]]] = {
 
 
 @pytest.mark.parametrize("token", REFUSED)
-def test_a_refused_token_is_shown_and_not_retried(chat: Chat, page: Page, token: str) -> None:
+def test_a_rejected_token_is_shown_and_not_retried(chat: Chat, page: Page, token: str) -> None:
     status, make = REFUSED[token]
     replace_tokens(page, chat, token=make)
     page.goto(chat.url)

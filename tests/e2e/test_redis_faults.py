@@ -253,7 +253,7 @@ async def test_an_absence_longer_than_a_lease(sites: Sites, redis_server: RedisS
     assert len(site.logged("leases cannot be renewed")) <= 1
 
 
-async def test_redis_comes_after_the_processes(sites: Sites, redis_server: RedisServer) -> None:
+async def test_redis_starts_after_the_processes(sites: Sites, redis_server: RedisServer) -> None:
     redis_server.kill()
     with sites.processes({"REDIS_URL": redis_server.url}) as (worker, web):
         for process in (worker, web):

@@ -80,7 +80,7 @@ def flask_alone(folder: Path, broker: str) -> Iterator[str]:
         yield f"http://127.0.0.1:{port}"
 
 
-def test_wsgi_with_the_memory_broker_is_refused(tmp_path: Path) -> None:
+def test_wsgi_with_the_memory_broker_is_rejected(tmp_path: Path) -> None:
     with flask_alone(tmp_path, "memory://") as url:
         refused = httpx.get(f"{url}/mistake", timeout=GUARD_S).json()
         assert "its broker is in memory, so the call would have no effect" in refused
