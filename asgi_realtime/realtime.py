@@ -379,9 +379,7 @@ class Realtime:
         key = StreamKey(run_id_of(run), stream_name(stream, self.limits))
         seconds = None if timeout is None else parse_span(timeout, name="timeout")
         self.engine.begin()
-        reader = StreamReader(
-            self.broker, self.runs, key, after=start_index - 1, timeout_s=seconds, start=self.ensure_started
-        )
+        reader = StreamReader(self.runs, key, after=start_index - 1, timeout_s=seconds, start=self.ensure_started)
         return ChunkReader(reader, decode_chunk)
 
     # Follow runs
@@ -407,12 +405,8 @@ class Realtime:
         run_id = run_id_of(run)
         self.engine.begin()
         if with_streams:
-            return RunWithStreams(
-                self.broker, self.runs, run_id, stop_on_completion=stop_on_completion, start=self.ensure_started
-            )
-        return RunFollower(
-            self.broker, self.runs, run_id, stop_on_completion=stop_on_completion, start=self.ensure_started
-        )
+            return RunWithStreams(self.runs, run_id, stop_on_completion=stop_on_completion, start=self.ensure_started)
+        return RunFollower(self.runs, run_id, stop_on_completion=stop_on_completion, start=self.ensure_started)
 
     def subscribe_to_runs_with_tag(
         self, tags: str | Iterable[str], *, created_within: Span = "24h"
@@ -424,12 +418,9 @@ class Realtime:
         oldest_ms = self.runs.now_ms() - round(parse_span(created_within, name="created_within") * 1000)
         self.engine.begin()
         return TagFollower(
-            self.broker,
             self.runs,
             wanted,
             oldest_ms=oldest_ms,
-            first=self.limits.feed_runs,
-            limit=self.limits.topic_runs,
             start=self.ensure_started,
         )
 
@@ -439,11 +430,9 @@ class Realtime:
         batch_id = batch if isinstance(batch, str) else batch.id
         self.engine.begin()
         return BatchFollower(
-            self.broker,
             self.runs,
             batch_id,
             closed=lambda: self.tasks.batches.closed(batch_id),
-            limit=self.limits.topic_runs,
             start=self.ensure_started,
         )
 

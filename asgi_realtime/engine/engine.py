@@ -99,7 +99,7 @@ class Engine:
         self.leases = Leases(broker, self.runs, held=lambda: self.held, clock=clock, lease_s=timeouts.lease)
         self.dispatcher = Dispatcher(broker, self.runs, timeouts=timeouts, on_held=self.leases.keep)
         self.executions = Executions(
-            broker, self.runs, limits=limits, debug=debug, supervisor=self.begin, on_held=self.leases.keep
+            self.runs, limits=limits, debug=debug, supervisor=self.begin, on_held=self.leases.keep
         )
         self._end_runs = Drain(
             broker, self.runs, executions=self.executions, dispatcher=self.dispatcher, timeouts=timeouts

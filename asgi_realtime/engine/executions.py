@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 
-from asgi_realtime.brokers.base import Broker
 from asgi_realtime.core.config import Limits
 from asgi_realtime.core.runs import CancelRequested, RunRecord
 from asgi_realtime.engine.execution import Execution
@@ -26,7 +25,6 @@ class Executions(Mapping[str, Execution]):
 
     def __init__(
         self,
-        broker: Broker,
         runs: RunStore,
         *,
         limits: Limits,
@@ -36,7 +34,6 @@ class Executions(Mapping[str, Execution]):
     ) -> None:
         self.changed = WaitList()
         """Woken when an execution starts or ends."""
-        self._broker = broker
         self._runs = runs
         self._limits = limits
         self._debug = debug
@@ -68,7 +65,6 @@ class Executions(Mapping[str, Execution]):
             runs=self._runs,
             supervisor=supervisor,
             limits=self._limits,
-            broker=self._broker,
             parent=related.get(record.parent_id or ""),
             root=related.get(record.root_id or ""),
         )
@@ -99,7 +95,7 @@ class Executions(Mapping[str, Execution]):
         """
         for execution in self._by_id.values():
             if execution not in self._watches:
-                watch = self._watches[execution] = RunWatch(execution, broker=self._broker, runs=self._runs)
+                watch = self._watches[execution] = RunWatch(execution, runs=self._runs)
                 self._supervisor().spawn_detached(watch.run)
 
     def remove(self, execution: Execution) -> None:

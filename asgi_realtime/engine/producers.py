@@ -41,7 +41,7 @@ class Producers:
     def writer(self, key: StreamKey) -> StreamWriter:
         """A new writer: one more producer of the stream."""
         engine = self._engine
-        return StreamWriter(key, broker=engine.broker, runs=engine.runs, spawn=engine.spawn_brief, limits=engine.limits)
+        return StreamWriter(key, runs=engine.runs, spawn=engine.spawn_brief)
 
     def known(self, run_id: str, stream: object) -> StreamWriter | None:
         """The shared writer of a user's stream, if `append` can use it without waiting. For the hot path."""

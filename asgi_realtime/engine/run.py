@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextvars
 from typing import Any
 
-from asgi_realtime.brokers.base import Broker, StreamKey
+from asgi_realtime.brokers.base import StreamKey
 from asgi_realtime.core.chunks import encode_value
 from asgi_realtime.core.config import Limits
 from asgi_realtime.core.errors import LimitExceeded, NoCurrentRun
@@ -47,7 +47,6 @@ class Run(RelatedRun):
         runs: RunStore,
         supervisor: Supervisor,
         limits: Limits,
-        broker: Broker,
         parent: RelatedRun | None = None,
         root: RelatedRun | None = None,
     ) -> None:
@@ -62,7 +61,6 @@ class Run(RelatedRun):
         self.canceled = False
         """Whether the run is to be canceled. Code in a thread can check it; other code is interrupted."""
         self.output_json: bytes | None = None
-        self._broker = broker
         self._runs = runs
         self._limits = limits
         self._inputs: dict[str, Input] = {}
@@ -84,7 +82,7 @@ class Run(RelatedRun):
         found = self._inputs.get(input_id)
         if found is None:
             key = StreamKey(self.id, input_stream(input_id, self._limits))
-            found = self._inputs[input_id] = Input(StreamReader(self._broker, self._runs, key))
+            found = self._inputs[input_id] = Input(StreamReader(self._runs, key))
         return found
 
 

@@ -10,7 +10,6 @@ import logging
 
 import anyio
 
-from asgi_realtime.brokers.base import Broker
 from asgi_realtime.brokers.following import Follower, following
 from asgi_realtime.core.errors import BrokerUnavailable
 from asgi_realtime.core.runs import RunRecord, Status, run_topic
@@ -26,9 +25,8 @@ _PAUSE_S = 0.5
 class RunWatch:
     """Stops an execution once another process has canceled or ended its run, or removed it."""
 
-    def __init__(self, execution: Execution, *, broker: Broker, runs: RunStore) -> None:
+    def __init__(self, execution: Execution, *, runs: RunStore) -> None:
         self._execution = execution
-        self._broker = broker
         self._runs = runs
         self._run_id = execution.run.id
         self._seen = execution.run.record.version
@@ -44,7 +42,7 @@ class RunWatch:
         with self._scope:
             while True:
                 try:
-                    async with following(self._broker, run_topic(self._run_id)) as follower:
+                    async with following(self._runs.broker, run_topic(self._run_id)) as follower:
                         await self._follow(follower)
                     return
                 except BrokerUnavailable:

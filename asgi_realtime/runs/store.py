@@ -46,7 +46,7 @@ class _Current(NamedTuple):
 
 
 class RunStore:
-    """All access to run records. `clock` returns unix seconds.
+    """All access to run records, with the broker and the limits behind it. `clock` returns unix seconds.
 
     Calls retry for `patience_s` while the broker is unavailable, then raise `BrokerUnavailable`.
     """
@@ -60,9 +60,9 @@ class RunStore:
         limits: Limits,
         retention: Retention | None = None,
     ) -> None:
-        self._broker = broker
+        self.broker = broker
         self._clock = clock
-        self._limits = limits
+        self.limits = limits
         self.retry = Retry(patience_s)
         self.owner = secrets.token_hex(8)
         """Identifies this process as the owner of the runs that it executes and the author of its commits."""
@@ -82,12 +82,12 @@ class RunStore:
 
     async def load(self, run_ids: Sequence[str]) -> list[RunRecord | None]:
         """As `Broker.load`."""
-        return await self._broker.load(run_ids)
+        return await self.broker.load(run_ids)
 
     async def get(self, run_id: str) -> RunRecord:
         """The newest record. Waits for a run that this process is creating. Raises `RunNotFound`."""
         await self.wait_created(run_id)
-        (record,) = await self._broker.load([run_id])
+        (record,) = await self.broker.load([run_id])
         if record is None:
             raise _not_found(run_id)
         return record
@@ -97,7 +97,7 @@ class RunStore:
     async def create(self, record: RunRecord) -> None:
         """Store a new run. Raises `VersionConflict` if its id exists."""
         mark = self._make_mark()
-        await self.retry(self._broker.commit, record, expect=0, change=mark)
+        await self.retry(self.broker.commit, record, expect=0, change=mark)
 
     def expect_creation(self, run_id: str) -> None:
         """This process is about to create the run: `get` waits until `creation_settled`."""
@@ -162,7 +162,7 @@ class RunStore:
 
     async def _current(self, run_id: str) -> _Current:
         await self.wait_created(run_id)
-        (stored,) = await self.retry(self._broker.load, [run_id])
+        (stored,) = await self.retry(self.broker.load, [run_id])
         return self._reconcile(run_id, stored)
 
     def _reconcile(self, run_id: str, stored: RunRecord | None) -> _Current:
@@ -178,13 +178,13 @@ class RunStore:
         """
         now_ms = self.now_ms()
         following = apply(record, changes, now_ms)
-        if _excess(record, following, self._limits) is None:
+        if _excess(record, following, self.limits) is None:
             return Changed(following)
         accepted: list[RunChange] = []
         present, rejected = record, None
         for change in changes:
             following = apply(present, [change], now_ms)
-            excess = _excess(present, following, self._limits)
+            excess = _excess(present, following, self.limits)
             if excess is None:
                 present = following
                 accepted.append(change)
@@ -203,11 +203,11 @@ class RunStore:
 
     async def claim(self, key: str, value: str, *, ttl_s: float) -> str:
         """As `Broker.claim`."""
-        return await self.retry(self._broker.claim, key, value, ttl_s=ttl_s)
+        return await self.retry(self.broker.claim, key, value, ttl_s=ttl_s)
 
     async def claimed(self, key: str) -> str | None:
         """As `Broker.claimed`."""
-        return await self.retry(self._broker.claimed, key)
+        return await self.retry(self.broker.claimed, key)
 
     # Wait
 
@@ -216,7 +216,7 @@ class RunStore:
         record = await self.retry(self.get, run_id)
         if record.is_completed:
             return record
-        async with following(self._broker, run_topic(run_id)) as follower:
+        async with following(self.broker, run_topic(run_id)) as follower:
             while True:
                 await follower.changes(None, limit=1)  # raises if the topic cannot be followed any more
                 record = await self.retry(self.get, run_id)

@@ -13,7 +13,7 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Any
 
-from asgi_realtime.brokers.base import Broker, Change, Changes, Cursor, StreamKey
+from asgi_realtime.brokers.base import Change, Changes, Cursor, StreamKey
 from asgi_realtime.brokers.following import Follower, following
 from asgi_realtime.brokers.live_log import LiveLog
 from asgi_realtime.core.batch_progress import BatchProgress
@@ -39,9 +39,8 @@ class StreamChunk:
 class _TopicFollower(BufferedIterator[RunRecord]):
     """The runs of a topic: their current state, then each change. A slow consumer gets the newest state only."""
 
-    def __init__(self, broker: Broker, runs: RunStore, topic: str, start: Start) -> None:
+    def __init__(self, runs: RunStore, topic: str, start: Start) -> None:
         super().__init__(runs, start)
-        self._broker = broker
         self._topic = topic
         self._versions: dict[str, int] = {}
         self._over = False
@@ -49,7 +48,7 @@ class _TopicFollower(BufferedIterator[RunRecord]):
     async def _fill(self) -> None:
         if self._over:
             raise StopAsyncIteration
-        async with following(self._broker, self._topic) as follower:
+        async with following(self._runs.broker, self._topic) as follower:
             while True:
                 await self._advance(follower)
                 if self._ready:
@@ -71,8 +70,8 @@ class _TopicFollower(BufferedIterator[RunRecord]):
 class RunFollower(_TopicFollower):
     """The states of one run. Raises `RunNotFound` if it does not exist or expires."""
 
-    def __init__(self, broker: Broker, runs: RunStore, run_id: str, *, stop_on_completion: bool, start: Start) -> None:
-        super().__init__(broker, runs, run_topic(run_id), start)
+    def __init__(self, runs: RunStore, run_id: str, *, stop_on_completion: bool, start: Start) -> None:
+        super().__init__(runs, run_topic(run_id), start)
         self._stop_on_completion = stop_on_completion
         self._run = _CurrentRun(runs, run_id)
 
@@ -85,37 +84,33 @@ class RunFollower(_TopicFollower):
 class TagFollower(_TopicFollower):
     """The runs that have all of these tags and were created since a time. Never ends.
 
-    The current state covers the newest `first` of them, among the `limit` runs that the topic of one tag remembers.
+    The current state covers the newest `Limits.feed_runs` of them, among the `Limits.topic_runs` that a tag remembers.
     """
 
     def __init__(
         self,
-        broker: Broker,
         runs: RunStore,
         tags: Sequence[str],
         *,
         oldest_ms: int,
-        first: int,
-        limit: int,
         start: Start,
     ) -> None:
-        super().__init__(broker, runs, tag_topic(min(tags)), start)
+        super().__init__(runs, tag_topic(min(tags)), start)
         self._tags = frozenset(tags)
         self._oldest_ms = oldest_ms
-        self._first = first
-        self._limit = limit
         self._cursor: Cursor | None = None
 
     async def _advance(self, follower: Follower) -> None:
-        changes = await follower.changes(self._cursor, limit=self._limit)
+        limits = self._runs.limits
+        changes = await follower.changes(self._cursor, limit=limits.topic_runs)
         if changes.snapshot:
-            records = await newest(changes.items, self._load, limit=self._first)
+            records = await newest(changes.items, self._load, limit=limits.feed_runs)
         else:
             records = await self._load(changes.items)
         self._cursor = changes.cursor
         for record in records:
             self._add(record)
-        while len(self._versions) > self._limit:
+        while len(self._versions) > limits.topic_runs:
             del self._versions[next(iter(self._versions))]
 
     async def _load(self, changes: Sequence[Change]) -> list[RunRecord]:
@@ -134,23 +129,20 @@ class BatchFollower(_TopicFollower):
 
     def __init__(
         self,
-        broker: Broker,
         runs: RunStore,
         batch_id: str,
         *,
         closed: Callable[[], Awaitable[bool | None]],
-        limit: int,
         start: Start,
     ) -> None:
-        super().__init__(broker, runs, batch_topic(batch_id), start)
+        super().__init__(runs, batch_topic(batch_id), start)
         self._batch_id = batch_id
         self._closed = closed
-        self._limit = limit
         self._progress: BatchProgress | None = None
 
     async def _advance(self, follower: Follower) -> None:
         progress = self._progress = self._progress or await self._begin()
-        changes = await follower.changes(None, limit=self._limit)
+        changes = await follower.changes(None, limit=self._runs.limits.topic_runs)
         changed = [change for change in changes.items if self._versions.get(change.run_id) != change.version]
         records = await self._runs.load([change.run_id for change in changed]) if changed else []
         for record in records:
@@ -162,7 +154,7 @@ class BatchFollower(_TopicFollower):
 
     async def _begin(self) -> BatchProgress:
         closed = await self._closed()
-        if closed is None and not (await self._broker.changes(self._topic, limit=1)).items:
+        if closed is None and not (await self._runs.broker.changes(self._topic, limit=1)).items:
             raise RunNotFound(f"no batch {self._batch_id!r}: it does not exist or has expired (Retention.after_end)")
         return BatchProgress(closed=closed is not False)
 
@@ -188,9 +180,8 @@ class _CurrentRun:
 class RunWithStreams(BufferedIterator[RunRecord | StreamChunk]):
     """The states of one run among the chunks of all its streams. The terminal state follows the last chunk."""
 
-    def __init__(self, broker: Broker, runs: RunStore, run_id: str, *, stop_on_completion: bool, start: Start) -> None:
+    def __init__(self, runs: RunStore, run_id: str, *, stop_on_completion: bool, start: Start) -> None:
         super().__init__(runs, start)
-        self._broker = broker
         self._run_id = run_id
         self._stop_on_completion = stop_on_completion
         self._run = _CurrentRun(runs, run_id)
@@ -201,14 +192,14 @@ class RunWithStreams(BufferedIterator[RunRecord | StreamChunk]):
     async def _fill(self) -> None:
         await self._runs.wait_created(self._run_id)
         async with AsyncExitStack() as stack:
-            follower = await stack.enter_async_context(following(self._broker, run_topic(self._run_id)))
+            follower = await stack.enter_async_context(following(self._runs.broker, run_topic(self._run_id)))
             lives: dict[str, LiveLog] = {}
             while True:
                 record = await self._run.load(follower)
                 for name in record.streams:
                     if name not in lives:
                         cursor = self._cursors.setdefault(name, StreamCursor(StreamKey(self._run_id, name)))
-                        live = lives[name] = await stack.enter_async_context(self._broker.live(cursor.key))
+                        live = lives[name] = await stack.enter_async_context(self._runs.broker.live(cursor.key))
                         follower.add(live.waiting)
                 await self._take(record, lives)
                 if self._ready:
@@ -223,7 +214,7 @@ class RunWithStreams(BufferedIterator[RunRecord | StreamChunk]):
         read_to_end = True
         for name, live in lives.items():
             cursor = self._cursors[name]
-            for entry in await cursor.entries(self._broker, live):
+            for entry in await cursor.entries(self._runs.broker, live):
                 cursor.after = entry.seq
                 self._ready.append(StreamChunk(name, entry.seq, decode(entry.data)))
             read_to_end = read_to_end and live.end is not None and cursor.at_end_of(live)

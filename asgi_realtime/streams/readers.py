@@ -96,7 +96,6 @@ class StreamReader(BufferedIterator[Entry]):
 
     def __init__(
         self,
-        broker: Broker,
         runs: RunStore,
         key: StreamKey,
         *,
@@ -106,7 +105,6 @@ class StreamReader(BufferedIterator[Entry]):
     ) -> None:
         super().__init__(runs, start)
         self.end: End | None = None
-        self._broker = broker
         self._cursor = StreamCursor(key, after)
         self._timeout_s = timeout_s
 
@@ -115,8 +113,8 @@ class StreamReader(BufferedIterator[Entry]):
             raise StopAsyncIteration
         cursor = self._cursor
         await self._runs.wait_created(cursor.key.run)
-        async with self._broker.live(cursor.key) as live:
-            while not (entries := await cursor.entries(self._broker, live)):
+        async with self._runs.broker.live(cursor.key) as live:
+            while not (entries := await cursor.entries(self._runs.broker, live)):
                 if live.end is not None:
                     self.end = live.end
                     raise StopAsyncIteration

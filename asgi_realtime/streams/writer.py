@@ -15,9 +15,8 @@ from typing import Any
 import anyio
 import anyio.lowlevel
 
-from asgi_realtime.brokers.base import Broker, ImmediateBroker, StreamKey
+from asgi_realtime.brokers.base import ImmediateBroker, StreamKey
 from asgi_realtime.core.chunks import encode_value
-from asgi_realtime.core.config import Limits
 from asgi_realtime.core.errors import BrokerUnavailable, EncodingError, LimitExceeded, RealtimeError
 from asgi_realtime.loop.waiting import WaitList
 from asgi_realtime.runs.restoring import RestorableProducer
@@ -53,7 +52,7 @@ def encode_numbered(value: Any, limit_bytes: int, *, key: StreamKey, index: int)
 class StreamWriter:
     """One producer of one stream. `chunks`, `bytes` and `last_index` count what the broker has acknowledged."""
 
-    def __init__(self, key: StreamKey, *, broker: Broker, runs: RunStore, spawn: Spawn, limits: Limits) -> None:
+    def __init__(self, key: StreamKey, *, runs: RunStore, spawn: Spawn) -> None:
         self.key = key
         self.chunks = 0
         self.bytes = 0
@@ -62,11 +61,11 @@ class StreamWriter:
         """Why nothing can be written any more."""
         self._runs = runs
         self._spawn = spawn
-        self._limits = limits
-        self._append_nowait = broker.append_nowait if isinstance(broker, ImmediateBroker) else None
+        self._append_nowait = runs.broker.append_nowait if isinstance(runs.broker, ImmediateBroker) else None
         self._producer: RestorableProducer | None = None
         self._pending: deque[bytes] = deque()
         self._pending_bytes = 0
+        self._pending_limit = runs.limits.pending_bytes
         self._written = 0
         self._flushing = False
         self._progress = WaitList()
@@ -96,7 +95,7 @@ class StreamWriter:
     @property
     def full(self) -> bool:
         """Whether more than `Limits.pending_bytes` wait for the broker, so that the source should pause."""
-        return self._pending_bytes > self._limits.pending_bytes
+        return self._pending_bytes > self._pending_limit
 
     async def room(self) -> None:
         """Wait until the writer is no longer full, or has failed. Yields to the event loop now and then."""

@@ -22,10 +22,8 @@ pytestmark = pytest.mark.anyio
 def writer_of(realtime: Realtime, run_id: str, name: str = "default") -> StreamWriter:
     return StreamWriter(
         StreamKey(run_id, name),
-        broker=realtime.broker,
         runs=realtime.runs,
         spawn=realtime.engine.spawn_detached,
-        limits=realtime.limits,
     )
 
 
