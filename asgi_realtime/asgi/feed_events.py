@@ -22,7 +22,7 @@ from asgi_realtime.brokers.live_log import MAX_BODY
 from asgi_realtime.core.errors import BrokerUnavailable
 from asgi_realtime.core.run_json import run_json, skippable_fields
 from asgi_realtime.core.runs import RunRecord
-from asgi_realtime.core.sse import control_frame
+from asgi_realtime.core.sse import HEARTBEAT, control_frame
 from asgi_realtime.core.topics import Change, Changes, Cursor
 from asgi_realtime.runs.paging import newest, pages
 from asgi_realtime.tokens import Claims
@@ -64,7 +64,7 @@ class FeedResponse(SubscriptionResponse[LiveTopic]):
             while True:
                 if self._alert is not None:
                     self._handle_alert()
-                    await self._write(self.framing.heartbeat)
+                    await self._write(HEARTBEAT)
                     continue  # there can be another alert by now
                 try:
                     changes = await self._ask(follower.changes(cursor, limit=self._limits.topic_runs))

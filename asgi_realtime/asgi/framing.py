@@ -1,95 +1,64 @@
 """How a subscription looks on the wire.
 
-Each class of responses has one framing. The native one, here, has named SSE events that any EventSource reads. None of
-them is called `error`, because an EventSource fires that event itself. Spec: docs/protocol.md, section 4.
+Each class of responses has one framing. The native one has named SSE events that any EventSource reads. None of them is
+called `error`, because an EventSource fires that event itself. Spec: docs/protocol.md, section 4.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import ClassVar
 
 import msgspec
 
 from asgi_realtime.asgi.host import Headers
 from asgi_realtime.brokers.live_log import LiveLog, Slice
 from asgi_realtime.core.log import End, Entry
-from asgi_realtime.core.sse import HEARTBEAT, chunk_frame, comment_frame, control_frame, retry_frame
+from asgi_realtime.core.sse import chunk_frame, comment_frame, control_frame, retry_frame
 
 RETRY_MS = 1000
 """How soon a client reconnects after a lost connection. Each response sets it, or a shutdown's value would remain."""
 
 
-class Framing(Protocol):
-    """Encodes chunks and control events."""
+class Framing:
+    """Encodes chunks and control events, here for EventSource, curl and httpx-sse. A dialect overrides what differs."""
 
-    heartbeat: bytes
-    headers: Headers
+    __slots__ = ()
+    headers: ClassVar[Headers] = []
     """Headers of the head, in addition to those of every event stream."""
-    has_gaps: bool
+    has_gaps = True
     """Whether a body can report a gap and continue after it."""
-    status_when_over: int
-    """The status of a response to a client that has everything, including the end. Its body is empty."""
+    status_when_over = 204
+    """The status of a response to a client that has everything, including the end. Its body is empty. 204 makes an
+    EventSource stop: WHATWG HTML, 9.2.3."""
 
     def preamble(self, comment: str) -> bytes:
         """The first part of the body, sent at once: some hosts hold the head back until there is one."""
-        ...
+        return retry_frame(RETRY_MS) + comment_frame(comment)
 
-    @property
-    def take(self) -> Callable[[LiveLog, int], Slice | None]:
-        """What follows a cursor, as `LiveLog.take`."""
-        ...
+    take: Callable[[LiveLog, int], Slice | None] = staticmethod(LiveLog.take)
+    """What follows a cursor. Not wrapped, because it is called for each delivery."""
 
     def encode(self, entries: Sequence[Entry]) -> bytes:
         """Encode entries that were read from the broker; `take` returns those that this process holds."""
-        ...
-
-    def gap(self, requested: int, first: int) -> bytes:
-        """Entries were trimmed: the client asked for `requested`, the first that remains is `first`."""
-        ...
-
-    def end(self, end: End, id: str | None) -> bytes:
-        """Nothing more will come."""
-        ...
-
-    def reconnect(self, retry_ms: int) -> bytes:
-        """The server closes the connection; the client should reconnect after this time."""
-        ...
-
-    def interrupted(self) -> bytes:
-        """The stream cannot be followed; the client should reconnect and will get the reason."""
-        ...
-
-
-class NativeFraming:
-    """For EventSource, curl and httpx-sse."""
-
-    __slots__ = ()
-    heartbeat = HEARTBEAT
-    headers: Headers = []
-    has_gaps = True
-    status_when_over = 204  # makes an EventSource stop: WHATWG HTML, 9.2.3
-
-    def preamble(self, comment: str) -> bytes:
-        return retry_frame(RETRY_MS) + comment_frame(comment)
-
-    take = staticmethod(LiveLog.take)  # not wrapped, because it is called for each delivery
-
-    def encode(self, entries: Sequence[Entry]) -> bytes:
         return b"".join(chunk_frame(entry.seq, entry.data) for entry in entries)
 
     def gap(self, requested: int, first: int) -> bytes:
+        """Entries were trimmed: the client requested `requested`, the first that remains is `first`."""
         # Its id makes a client that disconnects right after it resume at `first`, without a second gap.
         return control_frame("gap", _json({"requested": requested, "first": first}), id=str(first - 1))
 
     def end(self, end: End, id: str | None) -> bytes:
+        """Nothing more will follow."""
         data = {"reason": end.reason} if end.error is None else {"reason": end.reason, "error": end.error}
         return control_frame("end", _json(data), id=id)
 
     def reconnect(self, retry_ms: int) -> bytes:
+        """The server closes the connection; the client should reconnect after this time."""
         return control_frame("reconnect", _json({"retry": retry_ms}), retry_ms=retry_ms)
 
     def interrupted(self) -> bytes:
+        """The stream cannot be followed; the client should reconnect, and then gets the reason."""
         return b""
 
 
@@ -97,4 +66,4 @@ def _json(value: dict[str, str] | dict[str, int]) -> bytes:
     return msgspec.json.encode(value)
 
 
-NATIVE = NativeFraming()
+NATIVE = Framing()

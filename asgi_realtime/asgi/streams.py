@@ -20,6 +20,7 @@ from asgi_realtime.core.errors import BrokerUnavailable, InvalidRequest, shown
 from asgi_realtime.core.log import Entry, StreamKey
 from asgi_realtime.core.names import input_stream, stream_name
 from asgi_realtime.core.runs import RunRecord
+from asgi_realtime.core.sse import HEARTBEAT
 from asgi_realtime.tokens import Claims
 
 _MAX_DIGITS = 18
@@ -108,7 +109,7 @@ class StreamResponse(SubscriptionResponse[LiveLog]):
         alert, self._alert = self._alert, None
         last = None if alert is None else self._frame_for(alert)
         if last is None:
-            await self._write(self.framing.heartbeat)
+            await self._write(HEARTBEAT)
             return None
         is_read_to_end = source.log.end is not None and source.log.next <= cursor + 1
         return self._end(source) if is_read_to_end else last

@@ -9,7 +9,7 @@ import anyio
 import anyio.lowlevel
 import pytest
 
-from asgi_realtime.asgi.framing import NativeFraming
+from asgi_realtime.asgi.framing import Framing
 from asgi_realtime.brokers.base import StreamKey
 from asgi_realtime.brokers.live_log import LiveLog
 from asgi_realtime.core.config import Cors, Retention
@@ -326,7 +326,7 @@ async def test_an_unexpected_error_after_the_head_ends_the_body(
 ) -> None:
     await host.create()
     await host.append("a")
-    monkeypatch.setattr(NativeFraming, "take", lambda framing, live, after: 1 / 0)
+    monkeypatch.setattr(Framing, "take", lambda framing, live, after: 1 / 0)
     async with AsgiClient(host).stream(PATH, headers=host.headers()) as response:
         assert await response.read_all_events() == []
         assert response.ended

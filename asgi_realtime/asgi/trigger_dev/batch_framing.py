@@ -10,11 +10,11 @@ from collections.abc import Sequence
 
 import msgspec
 
-from asgi_realtime.asgi.host import Headers
+from asgi_realtime.asgi.framing import Framing
 from asgi_realtime.brokers.live_log import LiveLog, Slice
 from asgi_realtime.core.log import End, Entry
 from asgi_realtime.core.runs import END_REASONS
-from asgi_realtime.core.sse import HEARTBEAT, comment_frame, control_frame
+from asgi_realtime.core.sse import comment_frame, control_frame
 
 
 class _Record(msgspec.Struct, frozen=True):
@@ -24,12 +24,11 @@ class _Record(msgspec.Struct, frozen=True):
     headers: tuple[()] = ()
 
 
-class BatchFraming:
+class BatchFraming(Framing):
     """A `Framing` for the official clients."""
 
     __slots__ = ()
-    heartbeat = HEARTBEAT
-    headers: Headers = [(b"x-stream-version", b"v2")]
+    headers = [(b"x-stream-version", b"v2")]
     has_gaps = False
     status_when_over = 200  # the clients retry a 204, because it has no body
 
