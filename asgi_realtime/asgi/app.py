@@ -93,6 +93,8 @@ class RealtimeApp:
         if request.has_body:
             silence_s = timeouts.writer if route.open_ended else timeouts.receive
         try:
+            if route.needs_token:
+                request.authenticate()
             return await until_shutdown(request, partial(route.endpoint, request, *params), silence_s=silence_s)
         except RunNotFound as exc:
             if request.is_from_elsewhere:

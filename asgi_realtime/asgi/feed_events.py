@@ -25,7 +25,6 @@ from asgi_realtime.core.runs import RunRecord
 from asgi_realtime.core.sse import HEARTBEAT, control_frame
 from asgi_realtime.core.topics import Change, Changes, Cursor
 from asgi_realtime.runs.paging import newest, pages
-from asgi_realtime.tokens import Claims
 
 
 class FeedResponse(SubscriptionResponse[LiveTopic]):
@@ -33,13 +32,13 @@ class FeedResponse(SubscriptionResponse[LiveTopic]):
 
     __slots__ = ("_cursor", "_feed", "_first", "_limits", "_run_cache", "_skip")
 
-    def __init__(self, request: Request, claims: Claims, feed: Feed) -> None:
-        super().__init__(request, claims, run_id=feed.run_id)
+    def __init__(self, request: Request, feed: Feed) -> None:
+        super().__init__(request, run_id=feed.run_id)
         self._run_cache = request.run_cache
         self._limits = request.host.limits
         self._feed = feed
         self._cursor = Cursor.parse(request.last_event_id or "")
-        self._skip = skippable_fields(request.skipped_columns(claims))
+        self._skip = skippable_fields(request.skipped_columns)
         self._first: Changes | None = None
 
     def _open(self) -> AbstractAsyncContextManager[LiveTopic]:

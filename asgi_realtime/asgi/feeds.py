@@ -17,25 +17,22 @@ MAX_WINDOW_S = 24 * 3600.0
 
 async def run_feed(request: Request, run_id: str) -> FeedResponse:
     """Follow one run."""
-    claims = request.authenticate()
-    record = await find_run(request, claims, run_id)
-    return FeedResponse(request, claims, RunFeed(record.id, record.end))
+    record = await find_run(request, run_id)
+    return FeedResponse(request, RunFeed(record.id, record.end))
 
 
 async def tag_feed(request: Request) -> FeedResponse:
     """Follow the recent runs that have all of the tags."""
-    claims = request.authenticate()
     tags, floor_ms = requested_tags(request), requested_floor_ms(request)
-    authorize(claims, "read", tag_resources(tags))
-    return FeedResponse(request, claims, TagFeed(tags, floor_ms=floor_ms))
+    authorize(request.claims, "read", tag_resources(tags))
+    return FeedResponse(request, TagFeed(tags, floor_ms=floor_ms))
 
 
 async def batch_feed(request: Request, batch_id: str) -> FeedResponse:
     """Follow the runs of a batch."""
-    claims = request.authenticate()
-    authorize(claims, "read", batch_resources(batch_id))
-    closed = await find_batch(request, claims, batch_id)
-    return FeedResponse(request, claims, BatchFeed(batch_id, closed=closed))
+    authorize(request.claims, "read", batch_resources(batch_id))
+    closed = await find_batch(request, batch_id)
+    return FeedResponse(request, BatchFeed(batch_id, closed=closed))
 
 
 def requested_tags(request: Request) -> tuple[str, ...]:

@@ -9,14 +9,12 @@ the number of open probes is limited. Spec: docs/protocol.md, section 9.
 from __future__ import annotations
 
 import logging
-import math
 from contextlib import AbstractAsyncContextManager, nullcontext
 from typing import Any
 
 import anyio
 from starlette.responses import Response
 
-from asgi_realtime.asgi.limits import PROBE
 from asgi_realtime.asgi.request import Request
 from asgi_realtime.asgi.responses import json_response
 from asgi_realtime.asgi.subscription import WAITING, SubscriptionResponse
@@ -24,14 +22,11 @@ from asgi_realtime.core.chunks import encode_value
 from asgi_realtime.core.errors import BrokerUnavailable
 from asgi_realtime.core.log import End
 from asgi_realtime.core.sse import control_frame
-from asgi_realtime.tokens import Claims
 
 logger = logging.getLogger("asgi_realtime")
 
 PROBE_EVENTS = 5
 PROBE_INTERVAL_S = 0.2
-
-_ANONYMOUS = Claims(scopes=(), expires_at=math.inf, token_id=PROBE)
 
 
 async def check(request: Request) -> Response:
@@ -54,7 +49,7 @@ async def check(request: Request) -> Response:
 
 async def probe(request: Request) -> ProbeResponse:
     """A short event stream."""
-    return ProbeResponse(request, _ANONYMOUS)
+    return ProbeResponse(request)
 
 
 class ProbeResponse(SubscriptionResponse[None]):

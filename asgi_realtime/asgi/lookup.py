@@ -18,7 +18,6 @@ from asgi_realtime.core.runs import RunRecord, batch_topic, run_topic
 from asgi_realtime.core.scopes import named_ids
 from asgi_realtime.loop.guards import make_guard
 from asgi_realtime.loop.waiting import make_waiter
-from asgi_realtime.tokens import Claims
 
 
 class _Deadline:
@@ -43,7 +42,7 @@ class _Deadline:
         """Nothing to do: the shutdown interrupts the whole request."""
 
 
-async def find_run(request: Request, claims: Claims, run_id: str) -> RunRecord:
+async def find_run(request: Request, run_id: str) -> RunRecord:
     """The record of a run that the token can read. Raises `RunNotFound`, `ScopeDenied`, `ServerShutdown`.
 
     Waits up to `timeouts.find` for a run that the token names.
@@ -52,15 +51,15 @@ async def find_run(request: Request, claims: Claims, run_id: str) -> RunRecord:
     try:
         record = await runs.get(run_id)
     except RunNotFound:
-        if request.is_from_elsewhere or run_id not in named_ids(claims.scopes, "read", "runs"):
+        if request.is_from_elsewhere or run_id not in named_ids(request.claims.scopes, "read", "runs"):
             raise
-        await _appears(request, claims, run_topic(run_id))
+        await _appears(request, run_topic(run_id))
         record = await runs.get(run_id)
-    authorize(claims, "read", run_resources(record))
+    authorize(request.claims, "read", run_resources(record))
     return record
 
 
-async def find_batch(request: Request, claims: Claims, batch_id: str) -> bool:
+async def find_batch(request: Request, batch_id: str) -> bool:
     """Whether the batch is known to get no more runs. Raises `RunNotFound`, `ServerShutdown`.
 
     Nothing but its runs can be known of a batch, so this waits up to `timeouts.find` for the first of them.
@@ -68,18 +67,18 @@ async def find_batch(request: Request, claims: Claims, batch_id: str) -> bool:
     closed = await request.host.tasks.batches.closed(batch_id)
     if closed is not None:
         return closed
-    if not await _appears(request, claims, batch_topic(batch_id)):
+    if not await _appears(request, batch_topic(batch_id)):
         raise RunNotFound(f"no batch {shown(batch_id)}: it does not exist or has expired (Retention.after_end)")
     return False
 
 
-async def _appears(request: Request, claims: Claims, topic: str) -> bool:
+async def _appears(request: Request, topic: str) -> bool:
     """Wait until the topic has a run. False if none appears in time or the client disconnects.
 
     Raises `ServerShutdown` rather than returning False during a shutdown, because the run can appear soon after. An
     EventSource would not reconnect after a 404.
     """
-    host, token_id = request.host, "" if claims.secret else claims.token_id
+    host, token_id = request.host, request.token_id
     if host.closing:
         raise ServerShutdown()
     deadline = _Deadline(host.timeouts.find)

@@ -5,12 +5,13 @@ It is dropped once there is a response: an open stream retains nothing of it.
 
 from __future__ import annotations
 
+import math
 import re
 from urllib.parse import parse_qsl
 
 from asgi_realtime.asgi.auth import bearer, redact_query
 from asgi_realtime.asgi.host import Host, Receive, Scope
-from asgi_realtime.asgi.limits import SubscriptionLimits
+from asgi_realtime.asgi.limits import PROBE, SubscriptionLimits
 from asgi_realtime.asgi.run_cache import RunCache
 from asgi_realtime.core.errors import InvalidRequest, InvalidToken, LimitExceeded, RequestCutOff, shown
 from asgi_realtime.tokens import Claims
@@ -19,6 +20,7 @@ EVENT_STREAM = "text/event-stream"
 REQUEST_KEY = b"x-trigger-request-idempotency-key"
 """The official clients' name for one call, the same in each of its retries."""
 
+_ANONYMOUS = Claims(scopes=(), expires_at=math.inf, token_id=PROBE)
 _NAME = re.compile(rb"[\x21-\x7e]{1,128}")
 
 
@@ -45,8 +47,8 @@ class Request:
         self._query: bytes = scope.get("query_string", b"")
         self._parameters: dict[str, str] | None = None
         self._body_token_id = ""
-        self.claims: Claims | None = None
-        """The content of the credential, once it was verified."""
+        self.claims = _ANONYMOUS
+        """The content of the credential, unless the route needs none."""
 
     def header(self, name: bytes) -> bytes | None:
         """The first value of a header, by its lowercase name."""
@@ -64,14 +66,13 @@ class Request:
     def has_body(self) -> bool:
         return self.method in ("POST", "PUT")
 
-    def authenticate(self) -> Claims:
+    def authenticate(self) -> None:
         """Raises `InvalidToken`, also without a credential; for a request with a body also `LimitExceeded`, if its
         token has too many of those open."""
         claims = self.claims = self._authenticate()
         if self.has_body and not claims.secret:
             self.subscription_limits.acquire_body(claims.token_id)
             self._body_token_id = claims.token_id
-        return claims
 
     def _authenticate(self) -> Claims:
         credential = bearer(self.header(b"authorization"))
@@ -80,6 +81,11 @@ class Request:
         if self.host.tokens.is_secret(self._query_token):
             raise InvalidToken("the secret key must not be in a URL; send it as `Authorization: Bearer …`")
         return self.host.tokens.authenticate(self._query_token)
+
+    @property
+    def token_id(self) -> str:
+        """The id of the public token, or "" for the secret key."""
+        return "" if self.claims.secret else self.claims.token_id
 
     def release_body(self) -> None:
         """There is a response, so the body no longer counts."""
@@ -90,7 +96,7 @@ class Request:
     @property
     def is_from_elsewhere(self) -> bool:
         """Whether another process, which has its runs in its own memory, created the token."""
-        return self.claims is not None and self.host.tokens.is_from_elsewhere(self.claims)
+        return self.host.tokens.is_from_elsewhere(self.claims)
 
     @property
     def last_event_id(self) -> str | None:
@@ -99,23 +105,22 @@ class Request:
         text = header.decode("utf-8", "replace") if header else self.query("last_event_id")
         return text or None
 
-    @property
-    def accepts_event_stream(self) -> bool:
+    def accepts_events(self) -> bool:
         return EVENT_STREAM in (self.header(b"accept") or b"").decode("latin-1").lower()
 
-    @property
-    def is_official_client(self) -> bool:
+    def is_official(self) -> bool:
         """Whether the client is Trigger.dev's, which reads streams in a framing of its own."""
         return self.header(b"trigger-version") is not None
 
     @property
     def is_event_source(self) -> bool:
         """Whether the client reconnects after a body that ends, but never after an error such as 503."""
-        return self.method == "GET" and self.accepts_event_stream and not self.is_official_client
+        return self.method == "GET" and self.accepts_events() and not self.is_official()
 
-    def skipped_columns(self, claims: Claims) -> tuple[str, ...]:
+    @property
+    def skipped_columns(self) -> tuple[str, ...]:
         """The columns of a run to leave out: those in the token, or else those in the query."""
-        return claims.skip_columns or tuple(filter(None, (self.query("skipColumns") or "").split(",")))
+        return self.claims.skip_columns or tuple(filter(None, (self.query("skipColumns") or "").split(",")))
 
     def name(self, header: bytes) -> str | None:
         """The value of a header that names something. Raises `InvalidRequest`."""

@@ -22,19 +22,12 @@ from typing import Any, NamedTuple
 
 from starlette.responses import Response
 
-from asgi_realtime.asgi import feeds, health, streams
+from asgi_realtime.asgi import feeds, health
 from asgi_realtime.asgi.request import Request
+from asgi_realtime.asgi.streams import StreamResponse
 from asgi_realtime.asgi.subscription import SubscriptionResponse
-from asgi_realtime.asgi.trigger_dev import (
-    batch_streams,
-    batches,
-    inputs,
-    metadata,
-    runs,
-    shape_feeds,
-    stream_writers,
-    tokens,
-)
+from asgi_realtime.asgi.trigger_dev import batches, inputs, metadata, runs, shape_feeds, stream_writers, tokens
+from asgi_realtime.asgi.trigger_dev.batch_streams import BatchStreamResponse
 
 MAX_PREFIXES = 2
 """How many leading `realtime` segments are skipped: the mount's, if the host does not declare it, and the client's."""
@@ -50,6 +43,8 @@ class Route(NamedTuple):
     endpoint: Callable[..., Awaitable[AnyResponse]]
     """Called with the request and the variable segments of the path."""
     when: Callable[[Request], bool] = lambda request: True
+    needs_token: bool = True
+    """The request is authenticated before the endpoint is called."""
     needs_start: bool = True
     """The `Realtime` is started before the endpoint is called."""
     reconnects: bool = False
@@ -58,33 +53,25 @@ class Route(NamedTuple):
     """The body lasts as long as its source: silence is limited by `Timeouts.writer` instead of `Timeouts.receive`."""
 
 
-def _is_official(request: Request) -> bool:
-    return request.is_official_client
-
-
-def _accepts_events(request: Request) -> bool:
-    return request.accepts_event_stream
-
-
 ROUTES = (
-    Route("GET", "v1/streams/{run_id}/{key}", batch_streams.stream, when=_is_official),
-    Route("GET", "v1/streams/{run_id}/{key}", streams.stream, reconnects=True),
-    Route("GET", "v1/streams/{run_id}/input/{input_id}", batch_streams.tail_input, when=_is_official),
-    Route("GET", "v1/streams/{run_id}/input/{input_id}", streams.tail_input, reconnects=True),
+    Route("GET", "v1/streams/{run_id}/{key}", BatchStreamResponse.stream, when=Request.is_official),
+    Route("GET", "v1/streams/{run_id}/{key}", StreamResponse.stream, reconnects=True),
+    Route("GET", "v1/streams/{run_id}/input/{input_id}", BatchStreamResponse.tail_input, when=Request.is_official),
+    Route("GET", "v1/streams/{run_id}/input/{input_id}", StreamResponse.tail_input, reconnects=True),
     Route("POST", "v1/streams/{run_id}/input/{input_id}", inputs.send_input),
     Route("PUT", "v1/streams/{run_id}/{target}/{key}", stream_writers.create_stream),
     Route("POST", "v1/streams/{run_id}/{target}/{key}", stream_writers.write_stream, open_ended=True),
     Route("HEAD", "v1/streams/{run_id}/{target}/{key}", stream_writers.last_index),
     Route("POST", "v1/streams/{run_id}/{target}/{key}/append", stream_writers.append),
-    Route("GET", "v1/runs", feeds.tag_feed, when=_accepts_events, reconnects=True),
+    Route("GET", "v1/runs", feeds.tag_feed, when=Request.accepts_events, reconnects=True),
     Route("GET", "v1/runs", shape_feeds.tag_feed),
-    Route("GET", "v1/runs/{run_id}", feeds.run_feed, when=_accepts_events, reconnects=True),
+    Route("GET", "v1/runs/{run_id}", feeds.run_feed, when=Request.accepts_events, reconnects=True),
     Route("GET", "v1/runs/{run_id}", shape_feeds.run_feed),
-    Route("GET", "v1/batches/{batch_id}", feeds.batch_feed, when=_accepts_events, reconnects=True),
+    Route("GET", "v1/batches/{batch_id}", feeds.batch_feed, when=Request.accepts_events, reconnects=True),
     Route("GET", "v1/batches/{batch_id}", shape_feeds.batch_feed),
-    Route("GET", "v1/health", health.probe, when=_accepts_events, reconnects=True),
-    Route("GET", "v1/health", health.check, needs_start=False),
-    Route("HEAD", "v1/health", health.check, needs_start=False),
+    Route("GET", "v1/health", health.probe, when=Request.accepts_events, needs_token=False, reconnects=True),
+    Route("GET", "v1/health", health.check, needs_token=False, needs_start=False),
+    Route("HEAD", "v1/health", health.check, needs_token=False, needs_start=False),
     Route("POST", "api/v1/tasks/{task_id}/trigger", runs.trigger),
     Route("POST", "api/v3/batches", batches.create_batch),
     Route("POST", "api/v3/batches/{batch_id}/items", batches.fill_batch),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractAsyncContextManager
+from typing import Self
 
 from asgi_realtime.asgi.framing import Framing
 from asgi_realtime.asgi.lookup import find_run
@@ -21,27 +22,8 @@ from asgi_realtime.core.log import Entry, StreamKey
 from asgi_realtime.core.names import input_stream, stream_name
 from asgi_realtime.core.runs import RunRecord
 from asgi_realtime.core.sse import HEARTBEAT
-from asgi_realtime.tokens import Claims
 
 _MAX_DIGITS = 18
-
-
-async def stream(request: Request, run_id: str, key: str) -> StreamResponse:
-    """Follow a stream of a run."""
-    claims = request.authenticate()
-    return await _respond(request, claims, run_id, stream_name(key, request.host.limits))
-
-
-async def tail_input(request: Request, run_id: str, input_id: str) -> StreamResponse:
-    """Follow an input of a run, which is a hidden stream."""
-    claims = request.authenticate()
-    return await _respond(request, claims, run_id, input_stream(input_id, request.host.limits))
-
-
-async def _respond(request: Request, claims: Claims, run_id: str, name: str) -> StreamResponse:
-    after = parse_position(request.last_event_id)
-    record = await find_run(request, claims, run_id)
-    return StreamResponse(request, claims, record, name, after=after)
 
 
 def parse_position(last_event_id: str | None) -> int:
@@ -59,13 +41,35 @@ class StreamResponse(SubscriptionResponse[LiveLog]):
 
     __slots__ = ("_after", "_comment", "_hides_error", "_key")
 
-    def __init__(self, request: Request, claims: Claims, record: RunRecord, name: str, *, after: int) -> None:
-        super().__init__(request, claims, run_id=record.id)
-        self._key = StreamKey(record.id, name)
-        self._after = after
-        self._hides_error = "error" in claims.skip_columns
-        is_listed = name in record.streams or name.startswith("$") or "realtimeStreams" in claims.skip_columns
-        self._comment = "connected" if is_listed else _unwritten(name, record.streams)
+    def __init__(self, request: Request, key: StreamKey) -> None:
+        super().__init__(request, run_id=key.run)
+        self._key = key
+        self._after = parse_position(request.last_event_id)
+        self._hides_error = "error" in request.claims.skip_columns
+        self._comment = "connected"
+
+    @classmethod
+    async def stream(cls, request: Request, run_id: str, key: str) -> Self:
+        """The endpoint that follows a stream of a run."""
+        return await cls._of(request, StreamKey(run_id, stream_name(key, request.host.limits)))
+
+    @classmethod
+    async def tail_input(cls, request: Request, run_id: str, input_id: str) -> Self:
+        """The endpoint that follows an input of a run, which is a hidden stream."""
+        return await cls._of(request, StreamKey(run_id, input_stream(input_id, request.host.limits)))
+
+    @classmethod
+    async def _of(cls, request: Request, key: StreamKey) -> Self:
+        response = cls(request, key)
+        response._check_listed(request, await find_run(request, key.run))
+        return response
+
+    def _check_listed(self, request: Request, record: RunRecord) -> None:
+        """Greet the client with the streams of the run if it requests another: this shows a misspelled key."""
+        name, streams = self._key.name, record.streams
+        if not (self._key.hidden or name in streams or "realtimeStreams" in request.claims.skip_columns):
+            shown_name, shown_streams = encode_value(name).decode(), encode_value(streams).decode()
+            self._comment = f"stream {shown_name} is not written yet; this run has {shown_streams}"
 
     def _open(self) -> AbstractAsyncContextManager[LiveLog]:
         return self._host.broker.live(self._key)
@@ -148,8 +152,3 @@ def _bodies(framing: Framing, entries: Sequence[Entry]) -> Iterator[tuple[bytes,
         size += len(entry.data)
     if entries:
         yield framing.encode(entries[start:]), entries[-1].seq
-
-
-def _unwritten(name: str, streams: tuple[str, ...]) -> str:
-    """Shows a misspelled key in `curl -N`."""
-    return f"stream {encode_value(name).decode()} is not written yet; this run has {encode_value(streams).decode()}"

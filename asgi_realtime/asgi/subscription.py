@@ -44,7 +44,6 @@ from asgi_realtime.core.log import End
 from asgi_realtime.loop.guards import Guard, make_guard
 from asgi_realtime.loop.interrupts import Interrupt, make_interrupt
 from asgi_realtime.loop.waiting import make_waiter
-from asgi_realtime.tokens import Claims
 
 logger = logging.getLogger("asgi_realtime")
 
@@ -157,12 +156,12 @@ class SubscriptionResponse(ABC, Generic[S]):
     framing: ClassVar[Framing] = NATIVE
     _send: Send
 
-    def __init__(self, request: Request, claims: Claims, *, run_id: str = "") -> None:
+    def __init__(self, request: Request, *, run_id: str = "") -> None:
         self._host = request.host
         self._subscription_limits: SubscriptionLimits | None = request.subscription_limits
         self._run_id = run_id
-        self._token_id = "" if claims.secret else claims.token_id
-        self._expires_at = claims.expires_at
+        self._token_id = request.token_id
+        self._expires_at = request.claims.expires_at
         self._waiter = make_waiter()
         self._guard: Guard | None = None
         self._call: Interrupt | None = None

@@ -9,40 +9,16 @@ from __future__ import annotations
 
 import math
 
-from asgi_realtime.asgi.lookup import find_run
 from asgi_realtime.asgi.request import Request
-from asgi_realtime.asgi.streams import StreamResponse, parse_position
+from asgi_realtime.asgi.streams import StreamResponse
 from asgi_realtime.asgi.subscription import STILL_WAITING, WAITING, Alert
 from asgi_realtime.asgi.trigger_dev.batch_framing import BATCHES
 from asgi_realtime.brokers.live_log import LiveLog
 from asgi_realtime.core.errors import InvalidRequest, StreamGap, StreamLost, shown
-from asgi_realtime.core.names import input_stream, stream_name
-from asgi_realtime.core.runs import RunRecord
-from asgi_realtime.tokens import Claims
+from asgi_realtime.core.log import StreamKey
 
 MAX_SILENCE_S = 600
 """The limit of `Timeout-Seconds`."""
-
-
-async def stream(request: Request, run_id: str, key: str) -> BatchStreamResponse:
-    """Follow a stream of a run."""
-    claims = request.authenticate()
-    return await _respond(request, claims, run_id, stream_name(key, request.host.limits))
-
-
-async def tail_input(request: Request, run_id: str, input_id: str) -> BatchStreamResponse:
-    """Follow an input of a run, which is a hidden stream."""
-    claims = request.authenticate()
-    return await _respond(request, claims, run_id, input_stream(input_id, request.host.limits))
-
-
-async def _respond(request: Request, claims: Claims, run_id: str, name: str) -> BatchStreamResponse:
-    after = parse_position(request.last_event_id)
-    silence_s = _parse_silence(request.header(b"timeout-seconds"))
-    start = (request.header(b"x-trigger-stream-start") or b"").strip().lower()
-    latest = start == b"latest" and request.last_event_id is None
-    record = await find_run(request, claims, run_id)
-    return BatchStreamResponse(request, claims, record, name, after=after, latest=latest, silence_s=silence_s)
 
 
 def _parse_silence(header: bytes | None) -> float:
@@ -60,20 +36,11 @@ class BatchStreamResponse(StreamResponse):
     __slots__ = ("_latest", "_seen", "_seen_at", "_silence_s")
     framing = BATCHES
 
-    def __init__(
-        self,
-        request: Request,
-        claims: Claims,
-        record: RunRecord,
-        name: str,
-        *,
-        after: int,
-        latest: bool,
-        silence_s: float,
-    ) -> None:
-        super().__init__(request, claims, record, name, after=after)
-        self._latest = latest
-        self._silence_s = silence_s
+    def __init__(self, request: Request, key: StreamKey) -> None:
+        super().__init__(request, key)
+        start = (request.header(b"x-trigger-stream-start") or b"").strip().lower()
+        self._latest = start == b"latest" and request.last_event_id is None
+        self._silence_s = _parse_silence(request.header(b"timeout-seconds"))
         self._seen = -2  # the cursor at an earlier tick, and the time of that tick
         self._seen_at = 0.0
 

@@ -18,7 +18,7 @@ from asgi_realtime.asgi.host import Host
 from asgi_realtime.asgi.request import Request
 from asgi_realtime.asgi.responses import json_bytes_response, json_response
 from asgi_realtime.asgi.trigger_dev.batch_json import BatchRun, batch_json
-from asgi_realtime.asgi.trigger_dev.credentials import check_task, find_parent, handle_token, once, run_token_id
+from asgi_realtime.asgi.trigger_dev.credentials import check_task, find_parent, handle_token, once
 from asgi_realtime.asgi.trigger_dev.decoding import read_json
 from asgi_realtime.asgi.trigger_dev.ndjson import LineSplitter
 from asgi_realtime.asgi.trigger_dev.run_requests import (
@@ -79,41 +79,39 @@ def max_create_bytes(limits: Limits) -> int:
 
 async def create_batch(request: Request) -> Response:
     """Create a batch that waits for its items, or find the one of the same idempotency key."""
-    claims = request.authenticate()
-    _check_can_batch(claims)
-    attempt = once(request, claims, "batch") if claims.one_time else None
+    _check_can_batch(request.claims)
+    attempt = once(request, "batch") if request.claims.one_time else None
 
     body = read_json(await request.body(max_create_bytes(request.host.limits)), CreateBatch)
-    _authorize_tasks(request, claims, body.task_identifiers)
+    _authorize_tasks(request, body.task_identifiers)
     if body.idempotency_key is not None:
         check_idempotency_key(body.idempotency_key, request.host.limits)
-    await find_parent(request, claims, body.parent_run_id)
+    await find_parent(request, body.parent_run_id)
     batch = await request.host.tasks.batches.open(
         body.run_count,
         parent_id=body.parent_run_id,
         idempotency_key=body.idempotency_key,
-        owner=claims.token_id,
+        owner=request.claims.token_id,
         once=attempt,
     )
-    token = handle_token(request.host, claims, batch_scopes(batch.id))
+    token = handle_token(request, batch_scopes(batch.id))
     created = {"id": batch.id, "runCount": batch.count, "isCached": batch.is_cached}
     return json_response(created, 202, {"x-trigger-jwt": token})
 
 
 async def fill_batch(request: Request, batch_id: str) -> Response:
     """Start the runs of a batch once all items are valid. Incomplete items start nothing and leave it unsealed."""
-    claims = request.authenticate()
-    _check_can_batch(claims)
+    _check_can_batch(request.claims)
     batches = request.host.tasks.batches
     batch = await batches.waiting(batch_id)
     if batch is None:
         raise RunNotFound(f"no batch {shown(batch_id)} is waiting for items: it does not exist or has expired")
-    if not claims.secret and claims.token_id != batch.owner:
+    if not request.claims.secret and request.claims.token_id != batch.owner:
         raise ScopeDenied(f"another token created batch {shown(batch_id)}; fill it with that token or the secret key")
 
     limits = request.host.limits
     items = await _read_items(await request.body(limits.batch_bytes), batch.count, limits)
-    prepared = await _prepare_items(request, claims, batch, items)
+    prepared = await _prepare_items(request, batch, items)
     if len(prepared) < batch.count:
         return _fill_response(batch_id, sealed=False, enqueuedCount=0, expectedCount=batch.count)
     filled = await batches.fill(batch, prepared)
@@ -133,12 +131,12 @@ def _check_can_batch(claims: Claims) -> None:
         raise ScopeDenied("the token's scopes do not allow this; it needs a scope such as 'batchTrigger:tasks:chat'")
 
 
-def _authorize_tasks(request: Request, claims: Claims, task_ids: Sequence[str] | None) -> None:
+def _authorize_tasks(request: Request, task_ids: Sequence[str] | None) -> None:
     if not task_ids:
-        authorize(claims, "batchTrigger", [("tasks", None), ("batch", None)])
+        authorize(request.claims, "batchTrigger", [("tasks", None), ("batch", None)])
     for task_id in dict.fromkeys(task_ids or ()):
-        authorize(claims, "batchTrigger", [("tasks", task_id), ("batch", None)])
-        check_task(request, claims, task_id)
+        authorize(request.claims, "batchTrigger", [("tasks", task_id), ("batch", None)])
+        check_task(request, task_id)
 
 
 async def _read_items(body: bytes, count: int, limits: Limits) -> list[Item]:
@@ -159,13 +157,13 @@ async def _read_items(body: bytes, count: int, limits: Limits) -> list[Item]:
     return [items[index] for index in sorted(items)]
 
 
-async def _prepare_items(request: Request, claims: Claims, batch: BatchRecord, items: Sequence[Item]) -> list[Prepared]:
-    parent = await find_parent(request, claims, batch.parent_id)
+async def _prepare_items(request: Request, batch: BatchRecord, items: Sequence[Item]) -> list[Prepared]:
+    parent = await find_parent(request, batch.parent_id)
     pacer = _Pacer()
     prepared: list[Prepared] = []
     for item in items:
         try:
-            prepared.append(_prepare(request, claims, parent, item))
+            prepared.append(_prepare(request, parent, item))
         except RealtimeError as exc:
             exc.args = (f"item {item.index}: {exc}",)
             raise
@@ -173,14 +171,14 @@ async def _prepare_items(request: Request, claims: Claims, batch: BatchRecord, i
     return prepared
 
 
-def _prepare(request: Request, claims: Claims, parent: RunRecord | None, item: Item) -> Prepared:
+def _prepare(request: Request, parent: RunRecord | None, item: Item) -> Prepared:
     if not item.task:
         raise InvalidRequest("task is missing; it must be the id of a task")
-    _authorize_tasks(request, claims, [item.task])
+    _authorize_tasks(request, [item.task])
     tasks, limits = request.host.tasks, request.host.limits
     options = read_options(item, limits)
     payload, run_options = read_payload(item, options, limits), options.run_options()
-    return tasks.prepare_json(item.task, payload, run_options, parent=parent, token_id=run_token_id(claims))
+    return tasks.prepare_json(item.task, payload, run_options, parent=parent, token_id=request.token_id or None)
 
 
 class _Pacer:
@@ -200,8 +198,7 @@ class _Pacer:
 
 async def retrieve_batch(request: Request, batch_id: str) -> Response:
     """Respond with the status of a batch and the ids of its runs."""
-    claims = request.authenticate()
-    authorize(claims, "read", batch_resources(batch_id))
+    authorize(request.claims, "read", batch_resources(batch_id))
     host = request.host
     batch = await host.tasks.batches.records.find(batch_id)
     body = await _batch_of_runs(host, batch_id) if batch is None else await _batch_with_record(host, batch_id, batch)

@@ -20,29 +20,29 @@ SKEW_S = 60.0
 """How long a spent one-time token is remembered beyond its expiry, because clocks differ."""
 
 
-def require_secret(claims: Claims, what: str) -> None:
+def require_secret(request: Request, what: str) -> None:
     """Raise `ScopeDenied` for a public token, whatever its scopes."""
-    if not claims.secret:
+    if not request.claims.secret:
         raise ScopeDenied(f"{what} needs the secret key; no scope of a public token grants it")
 
 
-def check_task(request: Request, claims: Claims, task_id: str) -> None:
+def check_task(request: Request, task_id: str) -> None:
     """Raise `UnknownTask` if the task is not registered. Only the secret key gets the list of registered tasks."""
     try:
         request.host.tasks.get(task_id)
     except UnknownTask as exc:
-        if claims.secret:
+        if request.claims.secret:
             raise
         raise UnknownTask(f"no task {shown(task_id)} is registered") from exc
 
 
-def once(request: Request, claims: Claims, what: str) -> Once | None:
+def once(request: Request, what: str) -> Once | None:
     """How to recognize this request if the client repeats it; None if it cannot be repeated.
 
     A one-time token is spent by the first request. A request without a request key is always a new one, so that it can
     never share the token with another.
     """
-    key = request.name(REQUEST_KEY)
+    key, claims = request.name(REQUEST_KEY), request.claims
     if claims.one_time:
         mark = f"{what} {key or secrets.token_hex(16)}"
         return Once(f"token:{claims.token_id}", mark, _remembered_s(request.host, claims))
@@ -57,15 +57,10 @@ def _remembered_s(host: Host, claims: Claims) -> float:
     return min(claims.expires_at, now + MAX_SPAN_S) - now + SKEW_S
 
 
-def run_token_id(claims: Claims) -> str | None:
-    """The token that a run is recorded with; None for the secret key."""
-    return None if claims.secret else claims.token_id
-
-
-def handle_token(host: Host, claims: Claims, scopes: Sequence[str]) -> str:
+def handle_token(request: Request, scopes: Sequence[str]) -> str:
     """The public token of a handle. It hides the same columns as the token of the request."""
     expires_in_s = parse_span(TOKEN_EXPIRES_IN)
-    return host.tokens.mint(scopes, expires_in_s=expires_in_s, skip_columns=claims.skip_columns)
+    return request.host.tokens.mint(scopes, expires_in_s=expires_in_s, skip_columns=request.claims.skip_columns)
 
 
 def handle_scopes(claims: Claims, record: RunRecord) -> list[str]:
@@ -79,19 +74,19 @@ def handle_scopes(claims: Claims, record: RunRecord) -> list[str]:
     return run_scopes(record.id)[:1] if grants(claims.scopes, "read", run_resources(record)) else []
 
 
-async def find_parent(request: Request, claims: Claims, run_id: str | None) -> RunRecord | None:
+async def find_parent(request: Request, run_id: str | None) -> RunRecord | None:
     """The parent of a new run. The task of a child can change the metadata of its parent, so the token must grant
     writing to the parent. Raises `ScopeDenied`, `RunNotFound`."""
     if run_id is None:
         return None
-    authorize(claims, "write", [("runs", run_id)])
+    authorize(request.claims, "write", [("runs", run_id)])
     return await request.host.runs.get(run_id)
 
 
-async def find_open_run(request: Request, claims: Claims, run_id: str) -> RunRecord:
+async def find_open_run(request: Request, run_id: str) -> RunRecord:
     """The run that a request with the secret key changes. Raises `ScopeDenied`, `RunNotFound`, and `UsageError` if the
     run is over."""
-    require_secret(claims, "changing a run")
+    require_secret(request, "changing a run")
     record = await request.host.runs.get(run_id)
     if record.is_completed:
         raise UsageError(f"run {shown(run_id)} is over ({record.status}) and cannot be changed")

@@ -20,9 +20,8 @@ class _InputMessage(msgspec.Struct):
 
 async def send_input(request: Request, run_id: str, input_id: str) -> Response:
     """Append to an input of a run, which the run receives through `run.input(input_id)`."""
-    claims = request.authenticate()
     record = await request.host.runs.get(run_id)
-    authorize(claims, "write", [("inputStreams", run_id)])
+    authorize(request.claims, "write", [("inputStreams", run_id)])
     stream = StreamKey(record.id, input_stream(input_id, request.host.limits))
 
     data = _input_data(await request.body(request.host.limits.input_bytes))

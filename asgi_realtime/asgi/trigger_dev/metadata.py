@@ -15,12 +15,7 @@ from asgi_realtime.asgi.trigger_dev.credentials import find_open_run, once
 from asgi_realtime.asgi.trigger_dev.decoding import read_json
 from asgi_realtime.brokers.base import ChangeMark
 from asgi_realtime.core.errors import LimitExceeded, RunNotFound
-from asgi_realtime.core.metadata import (
-    Operation,
-    Replace,
-    apply_operations,
-    check_size,
-)
+from asgi_realtime.core.metadata import Operation, Replace, apply_operations, check_size
 from asgi_realtime.core.runs import MetadataChanged, RunRecord
 from asgi_realtime.tasks.launch import Once
 
@@ -69,17 +64,15 @@ class MetadataUpdate(msgspec.Struct, rename="camel"):
 
 async def retrieve_metadata(request: Request, run_id: str) -> Response:
     """Respond with the metadata of a run, or with none if the token hides it."""
-    claims = request.authenticate()
     record = await request.host.runs.get(run_id)
-    authorize(claims, "read", run_resources(record))
-    return json_response({"metadata": {} if "metadata" in claims.skip_columns else record.metadata})
+    authorize(request.claims, "read", run_resources(record))
+    return json_response({"metadata": {} if "metadata" in request.claims.skip_columns else record.metadata})
 
 
 async def update_metadata(request: Request, run_id: str) -> Response:
     """Apply all operations in order, or none if one of them fails."""
-    claims = request.authenticate()
-    record = await find_open_run(request, claims, run_id)
-    mark = _mark(once(request, claims, f"metadata {run_id}"))
+    record = await find_open_run(request, run_id)
+    mark = _mark(once(request, f"metadata {run_id}"))
     update = read_json(await request.body(MAX_UPDATE_BYTES), MetadataUpdate)
     update.check_count(MAX_OPERATIONS)
     changes = update.by_run(record)

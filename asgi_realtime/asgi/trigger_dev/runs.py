@@ -19,16 +19,9 @@ from asgi_realtime.asgi.trigger_dev.credentials import (
     handle_scopes,
     handle_token,
     once,
-    run_token_id,
 )
 from asgi_realtime.asgi.trigger_dev.decoding import read_json
-from asgi_realtime.asgi.trigger_dev.run_requests import (
-    NO_STORE,
-    RunRequest,
-    max_body_bytes,
-    read_options,
-    read_payload,
-)
+from asgi_realtime.asgi.trigger_dev.run_requests import NO_STORE, RunRequest, max_body_bytes, read_options, read_payload
 from asgi_realtime.core.errors import LimitExceeded, RunNotFound
 from asgi_realtime.core.names import check_tags
 from asgi_realtime.core.run_json import run_json
@@ -46,19 +39,18 @@ class NewTags(msgspec.Struct):
 
 async def trigger(request: Request, task_id: str) -> Response:
     """Create a run of a task, or find the one that this request or its idempotency key created before."""
-    claims = request.authenticate()
-    authorize(claims, "trigger", [("tasks", task_id)])
-    check_task(request, claims, task_id)
-    attempt = once(request, claims, f"trigger {task_id}")
+    authorize(request.claims, "trigger", [("tasks", task_id)])
+    check_task(request, task_id)
+    attempt = once(request, f"trigger {task_id}")
 
     tasks, limits = request.host.tasks, request.host.limits
     body = read_json(await request.body(max_body_bytes(limits)), RunRequest)
     options = read_options(body, limits)
     payload, run_options = read_payload(body, options, limits), options.run_options()
-    parent = await find_parent(request, claims, options.parent_run_id)
-    prepared = tasks.prepare_json(task_id, payload, run_options, parent=parent, token_id=run_token_id(claims))
+    parent = await find_parent(request, options.parent_run_id)
+    prepared = tasks.prepare_json(task_id, payload, run_options, parent=parent, token_id=request.token_id or None)
     launched = await tasks.launcher.launch(prepared, once=attempt)
-    token = handle_token(request.host, claims, handle_scopes(claims, launched.record))
+    token = handle_token(request, handle_scopes(request.claims, launched.record))
     return json_response({"id": launched.record.id, "isCached": launched.is_cached}, headers={"x-trigger-jwt": token})
 
 
@@ -67,7 +59,6 @@ async def packets(request: Request) -> Response:
 
     413 is final for the client, so its user sees the limit immediately.
     """
-    request.authenticate()
     if request.method == "GET":
         raise RunNotFound("payloads are not stored separately; retrieve the run")
     raise LimitExceeded(NO_STORE, status=413)
@@ -75,32 +66,30 @@ async def packets(request: Request) -> Response:
 
 async def retrieve_run(request: Request, run_id: str) -> Response:
     """Respond with the record of a run."""
-    claims = request.authenticate()
     try:
         record = await request.host.runs.get(run_id)
     except RunNotFound as exc:
         if request.is_from_elsewhere:
             raise
         response = exception_response(exc)
-        if run_id in named_ids(claims.scopes, "read", "runs"):  # the run may not have reached the broker yet
+        if run_id in named_ids(request.claims.scopes, "read", "runs"):  # the run may not have reached the broker yet
             response.headers["x-should-retry"] = "true"
         return response
-    authorize(claims, "read", run_resources(record))
-    return json_bytes_response(run_json(record, skip=claims.skip_columns))
+    authorize(request.claims, "read", run_resources(record))
+    return json_bytes_response(run_json(record, skip=request.claims.skip_columns))
 
 
 async def cancel_run(request: Request, run_id: str) -> Response:
     """Cancel a run. A run that is over stays as it ended."""
-    claims = request.authenticate()
     record = await request.host.runs.get(run_id)
-    authorize(claims, "write", [("runs", record.id)])
+    authorize(request.claims, "write", [("runs", record.id)])
     await request.host.cancel(run_id)
     return json_response({"id": run_id})
 
 
 async def add_tags(request: Request, run_id: str) -> Response:
     """Add tags to a run that is not over."""
-    record = await find_open_run(request, request.authenticate(), run_id)
+    record = await find_open_run(request, run_id)
     limits = request.host.limits
     tags = check_tags(read_json(await request.body(MAX_TAGS_BODY_BYTES), NewTags).tags, limits)
     check_tags((*record.tags, *tags), limits)

@@ -19,30 +19,27 @@ from asgi_realtime.asgi.trigger_dev.shape_requests import read_shape_request
 
 async def run_feed(request: Request, run_id: str) -> Response:
     """Poll one run."""
-    claims = request.authenticate()
     shape = read_shape_request(request)
     feed = RunFeed(run_id)
-    if shape.cursor is None or not allows(claims, "read", [("runs", run_id)]):
-        record = await find_run(request, claims, run_id)
+    if shape.cursor is None or not allows(request.claims, "read", [("runs", run_id)]):
+        record = await find_run(request, run_id)
         feed = RunFeed(record.id, record.end)
-    return await ShapePoll(request, claims, feed, shape).respond()
+    return await ShapePoll(request, feed, shape).respond()
 
 
 async def tag_feed(request: Request) -> Response:
     """Poll the recent runs that have all of the tags. The first poll fixes the window for the later ones."""
-    claims = request.authenticate()
     tags, floor_ms = requested_tags(request), requested_floor_ms(request)
     shape = read_shape_request(request)
-    authorize(claims, "read", tag_resources(tags))
+    authorize(request.claims, "read", tag_resources(tags))
     if shape.cursor is not None:
         floor_ms = shape.cursor.floor_ms
-    return await ShapePoll(request, claims, TagFeed(tags, floor_ms=floor_ms), shape).respond()
+    return await ShapePoll(request, TagFeed(tags, floor_ms=floor_ms), shape).respond()
 
 
 async def batch_feed(request: Request, batch_id: str) -> Response:
     """Poll the runs of a batch."""
-    claims = request.authenticate()
     shape = read_shape_request(request)
-    authorize(claims, "read", batch_resources(batch_id))
-    closed = shape.cursor is None and await find_batch(request, claims, batch_id)
-    return await ShapePoll(request, claims, BatchFeed(batch_id, closed=closed), shape).respond()
+    authorize(request.claims, "read", batch_resources(batch_id))
+    closed = shape.cursor is None and await find_batch(request, batch_id)
+    return await ShapePoll(request, BatchFeed(batch_id, closed=closed), shape).respond()

@@ -29,7 +29,6 @@ from asgi_realtime.core.topics import Changes, Cursor
 from asgi_realtime.loop.guards import make_guard
 from asgi_realtime.loop.waiting import make_waiter
 from asgi_realtime.runs.paging import newest, pages
-from asgi_realtime.tokens import Claims
 
 MAX_ROWS = 1000
 MAX_BYTES = 4 * 1024 * 1024
@@ -45,17 +44,17 @@ SPACING_S = 0.25
 class ShapePoll:
     """One poll. It is a `Subscriber`, so the ticker and the shutdown can wake it."""
 
-    def __init__(self, request: Request, claims: Claims, feed: Feed, shape: ShapeRequest) -> None:
+    def __init__(self, request: Request, feed: Feed, shape: ShapeRequest) -> None:
         host = request.host
         self._host = host
         self._run_cache = request.run_cache
         self._subscription_limits = request.subscription_limits
         self._receive = request.receive
-        self._token_id = "" if claims.secret else claims.token_id
-        self._expires_at = claims.expires_at
+        self._token_id = request.token_id
+        self._expires_at = request.claims.expires_at
         self._feed = feed
         self._shape = shape
-        self._skip = shapes.skippable_columns(request.skipped_columns(claims))
+        self._skip = shapes.skippable_columns(request.skipped_columns)
         self._waiter = make_waiter()
         self._was_delayed = False
         self._hold_s = host.timeouts.poll * random.uniform(1 - HOLD_JITTER, 1 + HOLD_JITTER)

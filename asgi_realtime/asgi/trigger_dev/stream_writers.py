@@ -20,14 +20,7 @@ from asgi_realtime.asgi.trigger_dev.credentials import require_secret
 from asgi_realtime.asgi.trigger_dev.ndjson import LineSplitter
 from asgi_realtime.brokers.base import Producer, StreamKey
 from asgi_realtime.core.chunks import json_line
-from asgi_realtime.core.errors import (
-    InvalidRequest,
-    ProducerGap,
-    RequestCutOff,
-    StreamClosed,
-    UsageError,
-    shown,
-)
+from asgi_realtime.core.errors import InvalidRequest, ProducerGap, RequestCutOff, StreamClosed, UsageError, shown
 from asgi_realtime.core.names import stream_name
 from asgi_realtime.core.runs import RunRecord
 from asgi_realtime.streams.writer import CALL_BYTES, CALL_ITEMS, encode_within
@@ -182,7 +175,7 @@ async def _find_stream(request: Request, run_id: str, target: str, key: str) -> 
 
     Raises `InvalidToken`, `ScopeDenied`, `UsageError`, `InvalidRequest`, `RunNotFound`.
     """
-    require_secret(request.authenticate(), "writing a stream")
+    require_secret(request, "writing a stream")
     name = stream_name(key, request.host.limits)
     if target not in TARGETS:
         raise InvalidRequest(f"the target is {shown(target)}; allowed are {', '.join(TARGETS)}")

@@ -46,13 +46,13 @@ class PublicToken(msgspec.Struct, rename="camel"):
 
 async def jwt_claims(request: Request) -> Response:
     """The claims of a token besides its scopes and times. The body is ignored."""
-    require_secret(request.authenticate(), "signing tokens")
+    require_secret(request, "signing tokens")
     return json_response({"sub": SUBJECT, "pub": True})
 
 
 async def public_token(request: Request) -> Response:
     """Sign a public token."""
-    require_secret(request.authenticate(), "creating tokens")
+    require_secret(request, "creating tokens")
     requested = read_json(await request.body(MAX_BODY_BYTES), PublicToken)
     token = request.host.tokens.mint(
         flatten_scopes(requested.scopes),
