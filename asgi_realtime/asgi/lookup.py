@@ -6,40 +6,12 @@ the request waits for it. Otherwise it gets 404 at once, so timing reveals nothi
 
 from __future__ import annotations
 
-from functools import partial
-
 from asgi_realtime.asgi.auth import authorize, run_resources
-from asgi_realtime.asgi.host import Host, Receive
+from asgi_realtime.asgi.open_request import held
 from asgi_realtime.asgi.request import Request
-from asgi_realtime.asgi.subscription import until_disconnect
-from asgi_realtime.brokers.following import following
 from asgi_realtime.core.errors import RunNotFound, ServerShutdown, shown
 from asgi_realtime.core.runs import RunRecord, batch_topic, run_topic
 from asgi_realtime.core.scopes import named_ids
-from asgi_realtime.loop.guards import make_guard
-from asgi_realtime.loop.waiting import make_waiter
-
-
-class _Deadline:
-    """Wakes a waiting lookup when its time is over. Driven by the ticker."""
-
-    __slots__ = ("_since", "_wait_s", "is_over", "waiter")
-
-    def __init__(self, wait_s: float) -> None:
-        self._wait_s = wait_s
-        self._since: float | None = None  # the first tick
-        self.is_over = False
-        self.waiter = make_waiter()
-
-    def tick(self, now: float, steady: float) -> None:
-        if self._since is None:
-            self._since = steady
-        elif steady - self._since >= self._wait_s:
-            self.is_over = True
-            self.waiter.wake()
-
-    def shut_down(self) -> None:
-        """Nothing to do: the shutdown interrupts the whole request."""
 
 
 async def find_run(request: Request, run_id: str) -> RunRecord:
@@ -78,24 +50,9 @@ async def _appears(request: Request, topic: str) -> bool:
     Raises `ServerShutdown` rather than returning False during a shutdown, because the run can appear soon after. An
     EventSource would not reconnect after a 404.
     """
-    host, token_id = request.host, request.token_id
-    if host.closing:
+    if request.host.closing:
         raise ServerShutdown()
-    deadline = _Deadline(host.timeouts.find)
-    request.subscription_limits.acquire("", token_id)
-    host.subscribers.add(deadline)
-    try:
-        return await _wait_for_run(host, topic, deadline, request.receive)
-    finally:
-        host.subscribers.discard(deadline)
-        request.subscription_limits.release("", token_id)
-
-
-async def _wait_for_run(host: Host, topic: str, deadline: _Deadline, receive: Receive) -> bool:
-    async with (
-        make_guard(partial(until_disconnect, receive)),
-        following(host.broker, topic, waiter=deadline.waiter) as follower,
-    ):
+    async with held(request, topic, request.host.timeouts.find) as (follower, deadline):
         while not deadline.is_over:
             if (await follower.changes(None, limit=1)).items:
                 return True

@@ -2,13 +2,16 @@
 
 A shutdown interrupts an endpoint wherever it waits: for the body of its client, or for a broker that does not answer.
 An interrupted broker call either took full effect or none, so clients that send an idempotency key can retry. A client
-that sends nothing of its body for too long gets 408. There is no timer per request; the ticker measures the silence.
+that sends nothing of its body for too long gets 408. A held request waits for a change of a topic, up to a deadline.
+There is no timer per request; the ticker measures the silence and the deadline.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from functools import partial
 from typing import TypeVar
 
 from starlette.responses import Response
@@ -16,8 +19,12 @@ from starlette.responses import Response
 from asgi_realtime.asgi.host import Host, Message, Receive
 from asgi_realtime.asgi.request import Request
 from asgi_realtime.asgi.responses import error_response
+from asgi_realtime.asgi.subscription import until_disconnect
+from asgi_realtime.brokers.following import Follower, following
 from asgi_realtime.core.errors import ServerShutdown
+from asgi_realtime.loop.guards import make_guard
 from asgi_realtime.loop.interrupts import make_interrupt
+from asgi_realtime.loop.waiting import make_waiter
 
 A = TypeVar("A")
 
@@ -85,3 +92,49 @@ async def until_shutdown(
         message = f"the client sent nothing for {silence_s:g} s; send again what was not confirmed"
         return error_response(408, "silent", message)
     raise ServerShutdown()
+
+
+class Deadline:
+    """Wakes a held request once a time has passed or its token has expired."""
+
+    __slots__ = ("_expires_at", "_since", "_wait_s", "is_over", "waiter")
+
+    def __init__(self, wait_s: float, expires_at: float) -> None:
+        self._wait_s = wait_s
+        self._expires_at = expires_at
+        self._since: float | None = None  # the first tick
+        self.is_over = False
+        self.waiter = make_waiter()
+
+    def tick(self, now: float, steady: float) -> None:
+        if self._since is None:
+            self._since = steady
+        self.is_over = steady - self._since >= self._wait_s or now >= self._expires_at
+        if self.is_over:
+            self.waiter.wake()
+
+    def shut_down(self) -> None:
+        """Nothing to do: the shutdown interrupts the whole request."""
+
+
+@asynccontextmanager
+async def held(
+    request: Request, topic: str, wait_s: float, *, run_id: str = ""
+) -> AsyncIterator[tuple[Follower, Deadline]]:
+    """Follow a topic for one response, counted as a subscription. Left without an error if the client disconnects.
+
+    Raises `LimitExceeded`, `BrokerUnavailable`.
+    """
+    deadline = Deadline(wait_s, request.claims.expires_at)
+    host, limits, token_id = request.host, request.subscription_limits, request.token_id
+    limits.acquire(run_id, token_id)
+    host.subscribers.add(deadline)
+    try:
+        async with (
+            make_guard(partial(until_disconnect, request.receive)),
+            following(host.broker, topic, waiter=deadline.waiter) as follower,
+        ):
+            yield follower, deadline
+    finally:
+        host.subscribers.discard(deadline)
+        limits.release(run_id, token_id)

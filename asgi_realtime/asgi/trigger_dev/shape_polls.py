@@ -16,18 +16,15 @@ import anyio
 from starlette.responses import Response
 
 from asgi_realtime.asgi.feed_kinds import Feed, FeedChange, select_changes
+from asgi_realtime.asgi.open_request import Deadline, held
 from asgi_realtime.asgi.request import Request
 from asgi_realtime.asgi.responses import json_bytes_response
-from asgi_realtime.asgi.subscription import until_disconnect
 from asgi_realtime.asgi.trigger_dev import shapes
 from asgi_realtime.asgi.trigger_dev.shape_requests import ShapeRequest
 from asgi_realtime.asgi.trigger_dev.shapes import ShapeCursor
-from asgi_realtime.brokers.base import LiveTopic
 from asgi_realtime.brokers.following import Follower
 from asgi_realtime.core.errors import ExpiredToken, ServerShutdown
 from asgi_realtime.core.topics import Changes, Cursor
-from asgi_realtime.loop.guards import make_guard
-from asgi_realtime.loop.waiting import make_waiter
 from asgi_realtime.runs.paging import newest, pages
 
 MAX_ROWS = 1000
@@ -42,67 +39,50 @@ SPACING_S = 0.25
 
 
 class ShapePoll:
-    """One poll. It is a `Subscriber`, so the ticker and the shutdown can wake it."""
+    """One poll."""
 
     def __init__(self, request: Request, feed: Feed, shape: ShapeRequest) -> None:
-        host = request.host
-        self._host = host
+        self._request = request
+        self._host = request.host
         self._run_cache = request.run_cache
-        self._subscription_limits = request.subscription_limits
-        self._receive = request.receive
-        self._token_id = request.token_id
-        self._expires_at = request.claims.expires_at
         self._feed = feed
         self._shape = shape
         self._skip = shapes.skippable_columns(request.skipped_columns)
-        self._waiter = make_waiter()
         self._was_delayed = False
-        self._hold_s = host.timeouts.poll * random.uniform(1 - HOLD_JITTER, 1 + HOLD_JITTER)
-        self._since: float | None = None  # the first tick
-        self._is_hold_over = False
 
     async def respond(self) -> Response:
         """Raises `ExpiredToken` once the token has expired, `BrokerUnavailable`, `LimitExceeded`."""
-        self._subscription_limits.acquire(self._feed.run_id, self._token_id)
-        self._host.subscribers.add(self)
-        try:
-            async with (
-                make_guard(partial(until_disconnect, self._receive)),
-                self._host.broker.follow(self._feed.topic) as topic,
-            ):
-                return await self._poll(topic)
-        finally:
-            self._host.subscribers.discard(self)
-            self._subscription_limits.release(self._feed.run_id, self._token_id)
+        hold_s = self._host.timeouts.poll * random.uniform(1 - HOLD_JITTER, 1 + HOLD_JITTER)
+        async with held(self._request, self._feed.topic, hold_s, run_id=self._feed.run_id) as (follower, deadline):
+            return await self._poll(follower, deadline)
         raise ServerShutdown()  # the client has disconnected and does not receive it
 
-    async def _poll(self, topic: LiveTopic) -> Response:
+    async def _poll(self, follower: Follower, deadline: Deadline) -> Response:
         shape = self._shape
-        if shape.snapshot:
-            return await self._snapshot(await self._changes(topic, None))
-        if shape.cursor is None:
-            return self._must_refetch(await self._changes(topic, None))
-        return await self._follow(topic, Cursor(shape.cursor.epoch, shape.cursor.position))
+        if shape.cursor is not None:
+            return await self._follow(follower, deadline, Cursor(shape.cursor.epoch, shape.cursor.position))
+        changes = await self._changes(follower, None)
+        return await self._snapshot(changes) if shape.snapshot else self._must_refetch(changes)
 
-    async def _follow(self, topic: LiveTopic, cursor: Cursor) -> Response:
-        with Follower(topic, waiter=self._waiter) as follower:
-            while True:
-                changes = await follower.changes(cursor, limit=self._host.limits.topic_runs)
-                if changes.snapshot and cursor.position:
-                    return self._must_refetch(changes)
-                if changes.snapshot and changes.items:  # the topic was empty at the cursor
-                    return await self._snapshot(changes)
-                found = await self._find(changes)
-                if found and await self._delay(found):
-                    continue  # to include later changes
-                cursor = changes.cursor
-                response = self._rows(found, cursor) if found else self._without_changes(cursor)
-                if response is not None:
-                    return response
-                await follower.wait()
+    async def _follow(self, follower: Follower, deadline: Deadline, cursor: Cursor) -> Response:
+        while True:
+            changes = await self._changes(follower, cursor)
+            if changes.snapshot and cursor.position:
+                return self._must_refetch(changes)
+            if changes.snapshot and changes.items:  # the topic was empty at the cursor
+                return await self._snapshot(changes)
+            found = await self._find(changes)
+            if found and await self._delay(found):
+                continue  # to include later changes
+            cursor = changes.cursor
+            if not found:
+                self._check_can_wait()
+            if found or deadline.is_over or not self._shape.live:
+                return self._rows(found, cursor)
+            await follower.wait()
 
-    async def _changes(self, topic: LiveTopic, cursor: Cursor | None) -> Changes:
-        return await topic.changes(cursor, limit=self._host.limits.topic_runs)
+    async def _changes(self, follower: Follower, cursor: Cursor | None) -> Changes:
+        return await follower.changes(cursor, limit=self._host.limits.topic_runs)
 
     async def _snapshot(self, changes: Changes) -> Response:
         load = partial(select_changes, self._feed, self._run_cache)
@@ -131,13 +111,12 @@ class ShapePoll:
             await anyio.sleep(delay_s)
         return delay_s > 0
 
-    def _without_changes(self, cursor: Cursor) -> Response | None:
-        """The response to a poll without changes, or None to hold it."""
+    def _check_can_wait(self) -> None:
+        """Raises what a poll without changes gets instead of a response."""
         if self._host.closing:
             raise ServerShutdown()
-        if self._host.clock() >= self._expires_at:
+        if self._host.clock() >= self._request.claims.expires_at:
             raise ExpiredToken("token has expired")
-        return None if self._shape.live and not self._is_hold_over else self._rows([], cursor)
 
     def _rows(self, found: Sequence[FeedChange], cursor: Cursor) -> Response:
         """As many rows as fit into one response, and the cursor after them."""
@@ -167,18 +146,6 @@ class ShapePoll:
     def _must_refetch(self, changes: Changes) -> Response:
         handle = ShapeCursor(changes.cursor.epoch, self._feed.floor_ms, 0).handle
         return json_bytes_response(shapes.MUST_REFETCH, 409, {"electric-handle": handle})
-
-    # Subscriber
-
-    def tick(self, now: float, steady: float) -> None:
-        if self._since is None:
-            self._since = steady
-        self._is_hold_over = steady - self._since >= self._hold_s
-        if self._is_hold_over or now >= self._expires_at:
-            self._waiter.wake()
-
-    def shut_down(self) -> None:
-        """Nothing to do: the shutdown interrupts the whole request."""
 
 
 @lru_cache(maxsize=64)

@@ -10,6 +10,7 @@ import anyio.lowlevel
 import pytest
 
 from asgi_realtime.asgi.host import Message
+from asgi_realtime.asgi.open_request import Deadline
 from asgi_realtime.asgi.trigger_dev import shape_polls, shape_requests, shapes
 from asgi_realtime.brokers.memory import MemoryBroker
 from asgi_realtime.core.config import Limits, Timeouts
@@ -369,8 +370,8 @@ async def test_polls_that_began_together_end_at_different_times(host: FakeHost) 
         client = Client(host)
         await client.rows()
         async with client.polling():
-            poll = await host.wait_for_subscriber(shape_polls.ShapePoll)
-            ends.add(poll._hold_s)
+            deadline = await host.wait_for_subscriber(Deadline)
+            ends.add(deadline._wait_s)
             await host.change("run_1", progress(len(ends)))
     poll_s = host.timeouts.poll
     assert len(ends) == 20
