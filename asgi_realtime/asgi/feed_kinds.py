@@ -7,7 +7,6 @@ ends. How they are sent is the matter of `feed_events` and of the polls of the T
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Protocol
 
 from asgi_realtime.asgi.run_cache import RunCache
 from asgi_realtime.core.batch_progress import BatchProgress
@@ -19,85 +18,68 @@ FeedChange = tuple[Change, RunRecord]
 """A change of a topic that belongs to a feed, with the record of its run."""
 
 
-class Feed(Protocol):
-    """The runs of a feed, and its end."""
+class Feed:
+    """The runs of a feed, and its end. A kind of feeds overrides what differs."""
 
-    topic: str
-    run_id: str
-    """The only run of the feed, or ""."""
-    floor_ms: int
-    """Runs created before this time are not part of the feed."""
-    needs_every_run: bool
-    """Whether the end depends on every run of the topic, also on those that a resuming client does not get."""
-
-    def has(self, record: RunRecord) -> bool: ...
-
-    def note(self, record: RunRecord) -> None:
-        """Take a run of this feed into account for its end."""
-
-    @property
-    def end(self) -> End | None:
-        """How the feed ends once all of the noted runs are sent; None while it continues."""
-        ...
-
-
-class RunFeed:
-    """One run, until it ends."""
-
+    run_id = ""
+    """The only run of the feed, if there is one."""
     floor_ms = 0
+    """Runs created before this time are not part of the feed."""
     needs_every_run = False
+    """Whether the end depends on every run of the topic, also on those that a resuming client does not get."""
+    end: End | None = None
+    """How the feed ends once all of the noted runs are sent; None while it continues."""
 
-    def __init__(self, run_id: str, end: End | None = None) -> None:
-        self.topic = run_topic(run_id)
-        self.run_id = run_id
-        self.end = end
+    def __init__(self, topic: str) -> None:
+        self.topic = topic
 
     def has(self, record: RunRecord) -> bool:
         return True
 
     def note(self, record: RunRecord) -> None:
+        """Take a run of this feed into account for its end."""
+
+
+class RunFeed(Feed):
+    """One run, until it ends."""
+
+    def __init__(self, run_id: str, end: End | None = None) -> None:
+        super().__init__(run_topic(run_id))
+        self.run_id = run_id
+        self.end = end
+
+    def note(self, record: RunRecord) -> None:
         self.end = record.end
 
 
-class TagFeed:
+class TagFeed(Feed):
     """The runs that have all of these tags and were created after a time. It never ends."""
 
-    run_id = ""
-    needs_every_run = False
-    end: End | None = None
-
     def __init__(self, tags: Collection[str], *, floor_ms: int) -> None:
-        self.topic = tag_topic(min(tags))
+        super().__init__(tag_topic(min(tags)))
         self._tags = frozenset(tags)
         self.floor_ms = floor_ms
 
     def has(self, record: RunRecord) -> bool:
         return record.created_at_ms >= self.floor_ms and self._tags.issubset(record.tags)
 
-    def note(self, record: RunRecord) -> None:
-        return None
 
-
-class BatchFeed:
+class BatchFeed(Feed):
     """The runs of a batch, until all have ended. `closed`: no more runs join it, and possibly it has none."""
 
-    run_id = ""
-    floor_ms = 0
     needs_every_run = True
 
     def __init__(self, batch_id: str, *, closed: bool = False) -> None:
-        self.topic = batch_topic(batch_id)
+        super().__init__(batch_topic(batch_id))
         self._progress = BatchProgress(closed=closed)
-
-    def has(self, record: RunRecord) -> bool:
-        return True
+        self._update_end()
 
     def note(self, record: RunRecord) -> None:
         self._progress.add(record)
+        self._update_end()
 
-    @property
-    def end(self) -> End | None:
-        return End("complete") if self._progress.is_over else None
+    def _update_end(self) -> None:
+        self.end = End("complete") if self._progress.is_over else None
 
 
 async def select_changes(feed: Feed, run_cache: RunCache, page: Sequence[Change]) -> list[FeedChange]:
