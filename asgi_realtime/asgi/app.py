@@ -44,7 +44,7 @@ class RealtimeApp:
     def __init__(self, host: Host) -> None:
         self._host = host
         self.subscription_limits = SubscriptionLimits(host.limits)
-        self._run_cache = RunCache(host.runs)
+        self._run_cache = RunCache(host.runs.load)
         self._has_warned_of_elsewhere = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -6,14 +6,13 @@ shutdown of the `Realtime` see it. Everything here runs on the loop of the `Real
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, Protocol
 
-from asgi_realtime.brokers.base import Broker, ChangeMark, StreamKey
+from asgi_realtime.brokers.base import Broker
 from asgi_realtime.core.config import Cors, Limits, Timeouts
-from asgi_realtime.core.runs import RunChange, RunRecord
 from asgi_realtime.engine.subscribers import Subscriber as Subscriber
-from asgi_realtime.loop.retry import Retry
+from asgi_realtime.runs.store import RunStore
 from asgi_realtime.tasks.registry import Tasks
 from asgi_realtime.tokens import TokenAuthority
 
@@ -26,35 +25,6 @@ App = Callable[[Any, Any, Any], Awaitable[None]]
 Headers = list[tuple[bytes, bytes]]
 
 
-class Runs(Protocol):
-    """Read access to run records."""
-
-    async def get(self, run_id: str) -> RunRecord:
-        """The newest record. Raises `RunNotFound`."""
-        ...
-
-    async def load(self, run_ids: Sequence[str], /) -> list[RunRecord | None]:
-        """The newest records, in the given order; None for each run that does not exist."""
-        ...
-
-
-class WritableRuns(Runs, Protocol):
-    """Read and write access to run records, and what a writer of streams needs besides the broker."""
-
-    async def update(self, run_id: str, /, *changes: RunChange, mark: ChangeMark | None = None) -> RunRecord:
-        """Apply changes to the newest record and store it, once per mark. Raises `RunNotFound`, `LimitExceeded`."""
-        ...
-
-    async def add_stream(self, key: StreamKey, /) -> None:
-        """Add the stream or input to the list of its run. Raises `RunNotFound`, `LimitExceeded`."""
-        ...
-
-    @property
-    def retry(self) -> Retry:
-        """Repeats a call while the broker is unavailable, for up to `timeouts.append`."""
-        ...
-
-
 class Host(Protocol):
     """The part of a `Realtime` that endpoints use.
 
@@ -65,7 +35,7 @@ class Host(Protocol):
     @property
     def broker(self) -> Broker: ...
     @property
-    def runs(self) -> WritableRuns: ...
+    def runs(self) -> RunStore: ...
     @property
     def tokens(self) -> TokenAuthority: ...
     @property

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from typing import Protocol
+from collections.abc import Awaitable, Callable, Collection, Sequence
 
-from asgi_realtime.asgi.host import Runs
 from asgi_realtime.core.runs import RunRecord
 from asgi_realtime.core.topics import Change
 
@@ -21,10 +19,11 @@ _MAX_ENCODINGS = 4
 """Encodings per run. Events and polls have one each, and so has each choice of columns to leave out."""
 
 
-class EncodeRun(Protocol):
-    """Encodes a run, as `core.run_json.run_json` does."""
+LoadRuns = Callable[[Sequence[str]], Awaitable[list[RunRecord | None]]]
+"""The newest records, in the given order; None for each run that does not exist."""
 
-    def __call__(self, record: RunRecord, *, skip: Collection[str]) -> bytes: ...
+EncodeRun = Callable[[RunRecord, Collection[str]], bytes]
+"""Encodes a run without some columns, as `core.run_json.run_json` does."""
 
 
 class _CachedRun:
@@ -39,8 +38,8 @@ class _CachedRun:
 class RunCache:
     """The newest version of each run, up to `max_runs` runs and about `MAX_BYTES`. Evicts the least recently used."""
 
-    def __init__(self, runs: Runs, *, max_runs: int = MAX_RUNS) -> None:
-        self._runs = runs
+    def __init__(self, load: LoadRuns, *, max_runs: int = MAX_RUNS) -> None:
+        self._load = load
         self._max_runs = max_runs
         self._cached: dict[str, _CachedRun] = {}  # least recently used first
         self._size = 0
@@ -50,7 +49,7 @@ class RunCache:
         found = [self._get(change) for change in changes]
         missing = [place for place, record in enumerate(found) if record is None]
         if missing:
-            loaded = await self._runs.load([changes[place].run_id for place in missing])
+            loaded = await self._load([changes[place].run_id for place in missing])
             for place, record in zip(missing, loaded, strict=True):
                 if record is not None:
                     self._put(_CachedRun(record))
@@ -61,10 +60,10 @@ class RunCache:
         """The encoded record, without the columns in `skip`."""
         cached = self._cached.get(record.id)
         if cached is None or cached.record.version != record.version:
-            return encode(record, skip=skip)
+            return encode(record, skip)
         encoding = cached.encodings.get((encode, skip))
         if encoding is None:
-            encoding = encode(record, skip=skip)
+            encoding = encode(record, skip)
             if len(cached.encodings) < _MAX_ENCODINGS:
                 cached.encodings[encode, skip] = encoding
                 cached.size += len(encoding)

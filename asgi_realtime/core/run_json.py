@@ -37,7 +37,7 @@ def skippable_fields(columns: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted(_SKIPPABLE.intersection(columns)))
 
 
-def run_json(record: RunRecord, *, skip: Collection[str] = ()) -> bytes:
+def run_json(record: RunRecord, skip: Collection[str] = ()) -> bytes:
     """Encode a run as one line of JSON. `skip` names the fields, or columns of a run feed, to omit."""
     fields = _fields(record)
     for name in skip:
@@ -67,7 +67,7 @@ def _fields(record: RunRecord) -> dict[str, Any]:
         "tags": record.tags,
         "costInCents": 0,
         "baseCostInCents": 0,
-        "durationMs": _duration_ms(record),
+        "durationMs": duration_ms(record),
         "depth": record.depth,
         "triggerFunction": "trigger" if record.batch is None else "batchTrigger",
         "relatedRuns": {},
@@ -97,7 +97,8 @@ def _raw(data: bytes | None) -> msgspec.Raw | None:
     return None if data is None else msgspec.Raw(data)
 
 
-def _duration_ms(record: RunRecord) -> int:
+def duration_ms(record: RunRecord) -> int:
+    """From the start to the end, or to the last change of a run that has not ended."""
     if record.started_at_ms is None:
         return 0
     return (record.completed_at_ms or record.updated_at_ms) - record.started_at_ms

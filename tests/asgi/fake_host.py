@@ -30,6 +30,7 @@ from asgi_realtime.core.runs import (
     apply,
 )
 from asgi_realtime.loop.retry import Retry
+from asgi_realtime.runs.store import RunStore
 from asgi_realtime.tasks.registry import Tasks
 from asgi_realtime.tokens import TokenAuthority
 
@@ -76,7 +77,7 @@ class FakeHost:
         self.subscribers: set[Subscriber] = set()
         self.broker: Broker = MemoryBroker(limits=self.limits, retention=retention, clock=self.clock)
         self.tokens = TokenAuthority(SECRET, clock=self.clock)
-        self.runs = self
+        self.runs = cast(RunStore, self)
         self.retry = Retry(0.0)
         self.calls: list[str] = []
         self.start_error: Exception | None = None

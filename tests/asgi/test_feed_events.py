@@ -228,7 +228,7 @@ async def test_the_end_does_not_reveal_a_hidden_error(host: FakeHost) -> None:
 async def test_a_version_of_a_run_is_encoded_once(host: FakeHost, monkeypatch: pytest.MonkeyPatch) -> None:
     encoded: list[str] = []
 
-    def counting(record: RunRecord, *, skip: Collection[str]) -> bytes:
+    def counting(record: RunRecord, skip: Collection[str]) -> bytes:
         encoded.append(record.id)
         return run_json(record, skip=skip)
 

@@ -48,7 +48,7 @@ def change(run_id: str, version: int) -> Change:
 
 async def test_a_version_is_loaded_once() -> None:
     runs = Runs()
-    cache = RunCache(runs, max_runs=10)
+    cache = RunCache(runs.load, max_runs=10)
     first = runs.put("a", 1)
     assert await cache.records([change("a", 1), change("gone", 1)]) == [first, None]
     assert await cache.records([change("a", 1)]) == [first]
@@ -63,7 +63,7 @@ async def test_a_version_is_loaded_once() -> None:
 
 async def test_a_record_of_another_version_is_encoded_again() -> None:
     runs = Runs()
-    cache = RunCache(runs, max_runs=10)
+    cache = RunCache(runs.load, max_runs=10)
     first = runs.put("a", 1)
     await cache.records([change("a", 1)])
     assert cache.encoded(first, run_json) is cache.encoded(first, run_json)
@@ -73,7 +73,7 @@ async def test_a_record_of_another_version_is_encoded_again() -> None:
 
 async def test_each_encoding_is_made_once_and_counted() -> None:
     runs = Runs()
-    cache = RunCache(runs, max_runs=10)
+    cache = RunCache(runs.load, max_runs=10)
     record = runs.put("a", 1, b'"text"')
     await cache.records([change("a", 1)])
     before = cache._size
@@ -86,7 +86,7 @@ async def test_each_encoding_is_made_once_and_counted() -> None:
 
 async def test_encodings_per_run_are_limited() -> None:
     runs = Runs()
-    cache = RunCache(runs, max_runs=10)
+    cache = RunCache(runs.load, max_runs=10)
     record = runs.put("a", 1)
     await cache.records([change("a", 1)])
     for number in range(10):
@@ -96,7 +96,7 @@ async def test_encodings_per_run_are_limited() -> None:
 
 async def test_the_least_recently_used_run_is_evicted() -> None:
     runs = Runs()
-    cache = RunCache(runs, max_runs=2)
+    cache = RunCache(runs.load, max_runs=2)
     for run_id in "abc":
         runs.put(run_id, 1)
     await cache.records([change("a", 1), change("b", 1)])
@@ -110,7 +110,7 @@ async def test_the_least_recently_used_run_is_evicted() -> None:
 async def test_bytes_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_cache, "MAX_BYTES", 100_000)
     runs = Runs()
-    cache = RunCache(runs, max_runs=1000)
+    cache = RunCache(runs.load, max_runs=1000)
     for number in range(10):
         runs.put(str(number), 1, b'"%b"' % (b"x" * 20_000))
         await cache.records([change(str(number), 1)])
@@ -124,16 +124,16 @@ async def test_bytes_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
 
 async def test_a_slow_load_does_not_restore_an_older_version() -> None:
     runs = Runs()
-    cache = RunCache(runs, max_runs=10)
+    cache = RunCache(runs.load, max_runs=10)
     old = runs.put("a", 1)
 
     class Racing(Runs):
         async def load(self, run_ids: Sequence[str], /) -> list[RunRecord | None]:
             runs.put("a", 2)
-            cache._runs = runs
+            cache._load = runs.load
             await cache.records([change("a", 2)])
             return [old]
 
-    cache._runs = Racing()
+    cache._load = Racing().load
     assert await cache.records([change("a", 1)]) == [old]
     assert cache._cached["a"].record.version == 2

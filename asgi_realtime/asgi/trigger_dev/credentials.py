@@ -6,7 +6,6 @@ import secrets
 from collections.abc import Sequence
 
 from asgi_realtime.asgi.auth import authorize, run_resources
-from asgi_realtime.asgi.host import Host
 from asgi_realtime.asgi.request import REQUEST_KEY, Request
 from asgi_realtime.core.config import MAX_SPAN_S, parse_span
 from asgi_realtime.core.errors import ScopeDenied, UnknownTask, UsageError, shown
@@ -45,16 +44,12 @@ def once(request: Request, what: str) -> Once | None:
     key, claims = request.name(REQUEST_KEY), request.claims
     if claims.one_time:
         mark = f"{what} {key or secrets.token_hex(16)}"
-        return Once(f"token:{claims.token_id}", mark, _remembered_s(request.host, claims))
+        now = request.host.clock()
+        return Once(f"token:{claims.token_id}", mark, min(claims.expires_at, now + MAX_SPAN_S) - now + SKEW_S)
     if key is None:
         return None
     ttl_s = request.host.tasks.launcher.retention.request_key
     return Once(f"request:{claims.token_id}:{what}/{key}", "", ttl_s)
-
-
-def _remembered_s(host: Host, claims: Claims) -> float:
-    now = host.clock()
-    return min(claims.expires_at, now + MAX_SPAN_S) - now + SKEW_S
 
 
 def handle_token(request: Request, scopes: Sequence[str]) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from functools import lru_cache, partial
+from functools import partial
 
 import anyio
 from starlette.responses import Response
@@ -138,7 +138,7 @@ class ShapePoll:
         headers = {"electric-handle": place.handle, "electric-offset": place.offset, "electric-up-to-date": "true"}
         if self._shape.live:
             return headers | {"electric-cursor": str(self._shape.pace.next(self._now_ms()))}
-        return headers | {"electric-schema": _schema(self._skip)}
+        return headers | {"electric-schema": shapes.schema(self._skip)}
 
     def _now_ms(self) -> int:
         return round(self._host.clock() * 1000)
@@ -146,8 +146,3 @@ class ShapePoll:
     def _must_refetch(self, changes: Changes) -> Response:
         handle = ShapeCursor(changes.cursor.epoch, self._feed.floor_ms, 0).handle
         return json_bytes_response(shapes.MUST_REFETCH, 409, {"electric-handle": handle})
-
-
-@lru_cache(maxsize=64)
-def _schema(skip: tuple[str, ...]) -> str:
-    return shapes.schema(skip=skip)

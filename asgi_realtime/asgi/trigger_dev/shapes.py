@@ -8,14 +8,16 @@ the HTTP API of Electric, whose client reads this.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Iterable
-from datetime import UTC, datetime
+from functools import lru_cache
 from typing import NamedTuple
 
 import msgspec
 
 from asgi_realtime.core.chunks import encode_value
 from asgi_realtime.core.run_columns import SKIPPABLE_COLUMNS
+from asgi_realtime.core.run_json import duration_ms, iso
 from asgi_realtime.core.runs import RunRecord, Status
 
 WIRE_STATUS: dict[Status, str] = {
@@ -34,21 +36,17 @@ WIRE_STATUS: dict[Status, str] = {
 MUST_REFETCH = b'[{"headers":{"control":"must-refetch"}}]'
 _UP_TO_DATE = b'{"headers":{"control":"up-to-date"}}]'
 
-_MAX_DIGITS = 18
+_CURSOR = re.compile(r"(.+)\.([0-9]{1,18}) ([0-9]{1,18})_0", re.DOTALL)
+"""A handle and an offset."""
 _JSON = "application/json"
 _SUPERJSON = "application/super+json"
 
 Encode = Callable[[RunRecord], "str | None"]
 
 
-def _timestamp(time_ms: int) -> str:
+def _timestamp(time_ms: int | None) -> str | None:
     """Without a time zone: the client appends a `Z`, and a date with two of them is invalid."""
-    seconds, milliseconds = divmod(time_ms, 1000)
-    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%S}.{milliseconds:03}"
-
-
-def _timestamp_or_null(time_ms: int | None) -> str | None:
-    return None if time_ms is None else _timestamp(time_ms)
+    return None if time_ms is None else iso(time_ms).removesuffix("Z")
 
 
 def _array(items: Iterable[str]) -> str:
@@ -57,22 +55,12 @@ def _array(items: Iterable[str]) -> str:
     return "{" + ",".join(f'"{item}"' for item in quoted) + "}"
 
 
-def _duration(record: RunRecord) -> str:
-    if record.started_at_ms is None:
-        return "0"
-    return str((record.completed_at_ms or record.updated_at_ms) - record.started_at_ms)
-
-
 def _payload(record: RunRecord) -> str | None:
     if record.payload_json is None:
         return None
     payload = record.payload_json.decode()
     meta = record.payload_meta_json
     return payload if meta is None else f'{{"json":{payload},"meta":{meta.decode()}}}'
-
-
-def _payload_type(record: RunRecord) -> str:
-    return _JSON if record.payload_meta_json is None else _SUPERJSON
 
 
 def _error(record: RunRecord) -> str | None:
@@ -87,24 +75,24 @@ _COLUMNS: dict[str, tuple[str, Encode]] = {
     "taskIdentifier": ("text", lambda record: record.task),
     "createdAt": ("timestamp", lambda record: _timestamp(record.created_at_ms)),
     "updatedAt": ("timestamp", lambda record: _timestamp(record.updated_at_ms)),
-    "startedAt": ("timestamp", lambda record: _timestamp_or_null(record.started_at_ms)),
-    "delayUntil": ("timestamp", lambda record: _timestamp_or_null(record.delay_until_ms)),
-    "queuedAt": ("timestamp", lambda record: _timestamp_or_null(record.queued_at_ms)),
+    "startedAt": ("timestamp", lambda record: _timestamp(record.started_at_ms)),
+    "delayUntil": ("timestamp", lambda record: _timestamp(record.delay_until_ms)),
+    "queuedAt": ("timestamp", lambda record: _timestamp(record.queued_at_ms)),
     "expiredAt": (
         "timestamp",
-        lambda record: _timestamp_or_null(record.completed_at_ms) if record.status is Status.EXPIRED else None,
+        lambda record: _timestamp(record.completed_at_ms) if record.status is Status.EXPIRED else None,
     ),
-    "completedAt": ("timestamp", lambda record: _timestamp_or_null(record.completed_at_ms)),
+    "completedAt": ("timestamp", lambda record: _timestamp(record.completed_at_ms)),
     "friendlyId": ("text", lambda record: record.id),
     "number": ("int4", lambda record: "0"),
     "isTest": ("bool", lambda record: "f"),
     "status": ("text", lambda record: WIRE_STATUS[record.status]),
-    "usageDurationMs": ("int4", _duration),
+    "usageDurationMs": ("int4", lambda record: str(duration_ms(record))),
     "costInCents": ("float8", lambda record: "0"),
     "baseCostInCents": ("float8", lambda record: "0"),
     "ttl": ("text", lambda record: record.ttl),
     "payload": ("text", _payload),
-    "payloadType": ("text", _payload_type),
+    "payloadType": ("text", lambda record: _JSON if record.payload_meta_json is None else _SUPERJSON),
     "metadata": ("text", lambda record: encode_value(record.metadata).decode()),
     "metadataType": ("text", lambda record: _JSON),
     "output": ("text", lambda record: None if record.output_json is None else record.output_json.decode()),
@@ -123,7 +111,8 @@ def skippable_columns(columns: Iterable[str]) -> tuple[str, ...]:
     return tuple(name for name in SKIPPABLE_COLUMNS if name in requested)
 
 
-def schema(*, skip: Collection[str] = ()) -> str:
+@lru_cache(maxsize=64)
+def schema(skip: tuple[str, ...] = ()) -> str:
     """The header `electric-schema`, by which a client parses the rows."""
     return encode_value({name: _column(kind) for name, (kind, _) in _COLUMNS.items() if name not in skip}).decode()
 
@@ -132,7 +121,7 @@ def _column(kind: str) -> dict[str, str | int]:
     return {"type": kind[:-2], "dims": 1} if kind.endswith("[]") else {"type": kind}
 
 
-def row(record: RunRecord, *, skip: Collection[str] = ()) -> bytes:
+def row(record: RunRecord, skip: Collection[str] = ()) -> bytes:
     """One run as a change message, which replaces the row that a client holds of this run.
 
     Pass the result of `skippable_columns` as `skip`.
@@ -169,12 +158,5 @@ class ShapeCursor(NamedTuple):
     @classmethod
     def parse(cls, handle: str, offset: str) -> ShapeCursor | None:
         """Parse a cursor. None if it was not made by this server, or by one with the same broker."""
-        epoch, _, floor = handle.rpartition(".")
-        position, _, rest = offset.partition("_")
-        if not epoch or not _is_integer(floor) or not _is_integer(position) or rest != "0":
-            return None
-        return cls(epoch, int(floor), int(position))
-
-
-def _is_integer(text: str) -> bool:
-    return text.isascii() and text.isdigit() and len(text) <= _MAX_DIGITS
+        found = _CURSOR.fullmatch(f"{handle} {offset}")
+        return None if found is None else cls(found[1], int(found[2]), int(found[3]))
