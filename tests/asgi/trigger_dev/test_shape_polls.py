@@ -551,9 +551,9 @@ async def test_the_query_skips_columns_unless_the_token_does(host: FakeHost) -> 
 async def test_a_row_is_encoded_once_for_all_clients(host: FakeHost, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
 
-    def counting(record: Any, *, skip: Any) -> bytes:
+    def counting(record: Any, skip: Any) -> bytes:
         calls.append(record.version)
-        return real(record, skip=skip)
+        return real(record, skip)
 
     real = shapes.row
     monkeypatch.setattr(shapes, "row", counting)
