@@ -26,7 +26,7 @@ from asgi_realtime.asgi import feeds, health
 from asgi_realtime.asgi.request import Request
 from asgi_realtime.asgi.streams import StreamResponse
 from asgi_realtime.asgi.subscription import SubscriptionResponse
-from asgi_realtime.asgi.trigger_dev import batches, inputs, metadata, runs, shape_feeds, stream_writers, tokens
+from asgi_realtime.asgi.trigger_dev import batches, metadata, runs, shape_feeds, stream_writers, tokens
 from asgi_realtime.asgi.trigger_dev.batch_streams import BatchStreamResponse
 
 MAX_PREFIXES = 2
@@ -58,7 +58,7 @@ ROUTES = (
     Route("GET", "v1/streams/{run_id}/{key}", StreamResponse.stream, reconnects=True),
     Route("GET", "v1/streams/{run_id}/input/{input_id}", BatchStreamResponse.tail_input, when=Request.is_official),
     Route("GET", "v1/streams/{run_id}/input/{input_id}", StreamResponse.tail_input, reconnects=True),
-    Route("POST", "v1/streams/{run_id}/input/{input_id}", inputs.send_input),
+    Route("POST", "v1/streams/{run_id}/input/{input_id}", stream_writers.send_input),
     Route("PUT", "v1/streams/{run_id}/{target}/{key}", stream_writers.create_stream),
     Route("POST", "v1/streams/{run_id}/{target}/{key}", stream_writers.write_stream, open_ended=True),
     Route("HEAD", "v1/streams/{run_id}/{target}/{key}", stream_writers.last_index),

@@ -1,4 +1,5 @@
-"""Streams written over HTTP, as the official SDK does with `streams.pipe`, `writer` and `append`.
+"""Streams and inputs written over HTTP, as the official SDK does with `streams.pipe`, `writer`, `append` and
+`input().send`.
 
 Each client writes as a named producer of the stream, so when it repeats or resumes a request, the broker skips the
 chunks that it has already stored. The request of a writer stays open as long as its source does, and each chunk is
@@ -11,8 +12,10 @@ import secrets
 from collections.abc import Iterator, Sequence
 
 import anyio.lowlevel
+import msgspec
 from starlette.responses import Response
 
+from asgi_realtime.asgi.auth import authorize
 from asgi_realtime.asgi.host import Host
 from asgi_realtime.asgi.request import REQUEST_KEY, Request
 from asgi_realtime.asgi.responses import error_response, json_response
@@ -21,7 +24,7 @@ from asgi_realtime.asgi.trigger_dev.ndjson import LineSplitter
 from asgi_realtime.brokers.base import Producer, StreamKey
 from asgi_realtime.core.chunks import json_line
 from asgi_realtime.core.errors import InvalidRequest, ProducerGap, RequestCutOff, StreamClosed, UsageError, shown
-from asgi_realtime.core.names import stream_name
+from asgi_realtime.core.names import input_stream, stream_name
 from asgi_realtime.core.runs import RunRecord
 from asgi_realtime.streams.writer import CALL_BYTES, CALL_ITEMS, encode_within
 
@@ -35,6 +38,10 @@ _MAX_DIGITS = 15  # longer than any stream, and exact in JavaScript
 
 _UNDEFINED = b"undefined"
 """The line that the client sends for a chunk without a JSON form, such as a function. It takes an index too."""
+
+
+class _InputMessage(msgspec.Struct):
+    data: msgspec.Raw = msgspec.Raw(b"")
 
 
 async def create_stream(request: Request, run_id: str, target: str, key: str) -> Response:
@@ -89,7 +96,33 @@ async def append(request: Request, run_id: str, target: str, key: str) -> Respon
         text = body.decode()
     except UnicodeDecodeError as exc:
         raise InvalidRequest(f"the body is not UTF-8 text: {exc}") from exc
-    return await append_once(request, record, stream, encode_within(text, limits.chunk_bytes))
+    return await _append_once(request, record, stream, encode_within(text, limits.chunk_bytes))
+
+
+async def send_input(request: Request, run_id: str, input_id: str) -> Response:
+    """Append to an input of a run, which the run receives through `run.input(input_id)`."""
+    record = await request.host.runs.get(run_id)
+    authorize(request.claims, "write", [("inputStreams", run_id)])
+    stream = StreamKey(record.id, input_stream(input_id, request.host.limits))
+
+    data = _input_data(await request.body(request.host.limits.input_bytes))
+    return await _append_once(request, record, stream, data)
+
+
+def _input_data(body: bytes) -> bytes:
+    try:
+        line = json_line(body)
+    except UsageError as exc:
+        raise InvalidRequest(f"the body is malformed: {exc}") from exc
+    if line == b"{}":  # the result of JSON.stringify({data: undefined})
+        return b"null"
+    try:
+        data = bytes(msgspec.json.decode(line, type=_InputMessage).data)
+    except msgspec.ValidationError:
+        data = b""
+    if not data:
+        raise InvalidRequest('the body must be a JSON object with "data", such as {"data": "yes"}')
+    return data
 
 
 def _writer(request: Request) -> tuple[str, int]:
@@ -198,7 +231,7 @@ def _run_over(record: RunRecord) -> InvalidRequest:
     return InvalidRequest(f"run {shown(record.id)} is over ({record.status}) and accepts no more chunks")
 
 
-async def append_once(request: Request, record: RunRecord, key: StreamKey, item: bytes) -> Response:
+async def _append_once(request: Request, record: RunRecord, key: StreamKey, item: bytes) -> Response:
     """Append one item, unless an earlier attempt of the same request has appended it."""
     producer = _new_producer()
     for header, kind in ((_PART_ID, "part"), (REQUEST_KEY, "request")):

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from asgi_realtime.asgi.trigger_dev.batch_framing import BATCHES
+from asgi_realtime.asgi.trigger_dev.batch_streams import BATCHES
 from asgi_realtime.brokers.live_log import LiveLog
 from asgi_realtime.core.chunks import encode_value
 from asgi_realtime.core.log import Entry, Log
