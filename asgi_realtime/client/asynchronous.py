@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable
-from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, TypedDict, TypeVar
 from weakref import WeakSet
 
 import httpx
 
-from asgi_realtime.client.arguments import (
-    batch_path,
-    check_start_index,
-    run_path,
-    stream_path,
-    tags_path,
-)
+from asgi_realtime.client.arguments import batch_path, check_start_index, run_path, stream_path, tags_path
 from asgi_realtime.client.errors import UnexpectedAnswer
 from asgi_realtime.client.protocol import ChunksProtocol, RunsProtocol, SubscriptionProtocol
 from asgi_realtime.client.states import RunState
@@ -35,6 +28,15 @@ SILENCE_TIMEOUT = 45.0
 
 GIVE_UP_AFTER = 300.0
 """Seconds without progress after which a subscription raises `ServerUnreachable`."""
+
+
+class ClientOptions(TypedDict, total=False):
+    """The keyword arguments of both clients; see `RealtimeClient`."""
+
+    connect_timeout: Span
+    silence_timeout: Span
+    give_up_after: Span | None
+    http: httpx.AsyncClient | None
 
 
 class RealtimeClient:
@@ -62,14 +64,7 @@ class RealtimeClient:
         give_up_after: Span | None = GIVE_UP_AFTER,
         http: httpx.AsyncClient | None = None,
     ) -> None:
-        self._transport = Transport(
-            base_url,
-            access_token,
-            connect_timeout=connect_timeout,
-            silence_timeout=silence_timeout,
-            give_up_after=give_up_after,
-            http=http,
-        )
+        self._transport = Transport(base_url, access_token, connect_timeout, silence_timeout, give_up_after, http)
         self.base_url = self._transport.base_url
         self._closed = False
         self._subscriptions: WeakSet[Subscription[Any]] = WeakSet()
@@ -130,30 +125,20 @@ class RealtimeClient:
     async def __aenter__(self) -> RealtimeClient:
         return self
 
-    async def __aexit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *exc_info: object) -> None:
         await self.aclose()
 
     def _subscribe_to_runs(self, path: str) -> Subscription[RunState]:
-        transport = self._transport
-        protocol = RunsProtocol(path, transport.backoff(), renewable=transport.renewable)
-        return self._subscribe(protocol, lambda state: state)
+        return self._subscribe(RunsProtocol(path, self._transport.backoff()))
 
     def _read(self, run_id: str, stream: str, start_index: int, convert: Callable[[StreamChunk], T]) -> Subscription[T]:
-        transport = self._transport
-        protocol = ChunksProtocol(
-            stream_path(run_id, stream),
-            transport.backoff(),
-            renewable=transport.renewable,
-            stream=stream,
-            start_index=check_start_index(start_index),
-        )
-        return self._subscribe(protocol, convert)
+        path, start_index = stream_path(run_id, stream), check_start_index(start_index)
+        return self._subscribe(ChunksProtocol(path, self._transport.backoff(), stream, start_index, convert))
 
-    def _subscribe(self, protocol: SubscriptionProtocol[Any], convert: Callable[[Any], T]) -> Subscription[T]:
+    def _subscribe(self, protocol: SubscriptionProtocol[T]) -> Subscription[T]:
         self._check_open()
-        subscription = Subscription(self._transport, protocol, convert)
+        protocol.renewable = self._transport.renewable
+        subscription = Subscription(self._transport, protocol)
         self._subscriptions.add(subscription)
         return subscription
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from asgi_realtime.core.chunks import decode
@@ -19,17 +20,19 @@ from asgi_realtime.core.errors import (
     shown,
 )
 
-_KNOWN: tuple[type[RealtimeError], ...] = (
-    ExpiredToken,
-    InvalidRequest,
-    InvalidToken,
-    RunKeptElsewhere,
-    RunNotFound,
-    ScopeDenied,
-    TokenError,
-    UsageError,
-)
-_BY_CODE = {cls.code: cls for cls in _KNOWN}
+_KNOWN = {
+    cls.code: cls
+    for cls in (
+        ExpiredToken,
+        InvalidRequest,
+        InvalidToken,
+        RunKeptElsewhere,
+        RunNotFound,
+        ScopeDenied,
+        TokenError,
+        UsageError,
+    )
+}
 _EXCERPT = 500
 """How many characters of a foreign error body an error shows."""
 
@@ -59,44 +62,38 @@ class UnexpectedAnswer(RealtimeError):
             self.code = code  # type: ignore[misc]
 
 
-def error_from_response(status: int, body: bytes) -> RealtimeError:
-    """The error for a response whose status is final."""
+def error_from_response(status: int, headers: Mapping[str, str], body: bytes) -> RealtimeError:
+    """The error for a response whose status is final, and which is not an event stream."""
+    if status < 400:
+        return UnexpectedAnswer(_not_a_stream(status, headers), status=status)
     details = _json_object(body)
     code, message = details.get("code"), details.get("error")
     if not isinstance(code, str) or not isinstance(message, str):
         return _foreign_error(status, body)
     if code == LimitExceeded.code:
         return LimitExceeded(message, status=status)
-    if code in _BY_CODE:
-        return _BY_CODE[code](message)
+    if code in _KNOWN:
+        return _KNOWN[code](message)
     return UnexpectedAnswer(f"the server responded with {status} {code}: {message}", status=status, code=code)
+
+
+def _not_a_stream(status: int, headers: Mapping[str, str]) -> str:
+    if status < 300:
+        return (
+            f"the server responded with {status} and {shown(headers.get('content-type', ''))} instead of"
+            " text/event-stream; set base_url to the origin and the mount path, like https://api.example.com/realtime"
+        )
+    # Our server never redirects, and a token must not be sent to a host that it was not meant for.
+    target = shown(headers.get("location", "").partition("?")[0])
+    return (
+        f"the server responded with {status}, a redirect to {target}, which is not followed; set base_url to its target"
+    )
 
 
 def _foreign_error(status: int, body: bytes) -> RealtimeError:
     text = body.decode("utf-8", "replace").strip()
-    detail = f": {shown(text[:_EXCERPT])}" if text else ""
-    message = f"the server responded with {status}{detail}"
-    if status == TokenError.status:
-        return InvalidToken(message)
-    return UnexpectedAnswer(message, status=status)
-
-
-def redirected(status: int, location: str) -> UnexpectedAnswer:
-    """Our server never redirects, and a token must not be sent to a host that it was not meant for."""
-    target = shown(location.partition("?")[0])
-    return UnexpectedAnswer(
-        f"the server responded with {status}, a redirect to {target}, which is not followed; set base_url to its"
-        " target",
-        status=status,
-    )
-
-
-def not_a_stream(status: int, content_type: str) -> UnexpectedAnswer:
-    return UnexpectedAnswer(
-        f"the server responded with {status} and {shown(content_type)} instead of text/event-stream; set base_url to"
-        " the origin and the mount path, like https://api.example.com/realtime",
-        status=status,
-    )
+    message = f"the server responded with {status}{f': {shown(text[:_EXCERPT])}' if text else ''}"
+    return InvalidToken(message) if status == TokenError.status else UnexpectedAnswer(message, status=status)
 
 
 def _json_object(body: bytes) -> dict[str, Any]:

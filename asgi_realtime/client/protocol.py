@@ -21,7 +21,7 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any, Generic, TypeVar
@@ -29,13 +29,7 @@ from typing import Any, Generic, TypeVar
 import msgspec
 
 from asgi_realtime.client.backoff import Backoff, retry_after
-from asgi_realtime.client.errors import (
-    ServerUnreachable,
-    UnexpectedAnswer,
-    error_from_response,
-    not_a_stream,
-    redirected,
-)
+from asgi_realtime.client.errors import ServerUnreachable, UnexpectedAnswer, error_from_response
 from asgi_realtime.client.states import RunState, decode_state
 from asgi_realtime.core.chunks import decode
 from asgi_realtime.core.errors import ExpiredToken, RealtimeError, StreamGap, UsageError
@@ -88,9 +82,12 @@ class Raised:
 
 
 class SubscriptionProtocol(ABC, Generic[T]):
-    """One subscription across all of its connections. `renewable` means that a refused token can be replaced."""
+    """One subscription across all of its connections."""
 
-    def __init__(self, path: str, backoff: Backoff, *, renewable: bool, last_event_id: str | None = None) -> None:
+    renewable = True
+    """A refused token can be replaced."""
+
+    def __init__(self, path: str, backoff: Backoff, last_event_id: str | None = None) -> None:
         self.path = path
         self.ready: deque[T | Raised] = deque()
         self.last_event_id = last_event_id
@@ -100,7 +97,6 @@ class SubscriptionProtocol(ABC, Generic[T]):
         self._backoff = backoff
         self._due_at = 0.0
         self._connected_at = 0.0
-        self._renewable = renewable
         self._renewed = False
         """The present token replaced a refused one, and has not brought any progress yet."""
         self._token: str | None = None
@@ -121,14 +117,15 @@ class SubscriptionProtocol(ABC, Generic[T]):
         self._move(Phase.REQUESTED)
         self._token = token
         self._backoff.attempt()
-        resume = {} if self.last_event_id is None else {"last-event-id": self.last_event_id}
-        return {
+        headers = {
             "accept": "text/event-stream",
             "accept-encoding": "identity",  # compression would hold chunks back
             "authorization": f"Bearer {token}",
             "cache-control": "no-store",
-            **resume,
         }
+        if self.last_event_id is not None:
+            headers["last-event-id"] = self.last_event_id
+        return headers
 
     def accept(self, status: int, headers: Mapping[str, str]) -> bool:
         """Whether the response is an event stream; if so, pass its body to `receive`, otherwise to `refuse`."""
@@ -147,13 +144,9 @@ class SubscriptionProtocol(ABC, Generic[T]):
             at_least_s = retry_after(headers.get("retry-after"), headers.get("date"))
             self._reconnect(f"the server responded with {status}", at_least_s=at_least_s)
         elif status in (401, 403):
-            self._refuse_token(error_from_response(status, body))
-        elif 300 <= status < 400:
-            self._fail(redirected(status, headers.get("location", "")))
-        elif status < 300:
-            self._fail(not_a_stream(status, headers.get("content-type", "")))
+            self._refuse_token(error_from_response(status, headers, body))
         else:
-            self._fail(error_from_response(status, body))
+            self._fail(error_from_response(status, headers, body))
 
     def receive(self, data: bytes) -> bool:
         """Handle bytes of the stream. False means that this connection has served its purpose and must be closed."""
@@ -211,7 +204,6 @@ class SubscriptionProtocol(ABC, Generic[T]):
         level = logging.WARNING if self._backoff.failures else logging.INFO
         pause_s = self._backoff.fail(at_least_s)
         if pause_s is None:
-            self._due_at = 0.0
             self._fail(gives_up or ServerUnreachable(f"gave up on {self.path}: {reason}"), cause)
             return
         self._move(Phase.WAITING)
@@ -249,12 +241,11 @@ class SubscriptionProtocol(ABC, Generic[T]):
 
     def _refuse_token(self, error: RealtimeError) -> None:
         self.refused_token = self._token
-        if self._renewed or not self._renewable:
+        if self._renewed or not self.renewable:
             self._renewed = False
             self._fail(error)
         else:
             self._renewed = True
-            self._due_at = 0.0
             self._move(Phase.WAITING)
 
     def _credit_steady(self) -> None:
@@ -286,8 +277,8 @@ class SubscriptionProtocol(ABC, Generic[T]):
 class RunsProtocol(SubscriptionProtocol[RunState]):
     """The states of the runs of a feed, each once."""
 
-    def __init__(self, path: str, backoff: Backoff, *, renewable: bool) -> None:
-        super().__init__(path, backoff, renewable=renewable)
+    def __init__(self, path: str, backoff: Backoff) -> None:
+        super().__init__(path, backoff)
         self._last_hashes: dict[str, int] = {}
 
     def _take(self, event: Event) -> None:
@@ -304,17 +295,20 @@ class RunsProtocol(SubscriptionProtocol[RunState]):
         """The last states already show how the runs ended."""
 
 
-class ChunksProtocol(SubscriptionProtocol[StreamChunk]):
-    """The chunks of a stream, then an error unless the run completed."""
+class ChunksProtocol(SubscriptionProtocol[T]):
+    """The chunks of a stream, then an error unless the run completed. `convert` makes the values of `ready`."""
 
-    def __init__(self, path: str, backoff: Backoff, *, renewable: bool, stream: str, start_index: int) -> None:
-        last_event_id = str(start_index - 1) if start_index else None
-        super().__init__(path, backoff, renewable=renewable, last_event_id=last_event_id)
+    def __init__(
+        self, path: str, backoff: Backoff, stream: str, start_index: int, convert: Callable[[StreamChunk], T]
+    ) -> None:
+        super().__init__(path, backoff, str(start_index - 1) if start_index else None)
         self._stream = stream
+        self._convert = convert
 
     def _take(self, event: Event) -> None:
         if event.event == "message":
-            self.ready.append(StreamChunk(self._stream, int(event.id or ""), decode(event.data.encode())))
+            chunk = StreamChunk(self._stream, int(event.id or ""), decode(event.data.encode()))
+            self.ready.append(self._convert(chunk))
         elif event.event == "gap":
             data = decode(event.data.encode())
             requested, first = data["requested"], data["first"]

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import suppress
-from types import TracebackType
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import anyio
 import httpx
@@ -30,10 +29,9 @@ class Subscription(AsyncIterator[T], Generic[T]):
     `ServerUnreachable`, `UnexpectedAnswer`, and whatever the token function raises.
     """
 
-    def __init__(self, transport: Transport, protocol: SubscriptionProtocol[Any], convert: Callable[[Any], T]) -> None:
+    def __init__(self, transport: Transport, protocol: SubscriptionProtocol[T]) -> None:
         self._transport = transport
         self._protocol = protocol
-        self._convert = convert
         self._response: httpx.Response | None = None
         self._body: AsyncIterator[bytes] | None = None
         self._closed = False
@@ -53,18 +51,15 @@ class Subscription(AsyncIterator[T], Generic[T]):
         """Close the connection and end the iteration, in whichever task it runs."""
         self._closed = True
         self._protocol.close()
-        if self._reader is None:
-            await self._disconnect()
-        else:
+        if self._reader is not None:
             self._reader.cancel()
             await self._reader_left.wait()
+        await self._disconnect()
 
     async def __aenter__(self) -> Subscription[T]:
         return self
 
-    async def __aexit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *exc_info: object) -> None:
         await self.aclose()
 
     @property
@@ -78,21 +73,20 @@ class Subscription(AsyncIterator[T], Generic[T]):
         item = self._protocol.ready.popleft()
         if isinstance(item, Raised):
             raise item.error
-        return self._convert(item)
+        return item
 
     async def _wait_for_item(self) -> None:
+        if self._reader is not None:  # a cancelled call of `SyncSubscription` still closes its connection
+            await self._reader_left.wait()
         self._reader_left = anyio.Event()
         try:
             with anyio.CancelScope() as self._reader:
-                try:
-                    while not self._has_item:
-                        await self._advance()
-                except BaseException:
-                    self._protocol.leave()
-                    await self._disconnect()
-                    raise
-            if self._closed:
-                await self._disconnect()
+                while not self._has_item:
+                    await self._advance()
+        except BaseException:
+            self._protocol.leave()
+            await self._disconnect()
+            raise
         finally:
             self._reader = None
             self._reader_left.set()

@@ -3,9 +3,6 @@
 It runs a `RealtimeClient` on an event loop in a daemon thread; each call that has to wait becomes a task there. The
 loop starts with the first such call. A daemon thread does not keep the process from exiting, and a client that is
 garbage collected without `close` stops its loop too.
-
-Only the token function does not run on the loop. It is the caller's code and may block, so the thread that waits for
-the call runs it (`_Call`).
 """
 
 from __future__ import annotations
@@ -17,30 +14,21 @@ import threading
 import weakref
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
-from contextvars import ContextVar
-from queue import SimpleQueue
-from types import TracebackType
-from typing import Any, Generic, TypeVar, cast
+from contextlib import suppress
+from contextvars import copy_context
+from typing import Any, Generic, TypeVar, Unpack
 
-import anyio
-import anyio.from_thread
 import httpx
 
-from asgi_realtime.client.asynchronous import (
-    CONNECT_TIMEOUT,
-    GIVE_UP_AFTER,
-    SILENCE_TIMEOUT,
-    RealtimeClient,
-)
+from asgi_realtime.client.asynchronous import ClientOptions, RealtimeClient
 from asgi_realtime.client.states import RunState
 from asgi_realtime.client.subscription import Subscription
 from asgi_realtime.core.config import Span
 from asgi_realtime.core.errors import InvalidConfiguration, UsageError
 from asgi_realtime.loop.thread_calls import LoopThread
+from asgi_realtime.loop.threads import without_loop
 from asgi_realtime.streams.followers import StreamChunk
 
-R = TypeVar("R")
 T = TypeVar("T")
 
 
@@ -54,31 +42,15 @@ class SyncRealtimeClient:
     do calls in a child process if the client was used before the fork.
     """
 
-    def __init__(
-        self,
-        base_url: str,
-        access_token: str | Callable[[], str],
-        *,
-        connect_timeout: Span = CONNECT_TIMEOUT,
-        silence_timeout: Span = SILENCE_TIMEOUT,
-        give_up_after: Span | None = GIVE_UP_AFTER,
-        http: httpx.AsyncClient | None = None,
-    ) -> None:
-        if isinstance(http, httpx.Client):
+    def __init__(self, base_url: str, access_token: str | Callable[[], str], **options: Unpack[ClientOptions]) -> None:
+        if isinstance(options.get("http"), httpx.Client):
             raise InvalidConfiguration("http is an httpx.Client; pass an httpx.AsyncClient, also to this client")
-        self._client = RealtimeClient(
-            base_url,
-            _called_in_thread(access_token) if callable(access_token) else access_token,
-            connect_timeout=connect_timeout,
-            silence_timeout=silence_timeout,
-            give_up_after=give_up_after,
-            http=http,
-        )
+        token = _in_thread(access_token) if callable(access_token) else access_token
+        self._client = RealtimeClient(base_url, token, **options)
         self._client._transport.owns_http = True
         self.base_url = self._client.base_url
-        self._lock = threading.RLock()  # reentrant, so that a signal handler can close the client
-        self._loop: LoopThread | None = None
-        self._pid = os.getpid()
+        self._loop = _ClientLoop(self._client)
+        weakref.finalize(self, self._loop.abandon).atexit = False
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.base_url!r})"
@@ -109,53 +81,21 @@ class SyncRealtimeClient:
 
     def get_run(self, run_id: str) -> RunState:
         """As `RealtimeClient.get_run`."""
-        call = self._start(lambda: self._client.get_run(run_id))
-        if call is None:
-            raise UsageError("this client is closed")
-        return call.result()
+        return self._loop.call(lambda: self._client.get_run(run_id))
 
     def close(self) -> None:
         """End all subscriptions, even while other threads read them, and close the connections."""
-        if self._forked:
-            return
-        with self._lock:
-            self._client._closed = True
-            loop, self._loop = self._loop, None
-        if loop is not None:
-            self._finalizer.detach()
-            _stop(loop, self._client)
+        self._loop.stop()
 
     def __enter__(self) -> SyncRealtimeClient:
         return self
 
-    def __exit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         self.close()
 
-    @property
-    def _forked(self) -> bool:
-        """The loop runs in the parent process, so it cannot be used here."""
-        return self._loop is not None and self._pid != os.getpid()
-
     def _subscribe(self, subscribe: Callable[[], Subscription[T]]) -> SyncSubscription[T]:
-        with self._lock:  # the client adds it to a set, which is not thread-safe
+        with self._loop.lock:  # the client adds it to a set, which is not thread-safe
             return SyncSubscription(self, subscribe())
-
-    def _start(self, function: Callable[[], Awaitable[T]]) -> _Call[T] | None:
-        """Start a call on the loop. None if the client is closed."""
-        if self._forked:
-            raise UsageError("this client was used before the process forked; create a new one in the child process")
-        with self._lock:  # `close` waits for every call that starts here
-            if self._client._closed:
-                return None
-            if self._loop is None:
-                self._loop, self._pid = LoopThread(), os.getpid()
-                self._finalizer = weakref.finalize(self, _abandon, self._pid, self._loop, self._client)
-                self._finalizer.atexit = False
-            call = _Call(self._loop.portal, function)
-            call.start()
-        return call
 
 
 class SyncSubscription(Iterator[T], Generic[T]):
@@ -166,123 +106,106 @@ class SyncSubscription(Iterator[T], Generic[T]):
     """
 
     def __init__(self, client: SyncRealtimeClient, subscription: Subscription[T]) -> None:
-        self._client = client
+        self._client = client  # whose loop stops when it is garbage collected
         self._subscription = subscription
 
     def __repr__(self) -> str:
         return repr(self._subscription).replace("<", "<Sync", 1)
 
     def __next__(self) -> T:
-        if not self._subscription._has_item:  # chunks that arrived together need only one switch of threads
-            call = self._client._start(self._subscription._wait_for_item)
-            if call is None:
-                raise StopIteration
-            call.result()
         try:
+            if not self._subscription._has_item:  # chunks that arrived together need only one switch of threads
+                self._client._loop.call(self._subscription._wait_for_item)
             return self._subscription._pop()
-        except StopAsyncIteration:
+        except (StopAsyncIteration, _ClientClosed):
             raise StopIteration from None
 
     def close(self) -> None:
         """Close the connection and end the iteration, in whichever thread it runs."""
-        if not self._client._forked and (call := self._client._start(self._subscription.aclose)):
-            call.result()
+        with suppress(UsageError):  # the client is closed, or belongs to the parent process
+            self._client._loop.call(self._subscription.aclose)
 
     def __enter__(self) -> SyncSubscription[T]:
         return self
 
-    def __exit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         self.close()
 
 
-class _Call(Generic[T]):
-    """A coroutine that runs on the loop, and the thread that waits for its result and runs jobs for it."""
+class _ClientClosed(UsageError):
+    """A call of a closed client."""
 
-    def __init__(self, portal: anyio.from_thread.BlockingPortal, function: Callable[[], Awaitable[T]]) -> None:
-        self._portal = portal
-        self._function = function
-        self._future: Future[T | None]
-        self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
-        self._scope: anyio.CancelScope | None = None
-        self._ended: anyio.Event
 
-    def start(self) -> None:
-        token = _current_call.set(self)
+class _ClientLoop:
+    """The loop of a client, from its first call to `stop`, in the process that made the call."""
+
+    def __init__(self, client: RealtimeClient) -> None:
+        self._client = client
+        self._thread: LoopThread | None = None
+        self._pid = os.getpid()
+        self.lock = threading.RLock()  # reentrant, so that a signal handler can close the client
+
+    def call(self, function: Callable[[], Awaitable[T]]) -> T:
+        """Run a coroutine function on the loop. An exception that interrupts the waiting thread cancels it."""
+        if self._is_forked:
+            raise UsageError("this client was used before the process forked; create a new one in the child process")
+        with self.lock:  # `stop` waits for every call that starts here
+            if self._client._closed:
+                raise _ClientClosed("this client is closed")
+            if self._thread is None:
+                self._thread, self._pid = LoopThread(), os.getpid()
+            future = self._thread.portal.start_task_soon(function)
         try:
-            with self._cancelled_by_exceptions():
-                self._future = self._portal.start_task_soon(self._run)
-        finally:
-            _current_call.reset(token)
-
-    def result(self) -> T:
-        """Wait for the end. If a signal handler raises, as `KeyboardInterrupt` does, cancel the coroutine."""
-        with self._cancelled_by_exceptions():
-            while (job := self._jobs.get()) is not None:
-                job()
-        return cast(T, self._future.result())
-
-    async def run_in_thread(self, function: Callable[[], R]) -> R:
-        """Run a function in the thread that waits for this call."""
-        done: Future[R] = Future()
-
-        def job() -> None:
-            if done.set_running_or_notify_cancel():
-                try:
-                    done.set_result(function())
-                except Exception as exc:
-                    done.set_exception(exc)
-
-        self._jobs.put(job)
-        return await asyncio.wrap_future(done)
-
-    async def _run(self) -> T | None:
-        self._ended = anyio.Event()
-        try:
-            with anyio.CancelScope() as self._scope:
-                return await self._function()
-        finally:
-            self._ended.set()
-            self._jobs.put(None)
-        return None  # cancelled
-
-    @contextmanager
-    def _cancelled_by_exceptions(self) -> Iterator[None]:
-        try:
-            yield
+            return future.result()
         except BaseException:
-            self._portal.call(self._cancel)
+            future.cancel()
             raise
 
-    async def _cancel(self) -> None:
-        if self._scope is not None:
-            self._scope.cancel()
-            await self._ended.wait()
+    def stop(self) -> None:
+        if self._is_forked:
+            return
+        with self.lock:
+            self._client._closed = True
+            thread, self._thread = self._thread, None
+        if thread is not None:
+            try:
+                thread.portal.call(self._client.aclose)
+            finally:
+                thread.close()
+
+    def abandon(self) -> None:
+        """Stop without waiting, in whichever thread the client was garbage collected, even the loop's own."""
+        if self._thread is not None and not self._is_forked:
+            threading.Thread(target=self.stop, daemon=True).start()
+
+    @property
+    def _is_forked(self) -> bool:
+        return self._thread is not None and self._pid != os.getpid()
 
 
-_current_call: ContextVar[_Call[Any]] = ContextVar("asgi_realtime_client_call")
+def _in_thread(function: Callable[[], str]) -> Callable[[], Awaitable[str]]:
+    """Call the token function, which may block, in a daemon thread, with the context variables of the waiting thread.
 
+    (Python waits for anyio's worker threads before it exits.)
+    """
 
-def _called_in_thread(function: Callable[[], str]) -> Callable[[], Awaitable[str]]:
     async def call() -> str:
-        token = await _current_call.get().run_in_thread(function)
+        result: Future[str] = Future()
+        result.set_running_or_notify_cancel()  # cancelling abandons it
+
+        def work() -> None:
+            try:
+                result.set_result(function())
+            except Exception as exc:
+                result.set_exception(exc)
+            except BaseException as exc:  # would end the loop
+                result.set_exception(RuntimeError(f"the token function raised {exc!r}"))
+
+        threading.Thread(target=without_loop(copy_context()).run, args=(work,), daemon=True).start()
+        token = await asyncio.wrap_future(result)
         if inspect.iscoroutine(token):
             token.close()
             raise InvalidConfiguration("access_token is an async function; use it with RealtimeClient")
         return token
 
     return call
-
-
-def _stop(loop: LoopThread, client: RealtimeClient) -> None:
-    try:
-        loop.portal.call(client.aclose)
-    finally:
-        loop.close()
-
-
-def _abandon(pid: int, loop: LoopThread, client: RealtimeClient) -> None:
-    """Stop the loop of a client that was garbage collected, in whichever thread that happened, even the loop's own."""
-    if pid == os.getpid():
-        threading.Thread(target=_stop, args=(loop, client), daemon=True).start()

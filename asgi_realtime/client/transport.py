@@ -6,6 +6,7 @@ import inspect
 import random
 import time
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 import anyio
 import httpx
@@ -24,7 +25,6 @@ class Transport:
         self,
         base_url: str,
         access_token: str | Callable[[], str | Awaitable[str]],
-        *,
         connect_timeout: Span,
         silence_timeout: Span,
         give_up_after: Span | None,
@@ -44,7 +44,7 @@ class Transport:
         self._give_up_s = None if give_up_after is None else parse_span(give_up_after, name="give_up_after")
         self.owns_http = http is None
         self._http = http or httpx.AsyncClient(limits=httpx.Limits(max_connections=None))
-        self._token_lock = anyio.Lock()
+        self._token_lock: anyio.Lock | None = None  # belongs to the loop of its first use
         self._cached_token: str | None = None
         self.clock: Callable[[], float] = time.monotonic
         self.random: Callable[[], float] = random.random
@@ -58,7 +58,7 @@ class Transport:
     def backoff(self) -> Backoff:
         return Backoff(self._give_up_s, self.clock, self.random)
 
-    async def prepare(self, protocol: SubscriptionProtocol[object]) -> httpx.Request:
+    async def prepare(self, protocol: SubscriptionProtocol[Any]) -> httpx.Request:
         """Wait until the next request of a subscription is due, and build it. Raises what the token function raises."""
         if pause_s := protocol.pause_s:
             await self.sleep(pause_s)
@@ -83,6 +83,7 @@ class Transport:
         """A token other than the refused one, if the function returns another."""
         if isinstance(self._access_token, str):
             return self._access_token
+        self._token_lock = self._token_lock or anyio.Lock()
         async with self._token_lock:
             if self._cached_token is None or self._cached_token == refused:
                 token = self._access_token()

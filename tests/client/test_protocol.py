@@ -33,9 +33,11 @@ def clock() -> Clock:
     return Clock()
 
 
-def make_protocol(clock: Clock, *, give_up_s: float | None = 60.0, renewable: bool = True) -> ChunksProtocol:
+def make_protocol(clock: Clock, *, give_up_s: float | None = 60.0, renewable: bool = True) -> ChunksProtocol[Any]:
     backoff = Backoff(give_up_s, clock, lambda: 1.0)
-    return ChunksProtocol("/path", backoff, renewable=renewable, stream="default", start_index=0)
+    protocol: ChunksProtocol[Any] = ChunksProtocol("/path", backoff, "default", 0, lambda item: item)
+    protocol.renewable = renewable
+    return protocol
 
 
 def connect(protocol: Any) -> None:
@@ -45,7 +47,7 @@ def connect(protocol: Any) -> None:
 
 
 def pauses(
-    protocol: ChunksProtocol, clock: Clock, *, lasting: float = 0.0, received: bytes = b"", silent: bool
+    protocol: ChunksProtocol[Any], clock: Clock, *, lasting: float = 0.0, received: bytes = b"", silent: bool
 ) -> list[float]:
     """The pauses after five lost connections in a row."""
     found = []
@@ -206,7 +208,7 @@ def test_events_after_the_end_are_ignored(clock: Clock) -> None:
 
 
 def test_events_of_later_versions_are_ignored(clock: Clock) -> None:
-    chunks, runs = make_protocol(clock), RunsProtocol("/path", Backoff(None, clock, lambda: 1.0), renewable=False)
+    chunks, runs = make_protocol(clock), RunsProtocol("/path", Backoff(None, clock, lambda: 1.0))
     for protocol in (chunks, runs):
         connect(protocol)
         assert protocol.receive(b"event: invented\nid: 7\ndata: x\n\n")
@@ -225,7 +227,7 @@ def run_event(state: RunRecord, id: str | None = None) -> bytes:
 
 def test_a_repeated_state_is_yielded_once(clock: Clock) -> None:
     """The snapshot after a lost cursor contains all runs again."""
-    protocol = RunsProtocol("/path", Backoff(None, clock, lambda: 1.0), renewable=False)
+    protocol = RunsProtocol("/path", Backoff(None, clock, lambda: 1.0))
     first, second = record("run_1"), record("run_2")
     changed = record("run_2", status=Status.EXECUTING, updated_at_ms=5)
     connect(protocol)
@@ -246,7 +248,7 @@ def test_a_repeated_state_is_yielded_once(clock: Clock) -> None:
 
 
 def test_the_number_of_remembered_runs_is_limited(clock: Clock) -> None:
-    protocol = RunsProtocol("/path", Backoff(None, clock, lambda: 1.0), renewable=False)
+    protocol = RunsProtocol("/path", Backoff(None, clock, lambda: 1.0))
     connect(protocol)
     protocol.receive(b"".join(run_event(record(f"run_{number}")) for number in range(10_001)))
     protocol.ready.clear()
@@ -255,7 +257,7 @@ def test_the_number_of_remembered_runs_is_limited(clock: Clock) -> None:
 
 
 def test_a_state_with_hidden_fields_can_be_read(clock: Clock) -> None:
-    protocol = RunsProtocol("/path", Backoff(None, clock, lambda: 1.0), renewable=False)
+    protocol = RunsProtocol("/path", Backoff(None, clock, lambda: 1.0))
     connect(protocol)
     hidden = ("payload", "output", "metadata", "tags", "realtimeStreams", "durationMs", "error", "ttl")
     protocol.receive(b"event: run\ndata: %b\n\n" % run_json(record("run_1", tags=("a",)), skip=hidden))
@@ -265,7 +267,7 @@ def test_a_state_with_hidden_fields_can_be_read(clock: Clock) -> None:
 
 def test_a_limit_error_keeps_its_status() -> None:
     error = error_from_response(
-        422, json.dumps({"error": "tag is 300 characters, limit 128", "code": "limit_exceeded"}).encode()
+        422, {}, json.dumps({"error": "tag is 300 characters, limit 128", "code": "limit_exceeded"}).encode()
     )
     assert type(error) is LimitExceeded
     assert error.status == 422
