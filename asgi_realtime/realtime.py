@@ -417,12 +417,7 @@ class Realtime:
             raise UsageError("tags are empty; name at least one")
         oldest_ms = self.runs.now_ms() - round(parse_span(created_within, name="created_within") * 1000)
         self.engine.begin()
-        return TagFollower(
-            self.runs,
-            wanted,
-            oldest_ms=oldest_ms,
-            start=self.ensure_started,
-        )
+        return TagFollower(self.runs, wanted, oldest_ms=oldest_ms, start=self.ensure_started)
 
     def subscribe_to_batch(self, batch: str | BatchHandle) -> AsyncIterator[RunRecord]:
         """The runs of a batch: the current records, then each change. Ends when all of its runs are over. Raises
@@ -430,10 +425,7 @@ class Realtime:
         batch_id = batch if isinstance(batch, str) else batch.id
         self.engine.begin()
         return BatchFollower(
-            self.runs,
-            batch_id,
-            closed=lambda: self.tasks.batches.closed(batch_id),
-            start=self.ensure_started,
+            self.runs, batch_id, closed=lambda: self.tasks.batches.closed(batch_id), start=self.ensure_started
         )
 
     # Tokens

@@ -87,14 +87,7 @@ class TagFollower(_TopicFollower):
     The current state covers the newest `Limits.feed_runs` of them, among the `Limits.topic_runs` that a tag remembers.
     """
 
-    def __init__(
-        self,
-        runs: RunStore,
-        tags: Sequence[str],
-        *,
-        oldest_ms: int,
-        start: Start,
-    ) -> None:
+    def __init__(self, runs: RunStore, tags: Sequence[str], *, oldest_ms: int, start: Start) -> None:
         super().__init__(runs, tag_topic(min(tags)), start)
         self._tags = frozenset(tags)
         self._oldest_ms = oldest_ms
@@ -128,12 +121,7 @@ class BatchFollower(_TopicFollower):
     """
 
     def __init__(
-        self,
-        runs: RunStore,
-        batch_id: str,
-        *,
-        closed: Callable[[], Awaitable[bool | None]],
-        start: Start,
+        self, runs: RunStore, batch_id: str, *, closed: Callable[[], Awaitable[bool | None]], start: Start
     ) -> None:
         super().__init__(runs, batch_topic(batch_id), start)
         self._batch_id = batch_id

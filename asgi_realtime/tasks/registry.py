@@ -39,10 +39,7 @@ class Tasks:
         self._tasks: dict[str, Task[Any, Any]] = {}
         self._threads: TaskThreads | None = None
         engine.dispatcher.executor = executor or InProcessExecutor(
-            self.execute,
-            self._tasks,
-            spawn=engine.spawn_detached,
-            on_end=lambda: engine.executions.changed.wake(),
+            self.execute, self._tasks, spawn=engine.spawn_detached, on_end=lambda: engine.executions.changed.wake()
         )
         if isinstance(executor, AttachedExecutor):
             executor.attach(self)
