@@ -41,8 +41,7 @@ from asgi_realtime.asgi.limits import SubscriptionLimits
 from asgi_realtime.asgi.request import Request
 from asgi_realtime.core.errors import BrokerUnavailable, ServerShutdown
 from asgi_realtime.core.log import End
-from asgi_realtime.loop.guards import Guard, make_guard
-from asgi_realtime.loop.interrupts import Interrupt, make_interrupt
+from asgi_realtime.loop.interrupts import Guard, Interrupt, make_guard, make_interrupt
 from asgi_realtime.loop.waiting import make_waiter
 
 logger = logging.getLogger("asgi_realtime")

@@ -1,5 +1,7 @@
 """Cancelling a block of code from outside, and only that block.
 
+An `Interrupt` does so when called; a `Guard` also when a watcher ends, such as one that waits for a disconnect.
+
 `anyio.CancelScope` does this, but on asyncio each scope holds several sets and callbacks. One interrupt exists for
 each open subscription, so on asyncio it is an object of six slots that calls `Task.cancel` and `Task.uncancel`.
 
@@ -11,39 +13,21 @@ adds its own at most once, takes it back at the end, and swallows the `Cancelled
 from __future__ import annotations
 
 import asyncio
+import logging
+from collections.abc import Callable, Coroutine
 from types import TracebackType
-from typing import Protocol
+from typing import Any, Self
 
 import anyio
 
 from asgi_realtime.loop.waiting import on_asyncio
 
+logger = logging.getLogger("asgi_realtime")
 
-class Interrupt(Protocol):
-    """A context manager; `interrupt` cancels its body, and nothing beyond it.
-
-    The `with` swallows that cancellation and sets `interrupted`; any other passes through. On asyncio a task other than
-    the one that entered can leave the body; `interrupt` cancels the one that entered.
-    """
-
-    interrupted: bool
-    """Whether `interrupt` ended the body, and nothing else did."""
-
-    @property
-    def reachable(self) -> bool:
-        """Whether the task that entered the body still exists, so that `interrupt` has an effect."""
-        ...
-
-    def interrupt(self) -> None: ...
-
-    def __enter__(self) -> Interrupt: ...
-
-    def __exit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
-    ) -> bool: ...
+Watcher = Callable[[], Coroutine[Any, Any, None]]
 
 
-class AsyncioInterrupt:
+class _AsyncioInterrupt:
     __slots__ = ("_called", "_delivered", "_earlier", "_left", "_owner", "interrupted")
 
     def __init__(self) -> None:
@@ -54,11 +38,12 @@ class AsyncioInterrupt:
         self._called = self._delivered = self._left = False
         self.interrupted = False
 
-    def __enter__(self) -> Interrupt:
+    def __enter__(self) -> Self:
         return self
 
     @property
     def reachable(self) -> bool:
+        """Whether the task that entered the body still exists, so that `interrupt` has an effect."""
         return not self._owner.done()
 
     def interrupt(self) -> None:
@@ -88,14 +73,14 @@ class AsyncioInterrupt:
         return self.interrupted
 
 
-class AnyioInterrupt:
+class _AnyioInterrupt:
     __slots__ = ("_scope", "interrupted")
 
     def __init__(self) -> None:
         self._scope = anyio.CancelScope()
         self.interrupted = False
 
-    def __enter__(self) -> Interrupt:
+    def __enter__(self) -> Self:
         self._scope.__enter__()
         return self
 
@@ -114,6 +99,85 @@ class AnyioInterrupt:
         return swallowed
 
 
+Interrupt = _AsyncioInterrupt | _AnyioInterrupt
+"""A context manager; `interrupt` cancels its body, and nothing beyond it.
+
+The `with` swallows that cancellation and sets `interrupted`; any other passes through. On asyncio a task other than the
+one that entered can leave the body; `interrupt` cancels the one that entered.
+"""
+
+
 def make_interrupt() -> Interrupt:
     """An interrupt of the current task."""
-    return AsyncioInterrupt() if on_asyncio() else AnyioInterrupt()
+    return _AsyncioInterrupt() if on_asyncio() else _AnyioInterrupt()
+
+
+async def _watch(watcher: Watcher, then: Callable[[], None]) -> None:
+    try:
+        await watcher()
+    except Exception:
+        logger.debug("the connection cannot be watched anymore", exc_info=True)
+    finally:
+        then()
+
+
+class _AsyncioGuard(_AsyncioInterrupt):
+    __slots__ = ("_task", "_watcher")
+
+    def __init__(self, watcher: Watcher) -> None:
+        super().__init__()
+        self._watcher = watcher
+
+    async def __aenter__(self) -> Self:
+        self._task = asyncio.get_running_loop().create_task(_watch(self._watcher, self.interrupt))
+        return self
+
+    def cancel(self) -> None:
+        self.interrupt()
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> bool | None:
+        self._task.cancel()
+        return self.__exit__(exc_type, exc, tb)
+
+
+class _AnyioGuard:
+    __slots__ = ("_group", "_watcher")
+
+    def __init__(self, watcher: Watcher) -> None:
+        self._watcher = watcher
+        self._group = anyio.create_task_group()
+
+    async def __aenter__(self) -> Self:
+        await self._group.__aenter__()
+        self._group.start_soon(_watch, self._watcher, self.cancel)
+        return self
+
+    def cancel(self) -> None:
+        self._group.cancel_scope.cancel()
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> bool | None:
+        self._group.cancel_scope.cancel()
+        try:
+            return await self._group.__aexit__(exc_type, exc, tb)
+        except BaseExceptionGroup as group:
+            if exc is not None and group.exceptions == (exc,):
+                return None  # the body's own error is raised without the group
+            raise
+
+
+Guard = _AsyncioGuard | _AnyioGuard
+"""An async context manager that runs a watcher concurrently with its body.
+
+The end of the watcher cancels the body, and so does `cancel`; the `async with` swallows that cancellation, and any
+other passes through. The end of the body cancels the watcher. A watcher that fails ends like one that returns, because
+a connection that cannot be watched is lost.
+"""
+
+
+def make_guard(watcher: Watcher) -> Guard:
+    """A guard of the current task."""
+    return _AsyncioGuard(watcher) if on_asyncio() else _AnyioGuard(watcher)

@@ -7,7 +7,7 @@ import anyio
 import anyio.lowlevel
 import pytest
 
-from asgi_realtime.loop.guards import make_guard
+from asgi_realtime.loop.interrupts import make_guard
 from tests.inprocess import until
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("no_task_left")]
