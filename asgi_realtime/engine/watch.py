@@ -73,16 +73,18 @@ class RunWatch:
 
     def _check(self, record: RunRecord | None) -> None:
         """Stop the execution if the record, or the lack of one, requires it."""
+        owned = self._runs.owned.get(self._run_id)
+        is_taken_over = record is not None and owned is not None and owned.is_taken_over(record)
         if record is not None:
             self._seen = record.version  # lower than before after a data loss
             is_to_stop = record.is_completed or record.cancel_requested_at_ms is not None
-            if not is_to_stop and not self._runs.owned.is_taken_over(record):
+            if not is_to_stop and not is_taken_over:
                 return
         execution = self._execution
         if execution.is_ending or execution.stopped_by is not None:
             return
         if record is None or record.status is Status.CRASHED:
             logger.warning("run %s was ended elsewhere while it executed here: its lease had expired", self._run_id)
-        elif self._runs.owned.is_taken_over(record):
+        elif is_taken_over:
             logger.warning("run %s executes elsewhere now: the broker had lost that it executed here", self._run_id)
         execution.cancel()

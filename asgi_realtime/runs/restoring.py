@@ -37,13 +37,13 @@ from __future__ import annotations
 import logging
 import secrets
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import anyio
 import msgspec
 
-from asgi_realtime.brokers.base import Broker, ChangeMark
+from asgi_realtime.brokers.base import Broker
 from asgi_realtime.core.config import Retention
 from asgi_realtime.core.errors import (
     BrokerUnavailable,
@@ -73,7 +73,9 @@ _CALL_ITEMS = 500
 """Chunks of one append."""
 
 
-class _OwnedRun:
+class OwnedRun:
+    """A run that this process executes: its newest stored record, since when, and its producers."""
+
     __slots__ = ("producers", "record", "since")
 
     def __init__(self, record: RunRecord, since: float) -> None:
@@ -81,18 +83,34 @@ class _OwnedRun:
         self.since = since
         self.producers: dict[RestorableProducer, None] = {}
 
+    def is_taken_over(self, record: RunRecord) -> bool:
+        """Whether another process executes the run by now. Then this execution has no effect anymore."""
+        return record.owner is not None and record.owner != self.record.owner
 
-class OwnedRuns:
-    """The runs that this process executes, and the chunks that its producers hold.
+    def floors(self, record: RunRecord) -> Mapping[tuple[str, str], int]:
+        """By stream and producer id, how many acknowledged chunks the run must have to end with this record.
 
-    `lossy`: the broker can lose data. `clock` returns unix seconds.
+        Raises `StreamLost` if the run would be COMPLETED although one of its streams was lost.
+        """
+        if not record.is_completed:
+            return {}
+        for producer in self.producers:
+            if record.is_success and isinstance(producer.failure, StreamLost):
+                raise producer.failure
+        return {(one.key.name, one.id): one.count for one in self.producers if one.failure is None}
+
+
+class OwnedRuns(dict[str, OwnedRun]):
+    """The runs that this process executes, by id, and the chunks that its producers hold.
+
+    Empty unless the broker is `lossy`: one that loses nothing needs no restoring. `clock` returns unix seconds.
     """
 
     def __init__(self, *, lossy: bool, clock: Callable[[], float], retention: Retention) -> None:
+        super().__init__()
         self._lossy = lossy
         self._clock = clock
         self._retention = retention
-        self._runs: dict[str, _OwnedRun] = {}
         self._renewed_at = clock()
         self._holding: dict[RestorableProducer, None] = {}  # ordered by their last append, oldest first
         self._ticked_at: float | None = None
@@ -101,20 +119,15 @@ class OwnedRuns:
 
     def own(self, record: RunRecord) -> None:
         """Call when this process starts to execute a run."""
-        self._runs[record.id] = _OwnedRun(record, self._clock())
+        if self._lossy:
+            self[record.id] = OwnedRun(record, self._clock())
 
     def disown(self, run_id: str) -> None:
         """Call when an execution is over. Its producers release their chunks: a run that is over is not restored."""
-        owned = self._runs.pop(run_id, None)
+        owned = self.pop(run_id, None)
         for producer in () if owned is None else owned.producers:
             self._holding.pop(producer, None)
             producer.drop()
-
-    def note_stored(self, record: RunRecord) -> None:
-        """Call when the broker has acknowledged a new version."""
-        owned = self._runs.get(record.id)
-        if owned is not None:
-            owned.record = record
 
     def renewed(self) -> None:
         """Call when the leases were renewed. Thread-safe."""
@@ -122,25 +135,20 @@ class OwnedRuns:
 
     # Records
 
-    def is_taken_over(self, record: RunRecord) -> bool:
-        """Whether another process executes a run that started here. Then this execution has no effect any more."""
-        owned = self._runs.get(record.id)
-        return owned is not None and record.owner is not None and record.owner != owned.record.owner
-
     def reconcile(self, run_id: str, stored: RunRecord | None) -> RunRecord | None:
         """Compare what the broker returned with what this process knows. Returns what the run is.
 
         `stored` itself if nothing was lost. Otherwise the record to store in its place, which has the version of
         `stored`; or None if the run does not exist.
         """
-        owned = self._runs.get(run_id)
-        if owned is None or not self._lossy or owned.record.is_completed:
+        owned = self.get(run_id)
+        if owned is None or owned.record.is_completed:
             return stored
         known = owned.record
         if stored is None:
             seen_at = max(owned.since, self._renewed_at)
             return known if self._clock() - seen_at < self._retention.after_end else None
-        if stored.is_completed or self.is_taken_over(stored):
+        if stored.is_completed or owned.is_taken_over(stored):
             return stored
         if not stored.is_queued and stored.version >= known.version:
             return stored
@@ -155,7 +163,7 @@ class OwnedRuns:
 
     def note_held(self, producer: RestorableProducer) -> None:
         """Call when a producer holds chunks that were just acknowledged."""
-        owned = self._runs.get(producer.key.run)
+        owned = self.get(producer.key.run)
         if owned is not None:
             owned.producers[producer] = None
         self._holding.pop(producer, None)
@@ -175,42 +183,17 @@ class OwnedRuns:
                 return
             del self._holding[oldest]
 
-    def producers(self, run_id: str) -> Iterable[RestorableProducer]:
-        """The producers of this process that have written to streams of an owned run."""
-        owned = self._runs.get(run_id)
-        return () if owned is None else tuple(owned.producers)
-
-    def floors(self, record: RunRecord) -> Mapping[tuple[str, str], int]:
-        """By stream and producer id, how many acknowledged chunks a run must have to end with this record.
-
-        Raises `StreamLost` if the run would be COMPLETED although one of its streams was lost.
-        """
-        if not self._lossy or not record.is_completed:
-            return {}
-        producers = self.producers(record.id)
-        for producer in producers:
-            if record.is_success and isinstance(producer.failure, StreamLost):
-                raise producer.failure
-        return {(one.key.name, one.id): one.count for one in producers if one.failure is None}
-
 
 class Restorer:
-    """Stores again what the broker lost. `make_mark` returns the mark of a new commit."""
+    """Stores again what the broker lost. `commit` stores a record, as `Broker.commit` with a new mark."""
 
-    def __init__(self, broker: Broker, owned: OwnedRuns, *, retry: Retry, make_mark: Callable[[], ChangeMark]) -> None:
+    def __init__(
+        self, broker: Broker, owned: OwnedRuns, *, retry: Retry, commit: Callable[..., Awaitable[int]]
+    ) -> None:
         self.broker = broker
         self.owned = owned
         self.retry = retry
-        self._make_mark = make_mark
-
-    async def commit(self, record: RunRecord, *, expect: int, mark: ChangeMark | None = None) -> int:
-        """As `Broker.commit`, and the commit of an ending run verifies that no acknowledged chunk is missing."""
-        mark = mark or self._make_mark()
-        floors = self.owned.floors(record)
-        version = await self.retry(self.broker.commit, record, expect=expect, change=mark, floors=floors)
-        if version == record.version:
-            self.owned.note_stored(record)
-        return version
+        self._commit = commit
 
     async def restore_run(self, run_id: str) -> RunRecord | None:
         """Store the record of an owned run again if the broker lost it. Returns the stored record, if there is one."""
@@ -221,7 +204,7 @@ class Restorer:
         if stored is not None:
             record = msgspec.structs.replace(record, version=stored.version + 1)
         try:
-            await self.commit(record, expect=0 if stored is None else stored.version)
+            await self._commit(record, expect=0 if stored is None else stored.version)
         except VersionConflict as conflict:
             return conflict.current
         return record
@@ -231,8 +214,9 @@ class Restorer:
 
         Concurrently: each can have to wait for the chunks of the others.
         """
+        owned = self.owned.get(run_id)
         async with anyio.create_task_group() as group:
-            for producer in dict.fromkeys((*producers, *self.owned.producers(run_id))):
+            for producer in dict.fromkeys((*producers, *(() if owned is None else owned.producers))):
                 group.start_soon(self._restore_stream, producer)
 
     async def _restore_stream(self, producer: RestorableProducer) -> None:

@@ -67,7 +67,7 @@ class RunStore:
         self.owner = secrets.token_hex(8)
         """Identifies this process as the owner of the runs that it executes and the author of its commits."""
         self.owned = OwnedRuns(lossy=broker.shared, clock=clock, retention=retention or Retention())
-        self.restorer = Restorer(broker, self.owned, retry=self.retry, make_mark=self._make_mark)
+        self.restorer = Restorer(broker, self.owned, retry=self.retry, commit=self._commit)
         self._mark_numbers = count()
         self._known_streams: dict[StreamKey, None] = {}
         self._being_created: dict[str, WaitList] = {}
@@ -141,13 +141,14 @@ class RunStore:
         current = await self._current(run_id) if known is None else _Current(known, known.version)
         while True:
             record, stored_version = current
-            if self.owned.is_taken_over(record):
+            owned = self.owned.get(run_id)
+            if owned is not None and owned.is_taken_over(record):
                 return Changed(record)
             changed = self._apply(record, changes)
             if changed.record is record and stored_version == record.version:
                 return changed
             try:
-                version = await self.restorer.commit(changed.record, expect=stored_version, mark=mark)
+                version = await self._commit(changed.record, expect=stored_version, mark=mark)
             except VersionConflict as conflict:
                 current = self._reconcile(run_id, conflict.current)
             except StreamBehind:
@@ -159,6 +160,17 @@ class RunStore:
                 if version != changed.record.version:  # the mark is known: an earlier call stored the changes
                     return Changed((await self._current(run_id)).record)
                 return changed
+
+    async def _commit(self, record: RunRecord, *, expect: int, mark: ChangeMark | None = None) -> int:
+        """As `Broker.commit`, and the commit of an ending run verifies that no acknowledged chunk is missing."""
+        owned = self.owned.get(record.id)
+        floors = None if owned is None else owned.floors(record)
+        version = await self.retry(
+            self.broker.commit, record, expect=expect, change=mark or self._make_mark(), floors=floors
+        )
+        if owned is not None and version == record.version:
+            owned.record = record
+        return version
 
     async def _current(self, run_id: str) -> _Current:
         await self.wait_created(run_id)

@@ -158,18 +158,17 @@ async def test_only_owned_runs_of_a_lossy_broker_are_restored(stored: RunRecord 
 
 
 async def test_a_run_is_taken_over_by_another_owner_only() -> None:
-    owned = owning(record())
+    owned = owning(record())["run_1"]
     assert owned.is_taken_over(record(owner="them"))
     assert not owned.is_taken_over(record())
     assert not owned.is_taken_over(record(owner=None))
-    assert not owned.is_taken_over(msgspec.structs.replace(record(owner="them"), id="run_2"))
 
 
 async def test_the_newest_stored_version_is_the_known_one() -> None:
     owned = owning(record(3))
-    owned.note_stored(record(4, metadata={"n": 1}))
+    owned["run_1"].record = record(4, metadata={"n": 1})
     assert owned.reconcile("run_1", None) == record(4, metadata={"n": 1})
-    owned.note_stored(record(5, Status.COMPLETED))
+    owned["run_1"].record = record(5, Status.COMPLETED)
     assert owned.reconcile("run_1", None) is None, "a run that is over is not restored"
 
 
@@ -179,8 +178,8 @@ async def test_a_commit_that_is_not_the_end_sets_no_floors() -> None:
         await realtime.append("y")
         (producer,) = producers(realtime)
         ending = msgspec.structs.replace(run.record, status=Status.COMPLETED)
-        assert realtime.runs.owned.floors(run.record) == {}
-        assert realtime.runs.owned.floors(ending) == {("default", producer.id): 2}
+        assert realtime.runs.owned[run.id].floors(run.record) == {}
+        assert realtime.runs.owned[run.id].floors(ending) == {("default", producer.id): 2}
         assert (await realtime.runs.update(run.id, Finished(Status.FAILED))).is_completed
 
 
