@@ -8,8 +8,17 @@ The engine joins the parts, each with one responsibility, and decides when they 
 * `dispatcher`: hands QUEUED runs to the executor;
 * `leases`: renews the leases of the runs that this process holds;
 * `subscribers`: the open subscriptions, and the signals that end them;
-* the ticker: what has to be done at regular intervals;
-* the drain: how runs end when the engine stops.
+* the ticker: what has to be done at regular intervals.
+
+A stop ends the runs of this process in two steps:
+
+1. Runs that wait here become FAILED. The others have `timeouts.drain` to finish.
+2. The code of the remaining runs is stopped, and they become FAILED with `ServerShutdown`. Their cleanup, and the
+   commits that store these ends, have `timeouts.cancel`. Runs that the cleanup creates end in the same way.
+
+The engine then cancels what still runs and leaves the broker, which interrupts calls in progress. If the broker is
+unavailable or does not respond, the second step is short: nothing more can be stored, and a process that does not exit
+delays a deployment. Runs whose end could not be stored end CRASHED when their lease expires.
 
 A forked child inherits the memory of a started engine but none of its tasks and threads. It is another owner of runs
 and starts on its own, so each entry point checks the process id first.
@@ -28,10 +37,9 @@ import anyio
 
 from asgi_realtime.brokers.base import Broker
 from asgi_realtime.core.config import Limits, Retention, Timeouts
-from asgi_realtime.core.errors import ServerShutdown
+from asgi_realtime.core.errors import BrokerUnavailable, ServerShutdown
 from asgi_realtime.core.runs import RunRecord
 from asgi_realtime.engine.dispatch import Dispatcher
-from asgi_realtime.engine.drain import Drain
 from asgi_realtime.engine.execution import Execution
 from asgi_realtime.engine.executions import Executions
 from asgi_realtime.engine.leases import Leases
@@ -44,6 +52,9 @@ from asgi_realtime.runs.store import RunStore
 from asgi_realtime.streams.thread_iterator import ThreadBudget
 
 logger = logging.getLogger("asgi_realtime")
+
+_PATIENCE_S = 0.5
+"""How long the second step of a stop waits for a broker that is unavailable or does not respond."""
 
 
 @dataclass(slots=True)
@@ -100,9 +111,6 @@ class Engine:
         self.dispatcher = Dispatcher(broker, self.runs, timeouts=timeouts, on_held=self.leases.keep)
         self.executions = Executions(
             self.runs, limits=limits, debug=debug, supervisor=self.begin, on_held=self.leases.keep
-        )
-        self._end_runs = Drain(
-            broker, self.runs, executions=self.executions, dispatcher=self.dispatcher, timeouts=timeouts
         )
         self.companions: list[Job] = []
         """Jobs that run from each start to its stop."""
@@ -282,4 +290,30 @@ class Engine:
 
     async def _drain(self) -> None:
         self.subscribers.close()
-        await self._end_runs()
+        with anyio.move_on_after(self.timeouts.drain):
+            await self.dispatcher.fail_waiting()
+            while self._is_busy:
+                await self.executions.changed.wait()
+        self.runs.retry.shorten(_PATIENCE_S)
+        cancel_s = self.timeouts.cancel
+        if self._is_busy and not await self._broker_responds():
+            cancel_s = min(cancel_s, _PATIENCE_S)
+        with anyio.move_on_after(cancel_s):
+            while self._is_busy:
+                await self.executions.shut_down()
+                if self._is_busy:
+                    await self.executions.changed.wait()
+            await self.dispatcher.fail_waiting()
+
+    @property
+    def _is_busy(self) -> bool:
+        return bool(self.executions) or self.dispatcher.is_busy
+
+    async def _broker_responds(self) -> bool:
+        with anyio.move_on_after(_PATIENCE_S):
+            try:
+                await self.broker.ping()
+                return True
+            except BrokerUnavailable:
+                pass
+        return False
