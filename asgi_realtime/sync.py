@@ -14,9 +14,8 @@ from typing import Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar, Unpa
 from asgi_realtime.core.config import Span
 from asgi_realtime.core.errors import RealtimeError
 from asgi_realtime.core.runs import RunRecord
-from asgi_realtime.engine.held_run import HeldRun
 from asgi_realtime.engine.run import Run, current, current_run
-from asgi_realtime.engine.thread_bridge import ThreadBridge
+from asgi_realtime.engine.thread_bridge import HeldRun, ThreadBridge
 from asgi_realtime.runs.handles import BatchHandle, RunHandle
 from asgi_realtime.streams.followers import StreamChunk
 from asgi_realtime.streams.pipe import Pipe, PipeResult

@@ -12,7 +12,7 @@ import anyio
 import pytest
 
 from asgi_realtime import Realtime, Run, ServerShutdown, Timeouts
-from asgi_realtime.engine.held_run import HeldRun
+from asgi_realtime.engine.thread_bridge import HeldRun
 from asgi_realtime.loop import thread_calls
 from asgi_realtime.loop.thread_calls import ThreadCall
 from tests.inprocess import GUARD_S, make_realtime, run_without_anyio, until
