@@ -9,6 +9,7 @@ to be remembered for that is in `batch_records`.
 from __future__ import annotations
 
 import logging
+import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -20,7 +21,6 @@ from asgi_realtime.core.config import Retention
 from asgi_realtime.core.errors import LimitExceeded, RealtimeError, RunNotFound, UsageError
 from asgi_realtime.core.runs import BatchMember, RunRecord
 from asgi_realtime.engine.engine import Engine
-from asgi_realtime.runs.ids import new_batch_id
 from asgi_realtime.tasks.batch_records import BatchRecord, BatchRecords, Plan, Stage, run_id_in
 from asgi_realtime.tasks.launch import Launcher, Once
 from asgi_realtime.tasks.options import RunOptions
@@ -204,13 +204,16 @@ class Batches:
             item = item.renamed(run_id_in(batch_id, index))
             run_id, found = item.record.id, None
             if item.record.idempotency_key is not None:
-                holder = await self._launcher.claim_key(item)
-                run_id, found = holder.run_id, holder.record
+                run_id, found = await self._launcher.claim_key(item)
             if found is None or (found.batch is not None and found.batch.id == batch_id):
                 created.setdefault(run_id, index)  # a second item with the same key refers to the same run
             run_ids.append(run_id)
             await _yield_after(index + 1)
         return Plan(run_ids, list(created.values()))
+
+
+def new_batch_id() -> str:
+    return f"batch_{secrets.token_hex(13)}"
 
 
 def check_item(item: object) -> tuple[TaskLike, Any, RunOptions]:

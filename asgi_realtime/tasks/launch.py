@@ -74,14 +74,6 @@ class Created:
     """This call has stored it."""
 
 
-@dataclass(frozen=True, slots=True)
-class KeyHolder:
-    """The run that an idempotency key names. `record` is None if that run is yet to be created."""
-
-    run_id: str
-    record: RunRecord | None
-
-
 class Launcher:
     """Creates runs and hands them to the executor."""
 
@@ -107,11 +99,11 @@ class Launcher:
             if made is not None:
                 return Launched(made, is_cached=False)
             prepared = prepared.renamed(spent.id)
-        holder = await self.claim_key(prepared)
-        if holder.record is not None:
-            return Launched(holder.record, is_cached=True)
-        created = await self._create_once(prepared.renamed(holder.run_id), once)
-        same_request = once is not None and holder.run_id == prepared.record.id  # it arrived twice at the same time
+        run_id, found = await self.claim_key(prepared)
+        if found is not None:
+            return Launched(found, is_cached=True)
+        created = await self._create_once(prepared.renamed(run_id), once)
+        same_request = once is not None and run_id == prepared.record.id  # it arrived twice at the same time
         return Launched(created.record, is_cached=not created.is_new and not same_request)
 
     async def _create_once(self, prepared: Prepared, once: Once | None) -> Created:
@@ -155,8 +147,10 @@ class Launcher:
             await self._engine.dispatcher.dispatch(record)
         return Created(record, is_new=True)
 
-    async def claim_key(self, prepared: Prepared) -> KeyHolder:
+    async def claim_key(self, prepared: Prepared) -> tuple[str, RunRecord | None]:
         """Claim the idempotency key of a run, or find the run that it names. The run must have a key.
+
+        Returns the id that the key names, and its run, or None if that is yet to be created.
 
         A claim is released together with its run. If the same claim is found twice and no run in between, then its
         owner has not created the run yet and possibly never will; this call creates it instead.
@@ -167,10 +161,10 @@ class Launcher:
         while True:
             run_id = await self._runs.claim(claim, prepared.record.id, ttl_s=prepared.key_ttl_s)
             if run_id in (prepared.record.id, previous):
-                return KeyHolder(run_id, None)
+                return run_id, None
             (found,) = await self._runs.load([run_id])
             if found is not None:
-                return KeyHolder(run_id, found)
+                return run_id, found
             previous = run_id
 
     async def _find_made(self, spent: Spent) -> RunRecord | None:

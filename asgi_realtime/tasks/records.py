@@ -6,6 +6,7 @@ Everything a caller can get wrong raises here, before anything is stored.
 from __future__ import annotations
 
 import dataclasses
+import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -19,7 +20,6 @@ from asgi_realtime.core.metadata import check_metadata_key, check_size, normaliz
 from asgi_realtime.core.names import check_key, check_tags
 from asgi_realtime.core.runs import RunRecord, Status
 from asgi_realtime.engine.engine import Engine
-from asgi_realtime.runs.ids import new_run_id
 from asgi_realtime.tasks.options import RunOptions
 from asgi_realtime.tasks.task import Task
 
@@ -120,6 +120,10 @@ class RecordFactory:
         normal: dict[str, Any] = normalize_value(dict(metadata))
         check_size(normal, self._limits.metadata_bytes)
         return normal
+
+
+def new_run_id() -> str:
+    return f"run_{secrets.token_hex(13)}"
 
 
 def check_idempotency_key(key: object, limits: Limits) -> str:

@@ -69,9 +69,8 @@ class Tasks:
         )
         return task
 
-    def get(self, task: TaskLike) -> Task[Any, Any]:
-        """The registered task. Raises `UnknownTask`, and `UsageError` for a value that does not name a task."""
-        task_id = id_of(task)
+    def get(self, task_id: str) -> Task[Any, Any]:
+        """The registered task. Raises `UnknownTask`."""
         found = self._tasks.get(task_id)
         if found is None:
             known = ", ".join(sorted(self._tasks)) or "none"
@@ -94,7 +93,7 @@ class Tasks:
 
     def prepare(self, task: TaskLike, payload: Any, options: RunOptions) -> Prepared:
         """Check a run and build its record. Raises before anything is stored."""
-        found = self.get(task)
+        found = self.get(id_of(task))
         encoded = found.encode_payload(payload, limit_bytes=self._limits.payload_bytes)
         return self.records.new_triggered_run(found, Payload(encoded), options)
 

@@ -8,11 +8,15 @@ import pytest
 
 from asgi_realtime import (
     LimitExceeded,
+    Limits,
     RunError,
     RunNotFound,
     Status,
     UsageError,
 )
+from asgi_realtime.core.names import check_key
+from asgi_realtime.tasks.batches import new_batch_id
+from asgi_realtime.tasks.records import new_run_id
 from tests.inprocess import FakeClock, ended, make_realtime, until
 from tests.tasks.echo import count_runs, with_echo
 
@@ -154,3 +158,11 @@ async def test_a_run_that_does_not_start_within_its_ttl_is_expired() -> None:
         await realtime.cancel(delayed)
         go.set()
     assert started == ["first"]
+
+
+async def test_ids_are_random_and_valid_in_a_path() -> None:
+    ids = {new_run_id() for _ in range(1000)} | {new_batch_id() for _ in range(1000)}
+    assert len(ids) == 2000
+    assert {len(one) for one in ids} == {len("run_") + 26, len("batch_") + 26}
+    for one in ids:
+        check_key(one, Limits(), what="run id")
