@@ -22,8 +22,7 @@ from asgi_realtime.asgi.responses import error_response
 from asgi_realtime.asgi.subscription import until_disconnect
 from asgi_realtime.brokers.following import Follower, following
 from asgi_realtime.core.errors import ServerShutdown
-from asgi_realtime.loop.guards import make_guard
-from asgi_realtime.loop.interrupts import make_interrupt
+from asgi_realtime.loop.interrupts import make_guard, make_interrupt
 from asgi_realtime.loop.waiting import make_waiter
 
 A = TypeVar("A")
