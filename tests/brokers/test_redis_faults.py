@@ -243,6 +243,7 @@ async def test_a_user_without_permission_to_subscribe(
 ) -> None:
     """That showed only in readers that received nothing."""
     monkeypatch.setattr(pubsub, "_TROUBLE_S", 0.2)
+    monkeypatch.setattr(server_health, "_STEADY_S", 1.0)  # commands work, so it must outlast the retries of pub/sub
     url = redis_server.add_user("app", "secret", "+@all", "~*")
     async with processes(redis_server.url) as backend, streaming(backend) as (stream,):
         async with RedisBroker(url, prefix=prefix_of(backend), timeouts=SHORT) as broker:
