@@ -7,67 +7,43 @@ rather than null.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from asgi_realtime.core.chunks import encode_value
 from asgi_realtime.core.run_json import iso
 from asgi_realtime.core.runs import RunRecord
+from asgi_realtime.tasks.batch_records import BatchRecord
 
 
-@dataclass(frozen=True, slots=True)
-class BatchRun:
-    """A run of a batch without its payload and output, which can be large."""
-
-    id: str
-    is_completed: bool
-    created_at_ms: int
-    updated_at_ms: int
-    index: int
-    """Its position among the runs of the batch."""
-    count: int
-    """The number of these runs."""
-
-    @classmethod
-    def of(cls, record: RunRecord) -> BatchRun:
-        batch = record.batch
-        index, count = (0, 0) if batch is None else (batch.index, batch.count)
-        return cls(record.id, record.is_completed, record.created_at_ms, record.updated_at_ms, index, count)
-
-
-def batch_json(
-    batch_id: str,
-    runs: Sequence[BatchRun],
-    *,
-    count: int | None = None,
-    created_at_ms: int | None = None,
-    idempotency_key: str | None = None,
-    waits: bool = False,
-    whole: bool = True,
-) -> bytes:
+def batch_json(batch_id: str, runs: Sequence[RunRecord], batch: BatchRecord | None, *, now_ms: int) -> bytes:
     """Encode a batch. `runs` are the runs that still exist, in the order of the items.
 
-    The other arguments are known for batches created over HTTP: `waits` while items are missing, `whole` once all runs
-    have been created.
+    `batch` is None if only the runs are stored, as for a batch that was triggered in process.
     """
-    if created_at_ms is None:
-        created_at_ms = min((run.created_at_ms for run in runs), default=0)
     launched_at_ms = max((run.created_at_ms for run in runs), default=0)
-    batch: dict[str, Any] = {
+    if batch is None:
+        created_at_ms = min((run.created_at_ms for run in runs), default=0)
+        count = max((run.batch.count for run in runs if run.batch is not None), default=0)
+        whole, waits, key = True, False, {}
+    else:
+        created_at_ms, count = batch.created_at_ms, batch.count
+        whole = batch.is_sealed or batch.last_id in {None, *(run.id for run in runs)}
+        waits = not whole and not batch.is_closed(now_ms)
+        key = {} if batch.idempotency_key is None else {"idempotencyKey": batch.idempotency_key}
+    encoded: dict[str, Any] = {
         "id": batch_id,
         "status": "PENDING" if waits else _status(runs, whole=whole),
         "createdAt": iso(created_at_ms),
         "updatedAt": iso(max(created_at_ms, *(run.updated_at_ms for run in runs), 0)),
-        "runCount": max((run.count for run in runs), default=0) if count is None else count,
+        "runCount": count,
         "runs": [run.id for run in runs],
         "processing": {"errors": []} | ({} if waits else {"completedAt": iso(max(created_at_ms, launched_at_ms))}),
     }
-    if idempotency_key is not None:
-        batch["idempotencyKey"] = idempotency_key
-    return encode_value(batch)
+    return encode_value(encoded | key)
 
 
-def _status(runs: Sequence[BatchRun], *, whole: bool) -> str:
+def _status(runs: Sequence[RunRecord], *, whole: bool) -> str:
+    """`whole`: all runs of the batch have been created."""
     if not all(run.is_completed for run in runs):
         return "PROCESSING"
     if whole:

@@ -17,7 +17,7 @@ from asgi_realtime.asgi.auth import authorize, batch_resources
 from asgi_realtime.asgi.host import Host
 from asgi_realtime.asgi.request import Request
 from asgi_realtime.asgi.responses import json_bytes_response, json_response
-from asgi_realtime.asgi.trigger_dev.batch_json import BatchRun, batch_json
+from asgi_realtime.asgi.trigger_dev.batch_json import batch_json
 from asgi_realtime.asgi.trigger_dev.credentials import check_task, find_parent, handle_token, once
 from asgi_realtime.asgi.trigger_dev.decoding import read_json
 from asgi_realtime.asgi.trigger_dev.ndjson import LineSplitter
@@ -201,39 +201,27 @@ async def retrieve_batch(request: Request, batch_id: str) -> Response:
     authorize(request.claims, "read", batch_resources(batch_id))
     host = request.host
     batch = await host.tasks.batches.records.find(batch_id)
-    body = await _batch_of_runs(host, batch_id) if batch is None else await _batch_with_record(host, batch_id, batch)
-    return json_bytes_response(body)
+    if batch is None:
+        changes = await host.broker.changes(batch_topic(batch_id), limit=host.limits.topic_runs)
+        runs = sorted(await _load_runs(host, [change.run_id for change in changes.items]), key=_index)
+        if not runs:
+            raise RunNotFound(f"no batch {shown(batch_id)}: it does not exist or has expired (Retention.after_end)")
+    else:
+        runs = await _load_runs(host, batch.plan.run_ids)
+    return json_bytes_response(batch_json(batch_id, runs, batch, now_ms=round(host.clock() * 1000)))
 
 
-async def _batch_of_runs(host: Host, batch_id: str) -> bytes:
-    """A batch of which only the runs are stored. Raises `RunNotFound`."""
-    changes = await host.broker.changes(batch_topic(batch_id), limit=host.limits.topic_runs)
-    found = await _load_runs(host, [change.run_id for change in changes.items])
-    if not found:
-        raise RunNotFound(f"no batch {shown(batch_id)}: it does not exist or has expired (Retention.after_end)")
-    return batch_json(batch_id, sorted(found.values(), key=lambda run: run.index))
+def _index(run: RunRecord) -> int:
+    return run.batch.index if run.batch else 0
 
 
-async def _batch_with_record(host: Host, batch_id: str, batch: BatchRecord) -> bytes:
-    run_ids = batch.plan.run_ids
-    found = await _load_runs(host, list(dict.fromkeys(run_ids)))
-    whole = batch.is_sealed or batch.last_id is None or batch.last_id in found
-    return batch_json(
-        batch_id,
-        [found[run_id] for run_id in run_ids if run_id in found],
-        count=batch.count,
-        created_at_ms=batch.created_at_ms,
-        idempotency_key=batch.idempotency_key,
-        waits=not whole and not batch.is_closed(round(host.clock() * 1000)),
-        whole=whole,
-    )
-
-
-async def _load_runs(host: Host, run_ids: Sequence[str]) -> dict[str, BatchRun]:
-    """The runs that still exist, by id."""
-    found: dict[str, BatchRun] = {}
-    for start in range(0, len(run_ids), _PAGE):
-        records = await host.runs.load(run_ids[start : start + _PAGE])
-        found |= {record.id: BatchRun.of(record) for record in records if record is not None}
+async def _load_runs(host: Host, run_ids: Sequence[str]) -> list[RunRecord]:
+    """The runs that still exist, in the given order, without what can be large. Several items can have the same run."""
+    found: dict[str, RunRecord] = {}
+    ids = list(dict.fromkeys(run_ids))
+    for start in range(0, len(ids), _PAGE):
+        for record in await host.runs.load(ids[start : start + _PAGE]):
+            if record is not None:
+                found[record.id] = msgspec.structs.replace(record, payload_json=None, output_json=None, metadata={})
         await anyio.lowlevel.checkpoint()
-    return found
+    return [found[run_id] for run_id in run_ids if run_id in found]

@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
-from asgi_realtime.asgi.trigger_dev.batch_json import BatchRun, batch_json
+from asgi_realtime.asgi.trigger_dev.batch_json import batch_json
 from asgi_realtime.core.runs import TERMINAL, BatchMember, RunRecord, Status
+from asgi_realtime.tasks.batch_records import BatchRecord
 
 
 def member(index: int, status: Status, *, created_ms: int = 1000, updated_ms: int = 2000) -> RunRecord:
@@ -20,9 +21,13 @@ def member(index: int, status: Status, *, created_ms: int = 1000, updated_ms: in
     )
 
 
-def encoded(*members: RunRecord, **known: Any) -> dict[str, Any]:
-    batch: dict[str, Any] = json.loads(batch_json("batch_1", [BatchRun.of(member) for member in members], **known))
+def encoded(*members: RunRecord, record: BatchRecord | None = None) -> dict[str, Any]:
+    batch: dict[str, Any] = json.loads(batch_json("batch_1", members, record, now_ms=50))
     return batch
+
+
+def stored(count: int = 3, created_ms: int = 7, **fields: Any) -> BatchRecord:
+    return BatchRecord("batch_1", count, created_ms, **fields)
 
 
 def test_a_batch_is_described_by_its_runs() -> None:
@@ -46,7 +51,7 @@ def test_a_batch_is_complete_when_all_its_runs_are_over(status: Status) -> None:
 
 
 def test_known_values_take_precedence_over_those_of_the_runs() -> None:
-    assert encoded(count=2, created_at_ms=7, waits=True, idempotency_key="k") == {
+    assert encoded(record=stored(2, waits_until_ms=100, idempotency_key="k")) == {
         "id": "batch_1",
         "status": "PENDING",
         "createdAt": "1970-01-01T00:00:00.007Z",
@@ -56,7 +61,7 @@ def test_known_values_take_precedence_over_those_of_the_runs() -> None:
         "processing": {"errors": []},
         "idempotencyKey": "k",
     }
-    batch = encoded(member(0, Status.QUEUED, updated_ms=1), count=3, created_at_ms=5000)
+    batch = encoded(member(0, Status.QUEUED, updated_ms=1), record=stored(created_ms=5000, is_sealed=True))
     assert (batch["runCount"], batch["runs"]) == (3, ["run_0"])
     assert batch["createdAt"] == batch["updatedAt"] == batch["processing"]["completedAt"] == "1970-01-01T00:00:05.000Z"
 
@@ -70,4 +75,4 @@ def test_known_values_take_precedence_over_those_of_the_runs() -> None:
     ],
 )
 def test_a_batch_without_all_its_runs_is_never_complete(members: list[RunRecord], status: str) -> None:
-    assert encoded(*members, count=3, created_at_ms=7, whole=False)["status"] == status
+    assert encoded(*members, record=stored())["status"] == status
