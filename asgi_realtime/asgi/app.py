@@ -20,7 +20,7 @@ from asgi_realtime.asgi.request import Request
 from asgi_realtime.asgi.responses import error_response, exception_response
 from asgi_realtime.asgi.routes import AnyResponse, Route, resolve
 from asgi_realtime.asgi.run_cache import RunCache
-from asgi_realtime.asgi.subscription import reconnect_response
+from asgi_realtime.asgi.subscription import SubscriptionResponse, reconnect_response
 from asgi_realtime.core.errors import (
     BrokerUnavailable,
     RealtimeError,
@@ -53,21 +53,21 @@ class RealtimeApp:
         if scope["type"] == "websocket":
             return await _reject_websocket(receive, send)
         # Not in a method of its own: each frame adds to the memory of an idle subscriber.
-        response: AnyResponse | None = None
         request = Request(self._host, self.subscription_limits, self._run_cache, scope, receive)
         origin, reconnects = request.header(b"origin"), request.is_event_source
         try:
             response = await self._respond(request, scope)
             del request  # an open stream must not retain it
-            self._add_common_headers(response, scope, origin)
-            await response(scope, receive, send)
+            if isinstance(response, SubscriptionResponse):
+                self._add_common_headers(response, scope, origin)
+                return await response(scope, receive, send)
         except Exception as exc:
-            if isinstance(response, Response):  # its head may be out, and only the server's `send` makes it fail
-                logger.debug("a response could not be sent", exc_info=True)
-                return
             response = self._error_response(exc, reconnects=reconnects)
-            self._add_common_headers(response, scope, origin)
-            await _send_quietly(response, scope, receive, send)
+        self._add_common_headers(response, scope, origin)
+        try:
+            await response(scope, receive, send)
+        except Exception:  # only the server's `send` makes it fail
+            logger.debug("a response could not be sent", exc_info=True)
 
     async def _respond(self, request: Request, scope: Scope) -> AnyResponse:
         cors = self._host.cors
@@ -135,31 +135,17 @@ class RealtimeApp:
 
     async def _lifespan(self, receive: Receive, send: Send) -> None:
         """Called only if this is the root app of a server; a mounted app gets no lifespan."""
-        await receive()
-        try:
-            await self._host.start()
-        except Exception as exc:
-            logger.exception("start failed")
-            await send({"type": "lifespan.startup.failed", "message": f"{type(exc).__name__}: {exc}"})
-            return
-        await send({"type": "lifespan.startup.complete"})
-        await receive()
-        try:
-            await self._host.stop()
-        except Exception as exc:
-            logger.exception("stop failed")
-            await send({"type": "lifespan.shutdown.failed", "message": f"{type(exc).__name__}: {exc}"})
-            return
-        await send({"type": "lifespan.shutdown.complete"})
+        for step, call in (("startup", self._host.start), ("shutdown", self._host.stop)):
+            await receive()
+            try:
+                await call()
+            except Exception as exc:
+                logger.exception("%s failed", step)
+                await send({"type": f"lifespan.{step}.failed", "message": f"{type(exc).__name__}: {exc}"})
+                return
+            await send({"type": f"lifespan.{step}.complete"})
 
 
 async def _reject_websocket(receive: Receive, send: Send) -> None:
     await receive()
     await send({"type": "websocket.close", "code": 1000})  # before it is accepted: the client gets 403
-
-
-async def _send_quietly(response: Response, scope: Scope, receive: Receive, send: Send) -> None:
-    try:
-        await response(scope, receive, send)
-    except Exception:
-        logger.debug("a response could not be sent", exc_info=True)
