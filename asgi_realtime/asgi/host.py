@@ -32,24 +32,16 @@ class Host(Protocol):
     `closing` and then calls `shut_down` of every subscriber. Both iterate over a copy of `subscribers`.
     """
 
-    @property
-    def broker(self) -> Broker: ...
-    @property
-    def runs(self) -> RunStore: ...
-    @property
-    def tokens(self) -> TokenAuthority: ...
-    @property
-    def tasks(self) -> Tasks: ...
-    @property
-    def limits(self) -> Limits: ...
-    @property
-    def timeouts(self) -> Timeouts: ...
-    @property
-    def cors(self) -> Cors | None: ...
-    @property
-    def api(self) -> bool: ...
-    @property
-    def debug(self) -> bool: ...
+    broker: Broker
+    runs: RunStore
+    tokens: TokenAuthority
+    tasks: Tasks
+    limits: Limits
+    timeouts: Timeouts
+    cors: Cors | None
+    api: bool
+    debug: bool
+
     @property
     def closing(self) -> bool: ...
     @property
