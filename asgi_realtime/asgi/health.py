@@ -60,9 +60,6 @@ class ProbeResponse(SubscriptionResponse[None]):
     def _open(self) -> AbstractAsyncContextManager[None]:
         return nullcontext()
 
-    async def _prepare(self, source: None) -> str:
-        return "connected"
-
     async def _follow(self, source: None) -> bytes:
         for number in range(PROBE_EVENTS):
             if number:

@@ -50,11 +50,7 @@ class SubscriptionLimits:
 
     def acquire_body(self, token_id: str) -> None:
         """Count one more request with a body. Raises `LimitExceeded` (429) and then counts nothing."""
-        if self._bodies[token_id] >= MAX_BODIES_PER_TOKEN:
-            raise LimitExceeded(
-                f"this token has {self._bodies[token_id]} open requests that send a body, limit {MAX_BODIES_PER_TOKEN}",
-                status=429,
-            )
+        _check("this token", self._bodies[token_id], MAX_BODIES_PER_TOKEN, "requests that send a body")
         self._bodies[token_id] += 1
 
     def release_body(self, token_id: str) -> None:
@@ -67,8 +63,6 @@ def _decrement(counter: Counter[str], name: str) -> None:
         del counter[name]
 
 
-def _check(what: str, count: int, limit: int) -> None:
+def _check(what: str, count: int, limit: int, kind: str = "subscriptions") -> None:
     if count >= limit:
-        raise LimitExceeded(
-            f"{what} has {count} open subscriptions, limit {limit}; close one, or try later", status=429
-        )
+        raise LimitExceeded(f"{what} has {count} open {kind}, limit {limit}; close one, or try later", status=429)

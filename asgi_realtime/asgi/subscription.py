@@ -208,13 +208,12 @@ class SubscriptionResponse(ABC, Generic[S]):
         """The source, such as a stream or a topic."""
         ...
 
-    @abstractmethod
     async def _prepare(self, source: S) -> str | None:
         """Check the request against the source, as the last chance to raise.
 
         Returns the comment that opens the body, or None if the client has everything and there is nothing to send.
         """
-        ...
+        return "connected"
 
     @abstractmethod
     async def _follow(self, source: S) -> bytes:
