@@ -26,7 +26,7 @@ from asgi_realtime.asgi import feeds, health
 from asgi_realtime.asgi.request import Request
 from asgi_realtime.asgi.streams import StreamResponse
 from asgi_realtime.asgi.subscription import SubscriptionResponse
-from asgi_realtime.asgi.trigger_dev import batches, metadata, runs, shape_feeds, stream_writers, tokens
+from asgi_realtime.asgi.trigger_dev import batches, metadata, runs, shape_polls, stream_writers, tokens
 from asgi_realtime.asgi.trigger_dev.batch_streams import BatchStreamResponse
 
 MAX_PREFIXES = 2
@@ -64,11 +64,11 @@ ROUTES = (
     Route("HEAD", "v1/streams/{run_id}/{target}/{key}", stream_writers.last_index),
     Route("POST", "v1/streams/{run_id}/{target}/{key}/append", stream_writers.append),
     Route("GET", "v1/runs", feeds.tag_feed, when=Request.accepts_events, reconnects=True),
-    Route("GET", "v1/runs", shape_feeds.tag_feed),
+    Route("GET", "v1/runs", shape_polls.tag_feed),
     Route("GET", "v1/runs/{run_id}", feeds.run_feed, when=Request.accepts_events, reconnects=True),
-    Route("GET", "v1/runs/{run_id}", shape_feeds.run_feed),
+    Route("GET", "v1/runs/{run_id}", shape_polls.run_feed),
     Route("GET", "v1/batches/{batch_id}", feeds.batch_feed, when=Request.accepts_events, reconnects=True),
-    Route("GET", "v1/batches/{batch_id}", shape_feeds.batch_feed),
+    Route("GET", "v1/batches/{batch_id}", shape_polls.batch_feed),
     Route("GET", "v1/health", health.probe, when=Request.accepts_events, needs_token=False, reconnects=True),
     Route("GET", "v1/health", health.check, needs_token=False, needs_start=False),
     Route("HEAD", "v1/health", health.check, needs_token=False, needs_start=False),
@@ -124,11 +124,7 @@ def resolve(path: str, root_path: str = "") -> Match | None:
     """Find the pattern of a request's path."""
     if not path.startswith("/"):
         return None  # Litestar passes `/realtimeX` to a mount at `/realtime` as `X/`
-    for candidate in _candidates(_split(path), _split(root_path)):
-        match = _match(candidate)
-        if match is not None:
-            return match
-    return None
+    return next(filter(None, map(_match, _candidates(_split(path), _split(root_path)))), None)
 
 
 def _split(path: str) -> list[str]:

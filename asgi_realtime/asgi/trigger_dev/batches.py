@@ -48,9 +48,11 @@ from asgi_realtime.tokens import Claims
 _LINES_PER_ITEM = 4
 """Blank and repeated lines count too."""
 
-_ITEMS_PER_ITERATION = 20
 _BYTES_PER_ITERATION = 64 * 1024
-"""How much of a body is checked before other tasks of the event loop get a turn."""
+"""How much of a body is checked before other tasks of the event loop run."""
+
+_MIN_ITEM_BYTES = _BYTES_PER_ITERATION // 20
+"""The size as which a shorter item counts."""
 
 _PAGE = 10
 """Records loaded at once. Each comes with its payload and output."""
@@ -185,14 +187,12 @@ class _Pacer:
     """Lets other tasks of the event loop run while a large batch is checked."""
 
     def __init__(self) -> None:
-        self._items = 0
         self._bytes = 0
 
     async def pace(self, size: int) -> None:
-        self._items += 1
-        self._bytes += size
-        if self._items >= _ITEMS_PER_ITERATION or self._bytes >= _BYTES_PER_ITERATION:
-            self._items = self._bytes = 0
+        self._bytes += max(size, _MIN_ITEM_BYTES)
+        if self._bytes >= _BYTES_PER_ITERATION:
+            self._bytes = 0
             await anyio.lowlevel.checkpoint()
 
 

@@ -6,7 +6,7 @@ from typing import TypeVar
 
 import msgspec
 
-from asgi_realtime.core.chunks import scrub_escapes
+from asgi_realtime.core.chunks import json_line, scrub_escapes
 from asgi_realtime.core.errors import InvalidRequest, UsageError
 
 _MAX_MESSAGE = 300
@@ -26,6 +26,14 @@ def read_json(data: bytes, type: type[T], *, what: str = "the body", error: type
         if isinstance(exc.__cause__, UsageError):
             raise UsageError(f"{what}: {exc.__cause__}") from exc
         raise error(f"{what} does not fit: {_cut(str(exc))}") from exc
+    except UsageError as exc:
+        raise InvalidRequest(f"{what} is malformed: {exc}") from exc
+
+
+def read_line(data: bytes, *, what: str = "the body") -> bytes:
+    """JSON from a client as it is stored, on one line. Raises `InvalidRequest` if it is malformed."""
+    try:
+        return json_line(data)
     except UsageError as exc:
         raise InvalidRequest(f"{what} is malformed: {exc}") from exc
 

@@ -1,9 +1,10 @@
 """A run feed for the official clients, which poll it as a shape.
 
 A poll without a cursor gets the runs of the feed. Every later poll carries an offset and gets the runs that changed
-after it. A live poll without changes is held until something changes or `timeouts.poll` has passed, because an
-immediate response would only be polled again. Responses about runs that change continuously are spaced out, because
-each costs the client a request, and a browser two. Spec: docs/protocol.md.
+after it. Only a server that had found the feed could issue that cursor, so later polls skip the lookup. A live poll
+without changes is held until something changes or `timeouts.poll` has passed, because an immediate response would only
+be polled again. Responses about runs that change continuously are spaced out, because each costs the client a request,
+and a browser two. Spec: docs/protocol.md, section 5.2.
 """
 
 from __future__ import annotations
@@ -15,12 +16,15 @@ from functools import partial
 import anyio
 from starlette.responses import Response
 
-from asgi_realtime.asgi.feed_kinds import Feed, FeedChange, select_changes
+from asgi_realtime.asgi.auth import allows, authorize, batch_resources, tag_resources
+from asgi_realtime.asgi.feed_kinds import BatchFeed, Feed, FeedChange, RunFeed, TagFeed, select_changes
+from asgi_realtime.asgi.feeds import requested_floor_ms, requested_tags
+from asgi_realtime.asgi.lookup import find_batch, find_run
 from asgi_realtime.asgi.open_request import Deadline, held
 from asgi_realtime.asgi.request import Request
 from asgi_realtime.asgi.responses import json_bytes_response
 from asgi_realtime.asgi.trigger_dev import shapes
-from asgi_realtime.asgi.trigger_dev.shape_requests import ShapeRequest
+from asgi_realtime.asgi.trigger_dev.shape_requests import ShapeRequest, read_shape_request
 from asgi_realtime.asgi.trigger_dev.shapes import ShapeCursor
 from asgi_realtime.brokers.following import Follower
 from asgi_realtime.core.errors import ExpiredToken, ServerShutdown
@@ -36,6 +40,34 @@ HOLD_JITTER = 0.15
 
 SPACING_S = 0.25
 """Time between responses to a client whose runs change continuously."""
+
+
+async def run_feed(request: Request, run_id: str) -> Response:
+    """Poll one run."""
+    shape = read_shape_request(request)
+    feed = RunFeed(run_id)
+    if shape.cursor is None or not allows(request.claims, "read", [("runs", run_id)]):
+        record = await find_run(request, run_id)
+        feed = RunFeed(record.id, record.end)
+    return await ShapePoll(request, feed, shape).respond()
+
+
+async def tag_feed(request: Request) -> Response:
+    """Poll the recent runs that have all of the tags. The first poll fixes the window for the later ones."""
+    tags, floor_ms = requested_tags(request), requested_floor_ms(request)
+    shape = read_shape_request(request)
+    authorize(request.claims, "read", tag_resources(tags))
+    if shape.cursor is not None:
+        floor_ms = shape.cursor.floor_ms
+    return await ShapePoll(request, TagFeed(tags, floor_ms=floor_ms), shape).respond()
+
+
+async def batch_feed(request: Request, batch_id: str) -> Response:
+    """Poll the runs of a batch."""
+    shape = read_shape_request(request)
+    authorize(request.claims, "read", batch_resources(batch_id))
+    closed = shape.cursor is None and await find_batch(request, batch_id)
+    return await ShapePoll(request, BatchFeed(batch_id, closed=closed), shape).respond()
 
 
 class ShapePoll:

@@ -20,6 +20,7 @@ from asgi_realtime.asgi.host import Host
 from asgi_realtime.asgi.request import REQUEST_KEY, Request
 from asgi_realtime.asgi.responses import error_response, json_response
 from asgi_realtime.asgi.trigger_dev.credentials import require_secret
+from asgi_realtime.asgi.trigger_dev.decoding import read_line
 from asgi_realtime.asgi.trigger_dev.ndjson import LineSplitter
 from asgi_realtime.brokers.base import Producer, StreamKey
 from asgi_realtime.core.chunks import json_line
@@ -110,10 +111,7 @@ async def send_input(request: Request, run_id: str, input_id: str) -> Response:
 
 
 def _input_data(body: bytes) -> bytes:
-    try:
-        line = json_line(body)
-    except UsageError as exc:
-        raise InvalidRequest(f"the body is malformed: {exc}") from exc
+    line = read_line(body)
     if line == b"{}":  # the result of JSON.stringify({data: undefined})
         return b"null"
     try:
