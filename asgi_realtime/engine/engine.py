@@ -258,17 +258,7 @@ class Engine:
 
     def make_ticker(self) -> Ticker:
         """A ticker of this engine."""
-        return Ticker(
-            self.broker,
-            self.runs,
-            executions=self.executions,
-            dispatcher=self.dispatcher,
-            leases=self.leases,
-            subscribers=self.subscribers,
-            timeouts=self.timeouts,
-            clock=self.clock,
-            is_running=lambda: self.running,
-        )
+        return Ticker(self)
 
     async def open_run(self, record: RunRecord) -> Execution:
         """Create a run that this process executes from its creation on; start first if necessary."""

@@ -39,43 +39,42 @@ class MovedClock(Protocol):
         """Tick the follower whenever the clock is moved, for as long as it is alive and `running`."""
 
 
-class Ticker:
-    """The ticker of one start of an engine, made of the engine's parts. `is_running`: whether it runs on this loop."""
+class TickedEngine(Protocol):
+    """An `Engine`, as its ticker sees it."""
 
-    def __init__(
-        self,
-        broker: Broker,
-        runs: RunStore,
-        *,
-        executions: Executions,
-        dispatcher: Dispatcher,
-        leases: Leases,
-        subscribers: Subscribers,
-        timeouts: Timeouts,
-        clock: Callable[[], float],
-        is_running: Callable[[], bool],
-    ) -> None:
-        self._broker = broker
-        self._runs = runs
-        self._executions = executions
-        self._dispatcher = dispatcher
-        self._leases = leases
-        self._subscribers = subscribers
-        self._timeouts = timeouts
-        self._clock = clock
-        self._is_running = is_running
+    broker: Broker
+    runs: RunStore
+    executions: Executions
+    dispatcher: Dispatcher
+    leases: Leases
+    subscribers: Subscribers
+    timeouts: Timeouts
+    clock: Callable[[], float]
+
+    @property
+    def running(self) -> bool: ...
+
+
+class Ticker:
+    """The ticker of one start of an engine."""
+
+    def __init__(self, engine: TickedEngine) -> None:
+        self._engine = engine
+        self._broker = engine.broker
+        self._runs = engine.runs
+        self._dispatcher = engine.dispatcher
         self._unavailable = False
         self._refused = False
         """The executor refused a run in this pass; the others wait for the next."""
         self._steady: Callable[[], float] = time.monotonic
-        if isinstance(clock, MovedClock):
-            self._steady = clock.steady
-            clock.add_follower(self)
+        if isinstance(engine.clock, MovedClock):
+            self._steady = engine.clock.steady
+            engine.clock.add_follower(self)
 
     @property
     def running(self) -> bool:
         """Whether the engine runs on the calling loop."""
-        return self._is_running()
+        return self._engine.running
 
     async def run(self) -> None:
         """Tick until cancelled. An executor that does not respond delays nothing else."""
@@ -91,17 +90,17 @@ class Ticker:
 
     def tick(self) -> None:
         """Tick each open subscription."""
-        self._subscribers.tick(self._clock(), self._steady())
+        self._engine.subscribers.tick(self._engine.clock(), self._steady())
 
     async def _tick_subscribers(self) -> None:
         while True:
-            await anyio.sleep(self._timeouts.tick)
-            self._subscribers.check_server()
+            await anyio.sleep(self._engine.timeouts.tick)
+            self._engine.subscribers.check_server()
             self.tick()
 
     async def _at_every_tick(self, act: Callable[[], Awaitable[None]]) -> None:
         while True:
-            await anyio.sleep(self._timeouts.tick)
+            await anyio.sleep(self._engine.timeouts.tick)
             try:
                 await act()
                 self._unavailable = False
@@ -113,8 +112,8 @@ class Ticker:
                 logger.exception("the ticker failed")
 
     async def _maintain_runs(self) -> None:
-        self._executions.watch()
-        await self._leases.renew_if_due()  # before expiring leases: a blocked loop must not crash its own runs
+        self._engine.executions.watch()
+        await self._engine.leases.renew_if_due()  # before expiring leases: a blocked loop must not crash its own runs
         await self._each_due("ttl", lambda run_id: self._change(run_id, _EXPIRED))
         await self._each_due("lease", lambda run_id: self._change(run_id, _CRASHED))
         await self._each_due("cancel", lambda run_id: self._change(run_id, Finished(Status.CANCELED)))
