@@ -18,7 +18,6 @@ class Executor(Protocol):
 
     async def enqueue(self, run_id: str, task_id: str) -> None:
         """Make sure that some process calls `Realtime.execute(run_id)`. Enqueuing a run twice is harmless."""
-        ...
 
 
 class ExecutorHost(Protocol):
@@ -26,36 +25,26 @@ class ExecutorHost(Protocol):
 
     async def execute(self, run_id: str) -> None:
         """As `Realtime.execute`."""
-        ...
 
     async def start(self) -> None:
         """Start the `Realtime` in a process that no app starts it in: a worker."""
-        ...
 
     async def stop(self) -> None:
         """Stop the `Realtime`. Its runs have `timeouts.drain` to end; then they are canceled and FAILED."""
-        ...
 
 
 @runtime_checkable
-class AttachedExecutor(Protocol):
+class AttachedExecutor(Executor, Protocol):
     """An executor that belongs to one `Realtime` and starts and stops with it."""
-
-    async def enqueue(self, run_id: str, task_id: str) -> None:
-        """As `Executor.enqueue`."""
-        ...
 
     def attach(self, host: ExecutorHost) -> None:
         """Called once, when the `Realtime` is created."""
-        ...
 
     async def start(self) -> None:
         """Called when the `Realtime` starts, before the first `enqueue`. An error prevents the start."""
-        ...
 
     async def stop(self) -> None:
         """Called when the `Realtime` has stopped and its runs have ended."""
-        ...
 
 
 class LimitedTask(Protocol):
