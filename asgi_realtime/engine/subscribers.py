@@ -48,13 +48,6 @@ class State(Enum):
     CLOSED = "closed"
 
 
-_NEXT: dict[State, frozenset[State]] = {
-    State.OPEN: frozenset({State.ANNOUNCED, State.CLOSED}),
-    State.ANNOUNCED: frozenset({State.OPEN, State.CLOSED}),
-    State.CLOSED: frozenset({State.OPEN}),
-}
-
-
 class Subscribers:
     """The set `open`, and whether it is `closing`.
 
@@ -76,13 +69,6 @@ class Subscribers:
         """Whether subscriptions end, and new ones are rejected."""
         return self._state is not State.OPEN
 
-    def _enter(self, state: State) -> bool:
-        """Move to a state if the table allows it; return whether it does."""
-        allowed = state in _NEXT[self._state]
-        if allowed:
-            self._state = state
-        return allowed
-
     def _in_background(self) -> bool:
         supervisor = self._supervisor()
         return supervisor is not None and supervisor.has_the_loop
@@ -92,7 +78,7 @@ class Subscribers:
     def start(self) -> None:
         """A start begins: no subscription is open, and signals are watched."""
         self.open.clear()
-        self._enter(State.OPEN)
+        self._state = State.OPEN
         if self._signals is not None:
             self._signals.install()
 
@@ -103,7 +89,7 @@ class Subscribers:
 
     def close(self) -> None:
         """End every subscription cleanly, and each that arrives until the next start."""
-        self._enter(State.CLOSED)
+        self._state = State.CLOSED
         self._end_all()
 
     def _end_all(self) -> None:
@@ -148,7 +134,8 @@ class Subscribers:
             supervisor.request_stop()
             return
         self._announced_at = time.monotonic()
-        if self._enter(State.ANNOUNCED):
+        if self._state is State.OPEN:
+            self._state = State.ANNOUNCED
             self._end_all()
             supervisor.spawn_detached(lambda: self._reopen_if_ignored(supervisor))
 
@@ -158,7 +145,7 @@ class Subscribers:
         if self._state is not State.ANNOUNCED:
             return
         if supervisor.stopping or (self._signals is not None and self._signals.server_stops):
-            self._enter(State.CLOSED)
+            self._state = State.CLOSED
             return
         logger.warning("no stop followed a signal within %g s: subscriptions are served again", ANNOUNCEMENT_COUNTS_S)
-        self._enter(State.OPEN)
+        self._state = State.OPEN

@@ -21,6 +21,8 @@ T = TypeVar("T")
 
 
 class CopyState(Enum):
+    """`OPEN` leads to one of the others, which are final."""
+
     OPEN = "open"
     DROPPED = "dropped"
     """It was full without a reader, and its items were discarded."""
@@ -28,11 +30,6 @@ class CopyState(Enum):
     """No item follows."""
 
 
-TRANSITIONS: dict[CopyState, frozenset[CopyState]] = {
-    CopyState.OPEN: frozenset({CopyState.DROPPED, CopyState.FINISHED}),
-    CopyState.DROPPED: frozenset(),
-    CopyState.FINISHED: frozenset(),
-}
 _OPEN = CopyState.OPEN  # on the hot path, a module constant is cheaper than an enum member
 
 
@@ -51,8 +48,7 @@ class LocalCopy(Generic[T]):
         self.error_seen = False
         """Whether a reader got the source's error."""
 
-    def _move_to(self, state: CopyState) -> None:
-        assert state in TRANSITIONS[self._state]
+    def _leave_open(self, state: CopyState) -> None:
         self._state = state
         self._arrived.wake()
 
@@ -75,13 +71,13 @@ class LocalCopy(Generic[T]):
             if self._readers and not self._draining:
                 await self._space.wait()
             else:
-                self._move_to(CopyState.DROPPED)
+                self._leave_open(CopyState.DROPPED)
                 self._items.clear()
 
     def finish(self, error: Exception | None) -> None:
         """No item follows. Readers get the error, if any, after the items. The first call wins."""
         if self._state is _OPEN:
-            self._move_to(CopyState.FINISHED)
+            self._leave_open(CopyState.FINISHED)
             self._error = error
 
     # Reader

@@ -56,13 +56,6 @@ class PipeState(Enum):
     ENDED = "ended"
 
 
-TRANSITIONS: dict[PipeState, frozenset[PipeState]] = {
-    PipeState.FORWARDING: frozenset({PipeState.STOPPING, PipeState.ENDED}),
-    PipeState.STOPPING: frozenset({PipeState.ENDED}),
-    PipeState.ENDED: frozenset(),
-}
-
-
 class Pipe(Generic[T]):
     """A source on its way into a stream. Created by `Realtime.pipe`; forwarding has started.
 
@@ -170,14 +163,10 @@ class Pipe(Generic[T]):
     def stop(self, reason: RealtimeError | None) -> None:
         """Cancel the job. The consumer gets `reason`, or a clean end. Idempotent; the first reason wins."""
         if self._state is PipeState.FORWARDING:
-            self._move_to(PipeState.STOPPING)
+            self._state = PipeState.STOPPING
             self._stop_reason = reason
             if self._scope is not None:
                 self._scope.cancel()
-
-    def _move_to(self, state: PipeState) -> None:
-        assert state in TRANSITIONS[self._state]
-        self._state = state
 
     # The job
 
@@ -217,7 +206,7 @@ class Pipe(Generic[T]):
         try:
             await last()
         finally:
-            self._move_to(PipeState.ENDED)
+            self._state = PipeState.ENDED
             self._ended.wake()
 
     async def _forward_all(self) -> None:

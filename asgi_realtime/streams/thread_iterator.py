@@ -67,13 +67,6 @@ class ThreadState(Enum):
     ENDED = "ended"
 
 
-TRANSITIONS: dict[ThreadState, frozenset[ThreadState]] = {
-    ThreadState.READING: frozenset({ThreadState.STOPPING, ThreadState.ENDED}),
-    ThreadState.STOPPING: frozenset({ThreadState.ENDED}),
-    ThreadState.ENDED: frozenset(),
-}
-
-
 class ThreadIterator(Generic[T]):
     """The items of a sync iterable, for one async reader."""
 
@@ -118,13 +111,9 @@ class ThreadIterator(Generic[T]):
     def close(self) -> None:
         """Ask the thread to end, without waiting for it."""
         with self._changed:
-            self._move_to(ThreadState.STOPPING)
+            if self._state is ThreadState.READING:
+                self._state = ThreadState.STOPPING
             self._changed.notify()
-
-    def _move_to(self, state: ThreadState) -> None:
-        """Call with the lock. A thread that is stopping or has ended ignores a second stop."""
-        if state in TRANSITIONS[self._state]:
-            self._state = state
 
     # In the thread
 
@@ -145,7 +134,7 @@ class ThreadIterator(Generic[T]):
                 close_sync(resource)
             self._threads.release()
             with self._changed:
-                self._move_to(ThreadState.ENDED)
+                self._state = ThreadState.ENDED
                 awaited = self._awaited
             if awaited:
                 self._notify()
