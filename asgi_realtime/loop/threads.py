@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextvars
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any
 
 from asgi_realtime.loop.supervisor import Supervisor
@@ -22,17 +23,6 @@ def without_loop(context: contextvars.Context) -> contextvars.Context:
     return context
 
 
-class _Call:
-    """One call in a thread, as the loop sees it."""
-
-    def __init__(self, function: Callable[[], Any]) -> None:
-        self.function = function
-        self.output: Any = None
-        self.error: BaseException | None = None
-        self.over = False
-        self.ended = WaitList()
-
-
 class TaskThreads:
     """Up to `limit` threads; further calls wait. Belongs to one start of a `Realtime`."""
 
@@ -40,7 +30,7 @@ class TaskThreads:
         self.supervisor = supervisor
         self._limit = limit
         self._used = 0
-        self._freed = WaitList()
+        self._ended = WaitList()
 
     async def run(self, function: Callable[[], Any]) -> Any:
         """Call a function in a thread, in a copy of the caller's context.
@@ -48,31 +38,29 @@ class TaskThreads:
         Cancelling the caller abandons the thread, which counts toward the limit until it ends.
         """
         while self._used >= self._limit:
-            await self._freed.wait()
-        call = _Call(function)
+            await self._ended.wait()
+        call: Future[Any] = Future()
         context = without_loop(contextvars.copy_context())
-        thread = threading.Thread(target=context.run, args=(self._work, call), name="asgi_realtime task", daemon=True)
+        thread = threading.Thread(
+            target=context.run, args=(self._work, function, call), name="asgi_realtime task", daemon=True
+        )
         thread.start()
         self._used += 1
-        while not call.over:
-            await call.ended.wait()
-        if call.error is not None:
-            raise call.error
-        return call.output
+        while not call.done():
+            await self._ended.wait()
+        return call.result()
 
-    def _work(self, call: _Call) -> None:
+    def _work(self, function: Callable[[], Any], call: Future[Any]) -> None:
         """Runs in the thread."""
         try:
-            call.output = call.function()
+            call.set_result(function())
         except BaseException as exc:
-            call.error = exc
+            call.set_exception(exc)
         try:
-            self.supervisor.post(lambda: self._end(call))
+            self.supervisor.post(self._end)
         except RuntimeError:
             pass  # the loop is closed, so no task waits for the call
 
-    def _end(self, call: _Call) -> None:
+    def _end(self) -> None:
         self._used -= 1
-        call.over = True
-        call.ended.wake()
-        self._freed.wake()
+        self._ended.wake()
