@@ -31,14 +31,8 @@ T = TypeVar("T")
 class AsyncCalls(Protocol):
     """The calls of `Realtime` that have a blocking form."""
 
-    @overload
     def trigger(
-        self, task: Task[Any, R], payload: Any = None, **options: Unpack[TriggerOptions]
-    ) -> Awaitable[RunHandle[R]]: ...
-
-    @overload
-    def trigger(
-        self, task: str, payload: Any = None, **options: Unpack[TriggerOptions]
+        self, task: Any, payload: Any = None, **options: Unpack[TriggerOptions]
     ) -> Awaitable[RunHandle[Any]]: ...
 
     def batch_trigger(self, items: Iterable[BatchItem], *, token_expires_in: Span = ...) -> Awaitable[BatchHandle]: ...
@@ -63,15 +57,9 @@ class AsyncCalls(Protocol):
         self, run: RunLike, stream: str = "default", *, start_index: int = 0, timeout: Span | None = None
     ) -> AsyncIterator[Any]: ...
 
-    @overload
     def subscribe_to_run(
-        self, run: RunLike, *, stop_on_completion: bool = True, with_streams: Literal[False] = False
-    ) -> AsyncIterator[RunRecord]: ...
-
-    @overload
-    def subscribe_to_run(
-        self, run: RunLike, *, stop_on_completion: bool = True, with_streams: Literal[True]
-    ) -> AsyncIterator[RunRecord | StreamChunk]: ...
+        self, run: RunLike, *, stop_on_completion: bool = True, with_streams: Any = False
+    ) -> AsyncIterator[Any]: ...
 
     def subscribe_to_runs_with_tag(
         self, tags: str | Iterable[str], *, created_within: Span = "24h"
