@@ -12,7 +12,7 @@ import logging
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import anyio.lowlevel
 import msgspec
@@ -36,8 +36,7 @@ _RUNS_PER_ITERATION = 20
 """Items that are processed before other tasks of the event loop get a chance to run."""
 
 
-@dataclass(frozen=True, slots=True)
-class TriggeredBatch:
+class TriggeredBatch(NamedTuple):
     """A batch that was triggered in process."""
 
     id: str
@@ -57,8 +56,7 @@ class OpenedBatch:
     """It was created before and has all its runs."""
 
 
-@dataclass(frozen=True, slots=True)
-class FilledBatch:
+class FilledBatch(NamedTuple):
     """How many items of a batch created a run in this request, and how many refer to a run that existed."""
 
     accepted: int

@@ -16,7 +16,7 @@ If the executor does not accept a stored run, the run stays QUEUED, and a ticker
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from asgi_realtime.core.config import Retention
 from asgi_realtime.core.errors import RunNotFound, TokenSpent
@@ -29,8 +29,7 @@ MAX_REMEMBERED_RUNS = 10_000
 """Runs created by this process that it remembers, so that a repeated request does not create one again."""
 
 
-@dataclass(frozen=True, slots=True)
-class Once:
+class Once(NamedTuple):
     """A request that makes one run or one batch, however often it arrives."""
 
     claim: str
@@ -40,8 +39,7 @@ class Once:
     ttl_s: float
 
 
-@dataclass(frozen=True, slots=True)
-class Spent:
+class Spent(NamedTuple):
     """The id of what a request makes, as its claim records it."""
 
     id: str
@@ -56,8 +54,7 @@ class Spent:
             raise TokenSpent("the one-time token was used before and what it made has expired; request a new token")
 
 
-@dataclass(frozen=True, slots=True)
-class Launched:
+class Launched(NamedTuple):
     """The run of a `trigger` call."""
 
     record: RunRecord
@@ -65,8 +62,7 @@ class Launched:
     """Its idempotency key names a run that another request made."""
 
 
-@dataclass(frozen=True, slots=True)
-class Created:
+class Created(NamedTuple):
     """The run that is stored under an id."""
 
     record: RunRecord

@@ -5,12 +5,10 @@ Everything a caller can get wrong raises here, before anything is stored.
 
 from __future__ import annotations
 
-import dataclasses
 import secrets
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -24,8 +22,7 @@ from asgi_realtime.tasks.options import RunOptions
 from asgi_realtime.tasks.task import Task
 
 
-@dataclass(frozen=True, slots=True)
-class Payload:
+class Payload(NamedTuple):
     """A payload as JSON on one line. None means that there is no payload; the task then receives None."""
 
     json: bytes | None
@@ -33,8 +30,7 @@ class Payload:
     """The `meta` of superjson, validated: the types of values that JSON cannot express."""
 
 
-@dataclass(frozen=True, slots=True)
-class Prepared:
+class Prepared(NamedTuple):
     """A checked run that is not stored yet, and how long its idempotency key names it."""
 
     record: RunRecord
@@ -56,7 +52,7 @@ class Prepared:
         return self._with(id=run_id, root_id=root_id)
 
     def _with(self, **fields: Any) -> Prepared:
-        return dataclasses.replace(self, record=msgspec.structs.replace(self.record, **fields))
+        return self._replace(record=msgspec.structs.replace(self.record, **fields))
 
 
 class RecordFactory:
