@@ -35,14 +35,8 @@ _ALGORITHM = "HS256"  # pinned: a token that could choose its algorithm could ch
 _OWN_CLAIMS = frozenset({"iss", "aud", "sub", "pub", "iat", "exp", "scopes", "otu", "jti", "home"})
 # PyJWT reads the machine's clock, but ours is an argument, so `_read_claims` checks `exp` and `nbf`. `iat` is not
 # checked: a host with a clock that is a second ahead mints valid tokens. `sub` is not used.
-_OPTIONS: Any = {
-    "require": ["iss", "aud", "exp"],
-    "verify_exp": False,
-    "verify_nbf": False,
-    "verify_iat": False,
-    "verify_sub": False,
-    "verify_jti": False,
-}
+_UNCHECKED = ("verify_exp", "verify_nbf", "verify_iat", "verify_sub", "verify_jti")
+_OPTIONS: Any = {"require": ["iss", "aud", "exp"], **dict.fromkeys(_UNCHECKED, False)}
 
 
 @dataclass(frozen=True, slots=True)

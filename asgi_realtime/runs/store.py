@@ -38,13 +38,6 @@ class Changed(NamedTuple):
     rejected: LimitExceeded | None = None
 
 
-class _Current(NamedTuple):
-    """A run as this process knows it, and the version that the broker has: 0 if it has lost the run."""
-
-    record: RunRecord
-    stored_version: int
-
-
 class RunStore:
     """All access to run records, with the broker and the limits behind it. `clock` returns unix seconds.
 
@@ -138,7 +131,7 @@ class RunStore:
         self, run_id: str, *changes: RunChange, mark: ChangeMark | None = None, known: RunRecord | None = None
     ) -> Changed:
         """As `update`, but returns an excess instead of raising it."""
-        current = await self._current(run_id) if known is None else _Current(known, known.version)
+        current = await self._current(run_id) if known is None else (known, known.version)
         while True:
             record, stored_version = current
             owned = self.owned.get(run_id)
@@ -158,7 +151,7 @@ class RunStore:
                 current = await self._current(run_id)
             else:
                 if version != changed.record.version:  # the mark is known: an earlier call stored the changes
-                    return Changed((await self._current(run_id)).record)
+                    return Changed((await self._current(run_id))[0])
                 return changed
 
     async def _commit(self, record: RunRecord, *, expect: int, mark: ChangeMark | None = None) -> int:
@@ -172,16 +165,17 @@ class RunStore:
             owned.record = record
         return version
 
-    async def _current(self, run_id: str) -> _Current:
+    async def _current(self, run_id: str) -> tuple[RunRecord, int]:
+        """The run as this process knows it, and the version that the broker has: 0 if it has lost the run."""
         await self.wait_created(run_id)
         (stored,) = await self.retry(self.broker.load, [run_id])
         return self._reconcile(run_id, stored)
 
-    def _reconcile(self, run_id: str, stored: RunRecord | None) -> _Current:
+    def _reconcile(self, run_id: str, stored: RunRecord | None) -> tuple[RunRecord, int]:
         record = self.owned.reconcile(run_id, stored)
         if record is None:
             raise _not_found(run_id)
-        return _Current(record, 0 if stored is None else stored.version)
+        return record, 0 if stored is None else stored.version
 
     def _apply(self, record: RunRecord, changes: Sequence[RunChange]) -> Changed:
         """Apply the changes that stay within the limits.
