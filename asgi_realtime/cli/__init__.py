@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         sys.exit(0)
     try:
         code: int = args.run(args)
-    except UsageError as exc:
+    except (UsageError, ModuleNotFoundError) as exc:  # httpx, which only some commands need, is not installed
         parser.exit(2, harmless(f"{parser.prog}: {exc}\n", sys.stderr))
     except KeyboardInterrupt:
         code = 130  # what shells report for a program that Ctrl-C ended

@@ -26,11 +26,3 @@ def find(args: argparse.Namespace) -> str | None:
         return path.read_text("utf-8").strip()
     except (OSError, UnicodeDecodeError) as exc:
         raise UsageError(f"cannot read the secret key from {path}: {exc}") from exc
-
-
-def require(args: argparse.Namespace) -> str:
-    """The secret key. Raises `UsageError` if there is none."""
-    found = find(args)
-    if found is None:
-        raise UsageError(f"no secret key: set ${VARIABLE}, or pass --secret-key-file")
-    return found

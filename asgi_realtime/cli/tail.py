@@ -10,10 +10,12 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-from urllib.parse import parse_qs, unquote
+from urllib.parse import parse_qs, unquote, urlsplit
+
+import msgspec
 
 from asgi_realtime.cli import secret
-from asgi_realtime.cli.terminal import HarmlessFormatter, harmless, split_url
+from asgi_realtime.cli.terminal import HarmlessFormatter, harmless, print_line
 from asgi_realtime.core.errors import InvalidToken, RealtimeError, UsageError
 from asgi_realtime.tokens import TokenAuthority
 
@@ -56,10 +58,8 @@ def add(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    try:
-        from asgi_realtime.client import SyncRealtimeClient
-    except ModuleNotFoundError as exc:
-        raise UsageError(str(exc)) from exc
+    from asgi_realtime.client import SyncRealtimeClient  # needs httpx
+
     target = parse_url(args.url)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(HarmlessFormatter("%(message)s"))
@@ -82,8 +82,15 @@ def run(args: argparse.Namespace) -> int:
 
 def parse_url(url: str) -> Target:
     """Raises `UsageError` for any other URL."""
+    from asgi_realtime.client.arguments import check_base_url  # needs httpx
+
     expected = f"this is not the URL of a run or a stream; use {_FORMS}"
-    parts = split_url(url, expected)
+    try:
+        parts = urlsplit(url)
+    except ValueError as exc:
+        raise UsageError(f"{expected}: {exc}") from None
+    if parts.scheme not in ("http", "https"):
+        raise UsageError(expected)
     query = parse_qs(parts.query)
     tags = tuple(",".join(query.get("tags", [])).split(","))
     segments = parts.path.rstrip("/").split("/")
@@ -92,7 +99,7 @@ def parse_url(url: str) -> Target:
         named = _named(tuple(map(unquote, segments[at + 1 :])), tags)
         if named is not None:
             base = f"{parts.scheme}://{parts.netloc}{'/'.join(segments[:at])}"
-            return Target(base, *named, query.get("access_token", [None])[-1])
+            return Target(check_base_url(base, name="URL"), *named, query.get("access_token", [None])[-1])
     raise UsageError(expected)
 
 
@@ -139,7 +146,7 @@ def _follow(client: SyncRealtimeClient, target: Target, args: argparse.Namespace
     failed: set[str] = set()
     with subscription as states:
         for state in states:
-            print(harmless(_as_json(state) if args.json else _line(state)), flush=True)  # noqa: T201
+            print_line(msgspec.json.encode(state).decode() if args.json else _line(state))
             if state.is_completed and not state.is_success:
                 failed.add(state.id)
     return 1 if failed else 0
@@ -161,12 +168,6 @@ def _print_chunks(chunks: Iterable[Any], *, as_json: bool) -> None:
         sys.stdout.write("\n" * mid_line)
         raise
     sys.stdout.write("\n" * mid_line)
-
-
-def _as_json(state: RunState) -> str:
-    import msgspec
-
-    return msgspec.json.encode(state).decode()
 
 
 def _line(state: RunState) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 import jwt
 
 from asgi_realtime.cli import secret
-from asgi_realtime.cli.terminal import harmless
+from asgi_realtime.cli.terminal import print_line
 from asgi_realtime.core.config import parse_span
 from asgi_realtime.core.errors import ExpiredToken, InvalidToken, UsageError
 from asgi_realtime.core.scopes import flatten_scopes
@@ -57,12 +57,9 @@ def add(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.new_secret:
-        print(secrets.token_urlsafe(32))  # noqa: T201
-        return 0
-    if args.explain is not None:
+    if args.explain is not None and not args.new_secret:
         return _explain(args)
-    print(_mint(args))  # noqa: T201
+    print_line(secrets.token_urlsafe(32) if args.new_secret else _mint(args))
     return 0
 
 
@@ -70,7 +67,10 @@ def _mint(args: argparse.Namespace) -> str:
     scopes = [f"{action}:{scope}" for action in ACTIONS for scope in getattr(args, action)]
     if not scopes:
         raise UsageError("name at least one scope, such as --read runs:run_1234, or --explain a token")
-    return TokenAuthority(secret.require(args)).mint(
+    key = secret.find(args)
+    if key is None:
+        raise UsageError(f"no secret key: set ${secret.VARIABLE}, or pass --secret-key-file")
+    return TokenAuthority(key).mint(
         flatten_scopes(scopes),
         expires_in_s=parse_span(args.expires_in, name="--expires-in"),
         one_time=args.one_time,
@@ -86,10 +86,9 @@ def _explain(args: argparse.Namespace) -> int:
         header = jwt.get_unverified_header(token)
     except jwt.InvalidTokenError as exc:
         raise UsageError("this is not a token; a JWT has three parts separated by dots") from exc
-    for name, text in [("signed with", str(header.get("alg"))), *_describe(claims)]:
-        print(harmless(f"{name + ':':12} {text}"))  # noqa: T201
     verdict, usable = _verdict(args, token)
-    print(harmless(f"{'verdict:':12} {verdict}"))  # noqa: T201
+    for name, text in [("signed with", str(header.get("alg"))), *_describe(claims), ("verdict", verdict)]:
+        print_line(f"{name + ':':12} {text}")
     return 0 if usable else 1
 
 

@@ -8,40 +8,40 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Iterable
-from urllib.parse import quote, urlencode, urlsplit
+from urllib.parse import quote, urlencode
 
 import httpx
 
-from asgi_realtime.core.config import Span, parse_span
+from asgi_realtime.core.config import Limits, Span, parse_span
 from asgi_realtime.core.errors import InvalidConfiguration, InvalidToken, UsageError
+from asgi_realtime.core.names import check_key, check_tags
 
+EXAMPLE = "the origin and the mount path, like https://api.example.com/realtime"
+"""What a base URL must be, for error messages."""
+
+_NO_LIMITS = Limits(tags=sys.maxsize, tag_length=sys.maxsize, key_length=sys.maxsize)
 _TOKEN = re.compile(r"[!-~]+")
 _BAD_IN_URL = re.compile(r"[?#\s\x00-\x1f\x7f-\x9f]")
-_BAD_IN_SEGMENT = re.compile(r"[/\\?#\x00-\x1f\x7f]")
-_BAD_IN_TAG = re.compile(r"[,\x00-\x1f\x7f]")
 
 
-def check_base_url(base_url: str) -> str:
+def check_base_url(base_url: str, *, name: str = "base_url") -> str:
     if not isinstance(base_url, str):
-        raise InvalidConfiguration(f"base_url is a {type(base_url).__name__}; pass a str")
+        raise InvalidConfiguration(f"{name} is a {type(base_url).__name__}; pass a str")
     try:
-        parts = urlsplit(base_url)
-        _ = parts.port
-        httpx.URL(base_url).host.encode("idna")  # what the resolver will do
+        url = httpx.URL(base_url)
+        url.host.encode("idna")  # what the resolver will do
+        if (url.port or 0) > 65535:
+            raise ValueError(f"the port is {url.port}, limit 65535")
     except (ValueError, httpx.InvalidURL) as exc:
-        raise InvalidConfiguration(f"base_url is not a URL: {exc}") from None
-    if parts.username is not None:
-        raise InvalidConfiguration("base_url has a user name or password; pass an access_token instead")
+        raise InvalidConfiguration(f"{name} is not a URL: {exc}") from None
+    if url.userinfo:
+        raise InvalidConfiguration(f"{name} has a user name or password; pass an access_token instead")
     if _BAD_IN_URL.search(base_url):
-        raise InvalidConfiguration(
-            "base_url has '?', '#', whitespace or control characters; pass the origin and the mount path, like"
-            " https://api.example.com/realtime"
-        )
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise InvalidConfiguration(
-            f"base_url is {base_url!r}; pass the origin and the mount path, like https://api.example.com/realtime"
-        )
+        raise InvalidConfiguration(f"{name} has '?', '#', whitespace or control characters; pass {EXAMPLE}")
+    if url.scheme not in ("http", "https") or not url.host:
+        raise InvalidConfiguration(f"{name} is {base_url!r}; pass {EXAMPLE}")
     return base_url.rstrip("/")
 
 
@@ -63,7 +63,10 @@ def batch_path(batch_id: str) -> str:
 
 
 def tags_path(tags: str | Iterable[str], created_within: Span | None) -> str:
-    query = {"tags": ",".join(_tag_list(tags))}
+    checked = check_tags(tags, _NO_LIMITS)
+    if not checked:
+        raise UsageError("tags are empty; pass at least one")
+    query = {"tags": ",".join(checked)}
     if created_within is not None:
         query["createdAt"] = f"{math.ceil(parse_span(created_within, name='created_within'))}s"
     return f"/v1/runs?{urlencode(query)}"
@@ -81,22 +84,4 @@ def check_start_index(start_index: int) -> int:
 
 def _segment(name: str, value: str) -> str:
     """An id as one path segment."""
-    if not isinstance(value, str):
-        raise UsageError(f"{name} is a {type(value).__name__}; pass a str")
-    if value in ("", ".", "..") or _BAD_IN_SEGMENT.search(value):
-        raise UsageError(
-            f"{name} is {value!r}; it must not be empty, '.' or '..', nor contain / \\ ? # or control characters"
-        )
-    return quote(value, safe="")
-
-
-def _tag_list(tags: str | Iterable[str]) -> list[str]:
-    found = [tags] if isinstance(tags, str) else list(tags)
-    if not found:
-        raise UsageError("tags are empty; pass at least one")
-    for tag in found:
-        if not isinstance(tag, str):
-            raise UsageError(f"a tag is a {type(tag).__name__}; pass a str")
-        if not tag.strip() or _BAD_IN_TAG.search(tag):
-            raise UsageError(f"tag is {tag!r}; it must not be empty, nor contain a comma or control characters")
-    return found
+    return quote(check_key(value, _NO_LIMITS, what=name), safe="")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from asgi_realtime.client.arguments import EXAMPLE
 from asgi_realtime.core.chunks import decode
 from asgi_realtime.core.errors import (
     ExpiredToken,
@@ -81,7 +82,7 @@ def _not_a_stream(status: int, headers: Mapping[str, str]) -> str:
     if status < 300:
         return (
             f"the server responded with {status} and {shown(headers.get('content-type', ''))} instead of"
-            " text/event-stream; set base_url to the origin and the mount path, like https://api.example.com/realtime"
+            f" text/event-stream; set base_url to {EXAMPLE}"
         )
     # Our server never redirects, and a token must not be sent to a host that it was not meant for.
     target = shown(headers.get("location", "").partition("?")[0])

@@ -148,7 +148,7 @@ def test_urls(url: str, target: Target) -> None:
     ],
 )
 def test_other_urls_are_refused(url: str) -> None:
-    with pytest.raises(UsageError, match="not the URL of a run or a stream"):
+    with pytest.raises(UsageError, match="not the URL of a run or a stream|is not a URL"):
         parse_url(url)
 
 
