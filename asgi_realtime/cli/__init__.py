@@ -16,7 +16,7 @@ from typing import NoReturn
 import asgi_realtime
 from asgi_realtime.cli import doctor, tail, token
 from asgi_realtime.cli.terminal import harmless
-from asgi_realtime.core.errors import UsageError
+from asgi_realtime.core.errors import RealtimeError, UsageError
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -33,6 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         code: int = args.run(args)
     except (UsageError, ModuleNotFoundError) as exc:  # httpx, which only some commands need, is not installed
         parser.exit(2, harmless(f"{parser.prog}: {exc}\n", sys.stderr))
+    except RealtimeError as exc:
+        parser.exit(1, harmless(f"{exc.code}: {exc}\n", sys.stderr))
     except KeyboardInterrupt:
         code = 130  # what shells report for a program that Ctrl-C ended
     except BrokenPipeError:  # the reader of our output has exited, as with `| head`

@@ -70,14 +70,7 @@ def run(args: argparse.Namespace) -> int:
     except InvalidToken as exc:
         raise UsageError(str(exc)) from exc
     with client:
-        try:
-            return _follow(client, target, args)
-        except UsageError:
-            raise
-        except RealtimeError as exc:
-            sys.stdout.flush()
-            print(harmless(f"{exc.code}: {exc}", sys.stderr), file=sys.stderr)  # noqa: T201
-            return 1
+        return _follow(client, target, args)
 
 
 def parse_url(url: str) -> Target:
