@@ -10,11 +10,14 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
 import anyio
 
 from asgi_realtime.asgi.host import App, Message, Receive, Scope, Send
 from asgi_realtime.core.event_stream import EventParser
+
+F = TypeVar("F")
 
 LEAVE_S = 2.0
 """How long an app may take to return after its connection was cut, before it is cancelled."""
@@ -22,11 +25,13 @@ LEAVE_S = 2.0
 
 @dataclass(eq=False)
 class _Fault(ABC):
+    description: str
     path: str
     times: float
 
     @abstractmethod
-    def describe(self) -> str: ...
+    async def apply(self, app: App, scope: Scope, receive: Receive, send: Send, record: Callable[[], None]) -> None:
+        """Call the app, or respond instead of it. Call `record` when the fault happens."""
 
 
 @dataclass(eq=False)
@@ -34,8 +39,12 @@ class _Refusal(_Fault):
     status: int
     headers: Mapping[str, str]
 
-    def describe(self) -> str:
-        return f"refused with {self.status}"
+    async def apply(self, app: App, scope: Scope, receive: Receive, send: Send, record: Callable[[], None]) -> None:
+        record()
+        headers = {"content-type": "text/plain; charset=utf-8", **self.headers}
+        encoded = [(name.lower().encode(), value.encode("latin-1")) for name, value in headers.items()]
+        await send({"type": "http.response.start", "status": self.status, "headers": encoded})
+        await send({"type": "http.response.body", "body": b"refused by a test"})
 
 
 @dataclass(eq=False)
@@ -43,8 +52,10 @@ class _Cut(_Fault):
     after: int
     mid_event: bool
 
-    def describe(self) -> str:
-        return f"cut after {self.after} events" + (" and half of one" if self.mid_event else "")
+    async def apply(self, app: App, scope: Scope, receive: Receive, send: Send, record: Callable[[], None]) -> None:
+        connection = _CutConnection(self, receive, send, record)
+        with connection.running:
+            await app(scope, connection.receive, connection.send)
 
 
 @dataclass(eq=False)
@@ -54,12 +65,13 @@ class Stall(_Fault):
     after: int
     released: anyio.Event = field(default_factory=anyio.Event)
 
-    def describe(self) -> str:
-        return f"stalled after {self.after} events"
-
     def release(self) -> None:
         """Let the clients continue, including future ones. Call it on the event loop of the app."""
         self.released.set()
+
+    async def apply(self, app: App, scope: Scope, receive: Receive, send: Send, record: Callable[[], None]) -> None:
+        connection = _StalledConnection(self, receive, send, record)
+        await app(scope, connection.receive, connection.send)
 
 
 class Faults:
@@ -79,7 +91,7 @@ class Faults:
         self, status: int = 503, *, times: float = 1, path: str = "/", headers: Mapping[str, str] | None = None
     ) -> None:
         """Respond with this status and a short text without calling the app. `times` can be `math.inf`."""
-        self._planned.append(_Refusal(path, times, status, headers or {}))
+        self._planned.append(_Refusal(f"refused with {status}", path, times, status, headers or {}))
 
     def cut(self, after: int = 0, *, mid_event: bool = False, times: float = 1, path: str = "/") -> None:
         """Cut the connection after this many events; with `mid_event`, in the middle of the next one.
@@ -88,13 +100,14 @@ class Faults:
         cancelled if it does not return within 2 seconds. The client receives what was sent before, without the end of
         the body: a real server closes the connection. A body that ends earlier is not cut.
         """
-        self._planned.append(_Cut(path, times, after, mid_event))
+        description = f"cut after {after} events{' and half of one' if mid_event else ''}"
+        self._planned.append(_Cut(description, path, times, after, mid_event))
 
     def stall(self, after: int = 0, *, times: float = 1, path: str = "/") -> Stall:
         """Stop reading after this many events. The app's `send` waits until the client disconnects, or until
         `release()` is called on the returned object.
         """
-        stall = Stall(path, times, after)
+        stall = Stall(f"stalled after {after} events", path, times, after)
         self._planned.append(stall)
         return stall
 
@@ -107,21 +120,8 @@ class Faults:
         if fault is None:
             await self.app(scope, receive, send)
             return
-
-        def record() -> None:
-            self.happened.append(f"{scope['method']} {scope['path']} {fault.describe()}")
-
-        if isinstance(fault, _Refusal):
-            record()
-            await _refuse(fault, send)
-        else:
-            connection: _CutConnection | _StalledConnection
-            if isinstance(fault, _Cut):
-                connection = _CutConnection(fault, receive, send, record)
-            else:
-                assert isinstance(fault, Stall)
-                connection = _StalledConnection(fault, receive, send, record)
-            await connection.run(self.app, scope)
+        line = f"{scope['method']} {scope['path']} {fault.description}"
+        await fault.apply(self.app, scope, receive, send, lambda: self.happened.append(line))
 
     def _next(self, scope: Scope) -> _Fault | None:
         if scope["type"] != "http" or scope["method"] == "OPTIONS":
@@ -135,13 +135,6 @@ class Faults:
         return None
 
 
-async def _refuse(refusal: _Refusal, send: Send) -> None:
-    headers = {"content-type": "text/plain; charset=utf-8", **refusal.headers}
-    encoded = [(name.lower().encode(), value.encode("latin-1")) for name, value in headers.items()]
-    await send({"type": "http.response.start", "status": refusal.status, "headers": encoded})
-    await send({"type": "http.response.body", "body": b"refused by a test"})
-
-
 class _Events:
     """Counts the events of a body."""
 
@@ -150,8 +143,10 @@ class _Events:
         self._parser = EventParser()
 
     def feed_until(self, wanted: int, body: bytes) -> int | None:
-        """Return the offset at which `wanted` events are complete. None if that is not within these bytes."""
+        """Return the offset at which `wanted` events are complete. None if that is beyond these bytes."""
         at = 0
+        if self.count >= wanted:
+            return at
         for line in body.splitlines(keepends=True):
             at += len(line)
             self.count += len(self._parser.feed(line))
@@ -160,22 +155,23 @@ class _Events:
         return None
 
 
-class _CutConnection:
-    """Disconnects where the fault says. The app runs in the caller's task."""
-
-    def __init__(self, fault: _Cut, receive: Receive, send: Send, record: Callable[[], None]) -> None:
+class _Connection(Generic[F]):
+    def __init__(self, fault: F, receive: Receive, send: Send, record: Callable[[], None]) -> None:
         self._fault = fault
         self._receive = receive
         self._send = send
         self._record = record
         self._events = _Events()
+
+
+class _CutConnection(_Connection[_Cut]):
+    """Disconnects where the fault says. The app runs in the caller's task."""
+
+    def __init__(self, fault: _Cut, receive: Receive, send: Send, record: Callable[[], None]) -> None:
+        super().__init__(fault, receive, send, record)
         self._lost = False
         self._receiving: set[anyio.CancelScope] = set()
-        self._running = anyio.CancelScope()
-
-    async def run(self, app: App, scope: Scope) -> None:
-        with self._running:
-            await app(scope, self.receive, self.send)
+        self.running = anyio.CancelScope()
 
     async def receive(self) -> Message:
         if not self._lost:
@@ -207,7 +203,7 @@ class _CutConnection:
             at_once = message["type"] == "http.response.start" and not fault.after and not fault.mid_event
             return 0 if at_once else None
         body = message.get("body", b"")
-        at = 0 if self._events.count >= fault.after else self._events.feed_until(fault.after, body)
+        at = self._events.feed_until(fault.after, body)
         if at is None or not fault.mid_event:
             return at
         rest = body[at:]
@@ -218,30 +214,23 @@ class _CutConnection:
     def _lose(self) -> None:
         self._record()
         self._lost = True
-        self._running.deadline = anyio.current_time() + LEAVE_S
+        self.running.deadline = anyio.current_time() + LEAVE_S
         for scope in tuple(self._receiving):
             scope.cancel()
 
 
-class _StalledConnection:
+class _StalledConnection(_Connection[Stall]):
     """Stops reading where the fault says.
 
     While the app waits in `send`, this watches for the disconnect, as the app may not be in `receive`.
     """
 
     def __init__(self, fault: Stall, receive: Receive, send: Send, record: Callable[[], None]) -> None:
-        self._fault = fault
-        self._receive = receive
-        self._send = send
-        self._record = record
-        self._events = _Events()
+        super().__init__(fault, receive, send, record)
         self._stalled = False
         self._disconnected = False
         self._early: deque[Message] = deque()
         self._receiving = anyio.Lock()
-
-    async def run(self, app: App, scope: Scope) -> None:
-        await app(scope, self.receive, self.send)
 
     async def receive(self) -> Message:
         async with self._receiving:
@@ -258,8 +247,8 @@ class _StalledConnection:
         if message["type"] != "http.response.body":
             await self._send(message)
             return
-        body, after = message.get("body", b""), self._fault.after
-        at = 0 if self._events.count >= after else self._events.feed_until(after, body)
+        body = message.get("body", b"")
+        at = self._events.feed_until(self._fault.after, body)
         if at is None or self._fault.released.is_set():
             await self._send(message)
             return

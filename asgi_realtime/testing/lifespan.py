@@ -29,8 +29,7 @@ class Lifespan:
         self._stopping = anyio.Event()
         self._started = anyio.Event()
         self._over = anyio.Event()
-        self._failures: list[str] = []
-        self._raised: list[BaseException] = []
+        self._error: BaseException | None = None
         self._calls: set[anyio.Event] = set()
         self._supervisor = Supervisor(context=contextvars.copy_context(), drain=self._over.wait)
 
@@ -41,7 +40,7 @@ class Lifespan:
         try:
             with at_most(self._timeout, lambda: f"the app did not start within {self._timeout:g} s"):
                 await self._started.wait()
-            self._check("start")
+            self._check()
         except BaseException:
             await self._end(at_once=True)
             raise
@@ -71,7 +70,7 @@ class Lifespan:
                 await self._over.wait()
         finally:
             await self._end(at_once=not self._over.is_set())
-        self._check("shut down")
+        self._check()
 
     async def _end(self, *, at_once: bool) -> None:
         with anyio.CancelScope(shield=True):
@@ -80,11 +79,9 @@ class Lifespan:
                 self._over.set()
             await self._supervisor.wait_ended()
 
-    def _check(self, what: str) -> None:
-        if self._raised and self._supported:
-            raise self._raised[0]
-        if self._failures:
-            raise RuntimeError(f"the app could not {what}: {self._failures[0] or 'no reason given'}")
+    def _check(self) -> None:
+        if self._error is not None:
+            raise self._error
 
     async def _run(self) -> None:
         scope = {"type": "lifespan", "asgi": {"version": "3.0", "spec_version": "2.0"}, "state": self.state}
@@ -93,7 +90,8 @@ class Lifespan:
         except BaseException as exc:
             if not is_failure(exc):
                 raise
-            self._raised.append(exc)
+            if self._supported:
+                self._error = exc
         finally:
             self._started.set()
             self._over.set()
@@ -111,7 +109,8 @@ class Lifespan:
             f"the app responded to its lifespan with {kind}; pass lifespan=False if it handles only requests"
         )
         if kind.endswith(".failed"):
-            self._failures.append(message.get("message", ""))
+            what = "start" if kind == "lifespan.startup.failed" else "shut down"
+            self._error = RuntimeError(f"the app could not {what}: {message.get('message') or 'no reason given'}")
         self._started.set()
         if kind != "lifespan.startup.complete":
             self._over.set()
