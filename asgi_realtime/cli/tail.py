@@ -16,7 +16,7 @@ import msgspec
 
 from asgi_realtime.cli import secret
 from asgi_realtime.cli.terminal import HarmlessFormatter, harmless, print_line
-from asgi_realtime.core.errors import InvalidToken, RealtimeError, UsageError
+from asgi_realtime.core.errors import InvalidToken, UsageError
 from asgi_realtime.tokens import TokenAuthority
 
 if TYPE_CHECKING:
@@ -157,10 +157,8 @@ def _print_chunks(chunks: Iterable[Any], *, as_json: bool) -> None:
                 sys.stdout.write("\n" * mid_line + harmless(json.dumps(chunk, ensure_ascii=False)) + "\n")
                 mid_line = False
             sys.stdout.flush()
-    except RealtimeError:
+    finally:
         sys.stdout.write("\n" * mid_line)
-        raise
-    sys.stdout.write("\n" * mid_line)
 
 
 def _line(state: RunState) -> str:

@@ -57,9 +57,12 @@ def add(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.explain is not None and not args.new_secret:
+    if args.new_secret:
+        print_line(secrets.token_urlsafe(32))
+    elif args.explain is not None:
         return _explain(args)
-    print_line(secrets.token_urlsafe(32) if args.new_secret else _mint(args))
+    else:
+        print_line(_mint(args))
     return 0
 
 
