@@ -181,10 +181,10 @@ def test_a_slot_moves_with_its_keys(redis_cluster: RedisCluster) -> None:
 
 
 def test_waiting_ends_with_an_error() -> None:
-    begin = time.monotonic()
+    started = time.monotonic()
     with pytest.raises(AssertionError, match="not within 0.02 s: pigs fly"):
         until(lambda: False, "pigs fly", within_s=0.02)
-    assert time.monotonic() - begin >= 0.02
+    assert time.monotonic() - started >= 0.02
 
 
 def test_a_missing_server_skips_tests_and_fails_them_in_ci(monkeypatch: pytest.MonkeyPatch) -> None:

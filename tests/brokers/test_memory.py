@@ -192,12 +192,12 @@ async def test_data_that_cannot_be_freed_stays_and_more_is_rejected() -> None:
 async def test_room_is_not_made_on_every_append(monkeypatch: pytest.MonkeyPatch) -> None:
     """With little to free, every append went through all streams, and a server with many streams stalled."""
     broker = MemoryBroker(retention=Retention(total_bytes=1_000_000))
-    looks = 0
+    attempts = 0
     halve = broker._halve_streams
 
     def counting(target: int) -> None:
-        nonlocal looks
-        looks += 1
+        nonlocal attempts
+        attempts += 1
         halve(target)
 
     monkeypatch.setattr(broker, "_halve_streams", counting)
@@ -205,16 +205,16 @@ async def test_room_is_not_made_on_every_append(monkeypatch: pytest.MonkeyPatch)
         await create(broker, f"run {number}")
     for number in range(3000):
         await broker.append(StreamKey(f"run {number % 300}", "s"), [b"x" * 100])
-    assert 10 < looks < 40
+    assert 10 < attempts < 40
     assert broker.size < 1_020_000
     with pytest.raises(LimitExceeded):
         for number in range(300, 400):
             await create(broker, f"run {number}")
-    looks = 0
+    attempts = 0
     for _ in range(100):
         with pytest.raises(LimitExceeded):
             await broker.append(StreamKey("run 0", "s"), [b"1"])
-    assert looks == 0
+    assert attempts == 0
 
 
 async def test_a_large_output_makes_room_too() -> None:

@@ -9,7 +9,7 @@ from asgi_realtime.testing.conformance import *  # noqa: F403
 from asgi_realtime.testing.conformance import MakeBroker
 from tests.brokers.backends import DistantBroker, Memory, RepeatingBroker
 
-BROKERS = {"memory": MemoryBroker, "memory:tells-twice": RepeatingBroker, "memory:distant": DistantBroker}
+BROKERS = {"memory": MemoryBroker, "memory:publishes-twice": RepeatingBroker, "memory:distant": DistantBroker}
 
 
 @pytest.fixture(params=BROKERS)

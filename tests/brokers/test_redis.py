@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import secrets
 import warnings
@@ -226,6 +227,7 @@ def test_mirrors_of_a_closed_loop_are_not_used_on_the_next(storage: Storage) -> 
         warnings.simplefilter("ignore", ResourceWarning)  # its connections are left open too
         asyncio.run(follow_and_leave())
         asyncio.run(follow_again())
+        gc.collect()
 
 
 async def test_idle_topics_are_closed_with_the_broker(storage: Storage) -> None:
@@ -305,8 +307,8 @@ async def test_removing_leaves_nothing_in_redis(storage: Storage) -> None:
 
         handle = await realtime.trigger(task, tags=["a", "b"], idempotency_key="once")
         await handle.result(timeout=5)
-        gone = until_removed(storage)
-        await asyncio.wait_for(gone, 20)
+        removed = until_removed(storage)
+        await asyncio.wait_for(removed, 20)
 
 
 async def collect(states: AsyncIterator[RunRecord]) -> list[RunRecord]:
@@ -436,13 +438,13 @@ async def test_a_stream_that_cannot_be_restored_is_lost_and_fails_the_run(
 async def test_a_run_whose_start_was_lost_and_that_executes_elsewhere_is_stopped_here(storage: Storage) -> None:
     """Its queue delivered it again after the failover, and one run had the effects of both executions."""
     async with storage.realtime() as ours, storage.realtime() as theirs:
-        began: list[Realtime] = []
+        started: list[Realtime] = []
         go_on, stopped = asyncio.Event(), asyncio.Event()
 
         def register(process: Realtime) -> None:
             @process.task("t")
             async def task() -> str:
-                began.append(process)
+                started.append(process)
                 try:
                     await go_on.wait()
                 finally:
@@ -456,11 +458,11 @@ async def test_a_run_whose_start_was_lost_and_that_executes_elsewhere_is_stopped
         await ours.runs.create(record)
         before = await storage.dump()
         executing = asyncio.ensure_future(ours.execute(record.id))
-        await until(lambda: began == [ours])
+        await until(lambda: started == [ours])
         await until(lambda: held(ours) >= 3)  # its watch starts with the next tick
         await storage.turn_back(before, noticed=False)
         again = asyncio.ensure_future(theirs.execute(record.id))
-        await until(lambda: began == [ours, theirs])
+        await until(lambda: started == [ours, theirs])
         await theirs.runs.update(record.id, TagsAdded(("theirs",)))
         await asyncio.wait_for(stopped.wait(), 5)
         await asyncio.wait_for(executing, 5)

@@ -68,11 +68,27 @@ class Keys:
         return f"{self._prefix}{{{_digest(key)}}}:claim:{key}"
 
     def stream_channel(self, key: StreamKey) -> str:
-        """Announces appends and the end of the stream."""
+        """Announces what happens to a stream:
+
+        * `a <seq> <time>` and one line per item: items were appended, starting with this seq
+        * `p <next>`: items were appended, too large for a message
+        * `e <next>` and a line of JSON: the stream ended at this position
+        """
         return f"{self._of_run(key.run, 'stream')}:{key.name}"
 
     def topic_channel(self, topic: str) -> str:
-        """Announces changes of the topic. The channel of a run's topic also announces how its streams end."""
+        """Announces what happens to a topic:
+
+        * `t <epoch> <before> <position> <version> <run id>`: a run changed
+        * `f <run id>`: a run was removed
+        * `w`: wake the followers
+
+        The channel of a run's own topic, which its streams use too:
+
+        * `c <before> <position> <version>`: the run changed
+        * `E <size>`, a line of JSON of this size and a msgpack map: the run ended, and its streams at these positions
+        * `r`: the run was removed
+        """
         if topic.startswith(_RUN_TOPIC):
             return self._of_run(topic.removeprefix(_RUN_TOPIC), "changes")
         return f"{self._prefix}{{{_digest(topic)}}}:changes:{topic}"

@@ -8,7 +8,7 @@ Its states, and what moves it between them:
   one and do not lead back to SUBSCRIBING: the connection works.
 
 Only a connection that was LISTENING counts as one that *broke*, which is normal (a server may close idle ones) and is
-tried again at once; a connection that never got there means that the server cannot be used, and is reported.
+logged once; a connection that never got there means that the server cannot be used, and counts as an outage.
 
 Redis confirms a subscription and its end by the name of the channel only. A channel that is left and subscribed again
 quickly gets three confirmations, so `_outstanding` counts them; what arrives before the last one belongs to the past.

@@ -58,7 +58,7 @@ for index, name in ipairs({'executing', 'queued'}) do
     end
 end
 if has_topics then
-    redis.call('ZADD', KEYS[5], text(now + 1000), run_id)
+    redis.call('ZADD', KEYS[5], text(now + 1000), run_id)  -- as _UNPUBLISHED_MS in schedule.py
 end
 for index = 0, 3 do
     if ARGV[DUE + index] ~= '' then
