@@ -142,7 +142,7 @@ class SubscriptionProtocol(ABC, Generic[T]):
             self.close()
         elif status in _TEMPORARY or status >= 500:
             at_least_s = retry_after(headers.get("retry-after"), headers.get("date"))
-            self._reconnect(f"the server responded with {status}", at_least_s=at_least_s)
+            self.lose(f"the server responded with {status}", at_least_s=at_least_s)
         elif status in (401, 403):
             self._refuse_token(error_from_response(status, headers, body))
         else:
@@ -165,14 +165,32 @@ class SubscriptionProtocol(ABC, Generic[T]):
             self._fail(UnexpectedAnswer(f"the server sent an event that cannot be read: {exc}", status=200))
             return False
 
-    def lose(self, reason: str, *, cause: Exception | None = None, silent: bool = False) -> None:
-        """Handle a connection that broke or was never established. `silent` means that it timed out.
+    def lose(
+        self,
+        reason: str,
+        *,
+        cause: Exception | None = None,
+        silent: bool = False,
+        at_least_s: float = 0.0,
+        gives_up: RealtimeError | None = None,
+    ) -> None:
+        """Handle a connection that broke or was never established: schedule the next request.
 
-        A silent connection is not steady, however long it lasted: that was the timeout itself.
+        After too long without progress, raise `gives_up` instead. `silent` means that the connection timed out; it is
+        not steady, however long it lasted: that was the timeout itself.
         """
+        if self.over:
+            return
         if not silent:
             self._credit_steady()
-        self._reconnect(reason, cause=cause)
+        level = logging.WARNING if self._backoff.failures else logging.INFO
+        pause_s = self._backoff.fail(at_least_s)
+        if pause_s is None:
+            self._fail(gives_up or ServerUnreachable(f"gave up on {self.path}: {reason}"), cause)
+            return
+        self._move(Phase.WAITING)
+        self._due_at = self._backoff.clock() + pause_s
+        logger.log(level, "%s: %s; next attempt in %.1f s", self.path, reason, pause_s)
 
     def leave(self) -> None:
         """The reader was interrupted and closed the connection; it may return at any time."""
@@ -190,34 +208,13 @@ class SubscriptionProtocol(ABC, Generic[T]):
         assert phase in _NEXT[self._phase], f"{self._phase} cannot become {phase}"
         self._phase = phase
 
-    def _reconnect(
-        self,
-        reason: str,
-        *,
-        at_least_s: float = 0.0,
-        cause: Exception | None = None,
-        gives_up: RealtimeError | None = None,
-    ) -> None:
-        """Schedule the next request, or raise `gives_up` after too long without progress."""
-        if self.over:
-            return
-        level = logging.WARNING if self._backoff.failures else logging.INFO
-        pause_s = self._backoff.fail(at_least_s)
-        if pause_s is None:
-            self._fail(gives_up or ServerUnreachable(f"gave up on {self.path}: {reason}"), cause)
-            return
-        self._move(Phase.WAITING)
-        self._due_at = self._backoff.clock() + pause_s
-        logger.log(level, "%s: %s; next attempt in %.1f s", self.path, reason, pause_s)
-
     def _handle(self, event: Event) -> bool:
         """Handle one event; return whether others may follow it."""
         if event.event == "end":
             self._handle_end(decode(event.data.encode()))
             return False
         if event.event == "reconnect":
-            self._credit_steady()
-            self._reconnect("the server asked to reconnect", at_least_s=(event.retry or 0) / 1000)
+            self.lose("the server asked to reconnect", at_least_s=(event.retry or 0) / 1000)
             return False
         self._progress()
         self._take(event)
@@ -235,7 +232,7 @@ class SubscriptionProtocol(ABC, Generic[T]):
         expired = ExpiredToken("the access token has expired")
         if self._renewed:  # even the new one expired early; the next may last longer
             self.refused_token = self._token
-            self._reconnect("the access token expired soon after the server accepted it", gives_up=expired)
+            self.lose("the access token expired soon after the server accepted it", gives_up=expired)
         else:
             self._refuse_token(expired)
 
