@@ -20,7 +20,7 @@ from asgi_realtime.asgi.host import Host
 from asgi_realtime.asgi.request import REQUEST_KEY, Request
 from asgi_realtime.asgi.responses import error_response, json_response
 from asgi_realtime.asgi.trigger_dev.credentials import require_secret
-from asgi_realtime.asgi.trigger_dev.decoding import read_line
+from asgi_realtime.asgi.trigger_dev.decoding import read_json, read_line
 from asgi_realtime.asgi.trigger_dev.ndjson import LineSplitter
 from asgi_realtime.brokers.base import Producer, StreamKey
 from asgi_realtime.core.chunks import json_line
@@ -114,10 +114,7 @@ def _input_data(body: bytes) -> bytes:
     line = read_line(body)
     if line == b"{}":  # the result of JSON.stringify({data: undefined})
         return b"null"
-    try:
-        data = bytes(msgspec.json.decode(line, type=_InputMessage).data)
-    except msgspec.ValidationError:
-        data = b""
+    data = bytes(read_json(line, _InputMessage).data)
     if not data:
         raise InvalidRequest('the body must be a JSON object with "data", such as {"data": "yes"}')
     return data
@@ -231,12 +228,8 @@ def _run_over(record: RunRecord) -> InvalidRequest:
 
 async def _append_once(request: Request, record: RunRecord, key: StreamKey, item: bytes) -> Response:
     """Append one item, unless an earlier attempt of the same request has appended it."""
-    producer = _new_producer()
-    for header, kind in ((_PART_ID, "part"), (REQUEST_KEY, "request")):
-        name = request.name(header)
-        if name is not None:
-            producer = f"{kind}:{name}"
-            break
+    part, call = request.name(_PART_ID), request.name(REQUEST_KEY)
+    producer = f"part:{part}" if part else f"request:{call}" if call else _new_producer()
     await request.host.runs.add_stream(key)
     await _append(request.host, record, key, [item], Producer(producer, 0))
     return json_response({"ok": True})
