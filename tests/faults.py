@@ -54,6 +54,8 @@ class RemoteBroker:
         """How many appends are stored but raise."""
         self.hold: anyio.Event | None = None
         """If given, appends wait for this event."""
+        self.held = 0
+        """How many appends have begun to wait for `hold`."""
         self.before_live: Callable[[], Any] | None = None
         """Awaited before `live` yields."""
         self.appends: list[int] = []
@@ -85,6 +87,7 @@ class RemoteBroker:
         at: int | None = None,
     ) -> Position:
         if self.hold is not None:
+            self.held += 1
             await self.hold.wait()
         await self._travel("append")
         position = await self.inner.append(key, items, producer=producer, end=end, at=at)
