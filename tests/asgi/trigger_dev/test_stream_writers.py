@@ -606,7 +606,7 @@ async def test_the_shutdown_interrupts_an_append_and_its_count_stays_right(monke
             await has(broker, 1, key)
             broker.hold = anyio.Event()
             await writer.part(b"1\n2\n")
-            await until(lambda: broker.held)
+            await until(lambda: broker.held > 0)
             realtime.begin_shutdown()
             await writer.answered.wait()
         assert writer.status == 503
