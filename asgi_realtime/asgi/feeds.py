@@ -11,8 +11,9 @@ from asgi_realtime.core.config import parse_span
 from asgi_realtime.core.errors import InvalidRequest, LimitExceeded, UsageError, shown
 from asgi_realtime.core.names import check_tags
 
-MAX_WINDOW_S = 24 * 3600.0
-"""How far back a list of runs can reach, and the default."""
+DEFAULT_WINDOW = "24h"
+MAX_WINDOW_S = parse_span(DEFAULT_WINDOW)
+"""How far back a list of runs can reach."""
 
 
 async def run_feed(request: Request, run_id: str) -> FeedResponse:
@@ -53,13 +54,11 @@ def requested_tags(request: Request) -> tuple[str, ...]:
 
 def requested_floor_ms(request: Request) -> int:
     """The oldest creation time in the window of `createdAt`, in unix milliseconds. Raises `InvalidRequest`."""
-    text = request.query("createdAt")
-    window_s = MAX_WINDOW_S
-    if text:
-        try:
-            window_s = min(parse_span(text, name="createdAt"), MAX_WINDOW_S)
-        except UsageError as exc:
-            raise InvalidRequest(
-                f"createdAt is {shown(text)}; it must be a span such as '90s', '15m', '1h30m' or '24h'"
-            ) from exc
+    text = request.query("createdAt") or DEFAULT_WINDOW
+    try:
+        window_s = min(parse_span(text, name="createdAt"), MAX_WINDOW_S)
+    except UsageError as exc:
+        raise InvalidRequest(
+            f"createdAt is {shown(text)}; it must be a span such as '90s', '15m', '1h30m' or '24h'"
+        ) from exc
     return round((request.host.clock() - window_s) * 1000)

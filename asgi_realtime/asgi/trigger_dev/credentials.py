@@ -54,8 +54,8 @@ def once(request: Request, what: str) -> Once | None:
 
 def handle_token(request: Request, scopes: Sequence[str]) -> str:
     """The public token of a handle. It hides the same columns as the token of the request."""
-    expires_in_s = parse_span(TOKEN_EXPIRES_IN)
-    return request.host.tokens.mint(scopes, expires_in_s=expires_in_s, skip_columns=request.claims.skip_columns)
+    skip_columns = request.claims.skip_columns
+    return request.host.tokens.mint(scopes, expires_in_s=parse_span(TOKEN_EXPIRES_IN), skip_columns=skip_columns)
 
 
 def handle_scopes(claims: Claims, record: RunRecord) -> list[str]:

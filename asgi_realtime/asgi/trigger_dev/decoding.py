@@ -10,6 +10,7 @@ from asgi_realtime.core.chunks import json_line, scrub_escapes
 from asgi_realtime.core.errors import InvalidRequest, UsageError
 
 _MAX_MESSAGE = 300
+"""Messages of msgspec repeat input of any length."""
 
 T = TypeVar("T")
 
@@ -25,7 +26,7 @@ def read_json(data: bytes, type: type[T], *, what: str = "the body", error: type
     except msgspec.ValidationError as exc:
         if isinstance(exc.__cause__, UsageError):
             raise UsageError(f"{what}: {exc.__cause__}") from exc
-        raise error(f"{what} does not fit: {_cut(str(exc))}") from exc
+        raise error(f"{what} does not fit: {str(exc)[:_MAX_MESSAGE]}") from exc
     except UsageError as exc:
         raise InvalidRequest(f"{what} is malformed: {exc}") from exc
 
@@ -51,8 +52,3 @@ def _decode(data: bytes, type: type[T]) -> T:
         if scrubbed == data:
             raise UsageError(f"not valid JSON: {exc}") from exc
     return _decode(scrubbed, type)
-
-
-def _cut(text: str) -> str:
-    """Messages of msgspec repeat input of any length."""
-    return text if len(text) <= _MAX_MESSAGE else f"{text[:_MAX_MESSAGE]}…"

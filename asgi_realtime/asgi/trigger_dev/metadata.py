@@ -39,15 +39,12 @@ class MetadataUpdate(msgspec.Struct, rename="camel"):
     parent_operations: list[msgspec.Raw] = []
     root_operations: list[msgspec.Raw] = []
 
-    def check_count(self, limit: int) -> None:
-        """Raises `LimitExceeded`."""
-        count = len(self.operations) + len(self.parent_operations) + len(self.root_operations)
-        if count > limit:
-            raise LimitExceeded(f"the request has {count} operations, limit {limit}; send them in several requests")
-
     def by_run(self, record: RunRecord) -> dict[str, list[Operation]]:
         """The operations by the id of the run they change. A run without a parent counts as its own parent, as with
-        Trigger.dev. Raises `InvalidRequest`, `UsageError`."""
+        Trigger.dev. Raises `InvalidRequest`, `UsageError`, `LimitExceeded`."""
+        count, most = len(self.operations) + len(self.parent_operations) + len(self.root_operations), MAX_OPERATIONS
+        if count > most:
+            raise LimitExceeded(f"the request has {count} operations, limit {most}; send them in several requests")
         changes: dict[str, list[Operation]] = {}
         if self.metadata is not None:
             changes[record.id] = [Replace(self.metadata)]
@@ -74,7 +71,6 @@ async def update_metadata(request: Request, run_id: str) -> Response:
     record = await find_open_run(request, run_id)
     mark = _mark(once(request, f"metadata {run_id}"))
     update = read_json(await request.body(MAX_UPDATE_BYTES), MetadataUpdate)
-    update.check_count(MAX_OPERATIONS)
     changes = update.by_run(record)
     runs = await _open_runs(request, record, changes)
     for run in runs:  # check all runs before changing the first

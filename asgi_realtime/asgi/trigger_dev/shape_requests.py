@@ -20,7 +20,6 @@ that without delay."""
 QUICK_MS = 1000
 """The longest time between two responses in quick succession."""
 
-_SNAPSHOT = "-1"
 _OFFSET = re.compile(r"[0-9]{1,18}_[0-9]{1,18}")
 _PACE = re.compile(r"([0-9]{1,15})-([0-9]{1,9})")
 
@@ -71,7 +70,7 @@ def read_shape_request(request: Request) -> ShapeRequest:
         )
     live = request.query("live") == "true"
     pace = Pace.parse(request.query("cursor") or "")
-    if offset == _SNAPSHOT:
+    if offset == "-1":
         return ShapeRequest(True, None, live, pace)
     if not _OFFSET.fullmatch(offset):
         raise InvalidRequest(f"offset is {shown(offset)}; allowed are -1 and the offset of the last response")
