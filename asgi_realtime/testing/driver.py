@@ -54,7 +54,7 @@ class _Exchange:
 
     def __init__(self, app: App, scope: Scope, body: bytes, timeout: float | None) -> None:
         self.response = StreamedResponse(scope, timeout=timeout)
-        self.raised: list[Exception] = []
+        self.raised: Exception | None = None
         """What the app raised before `leave` let it continue."""
         self._app = app
         self._timeout = timeout
@@ -70,7 +70,7 @@ class _Exchange:
         except Exception as exc:
             if self._continued:
                 raise  # to the log, as on a server
-            self.raised.append(exc)
+            self.raised = exc
         finally:
             self.response._started.set()
             self.response._chunks_in.close()
@@ -96,12 +96,12 @@ class _Exchange:
 
     def reraise(self, failure: BaseException | None) -> None:
         """Raise the failure of the caller's block, caused by that of the app, or the latter alone."""
+        if failure is None:
+            failure = self.raised
+        elif self.raised is not None and failure.__cause__ is None:
+            failure.__cause__ = self.raised
         if failure is not None:
-            if self.raised and failure.__cause__ is None:
-                failure.__cause__ = self.raised[0]
             raise failure
-        if self.raised:
-            raise self.raised[0]
 
     async def _receive(self) -> Message:
         if self._requests:
