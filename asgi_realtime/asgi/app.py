@@ -52,7 +52,7 @@ class RealtimeApp:
             return await self._lifespan(receive, send)
         if scope["type"] == "websocket":
             return await _reject_websocket(receive, send)
-        # Not in a method of its own: each frame adds to the memory of an idle subscriber.
+        # Not in a separate method: each frame adds to the memory of an idle subscriber.
         request = Request(self._host, self.subscription_limits, self._run_cache, scope, receive)
         origin, reconnects = request.header(b"origin"), request.is_event_source
         try:

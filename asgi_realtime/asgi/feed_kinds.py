@@ -1,7 +1,7 @@
 """The kinds of run feeds: one run, the runs with some tags, and the runs of a batch.
 
 A feed follows one topic. This module selects the runs of the topic that belong to the feed, and knows when the feed
-ends. How they are sent is the matter of `feed_events` and of the polls of the Trigger.dev dialect.
+ends. `feed_events` and the polls of the Trigger.dev dialect send them.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Any, Any, Any], Awaitable[None]]
-"""The app of any framework. Each framework has types of its own for the three arguments."""
+"""The app of any framework. Each framework has its own types for the three arguments."""
 Headers = list[tuple[bytes, bytes]]
 
 

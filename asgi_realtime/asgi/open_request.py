@@ -120,7 +120,7 @@ class Deadline:
 async def held(
     request: Request, topic: str, wait_s: float, *, run_id: str = ""
 ) -> AsyncIterator[tuple[Follower, Deadline]]:
-    """Follow a topic for one response, counted as a subscription. Left without an error if the client disconnects.
+    """Follow a topic for one response, counted as a subscription. Ends without an error when the client disconnects.
 
     Raises `LimitExceeded`, `BrokerUnavailable`.
     """

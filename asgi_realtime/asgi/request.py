@@ -48,7 +48,7 @@ class Request:
         self._parameters: dict[str, str] | None = None
         self._body_token_id = ""
         self.claims = _ANONYMOUS
-        """The content of the credential, unless the route needs none."""
+        """The content of the credential; anonymous if the route needs none."""
 
     def header(self, name: bytes) -> bytes | None:
         """The first value of a header, by its lowercase name."""
@@ -109,7 +109,7 @@ class Request:
         return EVENT_STREAM in (self.header(b"accept") or b"").decode("latin-1").lower()
 
     def is_official(self) -> bool:
-        """Whether the client is Trigger.dev's, which reads streams in a framing of its own."""
+        """Whether the client is Trigger.dev's, which reads streams in its own framing."""
         return self.header(b"trigger-version") is not None
 
     @property

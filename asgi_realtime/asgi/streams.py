@@ -51,21 +51,21 @@ class StreamResponse(SubscriptionResponse[LiveLog]):
     @classmethod
     async def stream(cls, request: Request, run_id: str, key: str) -> Self:
         """The endpoint that follows a stream of a run."""
-        return await cls._of(request, StreamKey(run_id, stream_name(key, request.host.limits)))
+        return await cls._respond(request, StreamKey(run_id, stream_name(key, request.host.limits)))
 
     @classmethod
     async def tail_input(cls, request: Request, run_id: str, input_id: str) -> Self:
         """The endpoint that follows an input of a run, which is a hidden stream."""
-        return await cls._of(request, StreamKey(run_id, input_stream(input_id, request.host.limits)))
+        return await cls._respond(request, StreamKey(run_id, input_stream(input_id, request.host.limits)))
 
     @classmethod
-    async def _of(cls, request: Request, key: StreamKey) -> Self:
+    async def _respond(cls, request: Request, key: StreamKey) -> Self:
         response = cls(request, key)
         response._check_listed(request, await find_run(request, key.run))
         return response
 
     def _check_listed(self, request: Request, record: RunRecord) -> None:
-        """Greet the client with the streams of the run if it requests another: this shows a misspelled key."""
+        """If the run does not list the stream, greet the client with those that it lists: this exposes a misspelled key."""
         name, streams = self._key.name, record.streams
         if not (self._key.hidden or name in streams or "realtimeStreams" in request.claims.skip_columns):
             shown_name, shown_streams = encode_value(name).decode(), encode_value(streams).decode()

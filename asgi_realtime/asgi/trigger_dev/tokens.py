@@ -45,7 +45,7 @@ class PublicToken(msgspec.Struct, rename="camel"):
 
 
 async def jwt_claims(request: Request) -> Response:
-    """The claims of a token besides its scopes and times. The body is ignored."""
+    """The claims of a token, except for its scopes and times. The body is ignored."""
     require_secret(request, "signing tokens")
     return json_response({"sub": SUBJECT, "pub": True})
 
