@@ -2,8 +2,8 @@
 
 To add a route, add a row. `{name}` matches one path segment and is passed to the endpoint as an argument, in order; a
 final `*` matches any number of segments and is not passed. A path belongs to the first pattern that matches it, and the
-request to the first row of that pattern that matches its method and passes `when`. Rows of the Trigger.dev dialect and rows
-for other clients can thus share a pattern.
+request to the first row of that pattern that matches its method and passes `when`. Rows of the Trigger.dev dialect and
+rows for other clients can thus share a pattern.
 
 Patterns under `api/` belong to the management API, which `Realtime(api=False)` removes.
 

@@ -65,7 +65,7 @@ class StreamResponse(SubscriptionResponse[LiveLog]):
         return response
 
     def _check_listed(self, request: Request, record: RunRecord) -> None:
-        """If the run does not list the stream, greet the client with those that it lists: this exposes a misspelled key."""
+        """If the run does not list the stream, greet the client with those that it lists: this exposes a typo."""
         name, streams = self._key.name, record.streams
         if not (self._key.hidden or name in streams or "realtimeStreams" in request.claims.skip_columns):
             shown_name, shown_streams = encode_value(name).decode(), encode_value(streams).decode()
