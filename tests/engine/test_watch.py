@@ -10,7 +10,7 @@ from asgi_realtime import BrokerUnavailable, Realtime, Run, RunCanceled, RunNotF
 from asgi_realtime.brokers.base import LiveTopic
 from asgi_realtime.brokers.memory import MemoryBroker
 from asgi_realtime.core.runs import Finished, RunRecord, run_topic
-from asgi_realtime.engine import watch
+from asgi_realtime.engine import executions
 from tests.brokers.backends import DistantBroker, held
 from tests.inprocess import ended, make_realtime, until
 
@@ -52,7 +52,7 @@ async def numbers() -> AsyncIterator[int]:
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watch, "_PAUSE_S", 0.001)
+    monkeypatch.setattr(executions, "_PAUSE_S", 0.001)
 
 
 async def test_another_process_can_cancel_the_run_of_a_pipe() -> None:
