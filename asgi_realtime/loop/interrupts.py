@@ -15,7 +15,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine
-from types import TracebackType
 from typing import Any, Self
 
 import anyio
@@ -62,9 +61,7 @@ class _AsyncioInterrupt:
             self._delivered = True
             self._owner.cancel()
 
-    def __exit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
-    ) -> bool:
+    def __exit__(self, exc_type: type[BaseException] | None, *exc_info: object) -> bool:
         self._called = self._left = True
         if not self._delivered:
             return False
@@ -91,10 +88,8 @@ class _AnyioInterrupt:
     def interrupt(self) -> None:
         self._scope.cancel()
 
-    def __exit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
-    ) -> bool:
-        swallowed = bool(self._scope.__exit__(exc_type, exc, tb))
+    def __exit__(self, *exc_info: Any) -> bool:
+        swallowed = bool(self._scope.__exit__(*exc_info))
         self.interrupted = self._scope.cancelled_caught
         return swallowed
 
@@ -135,11 +130,9 @@ class _AsyncioGuard(_AsyncioInterrupt):
     def cancel(self) -> None:
         self.interrupt()
 
-    async def __aexit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
-    ) -> bool | None:
+    async def __aexit__(self, *exc_info: Any) -> bool | None:
         self._task.cancel()
-        return self.__exit__(exc_type, exc, tb)
+        return self.__exit__(*exc_info)
 
 
 class _AnyioGuard:
@@ -157,14 +150,12 @@ class _AnyioGuard:
     def cancel(self) -> None:
         self._group.cancel_scope.cancel()
 
-    async def __aexit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
-    ) -> bool | None:
+    async def __aexit__(self, *exc_info: Any) -> bool | None:
         self._group.cancel_scope.cancel()
         try:
-            return await self._group.__aexit__(exc_type, exc, tb)
+            return await self._group.__aexit__(*exc_info)
         except BaseExceptionGroup as group:
-            if exc is not None and group.exceptions == (exc,):
+            if group.exceptions == exc_info[1:2]:
                 return None  # the body's own error is raised without the group
             raise
 

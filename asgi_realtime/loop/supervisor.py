@@ -39,6 +39,7 @@ import logging
 import signal
 import threading
 from collections.abc import Awaitable, Callable
+from concurrent.futures import Future
 from enum import Enum
 from typing import Any, TypeVar
 
@@ -304,24 +305,22 @@ class Supervisor:
         """
         if self.ending:
             return await function()
+        result: Future[T] = Future()
         done = anyio.Event()
-        results: list[T] = []
-        error: Exception | None = None
 
         async def job() -> None:
-            nonlocal error
             try:
-                results.append(await function())
+                result.set_result(await function())
             except Exception as exc:
-                error = exc
+                result.set_exception(exc)
             finally:
                 done.set()
 
         self.spawn(job)
         await done.wait()
-        if not results:
-            raise error or ServerShutdown()
-        return results[0]
+        if not result.done():
+            raise ServerShutdown()
+        return result.result()
 
     # Other threads
 
