@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal, ParamSpec, Protocol, TypeVar, Unpack, cast, overload
 
 import anyio
@@ -99,12 +99,13 @@ class Realtime:
         self.api = api
         self.debug = debug
         self.clock = clock
-        self.tokens = TokenAuthority(secret_key or "", clock=clock, home=self._home)
         if isinstance(broker, str):
             broker = open_broker(
                 broker, limits=self.limits, retention=self.retention, timeouts=self.timeouts, clock=clock
             )
         self.broker = broker
+        home = partial(getattr, broker, "home") if isinstance(broker, InOneProcess) else str
+        self.tokens = TokenAuthority(secret_key or "", clock=clock, home=home)
         self.engine = Engine(
             broker,
             limits=self.limits,
@@ -121,9 +122,6 @@ class Realtime:
 
     def __repr__(self) -> str:
         return f"<Realtime broker={type(self.broker).__name__}>"
-
-    def _home(self) -> str:
-        return self.broker.home if isinstance(self.broker, InOneProcess) else ""
 
     # Start and stop
 

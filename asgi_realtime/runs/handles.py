@@ -39,14 +39,12 @@ class _Handle(dict[str, Any]):
     @property
     def id(self) -> str:
         """The id of the run or batch."""
-        value: str = self["id"]
-        return value
+        return str(self["id"])
 
     @property
     def public_access_token(self) -> str:
         """A token for this run or batch only."""
-        value: str = self["publicAccessToken"]
-        return value
+        return str(self["publicAccessToken"])
 
     @property
     def is_cached(self) -> bool:

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from contextlib import asynccontextmanager
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import anyio
 
@@ -51,12 +51,6 @@ def _iterates_fields(source: object) -> bool:
     return getattr(getattr(type(source), "__iter__", None), "__module__", "").partition(".")[0] == "pydantic"
 
 
-class _Opened(NamedTuple):
-    iterator: AsyncIterator[Any]
-    resources: tuple[Any, ...]
-    """What to close afterwards, in this order."""
-
-
 @asynccontextmanager
 async def open_source(
     source: Any, *, threads: ThreadBudget, post: Post, close_s: float
@@ -72,14 +66,14 @@ async def open_source(
                 yield iterator
         return
     try:
-        opened = _open(source, threads=threads, post=post)
+        iterator, resources = _open(source, threads=threads, post=post)
     except BaseException:
         await discard(source, close_s=close_s)
         raise
     try:
-        yield opened.iterator
+        yield iterator
     finally:
-        for resource in opened.resources:
+        for resource in resources:
             await _close(resource, close_s=close_s)
 
 
@@ -87,16 +81,17 @@ def _is_manager(source: object) -> bool:
     return hasattr(source, "__aenter__") and not hasattr(source, "__aiter__")
 
 
-def _open(source: Any, *, threads: ThreadBudget, post: Post) -> _Opened:
+def _open(source: Any, *, threads: ThreadBudget, post: Post) -> tuple[AsyncIterator[Any], tuple[Any, ...]]:
+    """The iterator of a source, and what to close afterwards, in this order."""
     iterator: AsyncIterator[Any]
     if hasattr(source, "__aiter__"):
         iterator = source.__aiter__()
-        return _Opened(iterator, (iterator,) if iterator is source else (iterator, source))
+        return iterator, (iterator,) if iterator is source else (iterator, source)
     if isinstance(source, _INLINE):
         iterator = _inline(source)
     else:
         iterator = ThreadIterator(source, threads=threads, post=post)
-    return _Opened(iterator, (iterator,))
+    return iterator, (iterator,)
 
 
 @asynccontextmanager
