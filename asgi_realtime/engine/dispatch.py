@@ -26,10 +26,15 @@ logger = logging.getLogger("asgi_realtime")
 
 
 class Dispatcher:
-    """Dispatches runs to `executor`, which `Tasks` sets. `on_held` is called when this process holds one more run."""
+    """Dispatches runs to `executor`. `on_held` is called when this process holds one more run.
+
+    `Tasks` sets `executor`, and `in_process`, which is the executor unless the host has passed another.
+    """
+
+    executor: Executor
+    in_process: InProcessExecutor
 
     def __init__(self, broker: Broker, runs: RunStore, *, timeouts: Timeouts, on_held: Callable[[], None]) -> None:
-        self.executor: Executor | None = None
         self._broker = broker
         self._runs = runs
         self._timeouts = timeouts
@@ -39,23 +44,18 @@ class Dispatcher:
         self._to_fail: deque[str] = deque()
 
     @property
-    def in_process(self) -> InProcessExecutor | None:
-        """The executor, if it executes runs in this process."""
-        return self.executor if isinstance(self.executor, InProcessExecutor) else None
-
-    @property
     def held(self) -> list[str]:
         """The runs that wait or execute in this process, by the executor's knowledge. Thread-safe."""
-        return [] if self.in_process is None else self.in_process.held
+        return self.in_process.held
 
     @property
     def is_busy(self) -> bool:
         """Whether the executor of this process has started runs that have not ended."""
-        return self.in_process is not None and bool(self.in_process.running)
+        return bool(self.in_process.running)
 
     def accepts(self, task_id: str) -> bool:
         """Whether the executor can execute runs of this task. A queue's executor accepts every task."""
-        return self.in_process is None or self.in_process.knows(task_id)
+        return self.executor is not self.in_process or self.in_process.knows(task_id)
 
     async def dispatch(self, record: RunRecord) -> bool:
         """Hand a QUEUED run to the executor; return False if the executor cannot accept it now.
@@ -77,10 +77,9 @@ class Dispatcher:
         return True
 
     async def _enqueue(self, record: RunRecord) -> None:
-        assert self.executor is not None
         with anyio.fail_after(self._timeouts.append):
             await self.executor.enqueue(record.id, record.task)
-        if self.in_process is not None:
+        if self.executor is self.in_process:
             self._on_held()
             return
         try:
@@ -100,8 +99,7 @@ class Dispatcher:
 
         If the call is cancelled, the next one continues.
         """
-        if self.in_process is not None:
-            self._to_fail.extend(self.in_process.take_waiting())
+        self._to_fail.extend(self.in_process.take_waiting())
         while self._to_fail:
             await self.fail_unstarted(self._to_fail[0], RunError("ServerShutdown", "the server was shut down"))
             self._to_fail.popleft()
@@ -111,14 +109,12 @@ class Dispatcher:
     def restart(self) -> None:
         """A new start begins, possibly on another event loop: start the runs that wait in this process."""
         self._to_fail.clear()
-        if self.in_process is not None:
-            self.in_process.restart()
+        self.in_process.restart()
 
     def forget(self) -> None:
         """This is a forked child: every run belongs to the parent."""
         self._to_fail.clear()
-        if self.in_process is not None:
-            self.in_process.forget()
+        self.in_process.forget()
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:

@@ -38,9 +38,11 @@ class Tasks:
         self.records = RecordFactory(engine, retention=retention)
         self._tasks: dict[str, Task[Any, Any]] = {}
         self._threads: TaskThreads | None = None
-        engine.dispatcher.executor = executor or InProcessExecutor(
+        dispatcher = engine.dispatcher
+        dispatcher.in_process = InProcessExecutor(
             self.execute, self._tasks, spawn=engine.spawn_detached, on_end=lambda: engine.executions.changed.wake()
         )
+        dispatcher.executor = executor or dispatcher.in_process
         if isinstance(executor, AttachedExecutor):
             executor.attach(self)
 
@@ -137,7 +139,7 @@ class Tasks:
             return self.get(record.task)
         except UnknownTask:
             dispatcher = self._engine.dispatcher
-            if not isinstance(dispatcher.executor, InProcessExecutor):  # the queue has already removed the run
+            if dispatcher.executor is not dispatcher.in_process:  # the queue has already removed the run
                 await dispatcher.fail_unstarted(record.id, RunError("UnknownTask", "the worker does not know the task"))
             raise
 
