@@ -22,9 +22,6 @@ from enum import Enum
 
 import msgspec
 
-from asgi_realtime.core.config import Retention
-from asgi_realtime.runs.store import RunStore
-
 
 class Stage(Enum):
     """A stage of a batch. The value is the prefix of its claim."""
@@ -64,6 +61,10 @@ class BatchRecord(msgspec.Struct, frozen=True, omit_defaults=True):
     planned: Plan | None = None
     is_sealed: bool = False
 
+    @classmethod
+    def decode(cls, stored: str) -> BatchRecord:
+        return msgspec.json.decode(stored, type=cls)
+
     @property
     def plan(self) -> Plan:
         return self.planned or Plan.without_keys(self.id, self.count)
@@ -86,31 +87,6 @@ class BatchRecord(msgspec.Struct, frozen=True, omit_defaults=True):
         return self.is_sealed or self.last_id is None or now_ms >= self.waits_until_ms
 
 
-class BatchRecords:
-    """Stores and reads the records of batches."""
-
-    def __init__(self, runs: RunStore, *, retention: Retention) -> None:
-        self._runs = runs
-        self._ttl_s = max(retention.idempotency_key, retention.batch)
-
-    async def find(self, batch_id: str) -> BatchRecord | None:
-        """The latest stage of a batch; None if its runs are all that is stored."""
-        for stage in reversed(Stage):
-            stored = await self._runs.claimed(stage.claim(batch_id))
-            if stored is not None:
-                return _decode(stored)
-        return None
-
-    async def store(self, stage: Stage, batch: BatchRecord) -> BatchRecord:
-        """Store a stage; return the record that this or another process stored first."""
-        value = msgspec.json.encode(batch).decode()
-        return _decode(await self._runs.claim(stage.claim(batch.id), value, ttl_s=self._ttl_s))
-
-
 def run_id_in(batch_id: str, index: int) -> str:
     """The id of a run in a batch. Every process derives the same id, and only the batch's id reveals it."""
     return f"run_{hashlib.sha256(f'{batch_id}/{index}'.encode()).hexdigest()[:26]}"
-
-
-def _decode(stored: str) -> BatchRecord:
-    return msgspec.json.decode(stored, type=BatchRecord)

@@ -21,7 +21,7 @@ from asgi_realtime.core.config import Retention
 from asgi_realtime.core.errors import LimitExceeded, RealtimeError, RunNotFound, UsageError
 from asgi_realtime.core.runs import BatchMember, RunRecord
 from asgi_realtime.engine.engine import Engine
-from asgi_realtime.tasks.batch_records import BatchRecord, BatchRecords, Plan, Stage, run_id_in
+from asgi_realtime.tasks.batch_records import BatchRecord, Plan, Stage, run_id_in
 from asgi_realtime.tasks.launch import Launcher, Once
 from asgi_realtime.tasks.options import RunOptions
 from asgi_realtime.tasks.records import Prepared
@@ -71,7 +71,6 @@ class Batches:
         self._runs = engine.runs
         self._launcher = launcher
         self._retention = retention
-        self.records = BatchRecords(engine.runs, retention=retention)
 
     def check_count(self, count: int) -> None:
         """Raises `UsageError`, `LimitExceeded`."""
@@ -81,9 +80,23 @@ class Batches:
         if count > limit:
             raise LimitExceeded(f"a batch has {count} runs, limit {limit}")
 
+    async def find(self, batch_id: str) -> BatchRecord | None:
+        """The latest stage of a batch; None if its runs are all that is stored."""
+        for stage in reversed(Stage):
+            stored = await self._runs.claimed(stage.claim(batch_id))
+            if stored is not None:
+                return BatchRecord.decode(stored)
+        return None
+
+    async def store(self, stage: Stage, batch: BatchRecord) -> BatchRecord:
+        """Store a stage; return the record that this or another process stored first."""
+        ttl_s = max(self._retention.idempotency_key, self._retention.batch)
+        value = msgspec.json.encode(batch).decode()
+        return BatchRecord.decode(await self._runs.claim(stage.claim(batch.id), value, ttl_s=ttl_s))
+
     async def closed(self, batch_id: str) -> bool | None:
         """Whether the batch gets no more runs; None if its runs are all that is stored."""
-        batch = await self.records.find(batch_id)
+        batch = await self.find(batch_id)
         return None if batch is None else batch.is_closed(self._runs.now_ms())
 
     # In process
@@ -98,7 +111,7 @@ class Batches:
         async def launch() -> None:
             await self._launch_or_cancel(members)
             if len(members) < len(items):  # so the members alone do not show which items the batch has
-                await self.records.store(Stage.SEALED, batch)
+                await self.store(Stage.SEALED, batch)
 
         await self._engine.begin().shielded(launch)
         earlier = sorted(set(plan.run_ids) - {member.id for member in members})
@@ -131,7 +144,7 @@ class Batches:
         if idempotency_key is not None:
             key = f"batch-key:{owner}:{idempotency_key}"
             batch_id = await self._runs.claim(key, batch_id, ttl_s=self._retention.idempotency_key)
-            found = await self.records.find(batch_id)
+            found = await self.find(batch_id)
             if found is not None and found.is_sealed:
                 return OpenedBatch(batch_id, found.count, is_cached=True)
             _check_count_is_same(batch_id, count, found)
@@ -149,7 +162,7 @@ class Batches:
             parent_id=parent_id,
             idempotency_key=idempotency_key,
         )
-        _check_count_is_same(batch_id, count, await self.records.store(Stage.OPEN, batch))
+        _check_count_is_same(batch_id, count, await self.store(Stage.OPEN, batch))
         return OpenedBatch(batch_id, count, is_cached=False)
 
     def _waits_s(self, idempotency_key: str | None) -> float:
@@ -160,7 +173,7 @@ class Batches:
 
     async def waiting(self, batch_id: str) -> BatchRecord | None:
         """A batch that was created over HTTP, as long as its items can be sent."""
-        batch = await self.records.find(batch_id)
+        batch = await self.find(batch_id)
         return batch if batch is not None and self._runs.now_ms() < batch.waits_until_ms else None
 
     async def fill(self, batch: BatchRecord, items: Sequence[Prepared]) -> FilledBatch:
@@ -172,7 +185,7 @@ class Batches:
             return FilledBatch(0, len(items))
         plan = await self._plan(batch.id, items)
         if any(item.record.idempotency_key is not None for item in items):
-            batch = await self.records.store(Stage.PLANNED, batch.with_plan(plan))
+            batch = await self.store(Stage.PLANNED, batch.with_plan(plan))
             plan = batch.plan
 
         async def launch() -> int:
@@ -180,7 +193,7 @@ class Batches:
             for number, member in enumerate(_members(batch.id, items, plan), 1):
                 created += await self._is_new(member)
                 await _yield_after(number)
-            await self.records.store(Stage.SEALED, batch.sealed())
+            await self.store(Stage.SEALED, batch.sealed())
             return created
 
         created = await self._engine.begin().shielded(launch)

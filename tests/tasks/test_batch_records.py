@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from asgi_realtime import Retention
 from asgi_realtime.brokers.memory import MemoryBroker
-from asgi_realtime.tasks.batch_records import BatchRecord, BatchRecords, Plan, Stage, run_id_in
+from asgi_realtime.tasks.batch_records import BatchRecord, Plan, Stage, run_id_in
+from asgi_realtime.tasks.batches import Batches
 from tests.inprocess import make_realtime
 
 pytestmark = pytest.mark.anyio
@@ -13,8 +13,8 @@ BATCH = BatchRecord("batch_1", 3, 1_000, waits_until_ms=2_000, owner="token_1")
 PLAN = Plan(["run_a", "run_b", "run_c"], [0, 2])
 
 
-def make_records(broker: MemoryBroker | None = None) -> BatchRecords:
-    return BatchRecords(make_realtime(broker=broker or MemoryBroker()).runs, retention=Retention())
+def make_records(broker: MemoryBroker | None = None) -> Batches:
+    return make_realtime(broker=broker or MemoryBroker()).tasks.batches
 
 
 async def test_the_latest_stage_is_found() -> None:

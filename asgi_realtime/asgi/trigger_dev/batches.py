@@ -200,7 +200,7 @@ async def retrieve_batch(request: Request, batch_id: str) -> Response:
     """Respond with the status of a batch and the ids of its runs."""
     authorize(request.claims, "read", batch_resources(batch_id))
     host = request.host
-    batch = await host.tasks.batches.records.find(batch_id)
+    batch = await host.tasks.batches.find(batch_id)
     if batch is None:
         changes = await host.broker.changes(batch_topic(batch_id), limit=host.limits.topic_runs)
         runs = sorted(await _load_runs(host, [change.run_id for change in changes.items]), key=_index)
