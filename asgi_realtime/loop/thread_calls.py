@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextvars
 import threading
 from collections.abc import Awaitable, Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError, wait
 from contextlib import suppress
 from typing import Generic, TypeVar
 
@@ -33,9 +33,7 @@ class ThreadCall(Generic[T]):
     def __init__(self, supervisor: Supervisor, function: Callable[[], Awaitable[T]]) -> None:
         self._supervisor = supervisor
         self._function = function
-        self._over = threading.Event()
-        self._results: list[T] = []
-        self._error: BaseException | None = None
+        self._outcome: Future[T] = Future()
         self._scope: anyio.CancelScope | None = None
         self._is_abandoned = False
 
@@ -56,18 +54,16 @@ class ThreadCall(Generic[T]):
         except RuntimeError:  # the loop is closed or closing
             raise ServerShutdown() from None
         self._wait()
-        if self._error is not None:
-            try:
-                raise self._error
-            finally:
-                self._error = None  # breaks a cycle: the traceback holds this frame, and the frame holds the call
-        return self._results[0]
+        try:
+            return self._outcome.result()
+        finally:
+            self._outcome = Future()  # breaks a cycle: the traceback holds this frame, and the frame holds the call
 
     def _wait(self) -> None:
         try:
-            while not self._over.wait(CHECK_PERIOD_S):
+            while not wait([self._outcome], CHECK_PERIOD_S).done:
                 if self._supervisor.ended or self._supervisor.loop_is_closed:
-                    self._end(ServerShutdown())
+                    self._fail(ServerShutdown())
         except BaseException:  # raised by a signal handler
             with suppress(RuntimeError):
                 self._supervisor.post(self._abandon)
@@ -77,7 +73,7 @@ class ThreadCall(Generic[T]):
 
     def _start(self, context: contextvars.Context) -> None:
         if self._supervisor.ended:
-            self._end(ServerShutdown())
+            self._fail(ServerShutdown())
         else:
             self._supervisor.spawn_brief(self._run, context)
 
@@ -87,19 +83,17 @@ class ThreadCall(Generic[T]):
                 self._scope = scope
                 if self._is_abandoned:
                     scope.cancel()
-                self._results.append(await self._function())
+                self._outcome.set_result(await self._function())
         except anyio.get_cancelled_exc_class() as exc:
             if not cancelled_itself():
-                self._end(ServerShutdown())
+                self._fail(ServerShutdown())
                 raise
-            self._end(exc)
+            self._fail(exc)
         except BaseException as exc:
             if not is_failure(exc):  # it ends the loop
-                self._end(ServerShutdown())
+                self._fail(ServerShutdown())
                 raise
-            self._end(exc)
-        else:
-            self._end(None)
+            self._fail(exc)
 
     def _abandon(self) -> None:
         """Cancel the call, because the thread does not wait for it anymore."""
@@ -107,10 +101,9 @@ class ThreadCall(Generic[T]):
         if self._scope is not None:
             self._scope.cancel()
 
-    def _end(self, error: BaseException | None) -> None:
-        if not self._over.is_set():
-            self._error = error
-            self._over.set()
+    def _fail(self, error: BaseException) -> None:
+        with suppress(InvalidStateError):  # the thread or the loop has ended the call already
+            self._outcome.set_exception(error)
 
 
 class LoopThread:

@@ -22,22 +22,12 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Generator
-from typing import Any, Protocol
+from typing import Any
 
 import anyio
 import anyio.abc
 
 logger = logging.getLogger("asgi_realtime")
-
-
-class Waiter(Protocol):
-    """One task that waits, reusable. Any number of wake-ups, from any code on its loop, are allowed."""
-
-    def arm(self) -> Awaitable[None]:
-        """Return an awaitable of the next `wake`. It need not be awaited."""
-
-    def wake(self) -> None:
-        """End the current wait, if any. Never raises, so that the other waiters of a list are woken too."""
 
 
 class _AsyncioWaiter:
@@ -48,10 +38,12 @@ class _AsyncioWaiter:
         self._future: asyncio.Future[None] | None = None
 
     def arm(self) -> Awaitable[None]:
+        """Return an awaitable of the next `wake`. It need not be awaited."""
         future = self._future = self._loop.create_future()
         return future
 
     def wake(self) -> None:
+        """End the current wait, if any. Never raises, so that the other waiters of a list are woken too."""
         future = self._future
         if future is not None and not future.done():
             try:
@@ -86,6 +78,10 @@ class _TrioWaiter:
     def wake(self) -> None:
         if self._event is not None:
             self._event.set()
+
+
+Waiter = _AsyncioWaiter | _TrioWaiter
+"""One task that waits, reusable. Any number of wake-ups, from any code on its loop, are allowed."""
 
 
 def on_asyncio() -> bool:
