@@ -15,7 +15,6 @@ from contextlib import asynccontextmanager
 
 import anyio
 
-from asgi_realtime.brokers.base import Broker
 from asgi_realtime.core.config import Timeouts
 from asgi_realtime.core.errors import BrokerUnavailable, InvalidTransition, LimitExceeded, RunNotFound, UsageError
 from asgi_realtime.core.runs import Finished, RunError, RunRecord, Status
@@ -34,8 +33,7 @@ class Dispatcher:
     executor: Executor
     in_process: InProcessExecutor
 
-    def __init__(self, broker: Broker, runs: RunStore, *, timeouts: Timeouts, on_held: Callable[[], None]) -> None:
-        self._broker = broker
+    def __init__(self, runs: RunStore, *, timeouts: Timeouts, on_held: Callable[[], None]) -> None:
         self._runs = runs
         self._timeouts = timeouts
         self._on_held = on_held
@@ -83,7 +81,7 @@ class Dispatcher:
             self._on_held()
             return
         try:
-            await self._broker.enqueued(record.id)
+            await self._runs.broker.enqueued(record.id)
         except BrokerUnavailable as exc:
             logger.info("run %s is in the queue and will be enqueued again: %s", record.id, exc)
 

@@ -107,11 +107,9 @@ class Engine:
         self.subscribers = Subscribers(
             signals=signals, supervisor=lambda: self.supervisor, is_lazy=lambda: self._is_lazy
         )
-        self.leases = Leases(broker, self.runs, held=lambda: self.held, clock=clock, lease_s=timeouts.lease)
-        self.dispatcher = Dispatcher(broker, self.runs, timeouts=timeouts, on_held=self.leases.keep)
-        self.executions = Executions(
-            self.runs, limits=limits, debug=debug, supervisor=self.begin, on_held=self.leases.keep
-        )
+        self.leases = Leases(self.runs, held=lambda: self.held, clock=clock, lease_s=timeouts.lease)
+        self.dispatcher = Dispatcher(self.runs, timeouts=timeouts, on_held=self.leases.keep)
+        self.executions = Executions(self.runs, debug=debug, supervisor=self.begin, on_held=self.leases.keep)
         self.companions: list[Job] = []
         """Jobs that run from each start to its stop."""
         self._siblings = None if broker.shared else Siblings()

@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator, Mapping
 import anyio
 
 from asgi_realtime.brokers.following import Follower, following
-from asgi_realtime.core.config import Limits
 from asgi_realtime.core.errors import BrokerUnavailable
 from asgi_realtime.core.runs import CancelRequested, RunRecord, Status, run_topic
 from asgi_realtime.engine.execution import Execution
@@ -105,18 +104,11 @@ class Executions(Mapping[str, Execution]):
     this process holds one more run."""
 
     def __init__(
-        self,
-        runs: RunStore,
-        *,
-        limits: Limits,
-        debug: bool,
-        supervisor: Callable[[], Supervisor],
-        on_held: Callable[[], None],
+        self, runs: RunStore, *, debug: bool, supervisor: Callable[[], Supervisor], on_held: Callable[[], None]
     ) -> None:
         self.changed = WaitList()
         """Woken when an execution starts or ends."""
         self._runs = runs
-        self._limits = limits
         self._debug = debug
         self._supervisor = supervisor
         self._on_held = on_held
@@ -145,7 +137,6 @@ class Executions(Mapping[str, Execution]):
             record,
             runs=self._runs,
             supervisor=supervisor,
-            limits=self._limits,
             parent=related.get(record.parent_id or ""),
             root=related.get(record.root_id or ""),
         )
@@ -164,7 +155,7 @@ class Executions(Mapping[str, Execution]):
         if not ids:
             return {}
         return {
-            found.id: RelatedRun(found, runs=self._runs, supervisor=supervisor, limits=self._limits)
+            found.id: RelatedRun(found, runs=self._runs, supervisor=supervisor)
             for found in await self._runs.retry(self._runs.load, sorted(ids))
             if found is not None
         }

@@ -12,7 +12,7 @@ import math
 import threading
 from collections.abc import Callable, Sequence
 
-from asgi_realtime.brokers.base import Broker, ThreadRenewal
+from asgi_realtime.brokers.base import ThreadRenewal
 from asgi_realtime.core.errors import BrokerUnavailable
 from asgi_realtime.runs.store import RunStore
 
@@ -28,20 +28,13 @@ class Leases:
     """Renews the leases of what `held` returns. `held` must be thread-safe; `clock` returns unix seconds."""
 
     def __init__(
-        self,
-        broker: Broker,
-        runs: RunStore,
-        *,
-        held: Callable[[], Sequence[str]],
-        clock: Callable[[], float],
-        lease_s: float,
+        self, runs: RunStore, *, held: Callable[[], Sequence[str]], clock: Callable[[], float], lease_s: float
     ) -> None:
-        self._broker = broker
         self._runs = runs
         self._held = held
         self._clock = clock
         self._lease_s = lease_s
-        self._renewer = broker if isinstance(broker, ThreadRenewal) else None
+        self._renewer = runs.broker if isinstance(runs.broker, ThreadRenewal) else None
         self._thread: LeaseThread | None = None
         self._renewed_at = -math.inf
 
@@ -72,7 +65,7 @@ class Leases:
             return
         now = self._clock()  # unlike the loop's clock it advances while the machine sleeps, as leases do
         if not 0 <= now - self._renewed_at < self._lease_s / _RENEWALS_PER_LEASE:
-            await self._broker.renew(held, owner=self._runs.owner)
+            await self._runs.broker.renew(held, owner=self._runs.owner)
             self._renewed_at = now
             self._runs.owned.renewed()
 

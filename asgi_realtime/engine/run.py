@@ -12,7 +12,7 @@ import anyio
 
 from asgi_realtime.brokers.base import StreamKey
 from asgi_realtime.core.chunks import decode, encode_value
-from asgi_realtime.core.config import Limits, Span, parse_span
+from asgi_realtime.core.config import Span, parse_span
 from asgi_realtime.core.errors import LimitExceeded, NoCurrentRun
 from asgi_realtime.core.names import input_stream
 from asgi_realtime.core.run_errors import RunEnded, end_error
@@ -61,12 +61,12 @@ class Input:
 class RelatedRun:
     """A run as seen from another one: the parent or the root of the current run."""
 
-    def __init__(self, record: RunRecord, *, runs: RunStore, supervisor: Supervisor, limits: Limits) -> None:
+    def __init__(self, record: RunRecord, *, runs: RunStore, supervisor: Supervisor) -> None:
         self.id = record.id
         self.task = record.task
         self.buffer = ChangeBuffer(record.id, runs=runs, supervisor=supervisor)
-        self.metadata = Metadata(record, self.buffer, limit_bytes=limits.metadata_bytes)
-        self.tags = Tags(record, self.buffer, limits=limits)
+        self.metadata = Metadata(record, self.buffer, limit_bytes=runs.limits.metadata_bytes)
+        self.tags = Tags(record, self.buffer, limits=runs.limits)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.id} task={self.task!r}>"
@@ -81,11 +81,10 @@ class Run(RelatedRun):
         *,
         runs: RunStore,
         supervisor: Supervisor,
-        limits: Limits,
         parent: RelatedRun | None = None,
         root: RelatedRun | None = None,
     ) -> None:
-        super().__init__(record, runs=runs, supervisor=supervisor, limits=limits)
+        super().__init__(record, runs=runs, supervisor=supervisor)
         self.record = record
         """The run as it was when this process started to execute it."""
         self.parent = parent
@@ -97,7 +96,6 @@ class Run(RelatedRun):
         """Whether the run is to be canceled. Code in a thread can check it; other code is interrupted."""
         self.output_json: bytes | None = None
         self._runs = runs
-        self._limits = limits
         self._inputs: dict[str, Input] = {}
 
     @property
@@ -107,16 +105,16 @@ class Run(RelatedRun):
 
     def set_output(self, output: Any) -> None:
         """Set the output with which the run will complete. Raises `EncodingError`, `LimitExceeded`."""
-        data = encode_value(output)
-        if len(data) > self._limits.output_bytes:
-            raise LimitExceeded(f"the output is {len(data)} bytes, limit {self._limits.output_bytes}", status=413)
+        data, limit = encode_value(output), self._runs.limits.output_bytes
+        if len(data) > limit:
+            raise LimitExceeded(f"the output is {len(data)} bytes, limit {limit}", status=413)
         self.output_json = data
 
     def input(self, input_id: str) -> Input:
         """The data that the host or a browser sends into this run under this id."""
         found = self._inputs.get(input_id)
         if found is None:
-            key = StreamKey(self.id, input_stream(input_id, self._limits))
+            key = StreamKey(self.id, input_stream(input_id, self._runs.limits))
             found = self._inputs[input_id] = Input(StreamReader(self._runs, key))
         return found
 
