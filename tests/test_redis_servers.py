@@ -144,8 +144,10 @@ def test_a_failover_loses_what_the_replica_lacks(redis_pair: ReplicaPair) -> Non
     assert first.command("SET", "lost", "yes") == b"OK"
     redis_pair.fail_over()
     assert (redis_pair.primary, redis_pair.replica) == (second, first)
-    found = redis.Sentinel(redis_pair.sentinels).discover_master(redis_pair.service)  # type: ignore[no-untyped-call]
-    assert found == ("127.0.0.1", second.port)
+    sentinel = redis.Sentinel(redis_pair.sentinels)  # type: ignore[no-untyped-call]
+    assert sentinel.discover_master(redis_pair.service) == ("127.0.0.1", second.port)  # type: ignore[no-untyped-call]
+    for client in sentinel.sentinels:
+        client.close()
     assert fetch(second.url) == b"yes"
     assert second.command("GET", "lost") is None
 
@@ -178,6 +180,7 @@ def test_a_slot_moves_with_its_keys(redis_cluster: RedisCluster) -> None:
         assert [client.get("{moves}1"), client.get("{moves}2")] == [b"yes", b"yes"]
         with pytest.raises(MovedError, match=f"{slot} 127.0.0.1:{target.port}"):
             source.command("GET", "{moves}1")
+        client.disconnect_connection_pools()
 
 
 def test_waiting_ends_with_an_error() -> None:
