@@ -7,7 +7,7 @@ Its repr hides the token.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 from asgi_realtime.core.config import Span
 
@@ -25,12 +25,6 @@ def run_scopes(run_id: str) -> list[str]:
 def batch_scopes(batch_id: str) -> list[str]:
     """The scopes of the token of a batch handle: reading the batch and its runs."""
     return [f"read:batch:{batch_id}"]
-
-
-class ResultWaiter(Protocol):
-    """Waits for the result of a run, like `Realtime.result`."""
-
-    def __call__(self, run_id: str, /, *, timeout: Span | None = None) -> Awaitable[Any]: ...
 
 
 class _Handle(dict[str, Any]):
@@ -62,7 +56,7 @@ class RunHandle(_Handle, Generic[R]):
 
     __slots__ = ("_result",)
 
-    def __init__(self, run_id: str, token: str, *, is_cached: bool, result: ResultWaiter) -> None:
+    def __init__(self, run_id: str, token: str, *, is_cached: bool, result: Callable[..., Awaitable[Any]]) -> None:
         super().__init__(id=run_id, publicAccessToken=token, isCached=is_cached)
         self._result = result
 
