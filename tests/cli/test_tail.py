@@ -36,7 +36,7 @@ def secret(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def do(server: Serving, **body: Any) -> dict[str, Any]:
-    answer: dict[str, Any] = httpx.post(f"{server.url}/do", json=body).raise_for_status().json()
+    answer: dict[str, Any] = httpx.post(f"{server.url}/do", json=body, timeout=60).raise_for_status().json()
     return answer
 
 
@@ -46,7 +46,7 @@ def end_run(server: Serving, *chunks: Any) -> str:
     for chunk in chunks:
         do(server, do="append", run=run["id"], chunk=chunk)
     cancel = f"{server.url}/realtime/api/v2/runs/{run['id']}/cancel"
-    httpx.post(cancel, headers={"authorization": f"Bearer {SECRET}"}).raise_for_status()
+    httpx.post(cancel, headers={"authorization": f"Bearer {SECRET}"}, timeout=60).raise_for_status()
     run_id: str = run["id"]
     return run_id
 

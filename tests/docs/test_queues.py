@@ -65,13 +65,13 @@ def working(command: str, folder: Path, environment: dict[str, str]) -> Iterator
 def test_a_program_with_workers(name: str, tmp_path: Path, redis_server: RedisServer) -> None:
     environment = {"REDIS_URL": redis_server.url, "REALTIME_SECRET_KEY": SECRET}
     with served(WORKERS[name].text, tmp_path, environment) as url, working(COMMANDS[name], tmp_path, environment):
-        handle = httpx.post(f"{url}/count", params={"limit": 3}).json()
+        handle = httpx.post(f"{url}/count", params={"limit": 3}, timeout=GUARD_S).json()
         query = {"access_token": handle["publicAccessToken"]}
         parser = EventParser()
         with httpx.stream(
             "GET", f"{url}/realtime/v1/streams/{handle['id']}/default", params=query, timeout=GUARD_S
         ) as r:
             events = [event for body in r.iter_bytes() for event in parser.feed(body)]
-        run = httpx.get(f"{url}/realtime/api/v3/runs/{handle['id']}", params=query).json()
+        run = httpx.get(f"{url}/realtime/api/v3/runs/{handle['id']}", params=query, timeout=GUARD_S).json()
     assert [json.loads(event.data) for event in events] == [0, 1, 2, {"reason": "complete"}]
     assert (run["status"], run["output"]) == ("COMPLETED", 3)

@@ -25,7 +25,7 @@ from asgi_realtime import EXPOSED_HEADERS, Limits, PipeResult, Realtime, Retenti
 from asgi_realtime.brokers.redis import RedisBroker
 from asgi_realtime.testing import AsgiClient, Event, EventParser
 from tests.docs.blocks import BLOCKS, CODE, ROOT, Block, blocks
-from tests.docs.programs import completions_endpoint, served
+from tests.docs.programs import GUARD_S, completions_endpoint, served
 from tests.requirements import missing
 
 SECRET = "a secret that is long enough for the tests"
@@ -325,17 +325,18 @@ def events_of(url: str, headers: dict[str, str] | None = None) -> list[Event]:
     """All events of a stream that ends, requested like an EventSource."""
     parser = EventParser()
     headers = {"accept": "text/event-stream", **(headers or {})}
-    with httpx.stream("GET", url, headers=headers, timeout=10) as response:
+    with httpx.stream("GET", url, headers=headers, timeout=GUARD_S) as response:
         assert response.status_code == 200
         return [event for body in response.iter_bytes() for event in parser.feed(body)]
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3 * GUARD_S)
 def test_the_curl_line_works(smallest: str) -> None:
     if shutil.which("curl") is None:
         missing("curl is not installed")
     line = blocks("curl")["smallest"].text.replace("localhost:8000", smallest.removeprefix("http://"))
-    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=15, check=True)
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=GUARD_S, check=True)
     parser = EventParser()
     events = parser.feed(done.stdout.encode())
     assert [json.loads(event.data) for event in events[:-1]] == WORDS
@@ -343,16 +344,18 @@ def test_the_curl_line_works(smallest: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3 * GUARD_S)
 def test_the_stream_of_the_smallest_program_resumes(smallest: str) -> None:
-    url = smallest + httpx.post(f"{smallest}/words").text
+    url = smallest + httpx.post(f"{smallest}/words", timeout=GUARD_S).text
     events = events_of(url)
     assert [event.id for event in events] == [str(index) for index in range(len(WORDS) + 1)]
     events = events_of(url, {"last-event-id": "5"})
     assert [json.loads(event.data) for event in events[:-1]] == WORDS[6:]
-    assert httpx.get(url, headers={"last-event-id": str(len(WORDS))}).status_code == 204
+    assert httpx.get(url, headers={"last-event-id": str(len(WORDS))}, timeout=GUARD_S).status_code == 204
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3 * GUARD_S)
 @pytest.mark.chromium
 def test_the_event_source_of_the_readme_in_chromium(smallest: str) -> None:
     from playwright.sync_api import sync_playwright
@@ -368,7 +371,7 @@ def test_the_event_source_of_the_readme_in_chromium(smallest: str) -> None:
         page.on("request", lambda request: streams.append(request.url) if "/streams/" in request.url else None)
         printed: list[str] = []
         page.on("console", lambda message: printed.append(message.text) if message.type == "log" else None)
-        with page.expect_console_message(lambda message: message.text == "complete", timeout=15_000):
+        with page.expect_console_message(lambda message: message.text == "complete", timeout=GUARD_S * 1000):
             page.evaluate(f"async () => {{ {blocks('browser')['smallest'].text} }}")
         browser.close()
     assert printed == [*(f"{index} {word}" for index, word in enumerate(WORDS)), "complete"]
@@ -376,11 +379,12 @@ def test_the_event_source_of_the_readme_in_chromium(smallest: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3 * GUARD_S)
 @pytest.mark.server
 def test_the_program_with_a_model(tmp_path: Path) -> None:
     with completions_endpoint() as environment:
         with served(PROGRAMS["chat"].text, tmp_path, {**environment, "REALTIME_SECRET_KEY": SECRET}) as url:
-            handle = httpx.post(f"{url}/chat", json={"text": "Hi"}).json()
+            handle = httpx.post(f"{url}/chat", json={"text": "Hi"}, timeout=GUARD_S).json()
             assert set(handle) == {"id", "publicAccessToken", "isCached"}
             query = f"access_token={handle['publicAccessToken']}"
             events = events_of(f"{url}/realtime/v1/streams/{handle['id']}/default?{query}")
@@ -392,6 +396,7 @@ def test_the_program_with_a_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3 * GUARD_S)
 def test_the_documented_conformance_suite_runs(tmp_path: Path) -> None:
     (block,) = blocks("conformance").values()
     (tmp_path / "test_broker.py").write_text(block.text, "utf-8")
