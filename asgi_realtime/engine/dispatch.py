@@ -41,16 +41,6 @@ class Dispatcher:
         """The executor refused the newest run, and the log says so."""
         self._to_fail: deque[str] = deque()
 
-    @property
-    def held(self) -> list[str]:
-        """The runs that wait or execute in this process, by the executor's knowledge. Thread-safe."""
-        return self.in_process.held
-
-    @property
-    def is_busy(self) -> bool:
-        """Whether the executor of this process has started runs that have not ended."""
-        return bool(self.in_process.running)
-
     def accepts(self, task_id: str) -> bool:
         """Whether the executor can execute runs of this task. A queue's executor accepts every task."""
         return self.executor is not self.in_process or self.in_process.knows(task_id)

@@ -135,7 +135,7 @@ class Engine:
     @property
     def held(self) -> list[str]:
         """The runs that this process holds: those it executes and those that wait in it. Thread-safe."""
-        return list(dict.fromkeys((*self.dispatcher.held, *self.executions.ids)))
+        return list(dict.fromkeys((*self.dispatcher.in_process.held, *self.executions.ids)))
 
     @property
     def running(self) -> bool:
@@ -295,7 +295,7 @@ class Engine:
 
     @property
     def _is_busy(self) -> bool:
-        return bool(self.executions) or self.dispatcher.is_busy
+        return bool(self.executions or self.dispatcher.in_process.running)
 
     async def _broker_responds(self) -> bool:
         with anyio.move_on_after(_PATIENCE_S):
