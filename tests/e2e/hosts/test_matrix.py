@@ -87,16 +87,19 @@ PAIRS = [
     Cell("django", "gunicorn-uvicorn"),
 ]
 """Each host, server and entry, at least once with and without the others."""
-PREFIXED = [
-    *(Cell(host, "uvicorn") for host in ("starlette", "blacksheep", "falcon")),
+PREFIXED_PAIRS = [
+    *(Cell(host, "uvicorn") for host in ("starlette", "blacksheep", "falcon", "sanic")),
     Cell("litestar", "uvicorn", "mount"),
     Cell("quart", "hypercorn"),
     Cell("litestar", "granian", "mount"),
     Cell("starlette", "hypercorn-trio", "mount"),
     Cell("fastapi", "gunicorn", "mount"),
 ]
-"""BlackSheep's mount is not found behind uvicorn's --root-path; its middleware entry is."""
-CELLS = MATRIX if "HOSTS_TABLE" in os.environ else PAIRS
+EVERYTHING = "HOSTS_TABLE" in os.environ
+CELLS = MATRIX if EVERYTHING else PAIRS
+# BlackSheep's mount is not found behind uvicorn's --root-path; its middleware entry is.
+NOT_FOUND = Cell("blacksheep", "uvicorn", "mount")
+PREFIXED = [cell for cell in MATRIX if cell.server in ROOT_PATH and cell != NOT_FOUND] if EVERYTHING else PREFIXED_PAIRS
 
 
 @pytest_asyncio.fixture
