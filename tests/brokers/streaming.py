@@ -153,6 +153,21 @@ async def streaming(
         await stream.assert_complete()
 
 
+class Iterations:
+    """Counts the iterations of the running loop. A slow machine makes them fewer, so a limit holds everywhere."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        loop: Any = asyncio.get_running_loop()
+        run_once = loop._run_once
+        self.count = 0
+
+        def counted() -> None:
+            self.count += 1
+            run_once()
+
+        monkeypatch.setattr(loop, "_run_once", counted)
+
+
 # Log messages
 
 
@@ -199,6 +214,7 @@ def assert_quiet(caplog: pytest.LogCaptureFixture) -> None:
 
 
 __all__ = [
+    "Iterations",
     "Log",
     "Streaming",
     "assert_quiet",

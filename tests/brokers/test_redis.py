@@ -140,7 +140,10 @@ async def change_and_await(run: Run, mirror: TopicMirror) -> None:
     await until(lambda: mirror._index.position > position)
 
 
-async def test_a_topic_that_is_followed_repeatedly_is_read_once(storage: Storage) -> None:
+async def test_a_topic_that_is_followed_repeatedly_is_read_once(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(idle_mirrors, "IDLE_S", 3600.0)  # this test runs the sweeps, however slow the machine is
     async with storage.realtime() as realtime, realtime.open_run("r", tags=["a"]) as run:
         broker = realtime.broker
         assert isinstance(broker, RedisBroker)

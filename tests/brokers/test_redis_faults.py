@@ -44,7 +44,7 @@ from asgi_realtime.testing.conformance.kit import (
     store,
     versions_in,
 )
-from tests.brokers.streaming import Log, Streaming, assert_quiet, patiently, processes, streaming, until
+from tests.brokers.streaming import Iterations, Log, Streaming, assert_quiet, patiently, processes, streaming, until
 from tests.redis_servers import GUARD_S, RedisServer, ReplicaPair
 from tests.requirements import redis_binary
 
@@ -146,19 +146,19 @@ async def test_many_streams_resume_at_once(redis_server: RedisServer, log: Log) 
         assert sum(stream.resumed for stream in streams) == 0
 
 
-async def test_nothing_spins_while_redis_is_down(redis_server: RedisServer) -> None:
+async def test_nothing_spins_while_redis_is_down(redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch) -> None:
     async with processes(redis_server.url) as backend, streaming(backend, count=50):
         redis_server.kill()
         with pytest.raises(BrokerUnavailable):
             await backend.broker.ping()
-        started, used = time.monotonic(), time.process_time()
-        while time.monotonic() - started < 1:  # the length of the measurement
+        iterations = Iterations(monkeypatch)
+        for _ in range(10):
             with pytest.raises(BrokerUnavailable):
                 await backend.peer.ping()
             await asyncio.sleep(0.1)
-        share = (time.process_time() - used) / (time.monotonic() - started)
+        counted = iterations.count
         await asyncio.to_thread(redis_server.restart, keep_data=True)
-    assert share < 0.25, f"{share:.0%} of a core"
+    assert counted < 1000
 
 
 async def test_a_restart_without_data(redis_server: RedisServer, log: Log) -> None:
@@ -238,6 +238,12 @@ async def test_a_wrong_password_from_the_start(log: Log) -> None:
     assert "wrong" not in "".join(log.having(""))
 
 
+class IdleSubscriber:
+    def on_message(self, message: bytes) -> None: ...
+
+    def check(self, *, routine: bool) -> None: ...
+
+
 async def test_a_user_without_permission_to_subscribe(
     redis_server: RedisServer, log: Log, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -248,10 +254,12 @@ async def test_a_user_without_permission_to_subscribe(
     async with processes(redis_server.url) as backend, streaming(backend) as (stream,):
         async with RedisBroker(url, prefix=prefix_of(backend), timeouts=SHORT) as broker:
             reader = Reader(broker, stream.key)
+            # The connection must not lose its last channel between two attempts of the reader: without one, it works.
+            broker._open.pubsub.add("idle", IdleSubscriber())
+            await until(lambda: broker._open.pubsub.trouble)
             with pytest.raises(BrokerUnavailable, match="(?i)no permissions to access .* channel"):
                 await reader.run()
             following = asyncio.create_task(patiently(partial(reader.run, enough=have(stream.sent + 10))))
-            await until(lambda: broker._open.pubsub.trouble)
             with pytest.raises(BrokerUnavailable, match="(?i)nothing can be followed: .*no permissions"):
                 await broker.ping()
             redis_server.command("ACL", "SETUSER", "app", "&*")
