@@ -32,8 +32,9 @@ def anyio_backend() -> str:
 class FakePubSub:
     """Confirms every subscription at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, spawn: Any = None) -> None:
         self.missed_channels: list[str] = []
+        self.spawn = spawn
 
     def add(self, channel: str, subscriber: object) -> None: ...
 
@@ -49,24 +50,24 @@ class FakeTopic:
     """The topic as Redis stores it. Reads raise `failure`; while it `holds`, each question waits for its future."""
 
     def __init__(self) -> None:
-        self.index = TopicIndex("epoch", max_runs=10)
+        self.stored = TopicIndex("epoch", max_runs=10)
         self.failure: Exception | None = None
         self.holds = False
         self.asks: list[asyncio.Future[None]] = []
 
     def change(self, run_id: str) -> None:
-        self.index.put(Change(self.index.position + 1, run_id, 1))
+        self.stored.put(Change(self.stored.position + 1, run_id, 1))
 
-    async def read(self, topic: str) -> TopicIndex:
+    async def index(self, topic: str) -> TopicIndex:
         if self.failure is not None:
             raise self.failure
-        copy = TopicIndex(self.index.epoch, max_runs=10)
-        for change in self.index.after(None, limit=10).items:
+        copy = TopicIndex(self.stored.epoch, max_runs=10)
+        for change in self.stored.after(None, limit=10).items:
             copy.put(change)
         return copy
 
-    async def ask(self, topic: str, cursor: Cursor, limit: int) -> Changes:
-        changes = self.index.after(cursor, limit=limit)
+    async def changes(self, topic: str, cursor: Cursor, limit: int) -> Changes:
+        changes = self.stored.after(cursor, limit=limit)
         answer = asyncio.get_running_loop().create_future()
         self.asks.append(answer)
         if self.holds:
@@ -100,20 +101,13 @@ async def stored() -> FakeTopic:
 
 
 @pytest.fixture
-def pubsub() -> FakePubSub:
-    return FakePubSub()
+def pubsub(jobs: Jobs) -> FakePubSub:
+    return FakePubSub(jobs.spawn)
 
 
 @pytest.fixture
-async def mirror(stored: FakeTopic, jobs: Jobs, pubsub: FakePubSub) -> TopicMirror:
-    mirror = TopicMirror(
-        "tag:a",
-        read=stored.read,
-        ask=stored.ask,
-        keys=Keys("test"),
-        pubsub=pubsub,  # type: ignore[arg-type]
-        spawn=jobs.spawn,
-    )
+async def mirror(stored: FakeTopic, pubsub: FakePubSub) -> TopicMirror:
+    mirror = TopicMirror(Keys("test"), pubsub, stored, "tag:a")  # type: ignore[arg-type]
     await mirror.joined()
     return mirror
 

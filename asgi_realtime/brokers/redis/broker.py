@@ -12,7 +12,7 @@ import asyncio
 import logging
 from collections.abc import Coroutine, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, suppress
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import anyio
@@ -29,7 +29,8 @@ from asgi_realtime.brokers.redis.pubsub import PubSub
 from asgi_realtime.brokers.redis.records import Records
 from asgi_realtime.brokers.redis.schedule import Schedule
 from asgi_realtime.brokers.redis.servers import Servers
-from asgi_realtime.brokers.redis.stream_mirror import decode_end
+from asgi_realtime.brokers.redis.stream_mirror import StreamMirror, decode_end
+from asgi_realtime.brokers.redis.topic_mirror import TopicMirror
 from asgi_realtime.brokers.redis.topics import Topics
 from asgi_realtime.core.config import Limits, Retention, Timeouts
 from asgi_realtime.core.errors import (
@@ -45,7 +46,7 @@ from asgi_realtime.core.errors import (
 from asgi_realtime.core.log import End, Entry, Page, Position, Producer, StreamKey, misplaced
 from asgi_realtime.core.runs import RunRecord
 from asgi_realtime.core.topics import Changes, Cursor
-from asgi_realtime.loop.waiting import on_asyncio
+from asgi_realtime.loop.waiting import WakeSoon, on_asyncio
 
 logger = logging.getLogger("asgi_realtime")
 
@@ -124,15 +125,12 @@ class RedisBroker:
             raise RuntimeError("the Redis broker runs on asyncio only; on trio use the memory broker")
         self._jobs = set()  # jobs of a loop that was closed without a stop never end
         servers = Servers(self._client, timeout_s=self._timeouts.broker, spawn=self._spawn, quiet=self._quiet)
-        pubsub = PubSub(servers, timeout_s=self._timeouts.broker, silence_s=_SILENCE_S, spawn=self._spawn)
+        pubsub = PubSub(servers, silence_s=_SILENCE_S)
         topics = Topics(servers, self._keys, max_runs=self._limits.topic_runs)
+        wakes, max_bytes = WakeSoon(), self._limits.mirror_bytes
         mirrors = Mirrors(
-            read_page=self._read_for_mirror,
-            topics=topics,
-            keys=self._keys,
-            pubsub=pubsub,
-            spawn=self._spawn,
-            max_stream_bytes=self._limits.mirror_bytes,
+            partial(StreamMirror, self._keys, pubsub, read=self._read_for_mirror, wakes=wakes, max_bytes=max_bytes),
+            partial(TopicMirror, self._keys, pubsub, topics),
         )
         records = Records(servers, self._keys, timeouts=self._timeouts, retention=self._retention)
         schedule = Schedule(servers, self._keys, lease_s=self._timeouts.lease)
@@ -231,7 +229,7 @@ class RedisBroker:
                 return StreamClosed(f"the stream has ended ({decode_end(detail).reason}); nothing can be appended")
 
     async def read(self, key: StreamKey, *, after: int = -1, limit: int = 500) -> Page:
-        return await self._read(key, str(after), limit=limit, max_bytes=_PAGE_BYTES)
+        return await self._read(key, after, limit, _PAGE_BYTES)
 
     async def produced(self, key: StreamKey, producer_id: str) -> int:
         names = self._names(key)
@@ -242,13 +240,12 @@ class RedisBroker:
 
     async def _read_for_mirror(self, key: StreamKey, after: int | None) -> Page:
         """A page after a seq; the newest part of the stream if that is None."""
-        if after is None:
-            return await self._read(key, "tail", limit=1_000_000, max_bytes=self._limits.mirror_bytes)
-        return await self._read(key, str(after), limit=1_000_000, max_bytes=_PAGE_BYTES)
+        return await self._read(key, after, 1_000_000, self._limits.mirror_bytes if after is None else _PAGE_BYTES)
 
-    async def _read(self, key: StreamKey, after: str, *, limit: int, max_bytes: int) -> Page:
+    async def _read(self, key: StreamKey, after: int | None, limit: int, max_bytes: int) -> Page:
         names = self._names(key)
-        answer = await self._open.servers.run(scripts.READ, names.keys, names.name, after, limit, max_bytes, bulk=True)
+        args = (names.name, "tail" if after is None else after, limit, max_bytes)
+        answer = await self._open.servers.run(scripts.READ, names.keys, *args, bulk=True)
         if answer[0] == b"missing":
             raise _not_found(key.run)
         _, first, following, end, rows = answer

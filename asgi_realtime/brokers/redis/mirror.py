@@ -37,7 +37,6 @@ from typing import Any
 
 from asgi_realtime.brokers.redis.pubsub import PubSub
 from asgi_realtime.brokers.redis.servers import RESYNC
-from asgi_realtime.brokers.redis.slots import Spawn
 from asgi_realtime.core.errors import BrokerUnavailable, RealtimeError, ServerShutdown
 from asgi_realtime.loop.waiting import WaitList
 
@@ -75,7 +74,8 @@ class DataLoss(BrokerUnavailable):
 class Mirror(ABC):
     """Something that users of this process follow. The first user creates it, the last one closes it."""
 
-    def __init__(self, channels: Sequence[str], *, pubsub: PubSub, spawn: Spawn) -> None:
+    def __init__(self, key: Any, channels: Sequence[str], pubsub: PubSub) -> None:
+        self.key = key
         self.users = 0
         self._state = JOINING
         self.failure: RealtimeError | None = None
@@ -86,10 +86,9 @@ class Mirror(ABC):
         self._pending_bytes = 0
         self._channels = channels
         self._pubsub = pubsub
-        self._spawn = spawn
         for channel in channels:
             pubsub.add(channel, self)
-        self._task: Any = spawn(self._work(self._join))
+        self._task: Any = pubsub.spawn(self._work(self._join))
 
     @property
     def is_usable(self) -> bool:
@@ -209,7 +208,7 @@ class Mirror(ABC):
         if self._state is LIVE:
             self._routine = routine
             self._enter(SYNCING)
-            self._task = self._spawn(self._work(self._sync))
+            self._task = self._pubsub.spawn(self._work(self._sync))
         elif self.is_usable:
             self._routine = self._routine and routine
             self._reread = True

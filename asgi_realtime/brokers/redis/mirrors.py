@@ -2,48 +2,45 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from asgi_realtime.brokers.live_log import LiveLog
-from asgi_realtime.brokers.redis.idle_mirrors import IdleMirrors
-from asgi_realtime.brokers.redis.keys import Keys
 from asgi_realtime.brokers.redis.mirror import Mirror
-from asgi_realtime.brokers.redis.pubsub import PubSub
-from asgi_realtime.brokers.redis.slots import Spawn
-from asgi_realtime.brokers.redis.stream_mirror import ReadPage, StreamMirror
+from asgi_realtime.brokers.redis.stream_mirror import StreamMirror
 from asgi_realtime.brokers.redis.topic_mirror import TopicMirror
-from asgi_realtime.brokers.redis.topics import Topics
 from asgi_realtime.core.errors import ServerShutdown
 from asgi_realtime.core.log import StreamKey
-from asgi_realtime.loop.waiting import WakeSoon
 
-M = TypeVar("M", bound=Mirror)
+IDLE_S = 5.0
+"""How long an idle mirror is retained at least; twice that at most."""
+
+MAX_IDLE = 1000
+"""Of all topics together; the oldest are dropped first. Clients choose the names of topics, so this is a bound."""
+
+K = TypeVar("K", StreamKey, str)
+M = TypeVar("M", StreamMirror, TopicMirror)
 
 
 class Mirrors:
     """Creates a mirror for its first user and closes it after its last one."""
 
     def __init__(
-        self, *, read_page: ReadPage, topics: Topics, keys: Keys, pubsub: PubSub, spawn: Spawn, max_stream_bytes: int
+        self, new_stream: Callable[[StreamKey], StreamMirror], new_topic: Callable[[str], TopicMirror]
     ) -> None:
         self.streams: dict[StreamKey, StreamMirror] = {}
         self.topics: dict[str, TopicMirror] = {}
-        self.idle = IdleMirrors(self._discard_topic)
-        self._read_page = read_page
-        self._stored_topics = topics
-        self._keys = keys
-        self._pubsub = pubsub
-        self._spawn = spawn
-        self._wakes = WakeSoon()
-        self._max_stream_bytes = max_stream_bytes
+        self.idle = IdleMirrors(self._discard)
+        self._new_stream = new_stream
+        self._new_topic = new_topic
         self._closed = False
 
     @asynccontextmanager
     async def live(self, key: StreamKey) -> AsyncIterator[LiveLog]:
         """As `Broker.live`."""
-        async with self._used(self.streams, key, lambda: self._stream_mirror(key), self._leave_stream) as mirror:
+        async with self._used(self.streams, key, self._new_stream) as mirror:
             mirror.live.enter()
             try:
                 yield mirror.live
@@ -54,67 +51,37 @@ class Mirrors:
     async def follow(self, topic: str) -> AsyncIterator[TopicMirror]:
         """As `Broker.follow`."""
         known = self.topics.get(topic)
-        async with self._used(self.topics, topic, lambda: self._topic_mirror(topic), self._leave_topic) as mirror:
+        async with self._used(self.topics, topic, self._new_topic) as mirror:
             self.idle.discard(mirror)
             if mirror is known:
                 await mirror.refresh()
             yield mirror
 
     @asynccontextmanager
-    async def _used(
-        self, mirrors: dict[Any, M], key: object, make: Callable[[], M], leave: Callable[[M], None]
-    ) -> AsyncIterator[M]:
+    async def _used(self, mirrors: dict[K, M], key: K, make: Callable[[K], M]) -> AsyncIterator[M]:
         if self._closed:
             raise ServerShutdown()
         mirror = mirrors.get(key)
         if mirror is None or not mirror.is_usable:
-            mirror = mirrors[key] = make()
+            mirror = mirrors[key] = make(key)
         mirror.users += 1
         try:
             await mirror.joined()
             yield mirror
         finally:
             mirror.users -= 1
-            if not mirror.users:
-                leave(mirror)
+            if isinstance(mirror, TopicMirror) and mirror.is_usable and not self._closed:
+                if not mirror.users:
+                    self.idle.add(mirror)
+            else:
+                self._discard(mirror)
 
-    def _stream_mirror(self, key: StreamKey) -> StreamMirror:
-        return StreamMirror(
-            key,
-            read=self._read_page,
-            keys=self._keys,
-            pubsub=self._pubsub,
-            spawn=self._spawn,
-            wakes=self._wakes,
-            max_bytes=self._max_stream_bytes,
-        )
-
-    def _topic_mirror(self, topic: str) -> TopicMirror:
-        return TopicMirror(
-            topic,
-            read=self._stored_topics.index,
-            ask=self._stored_topics.changes,
-            keys=self._keys,
-            pubsub=self._pubsub,
-            spawn=self._spawn,
-        )
-
-    def _leave_stream(self, mirror: StreamMirror) -> None:
-        mirror.close()
-        if self.streams.get(mirror.key) is mirror:
-            del self.streams[mirror.key]
-
-    def _leave_topic(self, mirror: TopicMirror) -> None:
-        if mirror.is_usable and not self._closed:
-            self.idle.add(mirror)
-        else:
-            self._discard_topic(mirror)
-
-    def _discard_topic(self, mirror: TopicMirror) -> None:
+    def _discard(self, mirror: Mirror) -> None:
         if not mirror.users:
             mirror.close()
-            if self.topics.get(mirror.topic) is mirror:
-                del self.topics[mirror.topic]
+            for mirrors in (self.streams, self.topics):
+                if mirrors.get(mirror.key) is mirror:
+                    del mirrors[mirror.key]
 
     def close(self) -> None:
         """The broker closes: all users get `ServerShutdown`."""
@@ -136,3 +103,47 @@ class Mirrors:
             + sum(live.readers + len(live.waiting) for live in lives)
             + sum(len(mirror.waiting) for mirror in self.topics.values())
         )
+
+
+class IdleMirrors:
+    """Topic mirrors without users, retained for a while: a client that polls follows its topic anew with each request.
+
+    Without this, each poll would subscribe and read the whole topic again. There is one timer for all. `drop` is called
+    with each mirror that was not used again in time.
+    """
+
+    def __init__(self, drop: Callable[[TopicMirror], None]) -> None:
+        self._drop = drop
+        self._young: dict[TopicMirror, None] = {}
+        self._old: dict[TopicMirror, None] = {}
+        self._timer: asyncio.TimerHandle | None = None
+
+    def add(self, mirror: TopicMirror) -> None:
+        self._old.pop(mirror, None)
+        self._young[mirror] = None
+        if len(self._young) + len(self._old) > MAX_IDLE:
+            oldest = self._old or self._young
+            mirror = next(iter(oldest))
+            del oldest[mirror]
+            self._drop(mirror)
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(IDLE_S, self._sweep)
+
+    def discard(self, mirror: TopicMirror) -> None:
+        """The mirror has a user again."""
+        self._young.pop(mirror, None)
+        self._old.pop(mirror, None)
+
+    def clear(self) -> None:
+        """Forget all without dropping them, because the broker closes."""
+        self._young.clear()
+        self._old.clear()
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _sweep(self) -> None:
+        expired, self._old, self._young = self._old, self._young, {}
+        self._timer = asyncio.get_running_loop().call_later(IDLE_S, self._sweep) if self._old else None
+        for mirror in expired:
+            self._drop(mirror)

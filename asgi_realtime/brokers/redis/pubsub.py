@@ -18,7 +18,7 @@ from redis.exceptions import MovedError
 
 from asgi_realtime.brokers.redis.pubsub_connection import PubSubConnection
 from asgi_realtime.brokers.redis.servers import Servers
-from asgi_realtime.brokers.redis.slots import Address, Spawn
+from asgi_realtime.brokers.redis.slots import Address
 from asgi_realtime.core.errors import BrokerUnavailable
 from asgi_realtime.loop.waiting import WaitList
 
@@ -50,11 +50,10 @@ class Subscriber(Protocol):
 class PubSub:
     """Subscribes, and delivers each message to the subscribers of its channel."""
 
-    def __init__(self, servers: Servers, *, timeout_s: float, silence_s: float, spawn: Spawn) -> None:
+    def __init__(self, servers: Servers, *, silence_s: float) -> None:
         self._servers = servers
-        self._timeout_s = timeout_s
         self._silence_s = silence_s
-        self._spawn = spawn
+        self.spawn = servers.spawn
         self._subscribers: dict[str, dict[Subscriber, None]] = {}
         self._connections: dict[Address, PubSubConnection] = {}
         self._connection_of: dict[str, PubSubConnection] = {}
@@ -104,7 +103,7 @@ class PubSub:
     async def confirmed(self, channels: Sequence[str]) -> None:
         """Return when the servers have confirmed all channels. Raises `BrokerUnavailable` if that takes too long."""
         try:
-            async with asyncio.timeout(self._timeout_s):
+            async with asyncio.timeout(self._servers.timeout_s):
                 for channel in channels:
                     while not self._is_confirmed(channel):
                         await self._confirmations.setdefault(channel, WaitList()).wait()
@@ -112,7 +111,7 @@ class PubSub:
             failure = self._failure()
             reason = "" if failure is None else f": {failure}"
             raise BrokerUnavailable(
-                f"Redis did not confirm a subscription within {self._timeout_s:g} s{reason}"
+                f"Redis did not confirm a subscription within {self._servers.timeout_s:g} s{reason}"
             ) from None
 
     def _is_confirmed(self, channel: str) -> bool:
@@ -125,7 +124,7 @@ class PubSub:
         """Subscribe channels where they belong. One job does so for all of them."""
         self._unplaced.update(dict.fromkeys(channels))
         if self._unplaced and (self._placing is None or self._placing.done()):
-            self._placing = self._spawn(self._place_all())
+            self._placing = self.spawn(self._place_all())
 
     async def _place_all(self) -> None:
         delays = retry_delays()
@@ -153,10 +152,10 @@ class PubSub:
                 address,
                 connect=lambda: self._servers.connection(address),
                 reporter=self._servers.reporter(address),
-                timeout_s=self._timeout_s,
+                timeout_s=self._servers.timeout_s,
                 silence_s=self._silence_s,
             )
-            connection.task = self._spawn(connection.run(retry_delays))
+            connection.task = self.spawn(connection.run(retry_delays))
         return connection
 
     async def _place_later(self, channels: Sequence[str]) -> None:
@@ -205,7 +204,7 @@ class PubSub:
             self._servers.slots.learn(by)
         for channel in channels:
             self._connection_of.pop(channel, None)
-        self._spawn(self._place_later(channels))
+        self.spawn(self._place_later(channels))
 
     def on_lost(self) -> None:
         """A connection was lost. On a Cluster, another primary can have its channels by now."""

@@ -40,8 +40,8 @@ class Servers:
 
     def __init__(self, client: Redis, *, timeout_s: float, spawn: Spawn, quiet: bool = False) -> None:
         self._pool = own_pool(client.connection_pool, timeout_s=timeout_s)
-        self._timeout_s = timeout_s
-        self._spawn = spawn
+        self.timeout_s = timeout_s
+        self.spawn = spawn
         self._connections: dict[tuple[Address, bool], CommandConnection] = {}
         self._closed = False
         self._refusals: dict[tuple[Address, object], tuple[Address, str]] = {}
@@ -50,7 +50,7 @@ class Servers:
 
     def connection(self, address: Address) -> AbstractConnection:
         """A connection that is not open yet."""
-        return new_connection(self._pool, address, timeout_s=self._timeout_s)
+        return new_connection(self._pool, address, timeout_s=self.timeout_s)
 
     def reporter(self, address: Address, *, of_calls: bool = False) -> ServerReporter:
         """What a connection to a server reports its state to."""
@@ -92,7 +92,7 @@ class Servers:
     async def _call(
         self, key: str, command: Command, bulk: bool, repeat: bool = True, channel: str | None = None
     ) -> Any:
-        deadline = asyncio.get_running_loop().time() + self._timeout_s
+        deadline = asyncio.get_running_loop().time() + self.timeout_s
         redirect: Address | None = None  # where an ASK has sent this call, for one time
         while True:
             address = redirect or (self.slots.owner(key) if self.slots.is_known else await self.address_of(key))
@@ -153,8 +153,8 @@ class Servers:
         if connection is None:
             connection = self._connections[address, bulk] = CommandConnection(
                 lambda: self.connection(address),
-                timeout_s=self._timeout_s,
-                spawn=self._spawn,
+                timeout_s=self.timeout_s,
+                spawn=self.spawn,
                 reporter=self.reporter(address, of_calls=True),
             )
         return connection

@@ -18,7 +18,6 @@ from asgi_realtime.brokers.live_log import LiveLog
 from asgi_realtime.brokers.redis.keys import Keys
 from asgi_realtime.brokers.redis.mirror import DataLoss, Mirror
 from asgi_realtime.brokers.redis.pubsub import PubSub
-from asgi_realtime.brokers.redis.slots import Spawn
 from asgi_realtime.core.errors import BrokerUnavailable, RunNotFound
 from asgi_realtime.core.log import End, Entry, Log, Page, StreamKey
 from asgi_realtime.loop.waiting import WakeSoon
@@ -34,24 +33,15 @@ class StreamMirror(Mirror):
     """`live` is what readers follow."""
 
     def __init__(
-        self,
-        key: StreamKey,
-        *,
-        read: ReadPage,
-        keys: Keys,
-        pubsub: PubSub,
-        spawn: Spawn,
-        wakes: WakeSoon,
-        max_bytes: int,
+        self, keys: Keys, pubsub: PubSub, key: StreamKey, *, read: ReadPage, wakes: WakeSoon, max_bytes: int
     ) -> None:
-        self.key = key
         self.live = LiveLog(Log(), wakes)
         self._read_page = read
         self._max_bytes = max_bytes
         self._has_position = False
         self._ending: tuple[End, int] | None = None  # how the stream ended, and at which position
         channels = (keys.stream_channel(key), keys.topic_channel(f"run:{key.run}"))
-        super().__init__(channels, pubsub=pubsub, spawn=spawn)
+        super().__init__(key, channels, pubsub)
 
     async def _read(self) -> None:
         log = self.live.log

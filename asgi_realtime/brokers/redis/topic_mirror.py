@@ -12,13 +12,11 @@ is cancelled or fails, the next one in line asks again."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
 
 from asgi_realtime.brokers.redis.keys import Keys, run_of_topic
 from asgi_realtime.brokers.redis.mirror import SYNCING, Mirror
 from asgi_realtime.brokers.redis.pubsub import PubSub
-from asgi_realtime.brokers.redis.slots import Spawn
-from asgi_realtime.brokers.redis.topics import NO_EPOCH, changes_after
+from asgi_realtime.brokers.redis.topics import NO_EPOCH, Topics, changes_after
 from asgi_realtime.core.topics import Change, Changes, Cursor, TopicIndex
 from asgi_realtime.loop.waiting import WaitList
 
@@ -26,33 +24,22 @@ from asgi_realtime.loop.waiting import WaitList
 class TopicMirror(Mirror):
     """Followers wait at `waiting`."""
 
-    def __init__(
-        self,
-        topic: str,
-        *,
-        read: Callable[[str], Awaitable[TopicIndex]],
-        ask: Callable[[str, Cursor, int], Awaitable[Changes]],
-        keys: Keys,
-        pubsub: PubSub,
-        spawn: Spawn,
-    ) -> None:
-        self.topic = topic
+    def __init__(self, keys: Keys, pubsub: PubSub, topics: Topics, topic: str) -> None:
         self.waiting = WaitList()
         self._run_id = run_of_topic(topic)
-        self._read_index = read
-        self._ask = ask
+        self._topics = topics
         self._index = TopicIndex(NO_EPOCH, max_runs=1)
         self._refreshing = asyncio.Lock()
         self._started = 0  # the number of the last refresh that was started
         self._refreshed = 0  # the number of the last one that succeeded
-        super().__init__((keys.topic_channel(topic),), pubsub=pubsub, spawn=spawn)
+        super().__init__(topic, (keys.topic_channel(topic),), pubsub)
 
     async def changes(self, cursor: Cursor | None, *, limit: int = 1000) -> Changes:
         if self.failure is not None:
             raise self.failure
         index = self._index
         if cursor is not None and cursor.epoch == index.epoch and cursor.position > index.position:
-            return await self._ask(self.topic, cursor, limit)  # the process that issued it is ahead of this one
+            return await self._topics.changes(self.key, cursor, limit)  # its issuer is ahead of this process
         return changes_after(index, cursor, limit)
 
     async def refresh(self) -> None:
@@ -66,7 +53,7 @@ class TopicMirror(Mirror):
 
     async def _refresh(self) -> None:
         before = self._index
-        changes = await self._ask(self.topic, Cursor(before.epoch, before.position), before.max_runs)
+        changes = await self._topics.changes(self.key, Cursor(before.epoch, before.position), before.max_runs)
         await self._left(SYNCING)
         index = self._index
         if changes.cursor.epoch != index.epoch or changes.snapshot:
@@ -81,7 +68,7 @@ class TopicMirror(Mirror):
             self.waiting.wake()
 
     async def _read(self) -> None:
-        index, before = await self._read_index(self.topic), self._index
+        index, before = await self._topics.index(self.key), self._index
         self._index = index
         changed = (index.epoch, index.position) != (before.epoch, before.position)
         if changed or not self._routine:  # followers that could not load a changed run try again after an outage
