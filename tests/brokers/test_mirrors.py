@@ -12,10 +12,11 @@ from redis.asyncio import Connection
 from redis.exceptions import MovedError
 
 from asgi_realtime.brokers.redis import pubsub_connection
+from asgi_realtime.brokers.redis.clients import Address
 from asgi_realtime.brokers.redis.keys import Keys
 from asgi_realtime.brokers.redis.mirror import TRANSITIONS, MirrorState
 from asgi_realtime.brokers.redis.pubsub_connection import ConnectionState, PubSubConnection
-from asgi_realtime.brokers.redis.slots import Address
+from asgi_realtime.brokers.redis.server_health import ServerReporter
 from asgi_realtime.brokers.redis.topic_mirror import TopicMirror
 from asgi_realtime.core.errors import BrokerUnavailable
 from asgi_realtime.core.topics import Change, Changes, Cursor, TopicIndex
@@ -267,7 +268,7 @@ class Registry(FakePubSub):
         return True
 
 
-class Reporter:
+class Reporter(ServerReporter):
     def __init__(self) -> None:
         self.reports: list[str] = []
 

@@ -1,17 +1,45 @@
-"""redis-py's clients and connection pools, as far as the broker uses them: for their settings only."""
+"""What the broker uses of redis-py: the settings of clients and pools, and the errors that a server answers with.
+
+This is the only place where redis-py's exceptions become ours.
+"""
 
 from __future__ import annotations
 
 from copy import copy
+from typing import NamedTuple
 
 from redis.asyncio.client import Redis
 from redis.asyncio.connection import AbstractConnection, ConnectionPool
 from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import SentinelConnectionPool
 from redis.backoff import NoBackoff
+from redis.exceptions import (
+    AskError,
+    AuthorizationError,
+    ClusterDownError,
+    MovedError,
+    NoPermissionError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    RedisError,
+    ResponseError,
+    TryAgainError,
+)
 
-from asgi_realtime.brokers.redis.slots import THE_URL, Address
-from asgi_realtime.core.errors import InvalidConfiguration
+from asgi_realtime.core.errors import BrokerUnavailable, InvalidConfiguration
+
+_TRANSIENT = (MovedError, AskError, TryAgainError, ClusterDownError, ReadOnlyError)
+_TRANSIENT_PREFIXES = ("LOADING", "MASTERDOWN", "READONLY", "CLUSTERDOWN", "TRYAGAIN")
+
+
+class Address(NamedTuple):
+    """Where a primary listens. An empty host means the server of the URL."""
+
+    host: str
+    port: int
+
+
+THE_URL = Address("", 0)
 
 
 def open_client(url: str) -> Redis:
@@ -67,3 +95,17 @@ async def close_sentinels(pool: ConnectionPool) -> None:
     if isinstance(pool, SentinelConnectionPool):
         for sentinel in pool.sentinel_manager.sentinels:
             await sentinel.connection_pool.disconnect()
+
+
+def is_transient(exc: ResponseError) -> bool:
+    """Whether the same call can succeed soon: the slot moves, the server loads its data or is being replaced."""
+    return isinstance(exc, _TRANSIENT) or str(exc).startswith(_TRANSIENT_PREFIXES)
+
+
+def unavailable(exc: RedisError) -> BrokerUnavailable:
+    """Our error for a refusal, with what the user can do about it."""
+    if isinstance(exc, OutOfMemoryError):
+        return BrokerUnavailable("Redis has no memory left (maxmemory); raise it, or lower Retention")
+    if isinstance(exc, NoPermissionError | AuthorizationError):
+        return BrokerUnavailable(f"the Redis user lacks a permission ({exc}); docs/scaling.md lists the rules it needs")
+    return BrokerUnavailable(f"Redis refused: {exc}")

@@ -11,12 +11,13 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
-from typing import Any, Protocol
+from typing import Any
 
 from redis.asyncio.connection import AbstractConnection
 from redis.exceptions import ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
+from asgi_realtime.brokers.redis.server_health import ServerReporter
 from asgi_realtime.core.errors import BrokerUnavailable, ServerShutdown
 
 try:
@@ -24,7 +25,7 @@ try:
 except ImportError:  # the `redis` extra installs it, but redis-py alone works too
     pack_command = None  # type: ignore[assignment]
 
-Connect = Callable[[], AbstractConnection]
+Spawn = Callable[[Coroutine[Any, Any, None]], Any]
 Command = tuple[Any, ...]
 
 _COOL_DOWN_S = 0.1
@@ -38,20 +39,6 @@ class ConnectionLost(BrokerUnavailable):
         super().__init__(message)
         self.broke = broke
         """It worked until then, so a new one probably works at once."""
-
-
-class HealthReporter(Protocol):
-    """What a connection reports its state to."""
-
-    def broke(self, reason: Exception) -> None:
-        """It worked, and was lost."""
-        ...
-
-    def failed(self, reason: Exception) -> None:
-        """It could not be opened, or the server does not answer."""
-        ...
-
-    def works(self) -> None: ...
 
 
 async def until_one_ends(*parts: Coroutine[Any, Any, None]) -> None:
@@ -71,12 +58,7 @@ class CommandConnection:
     """Sends commands and returns their answers. `connect` makes a connection that is not open yet."""
 
     def __init__(
-        self,
-        connect: Connect,
-        *,
-        timeout_s: float,
-        spawn: Callable[[Coroutine[Any, Any, None]], Any],
-        reporter: HealthReporter,
+        self, connect: Callable[[], AbstractConnection], *, timeout_s: float, spawn: Spawn, reporter: ServerReporter
     ) -> None:
         self._connect = connect
         self._timeout_s = timeout_s

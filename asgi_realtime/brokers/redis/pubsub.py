@@ -16,9 +16,9 @@ from typing import Any, Protocol
 
 from redis.exceptions import MovedError
 
+from asgi_realtime.brokers.redis.clients import Address
 from asgi_realtime.brokers.redis.pubsub_connection import PubSubConnection
 from asgi_realtime.brokers.redis.servers import Servers
-from asgi_realtime.brokers.redis.slots import Address
 from asgi_realtime.core.errors import BrokerUnavailable
 from asgi_realtime.loop.waiting import WaitList
 

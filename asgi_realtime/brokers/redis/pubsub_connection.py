@@ -29,8 +29,9 @@ from redis.asyncio.connection import AbstractConnection
 from redis.crc import key_slot
 from redis.exceptions import MovedError
 
-from asgi_realtime.brokers.redis.command_connection import HealthReporter, until_one_ends
-from asgi_realtime.brokers.redis.slots import Address
+from asgi_realtime.brokers.redis.clients import Address
+from asgi_realtime.brokers.redis.command_connection import until_one_ends
+from asgi_realtime.brokers.redis.server_health import ServerReporter
 
 _GROUP = 500
 """Channels per SSUBSCRIBE. The server does nothing else while it executes one."""
@@ -80,7 +81,7 @@ class PubSubConnection:
         address: Address,
         *,
         connect: Callable[[], AbstractConnection],
-        reporter: HealthReporter,
+        reporter: ServerReporter,
         timeout_s: float,
         silence_s: float,
     ) -> None:

@@ -111,4 +111,4 @@ class Schedule:
     async def enqueued(self, run_id: str) -> None:
         """As `Broker.enqueued`."""
         key = self._keys.due("enqueue", self._keys.partition(run_id))
-        await self._servers.run(scripts.ENQUEUED, [key], run_id)
+        await self._servers.call(key, "ZREM", key, run_id)

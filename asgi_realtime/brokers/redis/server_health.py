@@ -11,6 +11,8 @@ import logging
 import math
 from collections.abc import Hashable
 
+from asgi_realtime.brokers.redis.clients import THE_URL, Address
+
 logger = logging.getLogger("asgi_realtime")
 _silent = logging.Logger("silent", logging.CRITICAL + 1)
 
@@ -85,3 +87,28 @@ class ServerHealthLog:
         self._recovering.clear()
         self._failing_since.clear()
         self._broke_at.clear()
+
+
+class ServerReporter:
+    """Reports the connections to one server to the log."""
+
+    def __init__(self, health: ServerHealthLog, address: Address, *, of_calls: bool) -> None:
+        self._health = health
+        self._of_calls = of_calls
+        self._address = address
+        self._name = "Redis" if address == THE_URL else f"Redis at {address.host}:{address.port}"
+
+    def broke(self, reason: Exception) -> None:
+        """A connection worked, and was lost."""
+        self._health.broke(self._address, self._name, reason)
+
+    def failed(self, reason: Exception) -> None:
+        """A connection could not be opened, or the server does not answer."""
+        if self._of_calls:
+            self._health.not_answering(self._address)
+        self._health.failed(self._address, f"{self._name} is unavailable", str(reason) or type(reason).__name__)
+
+    def works(self) -> None:
+        if self._of_calls:
+            self._health.answering(self._address)
+        self._health.works(self._address, f"{self._name} is available again")

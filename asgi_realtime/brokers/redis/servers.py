@@ -15,12 +15,18 @@ from redis.asyncio.client import Redis
 from redis.asyncio.connection import AbstractConnection
 from redis.exceptions import AskError, MovedError, NoScriptError, ReadOnlyError, ResponseError
 
-from asgi_realtime.brokers.redis.clients import close_sentinels, new_connection, own_pool
-from asgi_realtime.brokers.redis.command_connection import Command, CommandConnection, ConnectionLost
-from asgi_realtime.brokers.redis.refusals import is_transient, unavailable
+from asgi_realtime.brokers.redis.clients import (
+    Address,
+    close_sentinels,
+    is_transient,
+    new_connection,
+    own_pool,
+    unavailable,
+)
+from asgi_realtime.brokers.redis.command_connection import Command, CommandConnection, ConnectionLost, Spawn
 from asgi_realtime.brokers.redis.scripts import Script
-from asgi_realtime.brokers.redis.server_health import ServerHealthLog
-from asgi_realtime.brokers.redis.slots import THE_URL, Address, SlotMap, Spawn
+from asgi_realtime.brokers.redis.server_health import ServerHealthLog, ServerReporter
+from asgi_realtime.brokers.redis.slots import SlotMap
 from asgi_realtime.core.errors import BrokerUnavailable, ServerShutdown
 
 _RETRY_S = 0.02
@@ -28,7 +34,7 @@ _RETRY_S = 0.02
 RESYNC = b"?"
 """A message without a change: its subscribers read again."""
 
-WRITABLE = Script("#!lua\nreturn 1")
+_WRITABLE = "#!lua\nreturn 1"
 """Writes nothing, but is refused wherever a writing script would be: without memory, on a replica."""
 
 
@@ -46,7 +52,7 @@ class Servers:
         self._closed = False
         self._refusals: dict[tuple[Address, object], tuple[Address, str]] = {}
         self.health = ServerHealthLog(quiet=quiet)
-        self.slots = SlotMap(self, default_host=str(self._pool.connection_kwargs.get("host", "localhost")), spawn=spawn)
+        self.slots = SlotMap(self, default_host=str(self._pool.connection_kwargs.get("host", "localhost")))
 
     def connection(self, address: Address) -> AbstractConnection:
         """A connection that is not open yet."""
@@ -188,10 +194,7 @@ class Servers:
 
     async def _check(self, address: Address, *, again: bool = False) -> None:
         try:
-            try:
-                await self.ask(address, "EVALSHA", WRITABLE.sha, 0)
-            except NoScriptError:
-                await self.ask(address, "EVAL", WRITABLE.text, 0)
+            await self.ask(address, "EVAL", _WRITABLE, 0)
         except ConnectionLost as exc:
             self.slots.refresh_soon()
             if not exc.broke or again:
@@ -210,29 +213,6 @@ class Servers:
             await connection.aclose()
         self.health.close()
         await close_sentinels(self._pool)
-
-
-class ServerReporter:
-    """Reports the connections to one server to the log."""
-
-    def __init__(self, health: ServerHealthLog, address: Address, *, of_calls: bool) -> None:
-        self._health = health
-        self._of_calls = of_calls
-        self._address = address
-        self._name = "Redis" if address == THE_URL else f"Redis at {address.host}:{address.port}"
-
-    def broke(self, reason: Exception) -> None:
-        self._health.broke(self._address, self._name, reason)
-
-    def failed(self, reason: Exception) -> None:
-        if self._of_calls:
-            self._health.not_answering(self._address)
-        self._health.failed(self._address, f"{self._name} is unavailable", str(reason) or type(reason).__name__)
-
-    def works(self) -> None:
-        if self._of_calls:
-            self._health.answering(self._address)
-        self._health.works(self._address, f"{self._name} is available again")
 
 
 def _kind(command: Command) -> object:

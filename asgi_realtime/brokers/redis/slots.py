@@ -9,17 +9,15 @@ from __future__ import annotations
 import asyncio
 import math
 import random
-from collections.abc import Awaitable, Callable, Coroutine
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Awaitable, Coroutine
+from typing import Any, Protocol
 
 from redis.crc import key_slot
 from redis.exceptions import MovedError, NoPermissionError, ResponseError
 
+from asgi_realtime.brokers.redis.clients import THE_URL, Address, unavailable
 from asgi_realtime.brokers.redis.command_connection import ConnectionLost
-from asgi_realtime.brokers.redis.refusals import unavailable
 from asgi_realtime.core.errors import BrokerUnavailable, ServerShutdown
-
-Spawn = Callable[[Coroutine[Any, Any, None]], Any]
 
 SLOTS = 16384
 
@@ -27,16 +25,6 @@ _REFRESH_S = 0.2
 """The shortest time between two questions in the background."""
 
 _NO_CLUSTER = "cluster support disabled"
-
-
-class Address(NamedTuple):
-    """Where a primary listens. An empty host means the server of the URL."""
-
-    host: str
-    port: int
-
-
-THE_URL = Address("", 0)
 
 
 class Asks(Protocol):
@@ -48,14 +36,15 @@ class Asks(Protocol):
 
     def on_refreshed(self, primaries: list[Address]) -> None: ...
 
+    def spawn(self, job: Coroutine[Any, Any, None]) -> Any: ...
+
 
 class SlotMap:
     """`default_host` is what a server means that lists itself without a host."""
 
-    def __init__(self, servers: Asks, *, default_host: str, spawn: Spawn) -> None:
+    def __init__(self, servers: Asks, *, default_host: str) -> None:
         self._servers = servers
         self._default_host = default_host
-        self._spawn = spawn
         self._owners: list[Address] = []  # by slot; empty without a Cluster
         self._job: asyncio.Task[None] | None = None
         self._asked_at = -math.inf
@@ -102,7 +91,7 @@ class SlotMap:
             raise ServerShutdown()
         if self._job is None or self._job.done():
             self._asked_at = asyncio.get_running_loop().time()
-            self._job = self._spawn(self._ask())
+            self._job = self._servers.spawn(self._ask())
         return self._job
 
     async def _ask(self) -> None:
