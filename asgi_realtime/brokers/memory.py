@@ -272,16 +272,13 @@ class MemoryBroker:
         run.published_to = tuple(dict.fromkeys((*run.published_to, *topics)))
 
     def _publish(self, topic: str, record: RunRecord) -> None:
-        entry = self._topics.get(topic)
-        if entry is None:
-            entry = self._add_topic(topic)
+        entry = self._topics.get(topic) or self._add_topic(topic)
         if entry.index.update(record.id, record.version):
             entry.waiting.wake()
 
     def _add_topic(self, topic: str) -> _MemoryTopic:
-        index = TopicIndex(secrets.token_hex(4), max_runs=self._limits.topic_runs)
-        entry = self._topics[topic] = _MemoryTopic(index)
-        return entry
+        self._topics[topic] = _MemoryTopic(TopicIndex(secrets.token_hex(4), max_runs=self._limits.topic_runs))
+        return self._topics[topic]
 
     async def load(self, run_ids: Sequence[str]) -> list[RunRecord | None]:
         return [None if (run := self._runs.get(run_id)) is None else run.record for run_id in run_ids]
@@ -292,9 +289,7 @@ class MemoryBroker:
 
     @asynccontextmanager
     async def follow(self, topic: str) -> AsyncIterator[LiveTopic]:
-        entry = self._topics.get(topic)
-        if entry is None:
-            entry = self._add_topic(topic)
+        entry = self._topics.get(topic) or self._add_topic(topic)
         entry.followers += 1
         try:
             yield entry

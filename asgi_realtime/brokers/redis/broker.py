@@ -132,8 +132,8 @@ class RedisBroker:
             partial(StreamMirror, self._keys, pubsub, read=self._read_for_mirror, wakes=wakes, max_bytes=max_bytes),
             partial(TopicMirror, self._keys, pubsub, topics),
         )
-        records = Records(servers, self._keys, timeouts=self._timeouts, retention=self._retention)
-        schedule = Schedule(servers, self._keys, lease_s=self._timeouts.lease)
+        schedule = Schedule(servers, self._keys, timeouts=self._timeouts, retention=self._retention)
+        records = Records(servers, self._keys, schedule)
         self._opened = _Open(servers, pubsub, records, topics, mirrors, schedule)
         return self
 
@@ -260,14 +260,12 @@ class RedisBroker:
     async def commit(
         self, record: RunRecord, *, expect: int, change: ChangeMark, floors: Mapping[tuple[str, str], int] | None = None
     ) -> int:
-        records, topics, schedule = self._open.records, self._open.topics, self._open.schedule
+        opened = self._open
         try:
-            version, has_new_lease = await records.store(record, expect, change, floors or {})
-            hints = schedule.add_hints(
-                record.id, records.due_times(record), status=record.status if has_new_lease else None
-            )
+            version, has_new_lease = await opened.records.store(record, expect, change, floors or {})
+            hints = opened.schedule.add_hints(record, has_new_lease=has_new_lease)
             if record.topics:
-                await asyncio.gather(hints, topics.publish(record.id, version, record.topics))
+                await asyncio.gather(hints, opened.topics.publish(record.id, version, record.topics))
             else:
                 await hints
         except StateError:
@@ -279,9 +277,7 @@ class RedisBroker:
 
     async def _hint_at(self, record: RunRecord) -> None:
         with suppress(BrokerUnavailable):  # then it is found when its partition is scanned
-            opened = self._open
-            times = opened.records.due_times(record)
-            await opened.schedule.add_hints(record.id, times, status=record.status, unpublished=True)
+            await self._open.schedule.add_hints(record, has_new_lease=True, unpublished=True)
 
     async def load(self, run_ids: Sequence[str]) -> list[RunRecord | None]:
         return list(await asyncio.gather(*map(self._open.records.load, run_ids)))

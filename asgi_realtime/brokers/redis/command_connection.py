@@ -11,6 +11,7 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
+from copy import copy
 from typing import Any
 
 from redis.asyncio.connection import AbstractConnection
@@ -194,15 +195,8 @@ class CommandConnection:
             under_way += [future for _, future in queue]
         for future in under_way:
             if not future.done():
-                future.set_exception(_copy(failure))
+                future.set_exception(copy(failure))  # one that is raised repeatedly accumulates tracebacks
                 future.exception()  # marks it as retrieved, in case its caller was cancelled
-
-
-def _copy(failure: ConnectionLost | ServerShutdown) -> Exception:
-    """Each caller raises its own: an exception that is raised repeatedly accumulates tracebacks."""
-    if isinstance(failure, ConnectionLost):
-        return ConnectionLost(str(failure), broke=failure.broke)
-    return ServerShutdown(str(failure))
 
 
 def _pack(connection: AbstractConnection, commands: list[Command]) -> bytes | list[bytes]:

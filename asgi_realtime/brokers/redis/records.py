@@ -4,51 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import chain
-from typing import NamedTuple
 
 import msgspec
 
 from asgi_realtime.brokers.base import MARKS_KEPT, ChangeMark
 from asgi_realtime.brokers.redis import scripts
 from asgi_realtime.brokers.redis.keys import Keys
-from asgi_realtime.brokers.redis.schedule import STATES
+from asgi_realtime.brokers.redis.schedule import STATES, Schedule
 from asgi_realtime.brokers.redis.servers import Servers
 from asgi_realtime.brokers.redis.topics import new_epoch, random_step
-from asgi_realtime.core.config import Retention, Timeouts
 from asgi_realtime.core.errors import StreamBehind
 from asgi_realtime.core.log import StreamKey
 from asgi_realtime.core.run_errors import VersionConflict
-from asgi_realtime.core.runs import RunRecord, due_times, run_topic
+from asgi_realtime.core.runs import RunRecord, run_topic
 
 _json = msgspec.json.Encoder()
 _record = msgspec.json.Decoder(RunRecord)
 
 
-class Stored(NamedTuple):
-    """The version that a commit stored, and whether the run came to a status that has a lease."""
-
-    version: int
-    has_new_lease: bool
-
-
 class Records:
     """Raises `BrokerUnavailable`."""
 
-    def __init__(self, servers: Servers, keys: Keys, *, timeouts: Timeouts, retention: Retention) -> None:
+    def __init__(self, servers: Servers, keys: Keys, schedule: Schedule) -> None:
         self._servers = servers
         self._keys = keys
-        self._timeouts = timeouts
-        self._retention = retention
-        self._lease_ms = round(timeouts.lease * 1000)
-
-    def due_times(self, record: RunRecord) -> dict[str, int]:
-        return due_times(record, cancel_s=self._timeouts.cancel, after_end_s=self._retention.after_end)
+        self._schedule = schedule
 
     async def store(
         self, record: RunRecord, expect: int, change: ChangeMark, floors: Mapping[tuple[str, str], int]
-    ) -> Stored:
-        """Store a version in one step with the run's own topic. Raises `VersionConflict`, `StreamBehind`."""
-        due = self.due_times(record)
+    ) -> tuple[int, bool]:
+        """Store a version in one step with the run's own topic. Returns the version, and whether a lease begins.
+
+        Raises `VersionConflict`, `StreamBehind`.
+        """
+        due = self._schedule.due_times(record)
         end = record.end
         channel = self._keys.topic_channel(run_topic(record.id))
         answer = await self._servers.run(
@@ -64,7 +53,7 @@ class Records:
             b"" if end is None else _json.encode(end),
             STATES.get(record.status, ""),
             record.owner or "",
-            self._lease_ms,
+            self._schedule.lease_ms,
             int(bool(record.topics)),
             channel,
             random_step(),
@@ -79,7 +68,7 @@ class Records:
         if answer[0] == b"conflict":
             current = _decode_record(answer[2])
             raise VersionConflict(f"run {record.id!r} has version {int(answer[1])}, expected {expect}", current=current)
-        return Stored(int(answer[1]), answer[2] == b"1")
+        return int(answer[1]), answer[2] == b"1"
 
     async def load(self, run_id: str) -> RunRecord | None:
         key = self._keys.run(run_id)

@@ -13,12 +13,13 @@ from __future__ import annotations
 import asyncio
 import heapq
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from asgi_realtime.brokers.redis import scripts
 from asgi_realtime.brokers.redis.keys import DUE_OF_PARTITION, PARTITIONS, Keys
 from asgi_realtime.brokers.redis.servers import Servers
-from asgi_realtime.core.runs import Status
+from asgi_realtime.core.config import Retention, Timeouts
+from asgi_realtime.core.runs import RunRecord, Status, due_times
 
 _SCAN_S = 1.0
 _SCANNED = 4
@@ -39,30 +40,32 @@ _LEASES = {Status.EXECUTING: "lease", Status.QUEUED: "enqueue"}
 class Schedule:
     """The due times of all runs. Raises `BrokerUnavailable`."""
 
-    def __init__(self, servers: Servers, keys: Keys, *, lease_s: float) -> None:
+    def __init__(self, servers: Servers, keys: Keys, *, timeouts: Timeouts, retention: Retention) -> None:
+        self.lease_ms = round(timeouts.lease * 1000)
         self._servers = servers
         self._keys = keys
-        self._lease_s = lease_s
-        self._lease_ms = round(lease_s * 1000)
+        self._timeouts = timeouts
+        self._retention = retention
         self._next_scanned = random.randrange(PARTITIONS)
         self._scanned_at = -_SCAN_S
 
-    async def add_hints(
-        self, run_id: str, times: Mapping[str, int], *, status: Status | None = None, unpublished: bool = False
-    ) -> None:
-        """Hint at the unix milliseconds at which a run is due. With a status, also at the lease that it begins."""
-        hints = {kind: f"a{at}" for kind, at in times.items()}
-        if status in _LEASES:
-            hints[_LEASES[status]] = f"r{self._lease_ms}"
+    def due_times(self, record: RunRecord) -> dict[str, int]:
+        return due_times(record, cancel_s=self._timeouts.cancel, after_end_s=self._retention.after_end)
+
+    async def add_hints(self, record: RunRecord, *, has_new_lease: bool, unpublished: bool = False) -> None:
+        """Hint at the times at which a run is due, also at the end of a lease that begins with its status."""
+        hints = {kind: f"a{at}" for kind, at in self.due_times(record).items()}
+        if has_new_lease and record.status in _LEASES:
+            hints[_LEASES[record.status]] = f"r{self.lease_ms}"
         if unpublished:
             hints["unpublished"] = f"r{_UNPUBLISHED_MS}"
         if hints:
             keys = [self._keys.hints(kind) for kind in hints]
-            await self._servers.run(scripts.ADD_HINTS, keys, self._keys.partition(run_id), *hints.values())
+            await self._servers.run(scripts.ADD_HINTS, keys, self._keys.partition(record.id), *hints.values())
 
     async def due(self, kind: str, *, limit: int, skip: int) -> list[str]:
         """As `Broker.due`."""
-        if kind == "lease" and self._servers.health.answering_for_s() < self._lease_s:
+        if kind == "lease" and self._servers.health.answering_for_s() < self._timeouts.lease:
             return []  # no owner could renew while Redis was unavailable: they get a lease's time to do so
         await self._scan()
         partitions, moved_to = await self._servers.run(scripts.TAKE_HINTS, [self._keys.hints(kind)], _READ_MS)
@@ -106,7 +109,7 @@ class Schedule:
 
     async def _renew(self, run_id: str, owner: str) -> None:
         lease, enqueue, *_ = self._keys.due_of(run_id)
-        await self._servers.run(scripts.RENEW, [self._keys.run(run_id), lease, enqueue], run_id, owner, self._lease_ms)
+        await self._servers.run(scripts.RENEW, [self._keys.run(run_id), lease, enqueue], run_id, owner, self.lease_ms)
 
     async def enqueued(self, run_id: str) -> None:
         """As `Broker.enqueued`."""

@@ -206,7 +206,6 @@ class Servers:
     async def aclose(self) -> None:
         """Close all connections. Later calls raise `ServerShutdown`."""
         self._closed = True
-        self.slots.close()
         connections = list(self._connections.values())
         self._connections.clear()
         for connection in connections:

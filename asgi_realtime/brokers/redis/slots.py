@@ -10,6 +10,7 @@ import asyncio
 import math
 import random
 from collections.abc import Awaitable, Coroutine
+from copy import copy
 from typing import Any, Protocol
 
 from redis.crc import key_slot
@@ -17,7 +18,7 @@ from redis.exceptions import MovedError, NoPermissionError, ResponseError
 
 from asgi_realtime.brokers.redis.clients import THE_URL, Address, unavailable
 from asgi_realtime.brokers.redis.command_connection import ConnectionLost
-from asgi_realtime.core.errors import BrokerUnavailable, ServerShutdown
+from asgi_realtime.core.errors import BrokerUnavailable, RealtimeError, ServerShutdown
 
 SLOTS = 16384
 
@@ -48,8 +49,7 @@ class SlotMap:
         self._owners: list[Address] = []  # by slot; empty without a Cluster
         self._job: asyncio.Task[None] | None = None
         self._asked_at = -math.inf
-        self._failure = ""
-        self._closed = False
+        self._failure: RealtimeError = ServerShutdown()  # what ended the job, unless it raised an error
         self.is_known = False
 
     def owner(self, key: str) -> Address:
@@ -68,13 +68,11 @@ class SlotMap:
         job = self._refresh()
         await asyncio.wait([job])
         if not self.is_known:
-            if self._closed:
-                raise ServerShutdown()
-            raise BrokerUnavailable(self._failure)
+            raise copy(self._failure)  # one that is raised repeatedly accumulates tracebacks
 
     def refresh_soon(self) -> None:
         """Ask again in the background, if this is a Cluster and it was not asked just now."""
-        if self._owners and not self._closed and asyncio.get_running_loop().time() - self._asked_at > _REFRESH_S:
+        if self._owners and asyncio.get_running_loop().time() - self._asked_at > _REFRESH_S:
             self._refresh()
 
     def learn(self, moved: MovedError) -> None:
@@ -83,12 +81,7 @@ class SlotMap:
             host = moved.host or self._owners[moved.slot_id].host
             self._owners[moved.slot_id] = Address(host, moved.port)
 
-    def close(self) -> None:
-        self._closed = True
-
     def _refresh(self) -> asyncio.Task[None]:
-        if self._closed:
-            raise ServerShutdown()
         if self._job is None or self._job.done():
             self._asked_at = asyncio.get_running_loop().time()
             self._job = self._servers.spawn(self._ask())
@@ -97,10 +90,8 @@ class SlotMap:
     async def _ask(self) -> None:
         try:
             self._owners = await self._ask_any()
-        except ServerShutdown:
-            return
-        except BrokerUnavailable as exc:
-            self._failure = str(exc)
+        except RealtimeError as exc:
+            self._failure = exc
             return
         self.is_known = True
         self._servers.on_refreshed(self._owners or [THE_URL])
