@@ -8,27 +8,15 @@ from __future__ import annotations
 from copy import copy
 from typing import NamedTuple
 
+from redis import exceptions
 from redis.asyncio.client import Redis
 from redis.asyncio.connection import AbstractConnection, ConnectionPool
 from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import SentinelConnectionPool
 from redis.backoff import NoBackoff
-from redis.exceptions import (
-    AskError,
-    AuthorizationError,
-    ClusterDownError,
-    MovedError,
-    NoPermissionError,
-    OutOfMemoryError,
-    ReadOnlyError,
-    RedisError,
-    ResponseError,
-    TryAgainError,
-)
 
 from asgi_realtime.core.errors import BrokerUnavailable, InvalidConfiguration
 
-_TRANSIENT = (MovedError, AskError, TryAgainError, ClusterDownError, ReadOnlyError)
 _TRANSIENT_PREFIXES = ("LOADING", "MASTERDOWN", "READONLY", "CLUSTERDOWN", "TRYAGAIN")
 
 
@@ -97,15 +85,17 @@ async def close_sentinels(pool: ConnectionPool) -> None:
             await sentinel.connection_pool.disconnect()
 
 
-def is_transient(exc: ResponseError) -> bool:
+def is_transient(exc: exceptions.ResponseError) -> bool:
     """Whether the same call can succeed soon: the slot moves, the server loads its data or is being replaced."""
-    return isinstance(exc, _TRANSIENT) or str(exc).startswith(_TRANSIENT_PREFIXES)
+    # MovedError is an AskError
+    passing = exceptions.AskError | exceptions.TryAgainError | exceptions.ClusterDownError | exceptions.ReadOnlyError
+    return isinstance(exc, passing) or str(exc).startswith(_TRANSIENT_PREFIXES)
 
 
-def unavailable(exc: RedisError) -> BrokerUnavailable:
+def unavailable(exc: exceptions.RedisError) -> BrokerUnavailable:
     """Our error for a refusal, with what the user can do about it."""
-    if isinstance(exc, OutOfMemoryError):
+    if isinstance(exc, exceptions.OutOfMemoryError):
         return BrokerUnavailable("Redis has no memory left (maxmemory); raise it, or lower Retention")
-    if isinstance(exc, NoPermissionError | AuthorizationError):
+    if isinstance(exc, exceptions.NoPermissionError | exceptions.AuthorizationError):
         return BrokerUnavailable(f"the Redis user lacks a permission ({exc}); docs/scaling.md lists the rules it needs")
     return BrokerUnavailable(f"Redis refused: {exc}")

@@ -32,10 +32,10 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Sequence
 from enum import Enum
-from itertools import chain, repeat
 from typing import Any
 
 from asgi_realtime.brokers.redis.pubsub import PubSub
+from asgi_realtime.brokers.redis.pubsub_connection import retry_delays
 from asgi_realtime.brokers.redis.servers import RESYNC
 from asgi_realtime.core.errors import BrokerUnavailable, RealtimeError, ServerShutdown
 from asgi_realtime.loop.waiting import WaitList
@@ -44,8 +44,6 @@ logger = logging.getLogger("asgi_realtime")
 
 _PENDING_BYTES = 1024 * 1024
 """Messages that wait for a read. Beyond this, reading once more is cheaper."""
-
-_RETRY_S = (0.05, 0.1, 0.2, 0.5, 1.0)
 
 
 class MirrorState(Enum):
@@ -157,13 +155,13 @@ class Mirror(ABC):
         await self._catch_up()
 
     async def _sync(self) -> None:
-        for retry_s in chain(_RETRY_S, repeat(_RETRY_S[-1])):
+        for delay_s in retry_delays():
             try:
                 return await self._catch_up()
             except DataLoss:
                 raise
             except BrokerUnavailable:
-                await asyncio.sleep(retry_s)
+                await asyncio.sleep(delay_s)
 
     async def _catch_up(self) -> None:
         """Read, then apply the messages that arrived during the read. Repeat until they continue it."""
@@ -213,8 +211,8 @@ class Mirror(ABC):
             self._routine = self._routine and routine
             self._reread = True
 
-    def _found_news(self) -> None:
-        """The read brought something. If silence was its only reason, a message was lost: replace the connection."""
+    def _on_found_change(self) -> None:
+        """The read found a change. If silence was its only reason, a message was lost: replace the connection."""
         if self._routine:
             self._routine = False
             self._pubsub.missed(self._channels[0])

@@ -9,32 +9,23 @@ primary at any time; its channels are then subscribed there.
 from __future__ import annotations
 
 import asyncio
-import itertools
-import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 from redis.exceptions import MovedError
 
 from asgi_realtime.brokers.redis.clients import Address
-from asgi_realtime.brokers.redis.pubsub_connection import PubSubConnection
+from asgi_realtime.brokers.redis.pubsub_connection import PubSubConnection, retry_delays
+from asgi_realtime.brokers.redis.server_health import ServerReporter
 from asgi_realtime.brokers.redis.servers import Servers
 from asgi_realtime.core.errors import BrokerUnavailable
 from asgi_realtime.loop.waiting import WaitList
-
-_RETRY_S = (0.05, 0.1, 0.2, 0.4, 0.8, 1.0)
-"""Reconnect delays, jittered, because many processes lose a server at once."""
 
 _MOVE_S = 0.02
 """How long to wait before subscribing elsewhere: while a slot moves, its two servers can each name the other one."""
 
 _TROUBLE_S = 1.0
 """A connection that is re-established within this is not worth reporting."""
-
-
-def retry_delays() -> Iterator[float]:
-    for delay_s in itertools.chain(_RETRY_S, itertools.repeat(_RETRY_S[-1])):
-        yield delay_s * random.uniform(0.5, 1.0)
 
 
 class Subscriber(Protocol):
@@ -151,11 +142,11 @@ class PubSub:
                 self,
                 address,
                 connect=lambda: self._servers.connection(address),
-                reporter=self._servers.reporter(address),
+                reporter=ServerReporter(self._servers.health, address, of_calls=False),
                 timeout_s=self._servers.timeout_s,
                 silence_s=self._silence_s,
             )
-            connection.task = self.spawn(connection.run(retry_delays))
+            connection.task = self.spawn(connection.run())
         return connection
 
     async def _place_later(self, channels: Sequence[str]) -> None:

@@ -20,9 +20,11 @@ PING and lets its subscribers compare positions; if that finds a change that no 
 from __future__ import annotations
 
 import asyncio
+import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from enum import Enum
+from itertools import chain, repeat
 from typing import Any, Protocol
 
 from redis.asyncio.connection import AbstractConnection
@@ -32,6 +34,9 @@ from redis.exceptions import MovedError
 from asgi_realtime.brokers.redis.clients import Address
 from asgi_realtime.brokers.redis.command_connection import until_one_ends
 from asgi_realtime.brokers.redis.server_health import ServerReporter
+
+_RETRY_S = (0.05, 0.1, 0.2, 0.4, 0.8, 1.0)
+"""Reconnect delays, jittered, because many processes lose a server at once."""
 
 _GROUP = 500
 """Channels per SSUBSCRIBE. The server does nothing else while it executes one."""
@@ -66,6 +71,11 @@ class ChannelRegistry(Protocol):
     def check(self, channels: Iterable[str], *, routine: bool) -> None: ...
 
     def is_needed(self, connection: PubSubConnection) -> bool: ...
+
+
+def retry_delays() -> Iterator[float]:
+    for delay_s in chain(_RETRY_S, repeat(_RETRY_S[-1])):
+        yield delay_s * random.uniform(0.5, 1.0)
 
 
 def _slot(channel: str) -> int:
@@ -127,7 +137,7 @@ class PubSubConnection:
         self._to_send.append((verb, channel))
         self._has_to_send.set()
 
-    async def run(self, retry_delays: Callable[[], Iterator[float]]) -> None:
+    async def run(self) -> None:
         """Listen, and connect again whenever the connection is lost."""
         delays = retry_delays()
         while True:

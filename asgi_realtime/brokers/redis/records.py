@@ -18,8 +18,8 @@ from asgi_realtime.core.log import StreamKey
 from asgi_realtime.core.run_errors import VersionConflict
 from asgi_realtime.core.runs import RunRecord, run_topic
 
-_json = msgspec.json.Encoder()
-_record = msgspec.json.Decoder(RunRecord)
+_encode = msgspec.json.Encoder().encode
+_decode = msgspec.json.Decoder(RunRecord).decode
 
 
 class Records:
@@ -47,10 +47,10 @@ class Records:
             expect,
             record.version,
             f"{change.writer}:{change.number}",
-            _json.encode(msgspec.structs.replace(record, payload_json=None, payload_meta_json=None, output_json=None)),
+            _encode(msgspec.structs.replace(record, payload_json=None, payload_meta_json=None, output_json=None)),
             _encode_payload(record) if expect == 0 else b"",
             record.output_json or b"",
-            b"" if end is None else _json.encode(end),
+            b"" if end is None else _encode(end),
             STATES.get(record.status, ""),
             record.owner or "",
             self._schedule.lease_ms,
@@ -92,7 +92,7 @@ def _decode_record(fields: Sequence[bytes | None]) -> RunRecord | None:
     record, payload, output = fields
     if record is None:
         return None
-    decoded: RunRecord = _record.decode(record)
+    decoded = _decode(record)
     if payload is None and output is None:
         return decoded
     payload, _, meta = (payload or b"").partition(b"\n")

@@ -15,14 +15,8 @@ from redis.asyncio.client import Redis
 from redis.asyncio.connection import AbstractConnection
 from redis.exceptions import AskError, MovedError, NoScriptError, ReadOnlyError, ResponseError
 
-from asgi_realtime.brokers.redis.clients import (
-    Address,
-    close_sentinels,
-    is_transient,
-    new_connection,
-    own_pool,
-    unavailable,
-)
+from asgi_realtime.brokers.redis import clients
+from asgi_realtime.brokers.redis.clients import Address
 from asgi_realtime.brokers.redis.command_connection import Command, CommandConnection, ConnectionLost, Spawn
 from asgi_realtime.brokers.redis.scripts import Script
 from asgi_realtime.brokers.redis.server_health import ServerHealthLog, ServerReporter
@@ -45,7 +39,7 @@ class Servers:
     """
 
     def __init__(self, client: Redis, *, timeout_s: float, spawn: Spawn, quiet: bool = False) -> None:
-        self._pool = own_pool(client.connection_pool, timeout_s=timeout_s)
+        self._pool = clients.own_pool(client.connection_pool, timeout_s=timeout_s)
         self.timeout_s = timeout_s
         self.spawn = spawn
         self._connections: dict[tuple[Address, bool], CommandConnection] = {}
@@ -56,11 +50,7 @@ class Servers:
 
     def connection(self, address: Address) -> AbstractConnection:
         """A connection that is not open yet."""
-        return new_connection(self._pool, address, timeout_s=self.timeout_s)
-
-    def reporter(self, address: Address, *, of_calls: bool = False) -> ServerReporter:
-        """What a connection to a server reports its state to."""
-        return ServerReporter(self.health, address, of_calls=of_calls)
+        return clients.new_connection(self._pool, address, timeout_s=self.timeout_s)
 
     async def address_of(self, key: str) -> Address:
         """The primary of a key. Raises `BrokerUnavailable` if that is not known yet and no server answers."""
@@ -110,7 +100,7 @@ class Servers:
             except NoScriptError:
                 raise
             except ResponseError as exc:
-                if not is_transient(exc) or asyncio.get_running_loop().time() > deadline:
+                if not clients.is_transient(exc) or asyncio.get_running_loop().time() > deadline:
                     raise self._refused(address, command, exc) from exc
                 refusal: Exception = exc
             except ConnectionLost as exc:
@@ -142,7 +132,7 @@ class Servers:
         sent.add_done_callback(lambda future: future.cancelled() or future.exception())  # silence finds it otherwise
 
     def _refused(self, address: Address, command: Command, exc: ResponseError) -> BrokerUnavailable:
-        refusal = unavailable(exc)
+        refusal = clients.unavailable(exc)
         subject = self._refusals[address, _kind(command)] = (address, str(refusal))
         self.health.failed(subject, "Redis refuses calls", refusal)
         return refusal
@@ -161,7 +151,7 @@ class Servers:
                 lambda: self.connection(address),
                 timeout_s=self.timeout_s,
                 spawn=self.spawn,
-                reporter=self.reporter(address, of_calls=True),
+                reporter=ServerReporter(self.health, address, of_calls=True),
             )
         return connection
 
@@ -182,26 +172,22 @@ class Servers:
 
     async def check(self) -> None:
         """Return if all primaries answer and accept writes. Raises `BrokerUnavailable`."""
-        await asyncio.gather(*(self._check(address) for address in await self.slots.primaries()))
+        await self.ask_all("EVAL", _WRITABLE, 0)
 
     async def ask_all(self, *command: Any) -> list[Any]:
         """The answer of each primary. Raises `BrokerUnavailable`."""
-        addresses = await self.slots.primaries()
-        try:
-            return await asyncio.gather(*(self.ask(address, *command) for address in addresses))
-        except ResponseError as exc:
-            raise unavailable(exc) from exc
+        return await asyncio.gather(*(self._ask(address, command) for address in await self.slots.primaries()))
 
-    async def _check(self, address: Address, *, again: bool = False) -> None:
+    async def _ask(self, address: Address, command: Command, *, again: bool = False) -> Any:
         try:
-            await self.ask(address, "EVAL", _WRITABLE, 0)
+            return await self.ask(address, *command)
         except ConnectionLost as exc:
             self.slots.refresh_soon()
             if not exc.broke or again:
                 raise
-            await self._check(address, again=True)
+            return await self._ask(address, command, again=True)
         except ResponseError as exc:
-            raise unavailable(exc) from exc
+            raise clients.unavailable(exc) from exc
 
     async def aclose(self) -> None:
         """Close all connections. Later calls raise `ServerShutdown`."""
@@ -211,7 +197,7 @@ class Servers:
         for connection in connections:
             await connection.aclose()
         self.health.close()
-        await close_sentinels(self._pool)
+        await clients.close_sentinels(self._pool)
 
 
 def _kind(command: Command) -> object:

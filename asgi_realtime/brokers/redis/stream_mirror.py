@@ -25,7 +25,7 @@ from asgi_realtime.loop.waiting import WakeSoon
 ReadPage = Callable[[StreamKey, "int | None"], Awaitable[Page]]
 """Reads the page after a seq, or the newest part of the stream if that is None."""
 
-_END = msgspec.json.Decoder(End)
+decode_end = msgspec.json.Decoder(End).decode
 _POSITIONS = msgspec.msgpack.Decoder(dict[str, int])
 
 
@@ -53,7 +53,7 @@ class StreamMirror(Mirror):
                 self._has_position = True
                 log.restart(page.entries[0].seq if page.entries else page.next)
             if page.entries:
-                self._found_news()
+                self._on_found_change()
             self._add(page.entries)
             if page.end is not None:
                 self._end(page.end, page.next)
@@ -120,10 +120,6 @@ class StreamMirror(Mirror):
     def _on_failure(self) -> None:
         assert self.failure is not None
         self.live.fail(self.failure)
-
-
-def decode_end(data: bytes) -> End:
-    return _END.decode(data)
 
 
 def _run_end(message: bytes, name: str) -> tuple[End, int]:

@@ -74,7 +74,7 @@ class TopicMirror(Mirror):
         if changed or not self._routine:  # followers that could not load a changed run try again after an outage
             self.waiting.wake()
         if changed:
-            self._found_news()
+            self._on_found_change()
 
     def _take(self, message: bytes) -> None:
         kind = message[:1]
