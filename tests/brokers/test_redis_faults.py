@@ -571,6 +571,7 @@ async def test_a_server_that_is_not_redis_counts_as_unavailable(log: Log, answer
         async with asyncio.timeout(GUARD_S):
             outcomes = await asyncio.gather(*calls, return_exceptions=True)
         assert [type(outcome).__mro__ for outcome in outcomes if not isinstance(outcome, BrokerUnavailable)] == []
+        assert all(map(str, outcomes)), "each error has a message"
         with pytest.raises(BrokerUnavailable):
             await Reader(backend.peer, StreamKey("run_1", "default")).run()
         assert len(connections) <= 40

@@ -93,6 +93,9 @@ class SlotMap:
         except RealtimeError as exc:
             self._failure = exc
             return
+        except Exception as exc:
+            self._failure = BrokerUnavailable(f"CLUSTER SLOTS has an answer that cannot be read: {exc!r}")
+            return
         self.is_known = True
         self._servers.on_refreshed(self._owners or [THE_URL])
 
