@@ -10,7 +10,7 @@ import heapq
 import os
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 
 from asgi_realtime.brokers.base import MARKS_KEPT, ChangeMark, LiveTopic
@@ -412,12 +412,12 @@ class MemoryBroker:
 
     def _halve_streams(self, target: int) -> None:
         """Halve the largest streams until the target is met. Inputs and the last entry of each stream stay."""
-        found = (
-            (-live.log.size, number, run, live.log)
-            for number, (run, name, live) in enumerate(self._streams())
-            if live.log.next - live.log.first > 1 and not name.startswith(HIDDEN_STREAM)
-        )
-        largest = list(found)
+        streams = [(run, name, live.log) for run in self._runs.values() for name, live in run.streams.items()]
+        largest = [
+            (-log.size, number, run, log)
+            for number, (run, name, log) in enumerate(streams)
+            if log.next - log.first > 1 and not name.startswith(HIDDEN_STREAM)
+        ]
         heapq.heapify(largest)
         while self._size > target and largest:
             _, number, run, log = largest[0]
@@ -428,11 +428,6 @@ class MemoryBroker:
                 heapq.heapreplace(largest, (-log.size, number, run, log))
             else:
                 heapq.heappop(largest)
-
-    def _streams(self) -> Iterator[tuple[_StoredRun, str, LiveLog]]:
-        for run in self._runs.values():
-            for name, live in run.streams.items():
-                yield run, name, live
 
 
 def _log_bytes(log: Log) -> int:

@@ -96,13 +96,9 @@ class Mirrors:
     def held(self) -> int:
         """How much is held for readers: mirrors, their users, waiters. Idle mirrors do not count."""
         lives = [mirror.live for mirror in self.streams.values()]
-        return (
-            len(self.streams)
-            + sum(1 for mirror in self.topics.values() if mirror.users)
-            + sum(mirror.users for mirror in (*self.streams.values(), *self.topics.values()))
-            + sum(live.readers + len(live.waiting) for live in lives)
-            + sum(len(mirror.waiting) for mirror in self.topics.values())
-        )
+        users = [mirror.users for mirror in (*self.streams.values(), *self.topics.values()) if mirror.users]
+        waiting = [live.waiting for live in lives] + [mirror.waiting for mirror in self.topics.values()]
+        return len(users) + sum(users) + sum(live.readers for live in lives) + sum(map(len, waiting))
 
 
 class IdleMirrors:

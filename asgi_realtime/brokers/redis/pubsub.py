@@ -69,20 +69,16 @@ class PubSub:
 
     def add(self, channel: str, subscriber: Subscriber) -> None:
         """Subscribe. `confirmed` returns once the server has confirmed it."""
-        subscribers = self._subscribers.get(channel)
-        if subscribers is not None:
-            subscribers[subscriber] = None
-            return
-        self._subscribers[channel] = {subscriber: None}
-        self._place([channel])
+        if channel not in self._subscribers:
+            self._subscribers[channel] = {}
+            self._place([channel])
+        self._subscribers[channel][subscriber] = None
 
     def discard(self, channel: str, subscriber: Subscriber) -> None:
         """Unsubscribe."""
-        subscribers = self._subscribers.get(channel)
-        if subscribers is None:
-            return
+        subscribers = self._subscribers.get(channel, {})
         subscribers.pop(subscriber, None)
-        if subscribers:
+        if subscribers or channel not in self._subscribers:
             return
         del self._subscribers[channel]
         self._confirmations.pop(channel, None)
@@ -166,10 +162,8 @@ class PubSub:
         if not self._to_check:
             asyncio.get_running_loop().call_soon(self._check_confirmed)
         self._to_check[channel] = None
-        waiting = self._confirmations.pop(channel, None)
-        if waiting is None:
-            return
-        waiting.wake()  # runs after the check, so that a subscriber that joins does not read twice
+        if (waiting := self._confirmations.pop(channel, None)) is not None:
+            waiting.wake()  # runs after the check, so that a subscriber that joins does not read twice
 
     def _check_confirmed(self) -> None:
         channels, self._to_check = self._to_check, {}
