@@ -114,7 +114,8 @@ class CommandConnection:
                     self._fail(ConnectionLost(f"cannot connect to Redis: {exc or type(exc).__name__}"))
                     self._has_queue.clear()
                     raise
-                await self._carry(connection)
+                self._answered_at = asyncio.get_running_loop().time()
+                await until_one_ends(self._write(connection), self._read(connection), self._watch())
             except Exception as exc:  # any, such as an unparsable answer: no caller must wait forever
                 self._on_lost(exc)
             finally:
@@ -132,10 +133,6 @@ class CommandConnection:
             self._reporter.broke(exc)
         message = f"the connection to Redis was lost: {exc or type(exc).__name__}"
         self._fail(ConnectionLost(message, broke=broke), unsent=False)
-
-    async def _carry(self, connection: AbstractConnection) -> None:
-        self._answered_at = asyncio.get_running_loop().time()
-        await until_one_ends(self._write(connection), self._read(connection), self._watch())
 
     async def _write(self, connection: AbstractConnection) -> None:
         loop = asyncio.get_running_loop()

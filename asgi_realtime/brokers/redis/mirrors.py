@@ -70,11 +70,14 @@ class Mirrors:
             yield mirror
         finally:
             mirror.users -= 1
-            if isinstance(mirror, TopicMirror) and mirror.is_usable and not self._closed:
-                if not mirror.users:
-                    self.idle.add(mirror)
-            else:
-                self._discard(mirror)
+            if not mirror.users:
+                self._leave(mirror)
+
+    def _leave(self, mirror: Mirror) -> None:
+        if isinstance(mirror, TopicMirror) and mirror.is_usable:
+            self.idle.add(mirror)
+        else:
+            self._discard(mirror)
 
     def _discard(self, mirror: Mirror) -> None:
         if not mirror.users:

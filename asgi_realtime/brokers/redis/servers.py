@@ -102,29 +102,27 @@ class Servers:
             except ResponseError as exc:
                 if not clients.is_transient(exc) or asyncio.get_running_loop().time() > deadline:
                     raise self._refused(address, command, exc) from exc
-                refusal: Exception = exc
+                redirect = None
+                if type(exc) is AskError:  # not isinstance: MovedError is a subclass, and is permanent
+                    redirect = Address(exc.host, exc.port)
+                    continue
+                if isinstance(exc, MovedError):
+                    self.slots.learn(exc)
+                elif isinstance(exc, ReadOnlyError):
+                    connection.reset()
+                await asyncio.sleep(_RETRY_S)
             except ConnectionLost as exc:
                 self.slots.refresh_soon()  # in case the primary was replaced
                 if not exc.broke or not repeat:
                     raise
                 repeat = False
                 redirect = None
-                continue
             else:
                 if self._refusals:
                     self._accepted(address, command)
                 if redirect is not None and channel is not None:
                     self._resync(channel)
                 return answer
-            redirect = None
-            if type(refusal) is AskError:  # not isinstance: MovedError is a subclass, and is permanent
-                redirect = Address(refusal.host, refusal.port)
-                continue
-            if isinstance(refusal, MovedError):
-                self.slots.learn(refusal)
-            elif isinstance(refusal, ReadOnlyError):
-                connection.reset()
-            await asyncio.sleep(_RETRY_S)
 
     def _resync(self, channel: str) -> None:
         """A slot is moving: subscribers are at the old primary, and the script has published at the new one."""
