@@ -226,7 +226,7 @@ class MemoryBroker:
             raise VersionConflict(f"run {record.id!r} has version {stored}, expected {expect}", current=current)
         for (name, producer), floor in (floors or {}).items():
             live = None if run is None else run.streams.get(name)
-            if live is None or live.log.counted(producer) < floor:
+            if (0 if live is None else live.log.counted(producer)) < floor:
                 raise StreamBehind(f"stream {name!r} has lost entries that were acknowledged")
         if run is None:
             if self._full:

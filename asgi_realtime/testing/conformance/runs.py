@@ -123,7 +123,7 @@ async def test_a_run_does_not_end_before_its_streams_have_what_was_acknowledged(
             with pytest.raises(StreamBehind):
                 await backend.peer.commit(over, expect=1, change=new_mark(), floors=missing)
         assert await backend.broker.load([run.id]) == [run]
-        floors = {("s", "p"): 2, ("s", "q"): 1}
+        floors = {("s", "p"): 2, ("s", "q"): 1, ("never", "p"): 0}
         assert await backend.peer.commit(over, expect=1, change=new_mark(), floors=floors) == 2
 
 
