@@ -135,7 +135,9 @@ class MemoryBroker:
         before = _log_bytes(log)
         if self._full and items:
             self._refuse()
-        added = self._check_inputs(run, items if producer is None else log.unseen(items, producer)) if key.hidden else 0
+        added = 0
+        if key.hidden and log.end is None:
+            added = self._check_inputs(run, items if producer is None else log.unseen(items, producer))
         position = log.append(items, self._now_ms(), producer=producer, at=at)
         run.inputs_bytes += added
         if end is not None:

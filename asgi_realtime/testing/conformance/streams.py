@@ -73,6 +73,9 @@ async def test_the_limit_of_inputs_counts_the_bytes_of_their_items(make_broker: 
         await backend.peer.append(one, [b"12"] * 30, producer=Producer("p", 0))  # a retry adds nothing
         with pytest.raises(LimitExceeded, match="hold 100 bytes, limit 100"):
             await backend.peer.append(one, [b"12", b"1"], producer=Producer("p", 29))
+        await store(backend.broker, finished(backend, run))
+        with pytest.raises(StreamClosed):  # more room would not help
+            await backend.peer.append(one, [b"1"])
 
 
 @pytest.mark.anyio
