@@ -1,14 +1,14 @@
 """The state machine of a mirror: a copy of a stream or topic in Redis that this process follows.
 
-Joining history and tail. Redis stores the history, and a channel announces what is appended. Reading first and
-subscribing after it would lose what happens in between; subscribing first and appending the history to what arrived
-would duplicate it. A mirror therefore subscribes, waits until the server has confirmed that, and only then reads.
-Whatever happened before the read is in its answer; whatever happens after the read arrives as a message. Messages that
-arrive during the read wait for it and are applied on top; each names its position, so what the answer already contains
-is skipped. This join happens here and nowhere else.
+Joining history and tail. Redis stores the history, and a channel announces each append. Reading first and subscribing
+later would lose the changes in between; subscribing first and appending the history to the received messages would
+duplicate entries. A mirror therefore subscribes, waits until the server has confirmed that, and only then reads. Every
+change before the read is in its answer; every change after it arrives as a message. Messages that arrive during the
+read wait for it and are applied on top; each names its position, so what the answer already contains is skipped. This
+join happens here and nowhere else.
 
-Messages are hints. Pub/sub delivers at most once, so a message that does not continue what is here, one that only
-names a position, and a connection that was lost all have the same remedy: read again from the current position.
+Messages are hints. Pub/sub delivers at most once, so a message that does not continue the content, one that only names
+a position, and a lost connection all have the same remedy: read again from the current position.
 
 The states, and what moves a mirror between them:
 
@@ -132,7 +132,7 @@ class Mirror(ABC):
     # The job of JOINING and SYNCING
 
     async def _work(self, read: Callable[[], Awaitable[None]]) -> None:
-        """Read, then become LIVE or FAILED. Also when cancelled or surprised by an error, because users wait."""
+        """Read, then become LIVE or FAILED, also after a cancellation or an unexpected error, because users wait."""
         failure: RealtimeError | None = BrokerUnavailable("history and tail could not be joined")
         try:
             await read()
@@ -189,7 +189,7 @@ class Mirror(ABC):
     def _apply(self, message: bytes) -> None:
         try:
             self._take(message)
-        except Exception:  # from another version, or from a stranger; Redis itself has the truth
+        except Exception:  # of another version or another publisher; Redis has the correct state
             logger.exception("cannot read a message on %s", self._channels[0])
             self.check(routine=False)
 
@@ -224,7 +224,7 @@ class Mirror(ABC):
 
     @abstractmethod
     def _take(self, message: bytes) -> None:
-        """Apply a message, or call `check` if it does not continue what is here."""
+        """Apply a message, or call `check` if it does not continue the content."""
         ...
 
     @abstractmethod

@@ -7,14 +7,15 @@ Its states, and what moves it between them:
 * LISTENING: every channel that was requested when it connected is confirmed. Channels added later are confirmed one by
   one and do not lead back to SUBSCRIBING: the connection works.
 
-Only a connection that was LISTENING counts as one that *broke*, which is normal (a server may close idle ones) and is
-logged once; a connection that never got there means that the server cannot be used, and counts as an outage.
+Only a connection that was LISTENING counts as one that *broke*, which is normal (servers can close idle ones) and is
+logged once; a connection that was never LISTENING means that the server cannot be used, and counts as an outage.
 
 Redis confirms a subscription and its end by the name of the channel only. A channel that is left and subscribed again
-quickly gets three confirmations, so `_outstanding` counts them; what arrives before the last one belongs to the past.
+quickly gets three confirmations, so `_outstanding` counts them; everything before the last one is outdated.
 
-TCP does not notice a peer that disappeared without a word. After `silence_s` without any message the connection sends
-PING and lets its subscribers compare positions; if that finds a change that no message announced, it is stale.
+TCP does not notice a peer that disappears without closing the connection. After `silence_s` without any message the
+connection sends PING and lets its subscribers compare positions; if that finds a change that no message announced, it
+is stale.
 """
 
 from __future__ import annotations

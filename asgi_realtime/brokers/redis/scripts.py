@@ -1,7 +1,7 @@
 """The Lua scripts: every step that has to be atomic on the server. They need Redis 7 or later, or Valkey.
 
 A script checks everything before its first write, so a rejected call has changed nothing. Scripts that free memory or
-only end something may run when memory is full (`allow-oom`); scripts that store something new are rejected then.
+only end something run even when memory is full (`allow-oom`); scripts that store something new are rejected then.
 """
 
 from __future__ import annotations

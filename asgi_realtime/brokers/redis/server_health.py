@@ -1,4 +1,4 @@
-"""Whether the Redis servers work, as the log reports it: one line when a problem starts, one when it is over.
+"""The health of the Redis servers in the log: one line when a problem starts, one when it ends.
 
 All connections report here. Problems that follow each other within a second are one problem: it is over once nothing
 has failed for that long.

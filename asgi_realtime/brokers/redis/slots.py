@@ -1,8 +1,8 @@
 """Which primary owns which slot of a Cluster; without a Cluster, one server owns everything.
 
-Whether it is a Cluster is a question for the server itself (CLUSTER SLOTS). What is known is used until something
-better is known: from a MOVED answer, or from the next question, which is asked in the background after a connection was
-lost. A primary that is down therefore delays only the calls that need it."""
+The server itself knows whether it is part of a Cluster (CLUSTER SLOTS). The last known map is used until it is
+replaced: by a MOVED answer, or by the next request, which is sent in the background after a connection was lost. A
+primary that is down therefore delays only the calls that need it."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from asgi_realtime.core.errors import BrokerUnavailable, RealtimeError, ServerSh
 SLOTS = 16384
 
 _REFRESH_S = 0.2
-"""The shortest time between two questions in the background."""
+"""The shortest time between two requests in the background."""
 
 _NO_CLUSTER = "cluster support disabled"
 
 
 class Asks(Protocol):
-    """How the map reaches servers."""
+    """What the map needs of `Servers`."""
 
     def ask(self, address: Address, *command: Any) -> Awaitable[Any]: ...
 
@@ -62,7 +62,7 @@ class SlotMap:
         return list(dict.fromkeys(self._owners)) or [THE_URL]
 
     async def known(self) -> None:
-        """Return once the owners are known. Raises `BrokerUnavailable`. Many callers can wait for one question."""
+        """Return once the owners are known. Raises `BrokerUnavailable`. Many callers can wait for one request."""
         if self.is_known:
             return
         job = self._refresh()

@@ -1,8 +1,8 @@
 """The newest part of a stream, as this process follows it.
 
 Two channels announce changes: that of the stream (appends, its end) and that of its run, because a terminal commit ends
-all streams in one step and announces the end of each with the position at which it ends. An end applies only once all
-entries before it are here; if some are missing, the mirror reads again.
+all streams in one step and announces the end of each with the position at which it ends. An end applies only once the
+log has all entries before it; if some are missing, the mirror reads again.
 
 Readers hold cursors into `live.log` and never see a mirror move backwards: if Redis has fewer entries than this process
 has shown, acknowledged data was lost, and the mirror fails. Its readers then resume by their cursors.

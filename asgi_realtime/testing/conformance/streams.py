@@ -185,12 +185,12 @@ async def test_streams_are_independent(make_broker: MakeBroker) -> None:
     async with open_backend(make_broker) as backend:
         key = await new_key(backend)
         sibling = StreamKey(key.run, "sibling")
-        stranger = await new_key(backend)
+        unrelated = await new_key(backend)
         await backend.broker.append(key, items(3), end=COMPLETE)
         await backend.broker.append(sibling, items(2))
-        assert await backend.broker.append(stranger, items(1)) == Position(0, 1)
+        assert await backend.broker.append(unrelated, items(1)) == Position(0, 1)
         assert (await backend.broker.read(sibling)).end is None
-        assert [len(await read_all(backend.broker, each)) for each in (key, sibling, stranger)] == [3, 2, 1]
+        assert [len(await read_all(backend.broker, each)) for each in (key, sibling, unrelated)] == [3, 2, 1]
 
 
 @pytest.mark.anyio
@@ -511,7 +511,7 @@ async def test_trimming_drops_the_oldest_entries_and_keeps_positions(make_broker
         assert page.first > 0, "nothing was trimmed"
         assert page.next == 50
         assert seqs(page.entries) == list(range(page.first, 50)), "a page reports where the retained part starts"
-        assert len(page.entries) * len(CHUNK) <= 2000, "twice the limit, since backends may trim roughly"
+        assert len(page.entries) * len(CHUNK) <= 2000, "twice the limit, since backends can trim roughly"
         assert await backend.peer.append(key, [CHUNK]) == Position(50, 51)
 
 

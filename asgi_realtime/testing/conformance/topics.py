@@ -1,7 +1,7 @@
 """Topics: a snapshot and the changes after it miss nothing, late readers get the newest versions, unusable cursors a
 snapshot.
 
-A backend may publish a change more than once: these tests check for the newest version, never for how often it came.
+A backend can publish a change more than once: these tests check for the newest version, never for how often it came.
 """
 
 from __future__ import annotations
