@@ -28,7 +28,7 @@ class DueTimes:
             self._heap = [(at, key) for key, at in self._at.items()]
             heapq.heapify(self._heap)
 
-    def due(self, now_ms: int, limit: int) -> list[str]:
+    def due(self, now_ms: float, limit: int) -> list[str]:
         """The keys that are due, oldest first. They stay due."""
         found: dict[str, int] = {}
         while self._heap and self._heap[0][0] <= now_ms and len(found) < limit:
@@ -38,18 +38,3 @@ class DueTimes:
         for key, at_ms in found.items():
             heapq.heappush(self._heap, (at_ms, key))
         return list(found)
-
-    def first(self, *, other_than: str) -> str | None:
-        """The key that is due next, leaving one out; None if there is no other."""
-        left_out: tuple[int, str] | None = None
-        while self._heap:
-            at_ms, key = self._heap[0]
-            current = self._at.get(key) == at_ms
-            if current and key != other_than:
-                break
-            heapq.heappop(self._heap)
-            left_out = (at_ms, key) if current else left_out
-        found = self._heap[0][1] if self._heap else None
-        if left_out is not None:
-            heapq.heappush(self._heap, left_out)
-        return found

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
-from types import TracebackType
 
 from asgi_realtime.brokers.base import Broker, Changes, Cursor, LiveTopic
 from asgi_realtime.loop.waiting import Waiter, WaitList, make_waiter
@@ -53,9 +52,7 @@ class Follower:
     def __enter__(self) -> Follower:
         return self
 
-    def __exit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         for waiting in self._lists:
             waiting.discard(self._waiter)
 

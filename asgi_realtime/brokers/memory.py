@@ -7,6 +7,7 @@ The data survives a restart of the `Realtime`, not of the process.
 from __future__ import annotations
 
 import heapq
+import math
 import os
 import secrets
 import time
@@ -403,8 +404,8 @@ class MemoryBroker:
         target = total * 9 // 10
         self._drop_expired_claims(self._now_ms(), limit=len(self._claims))
         expiry = self._due["expiry"]
-        while self._size > target and (ended := expiry.first(other_than=run_id)) is not None:
-            self._remove(ended)
+        while self._size > target and (ended := [one for one in expiry.due(math.inf, 2) if one != run_id]):
+            self._remove(ended[0])
         if run_id in expiry:
             return  # it has ended, so the next write to another run removes it
         if self._size > target:
