@@ -16,8 +16,10 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import suppress
 from contextvars import copy_context
-from typing import Any, Generic, TypeVar, Unpack
+from typing import Any, Generic, TypeVar, Unpack, cast
 
+import anyio
+import anyio.from_thread
 import httpx
 
 from asgi_realtime.client.asynchronous import ClientOptions, RealtimeClient
@@ -136,6 +138,24 @@ class _ClientClosed(UsageError):
     """A call of a closed client."""
 
 
+class _Call(Generic[T]):
+    """One call on the loop. The object exists before the call starts, so that an interrupt can always cancel it."""
+
+    def __init__(self, function: Callable[[], Awaitable[T]]) -> None:
+        self._function = function
+        self._scope: anyio.CancelScope | None = None
+
+    async def run(self) -> T | None:
+        with anyio.CancelScope() as self._scope:
+            return await self._function()
+        return None  # cancelled, so the waiting thread does not read it
+
+    def cancel(self) -> None:
+        """Call on the loop, after `run` has started."""
+        if self._scope is not None:
+            self._scope.cancel()
+
+
 class _ClientLoop:
     """The loop of a client, from its first call to `stop`, in the process that made the call."""
 
@@ -149,16 +169,23 @@ class _ClientLoop:
         """Run a coroutine function on the loop. An exception that interrupts the waiting thread cancels it."""
         if self._is_forked:
             raise UsageError("this client was used before the process forked; create a new one in the child process")
-        with self.lock:  # `stop` waits for every call that starts here
-            if self._client._closed:
-                raise _ClientClosed("this client is closed")
-            if self._thread is None:
-                self._thread, self._pid = LoopThread(), os.getpid()
-            future = self._thread.portal.start_task_soon(function)
+        call = _Call(function)
+        portal: anyio.from_thread.BlockingPortal | None = None
         try:
-            return future.result()
-        except BaseException:
-            future.cancel()
+            with self.lock:  # `stop` waits for every call that starts here
+                if self._client._closed:
+                    raise _ClientClosed("this client is closed")
+                if self._thread is None:
+                    self._thread, self._pid = LoopThread(), os.getpid()
+                portal = self._thread.portal
+                future = portal.start_task_soon(call.run)
+            return cast("T", future.result())
+        except (
+            BaseException
+        ):  # of the call itself, or a signal handler raised: at any point, also while the call starts
+            if portal is not None:
+                with suppress(RuntimeError):  # the loop has ended
+                    portal.start_task_soon(call.cancel)
             raise
 
     def stop(self) -> None:
