@@ -16,7 +16,7 @@ PAYLOAD_BYTES = 100
 _PADDING = "x" * (PAYLOAD_BYTES - 2 - 8 - 1 - 19 - 1)
 _EVENT = re.compile(
     rb'id: ?(?P<id>\d+)\r?\ndata: ?"(?P<seq>\d{8}) (?P<due>\d{19}) ' + _PADDING.encode() + rb'"\r?\n\r?\n'
-    rb"|(?::[^\n]*\n|retry:[^\n]*\n)+\r?\n"
+    rb"|(?::[^\n]*\n|retry:[^\n]*\n)+(?:\r?\n)?"
     rb"|(?:id:[^\n]*\n)?event: ?(?:end|reconnect)\r?\n(?:[^\r\n]+\r?\n)*\r?\n"
 )
 """An event with a chunk, or other allowed output: comments, `retry:`, a named event at the end."""

@@ -14,7 +14,7 @@ import msgspec
 from asgi_realtime.asgi.host import Headers
 from asgi_realtime.brokers.live_log import LiveLog, Slice
 from asgi_realtime.core.log import End, Entry
-from asgi_realtime.core.sse import chunk_frame, comment_frame, control_frame, retry_frame
+from asgi_realtime.core.sse import chunk_frame, comment_line, control_frame, retry_line
 
 RETRY_MS = 1000
 """How soon a client reconnects after a lost connection. Each response sets it, or a shutdown's value would remain."""
@@ -34,7 +34,7 @@ class Framing:
 
     def preamble(self, comment: str) -> bytes:
         """The first part of the body, sent at once: some hosts hold the head back until there is one."""
-        return retry_frame(RETRY_MS) + comment_frame(comment)
+        return retry_line(RETRY_MS) + comment_line(comment)
 
     take: Callable[[LiveLog, int], Slice | None] = staticmethod(LiveLog.take)
     """What follows a cursor. Not wrapped, because it is called for each delivery."""

@@ -1,8 +1,10 @@
-"""The bytes of a `text/event-stream`: one function per kind of frame.
+"""The bytes of a `text/event-stream`: one function per kind of frame or line.
 
-A frame is one complete event with its empty line, so frames can be concatenated. The data is one line of JSON, which
-`core.chunks` guarantees. Everything else that enters a frame is checked here for CR, LF and NUL: a value with a line
-break could inject events. Spec: WHATWG HTML, section 9.2 (server-sent events).
+A frame is one complete event with its empty line, so frames can be concatenated. Outside of an event, `retry` and a
+comment are a line without an empty one after it: httpx-sse and fetch-event-source dispatch an empty message at every
+empty line, although the spec drops an event without data. The data is one line of JSON, which `core.chunks` guarantees.
+Everything else that enters a frame is checked here for CR, LF and NUL: a value with a line break could inject events.
+Spec: WHATWG HTML, section 9.2 (server-sent events).
 """
 
 from __future__ import annotations
@@ -38,14 +40,14 @@ def control_frame(event: str, data: bytes | None, *, id: str | None = None, retr
     return b"\n".join(lines) + b"\n\n"
 
 
-def retry_frame(retry_ms: int) -> bytes:
+def retry_line(retry_ms: int) -> bytes:
     """Sets how long the client waits before it reconnects. Dispatches no event."""
-    return _retry(retry_ms) + b"\n\n"
+    return _retry(retry_ms) + b"\n"
 
 
-def comment_frame(text: str) -> bytes:
+def comment_line(text: str) -> bytes:
     """A comment: keeps the connection open, is visible in `curl -N`, dispatches no event."""
-    return b": " + _text("comment", text) + b"\n\n"
+    return b": " + _text("comment", text) + b"\n"
 
 
 def _text(name: str, text: str) -> bytes:
@@ -66,4 +68,4 @@ def _retry(retry_ms: int) -> bytes:
     return b"retry: %d" % retry_ms
 
 
-HEARTBEAT = comment_frame("heartbeat")
+HEARTBEAT = comment_line("heartbeat")

@@ -39,7 +39,7 @@ async def test_a_run_feed_on_the_wire(host: FakeHost) -> None:
     async with AsgiClient(host).stream(RUN, headers=host.feed_headers()) as response:
         assert response.status_code == 200
         assert response.headers["content-type"].startswith("text/event-stream")
-        assert (await response.chunk()).startswith(b"retry: 1000\n\n: ")
+        assert (await response.chunk()).startswith(b"retry: 1000\n: ")
         snapshot = await response.chunk()
         await host.finish(output={"text": "hi"})
         rest = await response.read()
@@ -181,7 +181,7 @@ async def test_an_idle_feed_loads_no_record(host: FakeHost, monkeypatch: pytest.
             await anyio.wait_all_tasks_blocked()
             host.tick()
             host.tick(15)
-            assert await response.chunk() == b": heartbeat\n\n"
+            assert await response.chunk() == b": heartbeat\n"
         assert loaded == []
         commit = await host.prepare_change("run_1", progress(0.5))
         loaded.clear()
@@ -440,7 +440,7 @@ async def test_a_feed_has_heartbeats_and_ends_with_its_token() -> None:
         await anyio.wait_all_tasks_blocked()
         host.tick()
         host.tick(15)
-        assert await response.chunk() == b": heartbeat\n\n"
+        assert await response.chunk() == b": heartbeat\n"
         host.tick(60)
         (end,) = await response.read_all_events()
         assert response.last_event_id == last
@@ -458,7 +458,7 @@ async def test_a_shutdown_during_the_send_of_a_heartbeat_ends_the_feed() -> None
         host.tick(15)
         await anyio.wait_all_tasks_blocked()  # the heartbeat is being sent
         host.begin_shutdown()
-        assert await response.chunk() == b": heartbeat\n\n"
+        assert await response.chunk() == b": heartbeat\n"
         with anyio.fail_after(5):
             (event,) = await response.read_all_events()
     assert event.event == "reconnect"

@@ -82,7 +82,7 @@ async def test_a_lookup_during_the_shutdown_ends_with_reconnect_at_once(host: Fa
     host.begin_shutdown()
     response = await AsgiClient(host).get(PATH, headers=host.headers())
     assert (response.status_code, response.headers["access-control-allow-origin"]) == (200, "*")
-    assert response.body.startswith(b"retry: 1000\n\n: connected\n\nevent: reconnect\n")
+    assert response.body.startswith(b"retry: 1000\n: connected\nevent: reconnect\n")
     assert (await AsgiClient(host).get(PATH, headers=host.headers("read:runs"))).status_code == 404
 
 

@@ -290,7 +290,7 @@ async def test_a_shutdown_during_the_send_of_a_heartbeat_ends_the_stream() -> No
         host.tick(15)
         await anyio.wait_all_tasks_blocked()  # the heartbeat is being sent
         host.begin_shutdown()
-        assert await response.chunk() == b": heartbeat\n\n"
+        assert await response.chunk() == b": heartbeat\n"
         with anyio.fail_after(5):
             (event,) = await response.read_all_events()
     assert event.event == "reconnect"

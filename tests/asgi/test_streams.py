@@ -47,8 +47,8 @@ async def test_the_head_and_the_preamble_are_sent_at_once(host: FakeHost) -> Non
         assert response.headers["access-control-allow-origin"] == "*"
         assert "content-length" not in response.headers
         first = await response.chunk()
-    assert first.startswith(b"retry: 1000\n\n: ")
-    assert first.endswith(b"\n\n")
+    assert first.startswith(b"retry: 1000\n: ")
+    assert first.endswith(b"\n") and b"\n\n" not in first
 
 
 async def test_the_comment_lists_the_streams_of_the_run_if_this_one_is_unwritten(host: FakeHost) -> None:
@@ -64,7 +64,7 @@ async def test_the_comment_of_a_written_stream_is_short(host: FakeHost) -> None:
     await host.create()
     await host.append("x")
     async with AsgiClient(host).stream(PATH, headers=host.headers()) as response:
-        assert await response.chunk() == b"retry: 1000\n\n: connected\n\n"
+        assert await response.chunk() == b"retry: 1000\n: connected\n"
 
 
 # Chunks, end and resume
@@ -78,7 +78,7 @@ async def test_chunks_and_the_end_on_the_wire(host: FakeHost) -> None:
         body = await response.read()
         assert response.ended
     assert body == (
-        b"retry: 1000\n\n: connected\n\n"
+        b"retry: 1000\n: connected\n"
         b'id: 0\ndata: "a"\n\nid: 1\ndata: {"b":1}\n\n'
         b'event: end\nid: 2\ndata: {"reason":"complete"}\n\n'
     )

@@ -35,7 +35,7 @@ async def test_a_heartbeat_interrupts_silence() -> None:
         host.tick(14)
         await anyio.wait_all_tasks_blocked()
         host.tick(1)
-        assert await response.chunk() == b": heartbeat\n\n"
+        assert await response.chunk() == b": heartbeat\n"
         await anyio.wait_all_tasks_blocked()
         host.tick()
         host.tick(14.9)

@@ -44,6 +44,13 @@ async def test_a_correct_body_is_accepted_however_it_is_split(step: int) -> None
 
 
 @pytest.mark.asyncio
+async def test_the_preamble_need_not_end_with_an_empty_line() -> None:
+    data = _HEAD + _body(b"retry: 1000\n: connected\n", _frame(0), _frame(1), _END) + b"0\r\n\r\n"
+    for step in (1, 7, 1 << 20):
+        assert not verify([_feed(_subscriber(Transcript()), data, step=step)], 2)
+
+
+@pytest.mark.asyncio
 async def test_bodies_can_hold_several_frames() -> None:
     transcript = Transcript()
     single = _feed(_subscriber(transcript), _HEAD + _body(*map(_frame, range(6))))

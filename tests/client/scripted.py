@@ -25,9 +25,7 @@ def refused(status: int, code: str, message: str, **headers: str) -> bytes:
 
 def stream(*frames: str) -> bytes:
     """The head of an event stream and its first frames. The body ends where the response ends."""
-    head = (
-        "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\nconnection: close\r\n\r\n: connected\n\n"
-    )
+    head = "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\nconnection: close\r\n\r\n: connected\n"
     return (head + "".join(f"{frame}\n\n" for frame in frames)).encode()
 
 

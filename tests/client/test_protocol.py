@@ -14,8 +14,8 @@ from asgi_realtime.core.errors import ExpiredToken, LimitExceeded
 from asgi_realtime.core.run_json import run_json
 from asgi_realtime.core.runs import RunRecord, Status
 
-HEARTBEAT = b": heartbeat\n\n"
-CONNECTED = b"retry: 1000\n\n: connected\n\n"
+HEARTBEAT = b": heartbeat\n"
+CONNECTED = b"retry: 1000\n: connected\n"
 EXPIRED = b'event: end\ndata: {"reason":"token_expired"}\n\n'
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 
 from asgi_realtime.core.errors import UsageError
-from asgi_realtime.core.sse import HEARTBEAT, chunk_frame, comment_frame, control_frame, frame_data, retry_frame
+from asgi_realtime.core.sse import HEARTBEAT, chunk_frame, comment_line, control_frame, frame_data, retry_line
 from asgi_realtime.testing import Event, EventParser
 
 
@@ -38,11 +38,12 @@ def test_an_event_without_data_is_dispatched(data: bytes | None) -> None:
 
 
 def test_retry_and_comments_dispatch_no_event() -> None:
-    assert retry_frame(1000) == b"retry: 1000\n\n"
-    assert comment_frame("é") == b": \xc3\xa9\n\n"
-    assert HEARTBEAT == b": heartbeat\n\n"
+    """They ended with an empty line, at which httpx-sse and fetch-event-source dispatch an empty message."""
+    assert retry_line(1000) == b"retry: 1000\n"
+    assert comment_line("é") == b": \xc3\xa9\n"
+    assert HEARTBEAT == b": heartbeat\n"
     parser = EventParser()
-    assert parser.feed(retry_frame(1000) + comment_frame("é") + HEARTBEAT) == []
+    assert parser.feed(retry_line(1000) + comment_line("é") + HEARTBEAT) == []
     assert parser.comments == ["é", "heartbeat"]
     assert parser.retry == 1000
 
@@ -53,7 +54,7 @@ def test_retry_and_comments_dispatch_no_event() -> None:
     [
         lambda bad: control_frame(bad, b"1"),
         lambda bad: control_frame("end", b"1", id=bad),
-        lambda bad: comment_frame(bad),
+        lambda bad: comment_line(bad),
     ],
     ids=["event", "id", "comment"],
 )
@@ -72,8 +73,8 @@ def test_an_event_needs_a_name_and_retry_cannot_be_negative() -> None:
     with pytest.raises(UsageError, match="event is empty"):
         control_frame("", b"1")
     with pytest.raises(UsageError, match="retry_ms is -1"):
-        retry_frame(-1)
+        retry_line(-1)
 
 
 def test_a_lone_surrogate_does_not_break_a_frame() -> None:
-    assert comment_frame("\ud800") == b": ?\n\n"
+    assert comment_line("\ud800") == b": ?\n"

@@ -84,7 +84,7 @@ async def test_a_heartbeat_is_sent_without_a_real_wait() -> None:
                 for _ in range(2):
                     await anyio.wait_all_tasks_blocked()  # it now waits for something to send
                     await clock.advance("16s")
-                    assert await response.chunk() == b": heartbeat\n\n"
+                    assert await response.chunk() == b": heartbeat\n"
 
 
 async def test_delayed_runs_start_and_ended_runs_expire() -> None:

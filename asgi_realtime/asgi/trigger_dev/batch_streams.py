@@ -21,7 +21,7 @@ from asgi_realtime.brokers.live_log import LiveLog, Slice
 from asgi_realtime.core.errors import InvalidRequest, StreamGap, StreamLost, shown
 from asgi_realtime.core.log import End, Entry, StreamKey
 from asgi_realtime.core.runs import END_REASONS
-from asgi_realtime.core.sse import comment_frame, control_frame
+from asgi_realtime.core.sse import comment_line, control_frame
 
 MAX_SILENCE_S = 600
 """The limit of `Timeout-Seconds`."""
@@ -43,7 +43,7 @@ class BatchFraming(Framing):
     status_when_over = 200  # the clients retry a 204, because it has no body
 
     def preamble(self, comment: str) -> bytes:
-        return comment_frame(comment)
+        return comment_line(comment)
 
     def take(self, live: LiveLog, after: int) -> Slice | None:
         return live.take_as(after, self.encode)

@@ -74,7 +74,7 @@ async def test_an_input_is_read_like_a_stream(host: FakeHost) -> None:
     await host.create()
     async with AsgiClient(host).stream(PATH, headers=host.headers()) as response:
         assert response.status_code == 200
-        assert await response.chunk() == b"retry: 1000\n\n: connected\n\n"
+        assert await response.chunk() == b"retry: 1000\n: connected\n"
         await send(host, b'{"data": "yes"}')
         assert await response.chunk() == b'id: 0\ndata: "yes"\n\n'
         await host.finish()
