@@ -37,6 +37,9 @@ KEPT_ELSEWHERE = (
     " broker (broker='redis://…') or run one worker. With a single worker: it was restarted since"
 )
 
+NOSNIFF = (b"x-content-type-options", b"nosniff")
+"""A browser must not guess that a chunk is HTML: WHATWG Fetch, section 3.6."""
+
 
 class RealtimeApp:
     """The ASGI app over a host."""
@@ -113,6 +116,7 @@ class RealtimeApp:
         return error
 
     def _add_common_headers(self, response: AnyResponse, scope: Scope, origin: bytes | None) -> None:
+        response.raw_headers.append(NOSNIFF)
         response.raw_headers.extend(cors_headers(self._host.cors, origin))
         if scope["method"] == "HEAD" and isinstance(response, Response):
             response.body = b""  # the headers remain those of a response with a body: RFC 9110, 9.3.2

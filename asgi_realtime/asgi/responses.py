@@ -13,10 +13,14 @@ from starlette.responses import Response
 from asgi_realtime.core.chunks import encode_value
 from asgi_realtime.core.errors import RealtimeError, ScopeDenied, ServerShutdown, TokenError
 
+NOT_CACHED = "private, no-store"
+"""The `Cache-Control` of every response. A token in the query does not keep a cache from storing the response, as an
+`Authorization` header does: RFC 6750, 2.3."""
+
 
 def json_bytes_response(body: bytes, status: int = 200, headers: dict[str, str] | None = None) -> Response:
     """A response whose body is JSON already."""
-    headers = {"cache-control": "no-store", **(headers or {})}
+    headers = {"cache-control": NOT_CACHED, **(headers or {})}
     return Response(body, status, headers, media_type="application/json")
 
 

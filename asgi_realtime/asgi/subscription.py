@@ -39,6 +39,7 @@ from asgi_realtime.asgi.framing import NATIVE, Framing
 from asgi_realtime.asgi.host import Headers, Receive, Scope, Send
 from asgi_realtime.asgi.limits import SubscriptionLimits
 from asgi_realtime.asgi.request import Request
+from asgi_realtime.asgi.responses import NOT_CACHED
 from asgi_realtime.core.errors import BrokerUnavailable, ServerShutdown
 from asgi_realtime.core.log import End
 from asgi_realtime.loop.interrupts import Guard, Interrupt, make_guard, make_interrupt
@@ -66,7 +67,7 @@ CLOSING_SEND_S = 1.0
 
 _HEADERS = (
     (b"content-type", b"text/event-stream; charset=utf-8"),
-    (b"cache-control", b"no-cache, no-transform"),
+    (b"cache-control", f"{NOT_CACHED}, no-transform".encode()),
     (b"x-accel-buffering", b"no"),
 )
 

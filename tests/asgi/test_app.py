@@ -36,6 +36,32 @@ async def test_a_realtime_is_a_host() -> None:
             assert [event.event for event in await response.read_all_events()] == ["reconnect"]
 
 
+# Headers of every response
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        STREAM,
+        "/v1/runs/run_1",
+        "/v1/runs/run_1?offset=-1",
+        "/api/v3/runs/run_1",
+        "/api/v1/runs/run_1/metadata",
+        "/v1/streams/run_none/default",
+        "/v1/health",
+        "/nothing",
+    ],
+)
+async def test_no_cache_stores_a_response_and_no_browser_guesses_its_type(host: FakeHost, path: str) -> None:
+    """A cache stored the response to a request with its token in the query."""
+    await host.create()
+    await host.finish()
+    path += f"{'&' if '?' in path else '?'}access_token={host.token('read:runs')}"
+    response = await AsgiClient(host).get(path)
+    assert response.headers["cache-control"].startswith("private, no-store")
+    assert response.headers["x-content-type-options"] == "nosniff"
+
+
 # Routing and errors
 
 

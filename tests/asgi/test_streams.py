@@ -42,8 +42,9 @@ async def test_the_head_and_the_preamble_are_sent_at_once(host: FakeHost) -> Non
     async with AsgiClient(host).stream(PATH, headers=host.headers()) as response:
         assert response.status_code == 200
         assert response.headers["content-type"] == "text/event-stream; charset=utf-8"
-        assert response.headers["cache-control"] == "no-cache, no-transform"
+        assert response.headers["cache-control"] == "private, no-store, no-transform"
         assert response.headers["x-accel-buffering"] == "no"
+        assert response.headers["x-content-type-options"] == "nosniff"
         assert response.headers["access-control-allow-origin"] == "*"
         assert "content-length" not in response.headers
         first = await response.chunk()

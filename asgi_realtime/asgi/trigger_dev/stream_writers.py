@@ -18,7 +18,7 @@ from starlette.responses import Response
 from asgi_realtime.asgi.auth import authorize
 from asgi_realtime.asgi.host import Host
 from asgi_realtime.asgi.request import REQUEST_KEY, Request
-from asgi_realtime.asgi.responses import error_response, json_response
+from asgi_realtime.asgi.responses import NOT_CACHED, error_response, json_response
 from asgi_realtime.asgi.trigger_dev.credentials import require_secret
 from asgi_realtime.asgi.trigger_dev.decoding import read_json, read_line
 from asgi_realtime.asgi.trigger_dev.ndjson import LineSplitter
@@ -85,7 +85,7 @@ async def last_index(request: Request, run_id: str, target: str, key: str) -> Re
     if client_id is None:
         raise InvalidRequest("X-Client-Id is missing; it identifies the writer")
     count = await request.host.broker.produced(stream, f"client:{client_id}")
-    return Response(headers={"x-last-chunk-index": str(count - 1), "cache-control": "no-store"})
+    return Response(headers={"x-last-chunk-index": str(count - 1), "cache-control": NOT_CACHED})
 
 
 async def append(request: Request, run_id: str, target: str, key: str) -> Response:

@@ -19,7 +19,7 @@ async def test_a_run_is_retrieved(host: FakeHost) -> None:
     response = await AsgiClient(host).get(RETRIEVE, headers=host.headers())
     assert response.status_code == 200
     assert response.headers["content-type"] == "application/json"
-    assert response.headers["cache-control"] == "no-store"
+    assert response.headers["cache-control"] == "private, no-store"
     run = json.loads(response.body)
     assert (run["id"], run["status"], run["payload"], run["tags"]) == ("run_1", "EXECUTING", {"a": 1}, ["x"])
 

@@ -122,7 +122,7 @@ async def test_a_snapshot_on_the_wire(host: FakeHost) -> None:
     assert answer.body == b"[" + shapes.row(record) + b',\n{"headers":{"control":"up-to-date"}}]'
     headers = answer.headers
     assert headers["content-type"] == "application/json"
-    assert headers["cache-control"] == "no-store"
+    assert headers["cache-control"] == "private, no-store"
     assert headers["electric-offset"] == "2_0"
     assert headers["electric-handle"].endswith(".0")
     assert headers["electric-up-to-date"]
