@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 from datetime import timedelta
 
 from asgi_realtime.core.errors import InvalidConfiguration, UsageError, shown
+from asgi_realtime.core.origins import normalize_origin
 
 Span = float | int | str | timedelta
 """A time span: seconds, a `timedelta`, or text such as `"90s"`, `"15m"`, `"1h30m"`, `"2d"`."""
@@ -197,7 +198,8 @@ middleware."""
 class Cors:
     """The other origins whose pages can read: `"*"`, or a list such as `["https://app.example"]`.
 
-    Tokens are sent in a header or the query and never as cookies, so the default `"*"` is safe.
+    Tokens are sent in a header or the query and never as cookies, so the default `"*"` is safe. Capitals, a default
+    port and a trailing slash are normalized; a wildcard within an origin, or a path, raises `InvalidConfiguration`.
     """
 
     origins: Sequence[str] | str = "*"
@@ -205,9 +207,5 @@ class Cors:
 
     def __post_init__(self) -> None:
         origins = [self.origins] if isinstance(self.origins, str) else list(self.origins)
-        for origin in origins:
-            if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s,]+", origin):
-                raise InvalidConfiguration(
-                    f"cors origin {origin!r}; allowed are '*' and origins like 'https://app.example'"
-                )
-        object.__setattr__(self, "origins", "*" if "*" in origins else tuple(origins))
+        allowed = tuple(dict.fromkeys(normalize_origin(origin) for origin in origins if origin != "*"))
+        object.__setattr__(self, "origins", "*" if "*" in origins else allowed)

@@ -95,11 +95,58 @@ def test_origins_are_a_star_or_a_list(origins: Any, kept: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "origin", ["a.example", "https://a.example/", "https://a.example/path", "https://", "https://a b", "null", ""]
+    "origin",
+    [
+        "a.example",
+        "https://a.example/path",
+        "https://a.example//",
+        "https://",
+        "https://a b",
+        "https://*.example.com",
+        "http://localhost:*",
+        "https://user@a.example",
+        "https://a.example, https://b.example",
+        "null",
+        "",
+        b"https://a.example",
+    ],
 )
-def test_an_invalid_origin_is_rejected(origin: str) -> None:
+def test_an_invalid_origin_is_rejected(origin: Any) -> None:
+    """An origin with a wildcard was accepted and never matched."""
     with pytest.raises(InvalidConfiguration, match="allowed are '\\*' and origins like 'https://app.example'"):
         Cors([origin])
+
+
+@pytest.mark.parametrize(
+    ("configured", "sent"),
+    [
+        ("https://App.Example.com", "https://app.example.com"),
+        ("HTTPS://app.example.com", "https://app.example.com"),
+        ("https://app.example.com:443", "https://app.example.com"),
+        ("http://app.example.com:80", "http://app.example.com"),
+        ("http://app.example.com:443", "http://app.example.com:443"),
+        ("https://app.example.com/", "https://app.example.com"),
+        ("https://Bücher.example", "https://xn--bcher-kva.example"),
+        ("https://xn--bcher-kva.example", "https://xn--bcher-kva.example"),
+        ("http://[0:0:0:0:0:0:0:1]:3000", "http://[::1]:3000"),
+        ("https://a_b.example", "https://a_b.example"),
+    ],
+)
+def test_an_origin_is_normalized_to_what_browsers_send(configured: str, sent: str) -> None:
+    """It was accepted as it was written, and never matched."""
+    assert Cors([configured, sent]).origins == (sent,)
+
+
+@pytest.mark.parametrize("origin", ["https://faß.example", "http://[::1::]", "https://a‥b.example", "https://a!b"])
+def test_a_host_that_browsers_spell_differently_is_rejected(origin: str) -> None:
+    with pytest.raises(InvalidConfiguration, match="the host is not valid"):
+        Cors(origin)
+
+
+def test_a_port_has_a_limit() -> None:
+    assert Cors("http://a:65535").origins == ("http://a:65535",)
+    with pytest.raises(InvalidConfiguration, match="the port is 65536, limit 65535"):
+        Cors("http://a:65536")
 
 
 def test_a_stream_cannot_end_before_its_first_heartbeat() -> None:
