@@ -18,19 +18,19 @@ _BAD_IN_KEY = re.compile(r"[\x00-\x1f\x7f-\x9f/?#\\\ud800-\udfff]")
 
 
 def check_tags(tags: str | Iterable[str] | None, limits: Limits) -> tuple[str, ...]:
-    """The tags without duplicates, in order. Raises `UsageError`, `LimitExceeded`."""
+    """The tags without duplicates, in order, each without surrounding blanks. Raises `UsageError`, `LimitExceeded`."""
     listed = () if tags is None else (tags,) if isinstance(tags, str) else tuple(tags)
-    for tag in listed:
-        check_tag(tag, limits)
-    unique = tuple(dict.fromkeys(listed))
+    unique = tuple(dict.fromkeys(check_tag(tag, limits) for tag in listed))
     if len(unique) > limits.tags:
         raise LimitExceeded(f"a run has {len(unique)} tags, limit {limits.tags}")
     return unique
 
 
-def check_tag(tag: str, limits: Limits) -> None:
+def check_tag(tag: str, limits: Limits) -> str:
+    """The tag without surrounding blanks, which `?tags=one, two` has. Raises `UsageError`, `LimitExceeded`."""
     if not isinstance(tag, str):
         raise UsageError(f"a tag is a {type(tag).__name__}; allowed is a str")
+    tag = tag.strip(" ")
     if not tag.strip():
         raise UsageError("a tag is empty")
     if len(tag) > limits.tag_length:
@@ -39,6 +39,7 @@ def check_tag(tag: str, limits: Limits) -> None:
         raise UsageError(
             f"tag {tag!r} has a control character, a comma, a double quote or a backslash, which are not allowed"
         )
+    return tag
 
 
 def check_key(key: str, limits: Limits, *, what: str) -> str:

@@ -81,6 +81,11 @@ async def test_malformed_queries_are_rejected(host: FakeHost, query: dict[str, s
     assert words in json.loads(response.body)["error"]
 
 
+async def test_tags_can_be_separated_by_a_comma_and_a_blank(host: FakeHost) -> None:
+    await host.create("run_both", tags=["one", "two"])
+    assert runs(await tag_snapshot(host, "one, two")) == ["run_both"]
+
+
 async def test_tags_at_the_limit_are_accepted(host: FakeHost) -> None:
     await tag_snapshot(host, ",".join("t" * 127 + str(number) for number in range(10)))
 

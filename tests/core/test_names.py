@@ -28,7 +28,13 @@ def test_tags_keep_their_order_without_duplicates(given: Any, tags: tuple[str, .
 
 @pytest.mark.parametrize("tag", ["a b", "user:1", "ä", "日本", "a/b", "#1", "'"])
 def test_tags_can_be_almost_any_text(tag: str) -> None:
-    check_tag(tag, Limits())
+    assert check_tag(tag, Limits()) == tag
+
+
+def test_blanks_around_a_tag_do_not_count() -> None:
+    """`?tags=one, two` requested a tag with a leading blank, which no run has."""
+    assert check_tags([" a", "b ", "a"], LIMITS) == ("a", "b")
+    assert check_tags("  12345  ", LIMITS) == ("12345",)
 
 
 @pytest.mark.parametrize(
