@@ -21,6 +21,8 @@ REQUEST_KEY = b"x-trigger-request-idempotency-key"
 """The official clients' name for one call, the same in each of its retries."""
 
 _ANONYMOUS = Claims(scopes=(), expires_at=math.inf, token_id=PROBE)
+_LAST_EVENT_ID = ("last_event_id", "lastEventId", "Last-Event-ID", "lastEventID", "last-event-id")
+"""Its spellings in the query: ours, and those of EventSource polyfills and other servers (Mercure)."""
 _NAME = re.compile(rb"[\x21-\x7e]{1,128}")
 
 
@@ -102,8 +104,9 @@ class Request:
     def last_event_id(self) -> str | None:
         """Where the client resumes: from the header that an EventSource sends, or else from the query."""
         header = self.header(b"last-event-id")
-        text = header.decode("utf-8", "replace") if header else self.query("last_event_id")
-        return text or None
+        if header:
+            return header.decode("utf-8", "replace")
+        return next(filter(None, map(self.query, _LAST_EVENT_ID)), None)
 
     def accepts_events(self) -> bool:
         return EVENT_STREAM in (self.header(b"accept") or b"").decode("latin-1").lower()

@@ -182,6 +182,16 @@ async def test_the_query_resumes_too_and_the_header_takes_precedence(host: FakeH
         assert chunks(await response.read_all_events()) == [2, 3, 4]
 
 
+@pytest.mark.parametrize("name", ["lastEventId", "lastEventID", "Last-Event-ID", "last-event-id"])
+async def test_other_spellings_in_the_query_resume_too(host: FakeHost, name: str) -> None:
+    """They were ignored, so a client got the whole stream again at every reconnect."""
+    await host.create()
+    await host.append(*range(3))
+    await host.finish()
+    response = await AsgiClient(host).get(PATH, headers=host.headers(), query={name: "1"})
+    assert b"id: 2\ndata: 2\n\n" in response.body and b"id: 1\n" not in response.body
+
+
 async def test_an_empty_last_event_id_starts_at_the_beginning(host: FakeHost) -> None:
     await host.create()
     await host.append(0)
