@@ -358,7 +358,8 @@ class Realtime:
         """The decoded chunks of a stream, from `start_index` on, as they arrive.
 
         Ends when the run completes. If the run ends otherwise, raises `RunFailed` or `RunCanceled` after the last
-        chunk. Raises `StreamGap` if chunks have expired, `TimeoutError` if none arrives for `timeout`, `RunNotFound`.
+        chunk. Raises `StreamGap` if chunks have expired, `TimeoutError` if none arrives for `timeout`, `RunNotFound`,
+        and `StreamNotFound` if the run completed with other streams only.
         """
         return self.read_as(run, stream, decode, start_index=start_index, timeout=timeout)
 

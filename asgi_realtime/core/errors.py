@@ -18,6 +18,7 @@ RealtimeError
 │   └── ScopeDenied
 ├── RunNotFound
 │   └── RunKeptElsewhere        the run is in the memory of another process
+├── StreamNotFound              a run completed without the stream that was read
 ├── LocalCopyLost
 ├── RunEnded                    a run ended without a result; in run_errors.py
 │   ├── RunFailed
@@ -180,6 +181,13 @@ class RunKeptElsewhere(RunNotFound):
     """The run is in the memory of another process, the one that created the token."""
 
     code = "run_kept_elsewhere"
+
+
+class StreamNotFound(RealtimeError):
+    """The run completed and has other streams, but not this one. Its name is probably misspelled."""
+
+    status = 404
+    code = "stream_not_found"
 
 
 class LocalCopyLost(RealtimeError):

@@ -15,7 +15,7 @@ import anyio
 
 from asgi_realtime.brokers.base import Broker, Entry, StreamKey
 from asgi_realtime.brokers.live_log import LiveLog
-from asgi_realtime.core.errors import BrokerUnavailable, StreamGap
+from asgi_realtime.core.errors import BrokerUnavailable, StreamGap, StreamNotFound
 from asgi_realtime.core.log import End
 from asgi_realtime.core.run_errors import end_error
 from asgi_realtime.runs.store import RunStore
@@ -91,7 +91,7 @@ class StreamReader(BufferedIterator[Entry]):
     """The entries of one stream after a cursor. `end` is set once all are read and the stream has ended.
 
     Raises `StreamGap` if entries were trimmed, and then continues with the oldest retained one; `TimeoutError` after
-    `timeout_s` without an entry; `RunNotFound`.
+    `timeout_s` without an entry; `RunNotFound`; `StreamNotFound` if the run completed with other streams only.
     """
 
     def __init__(
@@ -116,6 +116,8 @@ class StreamReader(BufferedIterator[Entry]):
         async with self._runs.broker.live(cursor.key) as live:
             while not (entries := await cursor.entries(self._runs.broker, live)):
                 if live.end is not None:
+                    if live.end.reason == "complete" and not live.log.next:
+                        await self._check_name()
                     self.end = live.end
                     raise StopAsyncIteration
                 with anyio.fail_after(self._timeout_s):
@@ -124,6 +126,14 @@ class StreamReader(BufferedIterator[Entry]):
             self._ready.extend(entries)
             if cursor.at_end_of(live):
                 self.end = live.end  # the run can expire before the next call
+
+    async def _check_name(self) -> None:
+        """A run without any stream is not an error: a writer that wrote nothing adds none."""
+        key = self._cursor.key
+        (record,) = await self._runs.broker.load([key.run])
+        if record is not None and record.streams and not key.hidden and key.name not in record.streams:
+            streams = ", ".join(map(repr, record.streams))
+            raise StreamNotFound(f"run {key.run!r} completed without a stream {key.name!r}; it has {streams}")
 
 
 class ChunkReader(AsyncIterator[T], Generic[T]):

@@ -15,7 +15,7 @@ from asgi_realtime import Realtime
 from asgi_realtime.brokers import MemoryBroker
 from asgi_realtime.brokers.base import StreamKey
 from asgi_realtime.core.config import Retention, Timeouts
-from asgi_realtime.core.errors import RunNotFound, StreamGap, UsageError
+from asgi_realtime.core.errors import RunNotFound, StreamGap, StreamNotFound, UsageError
 from asgi_realtime.core.run_errors import RunCanceled, RunFailed
 from asgi_realtime.core.runs import run_topic
 from asgi_realtime.streams.followers import StreamChunk
@@ -43,6 +43,37 @@ async def test_chunks_are_read_until_the_run_completes(where: str) -> None:
                     await realtime.append(2)
         assert got == [0, 1, 2]
         assert [chunk async for chunk in realtime.read(run)] == [0, 1, 2]
+
+
+@where
+async def test_a_misspelled_stream_of_a_completed_run_is_an_error(where: str) -> None:
+    """The reader got nothing, without an error."""
+    async with make(**broker_for(where)) as realtime:
+        async with realtime.open_run("report") as run:
+            await realtime.append(0)
+            await realtime.append(1, stream="log")
+        with pytest.raises(StreamNotFound, match=f"run '{run.id}' completed without a stream 'defualt'; it has 'defau"):
+            await anext(realtime.read(run, "defualt"))
+
+
+@where
+async def test_a_completed_run_without_streams_is_read_as_empty(where: str) -> None:
+    async with make(**broker_for(where)) as realtime:
+        async with realtime.open_run("report") as run:
+            pass
+        assert [chunk async for chunk in realtime.read(run)] == []
+        pipe = realtime.pipe(numbers(0))
+        assert [chunk async for chunk in realtime.read(pipe.run_id)] == []
+
+
+async def test_a_misspelled_stream_of_a_failed_run_raises_how_the_run_ended() -> None:
+    async with make() as realtime:
+        with pytest.raises(ValueError):
+            async with realtime.open_run("report") as run:
+                await realtime.append(0)
+                raise ValueError
+        with pytest.raises(RunFailed):
+            await anext(realtime.read(run, "defualt"))
 
 
 async def test_more_than_one_page_is_read() -> None:
