@@ -14,10 +14,13 @@ from __future__ import annotations
 
 import logging
 from enum import Enum, auto
+from typing import Any
 
 from asgi_realtime.asgi.auth import redact_query
 from asgi_realtime.asgi.host import App, HostApp, Message, Receive, Scope, Send
 from asgi_realtime.core.errors import InvalidConfiguration
+
+_MAX_MIDDLEWARE = 50  # an app can have an attribute `app` without end
 
 logger = logging.getLogger("asgi_realtime")
 
@@ -30,6 +33,7 @@ class RealtimeMiddleware:
             raise InvalidConfiguration(
                 f"path is {path!r}; it must start with '/' and name a prefix, such as '/realtime'"
             )
+        _check(app, realtime)
         self.app = app
         self.realtime = realtime
         self.path = path.rstrip("/")
@@ -50,6 +54,26 @@ class RealtimeMiddleware:
         if root_path and (path == root_path or path.startswith(root_path + "/")):
             path = path[len(root_path) :]
         return path == self.path or path.startswith(self.path + "/")
+
+
+def _check(app: Any, realtime: Any) -> None:
+    """Raises `InvalidConfiguration` for what would be accepted and never work."""
+    usage = "use RealtimeMiddleware(app, realtime), with the whole app and a Realtime"
+    if isinstance(realtime, type) or not hasattr(realtime, "start"):
+        raise InvalidConfiguration(f"realtime is {_described(realtime)}; {usage}")
+    if not callable(app) or isinstance(app, type) or app is realtime:
+        raise InvalidConfiguration(f"app is {_described(app)}; {usage}")
+    for _ in range(_MAX_MIDDLEWARE):
+        if type(getattr(app, "__self__", None)).__module__.startswith("litestar.routes"):
+            raise InvalidConfiguration(
+                "RealtimeMiddleware is in Litestar's middleware=, which gets no lifespan and only requests to its own"
+                " routes; wrap the app instead: RealtimeMiddleware(Litestar(…), realtime)"
+            )
+        app = getattr(app, "app", None)
+
+
+def _described(value: object) -> str:
+    return f"the class {value.__name__}" if isinstance(value, type) else f"a {type(value).__name__}"
 
 
 class _State(Enum):

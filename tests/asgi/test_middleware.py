@@ -2,10 +2,12 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from fastapi import FastAPI
+from litestar import Litestar
+from litestar.middleware import DefineMiddleware
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse
@@ -20,6 +22,16 @@ from tests.asgi.official_sdk import on_one_loop
 pytestmark = pytest.mark.anyio
 
 App = Callable[[Any, Any, Any], Awaitable[None]]
+
+
+class Wrapper:
+    """Any ASGI middleware."""
+
+    def __init__(self, app: App) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        await self.app(scope, receive, send)
 
 
 async def host_app(scope: Any, receive: Any, send: Any) -> None:
@@ -67,6 +79,36 @@ async def test_the_path_can_be_changed(host: FakeHost) -> None:
 def test_a_malformed_path_is_rejected(host: FakeHost, path: str) -> None:
     with pytest.raises(InvalidConfiguration, match="path is"):
         RealtimeMiddleware(host_app, host, path=path)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda host: (host, host_app), "realtime is a function"),
+        (lambda host: (host_app, FakeHost), "realtime is the class FakeHost"),
+        (lambda host: (host_app, None), "realtime is a NoneType"),
+        (lambda host: (None, host), "app is a NoneType"),
+        (lambda host: (FastAPI, host), "app is the class FastAPI"),
+        (lambda host: (host, host), "app is a FakeHost"),
+    ],
+)
+def test_wrong_arguments_are_rejected(
+    host: FakeHost, make: Callable[[FakeHost], tuple[Any, Any]], message: str
+) -> None:
+    with pytest.raises(InvalidConfiguration, match=message):
+        RealtimeMiddleware(*make(host))
+
+
+def test_the_middleware_list_of_litestar_is_rejected(host: FakeHost) -> None:
+    """It was accepted, and every request under the path got 404."""
+    ours: Any = RealtimeMiddleware
+    define, other = DefineMiddleware(ours, realtime=host), DefineMiddleware(cast(Any, Wrapper))
+    lists: list[list[Any]] = [[define], [define, other]]
+    for middleware in lists:
+        with pytest.raises(InvalidConfiguration, match=r"wrap the app instead: RealtimeMiddleware\(Litestar"):
+            Litestar(middleware=middleware, logging_config=None)
+    RealtimeMiddleware(Litestar(logging_config=None), host)
+    RealtimeMiddleware(Wrapper(Litestar(logging_config=None)), host)
 
 
 async def test_the_outer_scope_is_redacted_and_the_token_works(host: FakeHost) -> None:
