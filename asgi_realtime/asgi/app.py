@@ -12,6 +12,7 @@ from functools import partial
 
 from starlette.responses import Response
 
+from asgi_realtime.asgi.auth import redact_query
 from asgi_realtime.asgi.cors import cors_headers, preflight_headers
 from asgi_realtime.asgi.host import Host, Receive, Scope, Send
 from asgi_realtime.asgi.limits import SubscriptionLimits
@@ -54,6 +55,7 @@ class RealtimeApp:
         if scope["type"] == "lifespan":
             return await self._lifespan(receive, send)
         if scope["type"] == "websocket":
+            redact_query(scope)  # servers log the handshake
             return await _reject_websocket(receive, send)
         # Not in a separate method: each frame adds to the memory of an idle subscriber.
         request = Request(self._host, self.subscription_limits, self._run_cache, scope, receive)

@@ -21,11 +21,18 @@ from asgi_realtime.tokens import Claims
 PARAMETER = "access_token"
 REDACTED = "REDACTED"
 
-_IN_TEXT = re.compile(r"(?i)(\baccess(?:_|%5f)token=)[^&\s\"'<>]+")
+_IN_TEXT = re.compile(r"(?i)(\baccess(?:_|%5f)token=)[^&;\s\"'<>]+")
 
 
 def redact_query(scope: Scope) -> str:
-    """Redact `access_token` in the scope's query, in place. Returns its last value, or ""."""
+    """Redact `access_token` in the scope's query, in place. Returns its last value, or "".
+
+    After a semicolon, or in the path, it is not accepted, but servers log it, so it is redacted there too.
+    """
+    if "=" in scope.get("path", ""):
+        scope["path"] = _redact(scope["path"])
+        if scope.get("raw_path"):
+            scope["raw_path"] = _redact(scope["raw_path"].decode("latin-1")).encode("latin-1")
     query: bytes = scope.get("query_string", b"")
     if not query:
         return ""
@@ -36,6 +43,8 @@ def redact_query(scope: Scope) -> str:
         if value and unquote_plus(name.decode("latin-1")) == PARAMETER:
             token = unquote_plus(value.decode("latin-1"))
             parts[place] = name + b"=" + REDACTED.encode()
+        elif b";" in part:
+            parts[place] = _redact(part.decode("latin-1")).encode("latin-1")
     scope["query_string"] = b"&".join(parts)
     return token
 

@@ -36,6 +36,22 @@ async def test_a_realtime_is_a_host() -> None:
             assert [event.event for event in await response.read_all_events()] == ["reconnect"]
 
 
+async def test_a_token_of_a_websocket_handshake_is_redacted(host: FakeHost) -> None:
+    """The server logged the token with the rejected handshake."""
+    scope = {"type": "websocket", "path": "/v1/runs/run_1", "query_string": b"access_token=abc"}
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        return {"type": "websocket.connect"}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    await host(scope, receive, send)
+    assert scope["query_string"] == b"access_token=REDACTED"
+    assert [message["type"] for message in sent] == ["websocket.close"]
+
+
 # Headers of every response
 
 

@@ -25,12 +25,24 @@ from asgi_realtime.tokens import Claims
         (b"access_token", b"access_token", ""),
         (b"my_access_token=abc", b"my_access_token=abc", ""),
         (b"&&access_token=abc&", b"&&access_token=REDACTED&", "abc"),
+        (b"a=1;access_token=abc;b", b"a=1;access_token=REDACTED;b", ""),
+        (b"a;ACCESS%5Ftoken=abc&access_token=x", b"a;ACCESS%5Ftoken=REDACTED&access_token=REDACTED", "x"),
     ],
 )
 def test_the_token_is_redacted_in_the_query(query: bytes, redacted: bytes, token: str) -> None:
     scope = {"query_string": query}
     assert redact_query(scope) == token
     assert scope["query_string"] == redacted
+
+
+@pytest.mark.parametrize("mark", [";", "&", "/"])
+def test_a_token_in_the_path_is_redacted(mark: str) -> None:
+    """A URL with a wrong separator is a 404, and the server logged its path with the token."""
+    path = f"/v1/streams/run_1/default{mark}access_token=abc"
+    scope = {"path": path, "raw_path": path.encode()}
+    assert redact_query(scope) == ""
+    assert scope["path"] == path.replace("abc", "REDACTED")
+    assert scope["raw_path"] == path.replace("abc", "REDACTED").encode()
 
 
 def test_a_scope_without_a_query_is_not_changed() -> None:
