@@ -6,7 +6,7 @@ status can follow which. A run in a terminal status ignores all changes. A recor
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any
@@ -161,6 +161,71 @@ class RunRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         return None if self.ttl_s is None else f"{self.ttl_s:.3f}".rstrip("0").rstrip(".") + "s"
 
     @property
+    def duration_ms(self) -> int:
+        """From the start to the end, or to the last change of a run that has not ended."""
+        if self.started_at_ms is None:
+            return 0
+        return (self.completed_at_ms or self.updated_at_ms) - self.started_at_ms
+
+    def json_fields(self) -> dict[str, Any]:
+        """The run as in `GET /api/v3/runs/{id}` of the official clients, plus the names of its streams.
+
+        Optional fields are absent instead of null. Payload and output appear as stored.
+        """
+        return {
+            "id": self.id,
+            "status": self.status,
+            "taskIdentifier": self.task,
+            "isQueued": self.is_queued,
+            "isExecuting": self.is_executing,
+            "isWaiting": False,
+            "isCompleted": self.is_completed,
+            "isSuccess": self.is_success,
+            "isFailed": self.is_failed,
+            "isCancelled": self.is_canceled,
+            "isTest": False,
+            "createdAt": iso(self.created_at_ms),
+            "updatedAt": iso(self.updated_at_ms),
+            "tags": self.tags,
+            "costInCents": 0,
+            "baseCostInCents": 0,
+            "durationMs": self.duration_ms,
+            "depth": self.depth,
+            "triggerFunction": "trigger" if self.batch is None else "batchTrigger",
+            "relatedRuns": {},
+            "metadata": self.metadata,
+            "realtimeStreams": self.streams,
+            **self._optional_fields(),
+        }
+
+    def _optional_fields(self) -> dict[str, Any]:
+        optional = {
+            "startedAt": _iso_or_none(self.started_at_ms),
+            "finishedAt": _iso_or_none(self.completed_at_ms),
+            "delayedUntil": _iso_or_none(self.delay_until_ms),
+            "expiredAt": _iso_or_none(self.completed_at_ms) if self.status is Status.EXPIRED else None,
+            "payload": _raw(self.payload_json),
+            "output": _raw(self.output_json),
+            "error": None if self.error is None else {"name": self.error.name, "message": self.error.message},
+            "idempotencyKey": self.idempotency_key,
+            "ttl": self.ttl,
+            "batchId": None if self.batch is None else self.batch.id,
+        }
+        return {name: value for name, value in optional.items() if value is not None}
+
+    def __iter__(self) -> Iterator[tuple[str, Any]]:
+        """`dict(record)` is the run as plain JSON values: what `json_fields` has, decoded. FastAPI returns it as the
+        response if a route returns a record. It has nothing that a subscriber of the run does not see."""
+        yield from decode(encode_value(self.json_fields())).items()
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> dict[str, Any]:
+        """Makes the class an annotation of a FastAPI route. A schema of pydantic is a dict, so this needs no import."""
+        as_dict = {"type": "dict", "keys_schema": {"type": "str"}, "values_schema": {"type": "any"}}
+        serialization = {"type": "function-plain", "function": dict, "return_schema": as_dict}
+        return {"type": "is-instance", "cls": cls, "serialization": serialization}
+
+    @property
     def topics(self) -> tuple[str, ...]:
         """The topics that list this run, except its own."""
         batch = () if self.batch is None else (batch_topic(self.batch.id),)
@@ -177,6 +242,20 @@ class RunRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         if self.status not in TERMINAL:
             return None
         return End(END_REASONS[self.status], None if self.error is None else self.error.message)
+
+
+def _raw(data: bytes | None) -> msgspec.Raw | None:
+    return None if data is None else msgspec.Raw(data)
+
+
+def iso(time_ms: int) -> str:
+    """A time in ISO 8601: UTC, with milliseconds."""
+    seconds, milliseconds = divmod(time_ms, 1000)
+    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%S}.{milliseconds:03}Z"
+
+
+def _iso_or_none(time_ms: int | None) -> str | None:
+    return None if time_ms is None else iso(time_ms)
 
 
 def run_topic(run_id: str) -> str:

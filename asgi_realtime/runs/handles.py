@@ -1,17 +1,23 @@
 """Handles, the results of `trigger` and `pipe`: the ids and tokens that a browser needs, as JSON.
 
-A handle is a dict with the keys of the protocol, so a host can return it unchanged. Its attributes have Python names.
-Its repr hides the token.
+A handle is a dict with the keys of the protocol, so a host can return it unchanged, also from a FastAPI route that is
+annotated with its class. Its attributes have Python names. Its repr hides the token. It can be pickled; a handle from a
+pickle has all but its `Realtime`, so it cannot wait for the result.
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-from typing import Any, Generic, TypeVar
+import copy
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, ClassVar, Generic, Self, TypeVar
 
 from asgi_realtime.core.config import Span
+from asgi_realtime.core.errors import UsageError
 
 R = TypeVar("R")
+
+_Wait = Callable[..., Awaitable[Any]]
+"""Waits for the result of a run, like `Realtime.result`."""
 
 TOKEN_EXPIRES_IN = "1h"
 """The default lifetime of the token of a handle."""
@@ -27,8 +33,51 @@ def batch_scopes(batch_id: str) -> list[str]:
     return [f"read:batch:{batch_id}"]
 
 
+async def _no_result(run_id: str, /, *, timeout: Span | None = None) -> Any:
+    raise UsageError(f"the handle of run {run_id!r} comes from a pickle or from JSON; use realtime.result(handle)")
+
+
 class _Handle(dict[str, Any]):
     """A dict that hides its token from logs."""
+
+    __slots__ = ("_result",)
+    _result: _Wait
+    _json_types: ClassVar[dict[str, dict[str, Any]]] = {
+        "id": {"type": "str"},
+        "publicAccessToken": {"type": "str"},
+        "isCached": {"type": "bool"},
+    }
+    """The keys and their types, as schemas of pydantic."""
+
+    @classmethod
+    def _of(cls, fields: Mapping[str, Any], result: _Wait = _no_result) -> Self:
+        handle = cls.__new__(cls)
+        handle.update(fields)
+        handle._result = result
+        return handle
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self._of, (dict(self),)
+
+    def __copy__(self) -> Self:
+        return self._of(self, self._result)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self._of(copy.deepcopy(dict(self), memo), self._result)
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> dict[str, Any]:
+        """Makes the class an annotation for FastAPI. A schema of pydantic is a dict, so pydantic is not needed here."""
+
+        def validate(value: Any, check: Callable[[Any], Any]) -> _Handle:
+            return value if isinstance(value, cls) else cls._of(check(value))
+
+        fields = {key: {"type": "typed-dict-field", "schema": schema} for key, schema in cls._json_types.items()}
+        return {
+            "type": "function-wrap",
+            "function": {"type": "no-info", "function": validate},
+            "schema": {"type": "typed-dict", "fields": fields, "config": {"title": cls.__name__}},
+        }
 
     @property
     def id(self) -> str:
@@ -54,9 +103,9 @@ class _Handle(dict[str, Any]):
 class RunHandle(_Handle, Generic[R]):
     """A triggered run: `{"id", "publicAccessToken", "isCached"}`."""
 
-    __slots__ = ("_result",)
+    __slots__ = ()
 
-    def __init__(self, run_id: str, token: str, *, is_cached: bool, result: Callable[..., Awaitable[Any]]) -> None:
+    def __init__(self, run_id: str, token: str, *, is_cached: bool, result: _Wait) -> None:
         super().__init__(id=run_id, publicAccessToken=token, isCached=is_cached)
         self._result = result
 
@@ -76,9 +125,13 @@ class BatchHandle(_Handle):
     Its token reads the batch and all of its runs.
     """
 
-    __slots__ = ("_result",)
+    __slots__ = ()
+    _json_types = _Handle._json_types | {
+        "runs": {"type": "list", "items_schema": {"type": "str"}},
+        "runCount": {"type": "int"},
+    }
 
-    def __init__(self, batch_id: str, token: str, *, runs: list[str], result: Callable[..., Awaitable[Any]]) -> None:
+    def __init__(self, batch_id: str, token: str, *, runs: list[str], result: _Wait) -> None:
         super().__init__(id=batch_id, publicAccessToken=token, isCached=False, runs=runs, runCount=len(runs))
         self._result = result
 

@@ -51,6 +51,12 @@ def test_required_fields_are_present_and_no_optional_field_is_null(record: RunRe
     assert [name for name, value in run.items() if value is None and name != "output"] == []
 
 
+@pytest.mark.parametrize("record", [QUEUED, FULL, msgspec.structs.replace(FULL, token_id="token", owner="me")])
+def test_a_record_as_a_dict_is_the_same_json_and_hides_what_is_internal(record: RunRecord) -> None:
+    assert dict(record) == as_dict(record)
+    assert not {"token_id", "owner", "version"} & dict(record).keys()
+
+
 def test_unknown_fields_are_absent() -> None:
     absent = {"startedAt", "finishedAt", "payload", "output", "error", "idempotencyKey", "ttl", "batchId"}
     absent |= {"expiredAt", "delayedUntil"}

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import copy
 import io
 import json
 import logging
+import pickle
 import pprint
 from typing import Any
 
@@ -10,9 +12,11 @@ import fastapi
 import httpx
 import litestar
 import msgspec
+import pydantic
 import pytest
 
-from asgi_realtime import BatchHandle, Realtime, RunHandle
+from asgi_realtime import BatchHandle, Realtime, RunHandle, RunRecord, UsageError
+from asgi_realtime.core.runs import Status
 from tests.inprocess import make_realtime
 
 pytestmark = pytest.mark.anyio
@@ -83,6 +87,57 @@ async def test_a_handle_is_a_valid_fastapi_response() -> None:
         assert realtime.verify_token(body["publicAccessToken"]).scopes[0] == f"read:runs:{body['id']}"
         body = (await client.post("/batch")).json()
         assert body["runCount"] == 1
+
+
+async def test_handles_and_records_are_annotations_of_fastapi_routes() -> None:
+    """`-> RunHandle` failed at import, and a returned `RunRecord` was a 500."""
+    realtime = with_echo()
+    run, batch = await handles()
+    record = RunRecord(id="run_1", task="echo", status=Status.QUEUED, created_at_ms=0, updated_at_ms=0, token_id="x")
+    returned: list[tuple[Any, Any]] = [
+        (RunHandle, run),
+        (RunHandle[int], run),
+        (BatchHandle, batch),
+        (list[RunHandle[int]], [run]),
+        (RunRecord, record),
+        (None, record),
+    ]
+    app = fastapi.FastAPI()
+    for number, (annotation, value) in enumerate(returned):
+        app.get(f"/{number}", response_model=annotation)(lambda value=value: value)
+    async with realtime, httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://host") as client:
+        for number, (_, value) in enumerate(returned):
+            response = await client.get(f"/{number}")
+            assert response.json() == (value if isinstance(value, list) else dict(value)), response.text
+        schema = (await client.get("/openapi.json")).json()["paths"]["/0"]["get"]["responses"]["200"]["content"]
+    assert list(schema["application/json"]["schema"]["properties"]) == list(run)
+
+
+async def test_a_pydantic_model_can_have_a_handle() -> None:
+    class Answer(pydantic.BaseModel):
+        run: RunHandle[int]
+
+    run, _ = await handles()
+    assert Answer(run=run).run is run
+    read = Answer.model_validate_json(Answer(run=run).model_dump_json()).run
+    assert (type(read), dict(read)) == (RunHandle, dict(run))
+    with pytest.raises(pydantic.ValidationError):
+        Answer.model_validate({"run": {"id": "run_1"}})
+
+
+async def test_handles_can_be_pickled_and_copied() -> None:
+    realtime = with_echo()
+    async with realtime:
+        run = await realtime.trigger("echo", 1)
+        assert await copy.copy(run).result() == await copy.deepcopy(run).result() == 1
+        for handle in (run, await realtime.batch_trigger([("echo", 2)])):
+            read = pickle.loads(pickle.dumps(handle))
+            assert (type(read), dict(read)) == (type(handle), dict(handle))
+            assert handle.public_access_token not in repr(read)
+        read = pickle.loads(pickle.dumps(run))
+        with pytest.raises(UsageError, match=r"use realtime.result\(handle\)"):
+            await read.result()
+        assert await realtime.result(read) == 1
 
 
 async def test_a_handle_is_a_valid_litestar_response() -> None:

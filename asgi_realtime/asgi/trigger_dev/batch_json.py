@@ -10,8 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from asgi_realtime.core.chunks import encode_value
-from asgi_realtime.core.run_json import iso
-from asgi_realtime.core.runs import RunRecord
+from asgi_realtime.core.runs import RunRecord, iso
 from asgi_realtime.tasks.batch_records import BatchRecord
 
 

@@ -17,8 +17,7 @@ import msgspec
 
 from asgi_realtime.core.chunks import encode_value
 from asgi_realtime.core.run_columns import SKIPPABLE_COLUMNS
-from asgi_realtime.core.run_json import duration_ms, iso
-from asgi_realtime.core.runs import RunRecord, Status
+from asgi_realtime.core.runs import RunRecord, Status, iso
 
 WIRE_STATUS: dict[Status, str] = {
     Status.DELAYED: "DELAYED",
@@ -87,7 +86,7 @@ _COLUMNS: dict[str, tuple[str, Encode]] = {
     "number": ("int4", lambda record: "0"),
     "isTest": ("bool", lambda record: "f"),
     "status": ("text", lambda record: WIRE_STATUS[record.status]),
-    "usageDurationMs": ("int4", lambda record: str(duration_ms(record))),
+    "usageDurationMs": ("int4", lambda record: str(record.duration_ms)),
     "costInCents": ("float8", lambda record: "0"),
     "baseCostInCents": ("float8", lambda record: "0"),
     "ttl": ("text", lambda record: record.ttl),
