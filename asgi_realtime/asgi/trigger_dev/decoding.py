@@ -9,6 +9,9 @@ import msgspec
 from asgi_realtime.core.chunks import json_line, scrub_escapes
 from asgi_realtime.core.errors import InvalidRequest, UsageError
 
+BOM = b"\xef\xbb\xbf"
+"""Some clients (PowerShell, .NET) send it before JSON. A parser may ignore it: RFC 8259, section 8.1."""
+
 _MAX_MESSAGE = 300
 """Messages of msgspec repeat input of any length."""
 
@@ -22,7 +25,7 @@ def read_json(data: bytes, type: type[T], *, what: str = "the body", error: type
     rejected by its struct's `__post_init__`.
     """
     try:
-        return _decode(data, type)
+        return _decode(data.removeprefix(BOM), type)
     except msgspec.ValidationError as exc:
         if isinstance(exc.__cause__, UsageError):
             raise UsageError(f"{what}: {exc.__cause__}") from exc
@@ -34,7 +37,7 @@ def read_json(data: bytes, type: type[T], *, what: str = "the body", error: type
 def read_line(data: bytes, *, what: str = "the body") -> bytes:
     """JSON from a client as it is stored, on one line. Raises `InvalidRequest` if it is malformed."""
     try:
-        return json_line(data)
+        return json_line(data.removeprefix(BOM))
     except UsageError as exc:
         raise InvalidRequest(f"{what} is malformed: {exc}") from exc
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from asgi_realtime.asgi.trigger_dev.decoding import BOM
 from asgi_realtime.core.errors import LimitExceeded
 
 
@@ -36,7 +37,7 @@ class LineSplitter:
 
     def _line(self, last: bytes) -> Iterator[bytes]:
         self._extend(last)
-        line = bytes(self._partial).strip(b" \t\r")
+        line = bytes(self._partial).removeprefix(BOM).strip(b" \t\r")
         self._partial.clear()
         if line:
             yield line

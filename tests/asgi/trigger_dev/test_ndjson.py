@@ -25,6 +25,10 @@ def test_a_body_can_be_split_anywhere(end: bytes) -> None:
     assert split(*(body[place : place + 1] for place in range(len(body)))) == LINES
 
 
+def test_a_byte_order_mark_is_ignored() -> None:
+    assert split(b"\xef", b"\xbb\xbf1\n2") == [b"1", b"2"]
+
+
 @given(st.lists(st.binary(max_size=20).map(lambda line: b"<" + line.replace(b"\n", b"") + b">")), st.data())
 def test_lines_survive_any_split(lines: list[bytes], data: st.DataObject) -> None:
     body = b"\n".join(lines)

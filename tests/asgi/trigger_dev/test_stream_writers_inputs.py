@@ -92,6 +92,7 @@ async def test_an_input_is_read_like_a_stream(host: FakeHost) -> None:
         (b'{"data": false}', b"false"),
         (b'{"data": ""}', b'""'),
         (b"{}", b"null"),
+        (b'\xef\xbb\xbf{"data": 1}', b"1"),  # PowerShell and .NET send a byte order mark; this was a 400
     ],
 )
 async def test_an_input_is_stored_as_it_was_sent(host: FakeHost, body: bytes, data: bytes) -> None:
