@@ -8,6 +8,7 @@ There is no timer per request; the ticker measures the silence and the deadline.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -24,6 +25,8 @@ from asgi_realtime.brokers.following import Follower, following
 from asgi_realtime.core.errors import ServerShutdown
 from asgi_realtime.loop.interrupts import make_guard, make_interrupt
 from asgi_realtime.loop.waiting import make_waiter
+
+logger = logging.getLogger("asgi_realtime")
 
 A = TypeVar("A")
 
@@ -47,11 +50,14 @@ class OpenRequest:
         self._since: float | None = None  # the first tick of the current wait
 
     async def receive(self) -> Message:
-        """The next message of the client."""
+        """The next message of the client. A server can report a disconnect with an exception, too."""
         self._receiving = True
         self._since = None
         try:
             return await self._receive()
+        except Exception:  # only the server's `receive` makes it fail
+            logger.debug("a request could not be received", exc_info=True)
+            return {"type": "http.disconnect"}
         finally:
             self._receiving = False
 

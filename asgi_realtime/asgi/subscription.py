@@ -31,6 +31,7 @@ from collections.abc import Awaitable
 from contextlib import AbstractAsyncContextManager
 from enum import Enum, IntEnum, auto
 from functools import partial
+from traceback import walk_tb
 from typing import ClassVar, Generic, TypeVar
 
 from starlette.responses import Response
@@ -132,6 +133,12 @@ def reconnect_response() -> Response:
 
 def _reconnect(framing: Framing, longest_ms: int) -> bytes:
     return framing.reconnect(random.randint(MIN_RECONNECT_MS, longest_ms))
+
+
+def _raised_by(send: Send, exc: Exception) -> bool:
+    """Whether `send` raised it. After a disconnect it can be anything: uvicorn on uvloop raises `RuntimeError`."""
+    code = getattr(send, "__code__", None)
+    return code is not None and any(frame.f_code is code for frame, _ in walk_tb(exc.__traceback__))
 
 
 class SubscriptionResponse(ABC, Generic[S]):
@@ -248,11 +255,11 @@ class SubscriptionResponse(ABC, Generic[S]):
         raise Ended(_reconnect(self.framing, SHUTDOWN_RECONNECT_MS))
 
     def _frame_after(self, exc: Exception) -> bytes:
-        """The last frame of a body that an exception ends. Raises `OSError`, with which some servers report a
+        """The last frame of a body that an exception ends. Raises an exception with which the server reports a
         disconnect."""
         if isinstance(exc, Ended):
             return exc.last
-        if isinstance(exc, OSError):
+        if isinstance(exc, OSError) or _raised_by(self._send, exc):
             raise exc
         if isinstance(exc, BrokerUnavailable | ServerShutdown):  # logged once by the broker
             logger.debug("a subscription has to reconnect: %s", exc)

@@ -9,7 +9,7 @@ import anyio
 import anyio.lowlevel
 import pytest
 
-from asgi_realtime.asgi.subscription import AGE_RECONNECT_MS, MIN_RECONNECT_MS
+from asgi_realtime.asgi.subscription import AGE_RECONNECT_MS, MIN_RECONNECT_MS, SubscriptionResponse
 from asgi_realtime.brokers.base import StreamKey
 from asgi_realtime.core.config import Limits, Timeouts
 from asgi_realtime.testing import AsgiClient, Event
@@ -167,10 +167,11 @@ async def test_a_thousand_connections_release_everything(host: FakeHost) -> None
     assert len(anyio.get_running_tasks()) == before
 
 
-@pytest.mark.parametrize("error", [OSError("gone"), BrokenPipeError()])
-async def test_an_oserror_from_send_is_a_disconnect(
+@pytest.mark.parametrize("error", [OSError("gone"), BrokenPipeError(), RuntimeError("the handler is closed")])
+async def test_an_error_of_send_is_a_disconnect(
     host: FakeHost, error: Exception, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """uvicorn on uvloop raises `RuntimeError`, and each client that vanished was logged with a traceback."""
     await host.create()
     await host.append("a")
 
@@ -184,6 +185,17 @@ async def test_an_oserror_from_send_is_a_disconnect(
     await host(make_scope("GET", PATH, headers=host.headers()), never, send)
     await check_released(host)
     assert not caplog.records
+
+
+async def test_an_error_of_the_library_during_a_send_is_logged(
+    host: FakeHost, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    await host.create()
+    await host.append("a")
+    monkeypatch.setattr(SubscriptionResponse, "_write", lambda *args: None)  # `await None` fails in our own frame
+    response = await AsgiClient(host).get(PATH, headers=host.headers())
+    assert response.ended
+    assert [record.message for record in caplog.records] == ["a subscription failed; its client will resume"]
 
 
 async def test_a_cancellation_by_the_host_passes_through_and_releases_everything(host: FakeHost) -> None:

@@ -192,6 +192,23 @@ async def test_an_endless_body_is_rejected_at_the_limit() -> None:
     assert await post(host, [part, part]) == 413
 
 
+async def test_a_body_that_cannot_be_received_is_cut_off(host: FakeHost, caplog: pytest.LogCaptureFixture) -> None:
+    """Some servers raise when the client disconnects, and that was logged with a traceback."""
+    await host.create()
+
+    async def receive() -> Any:
+        raise RuntimeError("the connection is closed")
+
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    await host(make_scope("POST", PATH, headers=host.headers(SCOPE)), receive, send)
+    assert sent[0]["status"] == 408
+    assert not caplog.records
+
+
 async def test_a_cut_off_body_is_not_stored(host: FakeHost) -> None:
     await host.create()
     part = {"type": "http.request", "body": b'{"data": 1}', "more_body": True}
