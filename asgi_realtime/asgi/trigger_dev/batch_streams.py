@@ -17,6 +17,7 @@ from asgi_realtime.asgi.framing import Framing
 from asgi_realtime.asgi.request import Request
 from asgi_realtime.asgi.streams import StreamResponse
 from asgi_realtime.asgi.subscription import STILL_WAITING, WAITING, Alert
+from asgi_realtime.asgi.trigger_dev.client_version import check_client
 from asgi_realtime.brokers.live_log import LiveLog, Slice
 from asgi_realtime.core.errors import InvalidRequest, StreamGap, StreamLost, shown
 from asgi_realtime.core.log import End, Entry, StreamKey
@@ -95,6 +96,7 @@ class BatchStreamResponse(StreamResponse):
     framing = BATCHES
 
     def __init__(self, request: Request, key: StreamKey) -> None:
+        check_client(request)
         super().__init__(request, key)
         start = (request.header(b"x-trigger-stream-start") or b"").strip().lower()
         self._latest = start == b"latest" and request.last_event_id is None

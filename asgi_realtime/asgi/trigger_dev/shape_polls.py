@@ -24,6 +24,7 @@ from asgi_realtime.asgi.open_request import Deadline, held
 from asgi_realtime.asgi.request import Request
 from asgi_realtime.asgi.responses import json_bytes_response
 from asgi_realtime.asgi.trigger_dev import shapes
+from asgi_realtime.asgi.trigger_dev.client_version import check_client
 from asgi_realtime.asgi.trigger_dev.shape_requests import ShapeRequest, read_shape_request
 from asgi_realtime.asgi.trigger_dev.shapes import ShapeCursor
 from asgi_realtime.brokers.following import Follower
@@ -44,6 +45,7 @@ SPACING_S = 0.25
 
 async def run_feed(request: Request, run_id: str) -> Response:
     """Poll one run."""
+    check_client(request)
     shape = read_shape_request(request)
     feed = RunFeed(run_id)
     if shape.cursor is None or not allows(request.claims, "read", [("runs", run_id)]):
