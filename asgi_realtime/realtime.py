@@ -191,7 +191,7 @@ class Realtime:
         The function takes `()`, `(payload)`, `(payload, run)` or `(run: Run)`. The payload is decoded into its
         annotation: a dataclass, msgspec struct, pydantic model, TypedDict or plain JSON. The return value is the run's
         output. The decorator returns a `Task`, which can still be called as the plain function. Raises
-        `InvalidConfiguration`.
+        `InvalidConfiguration`, also for an id that is taken; in a notebook the new task replaces the old one.
         """
         if callable(id):
             raise InvalidConfiguration(f'a task needs an id: @realtime.task("{getattr(id, "__name__", "report")}")')

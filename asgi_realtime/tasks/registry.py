@@ -7,7 +7,9 @@ inside its run, and ends the run by the outcome.
 
 from __future__ import annotations
 
+import builtins
 import functools
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -29,6 +31,11 @@ from asgi_realtime.tasks.launch import Launched, Launcher
 from asgi_realtime.tasks.options import RunOptions
 from asgi_realtime.tasks.records import Payload, Prepared, RecordFactory
 from asgi_realtime.tasks.task import Task, TaskLike, id_of
+
+
+def _is_interactive() -> bool:
+    """Whether this is a notebook, IPython or the interactive interpreter."""
+    return hasattr(sys, "ps1") or hasattr(builtins, "__IPYTHON__")
 
 
 class Tasks:
@@ -62,9 +69,13 @@ class Tasks:
     def register(
         self, task_id: str, function: Callable[..., Any], *, max_duration: Span | None, concurrency_limit: int | None
     ) -> Task[Any, Any]:
-        """Add a task. Raises `InvalidConfiguration` for an id that is taken and for a signature that no task has."""
+        """Add a task. Raises `InvalidConfiguration` for an id that is taken and for a signature that no task has.
+
+        In an interactive session an id can be registered again, because notebook cells are executed again. The new task
+        replaces the old one, for runs that wait too.
+        """
         check_key(task_id, self._limits, what="task id")
-        if task_id in self._tasks:
+        if task_id in self._tasks and not _is_interactive():
             raise InvalidConfiguration(f"a task {task_id!r} is registered already; ids must differ")
         if concurrency_limit is not None and (type(concurrency_limit) is not int or concurrency_limit < 1):
             raise InvalidConfiguration(f"concurrency_limit is {concurrency_limit!r}; it must be 1 or more")

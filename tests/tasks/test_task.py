@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import builtins
 import functools
 import operator
 import sys
@@ -424,6 +425,28 @@ def test_ids_must_differ() -> None:
     realtime.task("t")(nothing)
     with pytest.raises(InvalidConfiguration, match="a task 't' is registered already; ids must differ"):
         realtime.task("t")(both)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("where", [(sys, "ps1"), (builtins, "__IPYTHON__")], ids=["python", "ipython"])
+async def test_a_task_can_be_registered_again_in_an_interactive_session(
+    monkeypatch: pytest.MonkeyPatch, where: tuple[Any, str]
+) -> None:
+    """Executing a notebook cell a second time raised `InvalidConfiguration`."""
+    monkeypatch.setattr(*where, "", raising=False)
+    realtime = make_realtime()
+
+    @realtime.task("t")
+    async def old() -> str:
+        return "old"
+
+    @realtime.task("t")
+    async def new() -> str:
+        return "new"
+
+    async with realtime:
+        for task in (old, new, "t"):
+            assert await (await realtime.trigger(task)).result(timeout=5) == "new"
 
 
 @pytest.mark.parametrize(
