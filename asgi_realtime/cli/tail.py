@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 VARIABLE = "REALTIME_ACCESS_TOKEN"
 _TOKEN_LIFE_S = 3600.0
 _FORMS = ".../v1/streams/<run>/<key>, .../v1/runs/<run>, .../v1/runs?tags=<tag> or .../v1/batches/<batch>"
+_VISIBLE = f"other users can see the token in the arguments (ps); set ${VARIABLE}, or pass the URL on stdin: tail -"
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,10 @@ def add(commands: Any) -> None:
         "tail",
         help="follow a run or a stream in the terminal",
         description="Follow a stream, a run, the runs with some tags, or a batch, until it ends or Ctrl-C.",
-        epilog=f"The token comes from the URL (?access_token=) or ${VARIABLE}, or is created with the secret key.",
+        epilog=f"The token comes from ${VARIABLE} or the URL (?access_token=), or is created with the secret key. Other"
+        " users of the machine can see a URL in the arguments, so pass one with a token on stdin: `tail -`.",
     )
-    parser.add_argument("url", metavar="URL", help=_FORMS)
+    parser.add_argument("url", metavar="URL", help=f"{_FORMS}; - reads it from stdin")
     parser.add_argument("--from", dest="start", type=int, default=0, metavar="INDEX", help="start at this chunk")
     parser.add_argument("--json", action="store_true", help="print each chunk or state as one line of JSON")
     secret.add(parser)
@@ -60,7 +62,9 @@ def add(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     from asgi_realtime.client import SyncRealtimeClient  # needs httpx
 
-    target = parse_url(args.url)
+    target = parse_url(sys.stdin.readline().strip() if args.url == "-" else args.url)
+    if target.token and args.url != "-":
+        print(_VISIBLE, file=sys.stderr)  # noqa: T201
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(HarmlessFormatter("%(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
@@ -118,7 +122,7 @@ def _token(args: argparse.Namespace, target: Target) -> str | Callable[[], str]:
     key = secret.find(args)
     if key is None:
         raise UsageError(
-            f"no token: put it into the URL (?access_token=) or ${VARIABLE}, or set ${secret.VARIABLE} to create one"
+            f"no token: put it into ${VARIABLE} or the URL (?access_token=), or set ${secret.VARIABLE} to create one"
         )
     authority = TokenAuthority(key)
     return lambda: authority.mint([target.scope], expires_in_s=_TOKEN_LIFE_S, own_id=True)

@@ -7,7 +7,8 @@ import re
 import sys
 from typing import TextIO
 
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+"""C0 and C1, and the bidirectional overrides and isolates, which display text in another order (CVE-2021-42574)."""
 
 
 def harmless(text: str, stream: TextIO | None = None) -> str:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -72,10 +73,11 @@ def test_a_run_is_printed_state_by_state(server: Serving, command: Command) -> N
 def test_a_model_cannot_control_the_terminal(
     server: Serving, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    url = f"{server.url}/realtime/v1/streams/{end_run(server, chr(27) + ']0;owned' + chr(7), 'é')}/default"
-    assert command("tail", url).out == "\x1b]0;owned\x07é\n"
+    run_id = end_run(server, "\x1b]0;owned\x07", "é\u202e")
+    url = f"{server.url}/realtime/v1/streams/{run_id}/default"
+    assert command("tail", url).out == "\x1b]0;owned\x07é\u202e\n"
     monkeypatch.setattr(terminal, "_is_terminal", lambda stream: True)
-    assert command("tail", url).out == "\N{REPLACEMENT CHARACTER}]0;owned\N{REPLACEMENT CHARACTER}é\n"
+    assert command("tail", url).out == "�]0;owned�é�\n"
 
 
 def test_refusals_are_reported(server: Serving, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,12 +92,25 @@ def test_refusals_are_reported(server: Serving, command: Command, monkeypatch: p
     assert done.code == 1 and "invalid_token" in done.err
 
 
+def test_a_token_need_not_be_in_the_arguments(
+    server: Serving, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`ps` shows the arguments of a process to every user of the machine."""
+    monkeypatch.delenv("REALTIME_SECRET_KEY")
+    run = do(server, do="open")
+    url = f"{server.url}/realtime/v1/runs/run_unknown?access_token={run['token']}"
+    assert "other users can see the token" in command("tail", url).err
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{url}\n"))
+    done = command("tail", "-")
+    assert done.code == 1 and done.err.startswith("run_not_found: ")
+
+
 def test_ctrl_c_exits_quietly(server: Serving) -> None:
     run = do(server, do="open")
     do(server, do="append", run=run["id"], chunk="first\n")
-    url = f"{server.url}/realtime/v1/streams/{run['id']}/default?access_token={run['token']}"
-    command = [sys.executable, "-m", "asgi_realtime", "tail", url]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    command = [sys.executable, "-m", "asgi_realtime", "tail", f"{server.url}/realtime/v1/streams/{run['id']}/default"]
+    env = {**os.environ, "REALTIME_ACCESS_TOKEN": run["token"]}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "first\n"
         process.send_signal(signal.SIGINT)
