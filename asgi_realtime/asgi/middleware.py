@@ -29,9 +29,9 @@ class RealtimeMiddleware:
     """`app.add_middleware(RealtimeMiddleware, realtime=realtime)`, or `RealtimeMiddleware(app, realtime)`."""
 
     def __init__(self, app: App, realtime: HostApp, path: str = "/realtime") -> None:
-        if not path.startswith("/") or not path.strip("/") or any(mark in path for mark in "?#"):
+        if not path.startswith("/") or not path.strip("/") or any(mark in path for mark in "?#*{}%"):
             raise InvalidConfiguration(
-                f"path is {path!r}; it must start with '/' and name a prefix, such as '/realtime'"
+                f"path is {path!r}; it must start with '/' and be a plain prefix, such as '/realtime'"
             )
         _check(app, realtime)
         self.app = app

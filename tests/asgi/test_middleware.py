@@ -75,7 +75,7 @@ async def test_the_path_can_be_changed(host: FakeHost) -> None:
     assert (await AsgiClient(app).get("/realtime/v1/health")).body.startswith(b"host")
 
 
-@pytest.mark.parametrize("path", ["", "/", "//", "realtime", "/a?b", "/a#b"])
+@pytest.mark.parametrize("path", ["", "/", "//", "realtime", "/a?b", "/a#b", "/a/*", "/{a}", "/a%20b"])
 def test_a_malformed_path_is_rejected(host: FakeHost, path: str) -> None:
     with pytest.raises(InvalidConfiguration, match="path is"):
         RealtimeMiddleware(host_app, host, path=path)
