@@ -206,6 +206,8 @@ class Cors:
     max_age: int = 300
 
     def __post_init__(self) -> None:
+        if type(self.max_age) is not int or self.max_age < 0:
+            raise InvalidConfiguration(f"Cors.max_age is {self.max_age!r}; it must be a whole number of seconds from 0")
         origins = [self.origins] if isinstance(self.origins, str) else list(self.origins)
         allowed = tuple(dict.fromkeys(normalize_origin(origin) for origin in origins if origin != "*"))
         object.__setattr__(self, "origins", "*" if "*" in origins else allowed)

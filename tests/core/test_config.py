@@ -143,6 +143,13 @@ def test_a_host_that_browsers_spell_differently_is_rejected(origin: str) -> None
         Cors(origin)
 
 
+@pytest.mark.parametrize("max_age", ["300", 1.5, -1, None, True])
+def test_an_invalid_max_age_is_rejected(max_age: Any) -> None:
+    """It was accepted, and every preflight request was a 500."""
+    with pytest.raises(InvalidConfiguration, match="Cors.max_age is"):
+        Cors(max_age=max_age)
+
+
 def test_a_port_has_a_limit() -> None:
     assert Cors("http://a:65535").origins == ("http://a:65535",)
     with pytest.raises(InvalidConfiguration, match="the port is 65536, limit 65535"):
