@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import ClassVar
 
-import msgspec
-
 from asgi_realtime.asgi.host import Headers
 from asgi_realtime.brokers.live_log import LiveLog, Slice
+from asgi_realtime.core.chunks import encode_value
 from asgi_realtime.core.log import End, Entry
 from asgi_realtime.core.sse import chunk_frame, comment_line, control_frame, retry_line
 
@@ -46,16 +45,16 @@ class Framing:
     def gap(self, requested: int, first: int) -> bytes:
         """Entries were trimmed: the client requested `requested`, the first that remains is `first`."""
         # Its id makes a client that disconnects right after it resume at `first`, without a second gap.
-        return control_frame("gap", msgspec.json.encode({"requested": requested, "first": first}), id=str(first - 1))
+        return control_frame("gap", encode_value({"requested": requested, "first": first}), id=str(first - 1))
 
     def end(self, end: End, id: str | None) -> bytes:
         """Nothing more will follow."""
         data = {"reason": end.reason} if end.error is None else {"reason": end.reason, "error": end.error}
-        return control_frame("end", msgspec.json.encode(data), id=id)
+        return control_frame("end", encode_value(data), id=id)
 
     def reconnect(self, retry_ms: int) -> bytes:
         """The server closes the connection; the client should reconnect after this time."""
-        return control_frame("reconnect", msgspec.json.encode({"retry": retry_ms}), retry_ms=retry_ms)
+        return control_frame("reconnect", encode_value({"retry": retry_ms}), retry_ms=retry_ms)
 
     def interrupted(self) -> bytes:
         """The stream cannot be followed; the client should reconnect, and then gets the reason."""

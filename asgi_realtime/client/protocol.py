@@ -281,7 +281,7 @@ class RunsProtocol(SubscriptionProtocol[RunState]):
     def _take(self, event: Event) -> None:
         if event.event != "run":
             return
-        state, content = decode_state(event.data), hash(event.data)
+        state, content = decode_state(event.data.encode()), hash(event.data)
         if self._last_hashes.pop(state.id, None) != content:
             self.ready.append(state)
         self._last_hashes[state.id] = content

@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 
+from asgi_realtime.core.chunks import decode_as
 from asgi_realtime.core.runs import RunError
 
 _NAMES = {
@@ -55,4 +56,5 @@ class RunState(msgspec.Struct, frozen=True, kw_only=True, rename=_rename):
     batch_id: str | None = None
 
 
-decode_state = msgspec.json.Decoder(RunState).decode
+def decode_state(data: bytes) -> RunState:
+    return decode_as(data, RunState)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 
+from asgi_realtime.core.chunks import escape_separators
 from asgi_realtime.core.errors import UsageError
 
 _LINE_BREAK = re.compile(r"[\r\n\0]")  # NUL: clients ignore an id that contains it, and would resume at an older one
@@ -59,7 +60,7 @@ def _text(name: str, text: str) -> bytes:
 def _data(data: bytes) -> bytes:
     if b"\n" in data or b"\r" in data:
         raise UsageError(f"data of {len(data)} bytes has line breaks; it must be one line of JSON")
-    return data
+    return data if data.isascii() else escape_separators(data)
 
 
 def _retry(retry_ms: int) -> bytes:

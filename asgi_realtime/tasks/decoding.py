@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 import msgspec.inspect
 
-from asgi_realtime.core.chunks import decode, encode_value
+from asgi_realtime.core.chunks import decode, encode_value, scrub_escapes
 from asgi_realtime.core.errors import InvalidConfiguration, UsageError
 
 
@@ -37,14 +37,27 @@ def _reader(annotation: Any) -> Callable[[bytes], Any]:
     try:
         if _is_foreign(annotation):
             raise TypeError(f"{type_name(annotation)} cannot be decoded from JSON")
-        return msgspec.json.Decoder(annotation, dec_hook=_decode_foreign).decode
+        read = msgspec.json.Decoder(annotation, dec_hook=_decode_foreign).decode
     except TypeError as exc:
         adapter = _pydantic_adapter(annotation)
         if adapter is None:
             raise InvalidConfiguration(
                 f"{type_name(annotation)} cannot be the type of a payload or chunk: {exc}"
             ) from exc
-        return adapter
+        return lambda data: adapter(scrub_escapes(data))
+
+    def read_any(data: bytes) -> Any:
+        try:
+            return read(data)
+        except msgspec.ValidationError:
+            raise
+        except msgspec.DecodeError:
+            if b"\\u" not in data:
+                raise
+        # msgspec does not decode lone surrogates, but it converts them
+        return msgspec.convert(decode(data), annotation, dec_hook=_decode_foreign, str_keys=True)
+
+    return read_any
 
 
 def _is_foreign(annotation: Any) -> bool:
@@ -66,11 +79,14 @@ def _pydantic_adapter(annotation: Any) -> Callable[[bytes], Any] | None:
 
 
 def _decode_foreign(annotation: Any, value: Any) -> Any:
-    """Decode a type that msgspec does not support: a pydantic model. Strict models need JSON rather than objects."""
+    """Decode a type that msgspec does not support: a pydantic model. Strict models need JSON rather than objects.
+
+    pydantic accepts no lone surrogates, so they become U+FFFD.
+    """
     validate = getattr(annotation, "model_validate_json", None)
     if validate is None:
         raise TypeError(f"{type_name(annotation)} cannot be decoded from JSON")
-    return validate(encode_value(value))
+    return validate(scrub_escapes(encode_value(value)))
 
 
 def type_name(annotation: Any) -> str:

@@ -26,6 +26,7 @@ from asgi_realtime import (
     Status,
     StreamGap,
     StreamLost,
+    TaskError,
     Timeouts,
 )
 from asgi_realtime.brokers.base import Changes, End, Producer, StreamKey
@@ -749,3 +750,17 @@ async def test_partitions_whose_scan_failed_are_scanned_again(
             with pytest.raises(BrokerUnavailable):
                 await broker.due("delay")
         assert await broker.due("delay") == [run.id]
+
+
+async def test_lone_surrogates_survive_in_redis(storage: Storage) -> None:
+    async with storage.realtime() as writer, storage.realtime() as reader:
+        with pytest.raises(TaskError):
+            async with writer.open_run("chat") as run:
+                run.metadata.set("half", "\ud83d")
+                await writer.append("\ude00")
+                raise TaskError("\ud83d")
+        record = await reader.get_run(run.id)
+        assert record.metadata == {"half": "\ud83d"}
+        assert record.error == RunError("TaskError", "\ud83d")
+        with pytest.raises(RunFailed, match="\ud83d"):
+            assert [chunk async for chunk in reader.read(run.id)] == []

@@ -5,7 +5,10 @@ import dataclasses
 import datetime
 import decimal
 import enum
+import ipaddress
 import json
+import pathlib
+import re
 import types
 import uuid
 from typing import Any
@@ -16,7 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from asgi_realtime.core.chunks import decode, encode_value, json_line
+from asgi_realtime.core.chunks import decode, decode_as, encode_value, json_line
 from asgi_realtime.core.errors import EncodingError, UsageError
 
 
@@ -73,7 +76,10 @@ class PydanticData:
 @pytest.mark.parametrize(
     ("value", "data"),
     [
-        ("hi\n\r\u2028\0", b'"hi\\n\\r\xe2\x80\xa8\\u0000"'),
+        ("hi\n\r\0", b'"hi\\n\\r\\u0000"'),
+        ("\u2028\u2029\x85\x0b\x0c\x1c", b'"\\u2028\\u2029\\u0085\\u000b\\f\\u001c"'),
+        ({"\u2028": ["ü\x85"]}, b'{"\\u2028":["\xc3\xbc\\u0085"]}'),
+        ("\u2000\u0105", b'"\xe2\x80\x80\xc4\x85"'),
         (None, b"null"),
         (True, b"true"),
         (1, b"1"),
@@ -100,6 +106,14 @@ class PydanticData:
         (float("nan"), b"null"),
         ([float("inf"), {"a": float("-inf")}], b'[null,{"a":null}]'),
         (Ratio("nan"), b"null"),
+        ({None: 1, True: 2, False: 3, 4: 5}, b'{"null":1,"true":2,"false":3,"4":5}'),
+        ({"a": [{None: float("nan")}]}, b'{"a":[{"null":null}]}'),
+        (collections.deque([1, {"a": 2}]), b'[1,{"a":2}]'),
+        (pathlib.PurePosixPath("/x/y"), b'"/x/y"'),
+        ([ipaddress.ip_address("127.0.0.1"), ipaddress.ip_network("::/64")], b'["127.0.0.1","::/64"]'),
+        (re.compile("a+"), b'"a+"'),
+        (types.SimpleNamespace(a=1, _b=2), b'{"a":1}'),
+        (pydantic.SecretStr("secret"), b'"**********"'),
     ],
 )
 def test_values_have_one_json_form(value: object, data: bytes) -> None:
@@ -160,22 +174,46 @@ def test_bytes_are_rejected_with_an_alternative(value: object) -> None:
 @pytest.mark.parametrize(
     ("value", "expected"),
     [
-        ("\ud800", "\ufffd"),
-        ("a\udc00b", "a\ufffdb"),
+        ("\ud800", "\ud800"),
+        ("a\udc00b", "a\udc00b"),
         ("\ud83d\ude00", "😀"),
-        ("\ufeff\ud800", "\ufeff\ufffd"),
-        ({"\ud800": ["\ud800", 1, None, {"x": "\udfff"}]}, {"\ufffd": ["\ufffd", 1, None, {"x": "\ufffd"}]}),
-        (Data("\ud800"), {"a": "\ufffd"}),
-        (Struct({"\ud800"}), {"a": ["\ufffd"]}),
-        ({1: Text("\ud800")}, {"1": "\ufffd"}),
-        ([LooseModel(text=1), "\ud800"], [{"text": 1, "number": 0.0}, "\ufffd"]),
-        (LooseModel(text="\ud800"), {"text": "\ufffd", "number": 0.0}),
-        ([msgspec.Raw(b'{"raw":1}'), "\ud800"], [{"raw": 1}, "\ufffd"]),
-        (["\ud800", float("nan"), 2**70, b"x"], ["\ufffd", None, 2**70, "eA=="]),
+        ("\ufeff\ud800\u2028", "\ufeff\ud800\u2028"),
+        ({"\ud800": ["\ud800", 1, None, {"x": "\udfff"}]}, {"\ud800": ["\ud800", 1, None, {"x": "\udfff"}]}),
+        (Data("\ud800"), {"a": "\ud800"}),
+        (Struct({"\ud800"}), {"a": ["\ud800"]}),
+        ({1: Text("\ud800")}, {"1": "\ud800"}),
+        ([LooseModel(text=1), "\ud800"], [{"text": 1, "number": 0.0}, "\ud800"]),
+        (LooseModel(text="\ud800"), {"text": "\ud800", "number": 0.0}),
+        ([msgspec.Raw(b'{"raw":1}'), "\ud800"], [{"raw": 1}, "\ud800"]),
+        (["\ud800", float("nan"), 2**70, b"x"], ["\ud800", None, 2**70, "eA=="]),
     ],
 )
-def test_lone_surrogates_become_replacement_characters(value: object, expected: object) -> None:
-    assert decode(encode_value(value)) == expected
+def test_lone_surrogates_are_kept_as_escapes(value: object, expected: object) -> None:
+    data = encode_value(value)
+    assert data.isascii()
+    assert decode(data) == expected
+
+
+def test_the_halves_of_an_emoji_in_two_chunks_are_joined_by_a_browser() -> None:
+    halves = [json.loads(encode_value(half)) for half in ("x\ud83d", "\ude00y")]
+    assert "".join(halves).encode("utf-16-le", "surrogatepass").decode("utf-16-le") == "x😀y"
+
+
+class Named(msgspec.Struct, rename="camel"):
+    some_text: str
+    raw: msgspec.Raw = msgspec.Raw(b"")
+    more: list[msgspec.Raw] = []
+
+
+def test_typed_decoding_keeps_lone_surrogates() -> None:
+    data = b'{"someText":"\\ud800","raw":{"a":["\\ud801"]},"more":["\\ud802",1]}'
+    found = decode_as(data, Named)
+    assert found.some_text == "\ud800"
+    assert [bytes(raw) for raw in (found.raw, *found.more)] == [b'{"a":["\\ud801"]}', b'"\\ud802"', b"1"]
+    with pytest.raises(msgspec.ValidationError):
+        decode_as(b'{"someText":["\\ud800"]}', Named)
+    with pytest.raises(UsageError, match="JSON"):
+        decode_as(b'{"someText":"\\ud800"', Named)
 
 
 def test_nan_in_the_json_of_a_model_becomes_null() -> None:
@@ -255,12 +293,13 @@ def test_every_json_value_becomes_one_line_of_valid_json(value: object) -> None:
     data = encode_value(value)
     assert b"\n" not in data
     assert b"\r" not in data
+    assert len(data.decode().splitlines()) == 1
     json.loads(data, parse_constant=pytest.fail)
     assert encode_value(decode(data)) == data
 
 
-def test_escaped_lone_surrogates_are_decoded_as_replacement_characters() -> None:
-    assert decode(b'{"a":"\\ud800","b":"\\ud83d\\ude00"}') == {"a": "\ufffd", "b": "😀"}
+def test_escaped_lone_surrogates_are_decoded() -> None:
+    assert decode(b'{"a":"\\ud800","b":"\\ud83d\\ude00"}') == {"a": "\ud800", "b": "😀"}
 
 
 @pytest.mark.parametrize(
@@ -283,7 +322,8 @@ def test_malformed_json_is_rejected(data: bytes) -> None:
         b"1.50",
         b'{"b": 1, "a": 2, "b":3}',
         b'"caf\\u00e9 \\ud83d\\ude00 \\\\ud800"',
-        '"ü \u2028 🙂 \ufeff"'.encode(),
+        '"ü 🙂 \ufeff"'.encode(),
+        b'"\\ud800 \\uDC00"',
         b'"\\u0000\\r\\n"',
     ],
 )
@@ -296,23 +336,22 @@ def test_received_json_is_put_on_one_line() -> None:
     assert json_line(b'{\r\n "a":\r[1,\n2]}') == b'{   "a": [1, 2]}'
 
 
+def test_unicode_line_breaks_in_received_json_become_escapes() -> None:
+    assert json_line('{"\u2028": "\u2029ü\x85"}'.encode()) == '{"\\u2028": "\\u2029ü\\u0085"}'.encode()
+
+
 @pytest.mark.parametrize(
-    ("data", "kept"),
+    "data",
     [
-        (b'"\\ud800"', b'"\\ufffd"'),
-        (b'"\\uDC00!"', b'"\\ufffd!"'),
-        (b'"\\ud83d\\ud83d\\ude00"', b'"\\ufffd\\ud83d\\ude00"'),
-        (b'"\\ude00\\ud83d"', b'"\\ufffd\\ufffd"'),
-        (
-            b'["\\\\ud800", "\\\\\\ud800", "\\ud800\\n", "\\ud800\\u0041"]',
-            b'["\\\\ud800", "\\\\\\ufffd", "\\ufffd\\n", "\\ufffd\\u0041"]',
-        ),
-        (b'{"\\ud800":\r0.10000000000000000555}', b'{"\\ufffd": 0.10000000000000000555}'),
+        b'"\\uDC00!"',
+        b'"\\ud83d\\ud83d\\ude00"',
+        b'["\\\\ud800", "\\\\\\ud800", "\\ud800\\n", "\\ud800\\u0041"]',
+        b'{"\\ud800": 0.10000000000000000555}',
     ],
 )
-def test_lone_surrogates_in_received_json_become_replacement_characters(data: bytes, kept: bytes) -> None:
-    assert json_line(data) == kept
-    assert decode(kept) == decode(data)
+def test_lone_surrogates_in_received_json_remain(data: bytes) -> None:
+    assert json_line(data) == data
+    assert decode(data) == json.loads(data)
 
 
 @pytest.mark.parametrize(

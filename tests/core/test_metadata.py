@@ -229,7 +229,7 @@ def test_operations_can_be_serialized() -> None:
 
 def test_a_normalized_value_is_what_subscribers_see() -> None:
     value = {"at": datetime.date(2024, 1, 2), "pair": (1, 2), "bad": "\ud800", "nan": float("nan")}
-    assert normalize_value(value) == {"at": "2024-01-02", "pair": [1, 2], "bad": "\ufffd", "nan": None}
+    assert normalize_value(value) == {"at": "2024-01-02", "pair": [1, 2], "bad": "\ud800", "nan": None}
     with pytest.raises(EncodingError):
         normalize_value(object())
 

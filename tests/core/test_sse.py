@@ -78,3 +78,7 @@ def test_an_event_needs_a_name_and_retry_cannot_be_negative() -> None:
 
 def test_a_lone_surrogate_does_not_break_a_frame() -> None:
     assert comment_line("\ud800") == b": ?\n"
+
+
+def test_unicode_line_breaks_in_data_are_escaped() -> None:
+    assert control_frame("run", '{"a":"\u2028ü"}'.encode()) == 'event: run\ndata: {"a":"\\u2028ü"}\n\n'.encode()

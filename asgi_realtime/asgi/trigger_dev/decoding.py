@@ -6,7 +6,7 @@ from typing import TypeVar
 
 import msgspec
 
-from asgi_realtime.core.chunks import json_line, scrub_escapes
+from asgi_realtime.core.chunks import decode_as, json_line
 from asgi_realtime.core.errors import InvalidRequest, UsageError
 
 BOM = b"\xef\xbb\xbf"
@@ -25,7 +25,7 @@ def read_json(data: bytes, type: type[T], *, what: str = "the body", error: type
     rejected by its struct's `__post_init__`.
     """
     try:
-        return _decode(data.removeprefix(BOM), type)
+        return decode_as(data.removeprefix(BOM), type)
     except msgspec.ValidationError as exc:
         if isinstance(exc.__cause__, UsageError):
             raise UsageError(f"{what}: {exc.__cause__}") from exc
@@ -40,18 +40,3 @@ def read_line(data: bytes, *, what: str = "the body") -> bytes:
         return json_line(data.removeprefix(BOM))
     except UsageError as exc:
         raise InvalidRequest(f"{what} is malformed: {exc}") from exc
-
-
-def _decode(data: bytes, type: type[T]) -> T:
-    """Raises `msgspec.ValidationError`, or `UsageError` if it is not JSON."""
-    try:
-        return msgspec.json.decode(data, type=type)
-    except msgspec.ValidationError:
-        raise
-    except RecursionError as exc:
-        raise UsageError("JSON is nested too deeply") from exc
-    except (msgspec.MsgspecError, ValueError) as exc:
-        scrubbed = scrub_escapes(data)
-        if scrubbed == data:
-            raise UsageError(f"not valid JSON: {exc}") from exc
-    return _decode(scrubbed, type)

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from asgi_realtime.core.chunks import decode, encode_value, json_line
+from asgi_realtime.core.chunks import decode, decode_as, encode_value, json_line
 from asgi_realtime.core.errors import UsageError, shown
 from asgi_realtime.core.json_paths import DANGEROUS, MISSING, child
 from asgi_realtime.core.metadata import is_number
@@ -62,7 +62,7 @@ class Parsed(NamedTuple):
 def parse(text: bytes) -> Parsed:
     """Split superjson into its parts. Raises `UsageError` if it is malformed or an annotation does not fit."""
     try:
-        parts = msgspec.json.decode(json_line(text), type=_Superjson)
+        parts = decode_as(json_line(text), _Superjson)
     except msgspec.ValidationError as exc:
         raise UsageError(f'not superjson: {exc}; it must be an object with "json" and optionally "meta"') from exc
     json = bytes(parts.json)

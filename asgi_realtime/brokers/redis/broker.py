@@ -16,7 +16,6 @@ from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import anyio
-import msgspec
 from redis.asyncio.client import Redis
 
 from asgi_realtime.brokers.base import ChangeMark, LiveTopic
@@ -32,6 +31,7 @@ from asgi_realtime.brokers.redis.servers import Servers
 from asgi_realtime.brokers.redis.stream_mirror import StreamMirror, decode_end
 from asgi_realtime.brokers.redis.topic_mirror import TopicMirror
 from asgi_realtime.brokers.redis.topics import Topics
+from asgi_realtime.core.chunks import encode_value
 from asgi_realtime.core.config import Limits, Retention, Timeouts
 from asgi_realtime.core.errors import (
     BrokerUnavailable,
@@ -62,8 +62,6 @@ _EVICTS = (
     "Redis deletes keys when its memory is full, including active runs and unread chunks;"
     " set maxmemory-policy to noeviction"
 )
-
-_json = msgspec.json.Encoder()
 
 
 class _StreamNames(NamedTuple):
@@ -200,7 +198,7 @@ class RedisBroker:
             0 if producer is None else producer.start,
             0 if key.hidden else self._retention.stream_bytes,
             self._limits.inputs_bytes if key.hidden else 0,
-            b"" if end is None else _json.encode(end),
+            b"" if end is None else encode_value(end),
             "" if at is None else at,
             names.channel,
             _INLINE_BYTES,

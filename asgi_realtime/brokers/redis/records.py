@@ -13,12 +13,12 @@ from asgi_realtime.brokers.redis.keys import Keys
 from asgi_realtime.brokers.redis.schedule import STATES, Schedule
 from asgi_realtime.brokers.redis.servers import Servers
 from asgi_realtime.brokers.redis.topics import new_epoch, random_step
+from asgi_realtime.core.chunks import decode_as, encode_value
 from asgi_realtime.core.errors import StreamBehind
 from asgi_realtime.core.log import StreamKey
 from asgi_realtime.core.run_errors import VersionConflict
 from asgi_realtime.core.runs import RunRecord, run_topic
 
-_encode = msgspec.json.Encoder().encode
 _decode = msgspec.json.Decoder(RunRecord).decode
 
 
@@ -47,10 +47,10 @@ class Records:
             expect,
             record.version,
             f"{change.writer}:{change.number}",
-            _encode(msgspec.structs.replace(record, payload_json=None, payload_meta_json=None, output_json=None)),
+            encode_value(msgspec.structs.replace(record, payload_json=None, payload_meta_json=None, output_json=None)),
             _encode_payload(record) if expect == 0 else b"",
             record.output_json or b"",
-            b"" if end is None else _encode(end),
+            b"" if end is None else encode_value(end),
             STATES.get(record.status, ""),
             record.owner or "",
             self._schedule.lease_ms,
@@ -92,7 +92,10 @@ def _decode_record(fields: Sequence[bytes | None]) -> RunRecord | None:
     record, payload, output = fields
     if record is None:
         return None
-    decoded = _decode(record)
+    try:
+        decoded: RunRecord = _decode(record)
+    except msgspec.DecodeError:  # metadata with a lone surrogate
+        decoded = decode_as(record, RunRecord)
     if payload is None and output is None:
         return decoded
     payload, _, meta = (payload or b"").partition(b"\n")

@@ -18,6 +18,7 @@ from asgi_realtime.brokers.live_log import LiveLog
 from asgi_realtime.brokers.redis.keys import Keys
 from asgi_realtime.brokers.redis.mirror import DataLoss, Mirror
 from asgi_realtime.brokers.redis.pubsub import PubSub
+from asgi_realtime.core.chunks import decode_as
 from asgi_realtime.core.errors import BrokerUnavailable, RunNotFound
 from asgi_realtime.core.log import End, Entry, Log, Page, StreamKey
 from asgi_realtime.loop.waiting import WakeSoon
@@ -25,7 +26,6 @@ from asgi_realtime.loop.waiting import WakeSoon
 ReadPage = Callable[[StreamKey, "int | None"], Awaitable[Page]]
 """Reads the page after a seq, or the newest part of the stream if that is None."""
 
-decode_end = msgspec.json.Decoder(End).decode
 _POSITIONS = msgspec.msgpack.Decoder(dict[str, int])
 
 
@@ -120,6 +120,10 @@ class StreamMirror(Mirror):
     def _on_failure(self) -> None:
         assert self.failure is not None
         self.live.fail(self.failure)
+
+
+def decode_end(data: bytes) -> End:
+    return decode_as(data, End)
 
 
 def _run_end(message: bytes, name: str) -> tuple[End, int]:

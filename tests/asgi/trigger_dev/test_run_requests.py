@@ -44,7 +44,7 @@ def parse(body: Any, limits: Limits | None = None) -> tuple[Payload, RunOptions]
         ({"payload": 1, "context": {}, "options": {"payloadType": None}}, b"1"),
         (
             b'{"payload": {"n": 1.0, "big": 12345678901234567890123,\n "s": "\\ud800"}}',
-            b'{"n": 1.0, "big": 12345678901234567890123,  "s": "\\ufffd"}',
+            b'{"n": 1.0, "big": 12345678901234567890123,  "s": "\\ud800"}',
         ),
     ],
 )

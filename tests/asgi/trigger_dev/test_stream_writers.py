@@ -269,7 +269,7 @@ async def test_chunks_are_readable_while_the_request_is_open(host: FakeHost) -> 
 
 
 BODY = '{"a": 1}\n"ü🙂"\r\n[1,\r 2]\n\nundefined\n"\\ud800"\n0.10000000000000000555'.encode()
-CHUNKS = [b'{"a": 1}', '"ü🙂"'.encode(), b"[1,  2]", b"null", b'"\\ufffd"', b"0.10000000000000000555"]
+CHUNKS = [b'{"a": 1}', '"ü🙂"'.encode(), b"[1,  2]", b"null", b'"\\ud800"', b"0.10000000000000000555"]
 
 
 @on_one_loop

@@ -87,7 +87,7 @@ async def test_an_input_is_read_like_a_stream(host: FakeHost) -> None:
     [
         (b'{"data": {"ok":true}}', b'{"ok":true}'),
         (b'{"data": 0.10000000000000000555}', b"0.10000000000000000555"),
-        (b'{"other": 1, "data":\r\n{"b": 1,\r\n"a": "\\ud800"}}', b'{"b": 1,  "a": "\\ufffd"}'),
+        (b'{"other": 1, "data":\r\n{"b": 1,\r\n"a": "\\ud800"}}', b'{"b": 1,  "a": "\\ud800"}'),
         (b'{"data": null}', b"null"),
         (b'{"data": false}', b"false"),
         (b'{"data": ""}', b'""'),
