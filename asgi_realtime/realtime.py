@@ -35,7 +35,7 @@ from asgi_realtime.streams.followers import BatchFollower, RunFollower, RunWithS
 from asgi_realtime.streams.pipe import Pipe, Source
 from asgi_realtime.streams.readers import ChunkReader, StreamReader
 from asgi_realtime.streams.sources import check_source
-from asgi_realtime.streams.writer import encode_within
+from asgi_realtime.streams.writer import check_encode, encode_within
 from asgi_realtime.sync import SyncRealtime
 from asgi_realtime.tasks import Executor, Task
 from asgi_realtime.tasks.batches import BatchItem
@@ -302,23 +302,28 @@ class Realtime:
         stream: str = "default",
         *,
         run: RunLike | None = None,
+        encode: Callable[[T], Any] | None = None,
         task: str = "pipe",
         tags: str | Iterable[str] | None = None,
         metadata: Mapping[str, Any] | None = None,
     ) -> Pipe[T]:
         """Forward a source into a stream, starting now, and return an iterable of the same objects.
 
+        `encode(item)` returns what to publish of an item, and None skips it. An item that cannot be published is
+        skipped too, and `wait_until_complete` raises the first such error.
+
         Inside a run (or with `run`) the stream belongs to that run. Elsewhere this creates a run with the name `task`,
         `tags` and `metadata`, which ends with the source. See `Pipe`. Raises `InvalidSource`, `UsageError`.
         """
         check_source(source)
+        check_encode(encode)
         name = stream_name(stream, self.limits)
         if run is None and current_run_of(self.runs) is None:
             record = self.tasks.records.new_open_run(task, tags=tags, metadata=metadata)
-            return self._producers.pipe_alone(source, record, name)
+            return self._producers.pipe_alone(source, record, name, encode=encode)
         if tags is not None or metadata is not None:
             raise UsageError("tags= and metadata= are for a run that pipe() creates; use run.tags and run.metadata")
-        return self._producers.pipe_into(source, StreamKey(self._run_id(run), name))
+        return self._producers.pipe_into(source, StreamKey(self._run_id(run), name), encode=encode)
 
     async def append(self, chunk: Any, stream: str = "default", *, run: RunLike | None = None) -> None:
         """Append one chunk. It is in the log when this returns.
@@ -343,10 +348,17 @@ class Realtime:
         writer.write(encoded)
         await writer.settled()
 
-    def writer(self, stream: str = "default", *, run: RunLike | None = None) -> StreamWriterContext[Any]:
-        """An async context manager that writes many chunks: `await writer.write(chunk)`, `writer.merge(source)`."""
+    def writer(
+        self, stream: str = "default", *, run: RunLike | None = None, encode: Callable[[Any], Any] | None = None
+    ) -> StreamWriterContext[Any]:
+        """An async context manager that writes many chunks: `await writer.write(chunk)`, `writer.merge(source)`.
+
+        `encode(chunk)` returns what to publish of a chunk, and None skips it.
+        """
+        check_encode(encode)
         key = StreamKey(self._run_id(run), stream_name(stream, self.limits))
-        return StreamWriterContext(self, self._producers.writer(key), chunk_bytes=self.limits.chunk_bytes)
+        writer = self._producers.writer(key)
+        return StreamWriterContext(self, writer, chunk_bytes=self.limits.chunk_bytes, encode=encode)
 
     def define_stream(self, key: str, chunk_type: type[T1]) -> TypedStream[T1]:
         """A stream with a fixed key and a type for its chunks. It has `pipe`, `append`, `writer` and `read`."""

@@ -146,7 +146,10 @@ class SyncRealtime:
     def pipe(
         self, source: Any, stream: str = "default", *, run: RunLike | None = None, **options: Unpack[PipeOptions]
     ) -> PipeResult:
-        """Forward a whole source and wait until its chunks are in the log. Raises the source's error."""
+        """Forward a whole source and wait until its chunks are in the log.
+
+        Raises the source's error, or the first error of an item that could not be published.
+        """
 
         async def forward() -> PipeResult:
             return await self._realtime.pipe(source, stream, run=run, **options).wait_until_complete()

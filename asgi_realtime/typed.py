@@ -5,19 +5,20 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator, Callable
 from types import TracebackType
-from typing import Any, Generic, Protocol, TypeVar, Unpack
+from typing import Any, Generic, Protocol, TypeVar, Unpack, overload
 
 import anyio
 
 from asgi_realtime.core.config import Span
 from asgi_realtime.core.errors import RealtimeError
 from asgi_realtime.streams.pipe import Pipe, Source
-from asgi_realtime.streams.writer import StreamWriter, encode_numbered
+from asgi_realtime.streams.writer import Encode, StreamWriter, encode_within, name_chunk
 from asgi_realtime.tasks.decoding import decoder_of
-from asgi_realtime.tasks.options import PipeOptions, RunLike
+from asgi_realtime.tasks.options import PipeOptions, PipeRunOptions, RunLike
 
 logger = logging.getLogger("asgi_realtime")
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 
@@ -32,7 +33,9 @@ class StreamHost(Protocol):
 
     async def append(self, chunk: Any, stream: str, *, run: RunLike | None = None) -> None: ...
 
-    def writer(self, stream: str, *, run: RunLike | None = None) -> StreamWriterContext[Any]: ...
+    def writer(
+        self, stream: str, *, run: RunLike | None = None, encode: Encode | None = None
+    ) -> StreamWriterContext[Any]: ...
 
     def read_as(
         self,
@@ -53,10 +56,13 @@ class StreamWriterContext(Generic[T]):
     stream stays open: it ends with its run.
     """
 
-    def __init__(self, realtime: StreamHost, writer: StreamWriter, *, chunk_bytes: int) -> None:
+    def __init__(
+        self, realtime: StreamHost, writer: StreamWriter, *, chunk_bytes: int, encode: Encode | None = None
+    ) -> None:
         self._realtime = realtime
         self._writer = writer
         self._chunk_bytes = chunk_bytes
+        self._encode = encode
         self._merged: list[Pipe[T]] = []
         self._index = 0
 
@@ -66,15 +72,29 @@ class StreamWriterContext(Generic[T]):
         return self
 
     async def write(self, chunk: T) -> None:
-        """Append one chunk. Raises `EncodingError`, `LimitExceeded`, `StreamClosed`, `BrokerUnavailable`."""
-        data = encode_numbered(chunk, self._chunk_bytes, key=self._writer.key, index=self._index)
-        self._writer.write(data)
+        """Append one chunk.
+
+        Raises `EncodingError`, `LimitExceeded`, `StreamClosed`, `BrokerUnavailable`, and what `encode` raises.
+        """
+        try:
+            published = chunk if self._encode is None else self._encode(chunk)
+            skipped = published is None and self._encode is not None
+            data = None if skipped else encode_within(published, self._chunk_bytes)
+        except Exception as exc:
+            name_chunk(exc, self._writer.key, self._index)
+            raise
+        if data is not None:
+            self._writer.write(data)
         self._index += 1
         await self._writer.room()
 
-    def merge(self, source: Source[T]) -> Pipe[T]:
-        """Forward a source into the same stream, concurrently with `write`. Chunks interleave as they arrive."""
-        pipe = self._realtime.pipe(source, self._writer.key.name, run=self._writer.key.run)
+    def merge(self, source: Source[T], *, encode: Encode | None = None) -> Pipe[T]:
+        """Forward a source into the same stream, concurrently with `write`. Chunks interleave as they arrive.
+
+        `encode` replaces that of the writer for this source.
+        """
+        key = self._writer.key
+        pipe = self._realtime.pipe(source, key.name, run=key.run, encode=encode or self._encode)
         self._merged.append(pipe)
         return pipe
 
@@ -113,17 +133,45 @@ class TypedStream(Generic[T]):
     def __repr__(self) -> str:
         return f"<TypedStream {self.key!r} of {getattr(self.chunk_type, '__name__', self.chunk_type)}>"
 
-    def pipe(self, source: Source[T], *, run: RunLike | None = None, **options: Unpack[PipeOptions]) -> Pipe[T]:
-        """As `Realtime.pipe`."""
-        return self._realtime.pipe(source, self.key, run=run, **options)
+    @overload
+    def pipe(
+        self,
+        source: Source[S],
+        *,
+        encode: Callable[[S], T | None],
+        run: RunLike | None = None,
+        **options: Unpack[PipeRunOptions],
+    ) -> Pipe[S]: ...
+
+    @overload
+    def pipe(
+        self, source: Source[T], *, encode: None = None, run: RunLike | None = None, **options: Unpack[PipeRunOptions]
+    ) -> Pipe[T]: ...
+
+    def pipe(
+        self,
+        source: Source[Any],
+        *,
+        encode: Encode | None = None,
+        run: RunLike | None = None,
+        **options: Unpack[PipeRunOptions],
+    ) -> Pipe[Any]:
+        """As `Realtime.pipe`. With `encode`, the source can yield anything that `encode` turns into chunks."""
+        return self._realtime.pipe(source, self.key, run=run, encode=encode, **options)
 
     async def append(self, chunk: T, *, run: RunLike | None = None) -> None:
         """As `Realtime.append`."""
         await self._realtime.append(chunk, self.key, run=run)
 
-    def writer(self, *, run: RunLike | None = None) -> StreamWriterContext[T]:
-        """As `Realtime.writer`."""
-        return self._realtime.writer(self.key, run=run)
+    @overload
+    def writer(self, *, run: RunLike | None = None, encode: None = None) -> StreamWriterContext[T]: ...
+
+    @overload
+    def writer(self, *, run: RunLike | None = None, encode: Callable[[S], T | None]) -> StreamWriterContext[S]: ...
+
+    def writer(self, *, run: RunLike | None = None, encode: Encode | None = None) -> StreamWriterContext[Any]:
+        """As `Realtime.writer`. With `encode`, it takes what `encode` turns into chunks of the stream's type."""
+        return self._realtime.writer(self.key, run=run, encode=encode)
 
     def read(self, run: RunLike, *, start_index: int = 0, timeout: Span | None = None) -> AsyncIterator[T]:
         """As `Realtime.read`, decoding chunks into the type. Raises `UsageError` for a chunk that does not match it."""

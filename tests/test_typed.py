@@ -215,6 +215,36 @@ async def test_a_chunk_that_cannot_be_written_is_named_and_the_writer_continues(
         assert await stored(realtime, run.id, "ai") == ["zero", "one"]
 
 
+async def test_a_writer_with_encode_publishes_what_it_returns() -> None:
+    async with make() as realtime, realtime.open_run("report") as run:
+        async with realtime.writer(encode=lambda number: None if number == 2 else {"n": number}) as writer:
+            for number in range(4):
+                await writer.write(number)
+            writer.merge([2, 5])
+            writer.merge([6], encode=str)
+            with pytest.raises(EncodingError, match="chunk 4 of stream"):
+                await writer.write({"a": object()})
+        chunks = await stored(realtime, run.id)
+        assert chunks[:3] == [{"n": 0}, {"n": 1}, {"n": 3}]
+        assert {str(chunk) for chunk in chunks[3:]} == {"{'n': 5}", "6"}
+
+
+async def test_a_typed_stream_with_encode_takes_other_objects() -> None:
+    async with make() as realtime, realtime.open_run("report") as run:
+        stream = realtime.define_stream("tokens", Token)
+        pipe = stream.pipe([1, 2], encode=lambda number: Token(str(number)))
+        assert [item async for item in pipe] == [1, 2]
+        await pipe.wait_until_complete()
+
+        def encode(text: str) -> Token | None:
+            return Token(text) if text else None
+
+        async with stream.writer(encode=encode) as writer:
+            await writer.write("three")
+            await writer.write("")
+    assert [token.text async for token in stream.read(run)] == ["1", "2", "three"]
+
+
 async def test_an_error_of_a_merged_source_is_raised_after_everything_is_stored() -> None:
     """The error was raised while other sources were still running."""
     broker = RemoteBroker()

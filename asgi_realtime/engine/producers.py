@@ -19,7 +19,7 @@ from asgi_realtime.engine.engine import Engine
 from asgi_realtime.engine.run import current
 from asgi_realtime.runs.handles import RunHandle
 from asgi_realtime.streams.pipe import Pipe, Source
-from asgi_realtime.streams.writer import StreamWriter
+from asgi_realtime.streams.writer import Encode, StreamWriter
 
 logger = logging.getLogger("asgi_realtime")
 
@@ -65,29 +65,30 @@ class Producers:
 
     # Pipes
 
-    def pipe_alone(self, source: Source[T], record: RunRecord, stream: str) -> Pipe[T]:
+    def pipe_alone(self, source: Source[T], record: RunRecord, stream: str, *, encode: Encode | None) -> Pipe[T]:
         """Forward a source into a new run, which starts and ends with it."""
         supervisor = self._engine.begin()
-        pipe = self._pipe(source, StreamKey(record.id, stream))
+        pipe = self._pipe(source, StreamKey(record.id, stream), encode)
         self._engine.runs.expect_creation(record.id)
         supervisor.spawn(lambda: self._run_around(record, pipe))
         return pipe
 
-    def pipe_into(self, source: Source[T], key: StreamKey) -> Pipe[T]:
+    def pipe_into(self, source: Source[T], key: StreamKey, *, encode: Encode | None) -> Pipe[T]:
         """Forward a source into a run that exists or is being created."""
         supervisor = self._engine.begin()
-        pipe = self._pipe(source, key)
+        pipe = self._pipe(source, key, encode)
         execution = self._engine.executions.get(key.run)
         if execution is not None:
             execution.run.pipes.add(pipe)
         supervisor.spawn(lambda: self._run_beside(pipe))
         return pipe
 
-    def _pipe(self, source: Source[T], key: StreamKey) -> Pipe[T]:
+    def _pipe(self, source: Source[T], key: StreamKey, encode: Encode | None) -> Pipe[T]:
         engine = self._engine
         return Pipe(
             source,
             self.writer(key),
+            encode=encode,
             handle=lambda: self._handle(key.run),
             limits=engine.limits,
             timeouts=engine.timeouts,

@@ -12,14 +12,19 @@ The states of a pipe:
   that ends normally skips STOPPING.
 
 The local copy finishes before the pipe ends, so that the host's loop does not wait for the broker.
+
+What subscribers cannot get never disturbs the host's own loop. An item that has no JSON form or is too large, or for
+which `encode` raises, is skipped. The first such error is kept like the failure of a broker, and raised at the end.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import AbstractAsyncContextManager
 from enum import Enum
 from functools import cached_property
+from time import monotonic
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 import anyio
@@ -31,11 +36,14 @@ from asgi_realtime.loop.failures import cancelled_itself, is_failure
 from asgi_realtime.loop.waiting import WaitList
 from asgi_realtime.streams.local_copy import LocalCopy, Reader
 from asgi_realtime.streams.sources import discard, open_source
+from asgi_realtime.streams.steps import LONG_STEP_S, WatchedSteps
 from asgi_realtime.streams.thread_iterator import ThreadBudget
-from asgi_realtime.streams.writer import YIELD_EVERY, StreamWriter, encode_numbered
+from asgi_realtime.streams.writer import YIELD_EVERY, Encode, StreamWriter, encode_within, name_chunk
 
 if TYPE_CHECKING:
     from asgi_realtime.runs.handles import RunHandle
+
+logger = logging.getLogger("asgi_realtime")
 
 T = TypeVar("T")
 
@@ -67,6 +75,7 @@ class Pipe(Generic[T]):
         source: Source[T],
         writer: StreamWriter,
         *,
+        encode: Encode | None,
         handle: Callable[[], RunHandle[Any]],
         limits: Limits,
         timeouts: Timeouts,
@@ -78,7 +87,8 @@ class Pipe(Generic[T]):
         self._make_handle = handle
         self._source = source
         self._writer = writer
-        self._limits = limits
+        self._encode = encode
+        self._chunk_bytes = limits.chunk_bytes
         self._timeouts = timeouts
         self._threads = threads
         self._post = post
@@ -89,6 +99,8 @@ class Pipe(Generic[T]):
         self._stop_reason: RealtimeError | None = None
         self.error: Exception | None = None
         """What failed: the source, or the publishing of one of its chunks."""
+        self._skipped: Exception | None = None
+        """Why the first skipped item could not be published."""
         self._error_seen = False
         self._ended = WaitList()
 
@@ -117,10 +129,10 @@ class Pipe(Generic[T]):
     async def wait_until_complete(self) -> PipeResult:
         """Wait until the source has ended and the broker has acknowledged every chunk.
 
-        Raises the source's own error, `EncodingError` or `LimitExceeded` for a chunk that could not be published,
-        `BrokerUnavailable` if the broker was unavailable for longer than `Timeouts.append`, and `RunCanceled`,
-        `RunFailed` or `ServerShutdown` if the run ended before the source. Cancelling the caller does not stop the
-        pipe.
+        Raises the source's own error; `EncodingError`, `LimitExceeded` or an error of `encode` for the first item that
+        could not be published; `BrokerUnavailable` if the broker was unavailable for longer than `Timeouts.append`; and
+        `RunCanceled`, `RunFailed` or `ServerShutdown` if the run ended before the source. Cancelling the caller does
+        not stop the pipe.
         """
         await self.settled()
         if self.error is not None:
@@ -215,26 +227,59 @@ class Pipe(Generic[T]):
         ) as iterator:
             await anyio.lowlevel.checkpoint_if_cancelled()
             await self._writer.open()
-            async for item in iterator:
-                self._forward(item)
-                self._copy.put(item)
-                if self._writer.full:
-                    await self._writer.room()
-                if self._copy.full:
-                    await self._copy.room()
-                if self._index % YIELD_EVERY == 0:
-                    await anyio.lowlevel.checkpoint()
+            watched = WatchedSteps(iterator, where=f"stream {self.stream!r} of run {self.run_id}")
+            await self._forward(watched)
+            while not watched.ended and await self._forward(iterator):
+                await self._forward(watched)
 
-    def _forward(self, item: T) -> None:
-        """Write one item. If the broker fails, the local iteration continues, and the failure is raised at the end."""
-        data = encode_numbered(item, self._limits.chunk_bytes, key=self._writer.key, index=self._index)
+    async def _forward(self, items: AsyncIterator[T]) -> bool:
+        """Forward items until they end, or, if this returns True, until one took long."""
+        last = monotonic()
+        async for item in items:
+            if (data := self._encoded(item)) is not None:
+                self._write(data)
+            self._copy.put(item)
+            if self._writer.full:
+                await self._writer.room()
+            if self._copy.full:
+                await self._copy.room()
+            if self._index % YIELD_EVERY == 0:
+                await anyio.lowlevel.checkpoint()
+            now = monotonic()
+            if now - last > LONG_STEP_S and not isinstance(items, WatchedSteps):
+                return True
+            last = now
+        return False
+
+    def _encoded(self, item: T) -> bytes | None:
+        """The chunk of one item; None if it is skipped."""
         self._index += 1
+        try:
+            if self._encode is None:
+                return encode_within(item, self._chunk_bytes)
+            published = self._encode(item)
+            return None if published is None else encode_within(published, self._chunk_bytes)
+        except Exception as exc:
+            self._skip(item, exc)
+            return None
+
+    def _skip(self, item: T, exc: Exception) -> None:
+        if self._skipped is None:
+            index, kind = self._index - 1, type(item).__name__
+            name_chunk(exc, self._writer.key, index)
+            self._skipped = exc
+            where = f"stream {self.stream!r} of run {self.run_id}"
+            logger.warning("a pipe skips item %d (%s) of %s; later ones are not logged: %r", index, kind, where, exc)
+
+    def _write(self, data: bytes) -> None:
+        """If the broker fails, the local iteration continues, and the failure is raised at the end."""
         try:
             self._writer.write(data)
         except BrokerUnavailable:
             pass  # the writer keeps this failure, and `_drain` raises it
 
     async def _drain(self) -> None:
+        self.error = self.error or self._skipped
         try:
             await self._writer.drain()
         except RealtimeError as exc:

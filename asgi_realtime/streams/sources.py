@@ -1,7 +1,8 @@
 """What can be piped, and how it is opened, read and closed.
 
 A source is an async iterable, an async context manager that returns one, a sequence, or any other sync iterable, which
-a thread reads (`thread_iterator.py`). The source is closed in every case, also if it is never read.
+a thread reads (`thread_iterator.py`). Of a source that is both kinds of iterable, the protocol that works is used. The
+source is closed in every case, also if it is never read.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections import deque
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
@@ -42,6 +43,8 @@ def check_source(source: object) -> None:
         )
     if inspect.isawaitable(source) and not hasattr(source, "__aiter__") and not hasattr(source, "__aenter__"):
         raise InvalidSource(f"a {name} is not a source: await it first and pipe the result; {_ALLOWED}")
+    if hasattr(source, "stream_text") and not hasattr(source, "__aiter__"):
+        raise InvalidSource(f"a {name} is not a source: pipe its .stream_text(delta=True); {_ALLOWED}")
     if not any(hasattr(source, method) for method in ("__aiter__", "__aenter__", "__iter__")):
         raise InvalidSource(f"a {name} is not a source; {_ALLOWED}")
 
@@ -81,17 +84,54 @@ def _is_manager(source: object) -> bool:
     return hasattr(source, "__aenter__") and not hasattr(source, "__aiter__")
 
 
-def _open(source: Any, *, threads: ThreadBudget, post: Post) -> tuple[AsyncIterator[Any], tuple[Any, ...]]:
+def _open(source: Any, *, threads: ThreadBudget, post: Post) -> tuple[AsyncIterator[Any], list[Any]]:
     """The iterator of a source, and what to close afterwards, in this order."""
     iterator: AsyncIterator[Any]
     if hasattr(source, "__aiter__"):
+        if hasattr(source, "__iter__"):
+            iterator = _EitherProtocol(source, lambda: ThreadIterator(source, threads=threads, post=post))
+            return iterator, iterator.resources
         iterator = source.__aiter__()
-        return iterator, (iterator,) if iterator is source else (iterator, source)
+        return iterator, [iterator] if iterator is source else [iterator, source]
     if isinstance(source, _INLINE):
         iterator = _inline(source)
     else:
         iterator = ThreadIterator(source, threads=threads, post=post)
-    return iterator, (iterator,)
+    return iterator, [iterator]
+
+
+class _EitherProtocol(AsyncIterator[Any]):
+    """The items of a source with both iterator protocols.
+
+    The proxies of instrumentations have both, whatever they wrap. A synchronous stream then has an `__aiter__` that
+    fails in its first step, so it is read by a thread.
+    """
+
+    def __init__(self, source: Any, read_in_thread: Callable[[], AsyncIterator[Any]]) -> None:
+        self.resources: list[Any] = [source]
+        """What to close. A thread closes the source that it reads."""
+        self._source = source
+        self._read_in_thread = read_in_thread
+        self._iterator: AsyncIterator[Any] | None = None
+
+    async def __anext__(self) -> Any:
+        if self._iterator is None:
+            return await self._first()
+        return await self._iterator.__anext__()
+
+    async def _first(self) -> Any:
+        try:
+            iterator = self._source.__aiter__()
+            if iterator is not self._source:
+                self.resources.insert(0, iterator)
+            self._iterator = iterator
+            return await iterator.__anext__()
+        except (AttributeError, TypeError) as exc:
+            if "__anext__" not in str(exc) and "__aiter__" not in str(exc):
+                raise
+        self._iterator = self._read_in_thread()
+        self.resources[:] = [self._iterator]
+        return await self._iterator.__anext__()
 
 
 @asynccontextmanager

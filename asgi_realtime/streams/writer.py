@@ -8,6 +8,7 @@ while the broker is unavailable.
 
 from __future__ import annotations
 
+import inspect
 from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -17,7 +18,14 @@ import anyio.lowlevel
 
 from asgi_realtime.brokers.base import ImmediateBroker, StreamKey
 from asgi_realtime.core.chunks import encode_value
-from asgi_realtime.core.errors import BrokerUnavailable, EncodingError, LimitExceeded, RealtimeError
+from asgi_realtime.core.errors import (
+    BrokerUnavailable,
+    EncodingError,
+    LimitExceeded,
+    RealtimeError,
+    UsageError,
+    shown,
+)
 from asgi_realtime.loop.waiting import WaitList
 from asgi_realtime.runs.restoring import RestorableProducer
 from asgi_realtime.runs.store import RunStore
@@ -31,6 +39,9 @@ YIELD_EVERY = 64
 
 Spawn = Callable[[Callable[[], Awaitable[None]]], None]
 
+Encode = Callable[[Any], Any]
+"""`encode=`: returns what to publish of an item, or None for nothing."""
+
 
 def encode_within(value: Any, limit_bytes: int) -> bytes:
     """Encode a chunk. Raises `EncodingError`, `LimitExceeded`."""
@@ -40,13 +51,19 @@ def encode_within(value: Any, limit_bytes: int) -> bytes:
     return data
 
 
-def encode_numbered(value: Any, limit_bytes: int, *, key: StreamKey, index: int) -> bytes:
-    """As `encode_within`; errors name the chunk of the pipe or writer."""
-    try:
-        return encode_within(value, limit_bytes)
-    except (EncodingError, LimitExceeded) as exc:
-        exc.args = (f"chunk {index} of stream {key.name!r} of run {key.run!r}: {exc}",)
-        raise
+def name_chunk(exc: Exception, key: StreamKey, index: int) -> None:
+    """Let an error name the chunk of the pipe or writer."""
+    name = f"chunk {index} of stream {key.name!r} of run {key.run!r}"
+    if isinstance(exc, EncodingError | LimitExceeded):
+        exc.args = (f"{name}: {exc}",)
+    else:
+        exc.add_note(f"raised by encode= for {name}")
+
+
+def check_encode(encode: object) -> None:
+    """Raise `UsageError` for an `encode=` that cannot be called for its result."""
+    if encode is not None and (not callable(encode) or inspect.iscoroutinefunction(encode)):
+        raise UsageError(f"encode is {shown(encode)}; allowed are functions (not async) that return what to publish")
 
 
 class StreamWriter:

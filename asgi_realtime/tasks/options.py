@@ -6,7 +6,7 @@ official clients all use these types. `RecordFactory` checks the values.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
 from typing import Any, TypedDict
 
@@ -39,12 +39,18 @@ class TriggerOptions(RunOptions, total=False):
     token_expires_in: Span
 
 
-class PipeOptions(TypedDict, total=False):
+class PipeRunOptions(TypedDict, total=False):
     """The keyword arguments of `Realtime.pipe` for the run that a pipe opens outside of one."""
 
     task: str
     tags: str | Iterable[str] | None
     metadata: Mapping[str, Any] | None
+
+
+class PipeOptions(PipeRunOptions, total=False):
+    """The keyword arguments of `Realtime.pipe`."""
+
+    encode: Callable[[Any], Any] | None
 
 
 def run_id_of(run: RunLike) -> str:

@@ -696,7 +696,7 @@ async def test_all_kinds_of_chunks_arrive_as_json() -> None:
         (Decimal("1.10"), "1.10"),
         (Mood.GOOD, "good"),
         (float("nan"), None),
-        ("half a pair \ud83d", "half a pair \ufffd"),
+        ("half a pair \ud83d", "half a pair \ud83d"),
     ]
     async with make() as realtime, realtime.open_run("report") as run:
         got = [item async for item in realtime.pipe([chunk for chunk, _ in chunks])]
@@ -704,29 +704,94 @@ async def test_all_kinds_of_chunks_arrive_as_json() -> None:
         assert await stored(realtime, run.id) == [expected for _, expected in chunks]
 
 
-@pytest.mark.parametrize("bad", [object(), b"bytes", {1, object()}], ids=["object", "bytes", "set"])
-async def test_an_unencodable_chunk_is_named_and_the_stream_stays_usable(bad: object) -> None:
-    async def source() -> AsyncIterator[object]:
-        try:
-            yield "zero"
-            yield "one"
-            yield bad
-            yield "never"
-        finally:
-            closed.append(True)
+@pytest.mark.parametrize("bad", [object(), b"bytes", {1, object()}, "x" * 50], ids=["object", "bytes", "set", "large"])
+async def test_an_item_that_cannot_be_published_is_skipped(bad: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """It used to end the host's own loop and to close the source."""
+    read: list[object] = []
 
-    closed: list[bool] = []
-    async with make() as realtime:
+    async def source() -> AsyncIterator[object]:
+        for item in ("zero", "one", bad, bad, "two"):
+            read.append(item)
+            yield item
+
+    async with make(limits=Limits(chunk_bytes=40)) as realtime:
         async with realtime.open_run("report") as run:
             pipe = realtime.pipe(source())
-            with pytest.raises(EncodingError, match=r"chunk 2 of stream 'default' of run 'run_\w+'.*(object|bytes)"):
+            assert [item async for item in pipe] == ["zero", "one", bad, bad, "two"] == read
+            error = (EncodingError, LimitExceeded)
+            with pytest.raises(error, match=r"^chunk 2 of stream 'default' of run 'run_\w+': ") as caught:
                 await pipe.wait_until_complete()
-            assert closed == [True]
-            with pytest.raises(EncodingError):
-                assert [item async for item in pipe] == []
-            await realtime.pipe(["others"]).wait_until_complete()
-            await realtime.append("may write")
-        assert [chunk async for chunk in realtime.read(run)] == ["zero", "one", "others", "may write"]
+            assert caught.value.__traceback__ is not None
+            assert pipe.result.chunks == 3
+            await realtime.append("more")
+        assert [chunk async for chunk in realtime.read(run)] == ["zero", "one", "two", "more"]
+        assert await status_of(realtime, run.id) is Status.COMPLETED, "the host saw the error"
+    logged = [record.getMessage() for record in caplog.records if "skips" in record.getMessage()]
+    assert len(logged) == 1
+    assert logged[0].startswith(f"a pipe skips item 2 ({type(bad).__name__}) of stream 'default' of run {run.id}")
+
+
+async def test_a_skipped_item_fails_the_run_if_nothing_awaits_the_pipe() -> None:
+    async with make() as realtime:
+        async with realtime.open_run("report") as run:
+            bad = object()
+            assert [item async for item in realtime.pipe([1, bad, 2])] == [1, bad, 2]
+        record = await realtime.get_run(run)
+        assert record.status is Status.FAILED
+        assert record.error is not None and record.error.name == "EncodingError"
+        assert await stored(realtime, run.id) == [1, 2]
+        pipe = realtime.pipe([1, bad, 2])
+        assert [item async for item in pipe] == [1, bad, 2]
+        assert await over(realtime, pipe.run_id) is Status.FAILED
+
+
+async def test_an_error_of_the_source_comes_before_that_of_a_skipped_item() -> None:
+    async def source() -> AsyncIterator[object]:
+        yield object()
+        raise ConnectionError("to the model")
+
+    async with make() as realtime, realtime.open_run("report"):
+        pipe = realtime.pipe(source())
+        with pytest.raises(ConnectionError):
+            await take(pipe, [])
+        with pytest.raises(ConnectionError):
+            await pipe.wait_until_complete()
+
+
+# `encode=`
+
+
+async def test_encode_decides_what_is_published() -> None:
+    """The local iteration gets the original objects."""
+    points = [Point(1), Point(2), Point(3)]
+    async with make() as realtime, realtime.open_run("report") as run:
+        pipe = realtime.pipe(points, encode=lambda point: None if point.x == 2 else f"x{point.x}")
+        assert [id(item) async for item in pipe] == [id(point) for point in points]
+        assert (await pipe.wait_until_complete()).chunks == 2
+        assert await stored(realtime, run.id) == ["x1", "x3"]
+
+
+async def test_an_error_of_encode_skips_the_item(caplog: pytest.LogCaptureFixture) -> None:
+    async with make() as realtime, realtime.open_run("report") as run:
+        pipe = realtime.pipe([1, 0, 2, 0], encode=lambda number: 2 // number)
+        assert [item async for item in pipe] == [1, 0, 2, 0]
+        with pytest.raises(ZeroDivisionError) as caught:
+            await pipe.wait_until_complete()
+        assert caught.value.__notes__ == [f"raised by encode= for chunk 1 of stream 'default' of run {run.id!r}"]
+        assert await stored(realtime, run.id) == [2, 1]
+    assert "a pipe skips item 1 (int)" in caplog.text
+
+
+async def test_encode_must_be_a_function() -> None:
+    async def encode(item: int) -> int:
+        return item
+
+    async with make() as realtime, realtime.open_run("report"):
+        for wrong in (encode, "json"):
+            with pytest.raises(UsageError, match=r"encode is .*; allowed are functions \(not async\)"):
+                realtime.pipe([1], encode=wrong)  # type: ignore[arg-type]
+            with pytest.raises(UsageError, match="encode is"):
+                realtime.writer(encode=wrong)  # type: ignore[arg-type]
 
 
 async def test_bytes_are_rejected_with_an_alternative() -> None:

@@ -30,6 +30,73 @@ pytestmark = pytest.mark.anyio
 Closed = list[str]
 Make = Callable[[Closed, Callable[[], Any]], Any]
 
+# Both protocols
+
+
+class Proxy:
+    """As the proxy of an instrumentation: it has both protocols, whatever it wraps."""
+
+    def __init__(self, wrapped: Any) -> None:
+        self.wrapped = wrapped
+        self.closed = 0
+
+    def __iter__(self) -> Any:
+        return iter(self.wrapped)
+
+    def __aiter__(self) -> Any:
+        return self
+
+    async def __anext__(self) -> Any:
+        return await self.wrapped.__anext__()
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+@pytest.mark.parametrize("broken", ["__anext__", "__aiter__", "async for"])
+async def test_a_source_with_a_broken_async_protocol_is_read_by_a_thread(broken: str) -> None:
+    class Broken(Proxy):
+        def __aiter__(self) -> Any:
+            if broken == "__aiter__":
+                raise AttributeError("'list' object has no attribute '__aiter__'")
+            return self._items() if broken == "async for" else self
+
+        async def _items(self) -> AsyncIterator[Any]:
+            async for item in self.wrapped:
+                yield item
+
+    source = Broken([1, 2, 3])
+    async with make() as realtime, realtime.open_run("report") as run:
+        pipe: Any = realtime.pipe(source)
+        assert [item async for item in pipe] == [1, 2, 3]
+        assert (await pipe.wait_until_complete()).chunks == 3
+        assert await stored(realtime, run.id) == [1, 2, 3]
+    assert source.closed == 1
+
+
+async def test_a_source_with_both_protocols_is_read_by_the_async_one() -> None:
+    async def items() -> AsyncIterator[int]:
+        yield 1
+        yield 2
+
+    source = Proxy(items())
+    async with make() as realtime, realtime.open_run("report"):
+        pipe: Any = realtime.pipe(source)
+        assert [item async for item in pipe] == [1, 2]
+        await pipe.wait_until_complete()
+    assert source.closed == 1
+
+
+async def test_another_error_of_the_async_protocol_is_an_error_of_the_source() -> None:
+    async def items() -> AsyncIterator[int]:
+        raise AttributeError("'NoneType' object has no attribute 'choices'")
+        yield 1
+
+    async with make() as realtime, realtime.open_run("report"):
+        with pytest.raises(AttributeError, match="choices"):
+            await realtime.pipe(Proxy(items())).wait_until_complete()
+
+
 # Closing. Each of these gives a, b, then asks `third` what to do, then gives c.
 
 
@@ -767,8 +834,7 @@ async def test_an_encoding_error_closes_a_sync_source_too() -> None:
 
     def source() -> Iterator[object]:
         try:
-            while True:
-                yield object()
+            yield from (object(), object())
         finally:
             closed.append("closed")
 

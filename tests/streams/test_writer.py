@@ -13,7 +13,7 @@ from asgi_realtime import Realtime
 from asgi_realtime.brokers.base import StreamKey
 from asgi_realtime.core.config import Limits, Timeouts
 from asgi_realtime.core.errors import BrokerUnavailable, EncodingError, LimitExceeded, RunNotFound, StreamClosed
-from asgi_realtime.streams.writer import CALL_BYTES, CALL_ITEMS, StreamWriter, encode_numbered, encode_within
+from asgi_realtime.streams.writer import CALL_BYTES, CALL_ITEMS, StreamWriter, encode_within, name_chunk
 from tests.faults import RemoteBroker, make, steps, stored, until
 
 pytestmark = pytest.mark.anyio
@@ -234,12 +234,18 @@ def test_a_chunk_is_limited_in_size() -> None:
     assert encode_within("12345678", 10) == b'"12345678"'
     with pytest.raises(LimitExceeded, match="a chunk is 11 bytes, limit 10"):
         encode_within("123456789", 10)
-    key = StreamKey("run_1", "ai")
-    assert encode_numbered("12345678", 10, key=key, index=3) == b'"12345678"'
-    with pytest.raises(LimitExceeded, match="chunk 3 of stream 'ai' of run 'run_1': a chunk is 11 bytes"):
-        encode_numbered("123456789", 10, key=key, index=3)
-    with pytest.raises(EncodingError, match="chunk 3 of stream 'ai' of run 'run_1': object has no JSON form"):
-        encode_numbered(object(), 10, key=key, index=3)
+
+
+def test_an_error_names_its_chunk() -> None:
+    errors = [LimitExceeded("a chunk is 11 bytes", status=413), EncodingError("no JSON form"), KeyError("delta")]
+    for error in errors:
+        name_chunk(error, StreamKey("run_1", "ai"), 3)
+    assert [str(error) for error in errors] == [
+        "chunk 3 of stream 'ai' of run 'run_1': a chunk is 11 bytes",
+        "chunk 3 of stream 'ai' of run 'run_1': no JSON form",
+        "'delta'",
+    ]
+    assert errors[2].__notes__ == ["raised by encode= for chunk 3 of stream 'ai' of run 'run_1'"]
 
 
 # `Realtime.append`
