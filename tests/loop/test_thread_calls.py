@@ -141,10 +141,11 @@ def test_a_closed_loop_leaves_no_thread_waiting(monkeypatch: pytest.MonkeyPatch)
 
     async def nothing() -> None: ...
 
-    waiting = Waiting(lambda: ThreadCall(supervisor, nothing).make())  # posted to a loop that never runs again
-    loop.run_until_complete(asyncio.sleep(0))
+    waiting = Waiting(lambda: ThreadCall(supervisor, nothing).make())
+    while waiting.thread.is_alive():  # it posts its call at any time
+        loop.run_until_complete(asyncio.sleep(0))
     assert waiting.join() is None
-    late = Waiting(lambda: ThreadCall(supervisor, nothing).make())
+    late = Waiting(lambda: ThreadCall(supervisor, nothing).make())  # posted to a loop that never runs again
     while not loop._ready:  # type: ignore[attr-defined]
         pass
     for task in asyncio.all_tasks(loop):
