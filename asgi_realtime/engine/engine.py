@@ -227,9 +227,11 @@ class Engine:
             supervisor.spawn_detached(job)
         self.dispatcher.restart()
         if lazy and self._had_host:
-            logger.warning("used after its host had stopped it, and started again: nothing but a signal stops it now")
+            logger.warning("used after shutdown: started again, and will only stop on SIGTERM or SIGINT")
         elif lazy:
-            logger.info("started on first use: put realtime.lifespan or RealtimeMiddleware into the app to stop it too")
+            logger.info(
+                "started on first use: add realtime.lifespan or RealtimeMiddleware, so that it also shuts down cleanly"
+            )
         return start
 
     async def _serve(self, start: Start) -> None:

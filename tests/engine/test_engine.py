@@ -221,7 +221,7 @@ async def test_a_start_on_first_use_is_logged_once(caplog: pytest.LogCaptureFixt
         pass
     await realtime.stop()
     assert [record.message for record in caplog.records if "first use" in record.message] == [
-        "started on first use: put realtime.lifespan or RealtimeMiddleware into the app to stop it too"
+        "started on first use: add realtime.lifespan or RealtimeMiddleware, so that it also shuts down cleanly"
     ]
     caplog.clear()
     async with realtime, realtime.open_run("r"):
@@ -231,7 +231,7 @@ async def test_a_start_on_first_use_is_logged_once(caplog: pytest.LogCaptureFixt
         pass
     await realtime.stop()
     assert [record.message for record in caplog.records] == [
-        "used after its host had stopped it, and started again: nothing but a signal stops it now"
+        "used after shutdown: started again, and will only stop on SIGTERM or SIGINT"
     ]
 
 
