@@ -140,6 +140,8 @@ class _Lifespan:
 
     async def send(self, message: Message) -> None:
         """The host's `send`."""
+        if not message["type"].startswith("lifespan."):  # a host that takes every scope for a request
+            raise RuntimeError(f"the host app sent {message['type']} on lifespan")
         if self._state is _State.INITIAL:
             await self.receive()
         if self._state is _State.OVER:

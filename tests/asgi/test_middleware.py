@@ -239,6 +239,11 @@ async def test_a_host_that_responds_without_receiving_is_started_first(host: Fak
     assert await run_lifespan(RealtimeMiddleware(hasty, host), host) == ALONE
 
 
+async def test_the_middleware_replaces_the_lifespan_of_a_host_that_sends_http(host: FakeHost) -> None:
+    """A single response as the whole host: it does not look at the scope's type. The Realtime was stopped at once."""
+    assert await run_lifespan(RealtimeMiddleware(PlainTextResponse("not found", 404), host), host) == ALONE
+
+
 async def test_a_host_that_raises_after_receiving_the_startup_is_logged(
     host: FakeHost, caplog: pytest.LogCaptureFixture
 ) -> None:
