@@ -22,24 +22,20 @@ from typing import Any, NoReturn, TypeVar
 import msgspec
 
 from asgi_realtime.core.errors import EncodingError, UsageError
-from asgi_realtime.core.published import hook, plain_hook, public
+from asgi_realtime.core.nesting import check_shape
+from asgi_realtime.core.published import hook, is_plain, plain_hook, public
 
 _LF, _CR, _UNDERSCORE = b"\n\r_"  # as integers: `10 in data` is ten times as fast as `b"\n" in data`
 _NEL_END, _LS_END = 0x85, 0x80
 """Bytes without which UTF-8 contains none of the three separators."""
 _SEPARATORS = tuple((text.encode(), rb"\u%04x" % ord(text)) for text in "\u2028\u2029\x85")
 _LINE_BREAKS_TO_SPACES = bytes.maketrans(b"\r\n", b"  ")
-_ESCAPE = re.compile(
-    rb"\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|(u[dD][89a-fA-F][0-9a-fA-F]{2})|.)", re.DOTALL
-)
-"""An escape in a JSON string: a surrogate pair, a lone surrogate (the group), or any other."""
+_ESCAPE = re.compile(rb"\\u[dD](?:[89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|([89a-fA-F][0-9a-fA-F]{2}))")
+"""An escaped surrogate pair, or an escaped lone surrogate (the group)."""
 
-_FIRST_STAND_IN = 0x10F800
-_STAND_IN = re.compile(rb"\xf4\x8f[\xa0-\xbf][\x80-\xbf]")
-"""The last 2,048 characters of Unicode, which are private, in UTF-8: as many as there are surrogates."""
-
-_MAYBE_PRIVATE = re.compile(b'"_').search
-"""Finds private attributes in JSON, among keys and texts that begin with an underscore. Faster than `in`."""
+_SURROGATE, _BACKSLASH = (character.encode() for character in "\U0010ffff\U0010fffe")
+"""Noncharacters that replace the backslash of `\\ud800`, and an escaped backslash, while msgspec splits an object."""
+_MARKS = ((b"\\\\", _BACKSLASH), (b"\\ud", _SURROGATE + b"ud"), (b"\\uD", _SURROGATE + b"uD"))
 
 _PLAIN = frozenset({list, tuple, int, float, bool, type(None)})
 _BINARY = (bytes, bytearray, memoryview)
@@ -66,11 +62,20 @@ def encode_value(value: object) -> bytes:
     return data if data.isascii() else escape_separators(data)
 
 
-def _without_private(value: object, data: bytes) -> bytes:
+def encode_named(value: object, name: str) -> bytes:
+    """As `encode_value`; the error starts with the name of the value."""
+    try:
+        return encode_value(value)
+    except EncodingError as exc:
+        exc.args = (f"{name}: {exc}",)
+        raise
+
+
+def _without_private(value: Any, data: bytes) -> bytes:
     """What is published of a value whose JSON is `data`. Agents, prompts and their events have an underscore in it."""
-    if _MAYBE_PRIVATE(data) is None and data.find(b'"instructions"') < 0:
-        if type(value) is not dict or "event" not in value:
-            return data
+    cls = type(value)
+    if (cls is dict or cls is list) and is_plain(value) and (cls is list or "event" not in value):
+        return data
     return _encode(public(value))
 
 
@@ -115,59 +120,66 @@ def decode_as(data: bytes, type: type[T]) -> T:
     except _MALFORMED as exc:
         if b"\\u" not in data:
             raise UsageError(f"not valid JSON: {exc}") from exc
-    found = _decode_surrogates(data)
-    if isinstance(found, dict) and hasattr(type, "__struct_fields__"):
-        found |= _raw_fields(data, type)
-    return msgspec.convert(found, type, str_keys=True)
+    is_struct = hasattr(type, "__struct_fields__") and data.lstrip().startswith(b"{")
+    found = _fields(data, type) if is_struct else _decode_surrogates(data)
+    try:
+        return msgspec.convert(found, type, str_keys=True)
+    except UnicodeEncodeError as exc:  # the name of a field, or of the kind of a struct
+        raise UsageError("a name has a lone surrogate; allowed are names in whole characters") from exc
 
 
-def _raw_fields(data: bytes, struct: Any) -> dict[str, Any]:
-    """The fields of an object that a struct holds as raw JSON, byte for byte."""
-    marked = _STAND_IN.sub(lambda found: json.dumps(found[0].decode())[1:-1].encode(), data)
-    marked = _ESCAPE.sub(lambda escape: _stand_in(escape[1]) if escape[1] else escape[0], marked)
-    items = msgspec.json.decode(marked, type=dict[str, msgspec.Raw])
+def _fields(data: bytes, struct: Any) -> dict[str, Any]:
+    """The fields of an object that a struct has. Those that it holds as raw JSON remain, byte for byte."""
+    try:
+        items = msgspec.json.decode(_marked(data), type=dict[str, msgspec.Raw])
+    except (*_MALFORMED, RecursionError) as exc:
+        raise UsageError(f"not valid JSON: {exc}") from exc
     fields: dict[str, Any] = {}
     for field in msgspec.structs.fields(struct):
         item = items.get(field.encode_name)
-        if item is not None and field.type is msgspec.Raw:
+        if item is None:
+            continue
+        if field.type is msgspec.Raw:
             fields[field.encode_name] = _unmarked(item)
-        elif item is not None and field.type == list[msgspec.Raw] and bytes(item).startswith(b"["):
+        elif field.type == list[msgspec.Raw] and bytes(item).startswith(b"["):
             fields[field.encode_name] = [_unmarked(one) for one in msgspec.json.decode(item, type=list[msgspec.Raw])]
+        else:
+            fields[field.encode_name] = _decode_surrogates(bytes(_unmarked(item)))
     return fields
 
 
-def _stand_in(escape: bytes) -> bytes:
-    """The private character that takes the place of a lone surrogate while msgspec splits an object."""
-    return chr(int(escape[1:], 16) - 0xD800 + _FIRST_STAND_IN).encode()
+def _marked(data: bytes) -> bytes:
+    """JSON without escaped surrogates, which msgspec does not even skip. `_unmarked` restores them."""
+    for mark in (_SURROGATE, _BACKSLASH):
+        data = data.replace(mark, json.dumps(mark.decode())[1:-1].encode())
+    for text, mark in _MARKS:
+        data = data.replace(text, mark)
+    return data
 
 
 def _unmarked(raw: msgspec.Raw) -> msgspec.Raw:
-    def escape(found: re.Match[bytes]) -> bytes:
-        return b"\\u%04x" % (ord(found[0].decode()) - _FIRST_STAND_IN + 0xD800)
-
-    return msgspec.Raw(_STAND_IN.sub(escape, bytes(raw)))
+    return msgspec.Raw(bytes(raw).replace(_BACKSLASH, b"\\\\").replace(_SURROGATE, b"\\"))
 
 
 def json_line(data: bytes) -> bytes:
     """Received JSON as it is stored: on one line, and otherwise byte for byte as received.
 
-    No number is rounded, no key moves, and lone surrogates remain. Raises `UsageError` if malformed.
+    No number is rounded, no key moves, and lone surrogates remain. Raises `UsageError` if malformed, `LimitExceeded` if
+    nested too deeply or of too many parts.
     """
     data = data.strip(b" \t\r\n")
-    try:
-        _decode(data)
-    except UsageError:
-        scrubbed = scrub_escapes(data)
-        if scrubbed == data:
-            raise
-        _decode(scrubbed)
+    check_shape(data)
+    decode(data)
     if _LF in data or _CR in data:  # strings cannot contain them, so they are between tokens
         data = data.translate(_LINE_BREAKS_TO_SPACES)
     return data if data.isascii() else escape_separators(data)
 
 
 def scrub_escapes(data: bytes) -> bytes:
-    """Replace escaped lone surrogates in JSON by U+FFFD, so that msgspec can check the rest."""
+    """Replace escaped lone surrogates in JSON by U+FFFD, for parsers that reject them."""
+    if b"\\ud" not in data and b"\\uD" not in data:
+        return data
+    data = data.replace(b"\\\\", b"\\u005c")  # so that a search finds escapes only
     return _ESCAPE.sub(lambda escape: rb"\ufffd" if escape[1] else escape[0], data)
 
 
@@ -183,7 +195,7 @@ def _decode(data: bytes) -> Any:
 def _decode_surrogates(data: bytes) -> Any:
     """Decode JSON with escaped lone surrogates, as `JSON.stringify` writes them (ECMA-262, 25.5.2.3)."""
     try:
-        return json.loads(data, parse_constant=_refuse_constant, parse_float=_finite_float)
+        return json.loads(data.decode(), parse_constant=_refuse_constant, parse_float=_finite_float)
     except (ValueError, RecursionError) as exc:
         raise UsageError(f"not valid JSON: {exc}") from exc
 

@@ -77,7 +77,7 @@ class Limits(_Positive):
     tags: int = 10
     tag_length: int = 128
     key_length: int = 128
-    """Stream keys, input ids, task ids, in characters."""
+    """Stream keys, input ids, task ids, threads, in characters."""
     idempotency_key_length: int = 512
     batch_runs: int = 1000
     batch_bytes: int = 32 * 1024 * 1024
@@ -86,7 +86,8 @@ class Limits(_Positive):
     inputs_per_run: int = 100
     """Input ids used in one run."""
     inputs_bytes: int = 8 * 1024 * 1024
-    """All data sent into one run. Inputs are never trimmed; an input beyond the limit is rejected."""
+    """All messages sent into one run, each with 256 bytes for storing it. Inputs are never trimmed; a message beyond
+    the limit is rejected."""
     feed_runs: int = 1000
     """Runs in the snapshot of one feed; the newest ones."""
     topic_runs: int = 10_000
@@ -104,9 +105,27 @@ class Limits(_Positive):
     subscribers: int = 20_000
     """Subscriptions open at once in this process."""
     subscribers_per_run: int = 10_000
-    subscribers_per_token: int = 10_000
+    subscribers_per_owner: int = 10_000
+    """Subscriptions that one owner has open at once in this process, and never more than are still free. The owner of
+    a public token is the `owner` it was created with, or the token itself."""
+    bodies_per_owner: int = 100
+    """Requests with a body (POST, PUT) that one owner has open at once in this process."""
+    body_bytes_per_owner: int = 64 * 1024 * 1024
+    """The bodies of these requests together, by their `Content-Length` or by what has arrived. One body of any allowed
+    size is always accepted."""
+    open_runs_per_owner: int = 100
+    """Runs that one owner triggered with public tokens and that have not ended."""
+    runs_per_minute_per_owner: int = 300
+    runs_per_owner: int = 500
+    """Runs of one owner that are retained, and never more than half of `feed_runs` or `topic_runs`, so that they cannot
+    crowd others out of a feed. Beyond, its runs that ended longest ago are removed before `Retention.after_end`."""
+    bytes_per_owner: int = 64 * 1024 * 1024
+    """Payloads, metadata, outputs and inputs of the runs of one owner. Its runs that ended longest ago are removed
+    first; what open runs hold beyond the limit is rejected."""
+    delay_per_owner: float = 30 * 24 * 3600.0
+    """The longest `delay`, in seconds, of a run that is triggered with a public token."""
     token_life: float = 30 * 24 * 3600.0
-    """The longest lifetime, in seconds, of a token that is requested over HTTP."""
+    """The longest lifetime, in seconds, of a token."""
     mirror_bytes: int = 1024 * 1024
     """Chunks of each followed stream that this process holds if the broker is remote. Older chunks are read from the
     broker."""
@@ -116,12 +135,20 @@ class Limits(_Positive):
 class Retention(_Positive):
     """How much is retained, and for how long."""
 
+    def __post_init__(self) -> None:
+        _Positive.__post_init__(self)
+        if self.host_share > 1:
+            raise InvalidConfiguration(f"Retention.host_share is {self.host_share!r}; it must be at most 1")
+
     stream_bytes: int = 8 * 1024 * 1024
     """Per stream. The oldest chunks are trimmed first; a reader that has not received them gets a `gap`."""
     total_bytes: int = 512 * 1024 * 1024
-    """Of the memory broker. It first removes the runs that ended longest ago, then the oldest chunks of the largest
-    streams. If that does not free enough memory, because unfinished runs fill it with payloads, metadata and inputs, it
-    rejects new runs and chunks."""
+    """Memory that the memory broker uses: runs, tags, claims, chunks, inputs, and the objects around them. When it is
+    full, the runs that ended longest ago are removed. Unfinished runs lose nothing, so if they fill it, new runs,
+    chunks and inputs are rejected."""
+    host_share: float = 0.25
+    """The part of `total_bytes` that runs triggered with public tokens never use. Within the rest, the owner that holds
+    the most loses its ended runs first, and then only owners are rejected."""
     after_end: float = 24 * 3600.0
     """How long a run and its streams are retained after the run ends."""
     idempotency_key: float = 24 * 3600.0
@@ -151,6 +178,8 @@ class Timeouts(_Positive):
     """How long a poll of the official clients is held while nothing changes, within 15 %."""
     receive: float = 30.0
     """Silence of a client that is sending a request body."""
+    body: float = 120.0
+    """A whole request body, except that of a writer, which lasts as long as its source."""
     send: float = 30.0
     """One send to a subscriber that does not read. It is disconnected then, and can resume."""
     append: float = 30.0
@@ -159,19 +188,28 @@ class Timeouts(_Positive):
     """Silence of a writer over HTTP before its request ends. The official client starts a new one after 15 minutes."""
     broker: float = 5.0
     """One response of a remote broker, or one connection attempt. Then it counts as unavailable."""
-    drain: float = 0.5
-    """How long tasks can continue at shutdown. Short, so that the server exits within a second; raise it to let answers
-    finish."""
+    drain: float = 10.0
+    """How long runs can continue after the shutdown has begun, with their readers. The server exits as soon as no run
+    executes. After SIGINT, after a second signal, and under a reloader it is half a second at most."""
     cancel: float = 5.0
     """How long the owner of a run can take to cancel it. Then any process does."""
     close: float = 5.0
     """How long closing a source can take."""
     find: float = 5.0
-    """How long a subscription waits for a run that its token names and that does not exist yet."""
+    """How long a request waits for a run that its token names and that does not exist yet, and a new run for one that
+    holds its thread and does not exist yet."""
+    appear: float = 600.0
+    """How long after a token was created an `EventSource` continues to wait for such a run, by reconnecting: the run
+    can be waiting in a job queue."""
     lease: float = 30.0
     """How long the owner of a run can be silent before the run becomes CRASHED."""
     tick: float = 0.5
     """The period of the ticker, and so the precision of heartbeats, expiry, delays and timeouts."""
+    authorize: float = 10.0
+    """How long `Realtime(authorize=…)` can take for one request."""
+    session: float = 15 * 60.0
+    """The maximum age of a subscription that `authorize` allowed, less up to 15 %. It is then closed as with
+    `stream_age`, and `authorize` is asked again when the client resumes."""
     stream_age: float = math.inf
     """The maximum age of a subscription, less up to 15 % so that subscriptions opened together do not end together. It
     is then closed as during shutdown, and the client resumes. This rebalances connections and exercises the deploy path
@@ -188,7 +226,9 @@ EXPOSED_HEADERS = (
     "x-trigger-jwt-claims",
     "x-stream-version",
     "x-ratelimit-reset",
+    "retry-after",
     "x-should-retry",
+    "x-realtime-resume",
 )
 """The response headers that a page of another origin must be able to read, for hosts that use their own CORS
 middleware."""
@@ -198,8 +238,10 @@ middleware."""
 class Cors:
     """The other origins whose pages can read: `"*"`, or a list such as `["https://app.example"]`.
 
-    Tokens are sent in a header or the query and never as cookies, so the default `"*"` is safe. Capitals, a default
-    port and a trailing slash are normalized; a wildcard within an origin, or a path, raises `InvalidConfiguration`.
+    Tokens are sent in a header or the query and never as cookies, so the default `"*"` is safe. With
+    `Realtime(authorize=…)`, pages of origins that are listed by name can also use the user's session. Capitals, a
+    default port and a trailing slash are normalized; a wildcard within an origin, or a path, raises
+    `InvalidConfiguration`.
     """
 
     origins: Sequence[str] | str = "*"

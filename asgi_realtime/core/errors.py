@@ -3,7 +3,7 @@
 RealtimeError
 ├── UsageError                  the caller passed something invalid; also a ValueError
 │   ├── InvalidConfiguration
-│   ├── InvalidSource           pipe() got an object that is not a source; also a TypeError
+│   ├── InvalidSource           pipe() or parts() got what is not a source; also a TypeError
 │   ├── EncodingError           a value has no JSON form; also a TypeError
 │   ├── InvalidPayload
 │   ├── InvalidRequest
@@ -20,10 +20,12 @@ RealtimeError
 │   └── RunKeptElsewhere        the run is in the memory of another process
 ├── StreamNotFound              a run completed without the stream that was read
 ├── LocalCopyLost
-├── RunEnded                    a run ended without a result; in run_errors.py
+├── RunEnded                    a run ended without a result, or can no longer change; in run_errors.py
 │   ├── RunFailed
 │   └── RunCanceled
 ├── StateError                  the current state does not allow the operation
+│   ├── RunExists               a run with the chosen id exists
+│   ├── ThreadBusy              another run of the thread is active
 │   ├── InvalidTransition
 │   ├── StreamClosed
 │   ├── StreamGap               entries that a reader requested were trimmed
@@ -32,6 +34,7 @@ RealtimeError
 │   ├── VersionConflict         a concurrent change was stored first; in run_errors.py
 │   └── ProducerGap
 ├── TaskError                   raised by a task; subscribers see its message
+├── SourceFailed                a model reported a failure within its stream
 ├── ServerShutdown              the server shut down
 └── BrokerUnavailable           the broker does not respond
     └── RestoreOutOfOrder       the writer must wait for other producers to restore their entries
@@ -83,7 +86,7 @@ class InvalidConfiguration(UsageError):
 
 
 class InvalidSource(UsageError, TypeError):
-    """`pipe()` got an object that it cannot iterate, or that would be iterated by accident."""
+    """`pipe()` got an object that it cannot iterate, or `parts()` the stream or the item of an unknown library."""
 
     code = "invalid_source"
 
@@ -135,13 +138,17 @@ class NoCurrentRun(UsageError, RuntimeError):
 
 
 class LimitExceeded(UsageError):
-    """A limit was exceeded. The message names the value and the limit; `status` is 413, 422, 429 or 503."""
+    """A limit was exceeded. The message names the value and the limit; `status` is 413, 422, 429 or 503.
+
+    `retry_after_s` is when a repeated call can succeed, if that is known; otherwise None.
+    """
 
     code = "limit_exceeded"
 
-    def __init__(self, message: str, *, status: int = 422) -> None:
+    def __init__(self, message: str, *, status: int = 422, retry_after_s: float | None = None) -> None:
         super().__init__(message)
         self.status = status  # type: ignore[misc]
+        self.retry_after_s = retry_after_s
 
 
 class TokenError(RealtimeError):
@@ -203,6 +210,28 @@ class StateError(RealtimeError):
     code = "conflict"
 
 
+class RunExists(StateError):
+    """A run has this id already, or had it and has expired. An id is for one run."""
+
+    code = "run_exists"
+
+    def __init__(self, run_id: str) -> None:
+        super().__init__(f"a run {shown(run_id)} exists already or has expired; choose another run_id, or use that run")
+
+
+class ThreadBusy(StateError):
+    """Another run of the thread is active. `run_id` is its id."""
+
+    code = "thread_busy"
+
+    def __init__(self, thread: str, run_id: str) -> None:
+        super().__init__(
+            f"thread {shown(thread)} has an active run, {run_id}; wait until it ends, or replace it (on_conflict)"
+        )
+        self.thread = thread
+        self.run_id = run_id
+
+
 class InvalidTransition(StateError):
     """The status of a run cannot change to the requested one."""
 
@@ -261,6 +290,13 @@ class TaskError(RealtimeError):
     def __init__(self, message: str, *, data: Any = None) -> None:
         super().__init__(message)
         self.data = data
+
+
+class SourceFailed(RealtimeError):
+    """A model or an agent reported a failure within its stream. The message is the model's, so it is not for users."""
+
+    status = 502
+    code = "source_failed"
 
 
 class ServerShutdown(RealtimeError):

@@ -11,6 +11,7 @@ from array import array
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple
 
 from asgi_realtime.core.errors import ProducerGap, RealtimeError, RestoreOutOfOrder, StreamClosed, StreamLost
@@ -18,6 +19,9 @@ from asgi_realtime.core.sse import chunk_frame, frame_data
 
 COMPACT_AFTER = 1024
 """Trimmed slots at the front of the lists before the lists are compacted."""
+
+MAX_FRAMES = 1024
+"""How many frames `Log.frames` returns at most."""
 
 HIDDEN_STREAM = "$"
 """Names of inputs start with this. They are hidden: a run does not list them among its streams."""
@@ -91,7 +95,7 @@ def misplaced(at: int, following: int) -> RealtimeError:
 class Log:
     """The entries of one stream. Not thread-safe; every method is atomic on its event loop."""
 
-    __slots__ = ("_base", "_frames", "_producers", "_sums", "_times", "_trimmed", "end", "first", "next", "size")
+    __slots__ = ("_base", "_frames", "_producers", "_times", "end", "first", "next", "size")
 
     def __init__(self) -> None:
         self.first = 0
@@ -102,8 +106,6 @@ class Log:
         self._base = 0  # the seq of _frames[0]; slots from _base to first - 1 are empty
         self._frames: list[bytes] = []
         self._times = array("q")
-        self._sums = array("q")  # bytes of all entries up to and including this one, since the start of the log
-        self._trimmed = 0  # bytes of all entries before `first`
         self._producers: dict[str, tuple[int, int]] = {}
 
     def append(
@@ -131,17 +133,24 @@ class Log:
         if at is not None and at != seq:
             raise misplaced(at, seq)
         frames = [chunk_frame(number, item) for number, item in enumerate(items, seq)]  # can fail, so first
-        total = self._sums[-1] if self._sums else self._trimmed
-        for frame in frames:
-            total += len(frame)
-            self._sums.append(total)
-            self._times.append(now_ms)
         self._frames += frames
-        self.size = total - self._trimmed
+        self._times.extend([now_ms] * len(frames))
+        self.size += sum(map(len, frames))
         self.next = seq = seq + len(frames)
         if producer is not None:
             self._producers[producer.id] = (expected + len(frames), seq - 1)
         return Position(seq - 1, seq)
+
+    def push(self, item: bytes, now_ms: int) -> int:
+        """Append one JSON item to a log that has not ended. Returns the size of its frame."""
+        seq = self.next
+        frame = chunk_frame(seq, item)
+        self._frames.append(frame)
+        self._times.append(now_ms)
+        size = len(frame)
+        self.size += size
+        self.next = seq + 1
+        return size
 
     def unseen(self, items: Sequence[bytes], producer: Producer) -> Sequence[bytes]:
         """The items that this producer has not stored before. Raises `ProducerGap`."""
@@ -167,21 +176,25 @@ class Log:
     def restart(self, seq: int) -> None:
         """Remove all entries and continue at another seq. For a copy of a log that skips a part of it."""
         self.first = self.next = self._base = seq
-        self.size = self._trimmed = 0
+        self.size = 0
         self._frames.clear()
-        del self._times[:], self._sums[:]
+        del self._times[:]
 
     def frames(self, after: int, max_bytes: int) -> list[bytes]:
-        """The frames after the cursor: up to `max_bytes`, but at least one if there is one.
+        """The frames after the cursor: up to `max_bytes` and `MAX_FRAMES`, but at least one if there is one.
 
         A cursor before the retained part starts at `first`; the caller has handled the gap.
         """
         start = max(after + 1, self.first) - self._base
-        if start >= len(self._frames):
-            return []
-        before = self._sums[start - 1] if start else self._trimmed
-        stop = bisect_right(self._sums, before + max_bytes, lo=start)
-        return self._frames[start : max(stop, start + 1)]
+        frames = self._frames[start : start + MAX_FRAMES]
+        sums = list(accumulate(map(len, frames)))
+        if sums and sums[-1] > max_bytes:
+            del frames[max(bisect_right(sums, max_bytes), 1) :]
+        return frames
+
+    def newest(self) -> bytes:
+        """The last frame. There must be one."""
+        return self._frames[-1]
 
     def entries(self, after: int, limit: int) -> list[Entry]:
         """The entries after the cursor, at most `limit`."""
@@ -194,20 +207,14 @@ class Log:
     def trim(self, max_bytes: int) -> int:
         """Remove the oldest entries down to `max_bytes`, but never the last one. Returns the freed bytes."""
         excess = self.size - max_bytes
-        if excess <= 0:
-            return 0
-        start = self.first - self._base
-        stop = bisect_right(self._sums, self._trimmed + excess - 1, lo=start) + 1
-        stop = min(stop, len(self._frames) - 1)
-        if stop <= start:
-            return 0
-        freed = self._sums[stop - 1] - self._trimmed
-        self._trimmed += freed
+        frames, stop, freed = self._frames, self.first - self._base, 0
+        while freed < excess and stop < len(frames) - 1:
+            freed += len(frames[stop])
+            frames[stop] = b""
+            stop += 1
         self.size -= freed
         self.first = self._base + stop
-        for slot in range(start, stop):
-            self._frames[slot] = b""
-        if stop > COMPACT_AFTER and stop * 2 > len(self._frames):
-            del self._frames[:stop], self._times[:stop], self._sums[:stop]
+        if stop > COMPACT_AFTER and stop * 2 > len(frames):
+            del frames[:stop], self._times[:stop]
             self._base += stop
         return freed

@@ -8,6 +8,7 @@ replace). In all of these except del, a key like `$.steps.0.done` is a path.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -15,12 +16,25 @@ from typing import Any
 import msgspec
 
 from asgi_realtime.core import json_paths
-from asgi_realtime.core.chunks import decode, encode_value
+from asgi_realtime.core.chunks import decode, encode_named
 from asgi_realtime.core.errors import LimitExceeded, UsageError, shown
 from asgi_realtime.core.json_paths import Copies
 from asgi_realtime.core.names import CONTROL_CHARACTERS
+from asgi_realtime.core.nesting import check_depth
 
 MAX_KEY_LENGTH = 128
+
+MAX_COMPARISONS = 2_000_000
+"""Values that the operations of one request can compare. Each `remove` compares its value with all items of a list."""
+
+_MOST_PER_REMOVE = 128 * 1024
+"""Values in the largest metadata that default limits allow, so one `remove` does not compare more."""
+
+_NUMBER_BYTES = 32
+"""More than a number takes, with the punctuation around it and its key."""
+
+NO_METADATA = msgspec.Raw(b"{}")
+"""The encoded metadata of a run that has none."""
 
 
 def check_metadata_key(key: str) -> None:
@@ -100,12 +114,21 @@ def apply_operations(
 ) -> dict[str, Any]:
     """Apply the operations in order and return the new metadata.
 
-    Incrementing a value that is not a number raises `UsageError`. With `strict=False` it is skipped, for operations
-    that were accepted for other metadata.
+    Incrementing a value that is not a number raises `UsageError`, and more than `MAX_COMPARISONS` raise
+    `LimitExceeded`. With `strict=False` neither does, for operations that were accepted for other metadata: such an
+    increment is skipped.
     """
     copies = Copies()
     result = copies.keep(dict(metadata))
+    compared = 0
     for operation in operations:
+        if strict and isinstance(operation, Remove):
+            compared += _comparisons(result, operation)
+            if compared > MAX_COMPARISONS:
+                raise LimitExceeded(
+                    f"the operations remove too much from long lists: they compare more than {MAX_COMPARISONS} values;"
+                    " send them in several requests"
+                )
         result = _apply(result, operation, strict, copies)
     return result
 
@@ -159,6 +182,27 @@ def _without(old: Any, value: object, copies: Copies) -> Any:
     items = copies.of(old)
     items[:] = left
     return items
+
+
+def _comparisons(metadata: dict[str, Any], operation: Remove) -> int:
+    """How many values an operation compares, at most."""
+    key = operation.key
+    steps = json_paths.parse(key) if json_paths.is_path(key) else (key,)
+    items = functools.reduce(json_paths.child, steps, metadata)
+    return min(len(items) * _size(operation.value), _MOST_PER_REMOVE) if isinstance(items, list) else 0
+
+
+def _size(value: object) -> int:
+    """The number of values in a value, including itself."""
+    size, waiting = 0, [value]
+    while waiting:
+        found = waiting.pop()
+        size += 1
+        if isinstance(found, list):
+            waiting += found
+        elif isinstance(found, dict):
+            waiting += found.values()
+    return size
 
 
 def _others(items: list[Any], value: object) -> list[Any]:
@@ -229,13 +273,28 @@ def is_number(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def normalize_value(value: object) -> Any:
-    """Encode and decode a value: a copy, as subscribers will see it."""
-    return decode(encode_value(value))
+def normalize_value(value: object, name: str = "metadata") -> Any:
+    """Encode and decode a value: a copy, as subscribers will see it. An error starts with the name."""
+    return decode(encode_named(value, name))
 
 
-def check_size(metadata: Mapping[str, Any], limit_bytes: int) -> None:
-    """Raise `LimitExceeded` if the encoded metadata exceeds the limit."""
-    size = len(encode_value(metadata))
-    if size > limit_bytes:
-        raise LimitExceeded(f"metadata is {size} bytes, limit {limit_bytes}")
+def encode_metadata(metadata: Mapping[str, Any]) -> msgspec.Raw:
+    """The metadata as a record stores it."""
+    return msgspec.Raw(encode_named(metadata, "metadata")) if metadata else NO_METADATA
+
+
+def most_added(operation: Operation) -> int | None:
+    """The most bytes that an operation adds to encoded metadata; None if it can add levels, or cannot be bounded."""
+    match operation:
+        case Delete() | Remove():
+            return 0
+        case Increment(key, by) if isinstance(by, float) or abs(by) < 1 << 63:
+            return 6 * len(key) + _NUMBER_BYTES
+    return None
+
+
+def check_size(encoded: msgspec.Raw, limit_bytes: int) -> None:
+    """Raise `LimitExceeded` if encoded metadata exceeds the limit, or is nested too deeply."""
+    if len(encoded) > limit_bytes:
+        raise LimitExceeded(f"metadata is {len(encoded)} bytes, limit {limit_bytes}")
+    check_depth(bytes(encoded), what="metadata")

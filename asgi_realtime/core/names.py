@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 
 from asgi_realtime.core.config import Limits
-from asgi_realtime.core.errors import LimitExceeded, UsageError
+from asgi_realtime.core.errors import LimitExceeded, UsageError, shown
 from asgi_realtime.core.log import HIDDEN_STREAM
 
 INPUT_PREFIX = "$trigger.input:"
@@ -14,6 +14,8 @@ INPUT_PREFIX = "$trigger.input:"
 
 CONTROL_CHARACTERS = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _BAD_IN_TAG = re.compile(r'[\x00-\x1f\x7f-\x9f\\",\ud800-\udfff]')
+_RUN_ID = re.compile(r"[A-Za-z0-9._-]+")
+_BAD_IN_THREAD = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 _BAD_IN_KEY = re.compile(r"[\x00-\x1f\x7f-\x9f/?#\\\ud800-\udfff]")
 
 
@@ -53,6 +55,30 @@ def check_key(key: str, limits: Limits, *, what: str) -> str:
     if _BAD_IN_KEY.search(key):
         raise UsageError(f"{what} {key!r} has a control character or one of / \\ ? #, which are not allowed")
     return key
+
+
+def check_run_id(run_id: str, limits: Limits) -> str:
+    """Return a valid run id of the host. Raises `UsageError`, `LimitExceeded`.
+
+    Stricter than `check_key`: run ids are in URLs, scopes, topics and the keys of brokers, where others separate.
+    """
+    check_key(run_id, limits, what="run_id")
+    if not _RUN_ID.fullmatch(run_id):
+        raise UsageError(f"run_id {shown(run_id)} is not allowed; allowed are ASCII letters, digits, '.', '_' and '-'")
+    return run_id
+
+
+def check_thread(thread: str, limits: Limits) -> str:
+    """Return a valid name of a thread. Raises `UsageError`, `LimitExceeded`."""
+    if not isinstance(thread, str):
+        raise UsageError(f"a thread is a {type(thread).__name__}; allowed is a str")
+    if not thread.strip():
+        raise UsageError("a thread is empty; pass a name such as 'chat:1'")
+    if len(thread) > limits.key_length:
+        raise LimitExceeded(f"thread is {len(thread)} characters, limit {limits.key_length}")
+    if _BAD_IN_THREAD.search(thread):
+        raise UsageError(f"thread {thread!r} has a control character or a lone surrogate, which are not allowed")
+    return thread
 
 
 def stream_name(name: str, limits: Limits) -> str:

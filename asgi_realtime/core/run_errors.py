@@ -8,7 +8,7 @@ from asgi_realtime.core.runs import RunRecord
 
 
 class RunEnded(RealtimeError):
-    """A run ended without a result. `record` is its last state, if known."""
+    """A run ended without a result, or is over and can no longer change. `record` is its last state, if known."""
 
     code = "run_ended"
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from enum import StrEnum
+from sys import getsizeof
 from typing import Any
 
 import msgspec
@@ -16,7 +17,7 @@ import msgspec
 from asgi_realtime.core.chunks import decode, encode_value
 from asgi_realtime.core.errors import InvalidTransition
 from asgi_realtime.core.log import End
-from asgi_realtime.core.metadata import Operation, apply_operations
+from asgi_realtime.core.metadata import NO_METADATA, Operation, apply_operations, encode_metadata
 
 
 class Status(StrEnum):
@@ -73,8 +74,21 @@ class BatchMember(msgspec.Struct, frozen=True):
     count: int
 
 
-class RunRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One version of a run's state. Times are unix milliseconds; payload and output are JSON as stored."""
+_JSON_TYPES: dict[tuple[str, bool], str] = {
+    ("str", False): "id status taskIdentifier createdAt updatedAt triggerFunction",
+    ("bool", False): "isQueued isExecuting isWaiting isCompleted isSuccess isFailed isCancelled isTest",
+    ("int", False): "costInCents baseCostInCents durationMs depth",
+    ("list", False): "tags realtimeStreams",
+    ("dict", False): "metadata relatedRuns",
+    ("str", True): "startedAt finishedAt delayedUntil expiredAt idempotencyKey ttl batchId",
+    ("dict", True): "error",
+    ("any", True): "payload output",
+}
+"""The fields of `RunRecord.json_fields`, by their types in a schema of pydantic and by whether they are optional."""
+
+
+class RunRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, rename={"metadata_json": "metadata"}):
+    """One version of a run's state. Times are unix milliseconds; metadata, payload and output are JSON as stored."""
 
     id: str
     task: str
@@ -91,7 +105,8 @@ class RunRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     cancel_requested_at_ms: int | None = None
     max_duration_s: float | None = None
     tags: tuple[str, ...] = ()
-    metadata: dict[str, Any] = {}
+    metadata_json: msgspec.Raw = NO_METADATA
+    """Encoded, because a decoded copy can take 30 times as much memory. Storing and sending it needs no decoding."""
     payload_json: bytes | None = None
     payload_meta_json: bytes | None = None
     """The `meta` of superjson, with which JavaScript restores the types of the payload (dates, sets, …)."""
@@ -100,13 +115,30 @@ class RunRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     streams: tuple[str, ...] = ()
     inputs: tuple[str, ...] = ()
     idempotency_key: str | None = None
+    thread: str | None = None
+    """The thread of the run, of which at most one run is active. Of subscribers, only AG-UI clients see
+    it: it is their `threadId`."""
     batch: BatchMember | None = None
     parent_id: str | None = None
     root_id: str | None = None
     depth: int = 0
     owner: str | None = None
-    token_id: str | None = None
-    """The id of the public token that triggered the run; None if the host did."""
+    token_owner: str | None = None
+    """The owner of the public token that triggered the run, to whom it is charged; None if the host triggered it."""
+    traceparent: str | None = None
+    """Where the trigger was in a trace (W3C Trace Context). Subscribers do not see it."""
+    has_on_end: bool = False
+    """Once the run is over, a process that has its task calls the `on_end` of the task."""
+    counts_watchers: bool = False
+    """Processes report how many readers they have of the run."""
+    unwatched_grace_s: float | None = None
+    """The run is canceled when it has had a reader, and then none for this long. None: it continues."""
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """The metadata, decoded: a new dict at each access."""
+        decoded: dict[str, Any] = decode(bytes(self.metadata_json))
+        return decoded
 
     @property
     def payload(self) -> Any:
@@ -193,7 +225,7 @@ class RunRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
             "depth": self.depth,
             "triggerFunction": "trigger" if self.batch is None else "batchTrigger",
             "relatedRuns": {},
-            "metadata": self.metadata,
+            "metadata": self.metadata_json,
             "realtimeStreams": self.streams,
             **self._optional_fields(),
         }
@@ -221,7 +253,12 @@ class RunRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> dict[str, Any]:
         """Makes the class an annotation of a FastAPI route. A schema of pydantic is a dict, so this needs no import."""
-        as_dict = {"type": "dict", "keys_schema": {"type": "str"}, "values_schema": {"type": "any"}}
+        fields = {
+            name: {"type": "typed-dict-field", "schema": {"type": type_}, "required": not is_optional}
+            for (type_, is_optional), names in _JSON_TYPES.items()
+            for name in names.split()
+        }
+        as_dict = {"type": "typed-dict", "fields": fields, "config": {"title": cls.__name__}}
         serialization = {"type": "function-plain", "function": dict, "return_schema": as_dict}
         return {"type": "is-instance", "cls": cls, "serialization": serialization}
 
@@ -229,12 +266,29 @@ class RunRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     def topics(self) -> tuple[str, ...]:
         """The topics that list this run, except its own."""
         batch = () if self.batch is None else (batch_topic(self.batch.id),)
-        return (*map(tag_topic, self.tags), *batch)
+        owner = () if self.token_owner is None else (owner_topic(self.token_owner),)
+        return (*map(tag_topic, self.tags), *batch, *owner)
 
     @property
     def claim(self) -> str | None:
-        """The claim that maps the idempotency key to one run of the task. It is made before the run is created."""
-        return None if self.idempotency_key is None else f"idempotency:{self.task}/{self.idempotency_key}"
+        """The claim that maps the idempotency key to one run of the task. It is made before the run is created.
+
+        The keys of an owner are its own, or a guessed key would find, or take, the run of another user or the host.
+        """
+        if self.idempotency_key is None:
+            return None
+        key = f"{self.task}/{self.idempotency_key}"
+        return f"idempotency:{key}" if self.token_owner is None else f"idempotency-of:{owned(self.token_owner, key)}"
+
+    @property
+    def thread_claim(self) -> str | None:
+        """The claim of the run's thread. Its value is the run that is active, or was."""
+        return None if self.thread is None else thread_claim(self.thread, self.token_owner)
+
+    @property
+    def claims(self) -> tuple[str, ...]:
+        """The claims whose value can be this run. They are removed with it."""
+        return tuple(claim for claim in (self.claim, self.thread_claim) if claim is not None)
 
     @property
     def end(self) -> End | None:
@@ -242,6 +296,22 @@ class RunRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         if self.status not in TERMINAL:
             return None
         return End(END_REASONS[self.status], None if self.error is None else self.error.message)
+
+
+def content_bytes(record: RunRecord) -> int:
+    """What the JSON and the texts of a run take in memory, without the objects around them."""
+    return (
+        len(record.metadata_json)
+        + len(record.payload_json or b"")
+        + len(record.payload_meta_json or b"")
+        + len(record.output_json or b"")
+        + (0 if record.error is None else getsizeof(record.error.message))
+        + (0 if record.idempotency_key is None else getsizeof(record.idempotency_key))
+        + (0 if record.thread is None else getsizeof(record.thread))
+        + (0 if record.token_owner is None else getsizeof(record.token_owner))
+        + (0 if record.traceparent is None else getsizeof(record.traceparent))
+        + sum(map(getsizeof, record.tags))
+    )
 
 
 def _raw(data: bytes | None) -> msgspec.Raw | None:
@@ -258,6 +328,16 @@ def _iso_or_none(time_ms: int | None) -> str | None:
     return None if time_ms is None else iso(time_ms)
 
 
+def owned(owner: str, name: str) -> str:
+    """A name in the namespace of an owner. Both can be any text, and no two pairs give the same name."""
+    return f"{len(owner)}:{owner}:{name}"
+
+
+def thread_claim(thread: str, token_owner: str | None) -> str:
+    """The claim of a thread. The threads of an owner of public tokens are its own, as its idempotency keys are."""
+    return f"thread:{thread}" if token_owner is None else f"thread-of:{owned(token_owner, thread)}"
+
+
 def run_topic(run_id: str) -> str:
     return f"run:{run_id}"
 
@@ -268,6 +348,11 @@ def tag_topic(tag: str) -> str:
 
 def batch_topic(batch_id: str) -> str:
     return f"batch:{batch_id}"
+
+
+def owner_topic(owner: str) -> str:
+    """The topic of the runs that are charged to an owner of public tokens. No feed follows it."""
+    return f"owner:{owner}"
 
 
 class Queued(msgspec.Struct, frozen=True, tag=True):
@@ -310,7 +395,8 @@ class MetadataChanged(msgspec.Struct, frozen=True, tag=True):
     operations: tuple[Operation, ...]
 
 
-RunChange = Queued | Started | Finished | CancelRequested | TagsAdded | StreamAdded | InputAdded | MetadataChanged
+_FieldChange = Queued | Started | Finished | CancelRequested | TagsAdded | StreamAdded | InputAdded
+RunChange = _FieldChange | MetadataChanged
 
 
 def apply(record: RunRecord, changes: Sequence[RunChange], now_ms: int) -> RunRecord:
@@ -321,16 +407,25 @@ def apply(record: RunRecord, changes: Sequence[RunChange], now_ms: int) -> RunRe
     """
     now_ms = max(now_ms, record.updated_at_ms)
     fields: dict[str, Any] = {}
+    operations: list[Operation] = []
     for change in changes:
         if fields.get("status", record.status) in TERMINAL:
             break
-        fields.update(_effect(record, fields, change, now_ms))
+        if isinstance(change, MetadataChanged):
+            operations += change.operations
+        else:
+            fields.update(_effect(record, fields, change, now_ms))
+    if operations:
+        # Compared as JSON, because in Python `True == 1`, and a change from one to the other would be dropped.
+        encoded = encode_metadata(apply_operations(record.metadata, operations, strict=False))
+        if encoded != record.metadata_json:
+            fields["metadata_json"] = encoded
     if not fields:
         return record
     return msgspec.structs.replace(record, version=record.version + 1, updated_at_ms=now_ms, **fields)
 
 
-def _effect(record: RunRecord, fields: dict[str, Any], change: RunChange, now_ms: int) -> dict[str, Any]:
+def _effect(record: RunRecord, fields: dict[str, Any], change: _FieldChange, now_ms: int) -> dict[str, Any]:
     """The fields that one change sets, after `fields` were set by earlier changes of the same call."""
 
     def now(name: str) -> Any:
@@ -353,12 +448,8 @@ def _effect(record: RunRecord, fields: dict[str, Any], change: RunChange, now_ms
             return {} if merged == now("tags") else {"tags": merged}
         case StreamAdded(name):
             return {} if name in now("streams") else {"streams": (*now("streams"), name)}
-        case InputAdded(name):
-            return {} if name in now("inputs") else {"inputs": (*now("inputs"), name)}
         case _:
-            metadata = apply_operations(now("metadata"), change.operations, strict=False)
-            # Compared as JSON, because in Python `True == 1`, and a change from one to the other would be dropped.
-            return {} if encode_value(metadata) == encode_value(now("metadata")) else {"metadata": metadata}
+            return {} if change.name in now("inputs") else {"inputs": (*now("inputs"), change.name)}
 
 
 def _to(present: Status, following: Status) -> dict[str, Any]:
@@ -368,8 +459,18 @@ def _to(present: Status, following: Status) -> dict[str, Any]:
     return {"status": following}
 
 
-DUE_KINDS = ("delay", "enqueue", "ttl", "lease", "cancel", "expiry", "unpublished")
-"""What a run can be due for. The broker schedules `enqueue`, `lease` and `unpublished`; `due_times` has the others."""
+LEASE_KINDS = ("lease", "enqueue", "on_end")
+"""What a run is due for if no process renews it; see `lease_kind`."""
+
+DUE_KINDS = (*LEASE_KINDS, "delay", "ttl", "cancel", "expiry", "unpublished", "unwatched")
+"""What a run can be due for. The broker schedules leases, `unpublished` and `unwatched`; `due_times` has the others."""
+
+
+def lease_kind(record: RunRecord) -> str | None:
+    """What a run in this status needs a process for: to execute it, to start it, or to call its `on_end`."""
+    if record.status in TERMINAL:
+        return "on_end" if record.has_on_end else None
+    return {Status.EXECUTING: "lease", Status.QUEUED: "enqueue"}.get(record.status)
 
 
 def due_times(record: RunRecord, *, cancel_s: float, after_end_s: float) -> dict[str, int]:

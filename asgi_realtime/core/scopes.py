@@ -7,13 +7,13 @@ otherwise show up as a 403 in a browser. Grammar: docs/protocol.md.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from asgi_realtime.core.errors import UsageError, shown
 from asgi_realtime.core.names import CONTROL_CHARACTERS
 
-Resource = tuple[str, str | None]
+ResourceName = tuple[str, str | None]
 """A type and an id; without an id, the whole type, such as the list of all runs."""
 
 ScopeIds = str | bool | Iterable[str]
@@ -22,7 +22,7 @@ Scopes = Mapping[str, Mapping[str, ScopeIds] | bool] | Sequence[str]
 
 _EVERY_TYPE = ("runs", "tags", "batch", "tasks", "inputStreams", "waitpoints", "all")
 _TYPES_OF: dict[str, tuple[str, ...]] = {
-    "read": _EVERY_TYPE,
+    "read": (*_EVERY_TYPE, "streams"),
     "write": _EVERY_TYPE,
     "trigger": ("tasks", "all"),
     "batchTrigger": ("tasks", "all"),
@@ -43,20 +43,24 @@ def parse(scope: str) -> Scope:
     return Scope(*scope.split(":", 2))
 
 
-def grants(scopes: Iterable[str], action: str, resources: Iterable[Resource]) -> bool:
+def grants(scopes: Iterable[str], action: str, resources: Collection[ResourceName]) -> bool:
     """Whether one of the scopes grants the action on one of the names of a resource."""
-    names = tuple(resources)
-    return any(_matches(parse(scope), action, names) for scope in scopes)
+    for scope in scopes:
+        if _matches(parse(scope), action, resources):
+            return True
+    return False
 
 
-def _matches(scope: Scope, action: str, names: tuple[Resource, ...]) -> bool:
+def _matches(scope: Scope, action: str, names: Collection[ResourceName]) -> bool:
     if scope.action == "admin":
         return scope.type is None
     if scope.action != action and scope.action != "*":
         return False
     if scope.type == "all":
         return True
-    return any(scope.type == type and (scope.id is None or scope.id == id) for type, id in names)
+    if scope.id is not None:
+        return (scope.type, scope.id) in names
+    return any(scope.type == type for type, _ in names)
 
 
 def named_ids(scopes: Iterable[str], action: str, type: str) -> frozenset[str]:

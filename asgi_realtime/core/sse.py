@@ -30,6 +30,16 @@ def frame_data(frame: bytes) -> bytes:
 
 def control_frame(event: str, data: bytes | None, *, id: str | None = None, retry_ms: int | None = None) -> bytes:
     """A named event. Without `data` it has an empty data line, because browsers drop events without one."""
+    head = control_head(event, id=id, retry_ms=retry_ms)
+    return (head + event_data(data) if data else head.removesuffix(b": ")) + CONTROL_TAIL
+
+
+CONTROL_TAIL = b"\n\n"
+"""What ends a frame."""
+
+
+def control_head(event: str, *, id: str | None = None, retry_ms: int | None = None) -> bytes:
+    """The frame of a named event up to its data, for data that is too large to copy."""
     if not event:
         raise UsageError("event is empty; a control event needs a name")
     lines = [b"event: " + _text("event", event)]
@@ -37,8 +47,7 @@ def control_frame(event: str, data: bytes | None, *, id: str | None = None, retr
         lines.append(_retry(retry_ms))
     if id is not None:
         lines.append(b"id: " + _text("id", id))
-    lines.append(b"data: " + _data(data) if data else b"data")
-    return b"\n".join(lines) + b"\n\n"
+    return b"\n".join([*lines, b"data: "])
 
 
 def retry_line(retry_ms: int) -> bytes:
@@ -57,7 +66,8 @@ def _text(name: str, text: str) -> bytes:
     return text.encode("utf-8", "replace")
 
 
-def _data(data: bytes) -> bytes:
+def event_data(data: bytes) -> bytes:
+    """The data as it is on the wire."""
     if b"\n" in data or b"\r" in data:
         raise UsageError(f"data of {len(data)} bytes has line breaks; it must be one line of JSON")
     return data if data.isascii() else escape_separators(data)

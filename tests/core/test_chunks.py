@@ -19,6 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from asgi_realtime.core import chunks
 from asgi_realtime.core.chunks import decode, decode_as, encode_value, json_line
 from asgi_realtime.core.errors import EncodingError, UsageError
 
@@ -205,6 +206,15 @@ class Named(msgspec.Struct, rename="camel"):
     more: list[msgspec.Raw] = []
 
 
+class Tagged(msgspec.Struct, tag="tagged"): ...
+
+
+class TaggedToo(msgspec.Struct, tag="tagged too"): ...
+
+
+KINDS: Any = Tagged | TaggedToo
+
+
 def test_typed_decoding_keeps_lone_surrogates() -> None:
     data = b'{"someText":"\\ud800","raw":{"a":["\\ud801"]},"more":["\\ud802",1]}'
     found = decode_as(data, Named)
@@ -214,6 +224,9 @@ def test_typed_decoding_keeps_lone_surrogates() -> None:
         decode_as(b'{"someText":["\\ud800"]}', Named)
     with pytest.raises(UsageError, match="JSON"):
         decode_as(b'{"someText":"\\ud800"', Named)
+    assert decode_as(b'{"someText":"x","\\ud800":1}', Named).some_text == "x", "unknown names are ignored"
+    with pytest.raises(UsageError, match="a name has a lone surrogate"):
+        decode_as(b'{"type":"\\ud800"}', KINDS)
 
 
 def test_nan_in_the_json_of_a_model_becomes_null() -> None:
@@ -391,3 +404,21 @@ def test_any_received_string_is_stored_on_one_line(text: str) -> None:
     line = json_line(data)
     assert b"\n" not in line and b"\r" not in line
     assert decode(line) == decode(data)
+
+
+def test_raw_fields_of_a_struct_are_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Body(msgspec.Struct):
+        text: str = ""
+        payload: msgspec.Raw = msgspec.Raw(b"")
+
+    decoded: list[bytes] = []
+    decode_surrogates = chunks._decode_surrogates
+
+    def spy(data: bytes) -> Any:
+        decoded.append(data)
+        return decode_surrogates(data)
+
+    monkeypatch.setattr(chunks, "_decode_surrogates", spy)
+    found = decode_as(rb'{"other": ["\ud800"], "payload": [ "\ud801" ], "text": "a"}', Body)
+    assert (found.text, bytes(found.payload)) == ("a", rb'[ "\ud801" ]')
+    assert decoded == [b'"a"']

@@ -19,6 +19,7 @@ from asgi_realtime.core.errors import (
     ServerShutdown,
     StreamGap,
     TaskError,
+    ThreadBusy,
     shown,
 )
 from asgi_realtime.core.run_errors import RunEnded, VersionConflict
@@ -31,6 +32,7 @@ MORE: dict[type[RealtimeError], dict[str, Any]] = {
     RunEnded: {"record": RECORD},
     StreamGap: {"requested": 0, "first": 5},
     TaskError: {"data": {"a": [1]}},
+    ThreadBusy: {"run_id": "run_1"},
     UnexpectedAnswer: {"status": 404, "code": "not_found"},
     VersionConflict: {"current": RECORD},
 }

@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from asgi_realtime.core import metadata
 from asgi_realtime.core.errors import EncodingError, LimitExceeded, UsageError
 from asgi_realtime.core.metadata import (
     Append,
@@ -18,6 +19,7 @@ from asgi_realtime.core.metadata import (
     Set,
     apply_operations,
     check_size,
+    encode_metadata,
     normalize_value,
 )
 
@@ -235,7 +237,20 @@ def test_a_normalized_value_is_what_subscribers_see() -> None:
 
 
 def test_the_size_limit_is_exact() -> None:
-    check_size({"a": "é"}, 10)
+    check_size(encode_metadata({"a": "é"}), 10)
     with pytest.raises(LimitExceeded, match="metadata is 10 bytes, limit 9") as caught:
-        check_size({"a": "é"}, 9)
+        check_size(encode_metadata({"a": "é"}), 9)
     assert caught.value.status == 422
+
+
+@pytest.mark.parametrize("key", ["a", "$.b.0"])
+def test_removes_compare_a_limited_number_of_values(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metadata, "MAX_COMPARISONS", 60)
+    items = list(range(10))
+    old = {"a": items, "b": [items]}
+    apply_operations(old, [Remove(key, 99)] * 6 + [Remove("missing", 1), Remove("$.missing.x", 1)])
+    apply_operations(old, [Remove(key, [1, {"x": 2}])])
+    for operations in ([Remove(key, 99)] * 7, [Remove(key, [1, {"x": 2}])] * 2):
+        with pytest.raises(LimitExceeded, match="they compare more than 60 values; send them in several requests"):
+            apply_operations(old, operations)
+        apply_operations(old, operations, strict=False)

@@ -4,8 +4,9 @@ real ones."""
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 import pydantic
@@ -13,6 +14,7 @@ import pytest
 
 from asgi_realtime.core.chunks import decode, encode_value
 from asgi_realtime.core.errors import EncodingError
+from asgi_realtime.core.private_attributes import may_have_private
 
 
 def published(value: object) -> Any:
@@ -167,9 +169,34 @@ class Private(msgspec.Struct, rename="camel", tag="private"):
     _secret: str = "secret"
 
 
+class ModelWithState(pydantic.BaseModel):
+    state: State
+    outer: Outer = pydantic.Field(alias="theOuter")
+    by_name: dict[str, tuple[State, ...]] = {}
+    mongo_id: int = pydantic.Field(default=1, alias="_id")
+
+
+class States(pydantic.RootModel[list[State]]): ...
+
+
+MODEL_WITH_STATE = ModelWithState(state=State("_x"), theOuter=Outer(State("y")), by_name={"_z": (State("z"),)})
+
+
 @pytest.mark.parametrize(
     ("value", "expected"),
     [
+        (
+            {"a": MODEL_WITH_STATE},
+            {
+                "a": {
+                    "state": {"text": "_x"},
+                    "theOuter": {"state": {"text": "y"}, "states": []},
+                    "by_name": {"_z": [{"text": "z"}]},
+                    "_id": 1,
+                }
+            },
+        ),
+        (States([State("x\ud800")]), [{"text": "x\ud800"}]),
         (State("x"), {"text": "x"}),
         (Outer(State("x"), [State("y")]), {"state": {"text": "x"}, "states": [{"text": "y"}]}),
         ({"a": [State("x")]}, {"a": [{"text": "x"}]}),
@@ -185,6 +212,18 @@ def test_private_attributes_are_never_published(value: object, expected: object)
 
 
 # Agents, prompts, histories
+
+
+@dataclass
+class FirstNode:
+    user_prompt: str
+    system_prompts: tuple[str, ...]
+
+
+@pytest.mark.parametrize("wrap", [lambda node: {"a": [node]}, lambda node: [{"a": node}], lambda node: ({"a": node},)])
+def test_a_prompt_inside_plain_values_is_rejected(wrap: Callable[[Any], Any]) -> None:
+    with pytest.raises(EncodingError, match="FirstNode carries prompts"):
+        encode_value(wrap(FirstNode("hi", ("secret",))))
 
 
 @dataclass
@@ -276,3 +315,36 @@ class Scalar:
 def test_scalars_and_arrays_of_numpy_are_encoded() -> None:
     value = {"loss": Scalar(0.5), "nan": Scalar(float("nan")), "all": Scalar([[1, 2], [3]]), Scalar(7): 1}
     assert published(value) == {"loss": 0.5, "nan": None, "all": [[1, 2], [3]], "7": 1}
+
+
+class Plain(pydantic.BaseModel):
+    kind: Literal["a", "b"] = "a"
+    text: Annotated[str, "doc"] | None = None
+    pairs: tuple[dict[str, int], ...] = ()
+    inner: list[Plain] = []
+
+
+class WithAny(pydantic.BaseModel):
+    inner: list[dict[str, Any]] = []
+
+
+class WithCallable(pydantic.BaseModel):
+    inner: Callable[[int], str] | None = None
+
+
+class WithExtra(pydantic.BaseModel, extra="allow"): ...
+
+
+@pytest.mark.parametrize(
+    ("model", "extra", "expected"),
+    [
+        (Plain, True, False),
+        (WithAny, False, True),
+        (WithCallable, False, True),
+        (ModelWithState, False, True),
+        (WithExtra, True, True),
+        (WithExtra, False, False),
+    ],
+)
+def test_only_models_that_can_contain_dataclasses_are_searched(model: Any, extra: bool, expected: bool) -> None:
+    assert may_have_private(model, extra=extra) is expected

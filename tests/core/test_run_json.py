@@ -7,6 +7,7 @@ import msgspec
 import pytest
 
 from asgi_realtime.core.config import parse_span
+from asgi_realtime.core.metadata import encode_metadata
 from asgi_realtime.core.run_json import run_json, skippable_fields
 from asgi_realtime.core.runs import BatchMember, RunError, RunRecord, Status
 
@@ -27,7 +28,7 @@ FULL = msgspec.structs.replace(
     delay_until_ms=1_767_323_046_000,
     ttl_s=600.0,
     tags=("a", "b"),
-    metadata={"progress": 0.5},
+    metadata_json=encode_metadata({"progress": 0.5}),
     payload_json=b'{"prompt":"hi"}',
     output_json=b"null",
     streams=("default",),
@@ -51,10 +52,10 @@ def test_required_fields_are_present_and_no_optional_field_is_null(record: RunRe
     assert [name for name, value in run.items() if value is None and name != "output"] == []
 
 
-@pytest.mark.parametrize("record", [QUEUED, FULL, msgspec.structs.replace(FULL, token_id="token", owner="me")])
+@pytest.mark.parametrize("record", [QUEUED, FULL, msgspec.structs.replace(FULL, token_owner="user:1", owner="me")])
 def test_a_record_as_a_dict_is_the_same_json_and_hides_what_is_internal(record: RunRecord) -> None:
     assert dict(record) == as_dict(record)
-    assert not {"token_id", "owner", "version"} & dict(record).keys()
+    assert not {"token_owner", "owner", "version"} & dict(record).keys()
 
 
 def test_unknown_fields_are_absent() -> None:

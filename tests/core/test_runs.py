@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from itertools import product
 from typing import Any
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from asgi_realtime.core.errors import InvalidTransition
 from asgi_realtime.core.log import End
-from asgi_realtime.core.metadata import Append, Increment, Set
+from asgi_realtime.core.metadata import Append, Increment, Operation, Set, apply_operations, encode_metadata
 from asgi_realtime.core.runs import (
     DUE_KINDS,
     END_REASONS,
@@ -178,19 +179,23 @@ def test_changes_after_an_end_in_the_same_call_are_ignored() -> None:
 )
 def test_a_change_without_effect_makes_no_version(changes: list[RunChange]) -> None:
     run = record(
-        Status.EXECUTING, tags=("known",), streams=("known",), metadata={"n": 1}, cancel_requested_at_ms=NOW - 1
+        Status.EXECUTING,
+        tags=("known",),
+        streams=("known",),
+        metadata_json=encode_metadata({"n": 1}),
+        cancel_requested_at_ms=NOW - 1,
     )
     assert apply(run, changes, NOW + 5) is run
 
 
 def test_true_and_one_are_different_values() -> None:
     """`metadata.set("done", True)` over a 1 was dropped as a change without effect."""
-    run = record(Status.EXECUTING, metadata={"done": 1})
+    run = record(Status.EXECUTING, metadata_json=encode_metadata({"done": 1}))
     assert apply(run, [MetadataChanged((Set("done", True),))], NOW + 1).metadata["done"] is True
 
 
 def test_the_old_record_is_never_modified() -> None:
-    run = record(Status.EXECUTING, metadata={"list": [1]}, tags=("a",))
+    run = record(Status.EXECUTING, metadata_json=encode_metadata({"list": [1]}), tags=("a",))
     before = msgspec.json.encode(run)
     apply(run, [MetadataChanged((Append("list", 2), Set("n", 1))), TagsAdded(("b",))], NOW + 1)
     assert msgspec.json.encode(run) == before
@@ -248,11 +253,29 @@ def test_a_record_survives_json() -> None:
         output_json=b"[1]",
         error=RunError("E", "m"),
         tags=("a",),
-        metadata={"x": [None, 1.5]},
+        metadata_json=encode_metadata({"x": [None, 1.5]}),
         batch=BatchMember("batch_1", 0, 2),
     )
     assert msgspec.json.decode(msgspec.json.encode(run), type=RunRecord) == run
     assert (run.payload, run.output) == ({"prompt": "hi"}, [1])
+
+
+def test_metadata_is_plain_json_in_an_encoded_record() -> None:
+    run = record(Status.EXECUTING, metadata_json=encode_metadata({"x": [None, 1.5]}))
+    assert msgspec.json.decode(msgspec.json.encode(run))["metadata"] == {"x": [None, 1.5]}
+    assert "metadata" not in msgspec.json.decode(msgspec.json.encode(record(Status.EXECUTING)))
+
+
+def test_metadata_is_a_new_dict_at_each_access() -> None:
+    run = record(Status.EXECUTING, metadata_json=encode_metadata({"list": [1]}))
+    run.metadata["list"].append(2)
+    assert run.metadata == {"list": [1]}
+
+
+def test_changes_of_metadata_that_cancel_out_make_no_version() -> None:
+    run = record(Status.EXECUTING, metadata_json=encode_metadata({"n": 1}))
+    changes: list[RunChange] = [MetadataChanged((Increment("n", 1),)), MetadataChanged((Increment("n", -1),))]
+    assert apply(run, changes, NOW + 1) is run
 
 
 def test_a_record_without_payload_and_output_has_none() -> None:
@@ -303,3 +326,20 @@ def test_the_topics_of_a_run_are_its_tags_and_its_batch() -> None:
 def test_when_a_run_is_due(run: RunRecord, due: dict[str, int]) -> None:
     assert due_times(run, cancel_s=2.5, after_end_s=60) == due
     assert set(due) <= set(DUE_KINDS)
+
+
+def test_metadata_is_decoded_once_for_all_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    applied: list[int] = []
+
+    def spy(metadata: dict[str, Any], operations: Sequence[Operation], *, strict: bool) -> dict[str, Any]:
+        applied.append(len(operations))
+        return apply_operations(metadata, operations, strict=strict)
+
+    monkeypatch.setattr("asgi_realtime.core.runs.apply_operations", spy)
+    changes: list[RunChange] = [
+        MetadataChanged((Increment("n", 1),)),
+        TagsAdded(("a",)),
+        MetadataChanged((Increment("n", 2),)),
+    ]
+    assert apply(record(), changes, NOW).metadata == {"n": 3}
+    assert applied == [2]

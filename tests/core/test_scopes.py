@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 
 from asgi_realtime.core.errors import UsageError
-from asgi_realtime.core.scopes import Resource, Scopes, flatten_scopes, grants, named_ids, parse
+from asgi_realtime.core.scopes import ResourceName, Scopes, flatten_scopes, grants, named_ids, parse
 
-RUN: tuple[Resource, ...] = (("runs", "run_1"), ("tasks", "chat"), ("tags", "user:1"), ("batch", "batch_1"))
+RUN: tuple[ResourceName, ...] = (("runs", "run_1"), ("tasks", "chat"), ("tags", "user:1"), ("batch", "batch_1"))
 
 
 def test_only_the_first_two_colons_separate() -> None:
@@ -33,7 +33,7 @@ def test_only_the_first_two_colons_separate() -> None:
 )
 def test_a_scope_that_matches_any_name_of_a_run_grants_access(scope: str) -> None:
     assert grants([scope], "read", RUN)
-    assert grants(["read:runs:other", scope], "read", iter(RUN))
+    assert grants(["read:runs:other", scope], "read", RUN)
 
 
 @pytest.mark.parametrize(
@@ -57,13 +57,20 @@ def test_a_scope_that_matches_no_name_of_a_run_does_not(scope: str) -> None:
     assert not grants([scope], "read", RUN)
 
 
+def test_a_scope_can_grant_one_stream() -> None:
+    scopes = flatten_scopes({"read": {"streams": ["run_1:default"]}})
+    assert grants(scopes, "read", [*RUN, ("streams", "run_1:default")])
+    assert not grants(scopes, "read", [*RUN, ("streams", "run_1:other")])
+    assert not grants(scopes, "read", RUN)
+
+
 def test_no_scopes_grant_nothing() -> None:
     assert not grants([], "read", RUN)
     assert not grants(["read:runs"], "read", [])
 
 
 def test_a_name_without_id_needs_a_scope_without_id() -> None:
-    feed: tuple[Resource, ...] = (("runs", None), ("tags", None), ("tags", "a"))
+    feed: tuple[ResourceName, ...] = (("runs", None), ("tags", None), ("tags", "a"))
     assert not grants(["read:runs:run_1"], "read", feed)
     assert not grants(["read:tags:b"], "read", feed)
     for scope in ("read:runs", "read:tags", "read:tags:a", "read:all"):
