@@ -13,24 +13,22 @@ adds its own at most once, takes it back at the end, and swallows the `Cancelled
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Callable, Coroutine
 from typing import Any, Self
 
 import anyio
 
-from asgi_realtime.loop.waiting import on_asyncio
+from asgi_realtime.loop.logger import logger
+from asgi_realtime.loop.waiting import asyncio_loop
 
-logger = logging.getLogger("asgi_realtime")
-
-Watcher = Callable[[], Coroutine[Any, Any, None]]
+Watcher = Callable[..., Coroutine[Any, Any, None]]
 
 
 class _AsyncioInterrupt:
     __slots__ = ("_called", "_delivered", "_earlier", "_left", "_owner", "interrupted")
 
-    def __init__(self) -> None:
-        owner = asyncio.current_task()
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        owner = asyncio.current_task(loop)
         assert owner is not None
         self._owner = owner
         self._earlier = owner.cancelling()
@@ -49,7 +47,7 @@ class _AsyncioInterrupt:
         if self._called:
             return
         self._called = True
-        if asyncio.current_task() is self._owner:
+        if asyncio.current_task(self._owner.get_loop()) is self._owner:
             # Before Python 3.13, `uncancel` cannot take back a request that the task has not received yet. The task
             # itself can leave the body before that; so the request waits until the task is suspended or has left.
             asyncio.get_running_loop().call_soon(self._deliver)
@@ -104,48 +102,55 @@ one that entered can leave the body; `interrupt` cancels the one that entered.
 
 def make_interrupt() -> Interrupt:
     """An interrupt of the current task."""
-    return _AsyncioInterrupt() if on_asyncio() else _AnyioInterrupt()
-
-
-async def _watch(watcher: Watcher, then: Callable[[], None]) -> None:
-    try:
-        await watcher()
-    except Exception:
-        logger.debug("the connection cannot be watched anymore", exc_info=True)
-    finally:
-        then()
+    loop = asyncio_loop()
+    return _AnyioInterrupt() if loop is None else _AsyncioInterrupt(loop)
 
 
 class _AsyncioGuard(_AsyncioInterrupt):
-    __slots__ = ("_task", "_watcher")
+    __slots__ = ("_task",)
 
-    def __init__(self, watcher: Watcher) -> None:
-        super().__init__()
-        self._watcher = watcher
+    def __init__(self, loop: asyncio.AbstractEventLoop, watcher: Watcher, *args: Any) -> None:
+        super().__init__(loop)
+        # A callback of the task instead of a coroutine around the watcher, which would take 200 bytes while it waits.
+        self._task = loop.create_task(watcher(*args), name="asgi_realtime watcher")
+        self._task.add_done_callback(self._watched)
 
-    async def __aenter__(self) -> Self:
-        self._task = asyncio.get_running_loop().create_task(_watch(self._watcher, self.interrupt))
-        return self
+    def _watched(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (failure := task.exception()) is not None:
+            _log_failure(failure)
+        self.interrupt()
 
     def cancel(self) -> None:
         self.interrupt()
 
-    async def __aexit__(self, *exc_info: Any) -> bool | None:
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc_info: Any) -> bool:
         self._task.cancel()
         return self.__exit__(*exc_info)
 
 
 class _AnyioGuard:
-    __slots__ = ("_group", "_watcher")
+    __slots__ = ("_args", "_group", "_watcher")
 
-    def __init__(self, watcher: Watcher) -> None:
+    def __init__(self, watcher: Watcher, *args: Any) -> None:
         self._watcher = watcher
+        self._args = args
         self._group = anyio.create_task_group()
 
     async def __aenter__(self) -> Self:
         await self._group.__aenter__()
-        self._group.start_soon(_watch, self._watcher, self.cancel)
+        self._group.start_soon(self._watch)
         return self
+
+    async def _watch(self) -> None:
+        try:
+            await self._watcher(*self._args)
+        except Exception as exc:
+            _log_failure(exc)
+        finally:
+            self.cancel()
 
     def cancel(self) -> None:
         self._group.cancel_scope.cancel()
@@ -160,8 +165,12 @@ class _AnyioGuard:
             raise
 
 
+def _log_failure(failure: BaseException) -> None:
+    logger.debug("the connection cannot be watched anymore", exc_info=failure)
+
+
 Guard = _AsyncioGuard | _AnyioGuard
-"""An async context manager that runs a watcher concurrently with its body.
+"""An async context manager that runs a watcher concurrently with its body. Enter it as soon as it is made.
 
 The end of the watcher cancels the body, and so does `cancel`; the `async with` swallows that cancellation, and any
 other passes through. The end of the body cancels the watcher. A watcher that fails ends like one that returns, because
@@ -169,6 +178,7 @@ a connection that cannot be watched is lost.
 """
 
 
-def make_guard(watcher: Watcher) -> Guard:
-    """A guard of the current task."""
-    return _AsyncioGuard(watcher) if on_asyncio() else _AnyioGuard(watcher)
+def make_guard(watcher: Watcher, *args: Any) -> Guard:
+    """A guard of the current task. The watcher is called with the arguments."""
+    loop = asyncio_loop()
+    return _AnyioGuard(watcher, *args) if loop is None else _AsyncioGuard(loop, watcher, *args)

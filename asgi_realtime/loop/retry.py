@@ -21,11 +21,13 @@ class Retry:
     """Calls a coroutine function again, with exponential backoff, while it raises `BrokerUnavailable`.
 
     Pass only calls that are safe to repeat. The error is raised once another attempt would start more than `patience_s`
-    seconds after the first failure; every other exception, and cancellation, passes through at once.
+    seconds after the first failure; every other exception, and cancellation, passes through at once. `on_failure` is
+    called for each attempt that fails.
     """
 
-    def __init__(self, patience_s: float) -> None:
+    def __init__(self, patience_s: float, *, on_failure: Callable[[], None] = lambda: None) -> None:
         self._full_patience_s = self._patience_s = patience_s
+        self._on_failure = on_failure
         self._shortened = WaitList()
 
     def shorten(self, patience_s: float) -> None:
@@ -45,6 +47,7 @@ class Retry:
             try:
                 return await call(*args, **kwargs)
             except BrokerUnavailable:
+                self._on_failure()
                 now = anyio.current_time()
                 failed_at = now if failed_at is None else failed_at
                 if now + delay_s > failed_at + self._patience_s:

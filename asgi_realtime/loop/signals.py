@@ -13,6 +13,7 @@ so that object is within reach.
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
@@ -24,12 +25,12 @@ WATCHED = (signal.SIGTERM, signal.SIGINT)
 
 
 class ShutdownSignals:
-    """Calls `on_signal` from the handler of each watched signal, before the handler of the server.
+    """Calls `on_signal` with the number, from the handler of each watched signal, before the handler of the server.
 
     `in_background` returns whether the signal interrupted a task of ours.
     """
 
-    def __init__(self, on_signal: Callable[[], None], *, in_background: Callable[[], bool]) -> None:
+    def __init__(self, on_signal: Callable[[int], None], *, in_background: Callable[[], bool]) -> None:
         self._on_signal = on_signal
         self._in_background = in_background
         self._handling = False
@@ -46,11 +47,26 @@ class ShutdownSignals:
     @property
     def server_stops(self) -> bool:
         """Whether the server whose handler follows ours is stopping, as far as that is visible."""
+        return _uvicorn_stops(self._server)
+
+    @property
+    def server_reloads(self) -> bool:
+        """Whether the server restarts this process when its code changes, as far as that is visible.
+
+        uvicorn's own flag covers `fastapi dev` and `uvicorn.run(reload=True)`. Child processes of other servers inherit
+        the arguments of the command line.
+        """
+        config = getattr(self._server, "config", None)
+        return getattr(config, "should_reload", False) is True or "--reload" in sys.argv
+
+    @property
+    def _server(self) -> Any:
+        """The object whose method is the handler after ours."""
         for number in WATCHED:
             chain = list(_chain(signal.getsignal(number)))
             if self in [handler.owner for handler in chain]:
-                return _uvicorn_stops(getattr(chain[-1].previous, "__self__", None))
-        return False
+                return getattr(chain[-1].previous, "__self__", None)
+        return None
 
     def restore(self) -> None:
         """Remove our handlers from the chain, as far as handlers of this class lead to them."""
@@ -76,7 +92,7 @@ class ShutdownSignals:
         outermost, self._handling = not self._handling, True
         try:
             if outermost:
-                self._on_signal()
+                self._on_signal(number)
         finally:
             try:
                 then(number, None if self._in_background() else frame)

@@ -35,10 +35,9 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-import logging
 import signal
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import Future
 from enum import Enum
 from typing import Any, TypeVar
@@ -49,9 +48,8 @@ import anyio.lowlevel
 
 from asgi_realtime.core.errors import BrokerUnavailable, ServerShutdown
 from asgi_realtime.loop.failures import cancelled_itself, is_failure, is_interrupt
+from asgi_realtime.loop.logger import logger
 from asgi_realtime.loop.waiting import WaitList, on_asyncio
-
-logger = logging.getLogger("asgi_realtime")
 
 T = TypeVar("T")
 
@@ -80,10 +78,13 @@ class Supervisor:
 
     def __init__(self, *, context: contextvars.Context, drain: Job) -> None:
         self.context = context
+        self.turn = anyio.Lock()
+        """Held during work that takes milliseconds, so that each iteration of the loop does one piece of it."""
         self._drain = drain
         self._state = State.RUNNING
         self._group: anyio.abc.TaskGroup | None = None
         self._jobs_in_group = 0
+        self._unstarted: dict[object, Coroutine[Any, Any, None]] = {}  # of these, before their first step
         self._queue: list[tuple[contextvars.Context, Job]] = []
         self._brief: set[asyncio.Task[None]] = set()
         self._work = WaitList()
@@ -220,14 +221,29 @@ class Supervisor:
     async def _wait_until_empty(self, group: anyio.abc.TaskGroup) -> None:
         """Wait until all jobs have ended, including those that still arrive."""
         with anyio.CancelScope(shield=True):
+            await self._forget_unstarted()
             while self.jobs:
                 self._start_queued(group)
                 if self._jobs_in_group:
                     await self._work.wait()
                 else:
-                    for task in self._brief:
+                    brief = list(self._brief)
+                    await anyio.lowlevel.checkpoint()  # a job that is cancelled before it begins cannot tell anyone
+                    for task in brief:
                         task.cancel()
-                    await asyncio.wait(self._brief)
+                    await asyncio.wait(brief)
+
+    async def _forget_unstarted(self) -> None:
+        """Stop counting the jobs that never begin. When a program ends, asyncio cancels all tasks, and one that it
+        cancels before the first step executes nothing of its job, not even the end. On trio every job begins."""
+        if self._loop is None:
+            return
+        unstarted = list(self._unstarted)
+        await anyio.lowlevel.checkpoint()
+        for mark in unstarted:
+            if counted := self._unstarted.pop(mark, None):
+                counted.close()
+                self._jobs_in_group -= 1
 
     # Jobs
 
@@ -270,10 +286,16 @@ class Supervisor:
             self._start(group, context, job)
 
     def _start(self, group: anyio.abc.TaskGroup, context: contextvars.Context, job: Job) -> None:
-        context.run(group.start_soon, self._counted, job)
+        if self.ending and self._loop is not None:  # on asyncio a cancelled group without tasks cancels no later ones
+            self.spawn_brief(job, context)
+            return
+        mark = object()
+        counted = self._unstarted[mark] = self._counted(job, mark)
         self._jobs_in_group += 1
+        context.run(group.start_soon, lambda: counted)
 
-    async def _counted(self, job: Job) -> None:
+    async def _counted(self, job: Job, mark: object) -> None:
+        del self._unstarted[mark]
         try:
             await self._guarded(job)
         finally:

@@ -6,18 +6,21 @@ that is abandoned without a stop notifies no thread, so the thread also checks r
 
 from __future__ import annotations
 
+import asyncio
 import contextvars
+import socket
 import threading
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future, InvalidStateError, wait
 from contextlib import suppress
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import anyio
 import anyio.from_thread
 
 from asgi_realtime.core.errors import ServerShutdown
 from asgi_realtime.loop.failures import cancelled_itself, is_failure
+from asgi_realtime.loop.logger import logger
 from asgi_realtime.loop.supervisor import Supervisor
 from asgi_realtime.loop.threads import without_loop
 
@@ -106,10 +109,22 @@ class ThreadCall(Generic[T]):
             self._outcome.set_exception(error)
 
 
+class ThreadLoop(asyncio.SelectorEventLoop):
+    """A loop for a thread that still works while the interpreter exits. No executor accepts work then, so the loop
+    resolves names itself, which blocks it for as long."""
+
+    async def getaddrinfo(self, *args: Any, **options: Any) -> Any:
+        try:
+            return await super().getaddrinfo(*args, **options)
+        except RuntimeError:
+            return socket.getaddrinfo(*args, **options)
+
+
 class LoopThread:
     """A loop in a daemon thread. (Python waits at its exit for the thread of anyio's `start_blocking_portal`.)"""
 
     def __init__(self) -> None:
+        self._is_closing = False
         self._ready: Future[anyio.from_thread.BlockingPortal] = Future()
         self._thread = threading.Thread(target=self._run, name="asgi_realtime sync", daemon=True)
         self._thread.start()
@@ -117,11 +132,14 @@ class LoopThread:
 
     def _run(self) -> None:
         try:
-            anyio.run(self._serve)
+            anyio.run(self._serve, backend_options={"loop_factory": ThreadLoop})
         except BaseException as exc:
-            if self._ready.done():
+            if not self._ready.done():
+                self._ready.set_exception(exc)
+            elif not self._is_closing:
                 raise
-            self._ready.set_exception(exc)
+            else:
+                logger.debug("the loop of a thread did not close cleanly", exc_info=True)
 
     async def _serve(self) -> None:
         async with anyio.from_thread.BlockingPortal() as portal:
@@ -130,5 +148,6 @@ class LoopThread:
 
     def close(self) -> None:
         """End the loop and wait for the thread."""
+        self._is_closing = True
         self.portal.start_task_soon(self.portal.stop)
         self._thread.join()

@@ -20,37 +20,38 @@ All of this belongs to one event loop and its thread. From another thread, post 
 from __future__ import annotations
 
 import asyncio
-import logging
-from collections.abc import Awaitable, Generator
-from typing import Any
+from collections.abc import Awaitable, Callable, Generator, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
 
 import anyio
 import anyio.abc
 
-logger = logging.getLogger("asgi_realtime")
 
+class AsyncioWaiter:
+    __slots__ = ("_loop", "future")
 
-class _AsyncioWaiter:
-    __slots__ = ("_future", "_loop")
-
-    def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._future: asyncio.Future[None] | None = None
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self.future: asyncio.Future[None] | None = None
+        """The newest wait."""
 
     def arm(self) -> Awaitable[None]:
         """Return an awaitable of the next `wake`. It need not be awaited."""
-        future = self._future = self._loop.create_future()
+        future = self.future = self._loop.create_future()
         return future
 
     def wake(self) -> None:
         """End the current wait, if any. Never raises, so that the other waiters of a list are woken too."""
-        future = self._future
+        future = self.future
         if future is not None and not future.done():
             try:
                 future.set_result(None)
             except RuntimeError:  # the loop was closed while this waited, so no task is left to wake
                 if not self._loop.is_closed():
                     raise
+
+    take_turn = wake
 
 
 class _EventWait:
@@ -65,7 +66,7 @@ class _EventWait:
         return self._event.wait().__await__()
 
 
-class _TrioWaiter:
+class TrioWaiter:
     __slots__ = ("_event",)
 
     def __init__(self) -> None:
@@ -79,46 +80,72 @@ class _TrioWaiter:
         if self._event is not None:
             self._event.set()
 
+    take_turn = wake
 
-Waiter = _AsyncioWaiter | _TrioWaiter
+
+Waiter = AsyncioWaiter | TrioWaiter
 """One task that waits, reusable. Any number of wake-ups, from any code on its loop, are allowed."""
+
+
+class Wakeable(Protocol):
+    """What can be in a `WaitList`: a waiter, or something that has one."""
+
+    def wake(self) -> None:
+        """End the wait, if any. Never raises."""
+
+    def take_turn(self) -> None:
+        """As `wake`, called by a callback of the loop, outside of any task."""
+
+
+def asyncio_loop() -> asyncio.AbstractEventLoop | None:
+    """The running asyncio loop, if any. Pass it on: each call costs a system call before Python 3.12."""
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
 
 
 def on_asyncio() -> bool:
     """Whether the calling code runs on an asyncio loop."""
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return False
-    return True
+    return asyncio_loop() is not None
 
 
 def make_waiter() -> Waiter:
     """A waiter for the running loop."""
-    return _AsyncioWaiter() if on_asyncio() else _TrioWaiter()
+    loop = asyncio_loop()
+    return TrioWaiter() if loop is None else AsyncioWaiter(loop)
 
 
 class WaitList:
     """The waiters of one condition, in the order of arrival. `wake` wakes and removes all of them."""
 
-    __slots__ = ("_waiters",)
+    __slots__ = ("waiters",)
 
     def __init__(self) -> None:
-        self._waiters: dict[Waiter, None] = {}
+        self.waiters: dict[Wakeable, None] = {}
 
     def __len__(self) -> int:
-        return len(self._waiters)
+        return len(self.waiters)
 
-    def add(self, waiter: Waiter) -> None:
-        self._waiters[waiter] = None
+    def add(self, waiter: Wakeable) -> None:
+        self.waiters[waiter] = None
 
-    def discard(self, waiter: Waiter) -> None:
-        self._waiters.pop(waiter, None)
+    def discard(self, waiter: Wakeable) -> None:
+        self.waiters.pop(waiter, None)
 
     def wake(self) -> None:
-        if self._waiters:
-            woken, self._waiters = self._waiters, {}
+        if self.waiters:
+            woken, self.waiters = self.waiters, {}
             for waiter in woken:
+                waiter.wake()
+
+    def take_turns(self) -> None:
+        """As `wake`, called by a callback of the loop."""
+        woken, self.waiters = self.waiters, {}
+        for waiter in woken:
+            try:
+                waiter.take_turn()
+            except Exception:  # its task meets the same error and handles it
                 waiter.wake()
 
     async def wait(self) -> None:
@@ -131,37 +158,71 @@ class WaitList:
             self.discard(waiter)
 
 
+async def wait_for_any(*lists: WaitList) -> None:
+    """Wait for the next `wake` of one of the lists."""
+    waiter = make_waiter()
+    woken = waiter.arm()
+    for waiting in lists:
+        waiting.add(waiter)
+    try:
+        await woken
+    finally:
+        for waiting in lists:
+            waiting.discard(waiter)
+
+
+MANY = 16
+"""From this number of waiters on, `WakeSoon` wakes a list one iteration later."""
+
+
 class WakeSoon:
     """Wakes wait lists on the next loop iteration, each once, however often `wake` was called for it.
 
     So all chunks that are appended in one iteration reach a reader together. On an idle loop the iteration ends at
-    once; on a busy one this batches chunks without a timer. Trio has no cheap way to schedule a call for the next
+    once; on a busy one this batches chunks without a timer. A list of many waiters is woken one iteration later: each
+    wake-up of it is expensive, so batches save more there. Trio has no cheap way to schedule a call for the next
     iteration, so there the lists are woken at once.
     """
 
-    __slots__ = ("_loop", "_lists")
+    __slots__ = ("_lists", "_loop")
 
     def __init__(self) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._lists: dict[WaitList, None] = {}
+        self._lists: dict[WaitList, bool] = {}  # whether the list was postponed already
 
     def wake(self, waiting: WaitList) -> None:
         """Schedule a wake-up on the next loop iteration. Waiters added before then may wake spuriously."""
-        if not waiting:
+        if not waiting.waiters:
             return
-        try:
-            loop = asyncio.get_running_loop()
-        except RuntimeError:  # trio
-            waiting.wake()
-            return
-        if self._loop is not loop:  # the other loop was closed before its next iteration
-            self._loop = loop
-            self._lists.clear()
-        if not self._lists:
-            loop.call_soon(self._flush)
-        self._lists[waiting] = None
+        if self._loop is None or not self._loop.is_running():  # what was scheduled on another loop is lost
+            self._loop, self._lists = asyncio_loop(), {}
+            if self._loop is None:
+                waiting.wake()
+                return
+        lists = self._lists
+        if not lists:
+            self._loop.call_soon(self._flush, lists)
+        lists.setdefault(waiting, False)
 
-    def _flush(self) -> None:
-        lists, self._lists = self._lists, {}
-        for waiting in lists:
-            waiting.wake()
+    def _flush(self, lists: dict[WaitList, bool]) -> None:
+        is_current = lists is self._lists
+        if is_current:
+            self._lists = {}
+        for waiting, was_postponed in lists.items():
+            if len(waiting.waiters) < MANY or was_postponed or not is_current:
+                waiting.take_turns()
+            else:
+                self.wake(waiting)
+                self._lists[waiting] = True
+
+
+@contextmanager
+def at_most(seconds: float | None, describe: Callable[[], str]) -> Iterator[None]:
+    """Raise `TimeoutError` with the text from `describe` if the block takes longer. None means no limit.
+
+    `anyio.fail_after` raises it without a text.
+    """
+    with anyio.move_on_after(seconds) as scope:
+        yield
+    if scope.cancelled_caught:
+        raise TimeoutError(describe())

@@ -65,17 +65,28 @@ async def test_after_a_signal_that_the_host_ignores_subscriptions_are_served_aga
     server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The app rejected every subscription until it was restarted."""
-    monkeypatch.setattr("asgi_realtime.engine.subscribers.ANNOUNCEMENT_COUNTS_S", 0.02)
+    monkeypatch.setattr("asgi_realtime.engine.shutdown.ANNOUNCEMENT_COUNTS_S", 0.02)
     async with make_realtime(signals=True) as realtime:
         signal.raise_signal(signal.SIGTERM)
-        await until(lambda: realtime.closing)
-        await until(lambda: not realtime.closing)
-        assert "subscriptions are served again" in caplog.text
+        await until(lambda: "subscriptions are served again" in caplog.text)
+        assert not realtime.closing
         realtime.begin_shutdown()
         signal.raise_signal(signal.SIGTERM)
         await until(lambda: realtime.closing)
         await anyio.sleep(0.04)
         assert realtime.closing, "begin_shutdown is final"
+
+
+@pytest.mark.anyio
+async def test_the_worker_of_a_queue_decides_itself_how_long_its_runs_continue(server: Server) -> None:
+    """A taskiq worker waits for its runs, and then stops the `Realtime`."""
+    realtime = make_realtime(signals=True)
+    await realtime.tasks.start()
+    assert installed() == [server.handle] * 2
+    await until(lambda: realtime.engine.running)
+    realtime.engine.shutdown.check_server()
+    assert installed() == [server.handle] * 2
+    await realtime.tasks.stop()
 
 
 @pytest.mark.anyio
@@ -97,9 +108,9 @@ async def test_a_server_that_stops_without_a_signal_ends_subscriptions_too(
     server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """uvicorn waited for open streams forever, and accepted no new connection."""
-    monkeypatch.setattr("asgi_realtime.engine.subscribers.ANNOUNCEMENT_COUNTS_S", 0.02)
+    monkeypatch.setattr("asgi_realtime.engine.shutdown.ANNOUNCEMENT_COUNTS_S", 0.02)
     async with make_realtime(signals=True) as realtime:
-        realtime.engine.subscribers.check_server()
+        realtime.engine.shutdown.check_server()
         await anyio.wait_all_tasks_blocked()
         assert not realtime.closing
         server.should_exit = True
@@ -113,7 +124,7 @@ async def test_a_server_that_stops_without_a_signal_ends_subscriptions_too(
 async def test_a_server_that_stops_is_not_checked_if_signals_are_left_alone(server: Server) -> None:
     server.should_exit = True
     async with make_realtime(signals=False) as realtime:
-        realtime.engine.subscribers.check_server()
+        realtime.engine.shutdown.check_server()
         await anyio.wait_all_tasks_blocked()
         assert not realtime.closing
 
@@ -210,8 +221,8 @@ async def test_two_that_check_their_handlers_do_not_add_more(server: Server) -> 
     await second.start()
     chained = installed()
     for _ in range(5):
-        first.engine.subscribers.check_server()
-        second.engine.subscribers.check_server()
+        first.engine.shutdown.check_server()
+        second.engine.shutdown.check_server()
     assert installed() == chained
     await first.stop()
     await second.stop()
@@ -219,7 +230,7 @@ async def test_two_that_check_their_handlers_do_not_add_more(server: Server) -> 
 
 def test_a_handler_that_calls_ours_causes_no_second_notification(server: Server) -> None:
     calls: list[str] = []
-    signals = ShutdownSignals(lambda: calls.append("call"), in_background=lambda: False)
+    signals = ShutdownSignals(lambda number: calls.append("call"), in_background=lambda: False)
     signals.install()
     ours = signal.getsignal(signal.SIGTERM)
     assert callable(ours)
@@ -254,7 +265,7 @@ def test_a_loop_that_ends_without_a_stop_removes_its_handlers(server: Server, ba
 
 def test_installing_twice_does_not_chain_a_handler_to_itself(server: Server) -> None:
     calls: list[str] = []
-    signals = ShutdownSignals(lambda: calls.append("call"), in_background=lambda: False)
+    signals = ShutdownSignals(lambda number: calls.append("call"), in_background=lambda: False)
     signals.install()
     signals.install()
     signal.raise_signal(signal.SIGTERM)
@@ -266,7 +277,7 @@ def test_installing_twice_does_not_chain_a_handler_to_itself(server: Server) -> 
 
 
 def test_the_signal_reaches_the_server_even_if_we_fail(server: Server) -> None:
-    def fails() -> None:
+    def fails(number: int) -> None:
         raise RuntimeError("the loop is closed")
 
     signals = ShutdownSignals(fails, in_background=lambda: False)
@@ -279,7 +290,7 @@ def test_the_signal_reaches_the_server_even_if_we_fail(server: Server) -> None:
 
 def test_threads_other_than_the_main_one_leave_signals_alone(server: Server) -> None:
     def elsewhere() -> None:
-        signals = ShutdownSignals(lambda: None, in_background=lambda: False)
+        signals = ShutdownSignals(lambda number: None, in_background=lambda: False)
         signals.install()
         signals.restore()
 
@@ -298,7 +309,7 @@ def test_threads_other_than_the_main_one_leave_signals_alone(server: Server) -> 
 
 def test_a_signal_before_the_start_and_after_the_stop_reaches_the_server_only(server: Server) -> None:
     realtime = make_realtime(signals=True)
-    realtime.engine.subscribers.announce_shutdown()
+    realtime.engine.shutdown.announce()
     assert not realtime.closing
 
 

@@ -55,6 +55,25 @@ async def test_a_stop_drains_and_then_cancels_the_jobs() -> None:
     await supervisor.wait_ended()
 
 
+def test_a_job_that_never_begins_does_not_delay_the_end_of_a_program() -> None:
+    """asyncio cancels all tasks when a program ends. One that had not made its first step was waited for forever."""
+
+    async def main() -> None:
+        supervisor = Supervisor(context=contextvars.copy_context(), drain=nothing)
+        supervisor.start()
+
+        async def spawn_in_each_iteration() -> None:
+            while True:
+                supervisor.spawn(nothing)
+                await asyncio.sleep(0)
+
+        spawning = asyncio.create_task(spawn_in_each_iteration())
+        await until(lambda: supervisor.jobs)
+        assert not spawning.done()
+
+    anyio.run(main, backend="asyncio")
+
+
 async def test_a_job_that_is_spawned_before_the_start_runs() -> None:
     done: list[int] = []
 
@@ -252,6 +271,33 @@ async def test_a_job_that_is_spawned_right_before_the_end_sees_its_cancellation(
     supervisor.request_stop()
     await supervisor.wait_ended()
     assert events == ["started", "cancelled"]
+
+
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+def test_jobs_that_are_spawned_as_the_program_ends_are_harmless(backend: str) -> None:
+    """A program whose threads called at its end never ended on asyncio, and one of ten raised `TrioInternalError`."""
+
+    async def wait() -> None:
+        await anyio.sleep_forever()
+
+    async def main() -> None:
+        supervisor = Supervisor(context=contextvars.copy_context(), drain=nothing)
+        supervisor.start()
+        for _ in range(3):
+            await anyio.lowlevel.checkpoint()
+
+        def spawn() -> None:
+            supervisor.spawn(wait)
+            supervisor.post(lambda: supervisor.spawn(wait))
+
+        for _ in range(4):
+            supervisor.post(spawn)
+
+    for _ in range(50):
+        if backend == "asyncio":
+            asyncio.run(main())  # `wait_for` would let the jobs start before the end
+        else:
+            run_without_anyio(main, backend)
 
 
 async def test_a_job_that_is_spawned_while_the_last_one_ends_is_harmless() -> None:

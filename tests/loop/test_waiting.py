@@ -11,7 +11,7 @@ import anyio.lowlevel
 import anyio.to_thread
 import pytest
 
-from asgi_realtime.loop.waiting import WaitList, WakeSoon, make_waiter, on_asyncio
+from asgi_realtime.loop.waiting import MANY, WaitList, WakeSoon, make_waiter, on_asyncio
 from tests.inprocess import until
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("no_task_left")]
@@ -174,6 +174,8 @@ class CountedList(WaitList):
         self.woken += 1
         super().wake()
 
+    take_turns = wake
+
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
 async def test_a_list_is_woken_once_per_loop_iteration() -> None:
@@ -259,3 +261,18 @@ async def test_a_list_with_a_waiter_of_a_closed_loop_stops_no_other_list() -> No
         await until(lambda: len(sound) == 1)
         soon.wake(stale)
         soon.wake(sound)
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_a_list_of_many_waiters_is_woken_one_iteration_later() -> None:
+    soon, one, many = WakeSoon(), CountedList(), CountedList(waiters=MANY)
+    soon.wake(many)
+    soon.wake(one)
+    await asyncio.sleep(0)
+    assert (one.woken, many.woken) == (1, 0)
+    soon.wake(many)
+    await asyncio.sleep(0)
+    assert many.woken == 1, "it is postponed once, however often it is woken"
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert many.woken == 1
