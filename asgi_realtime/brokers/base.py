@@ -20,6 +20,9 @@ from asgi_realtime.loop.waiting import WaitList
 MARKS_KEPT = 64
 """How many of a run's newest commits a broker recognises when they are retried, at least."""
 
+INPUT_COST = 256
+"""What an input message counts in `Limits.inputs_bytes` in addition to its JSON: about what storing it costs."""
+
 
 class ChangeMark(NamedTuple):
     """Identifies one commit, and is the same in each retry: the writer, and a number it uses once for each run.
@@ -78,7 +81,7 @@ class Broker(Protocol):
         Appends to one stream are serialized, and no reader sees part of a call. An end is durable, final and
         idempotent. With a producer, retries are harmless: items that were stored before are skipped, even if the stream
         has ended since. An input (`key.hidden`) is never trimmed; an append that would take the items of all inputs of
-        the run over `Limits.inputs_bytes` (their JSON, without framing) is rejected. Raises `RunNotFound`,
+        the run over `Limits.inputs_bytes` (their JSON and `INPUT_COST` for each) is rejected. Raises `RunNotFound`,
         `StreamClosed` (the stream or its run has ended), `ProducerGap`, `LimitExceeded`.
 
         `at` is for backends that can lose acknowledged data: the producer restores its items from this seq on. Raises
@@ -146,10 +149,16 @@ class Broker(Protocol):
         after entering wake the waiters, and so do removals."""
         ...
 
-    async def claim(self, key: str, value: str, *, ttl_s: float) -> str:
+    async def claim(
+        self, key: str, value: str, *, ttl_s: float, owner: str | None = None, instead_of: str | None = None
+    ) -> str:
         """Store a value under a key unless it has one; return the stored value. The first wins.
 
-        The claim lasts for `ttl_s`, or until the run that it was made for is removed.
+        The value `instead_of` is replaced, together with its lifetime, in one step: of several callers that replace the
+        same value with different ones, one succeeds, and the others get its value.
+
+        The claim lasts for `ttl_s`, or until the run that it was made for is removed. It is charged to `owner`, the
+        owner of a public token, or the host. Raises `LimitExceeded` without room.
         """
         ...
 
@@ -164,18 +173,18 @@ class Broker(Protocol):
 
         A run stays due until a commit, `renew`, `enqueued`, `publish` or `remove` changes that.
 
-        `enqueue` and `lease` count from the commit that makes a run QUEUED or EXECUTING: it is due `Timeouts.lease`
-        later, by the broker's clock whatever the record says, unless it leaves that status. Other commits in between
-        do not change that.
+        `enqueue`, `lease` and `on_end` count from the commit that makes a run QUEUED, EXECUTING, or terminal with
+        `has_on_end`: it is due `Timeouts.lease` later, by the broker's clock whatever the record says, unless it leaves
+        that status. Other commits in between do not change that.
         """
         ...
 
     async def renew(self, run_ids: Sequence[str], *, owner: str) -> None:
         """Put off what this process is responsible for, to `Timeouts.lease` from now.
 
-        That is `lease` for runs that are EXECUTING and owned by `owner`, and `enqueue` for QUEUED runs of any caller:
-        a process that holds them in memory is going to start them. A run that is not due at any time, because of
-        `enqueued`, does not become due. Other runs are left alone.
+        That is `lease` for runs that are EXECUTING and owned by `owner`, `enqueue` for QUEUED runs of any caller: a
+        process that holds them in memory is going to start them, and `on_end` in the same way. A run that is not due at
+        any time, because of `enqueued` or `on_end_called`, does not become due. Other runs are left alone.
         """
         ...
 
@@ -186,13 +195,39 @@ class Broker(Protocol):
         """
         ...
 
+    async def take_on_end(self, run_id: str) -> bool:
+        """Put off a run that is due as `on_end`, to `Timeouts.lease` from now: the caller is going to call it.
+
+        Returns False, and changes nothing, if the run is not due now: another process has taken it, or called it. Of
+        concurrent callers one gets True.
+        """
+        ...
+
+    async def on_end_called(self, run_id: str) -> None:
+        """The `on_end` of a run that is over has been called, so it is no longer due, and the run can be removed.
+        Idempotent."""
+        ...
+
+    async def watch(self, run_id: str, *, process: str, readers: int, grace_s: float | None) -> None:
+        """Count the readers that a process has of a run, in place of its last count, for `Timeouts.lease` from now.
+
+        The run is due as `unwatched` once no process has counted a reader for `grace_s`, or never if that is None. Does
+        nothing for a run that is over or does not exist. A run that is over is not due.
+        """
+        ...
+
+    async def watchers(self, run_id: str) -> int:
+        """How many readers all processes have counted. 0 for a run that is over or does not exist."""
+        ...
+
     async def publish(self, run_id: str) -> None:
         """Publish the newest version of a run to its topics again. Harmless at any time."""
         ...
 
     async def remove(self, run_id: str) -> None:
         """Remove a run that has ended: its record, its streams, its entries in all topics, and in the same step
-        `record.claim` if its value is still this run, because ids are never reused.
+        those of `record.claims` whose value is still this run, because ids are never reused. Does nothing as long as an
+        `on_end` has to be called: the run stays until `on_end_called`.
 
         Subscribers of its streams still get the remaining entries and the end. Followers of its topics are woken; no
         change records the removal, but loading the run shows it.
@@ -221,6 +256,23 @@ class ImmediateBroker(Protocol):
         ...
 
 
+class ChunkAppender(Protocol):
+    """Appends to one stream of an `AppenderBroker`."""
+
+    def append(self, item: bytes) -> int | None:
+        """Append one JSON item and return its seq; or do nothing and return None: `append_nowait` has to decide."""
+        ...
+
+
+@runtime_checkable
+class AppenderBroker(ImmediateBroker, Protocol):
+    """A broker with a short path for chunks that need no decision. Its results are those of `append_nowait`."""
+
+    def appender(self, key: StreamKey) -> ChunkAppender:
+        """The short path into a stream that has chunks. Not for inputs."""
+        ...
+
+
 @runtime_checkable
 class InOneProcess(Protocol):
     """A broker that stores everything in its own process."""
@@ -229,6 +281,24 @@ class InOneProcess(Protocol):
     def home(self) -> str:
         """Identifies this process and broker. Tokens carry it, so that another process can explain why it does not find
         their runs."""
+        ...
+
+
+@runtime_checkable
+class RunLists(Protocol):
+    """A broker that stores short lists of runs, which all processes write to. Without it, the inspector lists the runs
+    of its own process."""
+
+    async def note_runs(self, name: str, runs: Sequence[tuple[str, int, int, bytes]], *, size: int) -> None:
+        """Put runs into a list: the id, the time of the last change in unix milliseconds, the version, and a summary.
+
+        A summary replaces that of an older version of the run. The list retains the `size` runs that changed last. Lost
+        notes are tolerable, so a broker need not store them durably.
+        """
+        ...
+
+    async def noted_runs(self, name: str) -> list[bytes]:
+        """The summaries in a list, in any order."""
         ...
 
 
@@ -243,10 +313,12 @@ class ThreadRenewal(Protocol):
 
 __all__ = [
     "MARKS_KEPT",
+    "AppenderBroker",
     "Broker",
     "Change",
     "ChangeMark",
     "Changes",
+    "ChunkAppender",
     "Cursor",
     "InOneProcess",
     "End",
@@ -256,6 +328,7 @@ __all__ = [
     "Page",
     "Position",
     "Producer",
+    "RunLists",
     "StreamKey",
     "ThreadRenewal",
 ]

@@ -3,38 +3,47 @@
 from __future__ import annotations
 
 import heapq
+import itertools
 
 
 class DueTimes:
     """A heap. Entries that were superseded stay in it until they come up, or until they outnumber the current ones."""
 
-    __slots__ = ("_at", "_heap")
+    __slots__ = ("_current", "_heap", "_numbers")
 
     def __init__(self) -> None:
-        self._at: dict[str, int] = {}
-        self._heap: list[tuple[int, str]] = []
+        self._current: dict[str, tuple[int, int, str]] = {}
+        self._heap: list[tuple[int, int, str]] = []
+        self._numbers = itertools.count()
+
+    def __len__(self) -> int:
+        return len(self._current)
 
     def __contains__(self, key: str) -> bool:
-        return key in self._at
+        return key in self._current
 
     def set(self, key: str, at_ms: int | None) -> None:
         """Set when a key is due; None: never."""
         if at_ms is None:
-            self._at.pop(key, None)
-        elif self._at.get(key) != at_ms:
-            self._at[key] = at_ms
-            heapq.heappush(self._heap, (at_ms, key))
-        if len(self._heap) > 64 + 2 * len(self._at):
-            self._heap = [(at, key) for key, at in self._at.items()]
+            self._current.pop(key, None)
+        elif key not in self._current or self._current[key][0] != at_ms:
+            self._current[key] = entry = (at_ms, next(self._numbers), key)
+            heapq.heappush(self._heap, entry)
+        if len(self._heap) > 64 + 2 * len(self._current):
+            self._heap = list(self._current.values())
             heapq.heapify(self._heap)
 
+    def is_due(self, key: str, now_ms: float) -> bool:
+        """Whether the key is due."""
+        return key in self._current and self._current[key][0] <= now_ms
+
     def due(self, now_ms: float, limit: int) -> list[str]:
-        """The keys that are due, oldest first. They stay due."""
-        found: dict[str, int] = {}
+        """The keys that are due, oldest first, and in the order they were set if equal. They stay due."""
+        found: list[tuple[int, int, str]] = []
         while self._heap and self._heap[0][0] <= now_ms and len(found) < limit:
-            at_ms, key = heapq.heappop(self._heap)
-            if self._at.get(key) == at_ms:
-                found[key] = at_ms
-        for key, at_ms in found.items():
-            heapq.heappush(self._heap, (at_ms, key))
-        return list(found)
+            entry = heapq.heappop(self._heap)
+            if self._current.get(entry[2]) is entry:
+                found.append(entry)
+        for entry in found:
+            heapq.heappush(self._heap, entry)
+        return [key for _, _, key in found]

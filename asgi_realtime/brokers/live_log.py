@@ -7,8 +7,8 @@ joined history and tail before a reader gets here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 from asgi_realtime.core.log import End, Entry, Log
 from asgi_realtime.loop.waiting import WaitList, WakeSoon
@@ -18,6 +18,9 @@ MAX_BODY = 64 * 1024
 
 _SHARED_SLICES = 4
 """How many joined bodies are retained for other readers at the same cursor, while there are readers."""
+
+
+T = TypeVar("T")
 
 
 class Slice(NamedTuple):
@@ -30,15 +33,16 @@ class Slice(NamedTuple):
 class LiveLog:
     """A log with its waiters. The owner appends to `log` and calls `wake`. Logs of one owner can share `wakes`."""
 
-    __slots__ = ("_slices", "_slices_at", "_wakes", "failure", "log", "readers", "waiting")
+    __slots__ = ("_slices", "_slices_at", "_wakes", "cost", "failure", "log", "readers", "waiting")
 
     def __init__(self, log: Log, wakes: WakeSoon | None = None) -> None:
         self.log = log
         self.waiting = WaitList()
         self._wakes = wakes or WakeSoon()
         self.readers = 0
+        self.cost = 0  # the bytes that its owner counts for the log
         self.failure: Exception | None = None
-        self._slices: dict[object, Slice] = {}
+        self._slices: dict[Hashable, Any] = {}
         self._slices_at = 0
 
     @property
@@ -80,12 +84,13 @@ class LiveLog:
         Check `gap` first: a cursor before the retained part silently moves to its start.
         """
         log = self.log
-        if after + 1 >= log.next:
-            return None
+        ahead = log.next - after - 1
+        if ahead <= 1:
+            return Slice(log.newest(), after + 1) if ahead == 1 else None  # nothing to join, so nothing to share
         if self._slices_at != log.next:
             self._slices.clear()
             self._slices_at = log.next
-        found = self._slices.get(after)
+        found: Slice | None = self._slices.get(after)
         if found is None:
             frames = log.frames(after, MAX_BODY)
             body = frames[0] if len(frames) == 1 else b"".join(frames)
@@ -94,20 +99,23 @@ class LiveLog:
 
     def take_as(self, after: int, encode: Callable[[Sequence[Entry]], bytes]) -> Slice | None:
         """As `take`, with the body that `encode` returns for the same entries."""
-        log = self.log
-        if after + 1 >= log.next:
+        if after + 1 >= self.log.next:
             return None
-        if self._slices_at != log.next:
-            self._slices.clear()
-            self._slices_at = log.next
-        key = (encode, after)
-        found = self._slices.get(key)
-        if found is None:
-            entries = log.entries(after, len(log.frames(after, MAX_BODY)))
-            found = self._share(key, Slice(encode(entries), entries[-1].seq))
-        return found
+        return self.shared((encode, after), lambda: self._encoded(after, encode))
 
-    def _share(self, key: object, slice: Slice) -> Slice:
+    def _encoded(self, after: int, encode: Callable[[Sequence[Entry]], bytes]) -> Slice:
+        entries = self.log.entries(after, len(self.log.frames(after, MAX_BODY)))
+        return Slice(encode(entries), entries[-1].seq)
+
+    def shared(self, key: Hashable, build: Callable[[], T]) -> T:
+        """What `build` returns, once for all readers with this key, while the log does not grow."""
+        if self._slices_at != self.log.next:
+            self._slices.clear()
+            self._slices_at = self.log.next
+        found: T | None = self._slices.get(key)
+        return self._share(key, build()) if found is None else found
+
+    def _share(self, key: Hashable, slice: T) -> T:
         if len(self._slices) >= _SHARED_SLICES:
             del self._slices[next(iter(self._slices))]
         self._slices[key] = slice

@@ -6,57 +6,35 @@ The data survives a restart of the `Realtime`, not of the process.
 
 from __future__ import annotations
 
-import heapq
-import math
 import os
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 
-from asgi_realtime.brokers.base import MARKS_KEPT, ChangeMark, LiveTopic
+from asgi_realtime.brokers.base import INPUT_COST, MARKS_KEPT, ChangeMark, LiveTopic
 from asgi_realtime.brokers.due_times import DueTimes
 from asgi_realtime.brokers.live_log import LiveLog
-from asgi_realtime.core.chunks import encode_value
+from asgi_realtime.brokers.memory_costs import (
+    APPEND_COST,
+    MARK,
+    NEW_STREAM_COST,
+    PRODUCER,
+    claim_cost,
+    record_cost,
+    stream_cost,
+)
+from asgi_realtime.brokers.memory_runs import Appender, StoredRun
+from asgi_realtime.brokers.memory_space import Party, Space
 from asgi_realtime.core.config import Limits, Retention, Timeouts
 from asgi_realtime.core.errors import LimitExceeded, RunNotFound, StreamBehind
-from asgi_realtime.core.log import HIDDEN_STREAM, End, Log, Page, Position, Producer, StreamKey
+from asgi_realtime.core.log import End, Log, Page, Position, Producer, StreamKey
 from asgi_realtime.core.run_errors import VersionConflict
-from asgi_realtime.core.runs import DUE_KINDS, RunRecord, Status, due_times, run_topic
+from asgi_realtime.core.runs import DUE_KINDS, LEASE_KINDS, RunRecord, Status, due_times, lease_kind, run_topic
 from asgi_realtime.core.topics import Changes, Cursor, TopicIndex
 from asgi_realtime.loop.waiting import WaitList, WakeSoon
 
-_RECORD_BYTES = 3072
-"""What a stored run costs in addition to its payload, output, metadata and streams, roughly."""
-
-ENTRY_BYTES = 64
-"""What an entry costs in addition to the bytes of its frame, roughly."""
-
-_PRODUCER_BYTES = 220
-"""What the count of a producer costs, roughly. Each append over HTTP has its own producer."""
-
-_CLAIM_BYTES = 256
-"""What a claim costs in addition to its key and value, roughly."""
-
-_LEASES = {"enqueue": Status.QUEUED, "lease": Status.EXECUTING}
-"""The statuses in which a run has a lease, and what it is due for unless it is renewed."""
-
 Clock = Callable[[], float]
-
-
-class _StoredRun:
-    """A run, and what is removed with it."""
-
-    __slots__ = ("inputs_bytes", "marks", "published_to", "record", "record_size", "size", "streams")
-
-    def __init__(self, record: RunRecord) -> None:
-        self.record = record
-        self.streams: dict[str, LiveLog] = {}
-        self.marks: dict[ChangeMark, int] = {}  # the versions that the newest commits stored
-        self.published_to: tuple[str, ...] = ()  # every topic that has ever listed the run
-        self.inputs_bytes = 0
-        self.record_size = 0
-        self.size = 0
 
 
 class _MemoryTopic:
@@ -70,6 +48,40 @@ class _MemoryTopic:
 
     async def changes(self, cursor: Cursor | None, *, limit: int = 1000) -> Changes:
         return self.index.after(cursor, limit=limit)
+
+
+class _Reading:
+    """What `MemoryBroker.live` returns. The frames of a generator would take 500 bytes for each idle reader."""
+
+    __slots__ = ("_broker", "_key", "_live", "_run")
+
+    def __init__(self, broker: MemoryBroker, key: StreamKey) -> None:
+        self._broker = broker
+        self._key = key
+
+    async def __aenter__(self) -> LiveLog:
+        self._run, self._live = self._broker._enter_stream(self._key)
+        return self._live
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        self._broker._leave_stream(self._key, self._run, self._live)
+
+
+class _Following:
+    """What `MemoryBroker.follow` returns."""
+
+    __slots__ = ("_broker", "_entry", "_topic")
+
+    def __init__(self, broker: MemoryBroker, topic: str) -> None:
+        self._broker = broker
+        self._topic = topic
+
+    async def __aenter__(self) -> LiveTopic:
+        self._entry = self._broker._enter_topic(self._topic)
+        return self._entry
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        self._broker._leave_topic(self._topic, self._entry)
 
 
 class MemoryBroker:
@@ -91,14 +103,13 @@ class MemoryBroker:
         self._timeouts = timeouts or Timeouts()
         self._clock = clock
         self._name = secrets.token_hex(6)
-        self._runs: dict[str, _StoredRun] = {}
+        self._runs: dict[str, StoredRun] = {}
         self._topics: dict[str, _MemoryTopic] = {}
         self._claims: dict[str, tuple[str, int]] = {}
         self._claims_expire = DueTimes()
         self._due = {kind: DueTimes() for kind in DUE_KINDS}
-        self._size = 0
-        self._room_at = self._retention.total_bytes  # the size at which to make room
-        self._full = False  # no room could be made
+        self._claim_parties: dict[str, Party] = {}  # of claims that owners have made
+        self._space = Space(self._retention, self._remove)
         self._wakes = WakeSoon()
 
     async def __aenter__(self) -> MemoryBroker:
@@ -116,8 +127,8 @@ class MemoryBroker:
 
     @property
     def size(self) -> int:
-        """The bytes in use, roughly: frames, payloads, outputs, metadata and claims, with their overhead."""
-        return self._size
+        """The memory in use, in bytes, as `memory_costs` estimates it."""
+        return self._space.size
 
     # Streams
 
@@ -133,9 +144,9 @@ class MemoryBroker:
         run = self._run(key.run)
         live = run.streams.get(key.name) or self._make_stream(run)
         log = live.log
-        before = _log_bytes(log)
-        if self._full and items:
-            self._refuse()
+        space = self._space
+        if space.size + sum(map(len, items)) + APPEND_COST * len(items) + NEW_STREAM_COST > space.owners_total:
+            self._make_room(run.party, self._growth(key, log, items, producer))
         added = 0
         if key.hidden and log.end is None:
             added = self._check_inputs(run, items if producer is None else log.unseen(items, producer))
@@ -146,12 +157,12 @@ class MemoryBroker:
         run.streams[key.name] = live  # only now, so that a refused append leaves no trace
         if log.size > self._retention.stream_bytes and not key.hidden:
             log.trim(self._retention.stream_bytes)
-        grown = _log_bytes(log) - before
-        run.size += grown
-        self._size += grown
+        cost = stream_cost(log)
+        grown = cost - live.cost
+        live.cost = cost
+        run.party.size += grown  # not `space.change`: the party holds this run already
+        space.size += grown
         live.wake()
-        if self._size > self._room_at:
-            self._make_room(key.run)
         return position
 
     async def append(
@@ -165,6 +176,17 @@ class MemoryBroker:
     ) -> Position:
         return self.append_nowait(key, items, producer=producer, end=end, at=at)
 
+    def appender(self, key: StreamKey) -> Appender:
+        """The short path into a stream, which must have chunks and not be an input."""
+        run = self._run(key.run)
+        run.appenders = run.appenders or {}
+        if key.name not in run.appenders:
+            live, stream_bytes = run.streams[key.name], self._retention.stream_bytes
+            run.appenders[key.name] = Appender(
+                run.party, live, self._space, clock=self._clock, stream_bytes=stream_bytes
+            )
+        return run.appenders[key.name]
+
     async def read(self, key: StreamKey, *, after: int = -1, limit: int = 500) -> Page:
         run = self._run(key.run)
         live = run.streams.get(key.name)
@@ -175,38 +197,48 @@ class MemoryBroker:
         live = self._run(key.run).streams.get(key.name)
         return 0 if live is None else live.log.counted(producer_id)
 
-    @asynccontextmanager
-    async def live(self, key: StreamKey) -> AsyncIterator[LiveLog]:
+    def live(self, key: StreamKey) -> AbstractAsyncContextManager[LiveLog]:
+        return _Reading(self, key)
+
+    def _enter_stream(self, key: StreamKey) -> tuple[StoredRun, LiveLog]:
+        """Add a reader to a stream, until `_leave_stream`."""
         run = self._run(key.run)
-        live = run.streams[key.name] = run.streams.get(key.name) or self._make_stream(run)
+        live = run.streams.get(key.name)
+        if live is None:
+            live = run.streams[key.name] = self._make_stream(run)
         live.enter()
-        try:
-            yield live
-        finally:
-            live.leave()
-            if not live.readers and not live.log.next and live.end in (None, run.record.end):
-                run.streams.pop(key.name, None)  # it was never written
+        return run, live
 
-    def _refuse(self) -> None:
-        limit = self._retention.total_bytes
-        raise LimitExceeded(
-            f"the broker holds {self._size} bytes of active runs, limit {limit} (Retention.total_bytes)", status=503
-        )
+    def _leave_stream(self, key: StreamKey, run: StoredRun, live: LiveLog) -> None:
+        """Remove a reader from a stream, and the stream if it was never written."""
+        live.leave()
+        if not live.readers and not live.log.next and live.end in (None, run.record.end):
+            run.streams.pop(key.name, None)
 
-    def _check_inputs(self, run: _StoredRun, items: Sequence[bytes]) -> int:
+    def _growth(self, key: StreamKey, log: Log, items: Sequence[bytes], producer: Producer | None) -> int:
+        """What an append costs: nothing if its items are known or displace as much. Raises `ProducerGap`."""
+        new = items if producer is None else log.unseen(items, producer)
+        if not new or log.end is not None:
+            return 0
+        size = sum(map(len, new)) + APPEND_COST * len(new)
+        if not key.hidden and size <= log.size and log.size + size > self._retention.stream_bytes:
+            return 0 if producer is None else PRODUCER
+        return size + (0 if log.next and producer is None else NEW_STREAM_COST)
+
+    def _check_inputs(self, run: StoredRun, items: Sequence[bytes]) -> int:
         """The bytes that an append adds to the inputs of a run. Raises `LimitExceeded`."""
-        added, held, limit = sum(map(len, items)), run.inputs_bytes, self._limits.inputs_bytes
+        added, held, limit = sum(map(len, items)) + INPUT_COST * len(items), run.inputs_bytes, self._limits.inputs_bytes
         if items and held + added > limit:
             raise LimitExceeded(f"the inputs of run {run.record.id!r} hold {held} bytes, limit {limit}", status=429)
         return added
 
-    def _make_stream(self, run: _StoredRun) -> LiveLog:
+    def _make_stream(self, run: StoredRun) -> LiveLog:
         live = LiveLog(Log(), self._wakes)
         if run.record.end is not None:
             live.log.close(run.record.end)
         return live
 
-    def _run(self, run_id: str) -> _StoredRun:
+    def _run(self, run_id: str) -> StoredRun:
         run = self._runs.get(run_id)
         if run is None:
             raise RunNotFound(f"no run {run_id!r}: it does not exist or has expired (Retention.after_end)")
@@ -232,13 +264,9 @@ class MemoryBroker:
             if (0 if live is None else live.log.counted(producer)) < floor:
                 raise StreamBehind(f"stream {name!r} has lost entries that were acknowledged")
         if run is None:
-            if self._full:
-                self._refuse()
-            run = self._runs[record.id] = _StoredRun(record)
-        if not run.record_size or record.is_completed or record.metadata is not run.record.metadata:
-            record_size = _record_bytes(record)
-            self._resize(run, run.size - run.record_size + record_size)
-            run.record_size = record_size
+            party = self._space.party(record.token_owner)
+            self._make_room(party, record_cost(record, record.topics) + MARK)
+            run = self._runs[record.id] = StoredRun(record, party)
         was = run.record.status if stored else None
         run.record = record
         run.marks[change] = record.version
@@ -247,28 +275,38 @@ class MemoryBroker:
         self._schedule(record, was)
         self._publish(run_topic(record.id), record)
         if record.end is not None:
-            self._full = False
-            self._room_at = self._retention.total_bytes
             for live in run.streams.values():
                 live.log.close(record.end)
                 live.wake()
         self._publish_topics(run)
-        if self._size > self._room_at:
-            self._make_room(record.id)
+        self._count_record(run)
+        if record.id not in self._due["on_end"]:
+            self._note_ended(run)
+        if not self._space.fits(run.party):
+            self._drop_expired_claims(self._now_ms(), limit=len(self._claims))
+            self._space.make_room(run.party, keep=record.id)
         return record.version
 
     def _schedule(self, record: RunRecord, was: Status | None) -> None:
         due = due_times(record, cancel_s=self._timeouts.cancel, after_end_s=self._retention.after_end)
         for kind in ("delay", "ttl", "cancel", "expiry"):
             self._due[kind].set(record.id, due.get(kind))
+        if record.is_completed:
+            self._due["unwatched"].set(record.id, None)
         if record.status is not was:
-            for kind, status in _LEASES.items():
-                self._due[kind].set(record.id, self._lease_end() if record.status is status else None)
+            needed = lease_kind(record)
+            for kind in LEASE_KINDS:
+                self._due[kind].set(record.id, self._lease_end() if kind == needed else None)
+
+    def _note_ended(self, run: StoredRun) -> None:
+        """Let the run make room for others, if it is over."""
+        if run.record.completed_at_ms is not None:
+            self._space.ended(run.party, run.record.id, run.record.completed_at_ms)
 
     def _lease_end(self) -> int:
         return self._now_ms() + round(self._timeouts.lease * 1000)
 
-    def _publish_topics(self, run: _StoredRun) -> None:
+    def _publish_topics(self, run: StoredRun) -> None:
         topics = run.record.topics
         for topic in topics:
             self._publish(topic, run.record)
@@ -290,34 +328,39 @@ class MemoryBroker:
         async with self.follow(topic) as followed:
             return await followed.changes(after, limit=limit)
 
-    @asynccontextmanager
-    async def follow(self, topic: str) -> AsyncIterator[LiveTopic]:
+    def follow(self, topic: str) -> AbstractAsyncContextManager[LiveTopic]:
+        return _Following(self, topic)
+
+    def _enter_topic(self, topic: str) -> _MemoryTopic:
+        """Add a follower to a topic, until `_leave_topic`."""
         entry = self._topics.get(topic) or self._add_topic(topic)
         entry.followers += 1
-        try:
-            yield entry
-        finally:
-            entry.followers -= 1
-            self._drop_unused(topic, entry)
+        return entry
+
+    def _leave_topic(self, topic: str, entry: _MemoryTopic) -> None:
+        """Remove a follower from a topic."""
+        entry.followers -= 1
+        self._drop_unused(topic, entry)
 
     def _drop_unused(self, topic: str, entry: _MemoryTopic) -> None:
         if not entry.followers and not len(entry.index) and self._topics.get(topic) is entry:
             del self._topics[topic]
 
     async def remove(self, run_id: str) -> None:
-        self._remove(run_id)
+        if run_id not in self._due["on_end"]:
+            self._remove(run_id)
 
     def _remove(self, run_id: str) -> None:
         run = self._runs.pop(run_id, None)
         if run is None:
             return
-        self._size -= run.size
-        self._full = self._full and self._size > self._retention.total_bytes
+        self._space.forget(run.party, run_id)
+        self._space.change(run.party, -run.size)
         for schedule in self._due.values():
             schedule.set(run_id, None)
-        claim = run.record.claim
-        if claim is not None and self._claims.get(claim, ("", 0))[0] == run_id:
-            self._drop_claim(claim)
+        for claim in run.record.claims:
+            if self._claims.get(claim, ("", 0))[0] == run_id:
+                self._drop_claim(claim)
         for topic in (run_topic(run_id), *run.published_to):
             entry = self._topics.get(topic)
             if entry is not None:
@@ -326,25 +369,29 @@ class MemoryBroker:
                 self._drop_unused(topic, entry)
         for live in run.streams.values():
             live.fail(RunNotFound(f"run {run_id!r} has expired (Retention.after_end)"))
+        for appender in (run.appenders or {}).values():
+            appender.detach()
 
     # Claims, due times, leases
 
-    async def claim(self, key: str, value: str, *, ttl_s: float) -> str:
+    async def claim(
+        self, key: str, value: str, *, ttl_s: float, owner: str | None = None, instead_of: str | None = None
+    ) -> str:
         now_ms = self._now_ms()
         self._drop_expired_claims(now_ms, limit=100)
         stored = self._claimed(key, now_ms)
-        if stored is not None:
+        if stored is not None and stored != instead_of:
             return stored
-        if self._full:
-            self._refuse()
+        party = self._space.party(owner)
+        self._make_room(party, claim_cost(key, value) - (0 if stored is None else claim_cost(key, stored)))
         if key in self._claims:
             self._drop_claim(key)
         expires_ms = now_ms + round(ttl_s * 1000)
         self._claims[key] = (value, expires_ms)
         self._claims_expire.set(key, expires_ms)
-        self._size += _claim_bytes(key, value)
-        if self._size > self._room_at:
-            self._make_room("")
+        self._space.change(party, claim_cost(key, value))
+        if owner is not None:
+            self._claim_parties[key] = party
         return value
 
     async def claimed(self, key: str) -> str | None:
@@ -361,8 +408,7 @@ class MemoryBroker:
     def _drop_claim(self, key: str) -> None:
         value, _ = self._claims.pop(key)
         self._claims_expire.set(key, None)
-        self._size -= _claim_bytes(key, value)
-        self._full = self._full and self._size > self._retention.total_bytes
+        self._space.change(self._claim_parties.pop(key, self._space.host), -claim_cost(key, value))
 
     async def due(self, kind: str, *, limit: int = 100, skip: int = 0) -> list[str]:
         return self._due[kind].due(self._now_ms(), skip + limit)[skip:]
@@ -372,12 +418,39 @@ class MemoryBroker:
             run = self._runs.get(run_id)
             if run is None or (run.record.status is Status.EXECUTING and run.record.owner != owner):
                 continue
-            for kind in _LEASES:
+            for kind in LEASE_KINDS:
                 if run_id in self._due[kind]:
                     self._due[kind].set(run_id, self._lease_end())
 
     async def enqueued(self, run_id: str) -> None:
         self._due["enqueue"].set(run_id, None)
+
+    async def take_on_end(self, run_id: str) -> bool:
+        is_due = self._due["on_end"].is_due(run_id, self._now_ms())
+        if is_due:
+            self._due["on_end"].set(run_id, self._lease_end())
+        return is_due
+
+    async def on_end_called(self, run_id: str) -> None:
+        if run_id in self._due["on_end"]:
+            self._due["on_end"].set(run_id, None)
+            self._note_ended(self._runs[run_id])
+
+    async def watch(self, run_id: str, *, process: str, readers: int, grace_s: float | None) -> None:
+        run = self._runs.get(run_id)
+        if run is None or run.record.is_completed:
+            return
+        run.watchers = run.watchers or {}
+        run.watchers[process] = (readers, self._lease_end() if readers else self._now_ms())
+        if grace_s is not None:
+            last_ms = max(until_ms for _, until_ms in run.watchers.values())
+            self._due["unwatched"].set(run_id, last_ms + round(grace_s * 1000))
+
+    async def watchers(self, run_id: str) -> int:
+        run, now_ms = self._runs.get(run_id), self._now_ms()
+        if run is None or run.record.is_completed or run.watchers is None:
+            return 0
+        return sum(readers for readers, until_ms in run.watchers.values() if now_ms < until_ms)
 
     async def publish(self, run_id: str) -> None:
         run = self._runs.get(run_id)
@@ -385,63 +458,21 @@ class MemoryBroker:
             self._publish_topics(run)
 
     async def ping(self) -> None:
-        return None
+        self.warnings = self._space.warnings
 
-    # Retention
+    # Space
 
-    def _resize(self, run: _StoredRun, size: int) -> None:
-        self._size += size - run.size
-        run.size = size
+    def _make_room(self, party: Party, grown: int) -> None:
+        """Raises `LimitExceeded` if the party cannot hold that much more."""
+        if not self._space.fits(party, grown):
+            self._drop_expired_claims(self._now_ms(), limit=len(self._claims))
+            self._space.admit(party, grown)
 
-    def _make_room(self, run_id: str) -> None:
-        """Free memory until a tenth of the total is unused: remove ended runs, oldest first, then trim large streams.
+    def _count_record(self, run: StoredRun) -> None:
+        topics = dict.fromkeys((*run.published_to, *run.record.topics))
+        size = record_cost(run.record, topics) + MARK * len(run.marks)
+        self._grow(run, size - run.record_size)
+        run.record_size = size
 
-        The run that was just written to stays, because its writer gets an acknowledgement. If less can be
-        freed, the next attempt is made after some growth or when a run ends, and until then appends beyond the total
-        are rejected.
-        """
-        total = self._retention.total_bytes
-        target = total * 9 // 10
-        self._drop_expired_claims(self._now_ms(), limit=len(self._claims))
-        expiry = self._due["expiry"]
-        while self._size > target and (ended := [one for one in expiry.due(math.inf, 2) if one != run_id]):
-            self._remove(ended[0])
-        if run_id in expiry:
-            return  # it has ended, so the next write to another run removes it
-        if self._size > target:
-            self._halve_streams(target)
-        self._room_at = total if self._size <= target else max(total, self._size + total // 50)
-        self._full = self._size > total
-
-    def _halve_streams(self, target: int) -> None:
-        """Halve the largest streams until the target is met. Inputs and the last entry of each stream stay."""
-        streams = [(run, name, live.log) for run in self._runs.values() for name, live in run.streams.items()]
-        largest = [
-            (-log.size, number, run, log)
-            for number, (run, name, log) in enumerate(streams)
-            if log.next - log.first > 1 and not name.startswith(HIDDEN_STREAM)
-        ]
-        heapq.heapify(largest)
-        while self._size > target and largest:
-            _, number, run, log = largest[0]
-            before = _log_bytes(log)
-            log.trim(log.size // 2)
-            self._resize(run, run.size - before + _log_bytes(log))
-            if log.next - log.first > 1:
-                heapq.heapreplace(largest, (-log.size, number, run, log))
-            else:
-                heapq.heappop(largest)
-
-
-def _log_bytes(log: Log) -> int:
-    return log.size + ENTRY_BYTES * (log.next - log.first) + _PRODUCER_BYTES * log.producers
-
-
-def _claim_bytes(key: str, value: str) -> int:
-    return _CLAIM_BYTES + len(key) + len(value)
-
-
-def _record_bytes(record: RunRecord) -> int:
-    metadata = len(encode_value(record.metadata)) if record.metadata else 0
-    payload = len(record.payload_json or b"") + len(record.payload_meta_json or b"")
-    return _RECORD_BYTES + payload + len(record.output_json or b"") + metadata
+    def _grow(self, run: StoredRun, grown: int) -> None:
+        self._space.change(run.party, grown)

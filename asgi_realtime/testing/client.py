@@ -12,9 +12,10 @@ from typing import Any, TypedDict, Unpack
 from urllib.parse import unquote, urlencode
 
 from asgi_realtime.asgi.host import App
+from asgi_realtime.loop.waiting import at_most
 from asgi_realtime.testing.driver import call_app, make_scope
 from asgi_realtime.testing.lifespan import Lifespan
-from asgi_realtime.testing.responses import Response, StreamedResponse, at_most
+from asgi_realtime.testing.responses import Response, StreamedResponse
 
 TIMEOUT_S = 10.0
 

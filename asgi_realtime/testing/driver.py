@@ -14,7 +14,8 @@ from urllib.parse import quote, urlencode
 import anyio
 
 from asgi_realtime.asgi.host import App, Message, Scope
-from asgi_realtime.testing.responses import StreamedResponse, at_most
+from asgi_realtime.loop.waiting import at_most
+from asgi_realtime.testing.responses import StreamedResponse
 
 LEAVE_S = 2.0
 """How long an app may take to return after its client disconnected, before it is cancelled."""

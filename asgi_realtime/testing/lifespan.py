@@ -14,8 +14,8 @@ import anyio
 from asgi_realtime.asgi.host import App, Message
 from asgi_realtime.loop.failures import is_failure
 from asgi_realtime.loop.supervisor import Supervisor
+from asgi_realtime.loop.waiting import at_most
 from asgi_realtime.testing.driver import LEAVE_S
-from asgi_realtime.testing.responses import at_most
 
 
 class Lifespan:

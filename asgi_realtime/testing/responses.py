@@ -4,25 +4,16 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, Generic, TypeVar
 
 import anyio
 
 from asgi_realtime.asgi.host import Message, Scope
 from asgi_realtime.core.event_stream import Event, EventParser
+from asgi_realtime.loop.waiting import at_most
 
 T = TypeVar("T")
-
-
-@contextmanager
-def at_most(seconds: float | None, describe: Callable[[], str]) -> Iterator[None]:
-    """Raise `TimeoutError` with the text from `describe` if the block takes longer. None means no limit."""
-    with anyio.move_on_after(seconds) as scope:
-        yield
-    if scope.cancelled_caught:
-        raise TimeoutError(describe())
 
 
 class _UntilEnd(Generic[T]):

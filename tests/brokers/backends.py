@@ -20,7 +20,8 @@ from asgi_realtime.brokers.base import (
     StreamKey,
 )
 from asgi_realtime.brokers.live_log import LiveLog
-from asgi_realtime.brokers.memory import MemoryBroker, _MemoryTopic, _StoredRun
+from asgi_realtime.brokers.memory import MemoryBroker, _MemoryTopic
+from asgi_realtime.brokers.memory_runs import StoredRun
 from asgi_realtime.core.config import Limits, Retention, Timeouts
 from asgi_realtime.core.runs import RunRecord, run_topic
 from asgi_realtime.core.topics import TopicIndex
@@ -161,7 +162,7 @@ class DistantBroker(MemoryBroker):
         await pause(1)
         return version
 
-    def _publish_topics(self, run: _StoredRun) -> None:
+    def _publish_topics(self, run: StoredRun) -> None:
         self._due["unpublished"].set(run.record.id, self._now_ms() + 1000)
 
     async def publish(self, run_id: str) -> None:
@@ -187,9 +188,11 @@ class DistantBroker(MemoryBroker):
             await pause(1)
             yield DistantTopic(followed)
 
-    async def claim(self, key: str, value: str, *, ttl_s: float) -> str:
+    async def claim(
+        self, key: str, value: str, *, ttl_s: float, owner: str | None = None, instead_of: str | None = None
+    ) -> str:
         await pause(1)
-        stored = await super().claim(key, value, ttl_s=ttl_s)
+        stored = await super().claim(key, value, ttl_s=ttl_s, owner=owner, instead_of=instead_of)
         await pause(1)
         return stored
 

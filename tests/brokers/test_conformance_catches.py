@@ -14,8 +14,10 @@ import msgspec
 import pytest
 
 from asgi_realtime.brokers.base import ChangeMark, Changes, Cursor, End, Page, Position, Producer, StreamKey
+from asgi_realtime.brokers.due_times import DueTimes
 from asgi_realtime.brokers.live_log import LiveLog
-from asgi_realtime.brokers.memory import MemoryBroker, _MemoryTopic, _StoredRun
+from asgi_realtime.brokers.memory import MemoryBroker, _MemoryTopic
+from asgi_realtime.brokers.memory_runs import StoredRun
 from asgi_realtime.core.errors import RealtimeError, StreamClosed
 from asgi_realtime.core.log import Log
 from asgi_realtime.core.run_errors import VersionConflict
@@ -109,19 +111,19 @@ class ForgetfulLog(Log):
 
 class ReusesSeqs(MemoryBroker):
     @staticmethod
-    def _make_stream(run: _StoredRun) -> LiveLog:
+    def _make_stream(run: StoredRun) -> LiveLog:
         return LiveLog(ForgetfulLog())
 
 
 class TrimsInputs(MemoryBroker):
-    def _check_inputs(self, run: _StoredRun, items: Sequence[bytes]) -> int:
+    def _check_inputs(self, run: StoredRun, items: Sequence[bytes]) -> int:
         for live in run.streams.values():
             live.log.trim(2000)
         return 0
 
 
 class CountsFramesOfInputs(MemoryBroker):
-    def _check_inputs(self, run: _StoredRun, items: Sequence[bytes]) -> int:
+    def _check_inputs(self, run: StoredRun, items: Sequence[bytes]) -> int:
         run.inputs_bytes = sum(live.log.size for live in run.streams.values())
         return super()._check_inputs(run, items)
 
@@ -416,10 +418,10 @@ class PublishesLater(MemoryBroker):
         self._later.cancel_scope.cancel()
         await self._later.__aexit__(None, None, None)
 
-    def _publish_topics(self, run: _StoredRun) -> None:
+    def _publish_topics(self, run: StoredRun) -> None:
         self._later.start_soon(self._tell_late, run)
 
-    async def _tell_late(self, run: _StoredRun) -> None:
+    async def _tell_late(self, run: StoredRun) -> None:
         await pause(5)
         super()._publish_topics(run)
 
@@ -427,7 +429,7 @@ class PublishesLater(MemoryBroker):
 class PublishesWithoutMark(MemoryBroker):
     """A process that dies between the commit and the publication loses the change."""
 
-    def _publish_topics(self, run: _StoredRun) -> None:
+    def _publish_topics(self, run: StoredRun) -> None:
         pass
 
     async def commit(
@@ -513,13 +515,17 @@ class WaitsAtUnknownPositions(MemoryBroker):
 
 
 class LastClaimWins(MemoryBroker):
-    async def claim(self, key: str, value: str, *, ttl_s: float) -> str:
+    async def claim(
+        self, key: str, value: str, *, ttl_s: float, owner: str | None = None, instead_of: str | None = None
+    ) -> str:
         self._claims.pop(key, None)
-        return await super().claim(key, value, ttl_s=ttl_s)
+        return await super().claim(key, value, ttl_s=ttl_s, owner=owner, instead_of=instead_of)
 
 
 class ChecksAndThenClaims(MemoryBroker):
-    async def claim(self, key: str, value: str, *, ttl_s: float) -> str:
+    async def claim(
+        self, key: str, value: str, *, ttl_s: float, owner: str | None = None, instead_of: str | None = None
+    ) -> str:
         if key in self._claims:
             return self._claims[key][0]
         await pause(1)
@@ -528,11 +534,44 @@ class ChecksAndThenClaims(MemoryBroker):
 
 
 class ProlongsClaims(MemoryBroker):
-    async def claim(self, key: str, value: str, *, ttl_s: float) -> str:
-        stored = await super().claim(key, value, ttl_s=ttl_s)
+    async def claim(
+        self, key: str, value: str, *, ttl_s: float, owner: str | None = None, instead_of: str | None = None
+    ) -> str:
+        stored = await super().claim(key, value, ttl_s=ttl_s, owner=owner, instead_of=instead_of)
         expires_ms = self._now_ms() + round(ttl_s * 1000)
         self._claims[key] = (stored, expires_ms)
         self._claims_expire.set(key, expires_ms)
+        return stored
+
+
+class ReplacesAnyClaim(MemoryBroker):
+    async def claim(
+        self, key: str, value: str, *, ttl_s: float, owner: str | None = None, instead_of: str | None = None
+    ) -> str:
+        if instead_of is not None:
+            self._claims.pop(key, None)
+        return await super().claim(key, value, ttl_s=ttl_s, owner=owner, instead_of=instead_of)
+
+
+class ChecksAndThenReplaces(MemoryBroker):
+    async def claim(
+        self, key: str, value: str, *, ttl_s: float, owner: str | None = None, instead_of: str | None = None
+    ) -> str:
+        before = self._claims.get(key, ("", 0))[0]
+        await pause(1)
+        if before == instead_of:
+            instead_of = self._claims.get(key, ("", 0))[0]
+        return await super().claim(key, value, ttl_s=ttl_s, owner=owner, instead_of=instead_of)
+
+
+class KeepsTheLifetimeOfAReplacedClaim(MemoryBroker):
+    async def claim(
+        self, key: str, value: str, *, ttl_s: float, owner: str | None = None, instead_of: str | None = None
+    ) -> str:
+        before = self._claims.get(key)
+        stored = await super().claim(key, value, ttl_s=ttl_s, owner=owner, instead_of=instead_of)
+        if before is not None and before[0] == instead_of:
+            self._claims[key] = (stored, before[1])
         return stored
 
 
@@ -601,6 +640,61 @@ class MistakesAQueueForAnOwner(MemoryBroker):
         self._due["lease"].set(run_id, None)
 
 
+class TakesWhatIsNotDue(MemoryBroker):
+    async def take_on_end(self, run_id: str) -> bool:
+        return run_id in self._due["on_end"]
+
+
+class ForgetsOnEnds(MemoryBroker):
+    """Forgets an `on_end` once a process has taken it, which may die."""
+
+    async def take_on_end(self, run_id: str) -> bool:
+        taken = await super().take_on_end(run_id)
+        if taken:
+            self._due["on_end"].set(run_id, None)
+        return taken
+
+
+class RevivesOnEnds(MemoryBroker):
+    async def renew(self, run_ids: Sequence[str], *, owner: str) -> None:
+        await super().renew(run_ids, owner=owner)
+        for run_id in run_ids:
+            if run_id in self._runs and self._runs[run_id].record.has_on_end:
+                self._due["on_end"].set(run_id, self._lease_end())
+
+
+class RemovesBeforeTheOnEnd(MemoryBroker):
+    async def remove(self, run_id: str) -> None:
+        self._remove(run_id)
+
+
+class WatchesOneProcess(MemoryBroker):
+    async def watch(self, run_id: str, *, process: str, readers: int, grace_s: float | None) -> None:
+        await super().watch(run_id, process="any", readers=readers, grace_s=grace_s)
+
+
+class WatchesForever(MemoryBroker):
+    """A process that dies keeps its readers."""
+
+    async def watchers(self, run_id: str) -> int:
+        run = self._runs.get(run_id)
+        return 0 if run is None else sum(readers for readers, _ in (run.watchers or {}).values())
+
+
+class CancelsAtTheLastLeave(MemoryBroker):
+    async def watch(self, run_id: str, *, process: str, readers: int, grace_s: float | None) -> None:
+        await super().watch(run_id, process=process, readers=readers, grace_s=grace_s)
+        if not readers and grace_s is not None and run_id in self._runs:
+            self._due["unwatched"].set(run_id, self._now_ms())
+
+
+class WatchesEndedRuns(MemoryBroker):
+    def _schedule(self, record: RunRecord, was: Status | None) -> None:
+        unwatched, self._due["unwatched"] = self._due["unwatched"], DueTimes()
+        super()._schedule(record, was)
+        self._due["unwatched"] = unwatched
+
+
 class ListsInAnyOrder(MemoryBroker):
     async def due(self, kind: str, *, limit: int = 100, skip: int = 0) -> list[str]:
         return sorted(heapq.nlargest(limit, await super().due(kind, limit=10_000)))
@@ -627,12 +721,21 @@ class KeepsClaimsOfRemovedRuns(MemoryBroker):
         self._claims = before
 
 
+class KeepsThreadsOfRemovedRuns(MemoryBroker):
+    def _remove(self, run_id: str) -> None:
+        claim = self._runs[run_id].record.thread_claim
+        before = self._claims.get(claim or "")
+        super()._remove(run_id)
+        if claim is not None and before is not None:
+            self._claims[claim] = before
+
+
 class DropsClaimsOfOthers(MemoryBroker):
     def _remove(self, run_id: str) -> None:
-        claim = self._runs[run_id].record.claim
+        claims = self._runs[run_id].record.claims
         super()._remove(run_id)
-        if claim in self._claims:
-            del self._claims[claim]
+        for claim in claims:
+            self._claims.pop(claim, None)
 
 
 class SkipsNothing(MemoryBroker):
@@ -703,6 +806,9 @@ CATCHES: dict[type[MemoryBroker], tuple[str, ...]] = {
         "test_a_claim_expires_by_the_brokers_clock",
     ),
     ProlongsClaims: ("test_a_claim_expires_by_the_brokers_clock",),
+    ReplacesAnyClaim: ("test_a_claim_replaces_only_the_expected_value",),
+    ChecksAndThenReplaces: ("test_of_concurrent_replacements_one_succeeds",),
+    KeepsTheLifetimeOfAReplacedClaim: ("test_a_replacement_has_its_own_lifetime",),
     SeesExpiredClaims: ("test_a_claim_can_be_looked_up",),
     ClaimsByLookup: ("test_a_claim_can_be_looked_up",),
     ListsDueRunsOnce: ("test_a_delayed_run_is_due_at_the_end_of_its_delay",),
@@ -715,14 +821,26 @@ CATCHES: dict[type[MemoryBroker], tuple[str, ...]] = {
     EnqueuesWhatAQueueHas: ("test_a_run_that_a_queue_has_is_not_due",),
     EnqueuesOnlyNewRuns: ("test_a_delayed_run_is_due_for_enqueueing_from_the_end_of_its_delay",),
     MistakesAQueueForAnOwner: ("test_an_executing_run_keeps_its_lease_when_it_is_reported_as_enqueued",),
+    TakesWhatIsNotDue: ("test_an_on_end_is_due_a_lease_after_the_end_and_taken_once",),
+    ForgetsOnEnds: ("test_an_on_end_is_due_a_lease_after_the_end_and_taken_once",),
+    RevivesOnEnds: ("test_an_on_end_is_renewed_and_due_until_it_was_called",),
+    RemovesBeforeTheOnEnd: ("test_a_run_is_not_removed_before_its_on_end_was_called",),
+    WatchesOneProcess: ("test_the_readers_of_all_processes_count_until_they_expire",),
+    WatchesForever: ("test_the_readers_of_all_processes_count_until_they_expire",),
+    CancelsAtTheLastLeave: (
+        "test_a_run_is_unwatched_a_grace_period_after_its_last_reader",
+        "test_a_run_with_a_reader_that_is_counted_again_is_not_unwatched",
+    ),
+    WatchesEndedRuns: ("test_the_readers_of_a_run_that_is_over_do_not_count",),
     ListsInAnyOrder: ("test_due_runs_are_listed_oldest_first_up_to_a_limit",),
     SkipsNothing: ("test_due_runs_are_listed_oldest_first_up_to_a_limit",),
     LeavesTopicsBehind: ("test_a_removed_run_disappears_everywhere",),
     RemovesSilently: ("test_a_removal_wakes_the_followers_of_the_runs_topics",),
     TrimsInputs: ("test_inputs_are_rejected_at_the_limit_and_never_trimmed",),
-    CountsFramesOfInputs: ("test_the_limit_of_inputs_counts_the_bytes_of_their_items",),
+    CountsFramesOfInputs: ("test_the_limit_of_inputs_counts_their_items",),
     CountsRetriedInputs: ("test_inputs_are_rejected_at_the_limit_and_never_trimmed",),
     KeepsClaimsOfRemovedRuns: ("test_a_claim_is_removed_with_its_run",),
+    KeepsThreadsOfRemovedRuns: ("test_a_claim_is_removed_with_its_run",),
     DropsClaimsOfOthers: ("test_the_claim_of_another_run_is_not_removed",),
     RevokesEnds: ("test_readers_of_a_removed_run_still_get_its_end",),
 }

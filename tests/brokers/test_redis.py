@@ -32,6 +32,7 @@ from asgi_realtime import (
 )
 from asgi_realtime.brokers.base import Changes, End, Producer, StreamKey
 from asgi_realtime.brokers.redis import RedisBroker, mirrors, schedule
+from asgi_realtime.brokers.redis.keys import Keys
 from asgi_realtime.brokers.redis.topic_mirror import TopicMirror
 from asgi_realtime.core.errors import BrokerUnavailable
 from asgi_realtime.core.runs import Finished, RunError, TagsAdded, apply
@@ -537,15 +538,16 @@ async def test_an_end_that_others_stored_after_a_loss_is_final(storage: Storage)
 
 
 async def test_chunks_at_the_seqs_of_lost_ones_do_not_complete_the_stream(storage: Storage) -> None:
-    """The stream was long enough again, but other chunks had the seqs of those that were acknowledged and lost."""
-    async with storage.realtime() as realtime:
+    """The stream was long enough again, but chunks of another process had the seqs of those that were acknowledged and
+    lost."""
+    async with storage.realtime() as realtime, storage.realtime() as other:
         async with realtime.open_run("r") as run:
             await realtime.append("a")
             before = await storage.dump()
             await realtime.pipe(["b", "c"]).wait_until_complete()
             await storage.turn_back(before)
-            await realtime.append("d")
-            await realtime.append("e")
+            await other.append("d", run=run)
+            await other.append("e", run=run)
         record = await realtime.get_run(run)
         assert record.error is not None
         assert (record.status, record.error.name) == (Status.FAILED, "StreamLost")
@@ -767,3 +769,16 @@ async def test_lone_surrogates_survive_in_redis(storage: Storage, monkeypatch: p
         assert record.error == RunError("TaskError", "\ud83d")
         with pytest.raises(RunFailed, match="\ud83d"):
             assert [chunk async for chunk in reader.read(run.id)] == []
+
+
+async def test_a_record_that_cannot_be_decoded_is_not_found_and_others_are(
+    storage: Storage, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with opened(storage) as backend:
+        broken, other = [await create(backend, tags=("a",)) for _ in range(2)]
+        deep = b'{"id":"%b","metadata":{"a":%b}}' % (broken.id.encode(), b"[" * 2000 + b"]" * 2000)
+        await storage.client.hset(Keys(storage.prefix).run(broken.id), "record", deep)
+        for _ in range(2):
+            loaded = await backend.broker.load([broken.id, other.id])
+            assert [record and record.id for record in loaded] == [None, other.id]
+    assert [f"the stored record of run {broken.id} cannot be decoded" in text for text in caplog.messages] == [True]

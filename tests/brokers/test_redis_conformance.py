@@ -44,11 +44,16 @@ class OnRedis:
 
 EVERYWHERE = {
     "test_the_first_claim_wins",
+    "test_of_concurrent_replacements_one_succeeds",
     "test_a_claim_is_removed_with_its_run",
     "test_a_delayed_run_is_due_at_the_end_of_its_delay",
     "test_due_runs_are_listed_oldest_first_up_to_a_limit",
     "test_only_the_owner_renews_a_lease",
     "test_a_run_that_a_queue_has_is_not_due",
+    "test_an_on_end_is_due_a_lease_after_the_end_and_taken_once",
+    "test_a_run_is_not_removed_before_its_on_end_was_called",
+    "test_the_readers_of_all_processes_count_until_they_expire",
+    "test_the_readers_of_a_run_that_is_over_do_not_count",
     "test_a_removed_run_disappears_everywhere",
     "test_a_removal_wakes_the_followers_of_the_runs_topics",
     "test_ping_returns_if_the_broker_answers",

@@ -191,6 +191,7 @@ async def test_memory_full(redis_server: RedisServer, log: Log, hurried: None) -
                 await backend.broker.append(stream.key, items(1))
             with pytest.raises(BrokerUnavailable, match="no memory left"):
                 await backend.broker.ping()
+            assert "no memory left" in backend.broker.warnings[0]
             await store(backend.broker, finished(backend, over))  # this frees memory in the end
             (ended,) = await backend.peer.load([over.id])
             assert ended is not None and ended.is_completed
@@ -202,6 +203,7 @@ async def test_memory_full(redis_server: RedisServer, log: Log, hurried: None) -
             redis_server.configure("maxmemory", 0)
             await stream.continues()
         await backend.broker.ping()
+        assert backend.broker.warnings == ()
         await until(lambda: log.having("accepts calls again"))
     assert len(log.having("Redis refuses calls: Redis has no memory left")) == 1
     assert (log.outages, log.recoveries) == (0, 0)
@@ -585,7 +587,7 @@ async def test_repeated_failures_within_a_second_are_one_outage(log: Log) -> Non
         health.failed("it", "it is unavailable", "unknown reason")
         health.works("it", "it is available again")
         await asyncio.sleep(0)
-    assert log.having("it is") == ["it is unavailable: unknown reason"]
+    assert log.having("it is") == ["asgi_realtime: it is unavailable: unknown reason"]
     assert health.answering_for_s() == 0.0
     health.answering("it")
     assert health.answering_for_s() < GUARD_S

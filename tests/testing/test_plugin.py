@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
-from asgi_realtime.testing import plugin
+import asgi_realtime_pytest as plugin
 
 FIXTURES = ("realtime_client", "realtime_clock", "realtime_factory")
 
@@ -97,3 +98,12 @@ def test_the_fixtures_are_documented_and_the_plugin_does_nothing_else() -> None:
     assert "autouse" not in source and "def pytest_" not in source
     for name in FIXTURES:
         assert getattr(plugin, name).__doc__
+
+
+def test_the_plugin_does_not_import_the_library() -> None:
+    """pytest loads it in every project of the environment, which cost 0.3 s."""
+    project = tomllib.loads((Path(plugin.__file__).parent / "pyproject.toml").read_text("utf-8"))["project"]
+    assert project["entry-points"]["pytest11"] == {"asgi_realtime": plugin.__name__}
+    code = f"import {plugin.__name__}, sys; print('asgi_realtime' in sys.modules, 'anyio' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "False False\n", done.stderr

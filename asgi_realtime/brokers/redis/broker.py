@@ -9,7 +9,6 @@ mark by which any process completes them. Runs on asyncio only.
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Coroutine, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, suppress
 from functools import lru_cache, partial
@@ -18,10 +17,10 @@ from typing import Any, NamedTuple
 import anyio
 from redis.asyncio.client import Redis
 
-from asgi_realtime.brokers.base import ChangeMark, LiveTopic
+from asgi_realtime.brokers.base import INPUT_COST, ChangeMark, LiveTopic
 from asgi_realtime.brokers.live_log import LiveLog
 from asgi_realtime.brokers.redis import scripts
-from asgi_realtime.brokers.redis.clients import open_client
+from asgi_realtime.brokers.redis.clients import NO_MEMORY, open_client
 from asgi_realtime.brokers.redis.keys import Keys
 from asgi_realtime.brokers.redis.mirrors import Mirrors
 from asgi_realtime.brokers.redis.pubsub import PubSub
@@ -46,9 +45,9 @@ from asgi_realtime.core.errors import (
 from asgi_realtime.core.log import End, Entry, Page, Position, Producer, StreamKey, misplaced
 from asgi_realtime.core.runs import RunRecord
 from asgi_realtime.core.topics import Changes, Cursor
+from asgi_realtime.loop.logger import logger
+from asgi_realtime.loop.thread_calls import ThreadLoop
 from asgi_realtime.loop.waiting import WakeSoon, on_asyncio
-
-logger = logging.getLogger("asgi_realtime")
 
 PREFIX = "asgi_realtime"
 
@@ -202,6 +201,7 @@ class RedisBroker:
             "" if at is None else at,
             names.channel,
             _INLINE_BYTES,
+            INPUT_COST,
             *items,
             repeat=producer is not None or not items,
             channel=names.channel,
@@ -284,11 +284,15 @@ class RedisBroker:
         """Remove a run: from its topics first and itself last, so that after a crash in between it is still due."""
         opened = self._open
         record = await opened.records.load(run_id)
-        if record is None or not record.is_completed:
+        if (
+            record is None
+            or not record.is_completed
+            or (record.has_on_end and await opened.schedule.has_on_end(run_id))
+        ):
             return
         await opened.topics.remove(run_id, record.topics)
-        if record.claim is not None:
-            await opened.servers.run(scripts.RELEASE_CLAIM, [self._keys.claim(record.claim)], run_id)
+        for claim in record.claims:
+            await opened.servers.run(scripts.RELEASE_CLAIM, [self._keys.claim(claim)], run_id)
         await opened.records.remove(run_id)
         await opened.topics.wake(record.topics)  # now followers that load the run do not find it
 
@@ -307,11 +311,15 @@ class RedisBroker:
 
     # Claims, due times, leases
 
-    async def claim(self, key: str, value: str, *, ttl_s: float) -> str:
-        name = self._keys.claim(key)
-        px = max(1, round(ttl_s * 1000))
-        stored = await self._open.servers.call(name, "SET", name, value, "NX", "GET", "PX", px)
-        return value if stored is None else stored.decode()
+    async def claim(
+        self, key: str, value: str, *, ttl_s: float, owner: str | None = None, instead_of: str | None = None
+    ) -> str:
+        ttl_ms = max(1, round(ttl_s * 1000))
+        stored = await self._open.servers.run(
+            scripts.CLAIM, [self._keys.claim(key)], value, ttl_ms, "" if instead_of is None else instead_of
+        )
+        claimed: str = stored.decode()
+        return claimed
 
     async def claimed(self, key: str) -> str | None:
         name = self._keys.claim(key)
@@ -333,15 +341,46 @@ class RedisBroker:
             async with broker:
                 await broker.renew(run_ids, owner=owner)
 
-        asyncio.run(renew())
+        with asyncio.Runner(loop_factory=ThreadLoop) as runner:
+            runner.run(renew())
 
     async def enqueued(self, run_id: str) -> None:
         await self._open.schedule.enqueued(run_id)
 
+    async def take_on_end(self, run_id: str) -> bool:
+        return await self._open.schedule.take_on_end(run_id)
+
+    async def on_end_called(self, run_id: str) -> None:
+        await self._open.schedule.on_end_called(run_id)
+
+    async def watch(self, run_id: str, *, process: str, readers: int, grace_s: float | None) -> None:
+        await self._open.schedule.watch(run_id, process=process, readers=readers, grace_s=grace_s)
+
+    async def watchers(self, run_id: str) -> int:
+        return await self._open.schedule.watchers(run_id)
+
+    # Lists of runs
+
+    async def note_runs(self, name: str, runs: Sequence[tuple[str, int, int, bytes]], *, size: int) -> None:
+        ttl_ms = round(self._retention.after_end * 1000)
+        arguments = (argument for run in runs for argument in run)
+        await self._open.servers.run(scripts.NOTE_RUNS, self._keys.run_list(name), size, ttl_ms, *arguments, bulk=True)
+
+    async def noted_runs(self, name: str) -> list[bytes]:
+        _, summaries = self._keys.run_list(name)
+        found: list[bytes] = await self._open.servers.call(summaries, "HVALS", summaries, bulk=True)
+        return [noted.partition(b" ")[2] for noted in found]
+
     async def ping(self) -> None:
-        await self._open.servers.check()
+        try:
+            await self._open.servers.check()
+        except BrokerUnavailable as exc:
+            if NO_MEMORY in str(exc):
+                self.warnings = (NO_MEMORY,)
+            raise
         if (trouble := self._open.pubsub.trouble) is not None:
             raise BrokerUnavailable(f"nothing can be followed: {trouble}")
+        self.warnings = tuple(warning for warning in self.warnings if warning != NO_MEMORY)
         with suppress(BrokerUnavailable):  # the Redis user can lack the permission for INFO
             evicts = any(map(_evicts, await self._open.servers.ask_all("INFO", "memory")))
             if evicts and not self.warnings:

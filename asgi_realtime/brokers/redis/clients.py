@@ -19,6 +19,8 @@ from asgi_realtime.core.errors import BrokerUnavailable, InvalidConfiguration
 
 _TRANSIENT_PREFIXES = ("LOADING", "MASTERDOWN", "READONLY", "CLUSTERDOWN", "TRYAGAIN")
 
+NO_MEMORY = "Redis has no memory left (maxmemory); raise it, or lower Retention"
+
 
 class Address(NamedTuple):
     """Where a primary listens. An empty host means the server of the URL."""
@@ -95,7 +97,7 @@ def is_transient(exc: exceptions.ResponseError) -> bool:
 def unavailable(exc: exceptions.RedisError) -> BrokerUnavailable:
     """Our error for a refusal, with what the user can do about it."""
     if isinstance(exc, exceptions.OutOfMemoryError):
-        return BrokerUnavailable("Redis has no memory left (maxmemory); raise it, or lower Retention")
+        return BrokerUnavailable(NO_MEMORY)
     if isinstance(exc, exceptions.NoPermissionError | exceptions.AuthorizationError):
         return BrokerUnavailable(f"the Redis user lacks a permission ({exc}); docs/scaling.md lists the rules it needs")
     return BrokerUnavailable(f"Redis refused: {exc}")

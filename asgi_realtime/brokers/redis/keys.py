@@ -13,11 +13,11 @@ from hashlib import blake2s
 from redis.crc import key_slot
 
 from asgi_realtime.core.log import StreamKey
-from asgi_realtime.core.runs import run_topic
+from asgi_realtime.core.runs import LEASE_KINDS, run_topic
 
 PARTITIONS = 256
 
-DUE_OF_PARTITION = ("lease", "enqueue", "unpublished", "delay", "ttl", "cancel", "expiry")
+DUE_OF_PARTITION = (*LEASE_KINDS, "unpublished", "delay", "ttl", "cancel", "expiry", "unwatched")
 """In the order of the scripts' keys."""
 
 _RUN_TOPIC = run_topic("")
@@ -47,6 +47,10 @@ class Keys:
         """STREAM: entry `<seq + 1>-0` with t (time in unix milliseconds) and d (data)."""
         return f"{self._of_run(key.run, 'entries')}:{key.name}"
 
+    def watchers(self, run_id: str) -> str:
+        """HASH, by process: how many readers it has, and until when that counts (unix milliseconds)."""
+        return self._of_run(run_id, "watchers")
+
     def due(self, kind: str, partition: int) -> str:
         """ZSET: the run ids of a partition by the time at which they are due."""
         return f"{self._prefix}{{{partition}}}:due:{kind}"
@@ -66,6 +70,11 @@ class Keys:
 
     def claim(self, key: str) -> str:
         return f"{self._prefix}{{{_digest(key)}}}:claim:{key}"
+
+    def run_list(self, name: str) -> tuple[str, str]:
+        """ZSET: run ids by the time of their change. HASH: their versions and summaries."""
+        tagged = f"{self._prefix}{{run_list}}:{name}"
+        return f"{tagged}:times", f"{tagged}:summaries"
 
     def stream_channel(self, key: StreamKey) -> str:
         """Announces what happens to a stream:

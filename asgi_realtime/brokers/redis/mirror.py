@@ -28,7 +28,6 @@ the tasks that wait for one. A read that was overtaken (`_reread`) is repeated b
 from __future__ import annotations
 
 import asyncio
-import logging
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Sequence
 from enum import Enum
@@ -38,9 +37,8 @@ from asgi_realtime.brokers.redis.pubsub import PubSub
 from asgi_realtime.brokers.redis.pubsub_connection import retry_delays
 from asgi_realtime.brokers.redis.servers import RESYNC
 from asgi_realtime.core.errors import BrokerUnavailable, RealtimeError, ServerShutdown
+from asgi_realtime.loop.logger import logger
 from asgi_realtime.loop.waiting import WaitList
-
-logger = logging.getLogger("asgi_realtime")
 
 _PENDING_BYTES = 1024 * 1024
 """Messages that wait for a read. Beyond this, reading once more is cheaper."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import TypeVar
 
 from asgi_realtime.brokers.live_log import LiveLog
@@ -37,28 +37,28 @@ class Mirrors:
         self._new_topic = new_topic
         self._closed = False
 
-    @asynccontextmanager
-    async def live(self, key: StreamKey) -> AsyncIterator[LiveLog]:
+    def live(self, key: StreamKey) -> AbstractAsyncContextManager[LiveLog]:
         """As `Broker.live`."""
-        async with self._used(self.streams, key, self._new_stream) as mirror:
-            mirror.live.enter()
-            try:
-                yield mirror.live
-            finally:
-                mirror.live.leave()
+        return _Reading(self, key)
+
+    async def enter(self, key: StreamKey) -> StreamMirror:
+        """Add a user to a stream, until `leave`."""
+        return await self._enter(self.streams, key, self._new_stream)
 
     @asynccontextmanager
     async def follow(self, topic: str) -> AsyncIterator[TopicMirror]:
         """As `Broker.follow`."""
         known = self.topics.get(topic)
-        async with self._used(self.topics, topic, self._new_topic) as mirror:
+        mirror = await self._enter(self.topics, topic, self._new_topic)
+        try:
             self.idle.discard(mirror)
             if mirror is known:
                 await mirror.refresh()
             yield mirror
+        finally:
+            self.leave(mirror)
 
-    @asynccontextmanager
-    async def _used(self, mirrors: dict[K, M], key: K, make: Callable[[K], M]) -> AsyncIterator[M]:
+    async def _enter(self, mirrors: dict[K, M], key: K, make: Callable[[K], M]) -> M:
         if self._closed:
             raise ServerShutdown()
         mirror = mirrors.get(key)
@@ -67,13 +67,16 @@ class Mirrors:
         mirror.users += 1
         try:
             await mirror.joined()
-            yield mirror
-        finally:
-            mirror.users -= 1
-            if not mirror.users:
-                self._leave(mirror)
+        except BaseException:
+            self.leave(mirror)
+            raise
+        return mirror
 
-    def _leave(self, mirror: Mirror) -> None:
+    def leave(self, mirror: Mirror) -> None:
+        """Remove a user."""
+        mirror.users -= 1
+        if mirror.users:
+            return
         if isinstance(mirror, TopicMirror) and mirror.is_usable:
             self.idle.add(mirror)
         else:
@@ -102,6 +105,25 @@ class Mirrors:
         users = [mirror.users for mirror in (*self.streams.values(), *self.topics.values()) if mirror.users]
         waiting = [live.waiting for live in lives] + [mirror.waiting for mirror in self.topics.values()]
         return len(users) + sum(users) + sum(live.readers for live in lives) + sum(map(len, waiting))
+
+
+class _Reading:
+    """What `Mirrors.live` returns. The frames of generators would take 1,000 bytes for each idle reader."""
+
+    __slots__ = ("_key", "_mirror", "_mirrors")
+
+    def __init__(self, mirrors: Mirrors, key: StreamKey) -> None:
+        self._mirrors = mirrors
+        self._key = key
+
+    async def __aenter__(self) -> LiveLog:
+        self._mirror = await self._mirrors.enter(self._key)
+        self._mirror.live.enter()
+        return self._mirror.live
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        self._mirror.live.leave()
+        self._mirrors.leave(self._mirror)
 
 
 class IdleMirrors:

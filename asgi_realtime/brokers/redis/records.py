@@ -14,12 +14,16 @@ from asgi_realtime.brokers.redis.schedule import STATES, Schedule
 from asgi_realtime.brokers.redis.servers import Servers
 from asgi_realtime.brokers.redis.topics import new_epoch, random_step
 from asgi_realtime.core.chunks import decode_as, encode_value
-from asgi_realtime.core.errors import StreamBehind
+from asgi_realtime.core.errors import StreamBehind, UsageError
 from asgi_realtime.core.log import StreamKey
 from asgi_realtime.core.run_errors import VersionConflict
-from asgi_realtime.core.runs import RunRecord, run_topic
+from asgi_realtime.core.runs import RunRecord, lease_kind, run_topic
+from asgi_realtime.loop.logger import logger
 
 _decode = msgspec.json.Decoder(RunRecord).decode
+
+_MAX_UNREADABLE = 1000
+"""Runs that are remembered so that each is reported once."""
 
 
 class Records:
@@ -29,6 +33,7 @@ class Records:
         self._servers = servers
         self._keys = keys
         self._schedule = schedule
+        self._unreadable: set[str] = set()
 
     async def store(
         self, record: RunRecord, expect: int, change: ChangeMark, floors: Mapping[tuple[str, str], int]
@@ -51,7 +56,7 @@ class Records:
             _encode_payload(record) if expect == 0 else b"",
             record.output_json or b"",
             b"" if end is None else encode_value(end),
-            STATES.get(record.status, ""),
+            STATES.get(lease_kind(record), ""),
             record.owner or "",
             self._schedule.lease_ms,
             int(bool(record.topics)),
@@ -71,8 +76,18 @@ class Records:
         return int(answer[1]), answer[2] == b"1"
 
     async def load(self, run_id: str) -> RunRecord | None:
+        """None also for a record that cannot be decoded, so that lists with other runs do not fail."""
         key = self._keys.run(run_id)
-        return _decode_record(await self._servers.call(key, "HMGET", key, "record", "payload", "output", bulk=True))
+        fields = await self._servers.call(key, "HMGET", key, "record", "payload", "output", bulk=True)
+        try:
+            return _decode_record(fields)
+        except (RecursionError, UsageError, msgspec.ValidationError) as exc:
+            if run_id not in self._unreadable:
+                if len(self._unreadable) >= _MAX_UNREADABLE:
+                    self._unreadable.clear()
+                self._unreadable.add(run_id)
+                logger.error("the stored record of run %s cannot be decoded, so the run is not found: %s", run_id, exc)
+            return None
 
     async def remove(self, run_id: str) -> None:
         """Remove a run that is over, with its streams and due times."""

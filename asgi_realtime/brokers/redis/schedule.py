@@ -1,4 +1,4 @@
-"""What runs are due for, and when: sorted sets by Redis's clock, seven for each of the 256 partitions.
+"""What runs are due for, and when: sorted sets by Redis's clock, nine for each of the 256 partitions.
 
 A commit updates the sets of its run's partition in its own step. Reading all partitions at every poll would be too
 much, so after each commit a *hint* records when its partition has something due. A poll takes the hints that are
@@ -19,7 +19,7 @@ from asgi_realtime.brokers.redis import scripts
 from asgi_realtime.brokers.redis.keys import DUE_OF_PARTITION, PARTITIONS, Keys
 from asgi_realtime.brokers.redis.servers import Servers
 from asgi_realtime.core.config import Retention, Timeouts
-from asgi_realtime.core.runs import RunRecord, Status, due_times
+from asgi_realtime.core.runs import LEASE_KINDS, RunRecord, due_times, lease_kind
 
 _SCAN_S = 1.0
 _SCANNED = 4
@@ -31,10 +31,8 @@ _READ_MS = 5000
 _UNPUBLISHED_MS = 1000
 """How long the committing process has to publish to topics before other processes do it."""
 
-STATES = {Status.EXECUTING: "executing", Status.QUEUED: "queued"}
-"""The statuses in which a run needs a process that renews it, and their names in Redis."""
-
-_LEASES = {Status.EXECUTING: "lease", Status.QUEUED: "enqueue"}
+STATES: dict[str | None, str] = {"lease": "executing", "enqueue": "queued", "on_end": "ended"}
+"""The states in which a run needs a process that renews it, as Redis stores them."""
 
 
 class Schedule:
@@ -55,8 +53,9 @@ class Schedule:
     async def add_hints(self, record: RunRecord, *, has_new_lease: bool, unpublished: bool = False) -> None:
         """Hint at the times at which a run is due, also at the end of a lease that begins with its status."""
         hints = {kind: f"a{at}" for kind, at in self.due_times(record).items()}
-        if has_new_lease and record.status in _LEASES:
-            hints[_LEASES[record.status]] = f"r{self.lease_ms}"
+        kind = lease_kind(record)
+        if has_new_lease and kind is not None:
+            hints[kind] = f"r{self.lease_ms}"
         if unpublished:
             hints["unpublished"] = f"r{_UNPUBLISHED_MS}"
         if hints:
@@ -65,8 +64,8 @@ class Schedule:
 
     async def due(self, kind: str, *, limit: int, skip: int) -> list[str]:
         """As `Broker.due`."""
-        if kind == "lease" and self._servers.health.answering_for_s() < self._timeouts.lease:
-            return []  # no owner could renew while Redis was unavailable: they get a lease's time to do so
+        if kind in ("lease", "unwatched") and self._servers.health.answering_for_s() < self._timeouts.lease:
+            return []  # no process could renew while Redis was unavailable: they get a lease's time to do so
         await self._scan()
         partitions, moved_to = await self._servers.run(scripts.TAKE_HINTS, [self._keys.hints(kind)], _READ_MS)
         found = await asyncio.gather(
@@ -108,10 +107,41 @@ class Schedule:
         await asyncio.gather(*(self._renew(run_id, owner) for run_id in run_ids))
 
     async def _renew(self, run_id: str, owner: str) -> None:
-        lease, enqueue, *_ = self._keys.due_of(run_id)
-        await self._servers.run(scripts.RENEW, [self._keys.run(run_id), lease, enqueue], run_id, owner, self.lease_ms)
+        leases = [self._keys.due(kind, self._keys.partition(run_id)) for kind in LEASE_KINDS]
+        await self._servers.run(scripts.RENEW, [self._keys.run(run_id), *leases], run_id, owner, self.lease_ms)
 
     async def enqueued(self, run_id: str) -> None:
         """As `Broker.enqueued`."""
-        key = self._keys.due("enqueue", self._keys.partition(run_id))
+        await self._drop("enqueue", run_id)
+
+    async def take_on_end(self, run_id: str) -> bool:
+        """As `Broker.take_on_end`. Not repeated: a call without an answer leaves the run due."""
+        key = self._keys.due("on_end", self._keys.partition(run_id))
+        return bool(await self._servers.run(scripts.TAKE_DUE, [key], run_id, self.lease_ms, repeat=False))
+
+    async def on_end_called(self, run_id: str) -> None:
+        """As `Broker.on_end_called`."""
+        await self._drop("on_end", run_id)
+
+    async def has_on_end(self, run_id: str) -> bool:
+        """Whether the `on_end` of the run has to be called still."""
+        key = self._keys.due("on_end", self._keys.partition(run_id))
+        return await self._servers.call(key, "ZSCORE", key, run_id) is not None
+
+    async def watch(self, run_id: str, *, process: str, readers: int, grace_s: float | None) -> None:
+        """As `Broker.watch`."""
+        partition = self._keys.partition(run_id)
+        keys = [self._keys.run(run_id), self._keys.watchers(run_id), self._keys.due("unwatched", partition)]
+        grace_ms = "" if grace_s is None else round(grace_s * 1000)
+        at = await self._servers.run(scripts.WATCH, keys, run_id, process, readers, self.lease_ms, grace_ms)
+        if at:
+            await self._add_hint("unwatched", partition, at)
+
+    async def watchers(self, run_id: str) -> int:
+        """As `Broker.watchers`."""
+        keys = [self._keys.run(run_id), self._keys.watchers(run_id)]
+        return int(await self._servers.run(scripts.WATCHERS, keys))
+
+    async def _drop(self, kind: str, run_id: str) -> None:
+        key = self._keys.due(kind, self._keys.partition(run_id))
         await self._servers.call(key, "ZREM", key, run_id)

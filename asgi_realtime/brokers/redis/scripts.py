@@ -32,6 +32,7 @@ COMMIT = Script("#!lua\n" + _read("commit"))
 COMMIT_END = Script("#!lua flags=allow-oom\n" + _read("commit"))
 """The same script for terminal records: a run can end, and thereby free memory, when none is left."""
 REMOVE_RUN = Script(_read("remove_run"))
+CLAIM = Script(_read("claim"))
 RELEASE_CLAIM = Script(_read("release_claim"))
 
 PUBLISH = Script(_read("publish"))
@@ -45,3 +46,9 @@ ADD_HINTS = Script(_read("add_hints"))
 TAKE_HINTS = Script(_read("take_hints"))
 DROP_HINT = Script(_read("drop_hint"))
 RENEW = Script(_read("renew"))
+TAKE_DUE = Script(_read("take_due"))
+WATCH = Script(_read("watch"))
+WATCHERS = Script(_read("watchers"))
+
+
+NOTE_RUNS = Script(_read("note_runs"))

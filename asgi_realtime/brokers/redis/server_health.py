@@ -12,8 +12,8 @@ import math
 from collections.abc import Hashable
 
 from asgi_realtime.brokers.redis.clients import THE_URL, Address
+from asgi_realtime.loop.logger import logger
 
-logger = logging.getLogger("asgi_realtime")
 _silent = logging.Logger("silent", logging.CRITICAL + 1)
 
 _STEADY_S = 1.0

@@ -14,7 +14,7 @@ from asgi_realtime.brokers.base import Broker, StreamKey
 from asgi_realtime.brokers.following import Follower, following
 from asgi_realtime.core.errors import RunNotFound
 from asgi_realtime.core.run_errors import VersionConflict
-from asgi_realtime.core.runs import BatchMember, Status, run_topic
+from asgi_realtime.core.runs import BatchMember, RunRecord, Status, run_topic
 from asgi_realtime.testing.conformance.kit import (
     SHORT_S,
     STEP_S,
@@ -108,6 +108,56 @@ async def test_a_claim_can_be_looked_up(make_broker: MakeBroker) -> None:
         await eventually(backend, has_expired, "the claim expires; look-ups do not prolong it")
         await backend.peer.claim(key, "third", ttl_s=60)
         assert await backend.broker.claimed(key) == "third"
+
+
+@pytest.mark.anyio
+async def test_a_claim_replaces_only_the_expected_value(make_broker: MakeBroker) -> None:
+    async with open_backend(make_broker) as backend:
+        key = new_tag()
+        assert await backend.broker.claim(key, "first", ttl_s=60, instead_of="none") == "first", "it had no value"
+        assert await backend.peer.claim(key, "second", ttl_s=60, instead_of="another") == "first"
+        assert await backend.peer.claim(key, "second", ttl_s=60, instead_of="first") == "second"
+        assert [await broker.claimed(key) for broker in backend.processes] == ["second"] * 2
+        assert await backend.peer.claim(key, "second", ttl_s=60, instead_of="first") == "second", "a retry"
+        assert await backend.broker.claim(key, "third", ttl_s=60, instead_of="first") == "second"
+
+
+@pytest.mark.anyio
+async def test_of_concurrent_replacements_one_succeeds(make_broker: MakeBroker) -> None:
+    async with open_backend(make_broker) as backend:
+        key = new_tag()
+        await backend.broker.claim(key, "old", ttl_s=60)
+        found: list[str] = []
+
+        async def replace(broker: Broker, value: str) -> None:
+            found.append(await broker.claim(key, value, ttl_s=60, instead_of="old"))
+
+        async with anyio.create_task_group() as group:
+            for number in range(10):
+                group.start_soon(replace, backend.processes[number % 2], f"value {number}")
+        assert len(found) == 10
+        assert set(found) == {await backend.peer.claimed(key)} != {"old"}
+
+
+@pytest.mark.anyio
+async def test_a_replacement_has_its_own_lifetime(make_broker: MakeBroker) -> None:
+    async with open_backend(make_broker) as backend:
+        short, long = new_tag(), new_tag()
+
+        async def replace_both() -> bool:
+            await backend.broker.claim(long, "old", ttl_s=SHORT_S)
+            await backend.broker.claim(short, "old", ttl_s=60)
+            return await backend.peer.claim(long, "new", ttl_s=60, instead_of="old") == "new"
+
+        assert await in_time(backend, SHORT_S, replace_both)
+        assert await backend.peer.claim(short, "new", ttl_s=SHORT_S, instead_of="old") == "new"
+
+        async def has_expired() -> bool:
+            return await backend.broker.claimed(short) is None
+
+        await eventually(backend, has_expired, "the shorter lifetime is over")
+        assert await backend.broker.claimed(long) == "new"
+        assert await backend.broker.claim(short, "third", ttl_s=60, instead_of="new") == "third"
 
 
 # Due times
@@ -343,6 +393,152 @@ async def test_any_process_that_holds_a_queued_run_renews_it(make_broker: MakeBr
         assert await _due(backend, "enqueue") == [neighbor.id]
 
 
+# Calling the `on_end` of a run
+
+
+async def _end_with_on_end(backend: Backend) -> RunRecord:
+    return await store(backend.broker, finished(backend, await create(backend, has_on_end=True)))
+
+
+@pytest.mark.anyio
+async def test_an_on_end_is_due_a_lease_after_the_end_and_taken_once(make_broker: MakeBroker) -> None:
+    async with open_backend(make_broker) as backend:
+        for run in [await create(backend), await create(backend, has_on_end=True)]:
+            assert not await backend.broker.take_on_end(run.id), "the run is not over"
+            ended_ms = backend.now_ms()
+            await store(backend.broker, finished(backend, run))
+        await _assert_due_from(backend, "on_end", run.id, ended_ms + LEASE_MS)
+
+        taken: list[bool] = []
+
+        async def take(broker: Broker) -> None:
+            taken.append(await broker.take_on_end(run.id))
+
+        async with anyio.create_task_group() as group:
+            taken_ms = backend.now_ms()
+            for number in range(6):
+                group.start_soon(take, backend.processes[number % 2])
+        assert sorted(taken) == [False] * 5 + [True]
+        await _assert_due_from(backend, "on_end", run.id, taken_ms + LEASE_MS)
+
+
+@pytest.mark.anyio
+async def test_an_on_end_is_renewed_and_due_until_it_was_called(make_broker: MakeBroker) -> None:
+    async with open_backend(make_broker) as backend:
+        run = await _end_with_on_end(backend)
+        await backend.advance(STEP_S)
+        neighbor = await _end_with_on_end(backend)
+        await backend.advance(STEP_S)
+        await backend.peer.renew([run.id], owner="anyone")
+        await _assert_due(backend, "on_end", neighbor.id, run.id)
+        await backend.peer.on_end_called(neighbor.id)
+        await backend.broker.on_end_called(neighbor.id)
+        await backend.broker.on_end_called("run_unknown")
+        await backend.broker.renew([neighbor.id], owner="us")
+        assert not await backend.peer.take_on_end(neighbor.id)
+        await backend.advance(TIMEOUTS.lease)
+        await _assert_due(backend, "on_end", run.id)
+
+
+@pytest.mark.anyio
+async def test_a_run_is_not_removed_before_its_on_end_was_called(make_broker: MakeBroker) -> None:
+    async with open_backend(make_broker, after_end=STEP_S) as backend:
+        tag = new_tag()
+        run = await create(backend, has_on_end=True, tags=(tag,))
+        await store(backend.broker, finished(backend, run))
+        await _assert_due(backend, "expiry", run.id)
+        await backend.peer.remove(run.id)
+        assert await backend.broker.load([run.id]) != [None]
+        assert await versions_in(backend.broker, f"tag:{tag}") != {}
+        await backend.broker.on_end_called(run.id)
+        await backend.peer.remove(run.id)
+        assert await backend.broker.load([run.id]) == [None]
+        assert await _due(backend, "expiry") == []
+
+
+# Readers
+
+
+async def _watch(
+    backend: Backend,
+    run_id: str,
+    *,
+    ours: int | None = None,
+    theirs: int | None = None,
+    grace_s: float | None = SHORT_S,
+) -> None:
+    for broker, process, readers in ((backend.broker, "ours", ours), (backend.peer, "theirs", theirs)):
+        if readers is not None:
+            await broker.watch(run_id, process=process, readers=readers, grace_s=grace_s)
+
+
+async def _watchers(backend: Backend, run_id: str) -> list[int]:
+    return [await broker.watchers(run_id) for broker in backend.processes]
+
+
+@pytest.mark.anyio
+async def test_a_run_is_unwatched_a_grace_period_after_its_last_reader(make_broker: MakeBroker) -> None:
+    async with open_backend(make_broker) as backend:
+        never, run, other = [await create(backend) for _ in range(3)]
+        await _watch(backend, other.id, ours=1, theirs=0, grace_s=None)
+        await _watch(backend, run.id, ours=3)
+        await _watch(backend, run.id, ours=2)
+        left_ms = backend.now_ms()
+        await _watch(backend, run.id, ours=0)
+        await _watch(backend, other.id, ours=0, grace_s=None)
+        await _assert_due_from(backend, "unwatched", run.id, left_ms + SHORT_MS)
+        assert await backend.peer.watchers(never.id) == 0
+        await _watch(backend, run.id, theirs=1)
+        assert await _due(backend, "unwatched") == [], "a reader is back"
+
+
+@pytest.mark.anyio
+async def test_the_readers_of_all_processes_count_until_they_expire(make_broker: MakeBroker) -> None:
+    """A process that dies leaves its count behind."""
+    async with open_backend(make_broker) as backend:
+
+        async def count() -> tuple[RunRecord, int, list[int]]:
+            run, counted_ms = await create(backend), backend.now_ms()
+            await _watch(backend, run.id, ours=2, theirs=3)
+            await _watch(backend, run.id, ours=1)
+            return run, counted_ms, await _watchers(backend, run.id)
+
+        run, counted_ms, found = await in_time(backend, TIMEOUTS.lease, count)
+        assert found == [4, 4]
+        await _watch(backend, run.id, ours=0)
+        await _assert_due_from(backend, "unwatched", run.id, counted_ms + LEASE_MS + SHORT_MS)
+        assert await _watchers(backend, run.id) == [0, 0]
+
+
+@pytest.mark.anyio
+async def test_a_run_with_a_reader_that_is_counted_again_is_not_unwatched(make_broker: MakeBroker) -> None:
+    async with open_backend(make_broker) as backend:
+        left, run = [await create(backend) for _ in range(2)]
+        await _watch(backend, run.id, theirs=1)
+        await backend.advance(STEP_S)
+        await _watch(backend, left.id, theirs=1)
+        await backend.advance(STEP_S)
+        await _watch(backend, run.id, theirs=1)
+        await _watch(backend, run.id, ours=0)
+        await _assert_due(backend, "unwatched", left.id, run.id)
+
+
+@pytest.mark.anyio
+async def test_the_readers_of_a_run_that_is_over_do_not_count(make_broker: MakeBroker) -> None:
+    async with open_backend(make_broker) as backend:
+        left, ended, other = [await create(backend) for _ in range(3)]
+        await _watch(backend, left.id, ours=0)
+        await _watch(backend, ended.id, ours=1)
+        for run in (left, ended):
+            await store(backend.broker, finished(backend, run))
+        assert await _watchers(backend, ended.id) == [0, 0]
+        for run_id in (ended.id, "run_unknown", other.id):
+            await _watch(backend, run_id, ours=0)
+        await _assert_due(backend, "unwatched", other.id)
+        await backend.broker.remove(ended.id)
+        assert await _watchers(backend, "run_unknown") == [0, 0]
+
+
 # Removal
 
 
@@ -376,28 +572,31 @@ async def test_a_removed_run_disappears_everywhere(make_broker: MakeBroker) -> N
 @pytest.mark.anyio
 async def test_a_claim_is_removed_with_its_run(make_broker: MakeBroker) -> None:
     async with open_backend(make_broker) as backend:
-        run = new_record(backend, idempotency_key=new_tag())
-        claim = run.claim
-        assert claim is not None
-        assert await backend.broker.claim(claim, run.id, ttl_s=60) == run.id
-        assert await backend.peer.claim(claim, "another", ttl_s=60) == run.id, "even before the run exists"
+        run = new_record(backend, idempotency_key=new_tag(), thread=new_tag())
+        assert len(run.claims) == 2
+        for claim in run.claims:
+            assert await backend.broker.claim(claim, run.id, ttl_s=60) == run.id
+            assert await backend.peer.claim(claim, "another", ttl_s=60) == run.id, "even before the run exists"
         await backend.broker.commit(run, expect=0, change=new_mark())
         await store(backend.broker, finished(backend, run))
-        assert await backend.peer.claim(claim, "another", ttl_s=60) == run.id
+        for claim in run.claims:
+            assert await backend.peer.claim(claim, "another", ttl_s=60) == run.id
         await backend.peer.remove(run.id)
-        assert await backend.broker.claimed(claim) is None
-        assert await backend.broker.claim(claim, "another", ttl_s=60) == "another"
+        for claim in run.claims:
+            assert await backend.broker.claimed(claim) is None
+            assert await backend.broker.claim(claim, "another", ttl_s=60) == "another"
 
 
 @pytest.mark.anyio
 async def test_the_claim_of_another_run_is_not_removed(make_broker: MakeBroker) -> None:
     async with open_backend(make_broker) as backend:
-        run = await create(backend, idempotency_key=new_tag())
-        assert run.claim is not None
-        await backend.broker.claim(run.claim, "a later run", ttl_s=60)
+        run = await create(backend, idempotency_key=new_tag(), thread=new_tag())
+        for claim in run.claims:
+            await backend.broker.claim(claim, "a later run", ttl_s=60)
         await store(backend.broker, finished(backend, run))
         await backend.broker.remove(run.id)
-        assert await backend.peer.claim(run.claim, "another", ttl_s=60) == "a later run"
+        for claim in run.claims:
+            assert await backend.peer.claim(claim, "another", ttl_s=60) == "a later run"
 
 
 @pytest.mark.anyio

@@ -25,6 +25,7 @@ from asgi_realtime.brokers.base import Broker, ChangeMark, Changes, Cursor, End,
 from asgi_realtime.brokers.following import Follower
 from asgi_realtime.brokers.live_log import LiveLog
 from asgi_realtime.core.config import Limits, Retention, Timeouts
+from asgi_realtime.core.metadata import encode_metadata
 from asgi_realtime.core.runs import RunRecord, Status
 from asgi_realtime.core.sse import chunk_frame
 
@@ -123,7 +124,15 @@ async def in_time(backend: Backend, within_s: float, attempt: Callable[[], Await
 def new_record(backend: Backend, *, status: Status = Status.QUEUED, **fields: Any) -> RunRecord:
     now_ms = backend.now_ms()
     run_id = f"run_{secrets.token_hex(8)}"
-    return RunRecord(id=run_id, task="test", status=status, created_at_ms=now_ms, updated_at_ms=now_ms, **fields)
+    return RunRecord(
+        id=run_id, task="test", status=status, created_at_ms=now_ms, updated_at_ms=now_ms, **_encoded(fields)
+    )
+
+
+def _encoded(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a record, with the metadata as records store it."""
+    metadata = fields.pop("metadata", None)
+    return fields if metadata is None else {**fields, "metadata_json": encode_metadata(metadata)}
 
 
 def new_tag() -> str:
@@ -137,7 +146,7 @@ def new_mark() -> ChangeMark:
 
 def next_version(record: RunRecord, **fields: Any) -> RunRecord:
     """The next version of a record."""
-    return msgspec.structs.replace(record, **{"version": record.version + 1, **fields})
+    return msgspec.structs.replace(record, **{"version": record.version + 1, **_encoded(fields)})
 
 
 def finished(backend: Backend, record: RunRecord, **fields: Any) -> RunRecord:

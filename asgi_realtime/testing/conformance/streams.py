@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asgi_realtime.brokers.base import Broker, End, Position, Producer, StreamKey
+from asgi_realtime.brokers.base import INPUT_COST, Broker, End, Position, Producer, StreamKey
 from asgi_realtime.core.errors import (
     LimitExceeded,
     ProducerGap,
@@ -46,13 +46,13 @@ CHUNK = b'"' + b"x" * 100 + b'"'
 @pytest.mark.anyio
 async def test_inputs_are_rejected_at_the_limit_and_never_trimmed(make_broker: MakeBroker) -> None:
     """Messages to a run were trimmed before the run had read them."""
-    async with open_backend(make_broker, stream_bytes=2000, inputs_bytes=10_000) as backend:
+    async with open_backend(make_broker, stream_bytes=2000, inputs_bytes=10_000 + 10 * INPUT_COST) as backend:
         run = await create(backend)
         one, other = (StreamKey(run.id, f"$input {name}") for name in ("one", "other"))
         for number in range(8):
             await backend.broker.append(one, [b'"%s"' % (b"x" * 1000)], producer=Producer("p", number))
-        with pytest.raises(LimitExceeded, match="limit 10000") as caught:
-            await backend.peer.append(other, [b'"%s"' % (b"x" * 2500)])
+        with pytest.raises(LimitExceeded, match="limit 12560") as caught:
+            await backend.peer.append(other, [b'"%s"' % (b"x" * 4500)])
         assert caught.value.status == 429
         await backend.peer.append(other, [b"1"])
         await backend.broker.append(one, [b'"%s"' % (b"x" * 1000)] * 3, producer=Producer("p", 5))
@@ -61,17 +61,18 @@ async def test_inputs_are_rejected_at_the_limit_and_never_trimmed(make_broker: M
 
 
 @pytest.mark.anyio
-async def test_the_limit_of_inputs_counts_the_bytes_of_their_items(make_broker: MakeBroker) -> None:
-    """One broker counted whole frames, so the same messages were rejected on one backend and accepted on another."""
-    async with open_backend(make_broker, inputs_bytes=100) as backend:
+async def test_the_limit_of_inputs_counts_their_items(make_broker: MakeBroker) -> None:
+    """Brokers counted differently, and small messages took 16 times the limit in memory."""
+    limit = 50 * (2 + INPUT_COST)
+    async with open_backend(make_broker, inputs_bytes=limit) as backend:
         run = await create(backend)
         one, other = (StreamKey(run.id, f"$input {name}") for name in ("one", "other"))
         await backend.broker.append(one, [b"12"] * 30, producer=Producer("p", 0))
         await backend.peer.append(other, [b"12"] * 20)
-        with pytest.raises(LimitExceeded, match="hold 100 bytes, limit 100"):
+        with pytest.raises(LimitExceeded, match=f"hold {limit} bytes, limit {limit}"):
             await backend.broker.append(other, [b"1"])
         await backend.peer.append(one, [b"12"] * 30, producer=Producer("p", 0))  # a retry adds nothing
-        with pytest.raises(LimitExceeded, match="hold 100 bytes, limit 100"):
+        with pytest.raises(LimitExceeded, match=f"hold {limit} bytes, limit {limit}"):
             await backend.peer.append(one, [b"12", b"1"], producer=Producer("p", 29))
         await store(backend.broker, finished(backend, run))
         with pytest.raises(StreamClosed):  # more room would not help

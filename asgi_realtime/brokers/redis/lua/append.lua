@@ -4,7 +4,8 @@
 local name, producer, start = ARGV[1], ARGV[2], tonumber(ARGV[3])
 local keep_bytes, inputs_bytes = tonumber(ARGV[4]), tonumber(ARGV[5])  -- 0: unlimited
 local ending, at, channel, inline_bytes = ARGV[6], ARGV[7], ARGV[8], tonumber(ARGV[9])
-local ITEMS = 10  -- the index of the first item in ARGV
+local input_cost = tonumber(ARGV[10])
+local ITEMS = 11  -- the index of the first item in ARGV
 
 local call = redis.call
 local NEXT, FIRST, BYTES, END = 'n:' .. name, 'f:' .. name, 'b:' .. name, 'e:' .. name
@@ -47,7 +48,7 @@ if count > 0 then
     end
     local size = 0
     for index = from, #ARGV do
-        size = size + #ARGV[index]
+        size = size + #ARGV[index] + input_cost
     end
     if inputs_bytes > 0 and tonumber(run[3] or 0) + size > inputs_bytes then
         return {'full', run[3] or '0'}

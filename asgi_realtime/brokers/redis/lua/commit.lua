@@ -1,6 +1,6 @@
 -- Stores a version of a run if the stored version is the expected one. Checks everything before it writes anything.
--- KEYS: the run, its streams, then the due times of its partition: lease, enqueue, unpublished, delay, ttl, cancel,
--- expiry.
+-- KEYS: the run, its streams, then the due times of its partition: lease, enqueue, on_end, unpublished, delay, ttl,
+-- cancel, expiry, unwatched.
 local run_id, expect, version, mark = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3]), ARGV[4]
 local record, payload, output, ending = ARGV[5], ARGV[6], ARGV[7], ARGV[8]
 local state, owner, lease_ms, has_topics = ARGV[9], ARGV[10], tonumber(ARGV[11]), ARGV[12] == '1'
@@ -49,7 +49,7 @@ if old then
 end
 
 local has_new_lease = '0'
-for index, name in ipairs({'executing', 'queued'}) do
+for index, name in ipairs({'executing', 'queued', 'ended'}) do
     if state ~= name then
         redis.call('ZREM', KEYS[2 + index], run_id)
     elseif run[4] ~= name then
@@ -58,19 +58,20 @@ for index, name in ipairs({'executing', 'queued'}) do
     end
 end
 if has_topics then
-    redis.call('ZADD', KEYS[5], text(now + 1000), run_id)  -- as _UNPUBLISHED_MS in schedule.py
+    redis.call('ZADD', KEYS[6], text(now + 1000), run_id)  -- as _UNPUBLISHED_MS in schedule.py
 end
 for index = 0, 3 do
     if ARGV[DUE + index] ~= '' then
-        redis.call('ZADD', KEYS[6 + index], ARGV[DUE + index], run_id)
+        redis.call('ZADD', KEYS[7 + index], ARGV[DUE + index], run_id)
     else
-        redis.call('ZREM', KEYS[6 + index], run_id)
+        redis.call('ZREM', KEYS[7 + index], run_id)
     end
 end
 
 redis.call('SPUBLISH', channel, 'c ' .. text(before) .. ' ' .. position .. ' ' .. text(version))
 if ending ~= '' then
     redis.call('HSET', KEYS[1], 'end', ending)
+    redis.call('ZREM', KEYS[11], run_id)
     local positions = {}
     local fields = redis.call('HGETALL', KEYS[2])
     for index = 1, #fields, 2 do

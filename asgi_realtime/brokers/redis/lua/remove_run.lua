@@ -1,5 +1,5 @@
 #!lua flags=allow-oom
--- Removes a run that is over. KEYS: the run, its streams, the seven kinds of due times, the entries of each stream.
+-- Removes a run that is over. KEYS: the run, its streams, the nine kinds of due times, the entries of each stream.
 -- The caller has listed the streams before. If one has been added since, nothing is removed and the run stays due.
 local run_id, channel, streams = ARGV[1], ARGV[2], tonumber(ARGV[3])
 local ended = redis.call('HGET', KEYS[1], 'end')
@@ -16,10 +16,10 @@ if found ~= streams then
     return 0
 end
 redis.call('DEL', KEYS[1], KEYS[2])
-for index = 3, 9 do
+for index = 3, 11 do
     redis.call('ZREM', KEYS[index], run_id)
 end
-for index = 10, #KEYS do
+for index = 12, #KEYS do
     redis.call('UNLINK', KEYS[index])
 end
 redis.call('SPUBLISH', channel, 'r')
