@@ -11,13 +11,17 @@ import copy
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
-from asgi_realtime.core.config import Span
-from asgi_realtime.core.errors import UsageError
+from asgi_realtime.core.config import Span, parse_span
+from asgi_realtime.core.errors import UsageError, shown
+from asgi_realtime.loop.waiting import at_most
 
 R = TypeVar("R")
 
 _Wait = Callable[..., Awaitable[Any]]
 """Waits for the result of a run, like `Realtime.result`."""
+
+MakeHandle = Callable[[str, str | None], "RunHandle[Any]"]
+"""Creates the handle of a run, with a new token of this owner; None if the token is its own owner."""
 
 TOKEN_EXPIRES_IN = "1h"
 """The default lifetime of the token of a handle."""
@@ -142,5 +146,15 @@ class BatchHandle(_Handle):
         return value
 
     async def results(self, *, timeout: Span | None = None) -> list[Any]:
-        """Wait for all runs and return their outputs, in order. Raises as `RunHandle.result`."""
-        return [await self._result(run_id, timeout=timeout) for run_id in self.runs]
+        """Wait for all runs and return their outputs, in order. Raises as `RunHandle.result`; `timeout` is for all."""
+        seconds = None if timeout is None else parse_span(timeout, name="timeout")
+        outputs: dict[str, Any] = {}
+
+        def describe() -> str:
+            ended = f"{len(outputs)} of {len(set(self.runs))} runs of batch {shown(self.id)} have ended"
+            return f"{ended} within {seconds:g} s; the others continue"
+
+        with at_most(seconds, describe):
+            for run_id in self.runs:
+                outputs[run_id] = await self._result(run_id)
+        return [outputs[run_id] for run_id in self.runs]

@@ -9,7 +9,8 @@ from asgi_realtime.core.topics import Change
 
 T = TypeVar("T")
 
-PAGE = 100
+PAGE = 32
+"""Runs to load at once. Each can have megabytes of payload."""
 
 
 def pages(changes: Sequence[Change]) -> Iterator[Sequence[Change]]:

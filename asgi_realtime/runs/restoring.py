@@ -5,7 +5,7 @@ lacks the last second or so. Each run then falls back to an older state, or disa
 at the end of its streams, the start of its execution.
 
 **What this process knows.** The process that executes a run is its owner. It knows the newest record that it stored
-(`OwnedRuns`), and each of its writers knows how many chunks were acknowledged and holds the newest of them, together
+(`OwnedRuns`), and each of its producers knows how many chunks were acknowledged and holds the newest of them, together
 with their seqs (`RestorableProducer`). Nothing else can be restored; a run without an owner keeps its older state.
 
 **How a loss is found.** No broker announces it. It shows when the owner uses the run:
@@ -15,12 +15,14 @@ with their seqs (`RestorableProducer`). Nothing else can be restored; a run with
 * The commit that ends the run carries the number of acknowledged chunks of each producer. If a stream has fewer, the
   broker refuses it (`StreamBehind`).
 
-**In which order.** First the record, because streams need their run. Then the streams, all writers of the run at once:
-their chunks can interleave in one stream, and each chunk has to return to its old seq. A writer that is too early gets
-`RestoreOutOfOrder` and retries. Then the call that found the loss is repeated.
+**In which order.** First the record, because streams need their run. Then the streams, all producers of the run at
+once: their chunks can interleave in one stream, and each chunk has to return to its old seq. A producer that is too
+early gets `RestoreOutOfOrder` and retries. Then the call that found the loss is repeated.
 
 **What wins.** Whatever other processes stored after the loss stays: the end of the run, a new owner, tags, a request to
 cancel. A run that another process executes by now is lost to this one, and so is everything that it would still store.
+
+**Threads.** If another run has taken the thread of a run that disappeared, the restored run is canceled.
 
 **What is given up.** If the lost chunks are no longer held here, or another producer has written at their seqs, the
 stream ends as `lost`, because its readers have seen chunks that no longer exist. A run that would be COMPLETED with
@@ -34,7 +36,6 @@ feeds and followers check whether it differs, not whether it is higher.
 
 from __future__ import annotations
 
-import logging
 import secrets
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
@@ -57,9 +58,8 @@ from asgi_realtime.core.errors import (
 from asgi_realtime.core.log import End, Position, Producer, StreamKey
 from asgi_realtime.core.run_errors import VersionConflict
 from asgi_realtime.core.runs import RunRecord
+from asgi_realtime.loop.logger import logger
 from asgi_realtime.loop.retry import Retry
-
-logger = logging.getLogger("asgi_realtime")
 
 HELD_BYTES = 256 * 1024
 HELD_S = 10.0
@@ -185,20 +185,28 @@ class OwnedRuns(dict[str, OwnedRun]):
 
 
 class Restorer:
-    """Stores again what the broker lost. `commit` stores a record, as `Broker.commit` with a new mark."""
+    """Stores again what the broker lost. `commit` stores a record, as `Broker.commit` with a new mark; `reconcile` is
+    that of the store."""
 
     def __init__(
-        self, broker: Broker, owned: OwnedRuns, *, retry: Retry, commit: Callable[..., Awaitable[int]]
+        self,
+        broker: Broker,
+        owned: OwnedRuns,
+        *,
+        retry: Retry,
+        commit: Callable[..., Awaitable[int]],
+        reconcile: Callable[[str, RunRecord | None], Awaitable[RunRecord | None]],
     ) -> None:
         self.broker = broker
         self.owned = owned
         self.retry = retry
         self._commit = commit
+        self._reconcile = reconcile
 
     async def restore_run(self, run_id: str) -> RunRecord | None:
         """Store the record of an owned run again if the broker lost it. Returns the stored record, if there is one."""
         (stored,) = await self.retry(self.broker.load, [run_id])
-        record = self.owned.reconcile(run_id, stored)
+        record = await self._reconcile(run_id, stored)
         if record is None or record is stored:
             return record
         if stored is not None:

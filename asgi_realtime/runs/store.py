@@ -7,26 +7,26 @@ lost. What a broker can lose is in `restoring.py`.
 
 from __future__ import annotations
 
-import logging
 import secrets
 from collections.abc import Callable, Sequence
 from itertools import count
 from typing import NamedTuple
 
+import msgspec
+
 from asgi_realtime.brokers.base import Broker, ChangeMark
 from asgi_realtime.brokers.following import following
-from asgi_realtime.core.chunks import encode_value
-from asgi_realtime.core.config import Limits, Retention
+from asgi_realtime.core.config import MAX_SPAN_S, Limits, Retention
 from asgi_realtime.core.errors import LimitExceeded, RunNotFound, StreamBehind, shown
 from asgi_realtime.core.log import StreamKey
 from asgi_realtime.core.metadata import check_size
 from asgi_realtime.core.run_errors import VersionConflict
 from asgi_realtime.core.runs import InputAdded, RunChange, RunRecord, StreamAdded, apply, run_topic
+from asgi_realtime.loop.logger import logger
 from asgi_realtime.loop.retry import Retry
 from asgi_realtime.loop.waiting import WaitList
+from asgi_realtime.runs.reporter import Reporter
 from asgi_realtime.runs.restoring import OwnedRuns, Restorer
-
-logger = logging.getLogger("asgi_realtime")
 
 _KNOWN_STREAMS = 10_000
 
@@ -52,18 +52,24 @@ class RunStore:
         patience_s: float,
         limits: Limits,
         retention: Retention | None = None,
+        reporter: Reporter | None = None,
     ) -> None:
         self.broker = broker
+        self.reporter = reporter or Reporter()
         self._clock = clock
         self.limits = limits
-        self.retry = Retry(patience_s)
+        self.retry = Retry(patience_s, on_failure=self.reporter.broker_failed)
         self.owner = secrets.token_hex(8)
         """Identifies this process as the owner of the runs that it executes and the author of its commits."""
         self.owned = OwnedRuns(lossy=broker.shared, clock=clock, retention=retention or Retention())
-        self.restorer = Restorer(broker, self.owned, retry=self.retry, commit=self._commit)
+        self.restorer = Restorer(broker, self.owned, retry=self.retry, commit=self._commit, reconcile=self.reconcile)
         self._mark_numbers = count()
         self._known_streams: dict[StreamKey, None] = {}
-        self._being_created: dict[str, WaitList] = {}
+        self.creating: dict[str, WaitList] = {}
+        self.on_ended: Callable[[RunRecord], None] = lambda record: None
+        """Called with each terminal record that this process has stored."""
+        self.on_stored: Callable[[RunRecord], None] | None = None
+        """Called with each record that this process has stored."""
 
     def now_ms(self) -> int:
         return int(self._clock() * 1000)
@@ -79,7 +85,8 @@ class RunStore:
 
     async def get(self, run_id: str) -> RunRecord:
         """The newest record. Waits for a run that this process is creating. Raises `RunNotFound`."""
-        await self.wait_created(run_id)
+        if run_id in self.creating:
+            await self.wait_created(run_id)
         (record,) = await self.broker.load([run_id])
         if record is None:
             raise _not_found(run_id)
@@ -91,20 +98,23 @@ class RunStore:
         """Store a new run. Raises `VersionConflict` if its id exists."""
         mark = self._make_mark()
         await self.retry(self.broker.commit, record, expect=0, change=mark)
+        self.reporter.run_changed(None, record)
+        if self.on_stored is not None:
+            self.on_stored(record)
 
     def expect_creation(self, run_id: str) -> None:
         """This process is about to create the run: `get` waits until `creation_settled`."""
-        self._being_created.setdefault(run_id, WaitList())
+        self.creating.setdefault(run_id, WaitList())
 
     def creation_settled(self, run_id: str) -> None:
         """The run was created, or will not be."""
-        waiting = self._being_created.pop(run_id, None)
+        waiting = self.creating.pop(run_id, None)
         if waiting is not None:
             waiting.wake()
 
     async def wait_created(self, run_id: str) -> None:
         """Wait while this process is creating the run."""
-        while (waiting := self._being_created.get(run_id)) is not None:
+        while (waiting := self.creating.get(run_id)) is not None:
             await waiting.wait()
 
     # Update
@@ -143,7 +153,7 @@ class RunStore:
             try:
                 version = await self._commit(changed.record, expect=stored_version, mark=mark)
             except VersionConflict as conflict:
-                current = self._reconcile(run_id, conflict.current)
+                current = await self._reconcile(run_id, conflict.current)
             except StreamBehind:
                 if not stored_version:
                     await self.restorer.restore_run(run_id)
@@ -152,6 +162,7 @@ class RunStore:
             else:
                 if version != changed.record.version:  # the mark is known: an earlier call stored the changes
                     return Changed((await self._current(run_id))[0])
+                self.reporter.run_changed(record, changed.record)
                 return changed
 
     async def _commit(self, record: RunRecord, *, expect: int, mark: ChangeMark | None = None) -> int:
@@ -163,19 +174,33 @@ class RunStore:
         )
         if owned is not None and version == record.version:
             owned.record = record
+        if self.on_stored is not None:
+            self.on_stored(record)
+        if record.is_completed:
+            self.on_ended(record)
         return version
 
     async def _current(self, run_id: str) -> tuple[RunRecord, int]:
         """The run as this process knows it, and the version that the broker has: 0 if it has lost the run."""
         await self.wait_created(run_id)
         (stored,) = await self.retry(self.broker.load, [run_id])
-        return self._reconcile(run_id, stored)
+        return await self._reconcile(run_id, stored)
 
-    def _reconcile(self, run_id: str, stored: RunRecord | None) -> tuple[RunRecord, int]:
-        record = self.owned.reconcile(run_id, stored)
+    async def _reconcile(self, run_id: str, stored: RunRecord | None) -> tuple[RunRecord, int]:
+        record = await self.reconcile(run_id, stored)
         if record is None:
             raise _not_found(run_id)
         return record, 0 if stored is None else stored.version
+
+    async def reconcile(self, run_id: str, stored: RunRecord | None) -> RunRecord | None:
+        """As `OwnedRuns.reconcile`, and a lost run is canceled if another run has taken its thread since."""
+        record = self.owned.reconcile(run_id, stored)
+        if record is None or record.thread is None or stored is not None:
+            return record
+        if await self.hold_thread(record) != run_id:
+            canceled_ms = record.cancel_requested_at_ms or self.now_ms()
+            return msgspec.structs.replace(record, cancel_requested_at_ms=canceled_ms)
+        return record
 
     def _apply(self, record: RunRecord, changes: Sequence[RunChange]) -> Changed:
         """Apply the changes that stay within the limits.
@@ -207,9 +232,31 @@ class RunStore:
             del self._known_streams[next(iter(self._known_streams))]
         self._known_streams[key] = None
 
-    async def claim(self, key: str, value: str, *, ttl_s: float) -> str:
+    async def hold_thread(self, record: RunRecord, *, instead_of: str | None = None) -> str:
+        """Let the run hold its thread if no other run does, or only `instead_of`. Returns the run that holds it then.
+
+        The claim has no lifetime of its own: it is removed with the run.
+        """
+        return await self._claim_thread(record, instead_of, ttl_s=MAX_SPAN_S)
+
+    async def release_thread(self, record: RunRecord) -> None:
+        """Let the run, which could not be created, hold its thread no longer."""
+        await self._claim_thread(record, record.id, ttl_s=0)
+
+    async def _claim_thread(self, record: RunRecord, instead_of: str | None, *, ttl_s: float) -> str:
+        assert record.thread_claim is not None
+        return await self.retry(
+            self.broker.claim,
+            record.thread_claim,
+            record.id,
+            ttl_s=ttl_s,
+            owner=record.token_owner,
+            instead_of=instead_of,
+        )
+
+    async def claim(self, key: str, value: str, *, ttl_s: float, owner: str | None = None) -> str:
         """As `Broker.claim`."""
-        return await self.retry(self.broker.claim, key, value, ttl_s=ttl_s)
+        return await self.retry(self.broker.claim, key, value, ttl_s=ttl_s, owner=owner)
 
     async def claimed(self, key: str) -> str | None:
         """As `Broker.claimed`."""
@@ -244,10 +291,9 @@ def _excess(before: RunRecord, after: RunRecord, limits: Limits) -> LimitExceede
     ):
         if len(has) > limit and len(has) > len(had):
             return LimitExceeded(f"run {after.id!r} would have {len(has)} {what}, limit {limit}")
-    if after.metadata is not before.metadata:
+    if len(after.metadata_json) > len(before.metadata_json):
         try:
-            check_size(after.metadata, limits.metadata_bytes)
+            check_size(after.metadata_json, limits.metadata_bytes)
         except LimitExceeded as excess:
-            if len(encode_value(after.metadata)) > len(encode_value(before.metadata)):
-                return excess
+            return excess
     return None

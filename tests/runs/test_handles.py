@@ -8,15 +8,18 @@ import pickle
 import pprint
 from typing import Any
 
+import anyio
 import fastapi
 import httpx
 import litestar
 import msgspec
 import pydantic
 import pytest
+import quart
 
 from asgi_realtime import BatchHandle, Realtime, RunHandle, RunRecord, UsageError
-from asgi_realtime.core.runs import Status
+from asgi_realtime.core.runs import RunError, Status
+from tests.core.test_run_json import FULL
 from tests.inprocess import make_realtime
 
 pytestmark = pytest.mark.anyio
@@ -93,7 +96,7 @@ async def test_handles_and_records_are_annotations_of_fastapi_routes() -> None:
     """`-> RunHandle` failed at import, and a returned `RunRecord` was a 500."""
     realtime = with_echo()
     run, batch = await handles()
-    record = RunRecord(id="run_1", task="echo", status=Status.QUEUED, created_at_ms=0, updated_at_ms=0, token_id="x")
+    record = RunRecord(id="run_1", task="echo", status=Status.QUEUED, created_at_ms=0, updated_at_ms=0, token_owner="x")
     returned: list[tuple[Any, Any]] = [
         (RunHandle, run),
         (RunHandle[int], run),
@@ -109,8 +112,15 @@ async def test_handles_and_records_are_annotations_of_fastapi_routes() -> None:
         for number, (_, value) in enumerate(returned):
             response = await client.get(f"/{number}")
             assert response.json() == (value if isinstance(value, list) else dict(value)), response.text
-        schema = (await client.get("/openapi.json")).json()["paths"]["/0"]["get"]["responses"]["200"]["content"]
-    assert list(schema["application/json"]["schema"]["properties"]) == list(run)
+        paths = (await client.get("/openapi.json")).json()["paths"]
+    run_schema, record_schema = (
+        paths[path]["get"]["responses"]["200"]["content"]["application/json"]["schema"] for path in ("/0", "/4")
+    )
+    assert list(run_schema["properties"]) == list(run)
+    assert set(record_schema["required"]) == set(dict(record)), "the optional fields of this one are absent"
+    error = RunError("E", "m")
+    full = [FULL, msgspec.structs.replace(FULL, status=Status.EXPIRED, error=error)]
+    assert set(record_schema["properties"]) == {name for one in full for name in dict(one)}
 
 
 async def test_a_pydantic_model_can_have_a_handle() -> None:
@@ -140,16 +150,46 @@ async def test_handles_can_be_pickled_and_copied() -> None:
         assert await realtime.result(read) == 1
 
 
-async def test_a_handle_is_a_valid_litestar_response() -> None:
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])  # for Quart
+@pytest.mark.parametrize("framework", ["litestar", "quart"])
+async def test_routes_of_other_frameworks_return_handles_and_records(framework: str) -> None:
     realtime = with_echo()
 
-    async def run() -> dict[str, Any]:
+    async def run() -> RunHandle[Any]:
         return await realtime.trigger("echo", 1)
 
-    app: Any = litestar.Litestar([litestar.post("/run")(run)], logging_config=None)
+    async def batch() -> BatchHandle:
+        return await realtime.batch_trigger([("echo", 1)])
+
+    async def record() -> dict[str, Any]:
+        return dict(await realtime.get_run(await realtime.trigger("echo", 1)))
+
+    routes = {"/run": run, "/batch": batch, "/record": record}
+    app: Any
+    if framework == "litestar":
+        app = litestar.Litestar([litestar.get(path)(route) for path, route in routes.items()], logging_config=None)
+    else:
+        app = quart.Quart(__name__)
+        for path, route in routes.items():
+            app.get(path)(route)
     async with realtime, httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://host") as client:
-        body = (await client.post("/run")).json()
-    assert set(body) == {"id", "publicAccessToken", "isCached"}
+        found = {path: (await client.get(path)).json() for path in routes}
+        if framework == "litestar":
+            schema = (await client.get("/schema/openapi.json")).json()
+            assert set(schema["paths"]) == set(routes)
+    assert set(found["/run"]) == {"id", "publicAccessToken", "isCached"}
+    assert found["/batch"]["runCount"] == 1
+    assert (found["/record"]["taskIdentifier"], found["/record"]["payload"]) == ("echo", 1)
+
+
+async def test_records_can_be_pickled_and_copied() -> None:
+    async with with_echo() as realtime:
+        handle = await realtime.trigger("echo", 1, tags=["user:1"], metadata={"a": 1})
+        await handle.result()
+        record = await realtime.get_run(handle)
+    for made in (copy.copy(record), copy.deepcopy(record), pickle.loads(pickle.dumps(record))):
+        assert made == record
+        assert (made.status, made.output, made.metadata) == (Status.COMPLETED, 1, {"a": 1})
 
 
 async def test_the_token_reads_the_run_and_writes_its_inputs_only() -> None:
@@ -174,3 +214,21 @@ async def test_a_batch_handle_waits_for_all_results() -> None:
     async with realtime:
         batch = await realtime.batch_trigger([("echo", number) for number in range(3)])
         assert await batch.results(timeout=5) == [0, 1, 2]
+
+
+async def test_the_timeout_of_a_batch_is_for_all_runs_and_says_how_many_ended() -> None:
+    realtime = with_echo()
+
+    @realtime.task("endless")
+    async def endless() -> None:
+        await anyio.sleep_forever()
+
+    async with realtime:
+        batch = await realtime.batch_trigger([("echo", 1), (endless, None), (endless, None)])
+        await realtime.result(batch.runs[0], timeout=5)
+        with pytest.raises(TimeoutError) as caught:
+            await batch.results(timeout=0.05)
+        words = f"1 of 3 runs of batch '{batch.id}' have ended within 0.05 s; the others continue"
+        assert str(caught.value) == words
+        for run_id in batch.runs:
+            await realtime.cancel(run_id)

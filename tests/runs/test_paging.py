@@ -24,12 +24,12 @@ class Loader:
 
 
 def test_pages_cover_all_changes_in_order() -> None:
-    assert [len(page) for page in pages(CHANGES)] == [PAGE, PAGE, 50]
+    assert [len(page) for page in pages(CHANGES)] == [PAGE] * 7 + [250 - 7 * PAGE]
     assert [change for page in pages(CHANGES) for change in page] == CHANGES
     assert list(pages([])) == []
 
 
-@pytest.mark.parametrize(("limit", "requested"), [(1, 100), (50, 100), (51, 200), (125, 250), (1000, 250)])
+@pytest.mark.parametrize(("limit", "requested"), [(1, 32), (16, 32), (17, 64), (125, 250), (1000, 250)])
 async def test_the_newest_are_found_from_the_end_and_returned_in_order(limit: int, requested: int) -> None:
     load = Loader()
     assert await newest(CHANGES, load, limit=limit) == list(range(0, 250, 2))[-limit:]

@@ -16,9 +16,12 @@ from asgi_realtime.brokers.base import End, Position, Producer, StreamKey
 from asgi_realtime.core.config import Retention
 from asgi_realtime.core.errors import BrokerUnavailable, StreamClosed, StreamLost
 from asgi_realtime.core.log import Log
+from asgi_realtime.core.metadata import encode_metadata
 from asgi_realtime.core.runs import Finished, RunError, TagsAdded
 from asgi_realtime.runs import restoring
 from asgi_realtime.runs.restoring import OwnedRuns, RestorableProducer
+from asgi_realtime.streams.outbox import Outbox
+from asgi_realtime.streams.writer import StreamWriter
 from tests.faults import RemoteBroker, make, stored, until
 from tests.inprocess import FakeClock
 
@@ -30,8 +33,8 @@ pytestmark = pytest.mark.anyio
 
 def producers(realtime: Realtime) -> Iterator[RestorableProducer]:
     for writer in realtime._producers._shared.values():
-        assert writer._producer is not None
-        yield writer._producer
+        assert writer._outbox is not None and writer._outbox._producer is not None
+        yield writer._outbox._producer
 
 
 def held_bytes(realtime: Realtime) -> int:
@@ -113,7 +116,7 @@ def owning(known: RunRecord, *, lossy: bool = True) -> OwnedRuns:
     "stored",
     [
         record(3),
-        record(4, metadata={"by": "another process"}),
+        record(4, metadata_json=encode_metadata({"by": "another process"})),
         record(2, Status.CRASHED),
         record(2, Status.COMPLETED, owner="them"),
         record(2, owner="them"),
@@ -124,10 +127,10 @@ async def test_what_others_stored_stays(stored: RunRecord) -> None:
 
 
 async def test_a_lost_version_is_restored_with_what_others_added_since() -> None:
-    owned = owning(record(5, tags=("a", "b"), metadata={"n": 1}))
+    owned = owning(record(5, tags=("a", "b"), metadata_json=encode_metadata({"n": 1})))
     stored = record(2, tags=("a", "c"), cancel_requested_at_ms=7)
     assert owned.reconcile("run_1", stored) == record(
-        2, tags=("a", "b", "c"), metadata={"n": 1}, cancel_requested_at_ms=7
+        2, tags=("a", "b", "c"), metadata_json=encode_metadata({"n": 1}), cancel_requested_at_ms=7
     )
 
 
@@ -166,8 +169,8 @@ async def test_a_run_is_taken_over_by_another_owner_only() -> None:
 
 async def test_the_newest_stored_version_is_the_known_one() -> None:
     owned = owning(record(3))
-    owned["run_1"].record = record(4, metadata={"n": 1})
-    assert owned.reconcile("run_1", None) == record(4, metadata={"n": 1})
+    owned["run_1"].record = record(4, metadata_json=encode_metadata({"n": 1}))
+    assert owned.reconcile("run_1", None) == record(4, metadata_json=encode_metadata({"n": 1}))
     owned["run_1"].record = record(5, Status.COMPLETED)
     assert owned.reconcile("run_1", None) is None, "a run that is over is not restored"
 
@@ -236,16 +239,23 @@ async def test_an_append_restores_lost_chunks(keep: int) -> None:
         assert await stored(realtime, run.id) == [0, 1, 2, 3]
 
 
-async def test_chunks_of_several_writers_return_to_their_seqs() -> None:
+async def test_chunks_of_several_producers_return_to_their_seqs() -> None:
+    """A process has a second producer of a stream after the first one failed."""
     broker = LosingBroker()
     async with make(broker=broker, timeouts=STILL) as realtime, realtime.open_run("r") as run:
-        async with realtime.writer() as one, realtime.writer() as other:
-            for number in range(5):
-                for writer in (one, other):
-                    await writer.write(number)
-                    await writer._writer.drain()
-            broker.lose_appends(run.id, keep=3)
-            await other.write("last")
+
+        def own_outbox(key: StreamKey) -> Outbox:
+            return Outbox(key, runs=realtime.runs, spawn=realtime.engine.spawn_brief)
+
+        key = StreamKey(run.id, "default")
+        one, other = (StreamWriter(key, runs=realtime.runs, find_outbox=own_outbox) for _ in range(2))
+        for number in range(5):
+            for writer in (one, other):
+                writer.write(b"%d" % number)
+                await writer.drain()
+        broker.lose_appends(run.id, keep=3)
+        other.write(b'"last"')
+        await other.drain()
         assert await stored(realtime, run.id) == [number for number in range(5) for _ in range(2)] + ["last"]
 
 

@@ -12,7 +12,7 @@ from asgi_realtime.brokers.base import MARKS_KEPT, ChangeMark, StreamKey
 from asgi_realtime.brokers.memory import MemoryBroker
 from asgi_realtime.core.config import Limits
 from asgi_realtime.core.errors import InvalidTransition
-from asgi_realtime.core.metadata import Append, Delete, Increment, Set
+from asgi_realtime.core.metadata import Append, Delete, Increment, Set, encode_metadata
 from asgi_realtime.core.run_errors import VersionConflict
 from asgi_realtime.core.runs import Finished, MetadataChanged, Started, TagsAdded
 from asgi_realtime.runs.store import RunStore
@@ -133,7 +133,9 @@ async def test_a_run_ends_even_if_other_changes_are_rejected(caplog: pytest.LogC
 
 async def test_a_run_over_a_limit_can_shrink() -> None:
     runs = store(MemoryBroker(), metadata_bytes=20, tags=1)
-    await runs.create(msgspec.structs.replace(record(), metadata={"a": "x" * 50, "b": 1}, tags=("a", "b")))
+    await runs.create(
+        msgspec.structs.replace(record(), metadata_json=encode_metadata({"a": "x" * 50, "b": 1}), tags=("a", "b"))
+    )
     assert (await runs.update("run_1", MetadataChanged((Delete("b"),)))).metadata == {"a": "x" * 50}
     assert (await runs.update("run_1", MetadataChanged((Set("a", "x" * 30),)))).metadata == {"a": "x" * 30}
     with pytest.raises(LimitExceeded, match="metadata is [0-9]+ bytes, limit 20"):
@@ -204,8 +206,10 @@ class Flaky(MemoryBroker):
         self.fail()
         return version
 
-    async def claim(self, key: str, value: str, *, ttl_s: float) -> str:
-        claimed = await super().claim(key, value, ttl_s=ttl_s)
+    async def claim(
+        self, key: str, value: str, *, ttl_s: float, owner: str | None = None, instead_of: str | None = None
+    ) -> str:
+        claimed = await super().claim(key, value, ttl_s=ttl_s, owner=owner, instead_of=instead_of)
         self.fail()
         return claimed
 

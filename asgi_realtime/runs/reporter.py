@@ -1,0 +1,107 @@
+"""What happens in a process, for the people who operate it: the log, and the metrics if they are on.
+
+A `Reporter` writes the log. `metrics.Metrics` is a `Reporter` that also counts. No method is called for each chunk: the
+writers and the subscriptions count those anyway, and hand over what they can count with when they begin and end. No
+message contains a token, a payload or a chunk, and a flood of events does not flood the log.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Protocol
+
+from asgi_realtime.core.errors import (
+    BrokerUnavailable,
+    LimitExceeded,
+    RealtimeError,
+    RequestCutOff,
+    RunNotFound,
+    ServerShutdown,
+    TaskError,
+)
+from asgi_realtime.core.log import StreamKey
+from asgi_realtime.core.runs import RunRecord, Status
+from asgi_realtime.loop.logger import logger
+from asgi_realtime.loop.throttle import Throttle
+
+_EXPECTED = (RunNotFound, RequestCutOff, ServerShutdown, BrokerUnavailable)
+"""Rejections for which a client came early, left or has to come again; the log has their causes. They are logged at
+DEBUG."""
+
+
+class Written(Protocol):
+    """A stream writer: how many chunks and bytes the broker has acknowledged."""
+
+    chunks: int
+    bytes: int
+
+
+class Reporter:
+    """Writes the log."""
+
+    def __init__(self) -> None:
+        self._throttle = Throttle()
+
+    # Runs
+
+    def run_changed(self, before: RunRecord | None, after: RunRecord) -> None:
+        """This process has stored a version of a run. `before` is None for a new run."""
+        if before is not None and before.status is after.status:
+            return
+        if after.is_executing:
+            logger.debug("run %s of task %r started", after.id, after.task)
+        elif after.is_completed:
+            level = logging.DEBUG if after.status in (Status.COMPLETED, Status.CANCELED) else logging.INFO
+            if logger.isEnabledFor(level):
+                reason = "" if after.error is None else f" ({after.error.name})"
+                text = "run %s of task %r ended %s%s after %.3f s"
+                logger.log(level, text, after.id, after.task, after.status, reason, after.duration_ms / 1000)
+
+    def run_raised(self, run_id: str, task: str, error: BaseException) -> None:
+        """The code of a run has raised. A `TaskError` is meant for users, and the end of the run names it."""
+        if isinstance(error, TaskError) and error.__cause__ is None:
+            return
+        more = self._throttle.admit(f"failed {task} {type(error).__name__}")
+        if more is not None:
+            logger.error("run %s of task %r failed%s", run_id, task, more, exc_info=error)
+
+    # Chunks
+
+    def writer_opened(self, writer: Written) -> None:
+        """A stream writer was created."""
+
+    def writer_closed(self, chunks: int, bytes: int) -> None:
+        """Nobody uses a writer anymore, and this is what it has written in all. Can be called from any thread."""
+
+    def appended(self, key: StreamKey, first: int, seconds: float) -> None:
+        """A broker outside this process has acknowledged an append. `first` is the seq of its first chunk."""
+        if first == 0:
+            self.stream_began(key)
+
+    def stream_began(self, key: StreamKey) -> None:
+        """The first chunk of a stream was stored."""
+
+    def broker_failed(self) -> None:
+        """A call of the broker failed because it is unavailable."""
+
+    # Readers
+
+    def subscription_ended(self, kind: str, chunks: int, bytes: int) -> None:
+        """A subscription of this kind has ended, and this is what it has sent in all."""
+
+    def reader_stalled(self, kind: str, run_id: str, seconds: float) -> None:
+        """The connection of a reader is dropped because it did not accept data for so long."""
+        more = self._throttle.admit("stalled")
+        if more is not None:
+            text = "a reader was cut, because it accepted no data for %.0f s (%s%s)%s"
+            logger.warning(text, seconds, kind, f" of run {run_id}" if run_id else "", more)
+
+    # Requests
+
+    def rejected(self, error: RealtimeError, request: str) -> None:
+        """A request was answered with an error. `request` is what to show of it."""
+        level = logging.DEBUG if isinstance(error, _EXPECTED) else logging.WARNING
+        more = self._throttle.admit(f"rejected {error.code}") if logger.isEnabledFor(level) else None
+        if more is not None:
+            why = f": {error}" if isinstance(error, LimitExceeded) else ""  # other messages can quote the request
+            logger.log(level, "rejected %s with %d %s%s%s", request, error.status, error.code, why, more)
