@@ -22,7 +22,7 @@ from asgi_realtime.core.errors import RunNotFound
 from asgi_realtime.core.runs import RunRecord, batch_topic, run_topic, tag_topic
 from asgi_realtime.runs.paging import newest
 from asgi_realtime.runs.store import RunStore
-from asgi_realtime.streams.readers import BufferedIterator, StreamCursor
+from asgi_realtime.streams.readers import BufferedIterator, ReaderShutdown, StreamCursor
 
 Start = Callable[[], Awaitable[None]]
 
@@ -39,8 +39,10 @@ class StreamChunk:
 class _TopicFollower(BufferedIterator[RunRecord]):
     """The runs of a topic: their current state, then each change. A slow consumer gets the newest state only."""
 
-    def __init__(self, runs: RunStore, topic: str, start: Start) -> None:
-        super().__init__(runs, start)
+    def __init__(
+        self, runs: RunStore, topic: str, *, run_id: str = "", start: Start, shutdown: ReaderShutdown | None
+    ) -> None:
+        super().__init__(runs, run_id=run_id, start=start, shutdown=shutdown)
         self._topic = topic
         self._versions: dict[str, int] = {}
         self._over = False
@@ -49,12 +51,14 @@ class _TopicFollower(BufferedIterator[RunRecord]):
         if self._over:
             raise StopAsyncIteration
         async with following(self._runs.broker, self._topic) as follower:
+            self._add_shutdown(follower.add)
             while True:
                 await self._advance(follower)
                 if self._ready:
                     return
                 if self._over:
                     raise StopAsyncIteration
+                self._check_shutdown()
                 await follower.wait()
 
     @abstractmethod
@@ -70,8 +74,16 @@ class _TopicFollower(BufferedIterator[RunRecord]):
 class RunFollower(_TopicFollower):
     """The states of one run. Raises `RunNotFound` if it does not exist or expires."""
 
-    def __init__(self, runs: RunStore, run_id: str, *, stop_on_completion: bool, start: Start) -> None:
-        super().__init__(runs, run_topic(run_id), start)
+    def __init__(
+        self,
+        runs: RunStore,
+        run_id: str,
+        *,
+        stop_on_completion: bool,
+        start: Start,
+        shutdown: ReaderShutdown | None = None,
+    ) -> None:
+        super().__init__(runs, run_topic(run_id), run_id=run_id, start=start, shutdown=shutdown)
         self._stop_on_completion = stop_on_completion
         self._run = _CurrentRun(runs, run_id)
 
@@ -87,8 +99,16 @@ class TagFollower(_TopicFollower):
     The current state covers the newest `Limits.feed_runs` of them, among the `Limits.topic_runs` that a tag remembers.
     """
 
-    def __init__(self, runs: RunStore, tags: Sequence[str], *, oldest_ms: int, start: Start) -> None:
-        super().__init__(runs, tag_topic(min(tags)), start)
+    def __init__(
+        self,
+        runs: RunStore,
+        tags: Sequence[str],
+        *,
+        oldest_ms: int,
+        start: Start,
+        shutdown: ReaderShutdown | None = None,
+    ) -> None:
+        super().__init__(runs, tag_topic(min(tags)), start=start, shutdown=shutdown)
         self._tags = frozenset(tags)
         self._oldest_ms = oldest_ms
         self._cursor: Cursor | None = None
@@ -121,9 +141,15 @@ class BatchFollower(_TopicFollower):
     """
 
     def __init__(
-        self, runs: RunStore, batch_id: str, *, closed: Callable[[], Awaitable[bool | None]], start: Start
+        self,
+        runs: RunStore,
+        batch_id: str,
+        *,
+        closed: Callable[[], Awaitable[bool | None]],
+        start: Start,
+        shutdown: ReaderShutdown | None = None,
     ) -> None:
-        super().__init__(runs, batch_topic(batch_id), start)
+        super().__init__(runs, batch_topic(batch_id), start=start, shutdown=shutdown)
         self._batch_id = batch_id
         self._closed = closed
         self._progress: BatchProgress | None = None
@@ -168,9 +194,16 @@ class _CurrentRun:
 class RunWithStreams(BufferedIterator[RunRecord | StreamChunk]):
     """The states of one run among the chunks of all its streams. The terminal state follows the last chunk."""
 
-    def __init__(self, runs: RunStore, run_id: str, *, stop_on_completion: bool, start: Start) -> None:
-        super().__init__(runs, start)
-        self._run_id = run_id
+    def __init__(
+        self,
+        runs: RunStore,
+        run_id: str,
+        *,
+        stop_on_completion: bool,
+        start: Start,
+        shutdown: ReaderShutdown | None = None,
+    ) -> None:
+        super().__init__(runs, run_id=run_id, start=start, shutdown=shutdown)
         self._stop_on_completion = stop_on_completion
         self._run = _CurrentRun(runs, run_id)
         self._version = 0
@@ -181,6 +214,7 @@ class RunWithStreams(BufferedIterator[RunRecord | StreamChunk]):
         await self._runs.wait_created(self._run_id)
         async with AsyncExitStack() as stack:
             follower = await stack.enter_async_context(following(self._runs.broker, run_topic(self._run_id)))
+            self._add_shutdown(follower.add)
             lives: dict[str, LiveLog] = {}
             while True:
                 record = await self._run.load(follower)
@@ -192,6 +226,7 @@ class RunWithStreams(BufferedIterator[RunRecord | StreamChunk]):
                 await self._take(record, lives)
                 if self._ready:
                     return
+                self._check_shutdown()
                 await follower.wait()
 
     async def _take(self, record: RunRecord, lives: dict[str, LiveLog]) -> None:

@@ -54,11 +54,14 @@ class LocalCopy(Generic[T]):
 
     # Producer
 
-    def put(self, item: T) -> None:
-        """Add an item. If the copy is `full` afterwards, wait for `room` before the next one."""
-        if self._state is _OPEN:
-            self._items.append(item)
+    def put(self, item: T) -> bool:
+        """Add an item. Returns whether the copy is `full`, so that the producer has to wait for `room` now."""
+        if self._state is not _OPEN:
+            return False
+        self._items.append(item)
+        if self._arrived.waiters:
             self._arrived.wake()
+        return len(self._items) > self._limit
 
     @property
     def full(self) -> bool:

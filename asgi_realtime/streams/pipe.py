@@ -19,7 +19,6 @@ which `encode` raises, is skipped. The first such error is kept like the failure
 
 from __future__ import annotations
 
-import logging
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import AbstractAsyncContextManager
 from enum import Enum
@@ -30,10 +29,11 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 import anyio
 import anyio.lowlevel
 
-from asgi_realtime.core.config import Limits, Timeouts
+from asgi_realtime.core.config import Limits, Span, Timeouts, parse_span
 from asgi_realtime.core.errors import BrokerUnavailable, RealtimeError, ServerShutdown
 from asgi_realtime.loop.failures import cancelled_itself, is_failure
-from asgi_realtime.loop.waiting import WaitList
+from asgi_realtime.loop.logger import logger
+from asgi_realtime.loop.waiting import WaitList, at_most
 from asgi_realtime.streams.local_copy import LocalCopy, Reader
 from asgi_realtime.streams.sources import discard, open_source
 from asgi_realtime.streams.steps import LONG_STEP_S, WatchedSteps
@@ -43,7 +43,6 @@ from asgi_realtime.streams.writer import YIELD_EVERY, Encode, StreamWriter, enco
 if TYPE_CHECKING:
     from asgi_realtime.runs.handles import RunHandle
 
-logger = logging.getLogger("asgi_realtime")
 
 T = TypeVar("T")
 
@@ -102,7 +101,9 @@ class Pipe(Generic[T]):
         self._skipped: Exception | None = None
         """Why the first skipped item could not be published."""
         self._error_seen = False
-        self._ended = WaitList()
+        self._has_started = False
+        self._changed = WaitList()
+        """The pipe has started, or has ended."""
 
     def __repr__(self) -> str:
         state = "ended" if self.done else "open"
@@ -126,21 +127,36 @@ class Pipe(Generic[T]):
         """
         return await Reader(self._copy).__anext__()
 
-    async def wait_until_complete(self) -> PipeResult:
+    async def wait_until_started(self) -> None:
+        """Wait until the run of the pipe exists. `Realtime.pipe` itself waits for nothing.
+
+        Raises what prevents the start: `RunExists`, `ThreadBusy`, `BrokerUnavailable` or `ServerShutdown`.
+        """
+        while not (self._has_started or self.done):
+            await self._changed.wait()
+        if not self._has_started:
+            self._raise_outcome()
+
+    async def wait_until_complete(self, *, timeout: Span | None = None) -> PipeResult:
         """Wait until the source has ended and the broker has acknowledged every chunk.
 
-        Raises the source's own error; `EncodingError`, `LimitExceeded` or an error of `encode` for the first item that
-        could not be published; `BrokerUnavailable` if the broker was unavailable for longer than `Timeouts.append`; and
-        `RunCanceled`, `RunFailed` or `ServerShutdown` if the run ended before the source. Cancelling the caller does
-        not stop the pipe.
+        Raises `TimeoutError` after `timeout`, and the pipe continues; the source's own error; `EncodingError`,
+        `LimitExceeded` or an error of `encode` for the first item that could not be published; `BrokerUnavailable` if
+        the broker was unavailable for longer than `Timeouts.append`; and `RunCanceled`, `RunFailed` or `ServerShutdown`
+        if the run ended before the source. Cancelling the caller does not stop the pipe.
         """
-        await self.settled()
+        seconds = None if timeout is None else parse_span(timeout, name="timeout")
+        with at_most(seconds, lambda: f"{self!r} has not ended within {seconds:g} s, and continues"):
+            await self.settled()
+        self._raise_outcome()
+        return self.result
+
+    def _raise_outcome(self) -> None:
         if self.error is not None:
             self._error_seen = True
             raise self.error
         if self._stop_reason is not None:
             raise self._stop_reason
-        return self.result
 
     async def aclose(self) -> None:
         """Stop forwarding and close the source. The stream keeps the chunks so far. Idempotent."""
@@ -170,7 +186,7 @@ class Pipe(Generic[T]):
         """Wait until the pipe has ended, however it did."""
         with self._copy.draining():
             while not self.done:
-                await self._ended.wait()
+                await self._changed.wait()
 
     def stop(self, reason: RealtimeError | None) -> None:
         """Cancel the job. The consumer gets `reason`, or a clean end. Idempotent; the first reason wins."""
@@ -184,11 +200,21 @@ class Pipe(Generic[T]):
 
     async def run(self) -> None:
         """The job."""
+        self._has_started = True
+        self._changed.wake()
         try:
             with anyio.CancelScope() as self._scope:
                 if self._state is PipeState.STOPPING:
                     self._scope.cancel()
-                await self._forward_all()
+                async with open_source(
+                    self._source, threads=self._threads, post=self._post, close_s=self._timeouts.close
+                ) as iterator:
+                    await anyio.lowlevel.checkpoint_if_cancelled()
+                    await self._writer.open()
+                    watched = WatchedSteps(iterator, where=f"stream {self.stream!r} of run {self.run_id}")
+                    await self._forward(watched)
+                    while not watched.ended and await self._forward(iterator):
+                        await self._forward(watched)
         except BaseException as exc:
             self._note(exc)
             if self.error is None:
@@ -219,49 +245,43 @@ class Pipe(Generic[T]):
             await last()
         finally:
             self._state = PipeState.ENDED
-            self._ended.wake()
-
-    async def _forward_all(self) -> None:
-        async with open_source(
-            self._source, threads=self._threads, post=self._post, close_s=self._timeouts.close
-        ) as iterator:
-            await anyio.lowlevel.checkpoint_if_cancelled()
-            await self._writer.open()
-            watched = WatchedSteps(iterator, where=f"stream {self.stream!r} of run {self.run_id}")
-            await self._forward(watched)
-            while not watched.ended and await self._forward(iterator):
-                await self._forward(watched)
+            self._changed.wake()
 
     async def _forward(self, items: AsyncIterator[T]) -> bool:
         """Forward items until they end, or, if this returns True, until one took long."""
+        writer, copy, encode, limit = self._writer, self._copy, self._encode, self._chunk_bytes
         last = monotonic()
         async for item in items:
-            if (data := self._encoded(item)) is not None:
-                self._write(data)
-            self._copy.put(item)
-            if self._writer.full:
-                await self._writer.room()
-            if self._copy.full:
-                await self._copy.room()
-            if self._index % YIELD_EVERY == 0:
-                await anyio.lowlevel.checkpoint()
+            self._index = index = self._index + 1
+            data = None
+            try:
+                published = item if encode is None else encode(item)
+                if published is not None or encode is None:
+                    data = encode_within(published, limit)
+            except Exception as exc:
+                self._skip(item, exc)
+            is_pending = False
+            if data is not None:
+                try:
+                    is_pending = writer.write(data)
+                except BrokerUnavailable:
+                    pass  # the writer keeps this failure, and `_drain` raises it
+            if copy.put(item) or is_pending or index % YIELD_EVERY == 0:
+                await self._pause()
             now = monotonic()
             if now - last > LONG_STEP_S and not isinstance(items, WatchedSteps):
                 return True
             last = now
         return False
 
-    def _encoded(self, item: T) -> bytes | None:
-        """The chunk of one item; None if it is skipped."""
-        self._index += 1
-        try:
-            if self._encode is None:
-                return encode_within(item, self._chunk_bytes)
-            published = self._encode(item)
-            return None if published is None else encode_within(published, self._chunk_bytes)
-        except Exception as exc:
-            self._skip(item, exc)
-            return None
+    async def _pause(self) -> None:
+        """Wait until there is room for the next item, or at least yield to the event loop now and then."""
+        if self._writer.full:
+            await self._writer.room()
+        if self._copy.full:
+            await self._copy.room()
+        if self._index % YIELD_EVERY == 0:
+            await anyio.lowlevel.checkpoint()
 
     def _skip(self, item: T, exc: Exception) -> None:
         if self._skipped is None:
@@ -270,13 +290,6 @@ class Pipe(Generic[T]):
             self._skipped = exc
             where = f"stream {self.stream!r} of run {self.run_id}"
             logger.warning("a pipe skips item %d (%s) of %s; later ones are not logged: %r", index, kind, where, exc)
-
-    def _write(self, data: bytes) -> None:
-        """If the broker fails, the local iteration continues, and the failure is raised at the end."""
-        try:
-            self._writer.write(data)
-        except BrokerUnavailable:
-            pass  # the writer keeps this failure, and `_drain` raises it
 
     async def _drain(self) -> None:
         self.error = self.error or self._skipped

@@ -9,31 +9,52 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Generic, TypeVar
-
-import anyio
+from typing import Generic, Protocol, TypeVar
 
 from asgi_realtime.brokers.base import Broker, Entry, StreamKey
 from asgi_realtime.brokers.live_log import LiveLog
 from asgi_realtime.core.errors import BrokerUnavailable, StreamGap, StreamNotFound
 from asgi_realtime.core.log import End
 from asgi_realtime.core.run_errors import end_error
+from asgi_realtime.loop.waiting import WaitList, at_most, wait_for_any
 from asgi_realtime.runs.store import RunStore
 
 T = TypeVar("T")
 
 
+class ReaderShutdown(Protocol):
+    """The shutdown of a `Realtime`, as its readers see it."""
+
+    waiting: WaitList
+    """Woken whenever `check_reader` can begin to raise."""
+
+    def check_reader(self, run_id: str) -> None:
+        """Raises `ServerShutdown` if a reader of this run, or of several runs (""), must not wait."""
+
+
 class BufferedIterator(AsyncIterator[T], Generic[T]):
     """An async iterator that fills a buffer whenever it is empty. `start`, if given, is awaited before each fill.
+
+    With `shutdown`, a wait raises `ServerShutdown` once a shutdown has begun, unless that waits for the run, `run_id`.
+    Readers inside of a run have none: they end with it.
 
     While the broker is unavailable, `anext` retries like a writer, then raises `BrokerUnavailable`. The iterator stays
     usable after that.
     """
 
-    def __init__(self, runs: RunStore, start: Callable[[], Awaitable[None]] | None = None) -> None:
+    def __init__(
+        self,
+        runs: RunStore,
+        *,
+        run_id: str = "",
+        start: Callable[[], Awaitable[None]] | None = None,
+        shutdown: ReaderShutdown | None = None,
+    ) -> None:
         self._ready: deque[T] = deque()
         self._runs = runs
+        self._run_id = run_id
         self._start = start
+        self._shutdown = shutdown
 
     async def __anext__(self) -> T:
         while not self._ready:
@@ -41,6 +62,16 @@ class BufferedIterator(AsyncIterator[T], Generic[T]):
                 await self._start()
             await self._runs.retry(self._fill)
         return self._ready.popleft()
+
+    def _add_shutdown(self, add: Callable[[WaitList], None]) -> None:
+        """Let a shutdown wake a follower, too."""
+        if self._shutdown is not None:
+            add(self._shutdown.waiting)
+
+    def _check_shutdown(self) -> None:
+        """Called right before each wait."""
+        if self._shutdown is not None:
+            self._shutdown.check_reader(self._run_id)
 
     @abstractmethod
     async def _fill(self) -> None:
@@ -102,9 +133,11 @@ class StreamReader(BufferedIterator[Entry]):
         after: int = -1,
         timeout_s: float | None = None,
         start: Callable[[], Awaitable[None]] | None = None,
+        shutdown: ReaderShutdown | None = None,
     ) -> None:
-        super().__init__(runs, start)
+        super().__init__(runs, run_id=key.run, start=start, shutdown=shutdown)
         self.end: End | None = None
+        self.key = key
         self._cursor = StreamCursor(key, after)
         self._timeout_s = timeout_s
 
@@ -120,12 +153,23 @@ class StreamReader(BufferedIterator[Entry]):
                         await self._check_name()
                     self.end = live.end
                     raise StopAsyncIteration
-                with anyio.fail_after(self._timeout_s):
-                    await live.waiting.wait()
+                self._check_shutdown()
+                with at_most(self._timeout_s, self._describe_timeout):
+                    await self._wait(live.waiting)
             cursor.after = entries[-1].seq
             self._ready.extend(entries)
             if cursor.at_end_of(live):
                 self.end = live.end  # the run can expire before the next call
+
+    def _describe_timeout(self) -> str:
+        key = self.key
+        return f"no chunk arrived in stream {key.name!r} of run {key.run!r} within {self._timeout_s:g} s"
+
+    async def _wait(self, waiting: WaitList) -> None:
+        if self._shutdown is None:
+            await waiting.wait()
+        else:
+            await wait_for_any(waiting, self._shutdown.waiting)
 
     async def _check_name(self) -> None:
         """A run without any stream is not an error: a writer that wrote nothing adds none."""

@@ -8,7 +8,6 @@ source is closed in every case, also if it is never read.
 from __future__ import annotations
 
 import inspect
-import logging
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from collections.abc import Set as AbstractSet
@@ -18,9 +17,8 @@ from typing import Any, TypeVar
 import anyio
 
 from asgi_realtime.core.errors import InvalidSource
+from asgi_realtime.loop.logger import logger
 from asgi_realtime.streams.thread_iterator import Post, ThreadBudget, ThreadIterator, close_in_thread
-
-logger = logging.getLogger("asgi_realtime")
 
 T = TypeVar("T")
 
@@ -29,24 +27,44 @@ _INLINE = (list, tuple, range, AbstractSet, deque)
 """Reading these cannot block, so they need no thread."""
 
 
+_PARTS = {"stream_text": "stream_text(delta=True)", "aiter_sse": "aiter_sse()", "aiter_lines": "aiter_lines()"}
+"""What to pipe of a response that is not itself a source, by the method that reveals it."""
+
+
 def check_source(source: object) -> None:
     """Raise `InvalidSource` for an object that cannot be iterated, or that would be iterated by accident."""
-    name = type(source).__name__
-    if isinstance(source, str | bytes | bytearray | memoryview):
-        raise InvalidSource(f"a {name} is not a source: use append() for one chunk; {_ALLOWED}")
-    if isinstance(source, Mapping):
-        raise InvalidSource(f"a {name} is not a source: use append() for one chunk, or pipe its .items(); {_ALLOWED}")
-    if _iterates_fields(source) and not hasattr(source, "__aiter__"):
-        raise InvalidSource(
-            f"a {name} is not a source: use append() for one chunk, or ask your client for a stream (stream=True);"
-            f" {_ALLOWED}"
-        )
-    if inspect.isawaitable(source) and not hasattr(source, "__aiter__") and not hasattr(source, "__aenter__"):
-        raise InvalidSource(f"a {name} is not a source: await it first and pipe the result; {_ALLOWED}")
-    if hasattr(source, "stream_text") and not hasattr(source, "__aiter__"):
-        raise InvalidSource(f"a {name} is not a source: pipe its .stream_text(delta=True); {_ALLOWED}")
+    hint = _hint(source)
+    if hint is not None:
+        raise InvalidSource(f"{_description(source)} is not a source: {hint}; {_ALLOWED}")
     if not any(hasattr(source, method) for method in ("__aiter__", "__aenter__", "__iter__")):
-        raise InvalidSource(f"a {name} is not a source; {_ALLOWED}")
+        raise InvalidSource(f"{_description(source)} is not a source; {_ALLOWED}")
+
+
+def _description(source: object) -> str:
+    if isinstance(source, type):
+        return f"the class {source.__qualname__}"
+    if callable(source) and not hasattr(source, "__aiter__") and hasattr(source, "__qualname__"):
+        return f"the function {source.__qualname__}"
+    return f"a {type(source).__name__}"
+
+
+def _hint(source: object) -> str | None:
+    """What to pipe instead of this object, if there is an obvious mistake."""
+    if isinstance(source, type) and not hasattr(type(source), "__iter__"):  # the class of an enum is iterable
+        return "pass an instance of it"
+    if isinstance(source, str | bytes | bytearray | memoryview):
+        return "use append() for one chunk"
+    if isinstance(source, Mapping):
+        return "use append() for one chunk, or pipe its .items()"
+    if hasattr(source, "__aiter__"):
+        return None
+    if _iterates_fields(source):
+        return "use append() for one chunk, or ask your client for a stream (stream=True)"
+    if inspect.isawaitable(source) and not hasattr(source, "__aenter__"):
+        return "await it first and pipe the result"
+    if callable(source) and not hasattr(source, "__iter__") and not hasattr(source, "__aenter__"):
+        return "call it and await the result" if inspect.iscoroutinefunction(source) else "call it"
+    return next((f"pipe its .{part}" for method, part in _PARTS.items() if hasattr(source, method)), None)
 
 
 def _iterates_fields(source: object) -> bool:
@@ -69,22 +87,24 @@ async def open_source(
                 yield iterator
         return
     try:
-        iterator, resources = _open(source, threads=threads, post=post)
+        iterator, resources = open_iterator(source, threads=threads, post=post)
     except BaseException:
         await discard(source, close_s=close_s)
         raise
     try:
-        yield iterator
+        async with _entered(_Closing(resources), close_s=close_s):
+            yield iterator
     finally:
-        for resource in resources:
-            await _close(resource, close_s=close_s)
+        for resource in resources[1:]:
+            await close_source(resource, close_s=close_s)
 
 
 def _is_manager(source: object) -> bool:
-    return hasattr(source, "__aenter__") and not hasattr(source, "__aiter__")
+    """Whether to enter a source. One that is also iterable is only entered if it asks for that, as `ai.parts` does."""
+    return hasattr(source, "__aenter__") and (not hasattr(source, "__aiter__") or hasattr(source, "must_be_entered"))
 
 
-def _open(source: Any, *, threads: ThreadBudget, post: Post) -> tuple[AsyncIterator[Any], list[Any]]:
+def open_iterator(source: Any, *, threads: ThreadBudget, post: Post) -> tuple[AsyncIterator[Any], list[Any]]:
     """The iterator of a source, and what to close afterwards, in this order."""
     iterator: AsyncIterator[Any]
     if hasattr(source, "__aiter__"):
@@ -134,6 +154,27 @@ class _EitherProtocol(AsyncIterator[Any]):
         return await self._iterator.__anext__()
 
 
+class _Closing:
+    """Closes the iterator of a source, the first of its resources, when it is exited.
+
+    A generator can hold scopes and task groups that it has entered. These must be exited inside of the scope that
+    limits the closing, so that scope is entered before the first step (`_entered`).
+    """
+
+    def __init__(self, resources: list[Any]) -> None:
+        self._resources = resources
+
+    async def __aenter__(self) -> None:
+        return None
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await _close(self._resources[0])
+
+    @property
+    def name(self) -> str:
+        return type(self._resources[0]).__name__
+
+
 @asynccontextmanager
 async def _entered(manager: Any, *, close_s: float) -> AsyncIterator[Any]:
     """`async with manager`, whose exit is shielded from cancellation for `close_s`.
@@ -152,38 +193,46 @@ async def _entered(manager: Any, *, close_s: float) -> AsyncIterator[Any]:
                 scope.deadline = anyio.current_time() + close_s
                 scope.shield = True
     if scope.cancelled_caught:
-        _warn_slow_close(manager, close_s)
+        _warn_slow_close(manager.name if isinstance(manager, _Closing) else type(manager).__name__, close_s)
         if failure is not None:
             raise failure
 
 
 async def discard(source: Any, *, close_s: float) -> None:
     """Close a source that will not be read."""
-    if isinstance(source, _INLINE) or _is_manager(source):
+    if isinstance(source, _INLINE) or (_is_manager(source) and not hasattr(source, "__aiter__")):
         return
     if hasattr(source, "__aiter__"):
-        await _close(source, close_s=close_s)
+        await close_source(source, close_s=close_s)
     else:
         close_in_thread(source)
 
 
-async def _close(resource: Any, *, close_s: float) -> None:
+async def close_source(resource: Any, *, close_s: float) -> None:
+    """Close an iterator or a source, if it can be closed. Shielded for `close_s`. An error is logged."""
+    with anyio.move_on_after(close_s, shield=True) as scope:
+        await _close(resource)
+    if scope.cancelled_caught:
+        _warn_slow_close(type(resource).__name__, close_s)
+
+
+async def _close(resource: Any) -> None:
     close = getattr(resource, "aclose", None) or getattr(resource, "close", None)
     if close is None:
         return
-    with anyio.move_on_after(close_s, shield=True) as scope:
-        try:
-            result = close()
-            if inspect.isawaitable(result):
-                await result
-        except Exception:
-            logger.warning("closing a piped %s failed", type(resource).__name__, exc_info=True)
-    if scope.cancelled_caught:
-        _warn_slow_close(resource, close_s)
+    try:
+        result = close()
+        if inspect.isawaitable(result):
+            await result
+    except Exception:
+        logger.warning("closing a piped %s failed", type(resource).__name__, exc_info=True)
+    except BaseExceptionGroup as exc:
+        if exc.split(GeneratorExit)[1] is not None:  # a task group in a generator wraps the exit of the generator
+            raise
 
 
-def _warn_slow_close(resource: object, close_s: float) -> None:
-    logger.warning("closing a piped %s took longer than %g s", type(resource).__name__, close_s)
+def _warn_slow_close(name: str, close_s: float) -> None:
+    logger.warning("closing a piped %s took longer than %g s", name, close_s)
 
 
 async def _inline(items: Iterable[T]) -> AsyncIterator[T]:

@@ -9,14 +9,13 @@ so that they get each chunk before the next step blocks.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import AsyncIterator, Callable, Generator
 from time import monotonic
 from typing import Any, Generic, TypeVar
 
 import anyio.lowlevel
 
-logger = logging.getLogger("asgi_realtime")
+from asgi_realtime.loop.logger import logger
 
 T = TypeVar("T")
 

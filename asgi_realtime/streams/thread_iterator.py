@@ -18,7 +18,6 @@ The reader sets that flag under the lock when it finds nothing, so no item is mi
 from __future__ import annotations
 
 import contextvars
-import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -26,9 +25,8 @@ from enum import Enum
 from typing import Generic, TypeVar
 
 from asgi_realtime.core.errors import LimitExceeded
+from asgi_realtime.loop.logger import logger
 from asgi_realtime.loop.waiting import WaitList
-
-logger = logging.getLogger("asgi_realtime")
 
 T = TypeVar("T")
 

@@ -1,59 +1,53 @@
 """Writes chunks to one stream, in order, each exactly once.
 
-On a broker that appends in memory, a chunk is in the log when `write` returns. On any other broker the writer collects
-chunks while an append is in flight and sends them together after it: one round trip of latency under low load, many
-chunks per call under high load. The broker recognizes a repeated call by the producer's count, so the writer retries
-while the broker is unavailable.
+On a broker that appends in memory, a chunk is in the log when `write` returns. On any other broker it goes through the
+`Outbox` of its stream.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import Any
 
 import anyio
 import anyio.lowlevel
 
-from asgi_realtime.brokers.base import ImmediateBroker, StreamKey
-from asgi_realtime.core.chunks import encode_value
+from asgi_realtime.brokers.base import AppenderBroker, ChunkAppender, ImmediateBroker, StreamKey
+from asgi_realtime.core.chunks import encode_named, encode_value
 from asgi_realtime.core.errors import (
-    BrokerUnavailable,
     EncodingError,
     LimitExceeded,
     RealtimeError,
     UsageError,
     shown,
 )
+from asgi_realtime.core.nesting import MAX_DEPTH, check_depth
 from asgi_realtime.loop.waiting import WaitList
-from asgi_realtime.runs.restoring import RestorableProducer
 from asgi_realtime.runs.store import RunStore
-
-CALL_BYTES = 256 * 1024
-CALL_ITEMS = 500
-"""Chunks of one append."""
+from asgi_realtime.streams.outbox import Outbox
 
 YIELD_EVERY = 64
 """Chunks after which a producer that never suspends yields to the event loop."""
-
-Spawn = Callable[[Callable[[], Awaitable[None]]], None]
 
 Encode = Callable[[Any], Any]
 """`encode=`: returns what to publish of an item, or None for nothing."""
 
 
-def encode_within(value: Any, limit_bytes: int) -> bytes:
-    """Encode a chunk. Raises `EncodingError`, `LimitExceeded`."""
-    data = encode_value(value)
+def encode_within(value: Any, limit_bytes: int, *, name: str = "") -> bytes:
+    """Encode a chunk, or the value with this name. Raises `EncodingError`, `LimitExceeded`."""
+    data = encode_named(value, name) if name else encode_value(value)
     if len(data) > limit_bytes:
-        raise LimitExceeded(f"a chunk is {len(data)} bytes, limit {limit_bytes}", status=413)
+        raise LimitExceeded(f"{name or 'a chunk'} is {len(data)} bytes, limit {limit_bytes}", status=413)
+    if len(data) > 2 * MAX_DEPTH:
+        check_depth(data, what=name or "a chunk")
     return data
 
 
-def name_chunk(exc: Exception, key: StreamKey, index: int) -> None:
-    """Let an error name the chunk of the pipe or writer."""
-    name = f"chunk {index} of stream {key.name!r} of run {key.run!r}"
+def name_chunk(exc: Exception, key: StreamKey, index: int | None = None) -> None:
+    """Let an error name the chunk of the pipe or writer, or the stream."""
+    what = "a chunk" if index is None else f"chunk {index}"
+    name = f"{what} of stream {key.name!r} of run {key.run!r}"
     if isinstance(exc, EncodingError | LimitExceeded):
         exc.args = (f"{name}: {exc}",)
     else:
@@ -67,9 +61,12 @@ def check_encode(encode: object) -> None:
 
 
 class StreamWriter:
-    """One producer of one stream. `chunks`, `bytes` and `last_index` count what the broker has acknowledged."""
+    """Writes to one stream. `chunks`, `bytes` and `last_index` count what the broker has acknowledged.
 
-    def __init__(self, key: StreamKey, *, runs: RunStore, spawn: Spawn) -> None:
+    `find_outbox` returns the outbox that all writers of a stream share.
+    """
+
+    def __init__(self, key: StreamKey, *, runs: RunStore, find_outbox: Callable[[StreamKey], Outbox]) -> None:
         self.key = key
         self.chunks = 0
         self.bytes = 0
@@ -77,15 +74,20 @@ class StreamWriter:
         self.failure: RealtimeError | None = None
         """Why nothing can be written any more."""
         self._runs = runs
-        self._spawn = spawn
-        self._append_nowait = runs.broker.append_nowait if isinstance(runs.broker, ImmediateBroker) else None
-        self._producer: RestorableProducer | None = None
-        self._pending: deque[bytes] = deque()
+        self._find_outbox = find_outbox
+        broker = runs.broker
+        self._append_nowait = broker.append_nowait if isinstance(broker, ImmediateBroker) else None
+        self._make_appender = broker.appender if isinstance(broker, AppenderBroker) and not key.hidden else None
+        self._appender: ChunkAppender | None = None
+        self._outbox: Outbox | None = None
         self._pending_bytes = 0
         self._pending_limit = runs.limits.pending_bytes
         self._written = 0
-        self._flushing = False
         self._progress = WaitList()
+        runs.reporter.writer_opened(self)
+
+    def __del__(self) -> None:
+        self._runs.reporter.writer_closed(self.chunks, self.bytes)
 
     async def open(self) -> None:
         """Call before the first `write`. Raises `RunNotFound`, `LimitExceeded` on a broker in memory.
@@ -95,19 +97,44 @@ class StreamWriter:
         if self._append_nowait is not None:
             await self._runs.add_stream(self.key)
 
-    def write(self, data: bytes) -> None:
-        """Accept one encoded chunk. Never suspends. Raises why the stream cannot be written, such as `StreamClosed`."""
+    def write(self, data: bytes) -> bool:
+        """Accept one encoded chunk, without suspending. Returns whether the caller has to await `settled` now.
+
+        Raises why the stream cannot be written, such as `StreamClosed`.
+        """
+        if self._appender is not None:
+            seq = self._appender.append(data)
+            if seq is not None:
+                self.chunks = chunks = self.chunks + 1
+                self.bytes += len(data)
+                self.last_index = seq
+                return chunks % YIELD_EVERY == 0
+        return self._write(data)
+
+    def _write(self, data: bytes) -> bool:
         if self.failure is not None:
             raise self.failure
         if self._append_nowait is not None:
-            self._acknowledge(1, len(data), self._append_nowait(self.key, (data,)).last)
-            return
+            appender, self._appender = self._appender, None
+            seq = self._append_nowait(self.key, (data,)).last
+            if seq == 0:
+                self._runs.reporter.stream_began(self.key)
+            if self._make_appender is not None:
+                self._appender = appender or self._make_appender(self.key)
+            return self._stored(len(data), seq)
+        if self._outbox is None or self._outbox.failure is not None:
+            self._outbox = self._find_outbox(self.key)
         self._written += 1
-        self._pending.append(data)
         self._pending_bytes += len(data)
-        if not self._flushing:
-            self._flushing = True
-            self._spawn(self._flush)
+        self._outbox.put(data, self)
+        return True
+
+    def _stored(self, size: int, seq: int) -> bool:
+        """Count a stored chunk. Returns whether it is time to yield to the event loop."""
+        self.chunks += 1
+        self.bytes += size
+        self.last_index = seq
+        return self.chunks % YIELD_EVERY == 0
 
     @property
     def full(self) -> bool:
@@ -139,57 +166,21 @@ class StreamWriter:
         if self.failure is not None:
             raise self.failure
 
-    def _acknowledge(self, chunks: int, size: int, last: int) -> None:
-        self.chunks += chunks
-        self.bytes += size
-        self.last_index = last
+    # The outbox's side
 
-    # A broker elsewhere
+    def acknowledge(self, size: int, seq: int) -> None:
+        """The broker has stored the oldest pending chunk, of this many bytes."""
+        self._pending_bytes -= size
+        self._stored(size, seq)
 
-    async def _flush(self) -> None:
-        try:
-            await self._runs.add_stream(self.key)
-            producer = self._producer = self._producer or RestorableProducer(
-                self.key, self._runs.restorer, on_lost=self._lose
-            )
-            while self._pending:
-                await self._append(producer, self._next_call())
-                self._progress.wake()
-        except RealtimeError as exc:
-            self._fail(exc)
-        except BaseException as exc:
-            self._fail(
-                BrokerUnavailable(f"{type(exc).__name__} stopped the writer before its chunks were acknowledged")
-            )
-            raise
-        finally:
-            self._flushing = False
-            self._progress.wake()
-
-    def _next_call(self) -> list[bytes]:
-        """The chunks of the next append. They stay pending until they are acknowledged."""
-        items: list[bytes] = []
-        size = 0
-        for data in self._pending:
-            if items and (size + len(data) > CALL_BYTES or len(items) == CALL_ITEMS):
-                break
-            items.append(data)
-            size += len(data)
-        return items
-
-    async def _append(self, producer: RestorableProducer, items: list[bytes]) -> None:
-        position = await producer.append(items)
-        for _ in items:
-            self._pending_bytes -= len(self._pending.popleft())
-        self._acknowledge(len(items), sum(map(len, items)), position.last)
-
-    def _lose(self, failure: RealtimeError) -> None:
-        """Acknowledged chunks are lost."""
-        self.last_index = None
-        self._fail(failure)
-        self._progress.wake()
-
-    def _fail(self, failure: RealtimeError) -> None:
+    def fail(self, failure: RealtimeError, *, lost: bool = False) -> None:
+        """Pending chunks will not be stored, or acknowledged ones are `lost`."""
         self.failure = failure
-        self._pending.clear()
         self._pending_bytes = 0
+        if lost:
+            self.last_index = None
+        self.wake()
+
+    def wake(self) -> None:
+        """Call after `acknowledge`: once for many chunks."""
+        self._progress.wake()

@@ -17,6 +17,7 @@ from uuid import UUID
 
 import anyio
 import anyio.lowlevel
+import httpx
 import msgspec
 import pydantic
 import pytest
@@ -728,7 +729,9 @@ async def test_an_item_that_cannot_be_published_is_skipped(bad: Any, caplog: pyt
         assert await status_of(realtime, run.id) is Status.COMPLETED, "the host saw the error"
     logged = [record.getMessage() for record in caplog.records if "skips" in record.getMessage()]
     assert len(logged) == 1
-    assert logged[0].startswith(f"a pipe skips item 2 ({type(bad).__name__}) of stream 'default' of run {run.id}")
+    assert logged[0].startswith(
+        f"asgi_realtime: a pipe skips item 2 ({type(bad).__name__}) of stream 'default' of run {run.id}"
+    )
 
 
 async def test_a_skipped_item_fails_the_run_if_nothing_awaits_the_pipe() -> None:
@@ -1139,10 +1142,11 @@ async def test_a_pipe_that_is_stopped_before_it_started_ends() -> None:
 # A source that never suspends
 
 
-async def test_a_source_that_never_suspends_does_not_starve_the_loop() -> None:
+@pytest.mark.parametrize("skipped", [range(0), range(1), range(0, 10_000, 2), range(10_000)])
+async def test_a_source_that_never_suspends_does_not_starve_the_loop(skipped: range) -> None:
     source = Source(10 * YIELD_EVERY, steps=0)
     async with make() as realtime, realtime.open_run("report"):
-        pipe = realtime.pipe(source)
+        pipe = realtime.pipe(source, encode=lambda number: None if number in skipped else number)
         turns = 0
         while not repr(pipe).endswith("ended>"):
             await anyio.lowlevel.checkpoint()
@@ -1163,6 +1167,10 @@ async def test_an_endless_source_that_never_suspends_can_be_stopped() -> None:
 # Refusals
 
 
+async def _create() -> AsyncIterator[int]:
+    return numbers(3)
+
+
 @pytest.mark.parametrize(
     ("source", "hint"),
     [
@@ -1173,8 +1181,13 @@ async def test_an_endless_source_that_never_suspends_can_be_stopped() -> None:
         (3, "a int is not a source; allowed are async iterables"),
         (None, "a NoneType is not a source"),
         (Model(long_name=1), r"a Model is not a source: .*stream=True"),
+        (numbers, "the function numbers is not a source: call it;"),
+        (partial(numbers, 3), "a partial is not a source: call it;"),
+        (_create, "the function _create is not a source: call it and await the result"),
+        (Source, "the class Source is not a source: pass an instance"),
+        (httpx.Response(200), r"a Response is not a source: pipe its \.aiter_lines\(\)"),
     ],
-    ids=lambda value: type(value).__name__,
+    ids=lambda value: getattr(value, "__name__", type(value).__name__),
 )
 async def test_an_invalid_source_is_rejected_by_the_call(source: Any, hint: str) -> None:
     async with make() as realtime:
@@ -1184,10 +1197,7 @@ async def test_an_invalid_source_is_rejected_by_the_call(source: Any, hint: str)
 
 
 async def test_an_awaitable_is_rejected_with_a_hint() -> None:
-    async def create() -> AsyncIterator[int]:
-        return numbers(3)
-
-    forgotten = create()
+    forgotten = _create()
     async with make() as realtime:
         with pytest.raises(InvalidSource, match="a coroutine is not a source: await it first"):
             realtime.pipe(forgotten)  # type: ignore[arg-type]

@@ -157,7 +157,8 @@ async def test_a_slow_reader_gets_a_gap() -> None:
 async def test_silence_raises_a_timeout_and_reading_can_continue() -> None:
     async with make() as realtime, realtime.open_run("report") as run:
         reader = realtime.read(run, timeout=0.01)
-        with pytest.raises(TimeoutError):
+        words = f"no chunk arrived in stream 'default' of run '{run.id}' within 0.01 s"
+        with pytest.raises(TimeoutError, match=words):
             await anext(reader)
         await realtime.append("later")
         assert await anext(reader) == "later"

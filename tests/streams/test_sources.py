@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextvars
+import enum
 import gc
 import subprocess
 import sys
@@ -528,10 +529,23 @@ async def test_an_exit_in_the_thread_does_not_end_the_loop() -> None:
             await realtime.pipe(Threaded(1, SystemExit(3))).wait_until_complete()
 
 
-async def test_a_class_of_iterables_fails_in_the_thread() -> None:
+async def test_an_iterable_without_an_iterator_fails_in_the_thread() -> None:
+    class Bad:
+        def __iter__(self) -> Any:
+            return 3
+
     async with make() as realtime, realtime.open_run("report"):
-        with pytest.raises(TypeError, match="not iterable"):
-            await realtime.pipe(list).wait_until_complete()  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match="non-iterator"):
+            await realtime.pipe(Bad()).wait_until_complete()
+
+
+class Color(enum.Enum):
+    RED = "red"
+
+
+async def test_the_class_of_an_enum_is_a_source() -> None:
+    async with make() as realtime, realtime.open_run("report"):
+        assert (await realtime.pipe(Color).wait_until_complete()).chunks == 1
 
 
 async def test_an_error_while_closing_in_the_thread_is_logged(caplog: pytest.LogCaptureFixture) -> None:
@@ -842,3 +856,21 @@ async def test_an_encoding_error_closes_a_sync_source_too() -> None:
         with pytest.raises(EncodingError, match="object has no JSON form"):
             await realtime.pipe(source()).wait_until_complete()
         await until(lambda: closed == ["closed"])
+
+
+async def test_a_generator_with_a_task_group_is_closed_while_the_pipe_waits(caplog: pytest.LogCaptureFixture) -> None:
+    """Its task group was exited in a scope that was entered later, which ended the whole `Realtime`."""
+
+    async def words() -> AsyncIterator[str]:
+        async with anyio.create_task_group():
+            for word in "ab" * 50:
+                yield word
+
+    async with make(limits=Limits(pipe_buffer=4)) as realtime:
+        pipe = realtime.pipe(words())
+        reader = aiter(pipe)
+        await anext(reader)
+        await steps(20)
+        await pipe.aclose()
+        assert [word async for word in realtime.pipe(["still", "running"])] == ["still", "running"]
+    assert caplog.messages == []

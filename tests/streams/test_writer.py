@@ -13,18 +13,15 @@ from asgi_realtime import Realtime
 from asgi_realtime.brokers.base import StreamKey
 from asgi_realtime.core.config import Limits, Timeouts
 from asgi_realtime.core.errors import BrokerUnavailable, EncodingError, LimitExceeded, RunNotFound, StreamClosed
-from asgi_realtime.streams.writer import CALL_BYTES, CALL_ITEMS, StreamWriter, encode_within, name_chunk
+from asgi_realtime.streams.outbox import CALL_BYTES, CALL_ITEMS
+from asgi_realtime.streams.writer import StreamWriter, encode_within, name_chunk
 from tests.faults import RemoteBroker, make, steps, stored, until
 
 pytestmark = pytest.mark.anyio
 
 
 def writer_of(realtime: Realtime, run_id: str, name: str = "default") -> StreamWriter:
-    return StreamWriter(
-        StreamKey(run_id, name),
-        runs=realtime.runs,
-        spawn=realtime.engine.spawn_detached,
-    )
+    return realtime._producers.writer(StreamKey(run_id, name))
 
 
 def counts(writer: StreamWriter) -> tuple[int, int, int | None]:
@@ -60,6 +57,43 @@ async def test_chunks_are_collected_while_an_append_is_in_flight() -> None:
         assert broker.appends == [1, 9]
         assert counts(writer) == (10, 10, 9)
         assert await stored(realtime, run.id) == list(range(10))
+
+
+async def test_the_writers_of_a_stream_keep_their_common_order() -> None:
+    """The last word of a canceled task used to overtake chunks that its pipe had written before."""
+    broker = RemoteBroker()
+    async with make(broker=broker) as realtime, realtime.open_run("report") as run:
+        broker.hold = anyio.Event()
+        pipe = realtime.pipe(["0", "1", "2"])
+        await steps(20)
+        async with realtime.writer("default") as writer, anyio.create_task_group() as group:
+            await writer.write("3")
+            group.start_soon(realtime.append, "4")
+            await steps(20)
+            await writer.write("5")
+            broker.hold.set()
+        with anyio.fail_after(5):
+            assert await pipe.wait_until_complete() == (3, 9, 2)
+        assert await stored(realtime, run.id) == ["0", "1", "2", "3", "4", "5"]
+
+
+async def test_a_failed_call_fails_only_the_writers_whose_chunks_it_held() -> None:
+    broker = RemoteBroker()
+    async with make(broker=broker, timeouts=Timeouts(append=0.01)) as realtime, realtime.open_run("report") as run:
+        other, writer = writer_of(realtime, run.id), writer_of(realtime, run.id)
+        other.write(b"0")
+        await other.drain()
+        broker.away = {"append"}
+        writer.write(b"1")
+        with anyio.fail_after(5), pytest.raises(BrokerUnavailable):
+            await writer.drain()
+        broker.away = set()
+        other.write(b"2")
+        await other.drain()
+        assert counts(other) == (2, 2, 1)
+        with pytest.raises(BrokerUnavailable):
+            writer.write(b"3")
+        assert await stored(realtime, run.id) == [0, 2]
 
 
 async def test_one_call_carries_a_limited_number_of_items_and_bytes() -> None:
@@ -290,21 +324,22 @@ async def test_append_of_an_unencodable_chunk_names_its_type() -> None:
         assert await stored(realtime, run.id) == ["usable"]
 
 
-writes = st.lists(st.tuples(st.integers(0, 40), st.integers(0, 3), st.booleans()), max_size=30)
+writes = st.lists(st.tuples(st.integers(0, 2), st.integers(0, 40), st.integers(0, 3), st.booleans()), max_size=30)
 
 
 @pytest.mark.slow
 @given(plan=writes, lost=st.integers(0, 1))
 @settings(max_examples=50, deadline=None)
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
-def test_chunks_are_stored_once_and_in_order(backend: str, plan: list[tuple[int, int, bool]], lost: int) -> None:
+def test_chunks_are_stored_once_and_in_order(backend: str, plan: list[tuple[int, int, int, bool]], lost: int) -> None:
     async def drive() -> None:
         broker = RemoteBroker()
         async with make(broker=broker, limits=Limits(pending_bytes=60)) as realtime, realtime.open_run("report") as run:
-            writer = writer_of(realtime, run.id)
+            writers = [writer_of(realtime, run.id) for _ in range(3)]
             broker.lose_answers = lost
             expected = []
-            for number, (size, pause, wait) in enumerate(plan):
+            for number, (which, size, pause, wait) in enumerate(plan):
+                writer = writers[which]
                 chunk = f"{number}:" + "x" * size
                 writer.write(encode_within(chunk, 1000))
                 expected.append(chunk)
@@ -312,8 +347,9 @@ def test_chunks_are_stored_once_and_in_order(backend: str, plan: list[tuple[int,
                 if wait:
                     await writer.room()
             with anyio.fail_after(10):
-                await writer.drain()
+                for writer in writers:
+                    await writer.drain()
             assert await stored(realtime, run.id) == expected
-            assert writer.chunks == len(expected)
+            assert sum(writer.chunks for writer in writers) == len(expected)
 
     anyio.run(drive, backend=backend)
