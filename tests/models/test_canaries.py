@@ -6,7 +6,6 @@ what the APIs send, as the clients build them; nothing here uses a network.
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
@@ -15,7 +14,7 @@ import pytest
 
 from asgi_realtime.core.errors import EncodingError
 from tests.faults import make, stored
-from tests.requirements import missing
+from tests.models.needs import need
 
 pytestmark = pytest.mark.anyio
 
@@ -27,13 +26,6 @@ TEXT = "Hello"
 def offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")
     monkeypatch.setenv("OPENAI_AGENTS_DISABLE_TRACING", "1")
-
-
-def need(module: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as exc:
-        missing(f"{exc.name} is not installed (make clients)")
 
 
 async def chunks_of(source: Any) -> list[Any]:
