@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from asgi_realtime.engine.executor import AttachedExecutor, Executor, ExecutorHost, InProcessExecutor
-from asgi_realtime.tasks.task import Task
+from asgi_realtime.tasks.task import AsyncTask, SyncTask, Task
 
-__all__ = ["AttachedExecutor", "Executor", "ExecutorHost", "InProcessExecutor", "Task"]
+__all__ = ["AsyncTask", "AttachedExecutor", "Executor", "ExecutorHost", "InProcessExecutor", "SyncTask", "Task"]

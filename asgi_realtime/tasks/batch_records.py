@@ -55,7 +55,7 @@ class BatchRecord(msgspec.Struct, frozen=True, omit_defaults=True):
     waits_until_ms: int = 0
     """When its items can no longer be sent."""
     owner: str = ""
-    """The credential that created it."""
+    """The owner of the public token that created it; empty for the secret key."""
     parent_id: str | None = None
     idempotency_key: str | None = None
     planned: Plan | None = None

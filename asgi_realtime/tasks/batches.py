@@ -8,9 +8,9 @@ to be remembered for that is in `batch_records`.
 
 from __future__ import annotations
 
-import logging
 import secrets
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -19,15 +19,15 @@ import msgspec
 
 from asgi_realtime.core.config import Retention
 from asgi_realtime.core.errors import LimitExceeded, RealtimeError, RunNotFound, UsageError
-from asgi_realtime.core.runs import BatchMember, RunRecord
+from asgi_realtime.core.runs import BatchMember, RunRecord, owned
 from asgi_realtime.engine.engine import Engine
+from asgi_realtime.loop.logger import logger
 from asgi_realtime.tasks.batch_records import BatchRecord, Plan, Stage, run_id_in
-from asgi_realtime.tasks.launch import Launcher, Once
+from asgi_realtime.tasks.budgets import Budgets
+from asgi_realtime.tasks.launch import Created, Launcher, Once
 from asgi_realtime.tasks.options import RunOptions
 from asgi_realtime.tasks.records import Prepared
 from asgi_realtime.tasks.task import TaskLike
-
-logger = logging.getLogger("asgi_realtime")
 
 BatchItem = tuple[TaskLike, Any] | tuple[TaskLike, Any, Mapping[str, Any]]
 """`(task, payload)` or `(task, payload, options)`; the options are those of `RunOptions`."""
@@ -66,10 +66,11 @@ class FilledBatch(NamedTuple):
 class Batches:
     """Creates batches of runs."""
 
-    def __init__(self, engine: Engine, launcher: Launcher, *, retention: Retention) -> None:
+    def __init__(self, engine: Engine, launcher: Launcher, budgets: Budgets, *, retention: Retention) -> None:
         self._engine = engine
         self._runs = engine.runs
         self._launcher = launcher
+        self._budgets = budgets
         self._retention = retention
 
     def check_count(self, count: int) -> None:
@@ -92,7 +93,9 @@ class Batches:
         """Store a stage; return the record that this or another process stored first."""
         ttl_s = max(self._retention.idempotency_key, self._retention.batch)
         value = msgspec.json.encode(batch).decode()
-        return BatchRecord.decode(await self._runs.claim(stage.claim(batch.id), value, ttl_s=ttl_s))
+        return BatchRecord.decode(
+            await self._runs.claim(stage.claim(batch.id), value, ttl_s=ttl_s, owner=batch.owner or None)
+        )
 
     async def closed(self, batch_id: str) -> bool | None:
         """Whether the batch gets no more runs; None if its runs are all that is stored."""
@@ -103,6 +106,7 @@ class Batches:
 
     async def trigger(self, items: Sequence[Prepared]) -> TriggeredBatch:
         """Create a batch. If creating a run fails, the runs before it are canceled, so that the batch is over."""
+        _check_no_threads(items)
         batch_id = new_batch_id()
         plan = await self._plan(batch_id, items)
         members = _members(batch_id, items, plan)
@@ -136,14 +140,15 @@ class Batches:
     ) -> OpenedBatch:
         """Create a batch to be filled with items later, or find the batch that was created with this key.
 
-        `owner` is the credential, and the same key of another owner is a different key: otherwise guessing a key would
-        reveal the batch. Raises `UsageError`, `LimitExceeded`, `TokenSpent`.
+        `owner` is the owner of the public token, or "" for the secret key, and the same key of another owner is a
+        different key: otherwise guessing a key would reveal the batch. Raises `UsageError`, `LimitExceeded`,
+        `TokenSpent`.
         """
         self.check_count(count)
         batch_id = new_batch_id()
         if idempotency_key is not None:
-            key = f"batch-key:{owner}:{idempotency_key}"
-            batch_id = await self._runs.claim(key, batch_id, ttl_s=self._retention.idempotency_key)
+            key = f"batch-key:{owned(owner, idempotency_key)}"
+            batch_id = await self._runs.claim(key, batch_id, ttl_s=self._retention.idempotency_key, owner=owner or None)
             found = await self.find(batch_id)
             if found is not None and found.is_sealed:
                 return OpenedBatch(batch_id, found.count, is_cached=True)
@@ -179,31 +184,39 @@ class Batches:
     async def fill(self, batch: BatchRecord, items: Sequence[Prepared]) -> FilledBatch:
         """Create the runs of a batch that do not exist yet.
 
-        If creating one fails, the runs before it remain, and a repeated call continues after them.
+        If creating one fails, the runs before it remain, and a repeated call continues after them. Raises
+        `LimitExceeded`, before it creates any, if the owner of the token has no budget for all of them, and
+        `UsageError` for a thread.
         """
         if batch.is_sealed:
             return FilledBatch(0, len(items))
+        _check_no_threads(items)
         plan = await self._plan(batch.id, items)
         if any(item.record.idempotency_key is not None for item in items):
             batch = await self.store(Stage.PLANNED, batch.with_plan(plan))
             plan = batch.plan
 
-        async def launch() -> int:
-            created = 0
-            for number, member in enumerate(_members(batch.id, items, plan), 1):
-                created += await self._is_new(member)
+        members = _members(batch.id, items, plan)
+
+        async def launch() -> list[Created]:
+            created = []
+            for number, member in enumerate(members, 1):
+                with suppress(RunNotFound):  # an earlier call created it, and it has expired
+                    created.append(await self._launcher.create(member))
                 await _yield_after(number)
             await self.store(Stage.SEALED, batch.sealed())
             return created
 
-        created = await self._engine.begin().shielded(launch)
-        return FilledBatch(created, len(items) - created)
-
-    async def _is_new(self, member: RunRecord) -> bool:
-        try:
-            return (await self._launcher.create(member)).is_new
-        except RunNotFound:  # an earlier call created it, and it has expired
-            return False
+        owner = items[0].record.token_owner
+        if owner is None:
+            created = await self._engine.begin().shielded(launch)
+        else:
+            with await self._budgets.reserve(owner, members) as reservation:
+                created = await self._engine.begin().shielded(launch)
+                reservation.keep([member.record for member in created], self._runs.now_ms())
+            await self._budgets.trim(owner)
+        accepted = sum(member.is_new for member in created)
+        return FilledBatch(accepted, len(items) - accepted)
 
     # Both
 
@@ -235,6 +248,13 @@ def check_item(item: object) -> tuple[TaskLike, Any, RunOptions]:
     if not isinstance(options, Mapping):
         raise UsageError(f"the options of a batch item are a {type(options).__name__}; allowed is a dict")
     return task, payload, cast(RunOptions, options)
+
+
+def _check_no_threads(items: Sequence[Prepared]) -> None:
+    """A busy thread would leave a batch without one of its runs. Raises `UsageError`."""
+    for index, item in enumerate(items):
+        if item.record.thread is not None:
+            raise UsageError(f"item {index} of the batch has a thread; allowed is that for single runs (trigger)")
 
 
 def _check_count_is_same(batch_id: str, count: int, found: BatchRecord | None) -> None:

@@ -19,10 +19,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from asgi_realtime.core.config import Retention
-from asgi_realtime.core.errors import RunNotFound, TokenSpent
+from asgi_realtime.core.errors import LimitExceeded, RunExists, RunNotFound, TokenSpent
 from asgi_realtime.core.run_errors import VersionConflict
 from asgi_realtime.core.runs import RunRecord, Status
 from asgi_realtime.engine.engine import Engine
+from asgi_realtime.tasks.budgets import Budgets
 from asgi_realtime.tasks.records import Prepared
 
 MAX_REMEMBERED_RUNS = 10_000
@@ -37,6 +38,8 @@ class Once(NamedTuple):
     mark: str
     """Distinguishes this request from others with the same claim. Those are rejected: the one-time token is spent."""
     ttl_s: float
+    owner: str | None = None
+    """The owner of the token. The claims count against its budgets."""
 
 
 class Spent(NamedTuple):
@@ -73,9 +76,10 @@ class Created(NamedTuple):
 class Launcher:
     """Creates runs and hands them to the executor."""
 
-    def __init__(self, engine: Engine, *, retention: Retention) -> None:
+    def __init__(self, engine: Engine, budgets: Budgets, *, retention: Retention) -> None:
         self._engine = engine
         self._runs = engine.runs
+        self._budgets = budgets
         self.retention = retention
         self._created_ids: dict[str, None] = {}
 
@@ -83,9 +87,38 @@ class Launcher:
         """Create a run, or find the one that the same request or the same idempotency key has made.
 
         The key is checked first: if it names a run, nothing is made and nothing is spent. But a request that arrived
-        before gets the run it made, even if its key names another run by now. Raises `TokenSpent`, and `RunNotFound` if
-        the run was made before and has expired.
+        before gets the run it made, even if its key names another run by now. Raises `TokenSpent`, `RunNotFound` if the
+        run was made before and has expired, `ThreadBusy`, and `LimitExceeded` if the owner of the token has no budget
+        for a new run.
         """
+        owner = prepared.record.token_owner
+        if owner is None:
+            return await self._launch(prepared, once)
+        try:
+            reservation = await self._budgets.reserve(owner, [prepared.record])
+        except LimitExceeded:
+            found = await self._find_launched(prepared, once)
+            if found is None:
+                raise
+            return found
+        with reservation:
+            launched = await self._launch(prepared, once)
+            reservation.keep([launched.record], self._runs.now_ms())
+        await self._budgets.trim(owner)
+        return launched
+
+    async def _find_launched(self, prepared: Prepared, once: Once | None) -> Launched | None:
+        """What `launch` would find, without making anything."""
+        spent = None if once is None else await self._spent(once)
+        made = None if spent is None else await self._find_made(spent)
+        if made is not None:
+            return Launched(made, is_cached=False)
+        key = prepared.record.claim
+        run_id = None if key is None else await self._runs.claimed(key)
+        (found,) = [None] if run_id is None else await self._runs.load([run_id])
+        return None if found is None else Launched(found, is_cached=True)
+
+    async def _launch(self, prepared: Prepared, once: Once | None) -> Launched:
         if prepared.record.idempotency_key is None:
             created = await self._create_once(prepared, once)
             return Launched(created.record, is_cached=False)
@@ -102,10 +135,24 @@ class Launcher:
         same_request = once is not None and run_id == prepared.record.id  # it arrived twice at the same time
         return Launched(created.record, is_cached=not created.is_new and not same_request)
 
+    async def launch_named(self, prepared: Prepared) -> Launched:
+        """Create a run under the id that the host chose. Raises `RunExists`. Cancelling the caller does not interrupt
+        the creation."""
+        record = prepared.record
+        try:
+            created = await self._engine.begin().shielded(lambda: self.create(record, replaces=prepared.replaces))
+        except RunNotFound:  # this process has created it, and it has expired
+            raise RunExists(record.id) from None
+        if not created.is_new:
+            raise RunExists(record.id)
+        return Launched(created.record, is_cached=False)
+
     async def _create_once(self, prepared: Prepared, once: Once | None) -> Created:
         """Create the run of a request, or find it. Cancelling the caller does not interrupt the creation: a run that is
         stored but not enqueued would wait for a whole lease."""
         if once is not None:
+            if prepared.record.thread is not None and not prepared.replaces and await self._spent(once) is None:
+                await self._engine.run_threads.check_free(prepared.record)  # a busy thread must not cost the token
             spent = await self.spend(once, prepared.record.id)
             made = None if spent.is_new else await self._find_made(spent)
             if made is not None:
@@ -113,25 +160,27 @@ class Launcher:
             prepared = prepared.renamed(spent.id)
 
         async def create() -> Created:
-            created = await self.create(prepared.record)
+            created = await self.create(prepared.record, replaces=prepared.replaces)
             if once is not None:
-                await self._runs.claim(_made(prepared.record.id), "made", ttl_s=once.ttl_s)
+                await self._runs.claim(_made(prepared.record.id), "made", ttl_s=once.ttl_s, owner=once.owner)
             return created
 
         return await self._engine.begin().shielded(create)
 
-    async def create(self, record: RunRecord) -> Created:
+    async def create(self, record: RunRecord, *, replaces: bool = False) -> Created:
         """Store a run and hand it to the executor, or find the run that has its id.
 
-        Raises `RunNotFound` if this process has created the run before and it has expired: an id is never reused.
+        With `replaces` it cancels the active run of its thread. Raises `ThreadBusy`, and `RunNotFound` if this process
+        has created the run before and it has expired: an id is never reused.
         """
         if record.id in self._created_ids:
             (found,) = await self._runs.load([record.id])
             if found is None:
                 raise _expired(record.id)
             return Created(found, is_new=False)
+        self._engine.check_accepts_runs()
         try:
-            await self._runs.create(record)
+            await self._engine.run_threads.create(record, replace=replaces)
         except VersionConflict as conflict:
             if conflict.current is None:
                 raise
@@ -155,7 +204,9 @@ class Launcher:
         assert claim is not None
         previous = None
         while True:
-            run_id = await self._runs.claim(claim, prepared.record.id, ttl_s=prepared.key_ttl_s)
+            run_id = await self._runs.claim(
+                claim, prepared.record.id, ttl_s=prepared.key_ttl_s, owner=prepared.record.token_owner
+            )
             if run_id in (prepared.record.id, previous):
                 return run_id, None
             (found,) = await self._runs.load([run_id])
@@ -176,7 +227,7 @@ class Launcher:
     async def spend(self, once: Once, made_id: str) -> Spent:
         """Claim the id that a request makes, or find the one it made. Raises `TokenSpent` for a different request."""
         value = f"{made_id} {self._runs.now_ms()} {once.mark}"
-        claimed = await self._runs.claim(once.claim, value, ttl_s=once.ttl_s)
+        claimed = await self._runs.claim(once.claim, value, ttl_s=once.ttl_s, owner=once.owner)
         return Spent(made_id, is_new=True, is_late=False) if claimed == value else self._read_spent(once, claimed)
 
     async def _spent(self, once: Once) -> Spent | None:
@@ -194,7 +245,7 @@ class Launcher:
     async def _intend(self, once: Once, run_id: str) -> Spent:
         """Reserve the id for what a request makes if its idempotency key names no run. The reservation lets a
         concurrent duplicate of the request be recognized, and spends nothing."""
-        claimed = await self._runs.claim(f"intent:{once.claim} {once.mark}", run_id, ttl_s=once.ttl_s)
+        claimed = await self._runs.claim(f"intent:{once.claim} {once.mark}", run_id, ttl_s=once.ttl_s, owner=once.owner)
         return Spent(claimed, is_new=claimed == run_id, is_late=False)
 
 

@@ -13,12 +13,13 @@ from typing import Any, NamedTuple
 import msgspec
 
 from asgi_realtime.core.config import MAX_SPAN_S, Limits, Retention, Span, parse_span
-from asgi_realtime.core.errors import LimitExceeded, UsageError
-from asgi_realtime.core.metadata import check_metadata_key, check_size, normalize_value
-from asgi_realtime.core.names import check_key, check_tags
+from asgi_realtime.core.errors import LimitExceeded, UsageError, shown
+from asgi_realtime.core.metadata import NO_METADATA, check_metadata_key, check_size, encode_metadata
+from asgi_realtime.core.names import check_key, check_run_id, check_tags, check_thread
 from asgi_realtime.core.runs import RunRecord, Status
 from asgi_realtime.engine.engine import Engine
-from asgi_realtime.tasks.options import RunOptions
+from asgi_realtime.runs.tracing import current_traceparent
+from asgi_realtime.tasks.options import OpenRunOptions, RunOptions, ThreadOptions, check_names, unwatched_fields
 from asgi_realtime.tasks.task import Task
 
 
@@ -31,10 +32,13 @@ class Payload(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """A checked run that is not stored yet, and how long its idempotency key names it."""
+    """A checked run that is not stored yet."""
 
     record: RunRecord
-    key_ttl_s: float
+    key_ttl_s: float = 0
+    """How long its idempotency key names it."""
+    replaces: bool = False
+    """It cancels the active run of its thread."""
 
     def under(self, parent: RunRecord | None) -> Prepared:
         """The same run as a child of `parent`."""
@@ -42,14 +46,25 @@ class Prepared(NamedTuple):
             return self
         return self._with(parent_id=parent.id, root_id=parent.root_id or parent.id, depth=parent.depth + 1)
 
-    def triggered_with(self, token_id: str | None) -> Prepared:
-        """The same run, triggered with this public token."""
-        return self._with(token_id=token_id)
+    def triggered_by(self, owner: str | None) -> Prepared:
+        """The same run, triggered with a public token of this owner; None if the host triggers it."""
+        return self._with(token_owner=owner)
 
     def renamed(self, run_id: str) -> Prepared:
         """The same run under another id, which is also that of its root if the run has no parent."""
         root_id = run_id if self.record.root_id in (self.record.id, None) else self.record.root_id
         return self._with(id=run_id, root_id=root_id)
+
+    def in_thread(self, options: ThreadOptions, limits: Limits) -> Prepared:
+        """The same run in the thread that the options name. Raises `UsageError`, `LimitExceeded`."""
+        thread, on_conflict = options.get("thread"), options.get("on_conflict", "reject")
+        if on_conflict not in ("reject", "replace"):
+            raise UsageError(f"on_conflict is {shown(on_conflict)}; allowed are 'reject' and 'replace'")
+        if thread is None:
+            if on_conflict == "replace":
+                raise UsageError("on_conflict is 'replace', but the run has no thread; pass thread= too")
+            return self
+        return self._replace(replaces=on_conflict == "replace")._with(thread=check_thread(thread, limits))
 
     def _with(self, **fields: Any) -> Prepared:
         return self._replace(record=msgspec.structs.replace(self.record, **fields))
@@ -63,16 +78,19 @@ class RecordFactory:
         self._limits = engine.limits
         self._retention = retention
 
-    def new_open_run(
-        self, name: str, *, tags: str | Iterable[str] | None, metadata: Mapping[str, Any] | None
-    ) -> RunRecord:
+    def new_open_run(self, name: str, options: OpenRunOptions) -> Prepared:
         """A run that this process executes from its creation on."""
-        record = self._new(check_key(name, self._limits, what="task id"), Status.EXECUTING, tags, metadata)
-        return msgspec.structs.replace(record, started_at_ms=record.created_at_ms, owner=self._engine.owner)
+        run_id, tags, metadata = options.get("run_id"), options.get("tags"), options.get("metadata")
+        checked_id = None if run_id is None else check_run_id(run_id, self._limits)
+        record = self._new(check_key(name, self._limits, what="task id"), Status.EXECUTING, tags, metadata, checked_id)
+        record = msgspec.structs.replace(
+            record, started_at_ms=record.created_at_ms, owner=self._engine.owner, **unwatched_fields(options)
+        )
+        return Prepared(record).in_thread(options, self._limits)
 
     def new_triggered_run(self, task: Task[Any, Any], payload: Payload, options: RunOptions) -> Prepared:
         """A run that waits for its task. The caller has checked the payload against the task."""
-        _check_names(options)
+        check_names(options, RunOptions)
         ttl, key, key_ttl = options.get("ttl"), options.get("idempotency_key"), options.get("idempotency_key_ttl")
         record = self._new(task.id, Status.QUEUED, options.get("tags"), options.get("metadata"))
         now_ms = record.created_at_ms
@@ -86,17 +104,25 @@ class RecordFactory:
             ttl_s=ttl_s,
             expires_at_ms=None if ttl_s is None else now_ms + delay_ms + round(ttl_s * 1000),
             max_duration_s=_shorter(task.max_duration_s, options.get("max_duration")),
+            has_on_end=task.on_end is not None,
+            **(unwatched_fields(options) or task.unwatched),
             payload_json=payload.json,
             payload_meta_json=payload.meta_json,
             idempotency_key=None if key is None else check_idempotency_key(key, self._limits),
         )
         retained_s = self._retention.idempotency_key
-        return Prepared(record, retained_s if key_ttl is None else parse_span(key_ttl, name="idempotency_key_ttl"))
+        key_ttl_s = retained_s if key_ttl is None else parse_span(key_ttl, name="idempotency_key_ttl")
+        return Prepared(record, key_ttl_s).in_thread(options, self._limits)
 
     def _new(
-        self, task_id: str, status: Status, tags: str | Iterable[str] | None, metadata: Mapping[str, Any] | None
+        self,
+        task_id: str,
+        status: Status,
+        tags: str | Iterable[str] | None,
+        metadata: Mapping[str, Any] | None,
+        run_id: str | None = None,
     ) -> RunRecord:
-        run_id, now_ms = new_run_id(), self._engine.runs.now_ms()
+        run_id, now_ms = run_id or new_run_id(), self._engine.runs.now_ms()
         return RunRecord(
             id=run_id,
             task=task_id,
@@ -104,18 +130,19 @@ class RecordFactory:
             created_at_ms=now_ms,
             updated_at_ms=now_ms,
             tags=check_tags(tags, self._limits),
-            metadata={} if metadata is None else self._checked_metadata(metadata),
+            metadata_json=NO_METADATA if metadata is None else self._checked_metadata(metadata),
             root_id=run_id,
+            traceparent=current_traceparent(),
         )
 
-    def _checked_metadata(self, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    def _checked_metadata(self, metadata: Mapping[str, Any]) -> msgspec.Raw:
         if not isinstance(metadata, Mapping):
             raise UsageError(f"metadata is a {type(metadata).__name__}; allowed is a dict")
         for key in metadata:
             check_metadata_key(key)
-        normal: dict[str, Any] = normalize_value(dict(metadata))
-        check_size(normal, self._limits.metadata_bytes)
-        return normal
+        encoded = encode_metadata(dict(metadata))
+        check_size(encoded, self._limits.metadata_bytes)
+        return encoded
 
 
 def new_run_id() -> str:
@@ -131,12 +158,6 @@ def check_idempotency_key(key: object, limits: Limits) -> str:
     if any("\ud800" <= character <= "\udfff" for character in key):
         raise UsageError(f"idempotency_key {key!r} contains a lone surrogate, which cannot be encoded as UTF-8")
     return key
-
-
-def _check_names(options: RunOptions) -> None:
-    if unknown := options.keys() - RunOptions.__optional_keys__:
-        allowed = ", ".join(sorted(RunOptions.__optional_keys__))
-        raise UsageError(f"unknown option {', '.join(sorted(map(str, unknown)))}; allowed: {allowed}")
 
 
 def _delay_ms(delay: Span | datetime | None, now_ms: int) -> int:

@@ -13,7 +13,6 @@ A run that the queue delivers twice executes once: the second delivery finds tha
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Coroutine
 from typing import Any
 
@@ -21,8 +20,8 @@ import anyio
 
 from asgi_realtime.core.errors import BrokerUnavailable, RunNotFound, UnknownTask
 from asgi_realtime.engine.executor import ExecutorHost
-
-logger = logging.getLogger("asgi_realtime")
+from asgi_realtime.loop.logger import logger
+from asgi_realtime.loop.waiting import at_most
 
 try:
     from taskiq import AsyncBroker, AsyncTaskiqDecoratedTask, TaskiqEvents, TaskiqState
@@ -97,7 +96,7 @@ class TaskiqExecutor:
                 return
             self._busy = self._touched = True
             try:
-                with anyio.fail_after(_START_S):
+                with at_most(_START_S, lambda: f"it did not start within {_START_S:g} s"):
                     await self.broker.startup()
                 self._started = True
             finally:

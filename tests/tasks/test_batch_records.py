@@ -9,7 +9,7 @@ from tests.inprocess import make_realtime
 
 pytestmark = pytest.mark.anyio
 
-BATCH = BatchRecord("batch_1", 3, 1_000, waits_until_ms=2_000, owner="token_1")
+BATCH = BatchRecord("batch_1", 3, 1_000, waits_until_ms=2_000, owner="user:1")
 PLAN = Plan(["run_a", "run_b", "run_c"], [0, 2])
 
 

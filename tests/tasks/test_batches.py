@@ -3,6 +3,7 @@ from __future__ import annotations
 from typing import Any
 
 import anyio
+import anyio.lowlevel
 import pytest
 
 from asgi_realtime import (
@@ -15,6 +16,7 @@ from asgi_realtime import (
 )
 from asgi_realtime.core.runs import BatchMember
 from asgi_realtime.core.scopes import grants
+from tests.inprocess import make_realtime
 from tests.tasks.echo import SlowExecutor, count_runs, with_echo
 
 pytestmark = pytest.mark.anyio
@@ -122,3 +124,24 @@ async def test_a_batch_that_fails_halfway_is_over() -> None:
         assert statuses == {0: Status.CANCELED, 1: Status.CANCELED, 2: Status.FAILED}
         with anyio.fail_after(5):
             assert len([record async for record in realtime.subscribe_to_batch(batches[0].id)]) == 3
+
+
+async def test_large_payloads_of_a_batch_are_decoded_in_different_iterations() -> None:
+    realtime, iterations, seen = make_realtime(), 0, []
+
+    @realtime.task("large")
+    async def large(payload: str) -> None:
+        seen.append(iterations)
+
+    async def count() -> None:
+        nonlocal iterations
+        while True:
+            await anyio.lowlevel.checkpoint()
+            iterations += 1
+
+    async with realtime, anyio.create_task_group() as group:
+        group.start_soon(count)
+        batch = await realtime.batch_trigger([("large", "x" * 100_000)] * 4)
+        await batch.results(timeout=5)
+        group.cancel_scope.cancel()
+    assert max(seen) - min(seen) >= 2  # trio runs the tasks of an iteration in random order

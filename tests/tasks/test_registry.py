@@ -121,7 +121,7 @@ async def test_waiting_for_a_result_ends_at_the_timeout() -> None:
 
     async with realtime:
         handle = await realtime.trigger(task)
-        with pytest.raises(TimeoutError):
+        with pytest.raises(TimeoutError, match=f"run '{handle.id}' has not ended within 0.01 s; it continues"):
             await handle.result(timeout=0.01)
         with pytest.raises(UsageError, match="timeout is -1"):
             await handle.result(timeout=-1)

@@ -85,7 +85,7 @@ async def test_set_output_is_the_output_if_the_task_returns_none() -> None:
     async def gives_none() -> None: ...
 
     async with realtime:
-        assert await realtime.result(await realtime.trigger(sets), timeout=5) == "set"
+        assert await realtime.result((await realtime.trigger(sets)).id, timeout=5) == "set"
         assert await (await realtime.trigger(sets_and_returns)).result(timeout=5) == "returned"
         record = await ended(realtime, await realtime.trigger(gives_none))
         assert record.output_json == b"null"
@@ -173,7 +173,7 @@ async def test_an_output_over_the_limit_fails_the_run_and_names_the_limit() -> N
 
     async with realtime:
         record = await ended(realtime, await realtime.trigger(task))
-    assert record.error == RunError("LimitExceeded", "the output is 11 bytes, limit 10")
+    assert record.error == RunError("LimitExceeded", f"the output of run {record.id!r} is 11 bytes, limit 10")
 
 
 async def test_sys_exit_in_a_task_fails_only_its_run() -> None:

@@ -21,6 +21,7 @@ from asgi_realtime import (
     Realtime,
     Run,
     UsageError,
+    current_run,
 )
 from asgi_realtime.core.chunks import decode
 from asgi_realtime.tasks.decoding import decoder_of
@@ -211,6 +212,18 @@ async def second_is_the_run(payload, run):  # type: ignore[no-untyped-def]
     return [payload, run.id]
 
 
+async def maybe_run(payload: int, run: Run | None) -> list[Any]:
+    return [payload, run and run.id]
+
+
+async def payload_called_run(run: int) -> int:
+    return run
+
+
+async def untyped_second(payload: int, context: Any) -> list[Any]:
+    return [payload, context.id]
+
+
 async def with_more_defaults(payload: int, run: Run, factor: int = 2, *, extra: int = 0) -> list[Any]:
     return [payload * factor, run.id]
 
@@ -238,6 +251,9 @@ def fed(x: int, payload: int) -> int:
         (only_run, None, "RUN"),
         (both, 1, [1, "RUN"]),
         (second_is_the_run, 1, [1, "RUN"]),
+        (maybe_run, 1, [1, "RUN"]),
+        (payload_called_run, 1, 1),
+        (untyped_second, 1, [1, "RUN"]),
         (with_more_defaults, 2, [4, "RUN"]),
         (default_payload, 7, 7),
         (Callables().method, 3, [3, "RUN"]),
@@ -288,6 +304,32 @@ def test_other_signatures_are_rejected_with_the_allowed_ones(function: Callable[
         register(function)
     assert str(caught.value).startswith("a task takes (), (payload), (payload, run) or (run: Run)")
     assert given in str(caught.value)
+
+
+async def run_alone(run):  # type: ignore[no-untyped-def]
+    return run
+
+
+async def run_before_payload(run, payload):  # type: ignore[no-untyped-def]
+    return run
+
+
+async def two_payloads(payload: int, factor: int) -> int:
+    return payload * factor
+
+
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        (run_alone, r"called run, .* would receive the payload; write \(run: Run\) for the run, or call it payload"),
+        (run_before_payload, r"called run, .* would receive the payload"),
+        (two_payloads, "the second parameter of the task, factor: int, would receive the run; annotate it with Run"),
+    ],
+)
+def test_a_signature_that_would_receive_something_else_is_rejected(function: Callable[..., Any], words: str) -> None:
+    """`async def t(run)` was called with the payload, and failed at `run.metadata` in its first run."""
+    with pytest.raises(InvalidConfiguration, match=words):
+        make_realtime().task("t")(function)
 
 
 def test_an_async_generator_function_is_rejected() -> None:
@@ -363,6 +405,40 @@ async def test_a_local_task_can_refer_to_itself_and_to_later_tasks() -> None:
 
     async with realtime:
         assert await (await realtime.trigger(first, 2)).result(timeout=5) == 42
+
+
+@pytest.mark.anyio
+async def test_the_payload_of_a_run_has_the_type_that_the_task_declares() -> None:
+    realtime = make_realtime()
+    seen: list[object] = []
+
+    @realtime.task("only_run")
+    async def only_run(run: Run[Order] | None) -> None:
+        assert run is not None
+        seen.append(run.payload)
+
+    @realtime.task("both")
+    async def both(payload: Order, run: Run[Order]) -> None:
+        seen.append((payload, current_run().payload))
+
+    @realtime.task("none")
+    async def none(run: Run) -> None:
+        seen.append(run.payload)
+
+    order: dict[str, Any] = {"number": 1, "lines": []}
+    async with realtime:
+        for task in (only_run, both, none):
+            await (await realtime.trigger(task, order)).result()
+        with pytest.raises(InvalidPayload, match="does not fit Order"):
+            await realtime.trigger(only_run)
+    assert seen == [Order(1, []), (Order(1, []), Order(1, [])), order]
+
+
+def test_a_task_declares_one_type_of_its_payload() -> None:
+    async def both(payload: Order, run: Run[Line]) -> None: ...
+
+    with pytest.raises(InvalidConfiguration, match=r"two types of its payload, Order and Run\[Line\]"):
+        make_realtime().task("both")(both)
 
 
 @pytest.mark.anyio
@@ -532,3 +608,18 @@ def test_without_pydantic_its_types_are_rejected(monkeypatch: pytest.MonkeyPatch
 
 def test_a_builtin_has_no_closure() -> None:
     assert make_realtime().task("t")(operator.neg).payload_type is Any
+
+
+def test_valid_json_is_checked_only_against_an_annotation(monkeypatch: pytest.MonkeyPatch) -> None:
+    realtime, checked = make_realtime(), []
+
+    @realtime.task("plain")
+    async def plain(payload: Any) -> None: ...
+
+    @realtime.task("typed")
+    async def typed(payload: int) -> None: ...
+
+    monkeypatch.setattr(type(plain), "decode_payload", lambda task, _: checked.append(task.id))
+    for task in (plain, typed):
+        task.check_payload(b"1", limit_bytes=10, is_valid=True)
+    assert checked == ["typed"]
