@@ -6,18 +6,17 @@ the run stores whatever still waits in the same version as the result. Changes c
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Callable
 
 import anyio
 
 from asgi_realtime.core.errors import BrokerUnavailable, LimitExceeded, RunNotFound
+from asgi_realtime.core.run_errors import RunEnded
 from asgi_realtime.core.runs import RunChange, RunRecord
+from asgi_realtime.loop.logger import logger
 from asgi_realtime.loop.supervisor import Supervisor
 from asgi_realtime.runs.store import RunStore
-
-logger = logging.getLogger("asgi_realtime")
 
 COALESCE_S = 0.05
 """How long a change of metadata or tags waits for others."""
@@ -37,10 +36,13 @@ class ChangeBuffer:
         self._supervisor = supervisor
         self._pending: list[RunChange] = []
         self._has_job = False
+        self._closed = False
+        self._has_warned = False
 
     def add(self, change: RunChange) -> None:
-        """Add a change, to be stored within `COALESCE_S`. Thread-safe."""
+        """Add a change, to be stored within `COALESCE_S`. Thread-safe. Raises `RunEnded`."""
         with self.lock:
+            self.check_open("its metadata and tags")
             self._pending.append(change)
             if self._has_job:
                 return
@@ -57,6 +59,17 @@ class ChangeBuffer:
         with self.lock:
             taken, self._pending = self._pending, []
             return taken
+
+    def close(self) -> list[RunChange]:
+        """As `take`, for the commit that ends the run: later changes would be lost, so they raise `RunEnded`."""
+        with self.lock:
+            self._closed = True
+            return self.take()
+
+    def check_open(self, what: str) -> None:
+        """Raise `RunEnded` if this process has ended the run."""
+        if self._closed:
+            raise RunEnded(f"run {self.run_id!r} is over; {what} can no longer change")
 
     async def flush(self) -> None:
         """Store all changes now. If that fails they stay pending, and the error is raised.
@@ -104,7 +117,18 @@ class ChangeBuffer:
                 with self.lock:
                     self._pending[:0] = changes
                 raise
+            if record.is_completed:
+                self._warn_lost(record)
             for notify in self.on_stored:
                 notify(record)
             if rejected is not None:
                 raise rejected
+
+    def _warn_lost(self, record: RunRecord) -> None:
+        """Log, once, that changes came after the end of a run that another execution or process ended.
+
+        A run can outlive its parent, so a change of the parent does not raise.
+        """
+        if not self._has_warned:
+            logger.warning("changes of metadata or tags of run %s are lost: it is %s", self.run_id, record.status)
+        self._has_warned = True

@@ -8,7 +8,6 @@ EXECUTING, which succeeds once.
 
 from __future__ import annotations
 
-import logging
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -19,9 +18,9 @@ from asgi_realtime.core.config import Timeouts
 from asgi_realtime.core.errors import BrokerUnavailable, InvalidTransition, LimitExceeded, RunNotFound, UsageError
 from asgi_realtime.core.runs import Finished, RunError, RunRecord, Status
 from asgi_realtime.engine.executor import AttachedExecutor, Executor, InProcessExecutor
+from asgi_realtime.loop.logger import logger
+from asgi_realtime.loop.waiting import at_most
 from asgi_realtime.runs.store import RunStore
-
-logger = logging.getLogger("asgi_realtime")
 
 
 class Dispatcher:
@@ -65,11 +64,13 @@ class Dispatcher:
         return True
 
     async def _enqueue(self, record: RunRecord) -> None:
-        with anyio.fail_after(self._timeouts.append):
-            await self.executor.enqueue(record.id, record.task)
         if self.executor is self.in_process:
+            await self.in_process.enqueue(record.id, record.task, owner=record.token_owner)
             self._on_held()
             return
+        limit_s = self._timeouts.append
+        with at_most(limit_s, lambda: f"the executor did not accept run {record.id} within {limit_s:g} s"):
+            await self.executor.enqueue(record.id, record.task)
         try:
             await self._runs.broker.enqueued(record.id)
         except BrokerUnavailable as exc:

@@ -5,20 +5,17 @@ The engine joins the parts, each with one responsibility, and decides when they 
 
 * `supervisor`: the task group in which everything runs;
 * `executions`: the runs that this process executes;
+* `run_threads`: creates runs, at most one active run in each thread;
 * `dispatcher`: hands QUEUED runs to the executor;
 * `leases`: renews the leases of the runs that this process holds;
-* `subscribers`: the open subscriptions, and the signals that end them;
+* `subscribers`: the open subscriptions;
+* `watchers`: counts the readers of runs that ask for it;
+* `on_ends`: calls the `on_end` functions of runs that are over;
+* `shutdown`: whether a shutdown has begun, by a signal or otherwise, and its deadline;
 * the ticker: what has to be done at regular intervals.
 
-A stop ends the runs of this process in two steps:
-
-1. Runs that wait here become FAILED. The others have `timeouts.drain` to finish.
-2. The code of the remaining runs is stopped, and they become FAILED with `ServerShutdown`. Their cleanup, and the
-   commits that store these ends, have `timeouts.cancel`. Runs that the cleanup creates end in the same way.
-
-The engine then cancels what still runs and leaves the broker, which interrupts calls in progress. If the broker is
-unavailable or does not respond, the second step is short: nothing more can be stored, and a process that does not exit
-delays a deployment. Runs whose end could not be stored end CRASHED when their lease expires.
+A shutdown begins with a signal or with the stop, ends the runs of this process (`drain`), and ends with the stop: the
+engine cancels what still runs and leaves the broker, which interrupts calls in progress.
 
 A forked child inherits the memory of a started engine but none of its tasks and threads. It is another owner of runs
 and starts on its own, so each entry point checks the process id first.
@@ -27,34 +24,46 @@ and starts on its own, so each entry point checks the process id first.
 from __future__ import annotations
 
 import contextvars
-import logging
 import os
 import secrets
+import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 
 import anyio
 
 from asgi_realtime.brokers.base import Broker
 from asgi_realtime.core.config import Limits, Retention, Timeouts
-from asgi_realtime.core.errors import BrokerUnavailable, ServerShutdown
+from asgi_realtime.core.errors import BrokerUnavailable, RunExists, ServerShutdown
+from asgi_realtime.core.run_errors import VersionConflict
 from asgi_realtime.core.runs import RunRecord
 from asgi_realtime.engine.dispatch import Dispatcher
+from asgi_realtime.engine.drain import PATIENCE_S, Drain
 from asgi_realtime.engine.execution import Execution
 from asgi_realtime.engine.executions import Executions
 from asgi_realtime.engine.leases import Leases
+from asgi_realtime.engine.on_end import OnEnd, OnEnds
+from asgi_realtime.engine.run import current_run_of
+from asgi_realtime.engine.run_threads import RunThreads
+from asgi_realtime.engine.shutdown import Shutdown
 from asgi_realtime.engine.siblings import Siblings
 from asgi_realtime.engine.subscribers import Subscribers
 from asgi_realtime.engine.ticker import Ticker
+from asgi_realtime.engine.watchers import Watchers
+from asgi_realtime.loop.logger import logger
 from asgi_realtime.loop.supervisor import Job, Supervisor
 from asgi_realtime.loop.waiting import WaitList
+from asgi_realtime.runs.handles import MakeHandle
+from asgi_realtime.runs.recent import RecentRuns
+from asgi_realtime.runs.reporter import Reporter
 from asgi_realtime.runs.store import RunStore
 from asgi_realtime.streams.thread_iterator import ThreadBudget
 
-logger = logging.getLogger("asgi_realtime")
-
-_PATIENCE_S = 0.5
-"""How long the second step of a stop waits for a broker that is unavailable or does not respond."""
+_hosts: contextvars.ContextVar[frozenset[object]] = contextvars.ContextVar("asgi_realtime_hosts", default=frozenset())
+"""The engines that the calling code, or code that it descends from, has started: that is the host's own start and stop,
+and everything that runs in an engine."""
 
 
 @dataclass(slots=True)
@@ -85,7 +94,8 @@ class Start:
 
 
 class Engine:
-    """The parts of one `Realtime`, and when they start and stop. `Tasks` sets `dispatcher.executor`."""
+    """The parts of one `Realtime`, and when they start and stop. `handle` creates the handle of a run; `Tasks` sets
+    `dispatcher.executor`."""
 
     def __init__(
         self,
@@ -96,26 +106,48 @@ class Engine:
         clock: Callable[[], float],
         signals: bool,
         debug: bool,
+        handle: MakeHandle,
         retention: Retention | None = None,
+        reporter: Reporter | None = None,
     ) -> None:
         self.broker = broker
         self.limits = limits
         self.timeouts = timeouts
         self.clock = clock
-        self.runs = RunStore(broker, clock=clock, patience_s=timeouts.append, limits=limits, retention=retention)
-        self.threads = ThreadBudget(limits.source_threads)
-        self.subscribers = Subscribers(
-            signals=signals, supervisor=lambda: self.supervisor, is_lazy=lambda: self._is_lazy
+        self.handle = handle
+        self.runs = RunStore(
+            broker, clock=clock, patience_s=timeouts.append, limits=limits, retention=retention, reporter=reporter
         )
+        self.threads = ThreadBudget(limits.source_threads)
+        self.subscribers = Subscribers()
+        self.shutdown = Shutdown(self, self.subscribers, drain_s=timeouts.drain, signals=signals)
         self.leases = Leases(self.runs, held=lambda: self.held, clock=clock, lease_s=timeouts.lease)
         self.dispatcher = Dispatcher(self.runs, timeouts=timeouts, on_held=self.leases.keep)
-        self.executions = Executions(self.runs, debug=debug, supervisor=self.begin, on_held=self.leases.keep)
+        self.executions = Executions(
+            self.runs, debug=debug, supervisor=self.begin, on_held=self.leases.keep, handle=handle
+        )
+        self.on_ends = OnEnds(
+            self.runs,
+            supervisor=self.begin,
+            on_held=self.leases.keep,
+            on_called=lambda: self.executions.changed.wake(),
+        )
+        self.run_threads = RunThreads(self.runs, self.executions, timeouts=timeouts)
+        self.watchers = Watchers(self.runs, clock=clock, timeouts=timeouts)
         self.companions: list[Job] = []
         """Jobs that run from each start to its stop."""
+        self.recent: RecentRuns | None = None
         self._siblings = None if broker.shared else Siblings()
         self._start: Start | None = None
+        self._mark = object()
         self._had_host = False
         self._pid = os.getpid()
+
+    def list_runs(self) -> None:
+        """Keep a list of the runs that changed last, for the inspector."""
+        self.recent = RecentRuns(self.broker, period_s=self.timeouts.tick)
+        self.runs.on_stored = self.recent.note
+        self.companions.append(self.recent.run)
 
     # State
 
@@ -134,8 +166,9 @@ class Engine:
 
     @property
     def held(self) -> list[str]:
-        """The runs that this process holds: those it executes and those that wait in it. Thread-safe."""
-        return list(dict.fromkeys((*self.dispatcher.in_process.held, *self.executions.ids)))
+        """The runs that this process holds: those that execute or wait here, and those whose `on_end` is being called.
+        Thread-safe."""
+        return list(dict.fromkeys((*self.dispatcher.in_process.held, *self.executions.ids, *self.on_ends.ids)))
 
     @property
     def running(self) -> bool:
@@ -144,8 +177,24 @@ class Engine:
         return start is not None and start.ready and start.supervisor.accepts_jobs
 
     @property
-    def _is_lazy(self) -> bool:
+    def is_lazy(self) -> bool:
+        """Whether this was started on first use, so no host is going to stop it."""
         return self._start is not None and self._start.lazy
+
+    def holds(self, run_id: str, /) -> bool:
+        """Whether the run executes here, or is about to, or has ended in this drain."""
+        return (
+            run_id in self.executions
+            or self.dispatcher.in_process.holds(run_id)
+            or run_id in self.runs.creating
+            or self._drain.has_seen(run_id)
+        )
+
+    def check_accepts_runs(self) -> None:
+        """Raises `ServerShutdown` once a shutdown has begun. The code of a run can still create others, and so can the
+        host's own start and stop; requests cannot."""
+        if self.shutdown.begun and current_run_of(self.runs) is None and self._mark not in _hosts.get():
+            raise ServerShutdown("the server is shutting down and accepts no new run; retry on another one")
 
     def _check_fork(self) -> None:
         """Forget, in a forked child, everything that runs in the parent."""
@@ -157,6 +206,8 @@ class Engine:
         self._had_host = False
         self.runs.owner = secrets.token_hex(8)
         self.executions.clear()
+        self.on_ends.clear()
+        self.watchers.clear()
         self.dispatcher.forget()
 
     # Jobs
@@ -196,7 +247,9 @@ class Engine:
 
     def _begin(self, *, lazy: bool) -> Start:
         self._check_fork()
-        self._had_host = self._had_host or not lazy
+        if not lazy:
+            self._had_host = True
+            _hosts.set(_hosts.get() | {self._mark})
         start = self._start
         if start is not None and not start.supervisor.ended:
             if start.supervisor.usable:
@@ -213,13 +266,25 @@ class Engine:
     def _start_anew(self, *, lazy: bool) -> Start:
         context = contextvars.Context() if lazy else contextvars.copy_context()
         try:
-            supervisor = Supervisor(context=context, drain=self._drain)
+            supervisor = Supervisor(context=context, drain=self._close_and_drain)
         except anyio.NoEventLoopError:
             raise RuntimeError("no event loop runs in this thread: use realtime.sync") from None
         start = self._start = Start(supervisor, lazy)
         self.runs.retry.reset()
-        self.subscribers.start()
+        self.shutdown.start()
+        self._drain = Drain(
+            runs=self.runs,
+            executions=self.executions,
+            dispatcher=self.dispatcher,
+            on_ends=self.on_ends,
+            timeouts=self.timeouts,
+            left_s=lambda: self.shutdown.left_s,
+            is_creating=lambda: self.running and bool(self.runs.creating),
+            has_readers=lambda: bool(self.subscribers.open or self.shutdown.waiting),
+        )
         self.executions.clear()
+        self.on_ends.clear()
+        self.watchers.clear()
         self.leases.stop()
         supervisor.start()
         supervisor.spawn_detached(lambda: self._serve(start))
@@ -227,10 +292,10 @@ class Engine:
             supervisor.spawn_detached(job)
         self.dispatcher.restart()
         if lazy and self._had_host:
-            logger.warning("used after shutdown: started again, and will only stop on SIGTERM or SIGINT")
-        elif lazy:
+            logger.warning("used after shutdown: started again, and will only stop on SIGTERM/SIGINT")
+        elif lazy and threading.current_thread() is threading.main_thread():  # in a worker, sync calls use a thread
             logger.info(
-                "started on first use: add realtime.lifespan or RealtimeMiddleware, so that it also shuts down cleanly"
+                "not started by the app: add realtime.lifespan (or RealtimeMiddleware) so it also shuts down cleanly"
             )
         return start
 
@@ -254,17 +319,35 @@ class Engine:
             self.leases.stop()
             if self._siblings is not None:
                 self._siblings.release()
-            self.subscribers.stop()
+            self.shutdown.stop()
 
     def make_ticker(self) -> Ticker:
         """A ticker of this engine."""
         return Ticker(self)
 
-    async def open_run(self, record: RunRecord) -> Execution:
-        """Create a run that this process executes from its creation on; start first if necessary."""
+    async def open_run(
+        self,
+        record: RunRecord,
+        *,
+        handle_owner: str | None = None,
+        on_end: OnEnd | None = None,
+        replaces: bool = False,
+    ) -> Execution:
+        """Create a run that this process executes from its creation on; start first if necessary.
+
+        `handle_owner` is that of the `Run`, and `on_end` is called when it is over. `replaces`: it cancels the active
+        run of its thread. Raises `RunExists`, `ThreadBusy`.
+        """
         await self.ensure_started()
-        await self.runs.create(record)
-        return await self.executions.start(record)
+        self.check_accepts_runs()
+        try:
+            await self.run_threads.create(record, replace=replaces)
+        except VersionConflict:
+            raise RunExists(record.id) from None
+        execution = await self.executions.start(record, handle_owner=handle_owner)
+        if on_end is not None:
+            execution.on_ended = partial(self.on_ends.call, on_end=on_end)
+        return execution
 
     # Stop
 
@@ -278,32 +361,27 @@ class Engine:
         supervisor.request_stop()
         await supervisor.wait_ended()
 
-    async def _drain(self) -> None:
-        self.subscribers.close()
-        with anyio.move_on_after(self.timeouts.drain):
-            await self.dispatcher.fail_waiting()
-            while self._is_busy:
-                await self.executions.changed.wait()
-        self.runs.retry.shorten(_PATIENCE_S)
-        cancel_s = self.timeouts.cancel
-        if self._is_busy and not await self._broker_responds():
-            cancel_s = min(cancel_s, _PATIENCE_S)
-        with anyio.move_on_after(cancel_s):
-            while self._is_busy:
-                await self.executions.shut_down()
-                if self._is_busy:
-                    await self.executions.changed.wait()
-            await self.dispatcher.fail_waiting()
+    async def _close_and_drain(self) -> None:
+        self.shutdown.close()
+        await self.drain()
+        self.runs.retry.shorten(PATIENCE_S)  # for the jobs that are left
 
-    @property
-    def _is_busy(self) -> bool:
-        return bool(self.executions or self.dispatcher.in_process.running)
+    async def drain(self) -> None:
+        """Wait for the runs of this process until the deadline of the shutdown, then cut them."""
+        await self._drain.run()
+        if self.recent is not None:
+            with suppress(BrokerUnavailable):
+                await self.recent.flush()  # how the runs ended
+        self.shutdown.finish()
 
-    async def _broker_responds(self) -> bool:
-        with anyio.move_on_after(_PATIENCE_S):
-            try:
-                await self.broker.ping()
-                return True
-            except BrokerUnavailable:
-                pass
-        return False
+    def begin_drain(self) -> None:
+        """The shutdown begins."""
+        self._drain.begin()
+
+    def reopen(self) -> None:
+        """The announced shutdown did not happen."""
+        self.runs.retry.reset()
+
+    def wake_drain(self) -> None:
+        """The deadline of the shutdown has changed."""
+        self.executions.changed.wake()

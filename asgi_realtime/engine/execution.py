@@ -18,7 +18,6 @@ ends a run while its own code does. The first stored result wins, because nothin
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from enum import Enum
 from typing import Any
@@ -29,10 +28,9 @@ from asgi_realtime.core.errors import EncodingError, LimitExceeded, RealtimeErro
 from asgi_realtime.core.run_errors import RunCanceled, RunFailed
 from asgi_realtime.core.runs import Finished, RunError, RunRecord, Status
 from asgi_realtime.engine.run import Run
+from asgi_realtime.loop.logger import logger
 from asgi_realtime.runs.store import RunStore
 from asgi_realtime.streams.pipe import Pipe
-
-logger = logging.getLogger("asgi_realtime")
 
 _HIDDEN_MESSAGE = "task failed"
 _SHOWN = (TaskError, EncodingError, LimitExceeded, StreamLost)
@@ -67,6 +65,10 @@ class Execution:
         self.reachable: Callable[[], bool] = lambda: True
         """Whether `interrupt` has an effect: not if the task that opened the run ended without leaving it."""
         self.stopped_by: RunCanceled | ServerShutdown | None = None
+        self.ended: RunRecord | None = None
+        """The last record, once it is stored."""
+        self.on_ended: Callable[[RunRecord], None] | None = None
+        """Called once with the terminal record, whichever process stored it."""
         self._runs = runs
         self._debug = debug
 
@@ -141,7 +143,8 @@ class Execution:
     def _failure(self, error: BaseException) -> Finished:
         while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
             error = error.exceptions[0]
-        logger.error("run %s of task %r failed", self.run.id, self.run.task, exc_info=error)
+        self._runs.reporter.run_raised(self.run.id, self.run.task, error)
+        self.run.span.record_error(error)
         message = str(error) if self._debug or isinstance(error, _SHOWN) else _HIDDEN_MESSAGE
         return Finished(Status.FAILED, error=RunError(type(error).__name__, message))
 
@@ -156,15 +159,18 @@ class Execution:
                 await self._pipes_settled()
                 await self._flush_relatives()
             finally:  # asyncio's native cancellation, by a host that exits, ignores the shield
-                record = await self._store(result)
-        self._enter(Phase.ENDED)
+                self.ended = record = await self._store(result)
+                self._enter(Phase.ENDED)
+                on_ended, self.on_ended = self.on_ended, None
+                if on_ended is not None:
+                    on_ended(record)
         return record
 
     async def _store(self, result: Finished) -> RunRecord:
         # Not based on the record that this process stored last, although that would save a load: after a data loss
         # of the broker another process can execute the run, and its record can have the same version.
         async with self.run.buffer.storing:
-            changes = self.run.buffer.take()
+            changes = self.run.buffer.close()
             try:
                 return await self._runs.update(self.run.id, *changes, result)
             except StreamLost as exc:  # a stream lacks acknowledged chunks that cannot be restored

@@ -11,24 +11,28 @@ process. While nothing changes it sends no request.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Mapping
 
 import anyio
+import anyio.lowlevel
 
 from asgi_realtime.brokers.following import Follower, following
 from asgi_realtime.core.errors import BrokerUnavailable
 from asgi_realtime.core.runs import CancelRequested, RunRecord, Status, run_topic
 from asgi_realtime.engine.execution import Execution
 from asgi_realtime.engine.run import RelatedRun, Run
+from asgi_realtime.loop.logger import logger
 from asgi_realtime.loop.supervisor import Supervisor
 from asgi_realtime.loop.waiting import WaitList
+from asgi_realtime.runs.handles import MakeHandle
 from asgi_realtime.runs.store import RunStore
-
-logger = logging.getLogger("asgi_realtime")
 
 _PAUSE_S = 0.5
 """Pause between attempts to follow a topic while the broker is unavailable."""
+
+
+_STARTED_AT_ONCE = 16
+"""How many watches start in one iteration of the event loop."""
 
 
 class RunWatch:
@@ -101,10 +105,16 @@ class RunWatch:
 
 class Executions(Mapping[str, Execution]):
     """Executions by run id. `supervisor` returns the one that runs, starting it if needed; `on_held` is called when
-    this process holds one more run."""
+    this process holds one more run; `handle` creates the handle of a run."""
 
     def __init__(
-        self, runs: RunStore, *, debug: bool, supervisor: Callable[[], Supervisor], on_held: Callable[[], None]
+        self,
+        runs: RunStore,
+        *,
+        debug: bool,
+        supervisor: Callable[[], Supervisor],
+        on_held: Callable[[], None],
+        handle: MakeHandle,
     ) -> None:
         self.changed = WaitList()
         """Woken when an execution starts or ends."""
@@ -112,6 +122,7 @@ class Executions(Mapping[str, Execution]):
         self._debug = debug
         self._supervisor = supervisor
         self._on_held = on_held
+        self._handle = handle
         self._by_id: dict[str, Execution] = {}
         self._watches: dict[Execution, RunWatch] = {}
 
@@ -129,14 +140,16 @@ class Executions(Mapping[str, Execution]):
         """The ids of the runs. Thread-safe: the copy is made in one step."""
         return list(self._by_id)
 
-    async def start(self, record: RunRecord) -> Execution:
-        """Register the execution of a run that is EXECUTING and owned by this process."""
+    async def start(self, record: RunRecord, *, handle_owner: str | None = None) -> Execution:
+        """Register the execution of a run that is EXECUTING and owned by this process. See `Run.handle_owner`."""
         supervisor = self._supervisor()
         related = await self._related(record, supervisor)
         run = Run(
             record,
             runs=self._runs,
             supervisor=supervisor,
+            handle=self._handle,
+            handle_owner=handle_owner,
             parent=related.get(record.parent_id or ""),
             root=related.get(record.root_id or ""),
         )
@@ -160,15 +173,19 @@ class Executions(Mapping[str, Execution]):
             if found is not None
         }
 
-    def watch(self) -> None:
+    async def watch(self) -> None:
         """Watch each execution for changes that other processes make to its run.
 
-        The ticker calls this, so an execution that is shorter than a tick costs no watch.
+        The ticker calls this, so an execution that is shorter than a tick costs no watch. Starting a thousand at once
+        would hold the event loop for 20 ms, so others run in between.
         """
-        for execution in self._by_id.values():
-            if execution not in self._watches:
+        new = [execution for execution in self._by_id.values() if execution not in self._watches]
+        for number, execution in enumerate(new, 1):
+            if self._by_id.get(execution.run.id) is execution:
                 watch = self._watches[execution] = RunWatch(execution, runs=self._runs)
-                self._supervisor().spawn_detached(watch.run)
+                self._supervisor().spawn_brief(watch.run)
+            if number % _STARTED_AT_ONCE == 0:
+                await anyio.lowlevel.checkpoint()
 
     def remove(self, execution: Execution) -> None:
         """Remove an execution whose run has ended. Idempotent."""
@@ -176,6 +193,7 @@ class Executions(Mapping[str, Execution]):
         if self._by_id.get(run_id) is execution:
             del self._by_id[run_id]
             self._runs.owned.disown(run_id)
+        execution.run.span.end(execution.ended)
         watch = self._watches.pop(execution, None)
         if watch is not None:
             watch.end()

@@ -1,6 +1,7 @@
 """Executors: they accept the ids of triggered runs and make sure that some process executes each run.
 
-`InProcessExecutor` executes them in this process, in the order of arrival, up to the concurrency limit of each task.
+`InProcessExecutor` executes them in this process, up to the concurrency limit of each task. The runs that wait for a
+task start in turn, one of each owner, so the many runs of one owner delay a run of another by one run only.
 """
 
 from __future__ import annotations
@@ -55,7 +56,10 @@ class LimitedTask(Protocol):
 
 
 class InProcessExecutor:
-    """Executes runs on the host's event loop. `tasks` are those that this process can execute."""
+    """Executes runs on the host's event loop. `tasks` are those that this process can execute.
+
+    Runs of one owner start in the order of arrival. The host, None, counts as an owner.
+    """
 
     def __init__(
         self,
@@ -69,7 +73,7 @@ class InProcessExecutor:
         self._tasks = tasks
         self._spawn = spawn
         self._on_end = on_end
-        self._waiting: dict[str, deque[str]] = {}
+        self._waiting: dict[str, dict[str | None, deque[str]]] = {}  # by task, then by owner, the next one first
         self._running: dict[str, list[str]] = {}
         self._held: dict[str, None] = {}
 
@@ -87,15 +91,25 @@ class InProcessExecutor:
         """The runs that wait or execute here. Thread-safe."""
         return list(self._held)
 
-    async def enqueue(self, run_id: str, task_id: str) -> None:
+    @property
+    def waiting(self) -> list[str]:
+        """The runs that wait for a free slot of their task."""
+        return [run_id for owners in self._waiting.values() for run_ids in owners.values() for run_id in run_ids]
+
+    def holds(self, run_id: str) -> bool:
+        """Whether the run waits or executes here."""
+        return run_id in self._held
+
+    async def enqueue(self, run_id: str, task_id: str, *, owner: str | None = None) -> None:
+        """As `Executor.enqueue`. `owner` is that of the token that triggered the run. Does not suspend."""
         if run_id not in self._held:
             self._held[run_id] = None
-            self._waiting.setdefault(task_id, deque()).append(run_id)
+            self._waiting.setdefault(task_id, {}).setdefault(owner, deque()).append(run_id)
             self._fill(task_id)
 
     def take_waiting(self) -> list[str]:
         """Remove and return the runs that have not started. Called at shutdown."""
-        waiting = [run_id for queue in self._waiting.values() for run_id in queue]
+        waiting = self.waiting
         self._waiting.clear()
         for run_id in waiting:
             del self._held[run_id]
@@ -118,7 +132,7 @@ class InProcessExecutor:
         """Start the runs of a task that wait, while slots are free."""
         task, waiting = self._tasks.get(task_id), self._waiting.get(task_id)
         while task and waiting and len(self._running.get(task_id, ())) < task.concurrency_limit:
-            run_id = waiting.popleft()
+            run_id = _next(waiting)
             self._running.setdefault(task_id, []).append(run_id)
             self._spawn(functools.partial(self._run, run_id, task_id, self._running))
         if waiting is not None and not waiting:
@@ -136,3 +150,13 @@ class InProcessExecutor:
                 del self._held[run_id]
                 self._fill(task_id)
                 self._on_end()
+
+
+def _next(waiting: dict[str | None, deque[str]]) -> str:
+    """Remove and return the next run of the first owner, which then becomes the last."""
+    owner = next(iter(waiting))
+    run_ids = waiting.pop(owner)
+    run_id = run_ids.popleft()
+    if run_ids:
+        waiting[owner] = run_ids
+    return run_id

@@ -7,16 +7,14 @@ process holds a run. It belongs to one start, and as a daemon never keeps a proc
 
 from __future__ import annotations
 
-import logging
 import math
 import threading
 from collections.abc import Callable, Sequence
 
 from asgi_realtime.brokers.base import ThreadRenewal
 from asgi_realtime.core.errors import BrokerUnavailable
+from asgi_realtime.loop.logger import logger
 from asgi_realtime.runs.store import RunStore
-
-logger = logging.getLogger("asgi_realtime")
 
 _RENEWALS_PER_LEASE = 3
 

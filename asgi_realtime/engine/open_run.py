@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import contextvars
-import logging
 from collections.abc import Awaitable, Callable
 from types import TracebackType
 
 from asgi_realtime.core.errors import RealtimeError
 from asgi_realtime.core.runs import RunRecord
 from asgi_realtime.engine.execution import Execution
-from asgi_realtime.engine.run import Run, current
+from asgi_realtime.engine.run import Run, enter
 from asgi_realtime.loop.interrupts import Interrupt, make_interrupt
-
-logger = logging.getLogger("asgi_realtime")
+from asgi_realtime.loop.logger import logger
 
 
 class OpenRun:
@@ -29,13 +26,13 @@ class OpenRun:
         self._on_ended = on_ended
         self._execution: Execution | None = None
         self._interrupt: Interrupt | None = None
-        self._token: contextvars.Token[Run] | None = None
+        self._leave: Callable[[], None] | None = None
 
     async def __aenter__(self) -> Run:
         if self._execution is not None:
             raise RuntimeError("this run was opened before; call open_run() again for another one")
         execution = self._execution = await self._start()
-        self._token = current.set(execution.run)
+        self._leave = enter(execution.run)
         interrupt = self._interrupt = make_interrupt()
         interrupt.__enter__()
         execution.interrupt = interrupt.interrupt
@@ -45,8 +42,8 @@ class OpenRun:
     async def __aexit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
     ) -> None:
-        execution, interrupt, token = self._execution, self._interrupt, self._token
-        assert execution is not None and interrupt is not None and token is not None
+        execution, interrupt, leave = self._execution, self._interrupt, self._leave
+        assert execution is not None and interrupt is not None and leave is not None
         execution.interrupt = None
         rest: BaseException | None = None
         try:
@@ -55,7 +52,7 @@ class OpenRun:
             exc = rest = left
         interrupted = interrupt.interrupted and rest is None
         try:
-            current.reset(token)
+            leave()
         except ValueError:
             pass  # left in another task than it was entered in: this context never had the run
         try:

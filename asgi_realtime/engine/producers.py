@@ -5,23 +5,22 @@ A pipe writes into an existing run, or into a run that is created for it and end
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable
 from typing import Any, TypeVar
+from weakref import WeakValueDictionary
 
 import anyio
 
 from asgi_realtime.brokers.base import StreamKey
-from asgi_realtime.core.errors import BrokerUnavailable, ServerShutdown
+from asgi_realtime.core.errors import BrokerUnavailable, RunExists, ServerShutdown, ThreadBusy
 from asgi_realtime.core.log import HIDDEN_STREAM
 from asgi_realtime.core.runs import RunRecord
 from asgi_realtime.engine.engine import Engine
-from asgi_realtime.engine.run import current
-from asgi_realtime.runs.handles import RunHandle
+from asgi_realtime.engine.on_end import OnEnd
+from asgi_realtime.engine.run import enter
+from asgi_realtime.loop.logger import logger
+from asgi_realtime.streams.outbox import Outbox
 from asgi_realtime.streams.pipe import Pipe, Source
 from asgi_realtime.streams.writer import Encode, StreamWriter
-
-logger = logging.getLogger("asgi_realtime")
 
 T = TypeVar("T")
 
@@ -29,19 +28,26 @@ _SHARED_WRITERS = 10_000
 
 
 class Producers:
-    """Creates writers and pipes, and runs the jobs of the pipes. `handle` creates the handle of a run."""
+    """Creates writers and pipes, and runs the jobs of the pipes."""
 
-    def __init__(self, engine: Engine, *, handle: Callable[[str], RunHandle[Any]]) -> None:
+    def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._handle = handle
         self._shared: dict[tuple[str, str], StreamWriter] = {}  # by StreamKey
+        self._outboxes: WeakValueDictionary[StreamKey, Outbox] = WeakValueDictionary()
 
     # Writers
 
     def writer(self, key: StreamKey) -> StreamWriter:
-        """A new writer: one more producer of the stream."""
-        engine = self._engine
-        return StreamWriter(key, runs=engine.runs, spawn=engine.spawn_brief)
+        """A new writer of a stream."""
+        return StreamWriter(key, runs=self._engine.runs, find_outbox=self._outbox)
+
+    def _outbox(self, key: StreamKey) -> Outbox:
+        """The outbox that all writers of a stream share, for as long as one of them uses it."""
+        outbox = self._outboxes.get(key)
+        if outbox is None or outbox.failure is not None:
+            engine = self._engine
+            outbox = self._outboxes[key] = Outbox(key, runs=engine.runs, spawn=engine.spawn_brief)
+        return outbox
 
     def known(self, run_id: str, stream: object) -> StreamWriter | None:
         """The shared writer of a user's stream, if `append` can use it without waiting. For the hot path."""
@@ -65,48 +71,67 @@ class Producers:
 
     # Pipes
 
-    def pipe_alone(self, source: Source[T], record: RunRecord, stream: str, *, encode: Encode | None) -> Pipe[T]:
-        """Forward a source into a new run, which starts and ends with it."""
+    def pipe_alone(
+        self,
+        source: Source[T],
+        record: RunRecord,
+        stream: str,
+        *,
+        encode: Encode | None,
+        owner: str | None,
+        on_end: OnEnd | None,
+        replaces: bool,
+    ) -> Pipe[T]:
+        """Forward a source into a new run, which starts and ends with it. `owner`: of the tokens of its handles.
+        `replaces`: the run cancels the active run of its thread."""
         supervisor = self._engine.begin()
-        pipe = self._pipe(source, StreamKey(record.id, stream), encode)
+        self._engine.check_accepts_runs()
+        pipe = self._pipe(source, StreamKey(record.id, stream), encode, owner)
         self._engine.runs.expect_creation(record.id)
-        supervisor.spawn(lambda: self._run_around(record, pipe))
+        supervisor.spawn(lambda: self._run_around(record, pipe, owner, on_end, replaces))
         return pipe
 
-    def pipe_into(self, source: Source[T], key: StreamKey, *, encode: Encode | None) -> Pipe[T]:
-        """Forward a source into a run that exists or is being created."""
+    def pipe_into(self, source: Source[T], key: StreamKey, *, encode: Encode | None, owner: str | None) -> Pipe[T]:
+        """Forward a source into a run that exists or is being created. `owner`: of the token of its handle."""
         supervisor = self._engine.begin()
-        pipe = self._pipe(source, key, encode)
+        pipe = self._pipe(source, key, encode, owner)
         execution = self._engine.executions.get(key.run)
         if execution is not None:
             execution.run.pipes.add(pipe)
         supervisor.spawn(lambda: self._run_beside(pipe))
         return pipe
 
-    def _pipe(self, source: Source[T], key: StreamKey, encode: Encode | None) -> Pipe[T]:
+    def _pipe(self, source: Source[T], key: StreamKey, encode: Encode | None, owner: str | None) -> Pipe[T]:
         engine = self._engine
         return Pipe(
             source,
             self.writer(key),
             encode=encode,
-            handle=lambda: self._handle(key.run),
+            handle=lambda: engine.handle(key.run, owner),
             limits=engine.limits,
             timeouts=engine.timeouts,
             threads=engine.threads,
             post=engine.begin().post,
         )
 
-    async def _run_around(self, record: RunRecord, pipe: Pipe[Any]) -> None:
+    async def _run_around(
+        self, record: RunRecord, pipe: Pipe[Any], owner: str | None, on_end: OnEnd | None, replaces: bool
+    ) -> None:
         engine = self._engine
         try:
-            execution = await engine.open_run(record)
+            execution = await engine.open_run(record, handle_owner=owner, on_end=on_end, replaces=replaces)
+        except (RunExists, ThreadBusy) as exc:
+            await pipe.fail(exc)
+            logger.warning("a pipe did not start: %s", exc)
+            return
         except BaseException as exc:
             await pipe.fail(exc)
             raise
         finally:
             engine.runs.creation_settled(record.id)
+            engine.wake_drain()
         execution.run.pipes.add(pipe)
-        current.set(execution.run)
+        enter(execution.run)
         try:
             await pipe.run()
             await execution.finish_as_pipe(pipe)

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import logging
 import os
 import sys
 import tempfile
 from contextlib import suppress
 from pathlib import Path
 
-logger = logging.getLogger("asgi_realtime")
+from asgi_realtime.loop.logger import logger
 
 WARNING = (
     "several workers run this app with a broker in memory: each has only its own runs, so a browser that reaches"

@@ -2,7 +2,8 @@
 
 If the `Realtime` runs in this process, calls go to its loop. If it does not (in the worker of a job queue), they go to
 an event loop in a daemon thread that this module starts; that needs a broker which other processes share. The thread
-does not keep the process from exiting, and a forked child starts a thread of its own.
+does not keep the process from exiting: the loop then stops like a host, with `timeouts.drain` for its runs. A forked
+child starts a thread of its own.
 
 Two starts can race: the host's, and the one that a thread requests. The lock `_starting` permits one at a time. A host
 that starts explicitly first closes the daemon thread's loop. A host that starts on first use takes no lock, so a thread
@@ -11,10 +12,11 @@ can lose that race; its own loop is then idle, and closing it must not stop the 
 
 from __future__ import annotations
 
+import atexit
 import os
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from typing import TypeVar
 
 import anyio
@@ -25,6 +27,7 @@ import anyio.to_thread
 from asgi_realtime.core.errors import ServerShutdown
 from asgi_realtime.engine.engine import Engine
 from asgi_realtime.engine.run import Run
+from asgi_realtime.loop.logger import logger
 from asgi_realtime.loop.supervisor import Supervisor
 from asgi_realtime.loop.thread_calls import LoopThread, ThreadCall
 from asgi_realtime.loop.waiting import WaitList, on_asyncio
@@ -50,27 +53,34 @@ class ThreadBridge:
 
         Raises what the function raises, `ServerShutdown`, and `RuntimeError` on the thread of an event loop.
         """
+        _check_no_loop()
         return ThreadCall(supervisor or self.supervisor(), function).make()
 
-    def iterate(self, start: Callable[[], AsyncIterator[T]]) -> Iterator[T]:
-        """Iterate over an async iterator that `start` creates on the loop."""
-        supervisor = self.supervisor()
+    def iterate(self, start: Callable[[], AsyncIterator[T]], supervisor: Supervisor | None = None) -> Iterator[T]:
+        """Iterate over an async iterator that `start` creates on the loop. The loop drops it too, because that can wake
+        others."""
+        supervisor = supervisor or self.supervisor()
+        held: list[AsyncIterator[T]] = []
 
-        async def started() -> AsyncIterator[T]:
-            return start()
+        async def following() -> T:
+            if not held:
+                held.append(start())
+            return await _next(held[0])
 
-        items = self.call(started, supervisor)
-        while True:
-            try:
-                item = self.call(lambda: _next(items), supervisor)
-            except _End:
-                return
-            yield item
+        try:
+            while True:
+                try:
+                    item = self.call(following, supervisor)
+                except _End:
+                    return
+                yield item
+        finally:
+            with suppress(RuntimeError):  # the loop is closed
+                supervisor.post(held.clear)
 
     def supervisor(self) -> Supervisor:
         """The running supervisor; starts one if necessary. Raises `RuntimeError`, `ServerShutdown`."""
-        if _runs_event_loop():
-            raise RuntimeError("realtime.sync was called on an event loop's thread: await the async call there")
+        _check_no_loop()
         engine = self._engine
         if (supervisor := engine.supervisor) is None:
             self._reset_in_child()
@@ -91,6 +101,7 @@ class ThreadBridge:
         with self._lock:
             if self._own is None:
                 self._own = LoopThread()
+                atexit.register(self._close_at_exit)
             portal = self._own.portal
         try:
             portal.call(self._engine.ensure_started)
@@ -103,11 +114,20 @@ class ThreadBridge:
         self._reset_in_child()
         with self._lock:
             own, self._own = self._own, None
+            atexit.unregister(self._close_at_exit)
             if own is not None:
                 try:
                     own.portal.call(self._stop_if_on_this_loop)
                 finally:
                     own.close()
+
+    def _close_at_exit(self) -> None:
+        """End the runs of this process, so that their subscribers need not wait for a lease. Best effort: some versions
+        of Python start no thread at exit, so nothing can be resolved or shut down in one."""
+        try:
+            self.close()
+        except Exception:
+            logger.debug("the event loop of realtime.sync did not stop cleanly", exc_info=True)
 
     async def _stop_if_on_this_loop(self) -> None:
         supervisor = self._engine.supervisor
@@ -149,6 +169,12 @@ async def _next(items: AsyncIterator[T]) -> T:
         return await items.__anext__()
     except StopAsyncIteration:
         raise _End from None
+
+
+def _check_no_loop() -> None:
+    """Raises `RuntimeError` on the thread of an event loop, where blocking would be a deadlock."""
+    if _runs_event_loop():
+        raise RuntimeError("realtime.sync was called on an event loop's thread: await the async call there")
 
 
 def _runs_event_loop() -> bool:

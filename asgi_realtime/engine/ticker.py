@@ -5,7 +5,6 @@ The broker knows what is due, and any process can do it: the compare-and-set beh
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Awaitable, Callable
 from typing import Protocol, runtime_checkable
@@ -19,10 +18,12 @@ from asgi_realtime.core.runs import Finished, Queued, RunChange, RunError, RunRe
 from asgi_realtime.engine.dispatch import Dispatcher
 from asgi_realtime.engine.executions import Executions
 from asgi_realtime.engine.leases import Leases
+from asgi_realtime.engine.on_end import OnEnds
+from asgi_realtime.engine.shutdown import Shutdown
 from asgi_realtime.engine.subscribers import Subscribers
+from asgi_realtime.engine.watchers import Watchers
+from asgi_realtime.loop.logger import logger
 from asgi_realtime.runs.store import RunStore
-
-logger = logging.getLogger("asgi_realtime")
 
 _EXPIRED = Finished(Status.EXPIRED, error=RunError("Expired", "the run was not started within its ttl"))
 _CRASHED = Finished(Status.CRASHED, error=RunError("Crashed", "the process that executed the run died"))
@@ -47,7 +48,10 @@ class TickedEngine(Protocol):
     executions: Executions
     dispatcher: Dispatcher
     leases: Leases
+    on_ends: OnEnds
     subscribers: Subscribers
+    watchers: Watchers
+    shutdown: Shutdown
     timeouts: Timeouts
     clock: Callable[[], float]
 
@@ -95,7 +99,7 @@ class Ticker:
     async def _tick_subscribers(self) -> None:
         while True:
             await anyio.sleep(self._engine.timeouts.tick)
-            self._engine.subscribers.check_server()
+            self._engine.shutdown.check_server()
             self.tick()
 
     async def _at_every_tick(self, act: Callable[[], Awaitable[None]]) -> None:
@@ -105,6 +109,7 @@ class Ticker:
                 await act()
                 self._unavailable = False
             except BrokerUnavailable as exc:
+                self._runs.reporter.broker_failed()
                 if not self._unavailable:
                     logger.warning("the broker is unavailable: %s", exc)
                 self._unavailable = True
@@ -112,17 +117,22 @@ class Ticker:
                 logger.exception("the ticker failed")
 
     async def _maintain_runs(self) -> None:
-        self._engine.executions.watch()
+        await self._engine.executions.watch()
         await self._engine.leases.renew_if_due()  # before expiring leases: a blocked loop must not crash its own runs
         await self._each_due("ttl", lambda run_id: self._change(run_id, _EXPIRED))
         await self._each_due("lease", lambda run_id: self._change(run_id, _CRASHED))
         await self._each_due("cancel", lambda run_id: self._change(run_id, Finished(Status.CANCELED)))
+        await self._engine.watchers.report()  # before canceling: a blocked loop must not lose its own readers
+        await self._each_due("unwatched", self._cancel_unwatched)
         await self._each_due("unpublished", self._broker.publish)
         await self._each_due("expiry", self._broker.remove)
         self._runs.owned.release_expired(time.monotonic())
 
     async def _dispatch_runs(self) -> None:
+        if self._engine.shutdown.begun:
+            return  # another process executes them
         self._refused = False
+        await self._each_due("on_end", self._engine.on_ends.take_over)
         await self._each_due("delay", self._queue)
         await self._each_due("enqueue", self._dispatch_again)
 
@@ -145,6 +155,13 @@ class Ticker:
             raise
         except Exception:  # raised by an executor, as a rule; it must not delay the other runs
             logger.exception("run %s is due (%s), and acting on it failed", run_id, kind)
+
+    async def _cancel_unwatched(self, run_id: str) -> None:
+        (record,) = await self._runs.load([run_id])
+        if record is None or record.is_completed or record.cancel_requested_at_ms is not None:
+            return
+        logger.info("run %s is canceled: nobody has read it for %g s", run_id, record.unwatched_grace_s or 0)
+        await self._engine.executions.cancel(run_id)
 
     async def _queue(self, run_id: str) -> None:
         """Queue and dispatch a run whose delay has passed, if this process has its task."""

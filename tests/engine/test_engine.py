@@ -220,8 +220,9 @@ async def test_a_start_on_first_use_is_logged_once(caplog: pytest.LogCaptureFixt
     async with realtime.open_run("r"):
         pass
     await realtime.stop()
-    assert [record.message for record in caplog.records if "first use" in record.message] == [
-        "started on first use: add realtime.lifespan or RealtimeMiddleware, so that it also shuts down cleanly"
+    assert [record.message for record in caplog.records if "not started" in record.message] == [
+        "asgi_realtime: not started by the app: add realtime.lifespan (or RealtimeMiddleware) so it also shuts down"
+        " cleanly"
     ]
     caplog.clear()
     async with realtime, realtime.open_run("r"):
@@ -231,8 +232,23 @@ async def test_a_start_on_first_use_is_logged_once(caplog: pytest.LogCaptureFixt
         pass
     await realtime.stop()
     assert [record.message for record in caplog.records] == [
-        "used after shutdown: started again, and will only stop on SIGTERM or SIGINT"
+        "asgi_realtime: used after shutdown: started again, and will only stop on SIGTERM/SIGINT"
     ]
+
+
+@pytest.mark.anyio
+async def test_a_start_in_a_thread_is_not_logged(caplog: pytest.LogCaptureFixture) -> None:
+    """The log of each Celery worker recommended `realtime.lifespan`, but such a process serves no app."""
+    caplog.set_level(logging.INFO, logger="asgi_realtime")
+    realtime = make_realtime()
+
+    async def use() -> None:
+        async with realtime.open_run("r"):
+            pass
+        await realtime.stop()
+
+    await anyio.to_thread.run_sync(anyio.run, use)
+    assert caplog.records == []
 
 
 @pytest.mark.anyio

@@ -16,7 +16,7 @@ from asgi_realtime.brokers.base import ChangeMark
 from asgi_realtime.brokers.memory import MemoryBroker
 from asgi_realtime.core.errors import ServerShutdown
 from asgi_realtime.core.runs import RunRecord
-from asgi_realtime.engine import engine as engine_module
+from asgi_realtime.engine import drain as drain_module
 from tests.inprocess import ended, make_realtime, until
 
 
@@ -318,7 +318,7 @@ async def test_a_stop_without_the_broker_is_prompt_and_logs_no_traceback(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It took as long as a commit is retried, 30 s, and logged the traceback of an expected error."""
-    monkeypatch.setattr(engine_module, "_PATIENCE_S", 0.05)
+    monkeypatch.setattr(drain_module, "PATIENCE_S", 0.05)
     broker = NoCommits()
     realtime = make_realtime(broker=broker)
 
@@ -380,7 +380,7 @@ async def test_a_stop_does_not_wait_for_a_broker_that_does_not_respond(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It took `timeouts.cancel`, 5 s."""
-    monkeypatch.setattr(engine_module, "_PATIENCE_S", 0.05)
+    monkeypatch.setattr(drain_module, "PATIENCE_S", 0.05)
     broker = Hanging()
     realtime = make_realtime(broker=broker, timeouts=Timeouts(tick=0.01, drain=0.02))
 

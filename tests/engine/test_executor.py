@@ -33,7 +33,7 @@ class Queue:
 def make_record(realtime: Realtime) -> RunRecord:
     """A run of the task "t" as `trigger` stores it, before it is dispatched."""
     return msgspec.structs.replace(
-        realtime.tasks.records.new_open_run("t", tags=None, metadata=None),
+        realtime.tasks.records.new_open_run("t", {}).record,
         status=Status.QUEUED,
         owner=None,
         started_at_ms=None,
@@ -88,6 +88,29 @@ async def test_with_a_limit_of_one_runs_execute_in_the_order_of_arrival() -> Non
         for handle in handles:
             await ended(realtime, handle)
     assert started == list(range(10))
+
+
+async def test_waiting_runs_of_a_task_start_in_turn_one_of_each_owner() -> None:
+    spawned: list[Callable[[], Awaitable[None]]] = []
+    started: list[str] = []
+
+    async def execute(run_id: str) -> None:
+        started.append(run_id)
+
+    tasks: dict[str, Task[..., None]] = {"t": Task("t", execute, max_duration_s=None, concurrency_limit=1)}
+    executor = InProcessExecutor(execute, tasks, spawn=spawned.append, on_end=lambda: None)
+    for number in range(99):
+        await executor.enqueue(f"a{number}", "t", owner="a")
+    await executor.enqueue("b0", "t", owner="b")
+    for run_id in ("host0", "host1"):
+        await executor.enqueue(run_id, "t")
+    await executor.enqueue("b1", "t", owner="b")
+    assert len(executor.waiting) == 102
+    for job in spawned:  # grows: each run that ends starts the next
+        await job()
+    assert started[:8] == ["a0", "a1", "b0", "host0", "a2", "b1", "host1", "a3"]
+    assert started[8:] == [f"a{number}" for number in range(4, 99)]
+    assert executor.waiting == executor.held == []
 
 
 async def test_a_waiting_run_that_is_canceled_never_starts() -> None:
@@ -158,7 +181,9 @@ async def test_a_run_waits_for_an_executor_that_does_not_accept_it_now(
         assert (await refusing.get_run(handle)).status is Status.QUEUED
         await refusing.engine.make_ticker().once()
     warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
-    assert warnings == ["the executor does not accept runs; the ticker retries"], "once, and not for each run"
+    assert warnings == ["asgi_realtime: the executor does not accept runs; the ticker retries"], (
+        "once, and not for each run"
+    )
     async with taking:
         clock.seconds += taking.timeouts.lease + 0.1
         await until(lambda: len(queue.sent) == 2)
@@ -204,7 +229,7 @@ async def test_an_executor_that_fails_does_not_end_the_ticker(caplog: pytest.Log
         await ended(realtime, expiring)
         assert (await realtime.get_run(delayed)).status is Status.QUEUED
     assert [record.message for record in caplog.records if record.exc_info] == [
-        "the executor does not accept runs; the ticker retries"
+        "asgi_realtime: the executor does not accept runs; the ticker retries"
     ]
 
 

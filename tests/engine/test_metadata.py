@@ -15,7 +15,7 @@ from asgi_realtime import (
     Run,
     UsageError,
 )
-from asgi_realtime.core.metadata import Set
+from asgi_realtime.core.metadata import Set, encode_metadata
 from asgi_realtime.core.runs import MetadataChanged, TagsAdded
 from tests.brokers.backends import DistantBroker
 from tests.inprocess import ended, make_realtime
@@ -214,3 +214,34 @@ async def test_tags_that_no_longer_fit_are_refused_and_not_shown() -> None:
         with pytest.raises(LimitExceeded, match="would have 3 tags, limit 2"):
             await run.metadata.flush()
         assert list(run.tags) == ["a", "theirs"]
+
+
+async def test_increments_of_large_metadata_do_not_encode_it_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded: list[int] = []
+
+    def spy(view: dict[str, Any]) -> Any:
+        encoded.append(len(view))
+        return encode_metadata(view)
+
+    async with make_realtime() as realtime, realtime.open_run("r", metadata={"a": ["x"] * 1000}) as run:
+        monkeypatch.setattr("asgi_realtime.engine.metadata.encode_metadata", spy)
+        for _ in range(100):
+            run.metadata.increment("n")
+            run.metadata.remove("a", "y")
+            run.metadata.delete("missing")
+        assert run.metadata.get("n") == 100
+        assert len(encoded) == 1
+
+
+@pytest.mark.parametrize("by", [1, -0.1, (1 << 63) - 1, 1 << 200])
+async def test_the_limit_of_metadata_is_exact_for_increments(by: float) -> None:
+    async with make_realtime(limits=Limits(metadata_bytes=1000)) as realtime, realtime.open_run("r") as run:
+        for number in range(1000):
+            view = run.metadata.current()
+            key = f"\ud800\u2028{number}"
+            try:
+                run.metadata.increment(key, by)
+            except LimitExceeded:
+                break
+        assert run.metadata.current() == view
+        assert len(encode_metadata(view)) <= 1000 < len(encode_metadata({**view, key: by}))

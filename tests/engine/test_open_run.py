@@ -104,6 +104,7 @@ async def test_a_host_that_is_cancelled_twice_still_ends_its_run() -> None:
     """The second cancellation arrived during the wait for pipes, and the run stayed open."""
     async with make_realtime() as realtime:
         runs: list[Run] = []
+        ends: list[Status] = []
         closing = anyio.Event()
         go = anyio.Event()
 
@@ -120,7 +121,7 @@ async def test_a_host_that_is_cancelled_twice_still_ends_its_run() -> None:
                 await go.wait()
 
         async def host() -> None:
-            async with realtime.open_run("r") as run:
+            async with realtime.open_run("r", on_end=lambda end: ends.append(end.run.status)) as run:
                 runs.append(run)
                 realtime.pipe(Source())
                 await asyncio.sleep(60)
@@ -134,6 +135,7 @@ async def test_a_host_that_is_cancelled_twice_still_ends_its_run() -> None:
         with pytest.raises(asyncio.CancelledError):
             await task
         assert (await ended(realtime, runs[0].id)).status is Status.CANCELED
+        await until(lambda: ends == [Status.CANCELED])
         go.set()
 
 
@@ -389,3 +391,19 @@ async def test_open_run_works_with_a_slow_broker() -> None:
             async with realtime.open_run("r") as run:
                 await realtime.cancel(run)
                 await anyio.sleep(60)
+
+
+async def test_a_run_has_a_handle_for_a_browser() -> None:
+    realtime = make_realtime()
+
+    @realtime.task("t")
+    async def task(run: Run) -> bool:
+        return realtime.verify_token(run.handle.public_access_token).scopes[0] == f"read:runs:{run.id}"
+
+    async with realtime:
+        async with realtime.open_run("r") as run:
+            assert run.handle is run.handle
+            assert (run.handle.id, run.handle.is_cached) == (run.id, False)
+            assert f"read:runs:{run.id}" in realtime.verify_token(run.handle.public_access_token).scopes
+        assert await run.handle.result() is None
+        assert await (await realtime.trigger(task)).result()

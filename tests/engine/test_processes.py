@@ -13,9 +13,21 @@ from typing import Any
 import anyio
 import pytest
 
-from asgi_realtime import InvalidPayload, Realtime, RunRecord, Status, StreamChunk, Timeouts, current_run
+from asgi_realtime import (
+    InvalidPayload,
+    Realtime,
+    RunExists,
+    RunHandle,
+    RunRecord,
+    Status,
+    StreamChunk,
+    Timeouts,
+    current_run,
+)
 from asgi_realtime.brokers.redis import RedisBroker
+from asgi_realtime.testing import AsgiClient
 from tests.faults import SECRET
+from tests.inprocess import until
 
 pytestmark = [pytest.mark.anyio, pytest.mark.redis]
 
@@ -62,6 +74,25 @@ async def test_many_producers_into_one_stream_interleave_by_append_order(make: M
     assert len(first) == 600
     for pipe in {name for name, _ in first}:
         assert [number for name, number in first if name == pipe] == list(range(100))
+
+
+async def test_an_id_that_the_host_chooses_is_for_one_run_in_all_processes(make: Make) -> None:
+    async with make() as ours, make() as theirs:
+        for process in (ours, theirs):
+
+            @process.task("quick")
+            async def quick() -> None:
+                pass
+
+        async with ours.open_run("r", run_id="42"):
+            with pytest.raises(RunExists):
+                await theirs.trigger("quick", run_id="42")
+        with pytest.raises(RunExists):
+            await theirs.pipe(["a"], run_id="42").wait_until_started()
+        with pytest.raises(RunExists):
+            async with theirs.open_run("r", run_id="42"):
+                pass
+        assert (await theirs.get_run("42")).status is Status.COMPLETED
 
 
 def both(ours: Realtime, theirs: Realtime) -> list[tuple[str, Realtime]]:
@@ -186,3 +217,38 @@ async def test_a_run_gets_input_from_another_process(make: Make) -> None:
         await theirs.send_input(handle.id, "approval", {"yes": True})
         await ours.send_input(handle.id, "approval", 2)
         assert await theirs.result(handle.id, timeout=10) == [{"yes": True}, 2]
+
+
+async def test_a_process_that_drains_loses_no_reader_of_any_process(make: Make) -> None:
+    ours, theirs = make(), make()
+    go = anyio.Event()
+
+    async def source() -> AsyncIterator[int]:
+        yield 0
+        await go.wait()
+        yield 1
+
+    async def events(process: Realtime, run: RunHandle[Any], seen: list[str], **headers: str) -> None:
+        headers = {"authorization": f"Bearer {run.public_access_token}", **headers}
+        async with AsgiClient(process).stream(f"/v1/streams/{run.id}/default", headers=headers) as response:
+            while not response.ended:
+                seen.extend(
+                    event.data if event.event == "message" else event.event for event in await response.read_events()
+                )
+
+    async with theirs:
+        async with ours, anyio.create_task_group() as tasks:
+            drained, other = ours.pipe(source()).handle, theirs.pipe(source()).handle
+            of_ours: list[str] = []
+            of_theirs: list[str] = []
+            moved: list[str] = []
+            tasks.start_soon(events, ours, drained, of_ours)
+            tasks.start_soon(events, theirs, drained, of_theirs)
+            tasks.start_soon(events, ours, other, moved)
+            await until(lambda: of_ours and of_theirs and moved)
+            ours.begin_shutdown()
+            await until(lambda: "reconnect" in moved)
+            go.set()
+            await events(theirs, other, moved, **{"last-event-id": "0"})
+    assert of_ours == of_theirs == ["0", "1", "end"]
+    assert moved == ["0", "reconnect", "1", "end"]

@@ -76,7 +76,7 @@ async def test_each_input_goes_to_one_get() -> None:
 
 async def test_a_get_that_times_out_loses_nothing() -> None:
     async with make_realtime() as realtime, realtime.open_run("r") as run:
-        with pytest.raises(TimeoutError):
+        with pytest.raises(TimeoutError, match=f"no data was sent to input 'in' of run '{run.id}' within 0.01 s"):
             await run.input("in").get(timeout=0.01)
         with pytest.raises(UsageError, match="timeout is 'soon'"):
             await run.input("in").get(timeout="soon")
