@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from urllib.parse import unquote_plus
 
 from asgi_realtime.asgi.host import Scope
 from asgi_realtime.core.errors import ScopeDenied, shown
 from asgi_realtime.core.runs import RunRecord
-from asgi_realtime.core.scopes import Resource, grants
+from asgi_realtime.core.scopes import ResourceName, grants
 from asgi_realtime.tokens import Claims
 
 PARAMETER = "access_token"
 REDACTED = "REDACTED"
+MAX_QUERY_BYTES = 64 * 1024
+"""Limit of a query. A token of 16 KiB and ten tags of 128 escaped characters take a third of it."""
 
 _IN_TEXT = re.compile(r"(?i)(\baccess(?:_|%5f)token=)[^&;\s\"'<>]+")
 
@@ -27,7 +29,8 @@ _IN_TEXT = re.compile(r"(?i)(\baccess(?:_|%5f)token=)[^&;\s\"'<>]+")
 def redact_query(scope: Scope) -> str:
     """Redact `access_token` in the scope's query, in place. Returns its last value, or "".
 
-    After a semicolon, or in the path, it is not accepted, but servers log it, so it is redacted there too.
+    After a semicolon, or in the path, it is not accepted, but servers log it, so it is redacted there too. A query of
+    more than `MAX_QUERY_BYTES` is redacted as a whole, because parsing it would block the event loop.
     """
     if "=" in scope.get("path", ""):
         scope["path"] = _redact(scope["path"])
@@ -35,6 +38,9 @@ def redact_query(scope: Scope) -> str:
             scope["raw_path"] = _redact(scope["raw_path"].decode("latin-1")).encode("latin-1")
     query: bytes = scope.get("query_string", b"")
     if not query:
+        return ""
+    if len(query) > MAX_QUERY_BYTES:
+        scope["query_string"] = REDACTED.encode()
         return ""
     token = ""
     parts = query.split(b"&")
@@ -75,34 +81,36 @@ def _redact(text: str) -> str:
     return _IN_TEXT.sub(rf"\1{REDACTED}", text)
 
 
-def run_resources(record: RunRecord) -> list[Resource]:
+def run_resources(record: RunRecord) -> list[ResourceName]:
     """The names of a run: a scope for any of them grants access to the run, its streams and its inputs."""
-    resources: list[Resource] = [("runs", record.id), ("tasks", record.task)]
+    resources: list[ResourceName] = [("runs", record.id), ("tasks", record.task)]
     resources += [("tags", tag) for tag in record.tags]
     if record.batch is not None:
         resources.append(("batch", record.batch.id))
     return resources
 
 
-def tag_resources(tags: Iterable[str]) -> list[Resource]:
+def tag_resources(tags: Iterable[str]) -> list[ResourceName]:
     """The names of the list of runs with these tags."""
-    return [("runs", None), ("tags", None), *(("tags", tag) for tag in tags)]
+    return [*(("tags", tag) for tag in tags), ("tags", None), ("runs", None)]
 
 
-def batch_resources(batch_id: str) -> list[Resource]:
+def batch_resources(batch_id: str) -> list[ResourceName]:
     return [("batch", batch_id), ("runs", None)]
 
 
-def allows(claims: Claims, action: str, resources: Iterable[Resource]) -> bool:
+def allows(claims: Claims, action: str, resources: Collection[ResourceName]) -> bool:
     """Whether the claims grant the action on the resource with these names."""
     return claims.secret or grants(claims.scopes, action, resources)
 
 
-def authorize(claims: Claims, action: str, resources: Iterable[Resource]) -> None:
-    """Raises `ScopeDenied`, which names the missing scope, unless the claims grant the action."""
-    names = list(resources)
-    if allows(claims, action, names):
+def authorize(claims: Claims, action: str, resources: Sequence[ResourceName]) -> None:
+    """Raises `ScopeDenied`, which names the missing scope, unless the claims grant the action.
+
+    The first name is the narrowest, because a host copies the scope from the error into its code.
+    """
+    if allows(claims, action, resources):
         return
-    type, id = names[0]
+    type, id = resources[0]
     needed = ":".join(filter(None, (action, type, id)))
-    raise ScopeDenied(f"this token does not grant access; it needs the scope {shown(needed)}")
+    raise ScopeDenied(f"access is not granted; it needs the scope {shown(needed)}")

@@ -1,7 +1,8 @@
 """CORS headers, on every response including errors, and the response to a preflight request.
 
 A preflight request is answered before authentication, because it carries no credential. The headers it asks for are
-reflected, because `*` does not cover `authorization`. Credentials are never allowed, so `*` is safe for the origin.
+reflected, because `*` does not cover `authorization`. Credentials (cookies) are allowed only if the host authorizes
+by them, and only for origins that it lists by name, so `*` is safe for the origin.
 Spec: WHATWG Fetch, section 3.2.
 """
 
@@ -18,7 +19,7 @@ METHODS = b"GET, HEAD, POST, PUT"
 _HEADER_NAMES = re.compile(rb"[A-Za-z0-9!#$%&'*+.^_`|~\-, ]{1,4096}")
 
 
-def cors_headers(cors: Cors | None, origin: bytes | None) -> Headers:
+def cors_headers(cors: Cors | None, origin: bytes | None, *, credentials: bool = False) -> Headers:
     """The headers of every response to a request from this origin."""
     if cors is None:
         return []
@@ -28,7 +29,8 @@ def cors_headers(cors: Cors | None, origin: bytes | None) -> Headers:
     vary = (b"vary", b"Origin")
     if origin is None or origin.decode("latin-1") not in cors.origins:
         return [vary]
-    return [(b"access-control-allow-origin", origin), (b"access-control-expose-headers", EXPOSED), vary]
+    allowed = [(b"access-control-allow-origin", origin), (b"access-control-expose-headers", EXPOSED), vary]
+    return [*allowed, (b"access-control-allow-credentials", b"true")] if credentials else allowed
 
 
 def preflight_headers(cors: Cors, requested: bytes | None) -> Headers:

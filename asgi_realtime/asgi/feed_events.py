@@ -7,12 +7,13 @@ client that resumes a feed after its end gets 204. Spec: docs/protocol.md, secti
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Awaitable, Collection, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
 from itertools import chain
 
 import msgspec
 
+from asgi_realtime.asgi.connection import WHOLE_BYTES
 from asgi_realtime.asgi.feed_kinds import Feed, FeedChange, select_changes
 from asgi_realtime.asgi.request import Request
 from asgi_realtime.asgi.subscription import WAITING, SubscriptionResponse
@@ -22,7 +23,7 @@ from asgi_realtime.brokers.live_log import MAX_BODY
 from asgi_realtime.core.errors import BrokerUnavailable
 from asgi_realtime.core.run_json import run_json, skippable_fields
 from asgi_realtime.core.runs import RunRecord
-from asgi_realtime.core.sse import HEARTBEAT, control_frame
+from asgi_realtime.core.sse import CONTROL_TAIL, HEARTBEAT, control_frame, control_head, event_data
 from asgi_realtime.core.topics import Change, Changes, Cursor
 from asgi_realtime.runs.paging import newest, pages
 
@@ -31,6 +32,7 @@ class FeedResponse(SubscriptionResponse[LiveTopic]):
     """Sends the runs of a feed."""
 
     __slots__ = ("_cursor", "_feed", "_first", "_limits", "_run_cache", "_skip")
+    kind = "feed"
 
     def __init__(self, request: Request, feed: Feed) -> None:
         super().__init__(request, run_id=feed.run_id)
@@ -44,15 +46,13 @@ class FeedResponse(SubscriptionResponse[LiveTopic]):
     def _open(self) -> AbstractAsyncContextManager[LiveTopic]:
         return self._host.broker.follow(self._feed.topic)
 
-    async def _prepare(self, source: LiveTopic) -> str | None:
+    async def _prepare(self, source: LiveTopic) -> bool:
         if self._feed.needs_every_run:
             # Before the first changes are read, so that a change that ends the feed is among those.
             for page in pages((await self._changes(source, None)).items):
                 await self._select(page)
         first = self._first = await self._changes(source, self._cursor)
-        if self._cursor is not None and not first.items and self._feed.end is not None:
-            return None
-        return "connected"
+        return self._cursor is None or bool(first.items) or self._feed.end is None
 
     async def _follow(self, source: LiveTopic) -> bytes:
         changes, self._first = self._first, None
@@ -98,38 +98,52 @@ class FeedResponse(SubscriptionResponse[LiveTopic]):
     async def _select(self, page: Sequence[Change]) -> list[FeedChange]:
         return await select_changes(self._feed, self._run_cache, page)
 
+    async def _encode(self, page: Sequence[Change]) -> list[tuple[Change, bytes]]:
+        """The JSON of the runs to send. A long list so holds no payloads that the reader skips."""
+        selected = await self._select(page)
+        return [(change, self._run_cache.encoded(record, _event_data, self._skip)) for change, record in selected]
+
     async def _send_changes(self, changes: Changes) -> None:
         if changes.snapshot:
             await self._send_snapshot(changes)
             return
         for page in pages(changes.items):
             self._handle_alert()
-            selected = await self._ask(self._select(page))
+            encoded = await self._ask(self._encode(page))
             await self._send_frames(
-                self._frame(record, Cursor(changes.cursor.epoch, change.position)) for change, record in selected
+                _frame(json, Cursor(changes.cursor.epoch, change.position)) for change, json in encoded
             )
 
     async def _send_snapshot(self, changes: Changes) -> None:
         """The newest runs of the feed, in the order of their last change; then `ready`."""
         self._handle_alert()
-        found = await self._ask(newest(changes.items, self._select, limit=self._limits.feed_runs))
+        found = await self._ask(newest(changes.items, self._encode, limit=self._limits.feed_runs))
         ready = control_frame("ready", msgspec.json.encode({"count": len(found)}), id=str(changes.cursor))
-        await self._send_frames(chain((self._frame(record, None) for _, record in found), (ready,)))
+        await self._send_frames(chain((_frame(json, None) for _, json in found), ((ready,),)))
 
-    def _frame(self, record: RunRecord, cursor: Cursor | None) -> bytes:
-        json = self._run_cache.encoded(record, run_json, self._skip)
-        return control_frame("run", json, id=None if cursor is None else str(cursor))
-
-    async def _send_frames(self, frames: Iterable[bytes]) -> None:
-        """Send frames, joined into bodies of at most `MAX_BODY` bytes."""
+    async def _send_frames(self, frames: Iterable[tuple[bytes, ...]]) -> None:
+        """Send frames, joined into bodies of about `MAX_BODY` bytes at most. A larger frame is sent alone."""
         body: list[bytes] = []
         size = 0
         for frame in frames:
-            if body and size + len(frame) > MAX_BODY:
-                await self._write(b"".join(body))
+            length = sum(map(len, frame))
+            if body and size + length > MAX_BODY:
+                await self._write_parts(body, size)
                 self._handle_alert()
                 body, size = [], 0
-            body.append(frame)
-            size += len(frame)
+            body += frame
+            size += length
         if body:
-            await self._write(b"".join(body))
+            await self._write_parts(body, size)
+
+    def _write_parts(self, parts: Sequence[bytes], size: int) -> Awaitable[None]:
+        return self._write_large(parts) if size > WHOLE_BYTES else self._write(b"".join(parts))
+
+
+def _frame(json: bytes, cursor: Cursor | None) -> tuple[bytes, ...]:
+    """In parts, because all readers share the JSON of a run, and a frame would copy it."""
+    return control_head("run", id=None if cursor is None else str(cursor)), json, CONTROL_TAIL
+
+
+def _event_data(record: RunRecord, skip: Collection[str]) -> bytes:
+    return event_data(run_json(record, skip))

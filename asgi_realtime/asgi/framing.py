@@ -7,7 +7,6 @@ called `error`, because an EventSource fires that event itself. Spec: docs/proto
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import ClassVar
 
 from asgi_realtime.asgi.host import Headers
 from asgi_realtime.brokers.live_log import LiveLog, Slice
@@ -19,14 +18,20 @@ RETRY_MS = 1000
 """How soon a client reconnects after a lost connection. Each response sets it, or a shutdown's value would remain."""
 
 
+CUT_OFF = comment_line("cut off")
+"""The last frame of a body that must not look complete, by identity: the connection is broken instead of closed."""
+
+
 class Framing:
     """Encodes chunks and control events, here for EventSource, curl and httpx-sse. A dialect overrides what differs."""
 
     __slots__ = ()
-    headers: ClassVar[Headers] = []
+    headers: Headers = []
     """Headers of the head, in addition to those of every event stream."""
     has_gaps = True
     """Whether a body can report a gap and continue after it."""
+    reconnects = True
+    """Whether a client that comes during a shutdown gets a body that makes it reconnect, and otherwise an error."""
     status_when_over = 204
     """The status of a response to a client that has everything, including the end. Its body is empty. 204 makes an
     EventSource stop: WHATWG HTML, 9.2.3."""
@@ -55,6 +60,10 @@ class Framing:
     def reconnect(self, retry_ms: int) -> bytes:
         """The server closes the connection; the client should reconnect after this time."""
         return control_frame("reconnect", encode_value({"retry": retry_ms}), retry_ms=retry_ms)
+
+    def cut_short(self) -> bytes:
+        """The last frame of a body that should have been broken and cannot be."""
+        return b""
 
     def interrupted(self) -> bytes:
         """The stream cannot be followed; the client should reconnect, and then gets the reason."""

@@ -8,7 +8,6 @@ the number of open probes is limited. Spec: docs/protocol.md, section 9.
 
 from __future__ import annotations
 
-import logging
 from contextlib import AbstractAsyncContextManager, nullcontext
 from typing import Any
 
@@ -22,8 +21,7 @@ from asgi_realtime.core.chunks import encode_value
 from asgi_realtime.core.errors import BrokerUnavailable
 from asgi_realtime.core.log import End
 from asgi_realtime.core.sse import control_frame
-
-logger = logging.getLogger("asgi_realtime")
+from asgi_realtime.loop.logger import logger
 
 PROBE_EVENTS = 5
 PROBE_INTERVAL_S = 0.2
@@ -56,6 +54,7 @@ class ProbeResponse(SubscriptionResponse[None]):
     """Sends its events and ends."""
 
     __slots__ = ()
+    kind = "probe"
 
     def _open(self) -> AbstractAsyncContextManager[None]:
         return nullcontext()

@@ -1,7 +1,10 @@
-"""Look up the run or batch of a subscription, waiting briefly if it does not exist yet.
+"""Look up the run or batch of a subscription, waiting if it does not exist yet.
 
-A browser often has a token before its run has reached the broker of this process. If the token names the run by its id,
-the request waits for it. Otherwise it gets 404 at once, so timing reveals nothing.
+A browser often has a token before its run has reached the broker of this process, or before the job that creates the
+run has left its queue. If the token names the run by its id, the request waits for it. If that takes longer than
+`timeouts.find`, an `EventSource` is made to reconnect, because it would never do so after a 404. This ends
+`timeouts.appear` after the token was created, because the run can also have expired. Without its id in the token the
+request gets 404 at once, so timing reveals nothing.
 """
 
 from __future__ import annotations
@@ -14,20 +17,33 @@ from asgi_realtime.core.runs import RunRecord, batch_topic, run_topic
 from asgi_realtime.core.scopes import named_ids
 
 
-async def find_run(request: Request, run_id: str) -> RunRecord:
-    """The record of a run that the token can read. Raises `RunNotFound`, `ScopeDenied`, `ServerShutdown`.
+class RunAwaited(RunNotFound):
+    """The run does not exist, and can still appear."""
 
-    Waits up to `timeouts.find` for a run that the token names.
+
+async def find_run(request: Request, run_id: str, *, stream: str | None = None) -> RunRecord:
+    """The record of a run that the token can read, or of which it can read this stream.
+
+    Raises `RunNotFound`, `ScopeDenied`, `ServerShutdown`. Waits up to `timeouts.find` for a run that the token names,
+    and raises `RunAwaited` if it can still appear then.
     """
-    runs = request.host.runs
+    runs, timeouts = request.host.runs, request.host.timeouts
     try:
         record = await runs.get(run_id)
     except RunNotFound:
         if request.is_from_elsewhere or run_id not in named_ids(request.claims.scopes, "read", "runs"):
             raise
         await _appears(request, run_topic(run_id))
-        record = await runs.get(run_id)
-    authorize(request.claims, "read", run_resources(record))
+        try:
+            record = await runs.get(run_id)
+        except RunNotFound as exc:
+            if request.host.clock() < request.claims.issued_at + timeouts.appear:
+                raise RunAwaited(*exc.args) from None
+            raise
+    resources = run_resources(record)
+    if stream is not None:
+        resources.append(("streams", f"{run_id}:{stream}"))
+    authorize(request.claims, "read", resources)
     return record
 
 

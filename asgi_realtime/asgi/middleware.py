@@ -17,12 +17,12 @@ from enum import Enum, auto
 from typing import Any
 
 from asgi_realtime.asgi.auth import redact_query
+from asgi_realtime.asgi.connection import CutOff, break_connection
 from asgi_realtime.asgi.host import App, HostApp, Message, Receive, Scope, Send
 from asgi_realtime.core.errors import InvalidConfiguration
+from asgi_realtime.loop.logger import logger
 
 _MAX_MIDDLEWARE = 50  # an app can have an attribute `app` without end
-
-logger = logging.getLogger("asgi_realtime")
 
 
 class RealtimeMiddleware:
@@ -42,11 +42,19 @@ class RealtimeMiddleware:
         if scope["type"] == "lifespan":
             await _Lifespan(self.realtime, receive, send).run(self.app, scope)
         elif scope["type"] in ("http", "websocket") and self._is_ours(scope):
-            inner = {**scope, "root_path": scope.get("root_path", "").rstrip("/") + self.path}
-            redact_query(scope)  # the server's access log reads this one
-            await self.realtime(inner, receive, send)
+            response = await self.realtime.respond(self._inner(scope), receive)
+            await response(scope, receive, send)
         else:
-            await self.app(scope, receive, send)
+            try:
+                await self.app(scope, receive, send)
+            except CutOff:  # `realtime.response` in a framework that iterates it
+                await break_connection(scope, receive, send)
+
+    def _inner(self, scope: Scope) -> Scope:
+        """The scope for the `Realtime`. Nothing retains it once there is a response."""
+        inner = {**scope, "root_path": scope.get("root_path", "").rstrip("/") + self.path}
+        redact_query(scope)  # the server's access log reads this one
+        return inner
 
     def _is_ours(self, scope: Scope) -> bool:
         path: str = scope["path"]

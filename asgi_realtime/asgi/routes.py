@@ -5,7 +5,8 @@ final `*` matches any number of segments and is not passed. A path belongs to th
 request to the first row of that pattern that matches its method and passes `when`. Rows of the Trigger.dev dialect and
 rows for other clients can thus share a pattern.
 
-Patterns under `api/` belong to the management API, which `Realtime(api=False)` removes.
+Patterns under `api/` belong to the management API, which `Realtime(api=False)` removes, and those that begin with
+`inspect` to the inspector, which is off by default.
 
 Hosts pass paths differently. `scope["path"]` can include the mount's prefix (Starlette) or not (Litestar, which also
 appends a slash), and the `root_path` of a proxy or not. `resolve` therefore tries every candidate, and the first one
@@ -17,12 +18,13 @@ redirected, because a cross-origin EventSource does not follow redirects reliabl
 from __future__ import annotations
 
 import re
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from typing import Any, NamedTuple
 
 from starlette.responses import Response
 
-from asgi_realtime.asgi import feeds, health
+from asgi_realtime.asgi import browser_module, feeds, health, inspector, metrics
+from asgi_realtime.asgi.protocol_streams import ConvertedResponse
 from asgi_realtime.asgi.request import Request
 from asgi_realtime.asgi.streams import StreamResponse
 from asgi_realtime.asgi.subscription import SubscriptionResponse
@@ -54,6 +56,7 @@ class Route(NamedTuple):
 
 
 ROUTES = (
+    Route("GET", "v1/streams/{run_id}/{key}", ConvertedResponse.converted, when=Request.names_protocol),
     Route("GET", "v1/streams/{run_id}/{key}", BatchStreamResponse.stream, when=Request.is_official),
     Route("GET", "v1/streams/{run_id}/{key}", StreamResponse.stream, reconnects=True),
     Route("GET", "v1/streams/{run_id}/input/{input_id}", BatchStreamResponse.tail_input, when=Request.is_official),
@@ -72,6 +75,20 @@ ROUTES = (
     Route("GET", "v1/health", health.probe, when=Request.accepts_events, needs_token=False, reconnects=True),
     Route("GET", "v1/health", health.check, needs_token=False, needs_start=False),
     Route("HEAD", "v1/health", health.check, needs_token=False, needs_start=False),
+    Route("GET", "v1/metrics", metrics.scrape, needs_token=False, needs_start=False),
+    Route("GET", "client.js", browser_module.current, needs_token=False, needs_start=False),
+    Route("HEAD", "client.js", browser_module.current, needs_token=False, needs_start=False),
+    Route("GET", "client-{hash}.js", browser_module.versioned, needs_token=False, needs_start=False),
+    Route("HEAD", "client-{hash}.js", browser_module.versioned, needs_token=False, needs_start=False),
+    Route("GET", "inspect", inspector.page, needs_token=False, needs_start=False),
+    Route("GET", "inspector.js", inspector.script, needs_token=False, needs_start=False),
+    Route("GET", "inspector.css", inspector.style, needs_token=False, needs_start=False),
+    Route("GET", "inspect/inspector.js", inspector.script, needs_token=False, needs_start=False),
+    Route("GET", "inspect/inspector.css", inspector.style, needs_token=False, needs_start=False),
+    Route("POST", "inspect/token", inspector.create_token, needs_token=False),
+    Route("GET", "inspect/runs", inspector.list_runs),
+    Route("GET", "inspect/runs/{run_id}", inspector.retrieve_run),
+    Route("POST", "inspect/runs/{run_id}/cancel", runs.cancel_run),
     Route("POST", "api/v1/tasks/{task_id}/trigger", runs.trigger),
     Route("POST", "api/v3/batches", batches.create_batch),
     Route("POST", "api/v3/batches/{batch_id}/items", batches.fill_batch),
@@ -101,6 +118,10 @@ class Match(NamedTuple):
         return self.pattern.startswith("api/")
 
     @property
+    def is_inspector(self) -> bool:
+        return self.pattern.startswith("inspect")
+
+    @property
     def methods(self) -> list[str]:
         return list(dict.fromkeys(route.method for route in _ROUTES_OF[self.pattern]))
 
@@ -113,7 +134,9 @@ class Match(NamedTuple):
 
 
 def _compile(pattern: str) -> re.Pattern[str]:
-    return re.compile(re.sub(r"\{\w+\}", "([^/]+)", pattern).replace("/*", "(?:/[^/]+)*"))
+    regex = pattern.replace(".", r"\.").replace("/*", "(?:/[^/]+)*").replace("api/", "(?:api/)?")
+    regex = re.sub(r"\{\w+\}", "([^/]+)", regex)
+    return re.compile(f"(?:realtime/){{0,{MAX_PREFIXES}}}{regex}")
 
 
 _ROUTES_OF = {route.pattern: [row for row in ROUTES if row.pattern == route.pattern] for route in ROUTES}
@@ -121,35 +144,21 @@ _PATTERNS = [(_compile(pattern), pattern) for pattern in _ROUTES_OF]
 
 
 def resolve(path: str, root_path: str = "") -> Match | None:
-    """Find the pattern of a request's path."""
+    """Find the pattern of a request's path: without the root path, without each suffix of that (a proxy can have
+    removed the front), or whole."""
     if not path.startswith("/"):
         return None  # Litestar passes `/realtimeX` to a mount at `/realtime` as `X/`
-    return next(filter(None, map(_match, _candidates(_split(path), _split(root_path)))), None)
+    path, root = path.strip("/"), root_path.strip("/")
+    while root:
+        if path.startswith(f"{root}/"):
+            found = _match(path[len(root) + 1 :])
+            if found is not None:
+                return found
+        root = root.partition("/")[2]
+    return _match(path)
 
 
-def _split(path: str) -> list[str]:
-    stripped = path.strip("/")
-    return stripped.split("/") if stripped else []
-
-
-def _candidates(path: list[str], root: list[str]) -> Iterator[list[str]]:
-    """The path without the root path, without each suffix of it (a proxy can have removed the front), and whole."""
-    for start in range(len(root)):
-        prefix = root[start:]
-        if path[: len(prefix)] == prefix:
-            yield path[len(prefix) :]
-    yield path
-
-
-def _match(segments: list[str]) -> Match | None:
-    for _ in range(MAX_PREFIXES):
-        if segments[:1] == ["realtime"]:
-            segments = segments[1:]
-    path = "/".join(segments)
-    return _match_pattern(path) or _match_pattern(f"api/{path}")
-
-
-def _match_pattern(path: str) -> Match | None:
+def _match(path: str) -> Match | None:
     for regex, pattern in _PATTERNS:
         found = regex.fullmatch(path)
         if found is not None:

@@ -1,19 +1,41 @@
-"""The runs that feeds send: each version is loaded once and encoded once, for all feeds of this process."""
+"""The runs that feeds send: each version is loaded once and encoded once, for all feeds of this process.
+
+Values that a reader could not parse are removed from them: one run must not end the feed of a tag for all its readers.
+This version stores no such values, but an older one did, and so can another program.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Collection, Sequence
+from typing import Any
 
-from asgi_realtime.core.runs import RunRecord
+import msgspec
+
+from asgi_realtime.core.errors import LimitExceeded
+from asgi_realtime.core.metadata import NO_METADATA
+from asgi_realtime.core.nesting import check_depth
+from asgi_realtime.core.runs import RunRecord, content_bytes
 from asgi_realtime.core.topics import Change
+from asgi_realtime.loop.logger import logger
 
 MAX_BYTES = 64 * 1024 * 1024
-"""The limit of the whole cache: payload and output of one run can be many megabytes."""
+"""The limit of the whole cache: metadata, payload and output of one run can be many megabytes."""
 
 MAX_RUNS = 10_000
 
 _RUN_BYTES = 2048
-"""An estimate of a record without payload and output."""
+"""An estimate of a record without its contents."""
+
+_EMPTY: dict[str, Any] = {
+    "metadata_json": NO_METADATA,
+    "payload_json": None,
+    "payload_meta_json": None,
+    "output_json": None,
+}
+"""What can be nested too deeply, and what replaces it."""
+
+_MAX_REPORTED = 1000
+"""Runs that are remembered so that each is reported once."""
 
 _MAX_ENCODINGS = 4
 """Encodings per run. Events and polls have one each, and so has each choice of columns to leave out."""
@@ -32,7 +54,7 @@ class _CachedRun:
     def __init__(self, record: RunRecord) -> None:
         self.record = record
         self.encodings: dict[tuple[EncodeRun, tuple[str, ...]], bytes] = {}
-        self.size = _RUN_BYTES + len(record.payload_json or b"") + len(record.output_json or b"")
+        self.size = _RUN_BYTES + content_bytes(record)
 
 
 class RunCache:
@@ -43,6 +65,7 @@ class RunCache:
         self._max_runs = max_runs
         self._cached: dict[str, _CachedRun] = {}  # least recently used first
         self._size = 0
+        self._reported: set[str] = set()
 
     async def records(self, changes: Sequence[Change]) -> list[RunRecord | None]:
         """The records of changed runs, each at least as new as its change; None for a run that has expired."""
@@ -52,6 +75,7 @@ class RunCache:
             loaded = await self._load([changes[place].run_id for place in missing])
             for place, record in zip(missing, loaded, strict=True):
                 if record is not None:
+                    record = self._readable(record)
                     self._put(_CachedRun(record))
                 found[place] = record
         return found
@@ -63,7 +87,7 @@ class RunCache:
             return encode(record, skip)
         encoding = cached.encodings.get((encode, skip))
         if encoding is None:
-            encoding = encode(record, skip)
+            encoding = encode(cached.record, skip)
             if len(cached.encodings) < _MAX_ENCODINGS:
                 cached.encodings[encode, skip] = encoding
                 cached.size += len(encoding)
@@ -71,12 +95,33 @@ class RunCache:
                 self._evict()
         return encoding
 
+    def add(self, record: RunRecord) -> None:
+        """Cache a record that was loaded elsewhere, so that its encodings are shared."""
+        cached = self._cached.get(record.id)
+        if cached is None or cached.record.version != record.version:
+            self._put(_CachedRun(self._readable(record)))
+
     def _get(self, change: Change) -> RunRecord | None:
         cached = self._cached.get(change.run_id)
         if cached is None or cached.record.version != change.version:
             return None  # a later version can be one that the broker has lost
         self._cached[change.run_id] = self._cached.pop(change.run_id)
         return cached.record
+
+    def _readable(self, record: RunRecord) -> RunRecord:
+        """The record without values that are nested too deeply."""
+        removed = {name: empty for name, empty in _EMPTY.items() if _is_too_deep(getattr(record, name))}
+        if not removed:
+            return record
+        if record.id not in self._reported:
+            if len(self._reported) >= _MAX_REPORTED:
+                self._reported.clear()
+            self._reported.add(record.id)
+            names = ", ".join(name.removesuffix("_json") for name in removed)
+            logger.warning("feeds omit the %s of run %s: it is nested too deeply", names, record.id)
+        if "payload_json" in removed:
+            removed["payload_meta_json"] = None
+        return msgspec.structs.replace(record, **removed)
 
     def _put(self, cached: _CachedRun) -> None:
         run_id = cached.record.id
@@ -96,6 +141,14 @@ class RunCache:
         cached = self._cached.pop(run_id, None)
         if cached is not None:
             self._size -= cached.size
+
+
+def _is_too_deep(data: bytes | msgspec.Raw | None) -> bool:
+    try:
+        check_depth(bytes(data or b""))
+    except LimitExceeded:
+        return True
+    return False
 
 
 def _is_newer(record: RunRecord, other: RunRecord) -> bool:

@@ -1,20 +1,22 @@
 """`GET /v1/streams/{run}/{key}`: the chunks of one stream, from any position to its end.
 
 The hot path of the library. The cursor is the seq of the last chunk that the client has. Everything after it goes out
-as one body, which subscribers at the same cursor share. What this process no longer holds is read from the broker, page
-by page. Resume, gap and end: docs/protocol.md, section 4.
+as one body, which subscribers at the same cursor share. `_follow` is the whole loop. `take_turn` does the most frequent
+iteration of it without a switch to the task. What this process no longer holds is read from the broker, page by page.
+Resume, gap and end: docs/protocol.md, section 4.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Self
 
+from asgi_realtime.asgi.connection import WHOLE_BYTES
 from asgi_realtime.asgi.framing import Framing
 from asgi_realtime.asgi.lookup import find_run
-from asgi_realtime.asgi.request import Request
-from asgi_realtime.asgi.subscription import WAITING, Ended, SubscriptionResponse
+from asgi_realtime.asgi.request import Access, Request
+from asgi_realtime.asgi.subscription import SENDING, WAITING, Ended, SubscriptionResponse
 from asgi_realtime.brokers.live_log import MAX_BODY, LiveLog
 from asgi_realtime.core.chunks import encode_value
 from asgi_realtime.core.errors import BrokerUnavailable, InvalidRequest, shown
@@ -24,6 +26,8 @@ from asgi_realtime.core.runs import RunRecord
 from asgi_realtime.core.sse import HEARTBEAT
 
 _MAX_DIGITS = 18
+_MAX_FIRST = 4096
+"""The largest body that is copied behind the preamble. Readers share a larger one."""
 
 
 def parse_position(last_event_id: str | None) -> int:
@@ -39,29 +43,32 @@ def parse_position(last_event_id: str | None) -> int:
 class StreamResponse(SubscriptionResponse[LiveLog]):
     """Sends the chunks of a stream after a cursor."""
 
-    __slots__ = ("_after", "_comment", "_hides_error", "_key")
+    __slots__ = ("_after", "_hides_error", "_is_watcher", "_key", "_source", "_start", "_watches")
+    kind = "stream"
 
-    def __init__(self, request: Request, key: StreamKey) -> None:
+    def __init__(self, request: Access, key: StreamKey) -> None:
         super().__init__(request, run_id=key.run)
         self._key = key
-        self._after = parse_position(request.last_event_id)
+        self._after = self._start = parse_position(request.last_event_id)
         self._hides_error = "error" in request.claims.skip_columns
-        self._comment = "connected"
+        self._watches = self._is_watcher = False
 
     @classmethod
-    async def stream(cls, request: Request, run_id: str, key: str) -> Self:
+    def stream(cls, request: Request, run_id: str, key: str) -> Awaitable[Self]:
         """The endpoint that follows a stream of a run."""
-        return await cls._respond(request, StreamKey(run_id, stream_name(key, request.host.limits)))
+        return cls._respond(request, StreamKey(run_id, stream_name(key, request.host.limits)))
 
     @classmethod
-    async def tail_input(cls, request: Request, run_id: str, input_id: str) -> Self:
+    def tail_input(cls, request: Request, run_id: str, input_id: str) -> Awaitable[Self]:
         """The endpoint that follows an input of a run, which is a hidden stream."""
-        return await cls._respond(request, StreamKey(run_id, input_stream(input_id, request.host.limits)))
+        return cls._respond(request, StreamKey(run_id, input_stream(input_id, request.host.limits)))
 
     @classmethod
     async def _respond(cls, request: Request, key: StreamKey) -> Self:
         response = cls(request, key)
-        response._check_listed(request, await find_run(request, key.run))
+        record = await find_run(request, key.run, stream=None if key.hidden else key.name)
+        response._check_listed(request, record)
+        response.watch(record)
         return response
 
     def _check_listed(self, request: Request, record: RunRecord) -> None:
@@ -71,70 +78,137 @@ class StreamResponse(SubscriptionResponse[LiveLog]):
             shown_name, shown_streams = encode_value(name).decode(), encode_value(streams).decode()
             self._comment = f"stream {shown_name} is not written yet; this run has {shown_streams}"
 
+    def watch(self, record: RunRecord) -> None:
+        """Count this subscription while it is open, if the run asks for that. A rejected one does not count."""
+        self._watches = record.counts_watchers and not self._key.hidden
+
+    async def _send_head(self) -> None:
+        if self._watches:
+            self._host.watchers.enter(self._key.run)
+            self._is_watcher = True
+        await super()._send_head()
+
+    def _release(self) -> None:
+        super()._release()
+        if self._is_watcher:
+            self._is_watcher = False
+            self._host.watchers.leave(self._key.run)
+
+    @property
+    def sent_chunks(self) -> int:  # type: ignore[override]
+        return self._after - self._start
+
+    def _move(self, after: int) -> None:
+        """Continue after another position, without the chunks in between."""
+        self._start += after - self._after
+        self._after = after
+
     def _open(self) -> AbstractAsyncContextManager[LiveLog]:
         return self._host.broker.live(self._key)
 
-    async def _prepare(self, source: LiveLog) -> str | None:
+    async def _prepare(self, source: LiveLog) -> bool:
+        if source.log.next:
+            self._comment = "connected"
         ahead = self._after - source.log.next
-        if source.end is not None and ahead >= 0 and not (ahead and source.end.reason == "lost"):
-            return None
-        comment, self._comment = self._comment, ""
-        return "connected" if source.log.next else comment
+        return source.end is None or ahead < 0 or (ahead > 0 and source.end.reason == "lost")
+
+    def _take_first(self, source: LiveLog) -> bytes:
+        if self._alert is not None or self._after + 1 < source.log.first:
+            return b""
+        piece = self.framing.take(source, self._after)
+        if piece is None or len(piece.body) > _MAX_FIRST:
+            return b""
+        self._after = piece.last
+        return piece.body
 
     async def _follow(self, source: LiveLog) -> bytes:
-        framing, waiter, cursor, log = self.framing, self._waiter, self._after, source.log
+        waiter, log, self._source = self._waiter, source.log, source
         try:
             while True:
                 if self._alert is not None:
-                    last = await self._respond_to_alert(source, cursor)
+                    last = await self._respond_to_alert(source)
                     if last is not None:
                         return last
-                elif cursor + 1 < log.first:
-                    cursor = await self._catch_up(cursor)
-                elif cursor + 1 < log.next:
-                    piece = framing.take(source, cursor)
-                    assert piece is not None
-                    cursor = piece.last
-                    await self._write(piece.body)
+                elif self._after + 1 < log.first:
+                    await self._catch_up()
+                elif self._after + 1 < log.next:
+                    await self._write(self._take(source))
                 elif log.end is not None:
                     return self._end(source)
                 elif source.failure is not None:
-                    return framing.interrupted()
+                    return self.framing.interrupted()
                 else:
-                    self._after = cursor
-                    source.waiting.add(waiter)
+                    source.waiting.add(self)
                     self._phase = WAITING
-                    await waiter.arm()
+                    try:
+                        await waiter.arm()
+                    except BaseException as exc:
+                        if waiter.rest is None:
+                            raise
+                        waiter.rest.cancel(exc)
+                    if waiter.rest is not None:
+                        await waiter.take_rest()
         finally:
-            source.waiting.discard(waiter)
+            source.waiting.discard(self)
 
-    async def _respond_to_alert(self, source: LiveLog, cursor: int) -> bytes | None:
+    def _take(self, source: LiveLog) -> bytes:
+        """What follows the cursor, in one body, and advance the cursor."""
+        piece = self.framing.take(source, self._after)
+        assert piece is not None
+        self._after = piece.last
+        return piece.body
+
+    def wake(self) -> None:
+        """Let the task of this subscription continue `_follow`."""
+        self._waiter.wake()
+
+    def take_turn(self) -> None:
+        """What `_follow` would do next, if that is to send one body and to wait again; otherwise wake its task."""
+        waiter, source, after = self._waiter, self._source, self._after
+        log = source.log
+        if not waiter.is_parked:
+            return
+        is_open = log.end is None and source.failure is None
+        piece = self.framing.take(source, after) if is_open and log.first <= after + 1 else None
+        if piece is None or piece.last + 1 < log.next or len(piece.body) > WHOLE_BYTES:
+            waiter.wake()
+            return
+        self._phase = SENDING
+        self.sent_bytes += len(piece.body)
+        sending = self._send({"type": "http.response.body", "body": piece.body, "more_body": True})
+        self._after = piece.last
+        source.waiting.add(self)
+        if waiter.begin(sending):
+            self._phase = WAITING
+
+    async def _respond_to_alert(self, source: LiveLog) -> bytes | None:
         """Clear the alert. Returns the last frame if it ends the body; of a stream that was read to its end, `end`."""
         alert, self._alert = self._alert, None
         last = None if alert is None else self._frame_for(alert)
         if last is None:
             await self._write(HEARTBEAT)
             return None
-        is_read_to_end = source.log.end is not None and source.log.next <= cursor + 1
+        is_read_to_end = source.log.end is not None and source.log.next <= self._after + 1
         return self._end(source) if is_read_to_end else last
 
-    async def _catch_up(self, cursor: int) -> int:
-        """Send a page of entries that this process does not hold, or a gap. Returns the cursor after it."""
-        page = await self._ask(self._host.broker.read(self._key, after=cursor))
-        if page.first > cursor + 1:
-            gap = self.framing.gap(cursor + 1, page.first)
+    async def _catch_up(self) -> None:
+        """Send a page of entries that this process does not hold, or a gap."""
+        after = self._after
+        page = await self._ask(self._host.broker.read(self._key, after=after))
+        if page.first > after + 1:
+            gap = self.framing.gap(after + 1, page.first)
             if not self.framing.has_gaps:
                 raise Ended(gap)
             await self._write(gap)
-            return page.first - 1
+            self._move(page.first - 1)
+            return
         if not page.entries:
-            raise BrokerUnavailable(f"the entries after {cursor} of stream {self._key.name!r} disappeared; retry")
+            raise BrokerUnavailable(f"the entries after {after} of stream {self._key.name!r} disappeared; retry")
         for body, last in _bodies(self.framing, page.entries):
             await self._write(body)
-            cursor = last
+            self._after = last
             if self._alert is not None:
                 break
-        return cursor
 
     def _end(self, source: LiveLog) -> bytes:
         assert source.end is not None

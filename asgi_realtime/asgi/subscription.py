@@ -14,39 +14,50 @@ one of these, the loop has not moved since `_since`: a send has stalled, or a he
 every step. The loop stores its phase for every chunk and so does not consult the table; the tests check every store.
 
 **Alerts.** The ticker and the shutdown never send anything. They set `_alert` and wake the loop, which checks it in
-every iteration, also while there is more to send, so that a reader that never catches up ends too. Only the loop calls
-`send()`, so frames cannot interleave. An alert replaces only a less urgent one.
+every iteration, also while there is more to send, so that a reader that never catches up ends too. Only the task of the
+loop calls `send()`, so frames cannot interleave. An alert replaces only a less urgent one.
 
-**Invariant.** A shutdown ends every phase promptly. WAITING is woken. OPENING and ASKING are interrupted. SENDING
-reaches the alert when `send()` returns; if it does not return, the ticker cancels it.
+**Invariant.** A shutdown ends every phase promptly, except while it waits for the run of the subscription. WAITING is
+woken. OPENING and ASKING are interrupted. SENDING reaches the alert when `send()` returns; if it does not return, the
+ticker cancels it.
 """
 
 from __future__ import annotations
 
-import logging
-import math
+import asyncio
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable, Iterable
 from contextlib import AbstractAsyncContextManager
 from enum import Enum, IntEnum, auto
-from functools import partial
 from traceback import walk_tb
 from typing import ClassVar, Generic, TypeVar
 
+import anyio
 from starlette.responses import Response
 
-from asgi_realtime.asgi.framing import NATIVE, Framing
-from asgi_realtime.asgi.host import Headers, Receive, Scope, Send
+from asgi_realtime.asgi.connection import (
+    NOTICED_S,
+    WHOLE_BYTES,
+    allowed_send_s,
+    completes_bodies,
+    find_transport,
+    is_lost,
+    pieces,
+    reset,
+    watch_unread,
+)
+from asgi_realtime.asgi.framing import CUT_OFF, NATIVE, Framing
+from asgi_realtime.asgi.host import App, Headers, Receive, Scope, Send
 from asgi_realtime.asgi.limits import SubscriptionLimits
-from asgi_realtime.asgi.request import Request
+from asgi_realtime.asgi.request import Access
 from asgi_realtime.asgi.responses import NOT_CACHED
 from asgi_realtime.core.errors import BrokerUnavailable, ServerShutdown
 from asgi_realtime.core.log import End
+from asgi_realtime.core.sse import retry_line
 from asgi_realtime.loop.interrupts import Guard, Interrupt, make_guard, make_interrupt
-from asgi_realtime.loop.waiting import make_waiter
-
-logger = logging.getLogger("asgi_realtime")
+from asgi_realtime.loop.logger import logger
+from asgi_realtime.loop.turns import make_parked_task
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -60,13 +71,16 @@ SHUTDOWN_RECONNECT_MS = 3000
 AGE_RECONNECT_MS = 1000
 """The same for subscribers whose connection became too old."""
 
+AWAITED_RECONNECT_MS = 1000
+"""The same for subscribers whose run does not exist yet. While they are away, they miss its first moments."""
+
+EXPIRED_RECONNECT_MS = 60_000
+"""The pause of a client whose token has expired: a page that does not close its `EventSource` reconnects in vain."""
+
 AGE_SPREAD = 0.15
-"""Connections end up to this fraction before `Timeouts.stream_age`, so those opened together do not end together."""
+"""Connections end up to this fraction before their maximum age, so those opened together do not end together."""
 
-CLOSING_SEND_S = 1.0
-"""How long one send can take during a shutdown. A stalled reader must not delay the exit."""
-
-_HEADERS = (
+HEADERS = (
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", f"{NOT_CACHED}, no-transform".encode()),
     (b"x-accel-buffering", b"no"),
@@ -125,10 +139,18 @@ async def until_disconnect(receive: Receive) -> None:
         pass
 
 
-def reconnect_response() -> Response:
+def reconnect_response(*, longest_ms: int | None = None) -> Response:
     """A complete event stream that makes its client reconnect. An EventSource does so after a body, never after 503."""
-    body = NATIVE.preamble("connected") + _reconnect(NATIVE, SHUTDOWN_RECONNECT_MS)
-    return Response(body, headers={name.decode(): value.decode() for name, value in _HEADERS})
+    return _complete(NATIVE.preamble("connected") + _reconnect(NATIVE, longest_ms or SHUTDOWN_RECONNECT_MS))
+
+
+def expired_response() -> Response:
+    """A complete event stream whose client learns that its token has expired. An EventSource cannot see a 401."""
+    return _complete(retry_line(EXPIRED_RECONNECT_MS) + NATIVE.end(End("token_expired"), None))
+
+
+def _complete(body: bytes) -> Response:
+    return Response(body, headers={name.decode(): value.decode() for name, value in HEADERS})
 
 
 def _reconnect(framing: Framing, longest_ms: int) -> bytes:
@@ -147,81 +169,101 @@ class SubscriptionResponse(ABC, Generic[S]):
     __slots__ = (
         "_alert",
         "_call",
+        "_comment",
         "_ends_at",
         "_expires_at",
         "_guard",
         "_host",
+        "_owner",
         "_phase",
         "_run_id",
         "_send",
         "_since",
         "_subscription_limits",
-        "_token_id",
+        "_transport",
         "_waiter",
+        "fail",
         "raw_headers",
+        "sent_bytes",
     )
-    framing: ClassVar[Framing] = NATIVE
+    framing: Framing = NATIVE
+    kind: ClassVar[str]
+    """For the metrics: one of `metrics.KINDS`."""
+    sent_chunks = 0
     _send: Send
 
-    def __init__(self, request: Request, *, run_id: str = "") -> None:
+    def __init__(self, request: Access, *, run_id: str = "") -> None:
         self._host = request.host
         self._subscription_limits: SubscriptionLimits | None = request.subscription_limits
         self._run_id = run_id
-        self._token_id = request.token_id
+        self._owner = request.owner
         self._expires_at = request.claims.expires_at
-        self._waiter = make_waiter()
+        self._waiter = make_parked_task()
         self._guard: Guard | None = None
         self._call: Interrupt | None = None
+        self._transport: asyncio.Transport | None = None
         self._alert: Alert | None = None
         self._phase = OPENING
         self._since = 0.0  # of STILL_SENDING and STILL_WAITING
-        self._ends_at: float | None = None if self._host.timeouts.stream_age < math.inf else math.inf
-        self.raw_headers: Headers = []
-        """Headers to add to the head, such as those of CORS."""
+        self._ends_at = -request.max_age_s  # below zero: the maximum age, which the first tick adds to its time
+        self.raw_headers: Headers = [*HEADERS, *self.framing.headers]
+        """The headers of the head. The app adds more, such as those of CORS."""
+        self.fail: Callable[[Exception], App] | None = None
+        """Makes the response if an exception prevents this one. It holds the request, so it is None once the head is
+        sent."""
+        self._comment = "connected"  # opens the body
+        self.sent_bytes = 0
+        """Of the body."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Respond, once. Raises only before the head is sent: `LimitExceeded`, or what `_open` or `_prepare` raises."""
-        limits = self._subscription_limits
-        assert limits is not None, "a subscription can respond only once"
-        limits.acquire(self._run_id, self._token_id)
-        self._send = send
-        self._host.subscribers.add(self)
-        self._alert = Alert.SHUTDOWN if self._host.closing else None  # a later shutdown calls `shut_down`
+        """Respond, once. If that fails before the head is sent, `fail` makes the response."""
+        failure: Exception | None = None
         try:
-            async with make_guard(partial(until_disconnect, receive)) as self._guard, self._open() as source:
-                comment = await self._prepare(source)
+            self._acquire()
+            self._send = send
+            self._transport = find_transport(scope.get("http_version", "1.1"), send, receive)
+            self._host.subscribers.add(self)
+            self._alert = Alert.SHUTDOWN if self._is_shut_down else None  # a later shutdown calls `shut_down`
+            async with make_guard(until_disconnect, receive) as self._guard, self._open() as source:
+                has_more = await self._prepare(source)
                 self._phase = SENDING
-                if comment is None:
+                if not has_more:
                     return await self._send_nothing(scope, receive)
                 try:
-                    await self._send_head(comment)
+                    await self._send_head()
+                    await self._write(self._preamble() + self._take_first(source))
                     last = await self._follow(source)
                 except Exception as exc:
                     last = self._frame_after(exc)
                 await self._send_last(last)
             if self._phase is OPENING and self._host.closing:
-                await self._send_head("connected")
-                await self._send_last(_reconnect(self.framing, SHUTDOWN_RECONNECT_MS))
-        except Exception:
+                if not self.framing.reconnects:
+                    raise ServerShutdown()
+                self._comment = "connected"
+                await self._send_head()
+                await self._send_last(self._preamble() + _reconnect(self.framing, SHUTDOWN_RECONNECT_MS))
+        except Exception as exc:
             if self._phase is OPENING:
-                raise
-            logger.debug("a subscription was not closed cleanly", exc_info=True)
+                failure = exc
+            else:
+                logger.debug("a subscription was not closed cleanly", exc_info=True)
         finally:
             self._phase = CLOSED
             self._release()
-            self._guard = self._call = None  # both refer to this task
+            watch_unread(self._host, self._transport)
+            self._guard = self._call = self._transport = None  # they refer to this task and its connection
+        if failure is not None and self.fail is not None:
+            await self.fail(failure)(scope, receive, send)
 
     @abstractmethod
     def _open(self) -> AbstractAsyncContextManager[S]:
         """The source, such as a stream or a topic."""
         ...
 
-    async def _prepare(self, source: S) -> str | None:
-        """Check the request against the source, as the last chance to raise.
-
-        Returns the comment that opens the body, or None if the client has everything and there is nothing to send.
-        """
-        return "connected"
+    async def _prepare(self, source: S) -> bool:
+        """Check the request against the source, as the last chance to raise. Returns False if the client has everything
+        and there is nothing to send."""
+        return True
 
     @abstractmethod
     async def _follow(self, source: S) -> bytes:
@@ -230,22 +272,62 @@ class SubscriptionResponse(ABC, Generic[S]):
 
     async def _send_nothing(self, scope: Scope, receive: Receive) -> None:
         response = Response(status_code=self.framing.status_when_over)
-        response.raw_headers += [*_HEADERS, *self.framing.headers, *self.raw_headers]
+        response.raw_headers += self.raw_headers
         await response(scope, receive, self._send)
 
-    async def _send_head(self, comment: str) -> None:
-        headers, self.raw_headers = [*_HEADERS, *self.framing.headers, *self.raw_headers], []
+    def _take_first(self, source: S) -> bytes:
+        """What the first message of the body can contain already. A server makes a system call for each message."""
+        return b""
+
+    async def _send_head(self) -> None:
+        headers = self.raw_headers
+        self.fail = None
+        del self.raw_headers
         await self._send({"type": "http.response.start", "status": 200, "headers": headers})
-        await self._write(self.framing.preamble(comment))
+
+    def _preamble(self) -> bytes:
+        comment, self._comment = self._comment, ""
+        return self.framing.preamble(comment)
 
     def _write(self, body: bytes) -> Awaitable[None]:
         """Send part of the body. Each message is a new dict, because a host's compression middleware writes into it."""
+        if len(body) > WHOLE_BYTES:
+            return self._write_large((body,))
         self._phase = SENDING
+        self.sent_bytes += len(body)
         return self._send({"type": "http.response.body", "body": body, "more_body": True})
 
-    async def _send_last(self, last: bytes) -> None:
+    async def _write_large(self, parts: Iterable[bytes]) -> None:
+        """Send one or more large frames in pieces. Each is progress, unless the body has to end."""
         self._phase = SENDING
+        for piece in pieces(parts):
+            if self._alert is None or self._alert < Alert.TOO_OLD:
+                self._phase = SENDING
+            self.sent_bytes += len(piece)
+            await self._send({"type": "http.response.body", "body": piece, "more_body": True})
+
+    async def _send_last(self, last: bytes) -> None:
+        if last is CUT_OFF:
+            return await self._cut_off()
+        if len(last) > WHOLE_BYTES:
+            await self._write(last)
+            last = b""
+        self._phase = SENDING
+        self.sent_bytes += len(last)
         await self._send({"type": "http.response.body", "body": last, "more_body": False})
+
+    async def _cut_off(self) -> None:
+        """Break the connection, so that the client does not take the body for complete.
+
+        Servers break it if the app returns early; those whose transport is known complain about that, so it is aborted
+        first. A middleware that completes every body leaves no way to break it.
+        """
+        if self._transport is not None:
+            reset(self._transport)
+            with anyio.move_on_after(NOTICED_S):  # until the server reports the disconnect, which ends this wait
+                await anyio.sleep_forever()
+        elif completes_bodies(self._send):
+            await self._send_last(self.framing.cut_short())
 
     async def _ask(self, call: Awaitable[T]) -> T:
         """Await a call of the broker. Raises `Ended` if a shutdown interrupts it."""
@@ -296,6 +378,8 @@ class SubscriptionResponse(ABC, Generic[S]):
 
     def tick(self, now: float, steady: float) -> None:
         phase = self._phase
+        if self._transport is not None and is_lost(self._transport):
+            return self._drop()
         if phase is SENDING or phase is WAITING:
             self._phase = STILL_SENDING if phase is SENDING else STILL_WAITING
             self._since = steady
@@ -304,18 +388,24 @@ class SubscriptionResponse(ABC, Generic[S]):
         elif phase is STILL_WAITING:
             if steady - self._since >= self._host.timeouts.heartbeat:
                 self._notify(Alert.HEARTBEAT)
-        elif self._host.closing:  # it was opened after `shut_down` was called for the others
+        elif self._is_shut_down:  # it was opened after `shut_down` was called for the others
             self._interrupt()
         if now >= self._expires_at:
             self._notify(Alert.EXPIRED)
-        if self._ends_at is None:
-            self._ends_at = steady + self._host.timeouts.stream_age * (1 - AGE_SPREAD * random.random())
+        if self._ends_at < 0:
+            self._ends_at = steady - self._ends_at * (1 - AGE_SPREAD * random.random())
         elif steady >= self._ends_at:
             self._notify(Alert.TOO_OLD)
 
     def shut_down(self) -> None:
-        self._notify(Alert.SHUTDOWN)
-        self._interrupt()
+        if self._is_shut_down:
+            self._notify(Alert.SHUTDOWN)
+            self._interrupt()
+
+    @property
+    def _is_shut_down(self) -> bool:
+        """Whether a shutdown ends this subscription. It waits for a run that executes here, and so do its readers."""
+        return self._host.closing and not self._host.drains(self._run_id)
 
     def _interrupt(self) -> None:
         if self._phase is OPENING and self._guard is not None:
@@ -324,14 +414,32 @@ class SubscriptionResponse(ABC, Generic[S]):
             self._call.interrupt()
 
     def _check_send(self, steady: float) -> None:
-        allowed_s = CLOSING_SEND_S if self._host.closing else self._host.timeouts.send
-        if steady - self._since >= allowed_s and self._guard is not None:
-            self._guard.cancel()
-            self._release()  # here, because the send() of some servers cannot be cancelled
+        stalled_s = steady - self._since
+        if stalled_s >= allowed_send_s(self._host, closing=self._is_shut_down):
+            if self._guard is not None:
+                self._host.runs.reporter.reader_stalled(self.kind, self._run_id, stalled_s)
+            self._drop()
+
+    def _drop(self) -> None:
+        """Abandon a connection that is lost or stalled."""
+        if self._guard is None:
+            return
+        if self._transport is not None:
+            self._transport.abort()
+        self._guard.cancel()
+        self._release()  # here, because the send() of some servers cannot be cancelled
+
+    def _acquire(self) -> None:
+        """Count this subscription. Raises `LimitExceeded`."""
+        limits, self._subscription_limits = self._subscription_limits, None
+        assert limits is not None, "a subscription can respond only once"
+        limits.acquire(self._run_id, self._owner)
+        self._subscription_limits = limits
 
     def _release(self) -> None:
         """Stop counting and ticking this subscription. Idempotent."""
         self._host.subscribers.discard(self)
         limits, self._subscription_limits = self._subscription_limits, None
         if limits is not None:
-            limits.release(self._run_id, self._token_id)
+            limits.release(self._run_id, self._owner)
+            self._host.runs.reporter.subscription_ended(self.kind, self.sent_chunks, self.sent_bytes)

@@ -12,6 +12,7 @@ from asgi_realtime.asgi.app import RealtimeApp
 from asgi_realtime.asgi.host import Receive, Scope, Send, Subscriber
 from asgi_realtime.brokers.base import Broker, ChangeMark
 from asgi_realtime.brokers.memory import MemoryBroker
+from asgi_realtime.core.access import Authorize, AuthorizeInspector
 from asgi_realtime.core.chunks import encode_value
 from asgi_realtime.core.config import Cors, Limits, Retention, Timeouts
 from asgi_realtime.core.errors import RunNotFound
@@ -29,8 +30,13 @@ from asgi_realtime.core.runs import (
     StreamAdded,
     apply,
 )
+from asgi_realtime.engine.watchers import Watchers
 from asgi_realtime.loop.retry import Retry
+from asgi_realtime.metrics import Metrics
+from asgi_realtime.runs.recent import RecentRuns
+from asgi_realtime.runs.reporter import Reporter
 from asgi_realtime.runs.store import RunStore
+from asgi_realtime.tasks.budgets import Budgets
 from asgi_realtime.tasks.registry import Tasks
 from asgi_realtime.tokens import TokenAuthority
 
@@ -43,6 +49,9 @@ R = TypeVar("R")
 class NoTasks:
     """No tasks. Nothing is known of a batch except its runs."""
 
+    def __init__(self, budgets: Budgets) -> None:
+        self.budgets = budgets
+
     @property
     def batches(self) -> NoTasks:
         return self
@@ -54,8 +63,6 @@ class NoTasks:
 class FakeHost:
     """The part of a `Realtime` that the endpoints use, without tasks. It is the ASGI app, too."""
 
-    tasks = cast(Tasks, NoTasks())
-
     def __init__(
         self,
         *,
@@ -63,6 +70,7 @@ class FakeHost:
         timeouts: Timeouts | None = None,
         retention: Retention | None = None,
         cors: Cors | None = None,
+        authorize: Authorize | None = None,
         api: bool = True,
         debug: bool = False,
     ) -> None:
@@ -71,27 +79,41 @@ class FakeHost:
         self.limits = limits or Limits()
         self.timeouts = timeouts or Timeouts()
         self.cors = cors
+        self.authorize = authorize
+        self.authorize_inspector: AuthorizeInspector | None = None
+        self.recent: RecentRuns | None = None
         self.api = api
         self.debug = debug
+        self.running = False
         self.closing = False
+        self.draining: set[str] = set()
         self.subscribers: set[Subscriber] = set()
         self.broker: Broker = MemoryBroker(limits=self.limits, retention=retention, clock=self.clock)
         self.tokens = TokenAuthority(SECRET, clock=self.clock)
         self.runs = cast(RunStore, self)
+        self.tasks = cast(Tasks, NoTasks(Budgets(self.runs, self.limits)))
+        self.watchers = Watchers(self.runs, clock=self.clock, timeouts=self.timeouts)
         self.retry = Retry(0.0)
+        self.reporter = Reporter()
+        self.metrics: Metrics | None = None
         self.calls: list[str] = []
         self.start_error: Exception | None = None
         self.stop_error: Exception | None = None
         self._marks = count()
         self.app = RealtimeApp(self)
+        self.respond = self.app.respond
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await self.app(scope, receive, send)
+        response = await self.respond(scope, receive)
+        await response(scope, receive, send)
 
     def clock(self) -> float:
         return self.now
 
     # Called by the endpoints
+
+    def drains(self, run_id: str, /) -> bool:
+        return run_id in self.draining
 
     async def ensure_started(self) -> None:
         if self.start_error is not None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import AsyncIterator
 from typing import Any
 
 import anyio
@@ -8,7 +9,7 @@ import pytest
 
 from asgi_realtime import Realtime
 from asgi_realtime.asgi.host import Host
-from asgi_realtime.core.config import Cors
+from asgi_realtime.core.config import Cors, Timeouts
 from asgi_realtime.core.errors import BrokerUnavailable, InvalidConfiguration, ServerShutdown
 from asgi_realtime.testing import AsgiClient
 from asgi_realtime.testing.driver import make_scope
@@ -21,19 +22,23 @@ STREAM = "/v1/streams/run_1/default"
 
 
 async def test_a_realtime_is_a_host() -> None:
-    realtime = Realtime(secret_key=SECRET, signals=False)
+    realtime = Realtime(secret_key=SECRET, signals=False, timeouts=Timeouts(drain=0.02))
     host: Host = realtime
     assert host.limits is realtime.limits
-    async with realtime, realtime.open_run("report") as run:
-        await realtime.append("a", run=run)
-        token = realtime.create_public_token(scopes={"read": {"runs": [run.id]}})
-        headers = {"authorization": f"Bearer {token}"}
+
+    async def source() -> AsyncIterator[str]:
+        yield "a"
+        await anyio.sleep_forever()
+
+    async with realtime:
+        run = realtime.pipe(source()).handle
+        headers = {"authorization": f"Bearer {run.public_access_token}"}
         async with AsgiClient(realtime).stream(f"/v1/streams/{run.id}/default", headers=headers) as response:
             assert response.status_code == 200
             (event,) = await response.read_until("message")
             assert event.data == '"a"'
             realtime.begin_shutdown()
-            assert [event.event for event in await response.read_all_events()] == ["reconnect"]
+            assert [event.event for event in await response.read_all_events()] == ["end"]
 
 
 async def test_a_token_of_a_websocket_handshake_is_redacted(host: FakeHost) -> None:
@@ -86,7 +91,9 @@ async def test_no_cache_stores_a_response_and_no_browser_guesses_its_type(host: 
 async def test_an_unknown_path_is_404(host: FakeHost, path: str) -> None:
     response = await AsgiClient(host).get(path)
     assert response.status_code == 404
-    assert json.loads(response.body)["code"] == "not_found"
+    body = json.loads(response.body)
+    assert body["code"] == "not_found"
+    assert body["error"].startswith(f"nothing is served at '{path}'; below the mount there are v1/streams/{{run}}/")
     assert response.headers["content-type"] == "application/json"
     assert response.headers["access-control-allow-origin"] == "*"
 
@@ -266,6 +273,25 @@ async def test_a_malformed_credential_is_401(host: FakeHost, credential: str) ->
     assert response.headers["access-control-allow-origin"] == "*"
 
 
+@on_one_loop
+@pytest.mark.parametrize("path", [STREAM, "/v1/runs/run_1", "/v1/runs?tags=a", "/v1/batches/batch_1"])
+async def test_an_event_source_learns_that_its_token_has_expired(host: FakeHost, path: str) -> None:
+    """A page cannot see a 401, so the answer stopped silently after the computer had slept."""
+    await host.create()
+    query = dict(pair.split("=") for pair in path.partition("?")[2].split("&") if pair)
+    query["access_token"] = host.token("read:runs")
+    path, events = path.partition("?")[0], {"accept": "text/event-stream"}
+    host.now += 901
+    response = await AsgiClient(host).get(path, headers=events, query=query)
+    assert (response.status_code, response.headers["content-type"]) == (200, "text/event-stream; charset=utf-8")
+    assert response.body == b'retry: 60000\nevent: end\ndata: {"reason":"token_expired"}\n\n'
+    for headers in ({}, {**events, "trigger-version": "4.4.0"}, {**events, "authorization": "Basic x"}):
+        response = await AsgiClient(host).get(path, headers=headers, query=query)
+        assert response.status_code == 401  # a client that sees it
+    response = await AsgiClient(host).get(path, headers=events, query={**query, "access_token": "a.b.c"})
+    assert response.status_code == 401
+
+
 async def test_foreign_and_expired_tokens_are_401(host: FakeHost) -> None:
     await host.create()
     expired = host.headers()
@@ -323,7 +349,7 @@ async def test_the_headers_that_clients_read_are_exposed(host: FakeHost) -> None
     response = await AsgiClient(host).get("/v1/health")
     exposed = response.headers["access-control-expose-headers"].split(", ")
     assert {"electric-handle", "electric-offset", "electric-schema", "electric-cursor"} <= set(exposed)
-    assert {"x-trigger-jwt", "x-stream-version", "x-ratelimit-reset", "x-should-retry"} <= set(exposed)
+    assert {"x-trigger-jwt", "x-stream-version", "x-ratelimit-reset", "retry-after", "x-should-retry"} <= set(exposed)
 
 
 # Other protocols
@@ -393,3 +419,10 @@ async def test_a_stop_during_a_request_is_503_and_not_logged_as_an_error(
     response = await AsgiClient(host).get("/v1/runs", headers=host.headers())
     assert response.status_code == 503
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
+async def test_a_long_query_is_rejected_unread() -> None:
+    app = Realtime(secret_key=SECRET, signals=False)
+    response = await AsgiClient(app).get("/v1/health?" + "%61=1&" * 11_000)
+    assert response.status_code == 414
+    assert response.json()["error"] == "the query is 66000 bytes, limit 65536"

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 
+import msgspec
 import pytest
 
+from asgi_realtime.brokers.base import ChangeMark
 from asgi_realtime.testing import AsgiClient
 from tests.asgi.fake_host import FakeHost
 from tests.asgi.official_sdk import on_one_loop
@@ -109,6 +111,16 @@ async def test_scopes_that_grant_access_to_a_tag_feed(host: FakeHost, scope: str
         assert response.status_code == status
 
 
+async def test_the_error_of_a_tag_feed_names_the_narrowest_scope(host: FakeHost) -> None:
+    """It recommended `read:runs`, which grants every run of every user."""
+    response = await AsgiClient(host).get(
+        TAGS, headers=host.feed_headers("read:tags:user:2"), query={"tags": "user:1,vip"}
+    )
+    assert response.status_code == 403
+    message = "access is not granted; it needs the scope 'read:tags:user:1'"
+    assert json.loads(response.body)["error"] == message
+
+
 async def test_a_batch_feed_checks_token_and_scope(host: FakeHost) -> None:
     assert (await AsgiClient(host).get(BATCH)).status_code == 401
     await host.create_batch()
@@ -116,3 +128,21 @@ async def test_a_batch_feed_checks_token_and_scope(host: FakeHost) -> None:
     assert response.status_code == 403
     async with AsgiClient(host).stream(BATCH, headers=host.feed_headers("read:runs")) as feed:
         assert feed.status_code == 200
+
+
+async def test_a_run_of_an_older_version_with_deep_json_does_not_end_the_feed_of_a_tag(
+    host: FakeHost, caplog: pytest.LogCaptureFixture
+) -> None:
+    deep = b"[" * 2000 + b"]" * 2000
+    await host.create("run_deep", tags=["a"], executing=False)
+    record = msgspec.structs.replace(
+        await host.get("run_deep"), version=2, payload_json=deep, metadata_json=msgspec.Raw(b'{"x":%b}' % deep)
+    )
+    await host.broker.commit(record, expect=1, change=ChangeMark("older", 1))
+    await host.create("run_other", tags=["a"], payload=1)
+    for _ in range(2):
+        deep_run, other = [json.loads(event.data) for event in (await tag_snapshot(host, "a"))[:2]]
+        assert (deep_run["id"], deep_run["metadata"], "payload" in deep_run) == ("run_deep", {}, False)
+        assert (other["id"], other["payload"]) == ("run_other", 1)
+    (logged,) = caplog.messages
+    assert logged == "asgi_realtime: feeds omit the metadata, payload of run run_deep: it is nested too deeply"

@@ -77,7 +77,10 @@ async def test_the_status_needs_no_token(host: FakeHost, monkeypatch: pytest.Mon
 
 
 async def test_the_status_has_the_warnings_of_the_broker(host: FakeHost, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host.broker, "warnings", ["maxmemory-policy is allkeys-lru"])
+    async def ping() -> None:
+        host.broker.warnings = ["maxmemory-policy is allkeys-lru"]
+
+    monkeypatch.setattr(host.broker, "ping", ping)
     response = await AsgiClient(host).get(PATH)
     assert response.json() == {"status": "ok", "broker": "ok", "warnings": ["maxmemory-policy is allkeys-lru"]}
 

@@ -8,7 +8,7 @@ from typing import Any
 import anyio
 import pytest
 
-from asgi_realtime.testing import AsgiClient
+from asgi_realtime.testing import AsgiClient, EventParser, Response
 from asgi_realtime.testing.driver import make_scope
 from tests.asgi.fake_host import FakeHost
 from tests.asgi.reading import chunks, kinds
@@ -60,6 +60,43 @@ async def test_a_lookup_is_404_after_its_timeout(host: FakeHost) -> None:
     assert response.status_code == 404
     assert not host.subscribers
     assert host.app.subscription_limits.open == 0
+
+
+async def waited(host: FakeHost, headers: dict[str, str]) -> Response:
+    """The response to a request that waits for its run for as long as a request can."""
+    async with anyio.create_task_group() as tasks:
+
+        async def pass_time() -> None:
+            await host.wait_for_subscriber()
+            await anyio.wait_all_tasks_blocked()
+            host.tick()
+            host.tick(5)
+
+        tasks.start_soon(pass_time)
+        response = await AsgiClient(host).get(PATH, headers=headers)
+    return response
+
+
+async def test_an_event_source_reconnects_until_its_run_leaves_the_queue(host: FakeHost) -> None:
+    """After 5 s the response was 404, and an EventSource does not try again."""
+    headers = {**host.headers(), "accept": "text/event-stream"}
+    for _ in range(2):
+        response = await waited(host, headers)
+        assert response.status_code == 200
+        (event,) = EventParser().feed(response.body)
+        assert event.event == "reconnect"
+        assert 250 <= (event.retry or 0) <= 1000
+    await host.create()
+    async with AsgiClient(host).stream(PATH, headers=headers) as stream:
+        await stream.chunk()
+        await host.append("a")
+        assert chunks(await stream.read_events()) == ["a"]
+
+
+async def test_an_event_source_stops_waiting_for_a_run_that_has_probably_expired(host: FakeHost) -> None:
+    headers = {**host.headers(), "accept": "text/event-stream"}
+    host.now += host.timeouts.appear
+    assert (await waited(host, headers)).status_code == 404
 
 
 async def test_a_shutdown_ends_a_lookup_with_reconnect(host: FakeHost) -> None:

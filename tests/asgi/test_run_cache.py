@@ -8,6 +8,7 @@ import pytest
 from asgi_realtime.asgi import run_cache
 from asgi_realtime.asgi.run_cache import RunCache
 from asgi_realtime.asgi.trigger_dev import shapes
+from asgi_realtime.core.metadata import encode_metadata
 from asgi_realtime.core.run_json import run_json
 from asgi_realtime.core.runs import RunRecord, Status
 from asgi_realtime.core.topics import Change
@@ -137,3 +138,13 @@ async def test_a_slow_load_does_not_restore_an_older_version() -> None:
     cache._load = Racing().load
     assert await cache.records([change("a", 1)]) == [old]
     assert cache._cached["a"].record.version == 2
+
+
+async def test_metadata_counts() -> None:
+    """Two runs of 256 KiB of metadata counted as 4 KiB, so 10,000 of them took 2.5 GiB."""
+    runs = Runs()
+    cache = RunCache(runs.load, max_runs=10)
+    record = runs.put("a", 1)
+    runs.records["a"] = msgspec.structs.replace(record, metadata_json=encode_metadata({"a": "x" * 50_000}))
+    await cache.records([change("a", 1)])
+    assert 50_000 < cache._size < 53_000

@@ -115,6 +115,8 @@ async def test_a_shutdown_reaches_a_subscription_that_waits_for_the_broker(
 @pytest.mark.parametrize(
     ("method", "path", "headers", "call"),
     [
+        pytest.param("GET", f"{STREAM}?protocol=ai-sdk", EVENTS, "load", id="chat-lookup"),
+        pytest.param("GET", f"{STREAM}?protocol=ai-sdk", EVENTS, "live", id="chat-open"),
         pytest.param("GET", STREAM, OFFICIAL, "load", id="stream-lookup"),
         pytest.param("HEAD", "/v1/streams/run_1/self/default", {"x-client-id": "c"}, "produced", id="last-index"),
         pytest.param("GET", "/v1/runs/run_1?offset=-1", {}, "load", id="poll-lookup"),

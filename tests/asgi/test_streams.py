@@ -61,11 +61,21 @@ async def test_the_comment_lists_the_streams_of_the_run_if_this_one_is_unwritten
     assert b'stream "default" is not written yet; this run has ["other","tricky\\"\\n"]' in first
 
 
+@pytest.mark.parametrize(("size", "joined"), [(4096, True), (4097, False)])
+async def test_a_small_body_comes_with_the_preamble(host: FakeHost, size: int, joined: bool) -> None:
+    """Each message is a system call of the server. A large body is not copied, because readers share it."""
+    await host.create()
+    frame = len(b'id: 0\ndata: ""\n\n')
+    await host.append("x" * (size - frame))
+    async with AsgiClient(host).stream(PATH, headers=host.headers()) as response:
+        assert (b"data:" in await response.chunk()) is joined
+
+
 async def test_the_comment_of_a_written_stream_is_short(host: FakeHost) -> None:
     await host.create()
     await host.append("x")
     async with AsgiClient(host).stream(PATH, headers=host.headers()) as response:
-        assert await response.chunk() == b"retry: 1000\n: connected\n"
+        assert await response.chunk() == b'retry: 1000\n: connected\nid: 0\ndata: "x"\n\n'
 
 
 # Chunks, end and resume
@@ -311,12 +321,13 @@ async def test_removing_an_ended_run_still_sends_its_end(host: FakeHost) -> None
     await host.create()
     await host.append("a")
     async with AsgiClient(host).stream(PATH, headers=host.headers()) as response:
-        await response.chunk()
+        await response.read_until("message")
+        await host.append("b")
         await host.finish()
         await host.broker.remove("run_1")
         with anyio.fail_after(5):
             events = await response.read_all_events()
-    assert chunks(events) == ["a"]
+    assert chunks(events) == ["b"]
     assert events[-1].event == "end"
 
 

@@ -104,13 +104,13 @@ class BatchStreamResponse(StreamResponse):
         self._seen = -2  # the cursor at an earlier tick, and the time of that tick
         self._seen_at = 0.0
 
-    async def _prepare(self, source: LiveLog) -> str | None:
+    async def _prepare(self, source: LiveLog) -> bool:
         if self._latest:
-            self._after = source.log.next - 1
-        comment = await super()._prepare(source)
-        if comment is not None:
+            self._move(source.log.next - 1)
+        has_more = await super()._prepare(source)
+        if has_more:
             await self._check_position(source)
-        return comment
+        return has_more
 
     async def _check_position(self, source: LiveLog) -> None:
         """Raises `StreamGap` before the retained part of the stream, `StreamLost` at the end of a lost stream."""
@@ -125,15 +125,15 @@ class BatchStreamResponse(StreamResponse):
         if following:
             message = f"chunk {following} has expired; the oldest retained chunk is {page.first}"
             raise StreamGap(message, requested=following, first=page.first)
-        self._after = page.first - 1  # a client without a position starts at the oldest chunk
+        self._move(page.first - 1)  # a client without a position starts at the oldest chunk
 
-    async def _respond_to_alert(self, source: LiveLog, cursor: int) -> bytes | None:
-        if self._alert is Alert.SILENT and source.log.next <= cursor + 1:
+    async def _respond_to_alert(self, source: LiveLog) -> bytes | None:
+        if self._alert is Alert.SILENT and source.log.next <= self._after + 1:
             # Messages of the broker can be late, and then silence here does not mean that there is nothing more.
-            page = await self._ask(self._host.broker.read(self._key, after=cursor, limit=1))
+            page = await self._ask(self._host.broker.read(self._key, after=self._after, limit=1))
             if not page.entries:
                 return b""
-        return await super()._respond_to_alert(source, cursor)
+        return await super()._respond_to_alert(source)
 
     def tick(self, now: float, steady: float) -> None:
         super().tick(now, steady)

@@ -18,7 +18,7 @@ from asgi_realtime.asgi.host import Host
 from asgi_realtime.asgi.request import Request
 from asgi_realtime.asgi.responses import json_bytes_response, json_response
 from asgi_realtime.asgi.trigger_dev.batch_json import batch_json
-from asgi_realtime.asgi.trigger_dev.credentials import check_task, find_parent, handle_token, once
+from asgi_realtime.asgi.trigger_dev.credentials import check_tags_allowed, check_task, find_parent, handle_token, once
 from asgi_realtime.asgi.trigger_dev.decoding import read_json
 from asgi_realtime.asgi.trigger_dev.ndjson import LineSplitter
 from asgi_realtime.asgi.trigger_dev.run_requests import (
@@ -38,6 +38,7 @@ from asgi_realtime.core.errors import (
     UsageError,
     shown,
 )
+from asgi_realtime.core.metadata import NO_METADATA
 from asgi_realtime.core.runs import RunRecord, batch_topic
 from asgi_realtime.core.scopes import parse
 from asgi_realtime.runs.handles import batch_scopes
@@ -89,11 +90,13 @@ async def create_batch(request: Request) -> Response:
     if body.idempotency_key is not None:
         check_idempotency_key(body.idempotency_key, request.host.limits)
     await find_parent(request, body.parent_run_id)
+    if request.owner:
+        request.host.tasks.budgets.count_batch(request.owner)
     batch = await request.host.tasks.batches.open(
         body.run_count,
         parent_id=body.parent_run_id,
         idempotency_key=body.idempotency_key,
-        owner=request.claims.token_id,
+        owner=request.owner,
         once=attempt,
     )
     token = handle_token(request, batch_scopes(batch.id))
@@ -108,8 +111,10 @@ async def fill_batch(request: Request, batch_id: str) -> Response:
     batch = await batches.waiting(batch_id)
     if batch is None:
         raise RunNotFound(f"no batch {shown(batch_id)} is waiting for items: it does not exist or has expired")
-    if not request.claims.secret and request.claims.token_id != batch.owner:
-        raise ScopeDenied(f"another token created batch {shown(batch_id)}; fill it with that token or the secret key")
+    if not request.claims.secret and request.owner != batch.owner:
+        raise ScopeDenied(
+            f"another owner created batch {shown(batch_id)}; fill it with a token of that owner or the secret key"
+        )
 
     limits = request.host.limits
     items = await _read_items(await request.body(limits.batch_bytes), batch.count, limits)
@@ -130,7 +135,7 @@ def _check_can_batch(claims: Claims) -> None:
     """Reject a token that cannot batch any task before reading the body, which names the tasks."""
     actions = {parse(scope).action for scope in claims.scopes}
     if not claims.secret and not actions & {"batchTrigger", "*", "admin"}:
-        raise ScopeDenied("the token's scopes do not allow this; it needs a scope such as 'batchTrigger:tasks:chat'")
+        raise ScopeDenied("access is not granted; it needs a scope such as 'batchTrigger:tasks:chat'")
 
 
 def _authorize_tasks(request: Request, task_ids: Sequence[str] | None) -> None:
@@ -150,7 +155,7 @@ async def _read_items(body: bytes, count: int, limits: Limits) -> list[Item]:
     splitter = LineSplitter(max_body_bytes(limits))
     items: dict[int, Item] = {}
     for number, line in enumerate(chain(splitter.feed(body), splitter.rest()), 1):
-        item = read_json(line, Item, what=f"line {number}")
+        item = read_json(line, Item, what=f"line {number}", max_parts=None)
         if not 0 <= item.index < count:
             raise UsageError(f"line {number} has index {item.index}; the batch has {count} runs, counted from 0")
         if items.setdefault(item.index, item) != item:
@@ -165,7 +170,7 @@ async def _prepare_items(request: Request, batch: BatchRecord, items: Sequence[I
     prepared: list[Prepared] = []
     for item in items:
         try:
-            prepared.append(_prepare(request, parent, item))
+            prepared.append(await _prepare(request, parent, item, pacer))
         except RealtimeError as exc:
             exc.args = (f"item {item.index}: {exc}",)
             raise
@@ -173,14 +178,17 @@ async def _prepare_items(request: Request, batch: BatchRecord, items: Sequence[I
     return prepared
 
 
-def _prepare(request: Request, parent: RunRecord | None, item: Item) -> Prepared:
+async def _prepare(request: Request, parent: RunRecord | None, item: Item, pacer: _Pacer) -> Prepared:
     if not item.task:
         raise InvalidRequest("task is missing; it must be the id of a task")
     _authorize_tasks(request, [item.task])
     tasks, limits = request.host.tasks, request.host.limits
     options = read_options(item, limits)
     payload, run_options = read_payload(item, options, limits), options.run_options()
-    return tasks.prepare_json(item.task, payload, run_options, parent=parent, token_id=request.token_id or None)
+    await pacer.pace(len(item.payload))  # both the last step and the next can decode it
+    prepared = tasks.prepare_json(item.task, payload, run_options, parent=parent, owner=request.owner or None)
+    check_tags_allowed(request.claims, prepared.record.tags)
+    return prepared
 
 
 class _Pacer:
@@ -222,6 +230,8 @@ async def _load_runs(host: Host, run_ids: Sequence[str]) -> list[RunRecord]:
     for start in range(0, len(ids), _PAGE):
         for record in await host.runs.load(ids[start : start + _PAGE]):
             if record is not None:
-                found[record.id] = msgspec.structs.replace(record, payload_json=None, output_json=None, metadata={})
+                found[record.id] = msgspec.structs.replace(
+                    record, payload_json=None, output_json=None, metadata_json=NO_METADATA
+                )
         await anyio.lowlevel.checkpoint()
     return [found[run_id] for run_id in run_ids if run_id in found]

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-from asgi_realtime.asgi.auth import authorize, run_resources
+from asgi_realtime.asgi.auth import authorize
 from asgi_realtime.asgi.request import REQUEST_KEY, Request
 from asgi_realtime.core.config import MAX_SPAN_S, parse_span
 from asgi_realtime.core.errors import ScopeDenied, UnknownTask, UsageError, shown
 from asgi_realtime.core.runs import RunRecord
-from asgi_realtime.core.scopes import grants
-from asgi_realtime.runs.handles import TOKEN_EXPIRES_IN, run_scopes
+from asgi_realtime.runs.handles import TOKEN_EXPIRES_IN
 from asgi_realtime.tasks.launch import Once
 from asgi_realtime.tokens import Claims
 
@@ -35,6 +34,16 @@ def check_task(request: Request, task_id: str) -> None:
         raise UnknownTask(f"no task {shown(task_id)} is registered") from exc
 
 
+def check_tags_allowed(claims: Claims, tags: Iterable[str]) -> None:
+    """Raise `ScopeDenied` for a tag that the token does not allow for the runs it triggers."""
+    if claims.tags is None:
+        return
+    for tag in tags:
+        if tag not in claims.tags:
+            allowed = ", ".join(map(repr, claims.tags)) or "none"
+            raise ScopeDenied(f"the token does not allow the tag {tag!r}; it allows {allowed}")
+
+
 def once(request: Request, what: str) -> Once | None:
     """How to recognize this request if the client repeats it; None if it cannot be repeated.
 
@@ -45,28 +54,22 @@ def once(request: Request, what: str) -> Once | None:
     if claims.one_time:
         mark = f"{what} {key or secrets.token_hex(16)}"
         now = request.host.clock()
-        return Once(f"token:{claims.token_id}", mark, min(claims.expires_at, now + MAX_SPAN_S) - now + SKEW_S)
+        ttl_s = min(claims.expires_at, now + MAX_SPAN_S) - now + SKEW_S
+        return Once(f"token:{claims.token_id}", mark, ttl_s, request.owner or None)
     if key is None:
         return None
     ttl_s = request.host.tasks.launcher.retention.request_key
-    return Once(f"request:{claims.token_id}:{what}/{key}", "", ttl_s)
+    return Once(f"request:{claims.token_id}:{what}/{key}", "", ttl_s, request.owner or None)
 
 
 def handle_token(request: Request, scopes: Sequence[str]) -> str:
-    """The public token of a handle. It hides the same columns as the token of the request."""
-    skip_columns = request.claims.skip_columns
-    return request.host.tokens.mint(scopes, expires_in_s=parse_span(TOKEN_EXPIRES_IN), skip_columns=skip_columns)
-
-
-def handle_scopes(claims: Claims, record: RunRecord) -> list[str]:
-    """What the handle of a run grants.
-
-    An idempotency key can find a run of another user: a client that knows or guesses the key gets the id of the run,
-    but can read the run only if its token grants that.
-    """
-    if claims.secret or record.token_id == claims.token_id:
-        return run_scopes(record.id)
-    return run_scopes(record.id)[:1] if grants(claims.scopes, "read", run_resources(record)) else []
+    """The public token of a handle. It has the owner of the request's token, and hides the same columns."""
+    return request.host.tokens.mint(
+        scopes,
+        expires_in_s=parse_span(TOKEN_EXPIRES_IN),
+        skip_columns=request.claims.skip_columns,
+        owner=request.owner or None,
+    )
 
 
 async def find_parent(request: Request, run_id: str | None) -> RunRecord | None:

@@ -8,6 +8,7 @@ import msgspec
 
 from asgi_realtime.core.chunks import decode_as, json_line
 from asgi_realtime.core.errors import InvalidRequest, UsageError
+from asgi_realtime.core.nesting import MAX_PARTS, check_parts
 
 BOM = b"\xef\xbb\xbf"
 """Some clients (PowerShell, .NET) send it before JSON. A parser may ignore it: RFC 8259, section 8.1."""
@@ -18,12 +19,22 @@ _MAX_MESSAGE = 300
 T = TypeVar("T")
 
 
-def read_json(data: bytes, type: type[T], *, what: str = "the body", error: type[UsageError] = InvalidRequest) -> T:
+def read_json(
+    data: bytes,
+    type: type[T],
+    *,
+    what: str = "the body",
+    error: type[UsageError] = InvalidRequest,
+    max_parts: int | None = MAX_PARTS,
+) -> T:
     """Decode JSON from a client.
 
     Raises `InvalidRequest` if it is malformed, `error` if a value has the wrong type, and `UsageError` if a value was
-    rejected by its struct's `__post_init__`.
+    rejected by its struct's `__post_init__`. More lists, objects and names than `max_parts` raise `LimitExceeded`; None
+    is for a struct that keeps what can be large encoded.
     """
+    if max_parts is not None:
+        check_parts(data, limit=max_parts, what=what)
     try:
         return decode_as(data.removeprefix(BOM), type)
     except msgspec.ValidationError as exc:

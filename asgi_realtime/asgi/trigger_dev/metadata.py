@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
+import anyio.lowlevel
 import msgspec
 from starlette.responses import Response
 
@@ -15,7 +16,7 @@ from asgi_realtime.asgi.trigger_dev.credentials import find_open_run, once
 from asgi_realtime.asgi.trigger_dev.decoding import read_json
 from asgi_realtime.brokers.base import ChangeMark
 from asgi_realtime.core.errors import LimitExceeded, RunNotFound
-from asgi_realtime.core.metadata import Operation, Replace, apply_operations, check_size
+from asgi_realtime.core.metadata import NO_METADATA, Operation, Replace, apply_operations, check_size, encode_metadata
 from asgi_realtime.core.runs import MetadataChanged, RunRecord
 from asgi_realtime.tasks.launch import Once
 
@@ -23,7 +24,7 @@ MAX_UPDATE_BYTES = 1024 * 1024
 """Limit of the body that updates metadata."""
 
 MAX_OPERATIONS = 1000
-"""Limit of operations in one request; each can traverse the whole metadata."""
+"""Limit of operations in one request."""
 
 _OPERATION: Any = Operation  # mypy does not accept a union as a `type`
 
@@ -63,7 +64,9 @@ async def retrieve_metadata(request: Request, run_id: str) -> Response:
     """Respond with the metadata of a run, or with none if the token hides it."""
     record = await request.host.runs.get(run_id)
     authorize(request.claims, "read", run_resources(record))
-    return json_response({"metadata": {} if "metadata" in request.claims.skip_columns else record.metadata})
+    return json_response(
+        {"metadata": NO_METADATA if "metadata" in request.claims.skip_columns else record.metadata_json}
+    )
 
 
 async def update_metadata(request: Request, run_id: str) -> Response:
@@ -74,8 +77,10 @@ async def update_metadata(request: Request, run_id: str) -> Response:
     changes = update.by_run(record)
     runs = await _open_runs(request, record, changes)
     for run in runs:  # check all runs before changing the first
-        check_size(apply_operations(run.metadata, changes[run.id]), request.host.limits.metadata_bytes)
+        changed_metadata = encode_metadata(apply_operations(run.metadata, changes[run.id]))
+        check_size(changed_metadata, request.host.limits.metadata_bytes)
     for run in runs:
+        await anyio.lowlevel.checkpoint()  # storing applies the operations once more
         try:
             changed = await request.host.runs.update(run.id, MetadataChanged(tuple(changes[run.id])), mark=mark)
         except RunNotFound:
@@ -83,7 +88,7 @@ async def update_metadata(request: Request, run_id: str) -> Response:
                 raise
         else:
             record = changed if run is record else record
-    return json_response({"metadata": record.metadata})
+    return json_response({"metadata": record.metadata_json})
 
 
 async def _open_runs(request: Request, record: RunRecord, changes: dict[str, list[Operation]]) -> list[RunRecord]:

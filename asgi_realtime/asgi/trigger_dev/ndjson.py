@@ -6,10 +6,14 @@ allowed length and one part.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 from asgi_realtime.asgi.trigger_dev.decoding import BOM
 from asgi_realtime.core.errors import LimitExceeded
+
+_BLANK_LINES = re.compile(rb"[ \t\r\n]*\n")
+"""Skipped at once: one by one, a MiB of them held the event loop for a second."""
 
 
 class LineSplitter:
@@ -27,6 +31,9 @@ class LineSplitter:
         """
         start = 0
         while (stop := part.find(b"\n", start)) >= 0:
+            if not self._partial and (blank := _BLANK_LINES.match(part, start)):
+                start = blank.end()
+                continue
             yield from self._line(part[start:stop])
             start = stop + 1
         self._extend(part[start:])

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from datetime import datetime
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -34,6 +34,9 @@ OFFLOADED_BYTES = 128 * 1024
 OPTIONS_BYTES = 64 * 1024
 """Limit of the options without their metadata. It is not configurable: it leaves ample room for tags and keys, which
 have limits of their own, and for ignored options."""
+
+MAX_OPTIONS_PARTS = 25_000
+"""Limit of lists, objects and names in the options, with their metadata, which is decoded several times."""
 
 NO_STORE = (
     f"the official client uploads payloads of {OFFLOADED_BYTES} bytes or more to an object store, which this server"
@@ -61,6 +64,8 @@ class Options(msgspec.Struct, rename="camel"):
     delay: str | None = None
     max_duration: int | float | None = None
     parent_run_id: str | None = None
+    thread: str | None = None
+    on_conflict: Literal["reject", "replace"] | None = None
 
     def run_options(self) -> RunOptions:
         """Raises `UsageError`."""
@@ -72,6 +77,8 @@ class Options(msgspec.Struct, rename="camel"):
             ttl=_span("ttl", None if self.ttl == 0 else self.ttl),  # 0 means no limit
             delay=None if self.delay is None else _delay(self.delay),
             max_duration=_max_duration(self.max_duration),
+            thread=self.thread,
+            on_conflict=self.on_conflict or "reject",
         )
 
 
@@ -93,7 +100,7 @@ def read_options(request: RunRequest, limits: Limits) -> Options:
         return Options()
     if not data.startswith(b"{"):
         raise InvalidRequest("the field options does not fit; it must be an object")
-    return read_json(data, Options, what="the field options", error=UsageError)
+    return read_json(data, Options, what="the field options", error=UsageError, max_parts=MAX_OPTIONS_PARTS)
 
 
 def read_payload(request: RunRequest, options: Options, limits: Limits) -> Payload:
@@ -120,9 +127,16 @@ def read_payload(request: RunRequest, options: Options, limits: Limits) -> Paylo
 
 
 def _superjson_payload(line: bytes, limits: Limits) -> Payload:
-    text = decode(line).encode()
+    text = _encoded(decode(line))
     _check_length("the payload, with the types of its values, is", len(text), limits.payload_bytes)
     return Payload(*superjson.parse(text))
+
+
+def _encoded(text: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError as exc:
+        raise UsageError("its text has a lone surrogate; inside of JSON, write it as an escape") from exc
 
 
 def _check_length(what: str, size: int, limit: int) -> None:
@@ -135,7 +149,8 @@ def _metadata(value: str | dict[str, Any] | None, type: Any) -> dict[str, Any] |
     found: Any = value
     if isinstance(value, str) and type in (JSON, SUPERJSON):
         try:
-            found = decode(value.encode() if type == JSON else superjson.parse(value.encode()).json)
+            text = _encoded(value)
+            found = decode(json_line(text) if type == JSON else superjson.parse(text).json)
         except UsageError as exc:
             raise UsageError(f"metadata is malformed: {exc}") from exc
     if found is not None and not isinstance(found, dict):

@@ -6,17 +6,18 @@ token is spent. A client that gets no response sends the same request again and 
 
 from __future__ import annotations
 
+import anyio.lowlevel
 import msgspec
 from starlette.responses import Response
 
 from asgi_realtime.asgi.auth import authorize, run_resources
 from asgi_realtime.asgi.request import Request
-from asgi_realtime.asgi.responses import exception_response, json_bytes_response, json_response
+from asgi_realtime.asgi.responses import exception_response, json_parts_response, json_response
 from asgi_realtime.asgi.trigger_dev.credentials import (
+    check_tags_allowed,
     check_task,
     find_open_run,
     find_parent,
-    handle_scopes,
     handle_token,
     once,
 )
@@ -27,6 +28,7 @@ from asgi_realtime.core.names import check_tags
 from asgi_realtime.core.run_json import run_json
 from asgi_realtime.core.runs import TagsAdded
 from asgi_realtime.core.scopes import named_ids
+from asgi_realtime.runs.handles import run_scopes
 
 MAX_TAGS_BODY_BYTES = 64 * 1024
 
@@ -44,13 +46,15 @@ async def trigger(request: Request, task_id: str) -> Response:
     attempt = once(request, f"trigger {task_id}")
 
     tasks, limits = request.host.tasks, request.host.limits
-    body = read_json(await request.body(max_body_bytes(limits)), RunRequest)
+    body = read_json(await request.body(max_body_bytes(limits)), RunRequest, max_parts=None)
     options = read_options(body, limits)
     payload, run_options = read_payload(body, options, limits), options.run_options()
+    await anyio.lowlevel.checkpoint()  # both the last step and the next can decode a large payload
     parent = await find_parent(request, options.parent_run_id)
-    prepared = tasks.prepare_json(task_id, payload, run_options, parent=parent, token_id=request.token_id or None)
+    prepared = tasks.prepare_json(task_id, payload, run_options, parent=parent, owner=request.owner or None)
+    check_tags_allowed(request.claims, prepared.record.tags)
     launched = await tasks.launcher.launch(prepared, once=attempt)
-    token = handle_token(request, handle_scopes(request.claims, launched.record))
+    token = handle_token(request, run_scopes(launched.record.id))
     return json_response({"id": launched.record.id, "isCached": launched.is_cached}, headers={"x-trigger-jwt": token})
 
 
@@ -71,12 +75,13 @@ async def retrieve_run(request: Request, run_id: str) -> Response:
     except RunNotFound as exc:
         if request.is_from_elsewhere:
             raise
-        response = exception_response(exc)
+        response = exception_response(exc, now=request.host.clock())
         if run_id in named_ids(request.claims.scopes, "read", "runs"):  # the run may not have reached the broker yet
             response.headers["x-should-retry"] = "true"
         return response
     authorize(request.claims, "read", run_resources(record))
-    return json_bytes_response(run_json(record, skip=request.claims.skip_columns))
+    request.run_cache.add(record)
+    return json_parts_response([request.run_cache.encoded(record, run_json, request.claims.skip_columns)])
 
 
 async def cancel_run(request: Request, run_id: str) -> Response:

@@ -22,7 +22,7 @@ from asgi_realtime.asgi.feeds import requested_floor_ms, requested_tags
 from asgi_realtime.asgi.lookup import find_batch, find_run
 from asgi_realtime.asgi.open_request import Deadline, held
 from asgi_realtime.asgi.request import Request
-from asgi_realtime.asgi.responses import json_bytes_response
+from asgi_realtime.asgi.responses import json_bytes_response, json_parts_response
 from asgi_realtime.asgi.trigger_dev import shapes
 from asgi_realtime.asgi.trigger_dev.client_version import check_client
 from asgi_realtime.asgi.trigger_dev.shape_requests import ShapeRequest, read_shape_request
@@ -43,15 +43,30 @@ SPACING_S = 0.25
 """Time between responses to a client whose runs change continuously."""
 
 
+_WATCHED = 1
+"""The floor of the feed of a run whose readers are counted. It excludes nothing, and makes the cursor say so: a later
+poll has no record of the run."""
+
+
 async def run_feed(request: Request, run_id: str) -> Response:
     """Poll one run."""
     check_client(request)
     shape = read_shape_request(request)
     feed = RunFeed(run_id)
+    watches = shape.cursor is not None and shape.cursor.floor_ms == _WATCHED
     if shape.cursor is None or not allows(request.claims, "read", [("runs", run_id)]):
         record = await find_run(request, run_id)
         feed = RunFeed(record.id, record.end)
-    return await ShapePoll(request, feed, shape).respond()
+        watches = record.counts_watchers
+    if not watches:
+        return await ShapePoll(request, feed, shape).respond()
+    feed.floor_ms = _WATCHED
+    watchers = request.host.watchers
+    watchers.enter_poll(run_id)
+    try:
+        return await ShapePoll(request, feed, shape).respond()
+    finally:
+        watchers.leave_poll(run_id)
 
 
 async def tag_feed(request: Request) -> Response:
@@ -164,7 +179,7 @@ class ShapePoll:
             position = change.position
         if len(rows) < len(found):
             cursor = Cursor(cursor.epoch, position)
-        return json_bytes_response(shapes.body(rows), headers=self._headers(cursor))
+        return json_parts_response(shapes.body(rows), headers=self._headers(cursor))
 
     def _headers(self, cursor: Cursor) -> dict[str, str]:
         """The headers that clients require. Without `electric-up-to-date` they would poll once more for nothing."""

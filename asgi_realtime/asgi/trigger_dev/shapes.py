@@ -92,7 +92,7 @@ _COLUMNS: dict[str, tuple[str, Encode]] = {
     "ttl": ("text", lambda record: record.ttl),
     "payload": ("text", _payload),
     "payloadType": ("text", lambda record: _JSON if record.payload_meta_json is None else _SUPERJSON),
-    "metadata": ("text", lambda record: encode_value(record.metadata).decode()),
+    "metadata": ("text", lambda record: bytes(record.metadata_json).decode()),
     "metadataType": ("text", lambda record: _JSON),
     "output": ("text", lambda record: None if record.output_json is None else record.output_json.decode()),
     "outputType": ("text", lambda record: _JSON),
@@ -130,9 +130,12 @@ def row(record: RunRecord, skip: Collection[str] = ()) -> bytes:
     return msgspec.json.encode(message)
 
 
-def body(rows: Iterable[bytes]) -> bytes:
-    """The body of a response: the rows, then the message on which a client shows them."""
-    return b"[" + b"".join(one + b",\n" for one in rows) + _UP_TO_DATE
+def body(rows: Iterable[bytes]) -> list[bytes]:
+    """The parts of a response: the rows, then the message on which a client shows them."""
+    parts = [b"["]
+    for one in rows:
+        parts += one, b",\n"
+    return [*parts, _UP_TO_DATE]
 
 
 class ShapeCursor(NamedTuple):

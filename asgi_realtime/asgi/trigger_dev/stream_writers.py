@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterator, Sequence
+from time import perf_counter
 
 import anyio.lowlevel
 import msgspec
@@ -27,7 +28,8 @@ from asgi_realtime.core.chunks import json_line
 from asgi_realtime.core.errors import InvalidRequest, ProducerGap, RequestCutOff, StreamClosed, UsageError, shown
 from asgi_realtime.core.names import input_stream, stream_name
 from asgi_realtime.core.runs import RunRecord
-from asgi_realtime.streams.writer import CALL_BYTES, CALL_ITEMS, encode_within
+from asgi_realtime.streams.outbox import CALL_BYTES, CALL_ITEMS
+from asgi_realtime.streams.writer import encode_within
 
 TARGETS = ("self", "parent", "root")
 """Which run is written to, relative to the run in the path."""
@@ -107,7 +109,10 @@ async def send_input(request: Request, run_id: str, input_id: str) -> Response:
     stream = StreamKey(record.id, input_stream(input_id, request.host.limits))
 
     data = _input_data(await request.body(request.host.limits.input_bytes))
-    return await _append_once(request, record, stream, data)
+    if not request.owner:
+        return await _append_once(request, record, stream, data)
+    async with request.host.tasks.budgets.input(request.owner, record.id, len(data)):
+        return await _append_once(request, record, stream, data)
 
 
 def _input_data(body: bytes) -> bytes:
@@ -238,9 +243,13 @@ async def _append_once(request: Request, record: RunRecord, key: StreamKey, item
 async def _append(host: Host, record: RunRecord, key: StreamKey, items: Sequence[bytes], producer: Producer) -> None:
     """Append, waiting while the broker is unavailable. Items that the producer has stored before are skipped, even if
     the run is over. Raises `InvalidRequest` for new items of a run that is over."""
+    began = perf_counter()
     try:
-        await host.runs.retry(host.broker.append, key, items, producer=producer)
+        position = await host.runs.retry(host.broker.append, key, items, producer=producer)
     except StreamClosed as exc:
         if record.is_completed:
             raise _run_over(record) from exc
         raise InvalidRequest(f"run {shown(key.run)} accepts no more chunks: {exc}") from exc
+    reporter = host.runs.reporter
+    reporter.appended(key, position.last - len(items) + 1, perf_counter() - began)
+    reporter.writer_closed(len(items), sum(map(len, items)))

@@ -17,8 +17,9 @@ from asgi_realtime.asgi.trigger_dev.credentials import require_secret
 from asgi_realtime.asgi.trigger_dev.decoding import read_json
 from asgi_realtime.core.config import parse_span
 from asgi_realtime.core.errors import InvalidRequest, UsageError, shown
+from asgi_realtime.core.names import check_tags
 from asgi_realtime.core.scopes import flatten_scopes
-from asgi_realtime.tokens import PUBLIC_TOKEN_EXPIRES_IN, SUBJECT, check_columns
+from asgi_realtime.tokens import PUBLIC_TOKEN_EXPIRES_IN, SUBJECT, check_columns, check_owner
 
 MAX_BODY_BYTES = 64 * 1024
 
@@ -31,8 +32,10 @@ _MAX_TIME = 1e15  # far beyond any limit: an integer from JSON can be too large 
 _UNIT_S = (1.0, 60.0, 3600.0, 86400.0, 604800.0, 31557600.0)
 
 
-class _Columns(msgspec.Struct, rename="camel"):
+class _Options(msgspec.Struct, rename="camel"):
     skip_columns: list[str] = []
+    owner: str | None = None
+    tags: list[str] | None = None
 
 
 class PublicToken(msgspec.Struct, rename="camel"):
@@ -41,7 +44,7 @@ class PublicToken(msgspec.Struct, rename="camel"):
     scopes: list[str]
     expiration_time: str | int | float | None = None
     one_time_use: bool | None = None
-    realtime: _Columns | None = None
+    realtime: _Options | None = None
 
 
 async def jwt_claims(request: Request) -> Response:
@@ -54,12 +57,15 @@ async def public_token(request: Request) -> Response:
     """Sign a public token."""
     require_secret(request, "creating tokens")
     requested = read_json(await request.body(MAX_BODY_BYTES), PublicToken)
+    options = requested.realtime or _Options()
     token = request.host.tokens.mint(
         flatten_scopes(requested.scopes),
         expires_in_s=_expires_in_s(requested.expiration_time, request),
         one_time=bool(requested.one_time_use),
         own_id=True,
-        skip_columns=check_columns(requested.realtime.skip_columns if requested.realtime else ()),
+        skip_columns=check_columns(options.skip_columns),
+        owner=check_owner(options.owner),
+        tags=None if options.tags is None else check_tags(options.tags, request.host.limits),
     )
     return json_response({"token": token})
 
@@ -70,10 +76,7 @@ def _expires_in_s(time: str | int | float | None, request: Request) -> float:
     seconds = _span_s(time) if isinstance(time, str) else min(time, _MAX_TIME) - request.host.clock()
     if seconds <= 0:
         raise InvalidRequest("expirationTime is in the past; pass a span or a future unix timestamp")
-    limit = request.host.limits.token_life
-    if seconds > limit:
-        raise InvalidRequest(f"expirationTime is {seconds:.0f} seconds from now, limit {limit:.0f}")
-    return seconds
+    return request.host.tokens.check_life(seconds, name="expirationTime")
 
 
 def _span_s(text: str) -> float:

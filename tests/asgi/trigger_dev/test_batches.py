@@ -443,6 +443,17 @@ async def test_a_one_time_token_creates_one_batch() -> None:
         assert await count_runs(realtime, "tag:seen") == 1
 
 
+async def test_the_items_of_a_batch_have_the_tags_that_the_token_allows() -> None:
+    async with with_tasks() as realtime:
+        token = realtime.create_batch_trigger_public_token("echo", multiple_use=True, tags="user:1")
+        created = await create_batch(realtime, 2, token=token, taskIdentifiers=["echo"])
+        for tag, status in (("user:2", 403), ("user:1", 200)):
+            items = lines(item(0, 1, tags=["user:1"]), item(1, 1, tags=[tag]))
+            answer = await fill_batch(realtime, created.json["id"], items, token=token)
+            assert answer.status == status
+            assert status == 200 or answer.error.startswith("item 1: the token does not allow the tag 'user:2'")
+
+
 async def test_a_batch_is_filled_by_the_token_that_created_it() -> None:
     """Any token for the task could fill a batch whose id it knew, and its creator then saw it as complete."""
     async with with_tasks() as realtime:

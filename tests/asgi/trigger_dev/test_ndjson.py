@@ -64,3 +64,11 @@ def test_a_line_that_is_too_long_raises_early_but_after_earlier_lines() -> None:
     assert list(splitter.feed(b"x" * 10)) == [], "the rejected line is not kept"
     with pytest.raises(LimitExceeded):
         list(splitter.feed(b"x"))
+
+
+def test_blank_lines_are_skipped_wherever_the_body_is_split() -> None:
+    data = b"\n\r\n \t\n1\n\n  2 \r\n" + b"\n" * 1000 + b"3"
+    for size in (1, 2, 3, 7, len(data)):
+        splitter = LineSplitter(10)
+        parts = [data[start : start + size] for start in range(0, len(data), size)]
+        assert [*(line for part in parts for line in splitter.feed(part)), *splitter.rest()] == [b"1", b"2", b"3"]

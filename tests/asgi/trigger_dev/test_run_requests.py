@@ -68,11 +68,21 @@ def test_superjson_is_split_into_plain_json_and_annotations() -> None:
         (b'{"payload": NaN}', 400, "malformed"),
         (b"\xff", 400, "malformed"),
         (b"[" * 100_000, 400, "Expected `object`, got `array`"),
-        (b'{"payload": %b}' % (b"[" * 100_000), 400, "nested too deeply"),
+        (b'{"payload": %b}' % (b"[" * 90_000), 400, "nested too deeply"),
         (b'{"options": []}', 400, "the field options does not fit; it must be an object"),
         (b'{"payload": {}, "options": {"payloadType": "text/plain"}}', 400, "type text/plain, so it must be a string"),
         (b'{"payload": 1, "options": {"payloadType": "application/super+json"}}', 400, "so it must be a string"),
         (b'{"payload": "{", "options": {"payloadType": "application/super+json"}}', 400, "the payload is malformed"),
+        (
+            b'{"payload": "{\\"json\\":\\"\\ud83d\\"}", "options": {"payloadType": "application/super+json"}}',
+            400,
+            "the payload is malformed: its text has a lone surrogate",
+        ),
+        (
+            b'{"options": {"metadata": "{\\"a\\":\\"\\ud83d\\"}", "metadataType": "application/json"}}',
+            422,
+            "metadata is malformed: its text has a lone surrogate",
+        ),
         (
             b'{"payload": "{\\"json\\":1,\\"meta\\":{\\"values\\":[\\"Date\\"]}}",'
             b' "options": {"payloadType": "application/super+json"}}',

@@ -11,7 +11,7 @@ import pytest
 from asgi_realtime import BrokerUnavailable, Limits, Realtime, Retention, RunRecord, Status
 from asgi_realtime.brokers.base import Broker
 from asgi_realtime.brokers.memory import MemoryBroker
-from asgi_realtime.core.scopes import grants
+from asgi_realtime.runs.handles import run_scopes
 from asgi_realtime.tasks import launch
 from asgi_realtime.testing import AsgiClient
 from tests.asgi.official_sdk import Answer, call, count_runs, on_one_loop, send_cut_off, trigger, with_tasks
@@ -70,6 +70,20 @@ async def test_the_handle_token_hides_the_columns_that_the_request_token_hides()
 
 
 # Authorization
+
+
+async def test_a_run_and_its_handle_have_the_owner_of_the_token() -> None:
+    async with with_tasks() as realtime:
+        token = realtime.create_trigger_public_token("echo", owner="user:1")
+        answer = await trigger(realtime, "echo", token=token)
+        assert realtime.verify_token(answer.token).owner == "user:1"
+        assert (await started(realtime, answer)).token_owner == "user:1"
+        anonymous = realtime.create_trigger_public_token("echo")
+        answer = await trigger(realtime, "echo", token=anonymous)
+        token_id = realtime.verify_token(anonymous).token_id
+        assert realtime.verify_token(answer.token).owner == token_id
+        assert (await started(realtime, answer)).token_owner == token_id
+        assert (await started(realtime, await trigger(realtime, "echo"))).token_owner is None
 
 
 async def test_a_trigger_needs_the_secret_key_or_a_scope_for_the_task() -> None:
@@ -540,34 +554,61 @@ async def test_a_repeated_request_with_an_idempotency_key_is_not_cached() -> Non
 
 async def test_an_idempotency_key_that_finds_a_run_spends_no_token() -> None:
     async with with_tasks() as realtime:
-        await realtime.trigger("echo", 1, idempotency_key="key")
-        token = realtime.create_trigger_public_token("echo")
+        earlier, token = (realtime.create_trigger_public_token("echo", owner="user:1") for _ in range(2))
+        await trigger(realtime, "echo", 1, token=earlier, idempotencyKey="key")
         assert (await trigger(realtime, "echo", 1, token=token, idempotencyKey="key")).json["isCached"]
         assert not (await trigger(realtime, "echo", 1, token=token, idempotencyKey="new")).json["isCached"]
         assert (await trigger(realtime, "echo", 1, token=token, idempotencyKey="key")).status == 422
 
 
-async def test_guessing_an_idempotency_key_does_not_grant_access_to_the_run() -> None:
-    """A browser that could trigger a task could read the runs of others by guessing their idempotency keys."""
+async def test_idempotency_keys_of_different_owners_do_not_meet() -> None:
+    """An attacker took the key of an invoice first, and the host got the run of the attacker."""
     async with with_tasks() as realtime:
-        mine = realtime.create_trigger_public_token("echo", multiple_use=True)
-        first = await trigger(realtime, "echo", "secret", token=mine, idempotencyKey="order-1", tags="user:1")
-        again = await trigger(realtime, "echo", "secret", token=mine, idempotencyKey="order-1")
-        run_id = first.json["id"]
-        assert again.json == {"id": run_id, "isCached": True}
-        assert len(realtime.verify_token(again.token).scopes) == 2
+        tokens = [
+            realtime.create_trigger_public_token("echo", multiple_use=True, owner=owner)
+            for owner in ("user:1", "user:1", "user:2", None, None)
+        ]
+        answers = [
+            await trigger(realtime, "echo", number, token=token, idempotencyKey="invoice-42")
+            for number, token in enumerate(tokens)
+        ]
+        of_host = await realtime.trigger("echo", "of the host", idempotency_key="invoice-42")
+        assert [answer.json["isCached"] for answer in answers] == [False, True, False, False, False]
+        assert answers[1].json["id"] == answers[0].json["id"]
+        assert realtime.verify_token(answers[1].token).scopes == tuple(run_scopes(answers[0].json["id"]))
+        assert not of_host.is_cached
+        assert await of_host.result(timeout=5) == "of the host"
 
-        other = realtime.create_public_token(scopes=["trigger:tasks:echo"])
-        guessed = await trigger(realtime, "echo", 1, token=other, idempotencyKey="order-1")
-        assert guessed.json == {"id": run_id, "isCached": True}
-        assert realtime.verify_token(guessed.token).scopes == ()
-        assert (await call(realtime, "GET", f"/api/v3/runs/{run_id}", token=guessed.token)).status == 403
 
-        reader = realtime.create_public_token(scopes=["trigger:tasks:echo", "read:tags:user:1"])
-        found = await trigger(realtime, "echo", 1, token=reader, idempotencyKey="order-1")
-        claims = realtime.verify_token(found.token)
-        assert grants(claims.scopes, "read", [("runs", run_id)])
-        assert not grants(claims.scopes, "write", [("inputStreams", run_id)])
+@on_one_loop
+async def test_a_token_can_allow_certain_tags_only() -> None:
+    """A browser could put its runs into the list of another user by their tag."""
+    async with with_tasks() as realtime:
+        token = realtime.create_trigger_public_token("echo", multiple_use=True, tags=["user:1", "draft"])
+        run = await started(realtime, await trigger(realtime, "echo", token=token, tags=[" user:1"]))
+        assert run.tags == ("user:1",)
+        assert (await started(realtime, await trigger(realtime, "echo", token=token))).tags == ()
+        answer = await trigger(realtime, "echo", token=token, tags=["draft", "user:2"])
+        assert (answer.status, answer.json["code"]) == (403, "forbidden")
+        assert answer.error == "the token does not allow the tag 'user:2'; it allows 'user:1', 'draft'"
+        none = realtime.create_trigger_public_token("echo", tags=[])
+        answer = await trigger(realtime, "echo", token=none, tags="user:1")
+        assert (answer.status, answer.error) == (403, "the token does not allow the tag 'user:1'; it allows none")
+        assert (await trigger(realtime, "echo", token=none)).status == 200, "the token is not spent"
+        anything = realtime.create_trigger_public_token("echo")
+        assert (await trigger(realtime, "echo", token=anything, tags="user:2")).status == 200
+
+
+@on_one_loop
+async def test_a_removed_run_releases_the_key_of_its_owner() -> None:
+    async with with_tasks() as realtime:
+        token = realtime.create_trigger_public_token("echo", multiple_use=True)
+        first = await trigger(realtime, "echo", 1, token=token, idempotencyKey="k")
+        await ended(realtime, first.json["id"])
+        await realtime.broker.remove(first.json["id"])
+        second = await trigger(realtime, "echo", 2, token=token, idempotencyKey="k")
+        assert not second.json["isCached"]
+        assert (await ended(realtime, second.json["id"])).output == 2
 
 
 async def test_idempotency_keys_of_different_tasks_do_not_collide() -> None:

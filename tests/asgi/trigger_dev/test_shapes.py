@@ -8,6 +8,7 @@ import pytest
 
 from asgi_realtime.asgi.trigger_dev import shapes
 from asgi_realtime.asgi.trigger_dev.shapes import ShapeCursor
+from asgi_realtime.core.metadata import encode_metadata
 from asgi_realtime.core.run_columns import REQUIRED_COLUMNS, RUN_COLUMNS
 from asgi_realtime.core.runs import RunError, RunRecord, Status
 
@@ -24,7 +25,7 @@ FULL = msgspec.structs.replace(
     delay_until_ms=1_767_323_046_000,
     ttl_s=600.0,
     tags=("a", "b"),
-    metadata={"progress": 0.5},
+    metadata_json=encode_metadata({"progress": 0.5}),
     payload_json=b'{"prompt":"hi"}',
     output_json=b'{"text":"ho"}',
     streams=("default",),
@@ -136,9 +137,9 @@ def test_the_schema_has_types_and_arrays() -> None:
 
 def test_a_body_ends_with_up_to_date() -> None:
     up_to_date = {"headers": {"control": "up-to-date"}}
-    assert json.loads(shapes.body([])) == [up_to_date]
+    assert json.loads(b"".join(shapes.body([]))) == [up_to_date]
     rows = [shapes.row(QUEUED), shapes.row(FULL)]
-    body = json.loads(shapes.body(rows))
+    body = json.loads(b"".join(shapes.body(rows)))
     assert body == [*map(json.loads, rows), up_to_date]
     assert body[0]["key"] == body[1]["key"]
     assert json.loads(shapes.MUST_REFETCH) == [{"headers": {"control": "must-refetch"}}]

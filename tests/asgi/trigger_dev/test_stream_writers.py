@@ -19,7 +19,7 @@ from asgi_realtime.brokers.base import Broker, StreamKey
 from asgi_realtime.core.chunks import decode
 from asgi_realtime.core.errors import ServerShutdown
 from asgi_realtime.core.log import End
-from asgi_realtime.streams.writer import CALL_BYTES, CALL_ITEMS
+from asgi_realtime.streams.outbox import CALL_BYTES, CALL_ITEMS
 from asgi_realtime.testing import AsgiClient
 from asgi_realtime.testing.driver import make_scope
 from tests.asgi.fake_host import SECRET as FAKE_HOST_SECRET
@@ -565,10 +565,10 @@ async def test_a_run_that_is_removed_during_the_request_is_404(host: FakeHost) -
 async def check_released(host: Host) -> None:
     """Check that no request is open or counted any more."""
     assert not host.subscribers
-    app = host.app if isinstance(host, FakeHost) else host._app
+    app = getattr(host.respond, "__self__", None)
     assert isinstance(app, RealtimeApp)
     counts = app.subscription_limits
-    assert (counts.open, counts._by_run, counts._by_token) == (0, {}, {})
+    assert (counts.open, counts._by_run, counts._by_owner) == (0, {}, {})
 
 
 async def test_the_shutdown_ends_an_idle_writer(host: FakeHost) -> None:
@@ -616,7 +616,7 @@ async def test_the_shutdown_interrupts_an_append_and_its_count_stays_right(monke
 
 
 async def test_the_shutdown_ends_requests_that_wait_for_the_broker() -> None:
-    async with started(timeouts=Timeouts(tick=0.01, drain=0.02, append=3600)) as (realtime, broker, run_id):
+    async with started(timeouts=Timeouts(tick=0.01, append=3600)) as (realtime, broker, run_id):
         requests = [(path_of(run_id), b"0\n"), (path_of(run_id) + "/append", b"0"), (path_of(run_id, "x"), b"0\n")]
         broker.away = {"append", "commit"}
         async with anyio.create_task_group() as group:

@@ -159,13 +159,13 @@ async def test_the_size_of_one_input_is_limited() -> None:
 
 
 async def test_the_inputs_of_a_run_are_limited() -> None:
-    host = FakeHost(limits=Limits(inputs_bytes=10))
+    host = FakeHost(limits=Limits(inputs_bytes=10 + 256))
     await host.create()
     body = b'{"data": "123456"}'
     for _ in range(2):
         assert (await send(host, body, key="k"))[0] == 200
     status, answer = await send(host, body)
-    assert status == 429 and "limit 10" in answer["error"]
+    assert status == 429 and "limit 266" in answer["error"]
 
 
 # The body
