@@ -14,17 +14,17 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 import asgi_realtime
-from asgi_realtime.cli import doctor, tail, token
+from asgi_realtime.cli import doctor, runs, tail, token
 from asgi_realtime.cli.terminal import harmless
 from asgi_realtime.core.errors import RealtimeError, UsageError
 
 
-def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run a command and exit."""
+def main(arguments: Sequence[str] | None = None, *, prog: str = "asgi-realtime") -> NoReturn:
+    """Run a command and exit. `prog` is the name of the program in help texts and errors."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without UTF-8 shows "?" instead of failing
-    parser = _parser()
+    parser = _parser(prog)
     args = parser.parse_args(arguments)
     if args.run is None:
         parser.print_help()
@@ -43,12 +43,13 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     sys.exit(code)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m asgi_realtime", description="Tools for asgi_realtime.")
+def _parser(prog: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=prog, description="Tools for asgi_realtime.")
     parser.add_argument("--version", action="version", version=asgi_realtime.__version__)
     parser.set_defaults(run=None)
     commands = parser.add_subparsers(title="commands", metavar="command")
     token.add(commands)
     tail.add(commands)
+    runs.add(commands)
     doctor.add(commands)
     return parser

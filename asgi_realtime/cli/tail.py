@@ -15,7 +15,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import msgspec
 
 from asgi_realtime.cli import secret
-from asgi_realtime.cli.terminal import HarmlessFormatter, harmless, print_line
+from asgi_realtime.cli.terminal import HarmlessFormatter, harmless, print_line, split_half
 from asgi_realtime.core.errors import InvalidToken, UsageError
 from asgi_realtime.tokens import TokenAuthority
 
@@ -151,18 +151,19 @@ def _follow(client: SyncRealtimeClient, target: Target, args: argparse.Namespace
 
 def _print_chunks(chunks: Iterable[Any], *, as_json: bool) -> None:
     """Print text without line breaks in between, so that a model's answer reads as one; other chunks one per line."""
-    mid_line = False
+    mid_line, half = False, ""
     try:
         for chunk in chunks:
             if isinstance(chunk, str) and not as_json:
-                sys.stdout.write(harmless(chunk))
-                mid_line = not chunk.endswith("\n") if chunk else mid_line
+                text, half = split_half(half + chunk)
+                sys.stdout.write(harmless(text))
+                mid_line = not text.endswith("\n") if text else mid_line
             else:
                 sys.stdout.write("\n" * mid_line + harmless(json.dumps(chunk, ensure_ascii=False)) + "\n")
                 mid_line = False
             sys.stdout.flush()
     finally:
-        sys.stdout.write("\n" * mid_line)
+        sys.stdout.write(harmless(half) + "\n" * mid_line)
 
 
 def _line(state: RunState) -> str:

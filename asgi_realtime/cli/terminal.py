@@ -7,8 +7,14 @@ import re
 import sys
 from typing import TextIO
 
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
-"""C0 and C1, and the bidirectional overrides and isolates, which display text in another order (CVE-2021-42574)."""
+_CONTROL = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
+    "\U000e0000-\U000e007f]"
+)
+"""C0 and C1; the bidirectional marks, overrides and isolates, which display text in another order (CVE-2021-42574); and
+the invisible format characters, which hide text, but not the joiners that emoji and Persian are written with."""
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def harmless(text: str, stream: TextIO | None = None) -> str:
@@ -17,7 +23,20 @@ def harmless(text: str, stream: TextIO | None = None) -> str:
     A terminal executes escape sequences: they set its title and colors, and write to the clipboard. Output to a file or
     another program stays unchanged.
     """
+    text = whole(text)
     return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text) if _is_terminal(stream or sys.stdout) else text
+
+
+def whole(text: str) -> str:
+    """Join halves of characters, and replace halves that are alone, which no output can encode."""
+    if _SURROGATE.search(text) is None:
+        return text
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
+def split_half(text: str) -> tuple[str, str]:
+    """The text, and the first half of a character if the text ends with one: the next chunk can have the rest."""
+    return (text[:-1], text[-1]) if "\ud800" <= text[-1:] <= "\udbff" else (text, "")
 
 
 def print_line(text: str) -> None:

@@ -16,10 +16,11 @@ import jwt
 
 from asgi_realtime.cli import secret
 from asgi_realtime.cli.terminal import print_line
-from asgi_realtime.core.config import parse_span
+from asgi_realtime.core.config import Limits, parse_span
 from asgi_realtime.core.errors import ExpiredToken, InvalidToken, UsageError
+from asgi_realtime.core.names import check_tags
 from asgi_realtime.core.scopes import flatten_scopes
-from asgi_realtime.tokens import PUBLIC_TOKEN_EXPIRES_IN, TokenAuthority, check_columns
+from asgi_realtime.tokens import PUBLIC_TOKEN_EXPIRES_IN, TokenAuthority, check_columns, check_owner
 
 _EXAMPLES = """\
 examples:
@@ -27,6 +28,7 @@ examples:
   token --read tags:user:1 --skip payload         reads the runs with a tag, without their payloads
   token --write inputStreams:run_1234             sends input to a run
   token --trigger tasks:chat --one-time           starts one run of a task
+  token --trigger tasks:chat --tag user:1         starts runs that can have no other tag
   token --explain -                               explains the token on stdin
   token --new-secret                              creates a secret key
 """
@@ -50,6 +52,12 @@ def add(commands: Any) -> None:
     parser.add_argument("--expires-in", default=PUBLIC_TOKEN_EXPIRES_IN, metavar="SPAN", help="such as 15m (default)")
     parser.add_argument("--one-time", action="store_true", help="valid for one trigger request")
     parser.add_argument("--skip", metavar="COLUMN", action="append", default=[], help="hide a column of runs")
+    parser.add_argument(
+        "--owner", metavar="NAME", help="the user whose budgets it uses, such as user:1 (default: its own)"
+    )
+    parser.add_argument(
+        "--tag", metavar="TAG", action="append", help="allow this tag for triggered runs (default: any)"
+    )
     parser.add_argument("--explain", metavar="TOKEN", help="explain this token; - reads it from stdin")
     parser.add_argument("--new-secret", action="store_true", help="create a secret key for Realtime(secret_key=…)")
     secret.add(parser)
@@ -79,6 +87,8 @@ def _mint(args: argparse.Namespace) -> str:
         one_time=args.one_time,
         own_id=True,
         skip_columns=check_columns(args.skip),
+        owner=check_owner(args.owner),
+        tags=None if args.tag is None else check_tags(args.tag, Limits()),
     )
 
 
@@ -104,6 +114,10 @@ def _describe(claims: dict[str, Any]) -> list[tuple[str, str]]:
     realtime = claims.get("realtime")
     if isinstance(realtime, dict) and realtime.get("skipColumns"):
         found.append(("hides", ", ".join(map(str, realtime["skipColumns"]))))
+    if isinstance(realtime, dict) and realtime.get("owner"):
+        found.append(("owner", str(realtime["owner"])))
+    if isinstance(realtime, dict) and isinstance(tags := realtime.get("tags"), list):
+        found.append(("run tags", f"only {', '.join(map(str, tags))}" if tags else "none"))
     if claims.get("home"):
         found.append(("created by", f"a process that holds its runs in memory ({claims['home']})"))
     found += [(name, _moment(claims[key])) for name, key in (("created", "iat"), ("expires", "exp")) if key in claims]

@@ -36,9 +36,8 @@ from asgi_realtime.core.errors import ExpiredToken, RealtimeError, StreamGap, Us
 from asgi_realtime.core.event_stream import Event, EventParser
 from asgi_realtime.core.log import End
 from asgi_realtime.core.run_errors import end_error
+from asgi_realtime.loop.logger import client_logger
 from asgi_realtime.streams.followers import StreamChunk
-
-logger = logging.getLogger("asgi_realtime.client")
 
 T = TypeVar("T")
 
@@ -190,7 +189,7 @@ class SubscriptionProtocol(ABC, Generic[T]):
             return
         self._move(Phase.WAITING)
         self._due_at = self._backoff.clock() + pause_s
-        logger.log(level, "%s: %s; next attempt in %.1f s", self.path, reason, pause_s)
+        client_logger.log(level, "%s: %s; next attempt in %.1f s", self.path, reason, pause_s)
 
     def leave(self) -> None:
         """The reader was interrupted and closed the connection; it may return at any time."""

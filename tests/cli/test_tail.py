@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
-from asgi_realtime.cli import terminal
+from asgi_realtime.cli import tail, terminal
 from asgi_realtime.cli.tail import Target, parse_url
 from asgi_realtime.core.errors import UsageError
 from tests.cli.command import Command
@@ -73,11 +73,24 @@ def test_a_run_is_printed_state_by_state(server: Serving, command: Command) -> N
 def test_a_model_cannot_control_the_terminal(
     server: Serving, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run_id = end_run(server, "\x1b]0;owned\x07", "é\u202e")
+    hidden, joined = "\u200b\u200f\u2063\U000e0041", "👩\u200d🚀"
+    run_id = end_run(server, "\x1b]0;owned\x07", "é\u202e", hidden, joined)
     url = f"{server.url}/realtime/v1/streams/{run_id}/default"
-    assert command("tail", url).out == "\x1b]0;owned\x07é\u202e\n"
+    assert command("tail", url).out == f"\x1b]0;owned\x07é\u202e{hidden}{joined}\n"
     monkeypatch.setattr(terminal, "_is_terminal", lambda stream: True)
-    assert command("tail", url).out == "�]0;owned�é�\n"
+    assert command("tail", url).out == f"�]0;owned�é�����{joined}\n"
+
+
+@pytest.mark.parametrize(
+    ("chunks", "printed"),
+    [(["a\ud83d", "\ude00b"], "a😀b\n"), (["\ude00", "a"], "�a\n"), (["a\ud83d"], "a�\n"), ([["\ud83d"]], '["�"]\n')],
+)
+def test_halves_of_a_character_are_joined(
+    chunks: list[object], printed: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Printing half of an emoji raised `UnicodeEncodeError`."""
+    tail._print_chunks(chunks, as_json=False)
+    assert capsys.readouterr().out == printed
 
 
 def test_refusals_are_reported(server: Serving, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,6 +32,27 @@ def test_a_one_time_token_and_its_expiry(command: Command) -> None:
     assert "valid for:   one trigger request" in explained.out
 
 
+def test_the_owner_of_a_token(command: Command) -> None:
+    token = command("token", "--read", "runs:run_1", "--owner", "user:1").out.strip()
+    assert AUTHORITY.verify(token).owner == "user:1"
+    assert "owner:       user:1\n" in command("token", "--explain", token).out
+
+
+def test_the_tags_that_a_token_allows(command: Command) -> None:
+    token = command("token", "--trigger", "tasks:chat", "--tag", "user:1", "--tag", "vip").out.strip()
+    assert AUTHORITY.verify(token).tags == ("user:1", "vip")
+    assert "run tags:    only user:1, vip\n" in command("token", "--explain", token).out
+
+
+def test_a_token_that_allows_no_tags(command: Command) -> None:
+    token = AUTHORITY.mint(["trigger:tasks:chat"], expires_in_s=60, tags=[])
+    assert "run tags:    none\n" in command("token", "--explain", token).out
+
+
+def test_a_tag_that_is_not_allowed(command: Command) -> None:
+    assert "a tag is empty" in command("token", "--trigger", "tasks:chat", "--tag", "").err
+
+
 def test_the_secret_key_can_be_in_a_file(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("REALTIME_SECRET_KEY")
     path = tmp_path / "secret"

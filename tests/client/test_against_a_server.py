@@ -287,7 +287,11 @@ def test_a_token_that_expires_while_reading_is_renewed() -> None:
 # Servers that stop
 
 
-def test_a_restart_without_redis_loses_the_run() -> None:
+def test_a_crash_without_redis_loses_the_run() -> None:
+    def crash(chunk: object) -> None:
+        site.crash()
+        site.start()
+
     with serving("memory") as site:
         run = site.open()
         run.append("a")
@@ -296,7 +300,7 @@ def test_a_restart_without_redis_loses_the_run() -> None:
             site.base_url,
             run.token,
             lambda client: client.read(run.id),
-            on_item=lambda chunk: site.restart(),
+            on_item=crash,
             fake_time=FakeTime(),
         )
     assert outcome.items == ["a"]
@@ -340,7 +344,7 @@ def test_the_client_gives_up_on_a_server_that_does_not_return() -> None:
             site.base_url,
             run.token,
             lambda client: client.read(run.id),
-            on_item=lambda chunk: site.stop(),
+            on_item=lambda chunk: site.crash(),
             fake_time=FakeTime(),
         )
     assert outcome.items == ["a"]
