@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from asgi_realtime.asgi import RealtimeMiddleware, RedactAccessToken
+from asgi_realtime.asgi import (
+    RealtimeMiddleware,
+    RedactAccessToken,
+    realtime_error_handler,
+    realtime_error_response,
+)
+from asgi_realtime.core.access import Grant, Resource
 from asgi_realtime.core.config import EXPOSED_HEADERS, Cors, Limits, Retention, Timeouts
 from asgi_realtime.core.errors import (
     BrokerUnavailable,
@@ -18,22 +24,27 @@ from asgi_realtime.core.errors import (
     RealtimeError,
     RequestCutOff,
     RestoreOutOfOrder,
+    RunExists,
     RunKeptElsewhere,
     RunNotFound,
     ScopeDenied,
     ServerShutdown,
+    SourceFailed,
     StreamBehind,
     StreamClosed,
     StreamGap,
     StreamLost,
     StreamNotFound,
     TaskError,
+    ThreadBusy,
     UnknownTask,
     UsageError,
 )
 from asgi_realtime.core.run_errors import RunCanceled, RunEnded, RunFailed
 from asgi_realtime.core.runs import RunError, RunRecord, Status
+from asgi_realtime.engine.on_end import RunEnd, SyncRunEnd
 from asgi_realtime.engine.run import Run, current_run
+from asgi_realtime.engine.sync_pipe import SyncPipe
 from asgi_realtime.realtime import Realtime
 from asgi_realtime.runs.handles import BatchHandle, RunHandle
 from asgi_realtime.streams.followers import StreamChunk
@@ -53,6 +64,7 @@ __all__ = [
     "EncodingError",
     "Executor",
     "ExpiredToken",
+    "Grant",
     "InvalidConfiguration",
     "InvalidPayload",
     "InvalidSource",
@@ -68,12 +80,15 @@ __all__ = [
     "RealtimeMiddleware",
     "RedactAccessToken",
     "RequestCutOff",
+    "Resource",
     "RestoreOutOfOrder",
     "Retention",
     "Run",
     "RunCanceled",
+    "RunEnd",
     "RunEnded",
     "RunError",
+    "RunExists",
     "RunFailed",
     "RunHandle",
     "RunKeptElsewhere",
@@ -81,6 +96,7 @@ __all__ = [
     "RunRecord",
     "ScopeDenied",
     "ServerShutdown",
+    "SourceFailed",
     "Status",
     "StreamBehind",
     "StreamChunk",
@@ -89,11 +105,16 @@ __all__ = [
     "StreamLost",
     "StreamNotFound",
     "StreamWriterContext",
+    "SyncPipe",
+    "SyncRunEnd",
     "Task",
     "TaskError",
+    "ThreadBusy",
     "Timeouts",
     "TypedStream",
     "UnknownTask",
     "UsageError",
     "current_run",
+    "realtime_error_handler",
+    "realtime_error_response",
 ]

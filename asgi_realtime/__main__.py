@@ -5,4 +5,4 @@ from __future__ import annotations
 from asgi_realtime.cli import main
 
 if __name__ == "__main__":
-    main()
+    main(prog="python -m asgi_realtime")

@@ -11,17 +11,18 @@ there, nothing happens, and streams are cut as they would be without this module
 
 from __future__ import annotations
 
-import logging
 import multiprocessing
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
 import anyio
 
+from asgi_realtime.loop.logger import logger
+
 if TYPE_CHECKING:
     from asgi_realtime.realtime import Realtime
 
-logger = logging.getLogger("asgi_realtime")
 
 PERIOD_S = 0.1
 """How often the event is checked, which takes a microsecond. Waiting for it would need a thread, and if a child is
@@ -41,7 +42,7 @@ def watch(realtime: Realtime) -> bool:
     async def wait_for_shutdown() -> None:
         while not is_set():  # noqa: ASYNC110 - an event of another process
             await anyio.sleep(PERIOD_S)
-        realtime.engine.subscribers.announce_shutdown()
+        realtime.engine.shutdown.announce(quick="--reload" in sys.argv)
 
     realtime.engine.companions.append(wait_for_shutdown)
     return True

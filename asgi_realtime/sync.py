@@ -7,20 +7,21 @@ which event loop executes it.
 from __future__ import annotations
 
 import functools
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from contextlib import AbstractAsyncContextManager, contextmanager, suppress
 from typing import Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar, Unpack, overload
 
 from asgi_realtime.core.config import Span
 from asgi_realtime.core.errors import RealtimeError
 from asgi_realtime.core.runs import RunRecord
-from asgi_realtime.engine.run import Run, current, current_run
+from asgi_realtime.engine.run import Run, current_run, enter
+from asgi_realtime.engine.sync_pipe import SyncPipe
 from asgi_realtime.engine.thread_bridge import HeldRun, ThreadBridge
-from asgi_realtime.runs.handles import BatchHandle, RunHandle
+from asgi_realtime.runs.handles import TOKEN_EXPIRES_IN, BatchHandle, RunHandle
 from asgi_realtime.streams.followers import StreamChunk
-from asgi_realtime.streams.pipe import Pipe, PipeResult
+from asgi_realtime.streams.pipe import Pipe, Source
 from asgi_realtime.tasks.batches import BatchItem
-from asgi_realtime.tasks.options import PipeOptions, RunLike, TriggerOptions
+from asgi_realtime.tasks.options import OpenRunOptions, PipeOptions, PipeRunOptions, RunLike, TriggerOptions
 from asgi_realtime.tasks.task import Task
 
 P = ParamSpec("P")
@@ -35,7 +36,9 @@ class AsyncCalls(Protocol):
         self, task: Any, payload: Any = None, **options: Unpack[TriggerOptions]
     ) -> Awaitable[RunHandle[Any]]: ...
 
-    def batch_trigger(self, items: Iterable[BatchItem], *, token_expires_in: Span = ...) -> Awaitable[BatchHandle]: ...
+    def batch_trigger(
+        self, items: Iterable[BatchItem], *, token_expires_in: Span = TOKEN_EXPIRES_IN, owner: str | None = None
+    ) -> Awaitable[BatchHandle]: ...
 
     def execute(self, run_id: str) -> Awaitable[None]: ...
 
@@ -48,6 +51,10 @@ class AsyncCalls(Protocol):
     def send_input(self, run: RunLike, input_id: str, data: Any) -> Awaitable[None]: ...
 
     def cancel(self, run: RunLike) -> Awaitable[RunRecord]: ...
+
+    def active_run(
+        self, thread: str, *, owner: str | None = None, token_owner: str | None = None
+    ) -> Awaitable[RunHandle[Any] | None]: ...
 
     def get_run(self, run: RunLike) -> Awaitable[RunRecord]: ...
 
@@ -67,9 +74,7 @@ class AsyncCalls(Protocol):
 
     def subscribe_to_batch(self, batch: str | BatchHandle) -> AsyncIterator[RunRecord]: ...
 
-    def open_run(
-        self, name: str, *, tags: str | Iterable[str] | None = None, metadata: Mapping[str, Any] | None = None
-    ) -> AbstractAsyncContextManager[Run]: ...
+    def open_run(self, name: str, **options: Unpack[OpenRunOptions]) -> AbstractAsyncContextManager[Run]: ...
 
 
 def _blocking(method: Callable[Concatenate[Any, P], Awaitable[T]]) -> Callable[Concatenate[SyncRealtime, P], T]:
@@ -121,8 +126,8 @@ class SyncRealtime:
     append = _blocking(AsyncCalls.append)
     send_input = _blocking(AsyncCalls.send_input)
     cancel = _blocking(AsyncCalls.cancel)
+    active_run = _blocking(AsyncCalls.active_run)
     get_run = _blocking(AsyncCalls.get_run)
-    result = _blocking(AsyncCalls.result)
     read = _iterating(AsyncCalls.read)
     subscribe_to_runs_with_tag = _iterating(AsyncCalls.subscribe_to_runs_with_tag)
     subscribe_to_batch = _iterating(AsyncCalls.subscribe_to_batch)
@@ -143,18 +148,43 @@ class SyncRealtime:
         """As `Realtime.trigger`."""
         return self._bridge.call(lambda: self._realtime.trigger(task, payload, **options))
 
-    def pipe(
-        self, source: Any, stream: str = "default", *, run: RunLike | None = None, **options: Unpack[PipeOptions]
-    ) -> PipeResult:
-        """Forward a whole source and wait until its chunks are in the log.
+    @overload
+    def result(self, run: RunHandle[R], *, timeout: Span | None = None) -> R: ...
 
-        Raises the source's error, or the first error of an item that could not be published.
+    @overload
+    def result(self, run: RunLike, *, timeout: Span | None = None) -> Any: ...
+
+    def result(self, run: RunLike, *, timeout: Span | None = None) -> Any:
+        """As `Realtime.result`."""
+        return self._bridge.call(lambda: self._realtime.result(run, timeout=timeout))
+
+    def pipe(
+        self,
+        source: Source[T],
+        stream: str = "default",
+        *,
+        run: RunLike | None = None,
+        encode: Callable[[T], Any] | None = None,
+        **options: Unpack[PipeRunOptions],
+    ) -> SyncPipe[T]:
+        """As `Realtime.pipe`: forward a sync or async source, starting now, and return without waiting for its items.
+
+        The source is read in the background, with the context variables of this call, and continues after the calling
+        code has returned. The run of the pipe exists when this returns. Raises what `Realtime.pipe` raises,
+        `RunExists`, `ThreadBusy`, `BrokerUnavailable`, and `ServerShutdown`.
         """
 
-        async def forward() -> PipeResult:
-            return await self._realtime.pipe(source, stream, run=run, **options).wait_until_complete()
+        async def start() -> Pipe[T]:
+            pipe = self._realtime.pipe(source, stream, run=run, encode=encode, **options)
+            try:
+                await pipe.wait_until_started()
+            except BaseException:
+                pipe.stop(None)  # the caller never gets it
+                raise
+            return pipe
 
-        return self._bridge.call(forward)
+        supervisor = self._bridge.supervisor()
+        return SyncPipe(self._bridge.call(start, supervisor), self._bridge, supervisor)
 
     def get_input(self, input_id: str, *, timeout: Span | None = None) -> Any:
         """The next data sent to the current run, as `current_run().input(input_id).get()`."""
@@ -179,9 +209,7 @@ class SyncRealtime:
         return self._bridge.iterate(lambda: self._realtime.subscribe_to_run(run, **options))
 
     @contextmanager
-    def open_run(
-        self, name: str, *, tags: str | Iterable[str] | None = None, metadata: Mapping[str, Any] | None = None
-    ) -> Iterator[Run]:
+    def open_run(self, name: str, **options: Unpack[OpenRunOptions]) -> Iterator[Run]:
         """As `Realtime.open_run`, in a `with`.
 
         The body runs in a thread, so `cancel(run)` does not interrupt it: the body can check `run.canceled`, its writes
@@ -189,14 +217,15 @@ class SyncRealtime:
         `KeyboardInterrupt`, cancels the run and propagates.
         """
         supervisor = self._bridge.supervisor()
-        held = HeldRun(supervisor, self._realtime.open_run(name, tags=tags, metadata=metadata))
+        opened = self._realtime.open_run(name, **options)
+        held = HeldRun(supervisor, opened)
         try:
             run = self._bridge.call(held.enter, supervisor)
         except BaseException:
             with suppress(RuntimeError):  # the loop is closed
                 supervisor.post(held.abandon)
             raise
-        token = current.set(run)
+        leave = enter(run)
         try:
             yield run
         except BaseException as exc:
@@ -212,7 +241,7 @@ class SyncRealtime:
             if ended_with is not None:
                 raise ended_with
         finally:
-            current.reset(token)
+            leave()
 
     def close(self) -> None:
         """Stop the event loop that these calls started in a thread. The host's event loop keeps running.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import AsyncIterator, Callable
 from types import TracebackType
 from typing import Any, Generic, Protocol, TypeVar, Unpack, overload
@@ -11,12 +10,11 @@ import anyio
 
 from asgi_realtime.core.config import Span
 from asgi_realtime.core.errors import RealtimeError
+from asgi_realtime.loop.logger import logger
 from asgi_realtime.streams.pipe import Pipe, Source
 from asgi_realtime.streams.writer import Encode, StreamWriter, encode_within, name_chunk
 from asgi_realtime.tasks.decoding import decoder_of
 from asgi_realtime.tasks.options import PipeOptions, PipeRunOptions, RunLike
-
-logger = logging.getLogger("asgi_realtime")
 
 S = TypeVar("S")
 T = TypeVar("T")

@@ -10,6 +10,7 @@ import signal
 from collections import Counter
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
 
 from tests.redis_servers import RedisCluster, RedisServer, ReplicaPair
@@ -24,6 +25,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # On a busy machine generating data takes long; no test may depend on that.
+    no_time_limits = hypothesis.settings(deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+    hypothesis.settings.register_profile("no time limits", no_time_limits)
+    hypothesis.settings.load_profile("no time limits")
     # A shell starts background jobs with SIGINT ignored. Child processes inherit that and could not be interrupted.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)

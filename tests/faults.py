@@ -137,9 +137,11 @@ class RemoteBroker:
             yield live
             await anyio.lowlevel.checkpoint()
 
-    async def claim(self, key: str, value: str, *, ttl_s: float) -> str:
+    async def claim(
+        self, key: str, value: str, *, ttl_s: float, owner: str | None = None, instead_of: str | None = None
+    ) -> str:
         await self._travel("claim")
-        return await self.inner.claim(key, value, ttl_s=ttl_s)
+        return await self.inner.claim(key, value, ttl_s=ttl_s, owner=owner, instead_of=instead_of)
 
     async def claimed(self, key: str) -> str | None:
         await self._travel("claimed")
@@ -156,6 +158,22 @@ class RemoteBroker:
     async def enqueued(self, run_id: str) -> None:
         await self._travel("enqueued")
         await self.inner.enqueued(run_id)
+
+    async def take_on_end(self, run_id: str) -> bool:
+        await self._travel("take_on_end")
+        return await self.inner.take_on_end(run_id)
+
+    async def on_end_called(self, run_id: str) -> None:
+        await self._travel("on_end_called")
+        await self.inner.on_end_called(run_id)
+
+    async def watch(self, run_id: str, *, process: str, readers: int, grace_s: float | None) -> None:
+        await self._travel("watch")
+        await self.inner.watch(run_id, process=process, readers=readers, grace_s=grace_s)
+
+    async def watchers(self, run_id: str) -> int:
+        await self._travel("watchers")
+        return await self.inner.watchers(run_id)
 
     async def publish(self, run_id: str) -> None:
         await self._travel("publish")

@@ -62,3 +62,10 @@ def npm_packages(folder: Path) -> Path:
     if not (folder / "node_modules").is_dir():
         missing(f"the npm packages of {folder} are not installed (make test does it where npm is; or run npm ci there)")
     return folder
+
+
+def promtool_binary() -> str:
+    found = shutil.which("promtool")
+    if found is None:
+        missing("promtool is not installed (on Debian: apt-get install prometheus)")
+    return found

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +16,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "asgi_realtime"
+PLUGIN = "asgi_realtime_pytest.py"
+REPOSITORY = "https://code.example/asgi_realtime"
 STRAY = (".env", ".env.local", "id_rsa", "key.pem", "secrets.json", "notes.txt", "redis/.env")
 
 
@@ -22,8 +26,10 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder with the distributions of a checkout that has stray files in its package folder."""
     pytest.importorskip("hatchling")
     checkout = tmp_path_factory.mktemp("checkout")
-    for name in ("pyproject.toml", "README.md", "CHANGELOG.md", "LICENSE", "SECURITY.md"):
+    for name in ("pyproject.toml", "README.md", "CHANGELOG.md", "LICENSE", "SECURITY.md", "hatch_build.py", PLUGIN):
         shutil.copy(ROOT / name, checkout)
+    with (checkout / "pyproject.toml").open("a") as project:
+        project.write(f'\n[project.urls]\nRepository = "{REPOSITORY}"\n')
     shutil.copytree(PACKAGE, checkout / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in STRAY:
         for folder in (checkout / PACKAGE.name, checkout / PACKAGE.name / "brokers", checkout / "docs"):
@@ -39,8 +45,36 @@ def test_the_wheel_has_the_files_of_the_package_and_no_stray_file(built: Path) -
     """A `.env` in the package folder was published with the wheel."""
     (wheel,) = built.glob("*.whl")
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    wanted = [path for path in PACKAGE.rglob("*") if path.suffix in (".py", ".lua") or path.name == "py.typed"]
-    assert names == {str(path.relative_to(ROOT)) for path in wanted}
+    kinds = (".py", ".js", ".css", ".html", ".lua")
+    wanted = [path for path in PACKAGE.rglob("*") if path.suffix in kinds or path.name == "py.typed"]
+    assert names == {PLUGIN, *(str(path.relative_to(ROOT)) for path in wanted)}
+
+
+@pytest.mark.slow
+def test_the_wheel_installs_the_command(built: Path, tmp_path: Path) -> None:
+    (wheel,) = built.glob("*.whl")
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(tmp_path)]
+    subprocess.run([*pip, str(wheel)], check=True, timeout=60)
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    script = shutil.which("asgi-realtime", path=tmp_path / "bin")
+    assert script is not None
+    for command, name in (([script], "asgi-realtime"), ([sys.executable, "-m", "asgi_realtime"], None)):
+        command.append("token")
+        done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 2
+        assert done.stderr.startswith(f"{name or 'python -m asgi_realtime'}: "), done.stderr
+
+
+@pytest.mark.slow
+def test_links_of_the_readme_work_on_a_package_index(built: Path) -> None:
+    (wheel,) = built.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith("/METADATA"))
+        metadata = archive.read(name).decode()
+    assert "\nDescription-Content-Type: text/markdown\n" in metadata
+    assert f"({REPOSITORY}/raw/HEAD/docs/restart.gif)" in metadata
+    assert f"[thread]({REPOSITORY}/blob/HEAD/docs/stop.md#threads)" in metadata
+    assert re.findall(r"\]\((?!https?://)[^)]*\)", metadata) == []
 
 
 @pytest.mark.slow
@@ -58,5 +92,13 @@ def test_every_kind_of_file_in_the_package_is_listed() -> None:
     assert build["exclude"] == [".*"]
     patterns = build["targets"]["wheel"]["include"]
     tracked = [path for path in PACKAGE.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
-    assert {path.suffix for path in tracked} == {".py", ".lua", ".typed"}
-    assert set(patterns) == {"/asgi_realtime/**/*.py", "/asgi_realtime/**/*.lua", "/asgi_realtime/py.typed"}
+    assert {path.suffix for path in tracked} == {".py", ".js", ".css", ".html", ".lua", ".typed"}
+    assert set(patterns) == {
+        "/asgi_realtime/**/*.py",
+        "/asgi_realtime/**/*.js",
+        "/asgi_realtime/**/*.css",
+        "/asgi_realtime/**/*.html",
+        "/asgi_realtime/**/*.lua",
+        "/asgi_realtime/py.typed",
+        f"/{PLUGIN}",
+    }

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 import asgi_realtime
+import asgi_realtime.ai
 import asgi_realtime.brokers
 import asgi_realtime.client
 import asgi_realtime.tasks
@@ -16,6 +17,7 @@ import asgi_realtime.testing
 
 PACKAGES = [
     asgi_realtime,
+    asgi_realtime.ai,
     asgi_realtime.brokers,
     asgi_realtime.client,
     asgi_realtime.tasks,

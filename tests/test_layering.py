@@ -31,6 +31,7 @@ LAYERS = (
     "brokers",
     "runs",
     "streams",
+    "ai",
     "engine",
     "tasks",
     TOP,
@@ -50,8 +51,8 @@ APPLICATIONS = ("client", "testing", "cli")
 DOORS = ("asgi", "asgi.app", "asgi.routes")
 """The modules of `asgi` that join the generic endpoints and those of the Trigger.dev dialect into one app."""
 
-UPWARD = {("realtime", "asgi.app")}
-"""`Realtime` is itself the ASGI app, so it imports that app when first called: inside a function only."""
+UPWARD = {("realtime", "asgi.app"), ("realtime", "asgi.host_response")}
+"""`Realtime` is itself the ASGI app, so it imports that app when first called: inside a function, or for its types."""
 
 NOT_IN_CORE = frozenset(
     "asyncio concurrent contextvars http logging multiprocessing os random secrets selectors signal socket ssl "
@@ -66,11 +67,14 @@ FOREIGN: dict[str, frozenset[str]] = {
     "starlette": frozenset({"asgi"}),
     "jwt": frozenset({"tokens", "cli"}),
     "trio": frozenset({"loop"}),
+    "typing_extensions": frozenset({"engine.run"}),  # for type checkers only
     "redis": frozenset({"brokers.redis"}),
     "hiredis": frozenset({"brokers.redis"}),
     "taskiq": frozenset({"tasks.taskiq"}),
     "pydantic": frozenset({"tasks"}),
     "httpx": frozenset({"client", "cli"}),
+    "opentelemetry": frozenset({"runs.tracing"}),
+    "prometheus_client": frozenset({"metrics"}),
     "pytest": frozenset({"testing"}),
     "hypothesis": frozenset({"testing"}),
 }
@@ -99,10 +103,11 @@ SOURCES = {module_name(path): path for path in sorted(ROOT.rglob("*.py"))}
 
 
 def walk(node: ast.AST, in_function: bool = False) -> Iterator[tuple[ast.Import | ast.ImportFrom, bool]]:
-    """Yield every import statement, and whether it is inside a function."""
+    """Yield every import statement, and whether it is inside a function or only for types."""
     if isinstance(node, ast.Import | ast.ImportFrom):
         yield node, in_function
     inside = in_function or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+    inside |= isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
     for child in ast.iter_child_nodes(node):
         yield from walk(child, inside)
 
@@ -239,7 +244,8 @@ def test_each_docstring_is_the_sentence_of_the_architecture_page() -> None:
 
 def test_importing_the_package_loads_no_extra() -> None:
     extras = set("redis hiredis taskiq celery trio pydantic httpx pytest hypothesis openai anthropic".split())
-    extras |= {"fastapi", "litestar", "quart", "django", "hypercorn"}
+    extras |= {"google", "litellm", "pydantic_ai", "agents", "langchain_core", "langgraph", "ag_ui"}
+    extras |= {"fastapi", "litestar", "quart", "django", "hypercorn", "prometheus_client", "opentelemetry"}
     script = f"import sys, {PACKAGE}; print(sorted({extras} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -293,7 +293,7 @@ async def test_the_run_of_a_lone_pipe_is_checked_before_it_is_created() -> None:
             realtime.pipe([1], task="a/b")
         with pytest.raises(UsageError):
             realtime.pipe([1], metadata={"": 1})
-        assert realtime.runs._being_created == {}
+        assert realtime.runs.creating == {}
 
 
 @pytest.mark.anyio
@@ -338,3 +338,32 @@ async def test_the_realtime_is_an_asgi_app() -> None:
     async with realtime:
         await realtime(scope, receive, send)
     assert sent[0]["status"] == 200
+
+
+@pytest.mark.parametrize("name", ["limits", "broker", "cors", "executor", "secret_key"])
+def test_a_setting_cannot_be_assigned_later(name: str) -> None:
+    """The parts have read it already, so the assignment had an effect on some of them or on none."""
+    with pytest.raises(AttributeError, match=f"realtime.{name} cannot be assigned; pass {name}= to Realtime"):
+        setattr(make_realtime(), name, None)
+
+
+@pytest.mark.anyio
+async def test_the_longest_lifetime_of_a_token_is_the_same_everywhere() -> None:
+    """A token for 365 days was created in Python and rejected over HTTP."""
+    realtime = make_realtime()
+    words = r"expires_in is 31536000 seconds, limit 2592000; Limits\(token_life=…\) sets the limit"
+    with pytest.raises(LimitExceeded, match=words):
+        realtime.create_public_token(scopes=["read:runs"], expires_in="365d")
+    with pytest.raises(LimitExceeded, match=words):
+        realtime.create_trigger_public_token("t", expires_in="365d")
+    with pytest.raises(LimitExceeded, match=f"token_{words}"):
+        await realtime.trigger("t", token_expires_in="365d")
+    long = make_realtime(limits=Limits(token_life=400 * 24 * 3600))
+    assert long.create_public_token(scopes=["read:runs"], expires_in="365d")
+
+
+@pytest.mark.anyio
+async def test_a_default_lifetime_is_shortened_to_the_limit() -> None:
+    async with make_realtime(limits=Limits(token_life=60)) as realtime, realtime.open_run("r") as run:
+        claims = realtime.verify_token(run.handle.public_access_token)
+        assert claims.expires_at - realtime.clock() <= 61

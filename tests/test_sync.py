@@ -9,6 +9,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import anyio
@@ -19,6 +20,7 @@ import pytest
 from asgi_realtime import (
     InvalidPayload,
     NoCurrentRun,
+    Pipe,
     Realtime,
     Run,
     RunCanceled,
@@ -29,7 +31,9 @@ from asgi_realtime import (
     Status,
     StreamChunk,
     StreamClosed,
+    SyncPipe,
     TaskError,
+    ThreadBusy,
     Timeouts,
     UsageError,
     current_run,
@@ -76,8 +80,7 @@ async def test_all_calls_work_from_a_thread() -> None:
         assert sync.cancel(handle) == record
         batch = sync.batch_trigger([("double", 1), ("double", 2)])
         assert [sync.result(run_id, timeout=5) for run_id in batch.runs] == [2, 4]
-        result = sync.pipe([1, 2, 3], tags=["piped"])
-        assert result.chunks == 3
+        assert sync.pipe([1, 2, 3], tags=["piped"]).wait_until_complete().chunks == 3
         later = sync.trigger("double", 5, delay="1h")
         sync.execute(later.id)  # it is not QUEUED
         assert sync.cancel(later.id).status is Status.CANCELED
@@ -93,11 +96,11 @@ async def test_a_stream_is_written_and_read_from_a_thread() -> None:
             def write() -> None:
                 realtime.sync.append("a")  # to the current run: the thread has its caller's context
                 realtime.sync.append("b", run=run)
-                realtime.sync.pipe(iter(["c", "d"]), run=run.id)
+                realtime.sync.pipe(iter(["c", "d"]), run=run.id).wait_until_complete()
                 realtime.sync.send_input(run, "in", {"ok": True})
                 reader = realtime.sync.read(run, start_index=1)
                 assert [next(reader), next(reader)] == ["b", "c"]
-                with pytest.raises(TimeoutError):
+                with pytest.raises(TimeoutError, match="no chunk arrived in stream 'empty'"):
                     next(realtime.sync.read(run, "empty", timeout=0.01))
 
             await in_thread(write)
@@ -118,10 +121,31 @@ def test_the_calls_match_the_async_ones() -> None:
         name for name, value in vars(SyncRealtime).items() if not name.startswith("_") and inspect.isfunction(value)
     }
     assert ours == (waits - life - objects) | {"close", "get_input"}
-    for name in ours - {"close", "get_input", "pipe"}:
-        assert list(inspect.signature(getattr(SyncRealtime, name)).parameters) == list(
-            inspect.signature(getattr(Realtime, name)).parameters
-        )
+    for name in ours - {"close", "get_input"}:
+        assert parameters(SyncRealtime, name) == parameters(Realtime, name)
+
+
+def test_a_sync_pipe_has_the_calls_of_a_pipe() -> None:
+    run_side = {"run", "fail", "stop", "settled", "unseen_error"}
+    calls = {"aclose": "close", "__aiter__": "__iter__", "__anext__": "__next__"}
+    theirs = {calls.get(name, name): name for name in public(Pipe) - run_side}
+    assert public(SyncPipe) == theirs.keys() | {"error"}  # an attribute of `Pipe`
+    for name, theirs_name in theirs.items():
+        if inspect.isfunction(vars(SyncPipe)[name]):
+            assert parameters(SyncPipe, name) == parameters(Pipe, theirs_name)
+
+
+def public(kind: type) -> set[str]:
+    return {name for name in vars(kind) if not name.startswith("_") or name.strip("_") in CALLED_BY_SYNTAX}
+
+
+CALLED_BY_SYNTAX = {"iter", "next", "aiter", "anext"}
+
+
+def parameters(kind: type, name: str) -> list[tuple[str, Any, Any]]:
+    """The names, kinds and defaults of a method's parameters."""
+    found = inspect.signature(getattr(kind, name)).parameters.values()
+    return [(parameter.name, parameter.kind, parameter.default) for parameter in found]
 
 
 def is_async(function: Callable[..., Any]) -> bool:
@@ -129,6 +153,32 @@ def is_async(function: Callable[..., Any]) -> bool:
     return inspect.iscoroutinefunction(function) or any(
         word in returned for word in ("Async", "Pipe", "StreamWriterContext")
     )
+
+
+async def test_threads_work_without_an_event_loop() -> None:
+    realtime = with_tasks()
+
+    def work() -> None:
+        sync = realtime.sync
+        with sync.open_run("answer", thread="chat:1") as run:
+            active = sync.active_run("chat:1")
+            assert active is not None and active.id == run.id
+            for attempt in (
+                lambda: sync.trigger("double", 1, thread="chat:1"),
+                lambda: sync.open_run("answer", thread="chat:1").__enter__(),
+            ):
+                with pytest.raises(ThreadBusy):
+                    attempt()
+        with pytest.raises(RunCanceled), sync.open_run("answer", thread="chat:1") as replaced:
+            sync.result(sync.trigger("double", 1, thread="chat:1", on_conflict="replace"), timeout=5)
+            assert replaced.canceled
+        assert sync.active_run("chat:1") is None
+        pipe = sync.pipe(["a"], thread="chat:1")
+        pipe.wait_until_complete()
+        assert sync.get_run(pipe.run_id).thread == "chat:1"
+
+    async with realtime:
+        await in_thread(work)
 
 
 async def test_runs_are_followed_from_a_thread() -> None:
@@ -142,8 +192,7 @@ async def test_runs_are_followed_from_a_thread() -> None:
         assert (states[-1].status, states[-1].output) == (Status.COMPLETED, 4)
         tagged = sync.subscribe_to_runs_with_tag("a")
         assert next(tagged).id == batch.runs[0]
-        piped = sync.pipe(["x", "y"], tags=["b"])
-        assert piped.chunks == 2
+        sync.pipe(["x", "y"], tags=["b"]).wait_until_complete()
         run = next(sync.subscribe_to_runs_with_tag("b"))
         seen = list(sync.subscribe_to_run(run, with_streams=True))
         assert [item.chunk for item in seen if isinstance(item, StreamChunk)] == ["x", "y"]
@@ -298,7 +347,7 @@ async def test_each_call_raises_what_the_async_one_raises() -> None:
             raise ValueError("source")
 
         with pytest.raises(ValueError, match="source"):
-            realtime.sync.pipe(broken())
+            realtime.sync.pipe(broken()).wait_until_complete()
 
     async with realtime:
         await in_thread(work)
@@ -652,7 +701,7 @@ class TimeLimit(Exception):
 
 
 def test_an_interrupted_call_leaves_no_waiter() -> None:
-    realtime = with_tasks(broker=Shared(), timeouts=Timeouts(tick=60, drain=0.02))  # so only this test follows the run
+    realtime = with_tasks(broker=Shared(), timeouts=Timeouts(tick=0.01, drain=0.02))
 
     @realtime.task("wait")
     async def wait() -> None:
@@ -681,9 +730,10 @@ def test_an_interrupted_call_leaves_no_waiter() -> None:
     try:
         handle = realtime.sync.trigger("wait")
         waiting = realtime.broker._topics[run_topic(handle.id)].waiting  # type: ignore[attr-defined]
+        wait_for(lambda: len(waiting) == 1)  # the process that executes the run follows it
         for _ in range(3):
-            interrupted(lambda: len(waiting) > 0)
-            wait_for(lambda: not len(waiting))
+            interrupted(lambda: len(waiting) > 1)
+            wait_for(lambda: len(waiting) == 1)
     finally:
         realtime.sync.close()
         signal.signal(signal.SIGUSR1, before)
@@ -699,8 +749,8 @@ def test_a_run_whose_opening_is_interrupted_does_not_stay_open() -> None:
         version = await commit(record, **options)
         if record.status is Status.EXECUTING:
             stored.set()
-            with anyio.CancelScope(shield=True):
-                await anyio.sleep(0.05)  # the signal arrives now
+            with suppress(anyio.get_cancelled_exc_class()):
+                await anyio.sleep_forever()  # until the signal cancels the call
         return version
 
     def on_signal(number: int, frame: object) -> None:

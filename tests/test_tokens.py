@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import base64
+import hmac
 import json
 import math
 import re
@@ -11,7 +12,7 @@ import jwt
 import pytest
 
 from asgi_realtime.core.errors import ExpiredToken, InvalidConfiguration, InvalidToken, UsageError
-from asgi_realtime.tokens import AUDIENCE, ISSUER, Claims, TokenAuthority
+from asgi_realtime.tokens import AUDIENCE, ISSUER, Claims, TokenAuthority, _read_claims, check_owner
 
 SECRET = "a-secret-of-thirty-two-bytes-or-more"
 OTHER = "another-secret-of-thirty-two-bytes-and-more"
@@ -93,12 +94,88 @@ def test_omitted_columns_are_a_claim_of_the_token() -> None:
     assert authority().verify(token).skip_columns == ("payload",)
 
 
+def test_owner_and_tags_are_claims_of_the_token() -> None:
+    token = authority().mint(["read:runs"], expires_in_s=60, skip_columns=["payload"], owner="user:1", tags=["a"])
+    claims = jwt.decode(token, options={"verify_signature": False})
+    assert claims["realtime"] == {"skipColumns": ["payload"], "owner": "user:1", "tags": ["a"]}
+    assert authority().verify(token).owner == "user:1"
+    assert authority().verify(token).tags == ("a",)
+
+
+def test_a_token_without_an_owner_is_its_own_owner() -> None:
+    for token in (authority().mint(["read:runs"], expires_in_s=60, own_id=True), forged(), forged(realtime=[])):
+        claims = authority().verify(token)
+        assert claims.owner == claims.token_id
+    assert authority().authenticate(SECRET).owner == ""
+
+
+@pytest.mark.parametrize(
+    ("owner", "message"),
+    [
+        (1, "owner is a int; allowed is a str"),
+        (" ", "owner is empty"),
+        ("u" * 129, "owner is 129 characters, limit 128"),
+        ("a\nb", "has a control character"),
+        ("\ud83d", "has a control character or a lone surrogate"),
+    ],
+)
+def test_an_invalid_owner_is_rejected(owner: Any, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        check_owner(owner)
+    payload = {"exp": NOW + 60, "pub": True, "scopes": [], "realtime": {"owner": owner}}  # PyJWT encodes no surrogate
+    with pytest.raises(InvalidToken, match=f"no valid realtime.owner: .*{message}"):
+        _read_claims(payload, now=NOW, token_id="")
+    assert check_owner("u" * 128) == "u" * 128
+    assert check_owner(None) is None
+
+
 def test_a_respelled_signature_is_the_same_token() -> None:
     """Base64 can be padded or not, so a spent one-time token could be used again as another string."""
     ours = authority()
     token = ours.mint(["trigger:tasks:chat"], expires_in_s=60, one_time=True)
     respelled = token + "="
     assert ours.verify(respelled).token_id == ours.verify(token).token_id
+
+
+def signed(payload: bytes, secret: str = SECRET) -> str:
+    """A token with the usual header and this text as its payload."""
+    content = base64.urlsafe_b64encode(b'{"alg":"HS256","typ":"JWT"}') + b"." + payload
+    signature = base64.urlsafe_b64encode(hmac.digest(secret.encode(), content, "sha256")).rstrip(b"=")
+    return f"{content.decode()}.{signature.decode()}"
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        b"",
+        b"!",
+        b"AAAAA",
+        b"W10",
+        part("text").encode(),
+        part({}).encode(),
+        base64.urlsafe_b64encode(b'{"a":' + b"[" * 3000),
+    ],
+    ids=["empty", "not base64", "cut off", "a list", "a string", "no claims", "deep"],
+)
+def test_a_signed_token_with_a_bad_payload_is_rejected(payload: bytes) -> None:
+    with pytest.raises(InvalidToken, match="token is not a JWT|token has no iss"):
+        authority().verify(signed(payload))
+
+
+def test_each_modified_character_makes_a_token_invalid() -> None:
+    ours = authority()
+    token = ours.mint(["read:runs:run_1"], expires_in_s=60)
+    for place, character in enumerate(token):
+        other = "Q" if character in "ABCD" else "A"  # the last character has two bits that do not count
+        with pytest.raises(InvalidToken, match="signature|not a JWT|not signed"):
+            ours.verify(token[:place] + other + token[place + 1 :])
+
+
+@pytest.mark.parametrize("secret", [SECRET, OTHER])
+@pytest.mark.parametrize("header", [None, {"kid": "1"}])
+def test_each_header_and_each_secret_is_accepted(header: dict[str, Any] | None, secret: str) -> None:
+    token = jwt.encode(jwt.decode(forged(), options={"verify_signature": False}), secret, headers=header)
+    assert authority([SECRET, OTHER]).verify(token).scopes == ("read:runs",)
 
 
 def test_extra_claims_and_the_subject_can_be_set() -> None:
@@ -168,6 +245,7 @@ DEEP = f"{base64.urlsafe_b64encode(b'[' * 3000).decode()}.{part({})}.AAAA"
         (forged(pub=...), "pub must be true"),
         (forged(pub="true"), "pub must be true"),
         (forged(realtime={"skipColumns": "payload"}), "no valid realtime.skipColumns"),
+        (forged(realtime={"tags": "user:1"}), "no valid realtime.tags"),
     ],
 )
 def test_a_bad_token_is_rejected_with_the_reason(token: str, message: str) -> None:
