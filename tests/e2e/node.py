@@ -19,10 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from tests.e2e.site import GUARD_S, ROOT, SECRET, Line, Site
-from tests.requirements import node_binary
+from tests.requirements import node_binary, npm_packages
 
 CLIENTS = Path(os.environ.get("CLIENTS", ROOT / "tests" / "clients")).absolute()
 """The folder of the programs and their packages. Another folder tests other versions of the packages."""
+
+FRONTENDS = ROOT / "tests" / "frontends"
+"""The folder of the programs that use the packages of chat frontends."""
 
 OF_A_WORKER = {"pipe", "write", "receive", "metadata"}
 """Programs that replace global managers of the official package, as its worker does, so each needs its own process."""
@@ -31,11 +34,11 @@ OF_A_WORKER = {"pipe", "write", "receive", "metadata"}
 class Process:
     """A Node process. Passes each line of its output to `on_line`, and None at its end."""
 
-    def __init__(self, on_line: Callable[[str | None], None], *arguments: str) -> None:
+    def __init__(self, on_line: Callable[[str | None], None], *arguments: str, folder: Path = CLIENTS) -> None:
         self._on_line = on_line
         self._process = subprocess.Popen(
             [node_binary(), "run.mjs", *arguments],
-            cwd=CLIENTS,
+            cwd=folder,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -141,9 +144,9 @@ class Program(ABC):
 class Separate(Program):
     """A program that has a process to itself."""
 
-    def __init__(self, name: str, given: Line) -> None:
+    def __init__(self, name: str, given: Line, folder: Path = CLIENTS) -> None:
         super().__init__(name)
-        self._process = Process(self._on_line, name, json.dumps(given))
+        self._process = Process(self._on_line, name, json.dumps(given), folder=folder)
 
     def _on_line(self, text: str | None) -> None:
         if text is None or text.startswith("{"):
@@ -243,5 +246,15 @@ def running(program: str, site: Site, *, alone: bool = False, **given: Any) -> I
         yield started
         if given.get("breakAfter"):
             started.rest()  # cheaper than killing the process and starting another
+    finally:
+        started.kill()
+
+
+@contextmanager
+def frontend(program: str, **given: Any) -> Iterator[Program]:
+    """A program in `tests/frontends`."""
+    started = Separate(program, given, npm_packages(FRONTENDS))
+    try:
+        yield started
     finally:
         started.kill()

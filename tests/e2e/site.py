@@ -57,6 +57,8 @@ class Site:
     broker: str
     poll_s: float = 4 * GUARD_S
     """How long the server holds a poll: by default longer than any test waits."""
+    app: str = "tests.e2e.clients_app:app"
+    environment: dict[str, str] = field(default_factory=dict)
     prefix: str = field(default_factory=lambda: f"t{secrets.token_hex(6)}")
     port: int = field(default_factory=free_port)
     http: httpx.Client = field(default_factory=lambda: httpx.Client(timeout=GUARD_S))
@@ -76,7 +78,7 @@ class Site:
         return f"{self.origin}/realtime"
 
     @property
-    def _environment(self) -> dict[str, str]:
+    def _settings(self) -> dict[str, str]:
         where = {"BROKER": self.broker, "PREFIX": self.prefix}
         return {**where, "SECRET": SECRET, "POLL": str(self.poll_s), "STREAM_BYTES": str(STREAM_BYTES)}
 
@@ -86,9 +88,9 @@ class Site:
 
     def launch(self) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "uvicorn", "tests.e2e.clients_app:app", "--port", str(self.port)],
+            [sys.executable, "-m", "uvicorn", self.app, "--port", str(self.port)],
             cwd=ROOT,
-            env={**os.environ, **self._environment},
+            env={**os.environ, **self._settings, **self.environment},
             stdout=subprocess.DEVNULL,  # the access log; a failed test shows stderr
         )
 

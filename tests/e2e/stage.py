@@ -69,10 +69,14 @@ class Stage:
         return self.start("taskiq", "worker", "tests.e2e.worker_app:queue", "--workers", str(workers), *options)
 
     def start_web(self) -> str:
+        return self.start_web_process()[0]
+
+    def start_web_process(self) -> tuple[str, subprocess.Popen[bytes]]:
+        """A web process and its address."""
         with socket.create_server(("127.0.0.1", 0)) as bound:
             command = ("uvicorn", "tests.e2e.worker_app:app", "--fd", str(bound.fileno()))
-            self.start(*command, pass_fds=[bound.fileno()])
-            return f"http://127.0.0.1:{bound.getsockname()[1]}"
+            process = self.start(*command, pass_fds=[bound.fileno()])
+            return f"http://127.0.0.1:{bound.getsockname()[1]}", process
 
     async def begun(self, handle: RunHandle[Any], chunks: int = 3) -> int:
         """Wait until a worker executes the run and has written something. Return the pid of the worker."""

@@ -32,7 +32,8 @@ def work(number: int) -> dict[str, Any]:
     with realtime.sync.open_run("import", tags=["sync"]) as run:
         realtime.sync.append(output)
         run.set_output(number)
-    chunks = [*realtime.sync.read(handle), *realtime.sync.read(run)]
+    piped = realtime.sync.pipe(iter([number * 3])).handle
+    chunks = [*realtime.sync.read(handle), *realtime.sync.read(run), *realtime.sync.read(piped)]
     return {"output": output, "chunks": chunks, "status": realtime.sync.get_run(run).status}
 
 

@@ -156,6 +156,6 @@ def test_streams_end_when_the_app_stops_or_is_killed(tmp_path: Path) -> None:
                     stream.event()
                     process.send_signal(number)
                     # nginx cuts off the response of a killed app; Caddy ends it as if it were complete.
-                    expected = ["reconnect"] if number == signal.SIGTERM else []
+                    expected = ["end"] if number == signal.SIGTERM else []
                     assert [event.event for event in stream.rest()] == expected
                 process.wait(GUARD_S)

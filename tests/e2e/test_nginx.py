@@ -271,7 +271,7 @@ def test_an_app_that_shuts_down_ends_its_streams(tmp_path: Path, http2: bool) ->
                 visitor.post("/append", run=run["id"], chunk="first")
                 stream.event()
                 process.send_signal(signal.SIGTERM)
-                assert [event.event for event in stream.rest()] == ["reconnect"]
+                assert [event.event for event in stream.rest()] == ["end"]
         assert process.wait(GUARD_S) in (0, -signal.SIGTERM)
 
 

@@ -46,12 +46,13 @@ def pair(redis_sites: tuple[Site, Site]) -> tuple[Site, Site]:
     return redis_sites
 
 
-def test_a_stream_in_memory_ends_with_an_error_after_a_restart(lone: Site) -> None:
+def test_a_stream_in_memory_ends_with_an_error_after_a_crash(lone: Site) -> None:
     run = lone.open()
     run.append("a", "b")
     with running("read", lone, run=run.id, token=run.token) as reader:
         assert [reader.next("chunk") for _ in range(2)] == ["a", "b"]
-        lone.restart()
+        lone.crash()
+        lone.start()
         (line,) = reader.rest()  # an "end" would mean that the stream is complete
         assert line["error"]["status"] == 404
         (asked,) = lone.requests(f"/streams/{run.id}/")

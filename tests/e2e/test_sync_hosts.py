@@ -40,7 +40,7 @@ def work(url: str, number: int) -> dict[str, object]:
 
 
 def expected(number: int) -> dict[str, object]:
-    return {"output": number * 2, "chunks": [number, number * 2], "status": "COMPLETED"}
+    return {"output": number * 2, "chunks": [number, number * 2, number * 3], "status": "COMPLETED"}
 
 
 @contextmanager
@@ -127,6 +127,51 @@ def test_a_script_calls_and_ends(redis_url: str) -> None:
     with script(lines, redis_url) as process:
         printed, errors = process.communicate(timeout=GUARD_S)
     assert (process.returncode, printed, errors) == (0, "42 [21]\n", "")
+
+
+@pytest.mark.redis
+def test_a_script_that_exits_ends_its_runs(redis_url: str) -> None:
+    """They stayed EXECUTING until their lease expired."""
+    lines = """
+        import threading
+        def endless():
+            while True:
+                yield "a"
+                threading.Event().wait(0.01)
+        pipe = realtime.sync.pipe(endless())
+        print(next(pipe), pipe.run_id)
+    """
+    with script(lines, redis_url) as process:
+        printed, errors = process.communicate(timeout=GUARD_S)
+    assert process.returncode == 0
+    assert "1 cut after" in errors and "Traceback" not in errors
+    run_id = printed.split()[1]
+    with script(
+        f"record = realtime.sync.get_run({run_id!r}); print(record.status, record.end.error)", redis_url
+    ) as process:
+        printed, errors = process.communicate(timeout=GUARD_S)
+    assert (printed, errors) == ("FAILED the server was shut down\n", "")
+
+
+@pytest.mark.redis
+def test_a_script_that_exits_finishes_its_runs(redis_url: str) -> None:
+    """No executor resolves names while Python exits, so new connections failed and leases expired."""
+    lines = """
+        import threading
+        from asgi_realtime import Realtime, Timeouts
+        def source():
+            for _ in range(30):
+                yield "a"
+                threading.Event().wait(0.1)
+        named = os.environ["BROKER"].replace("127.0.0.1", "localhost")
+        short = Realtime(secret_key="0" * 32, broker=named, timeouts=Timeouts(lease=1))
+        print(short.sync.pipe(source()).handle.id)
+    """
+    with script(lines, redis_url) as process:
+        printed, errors = process.communicate(timeout=GUARD_S)
+    assert errors == ""
+    with script(f"print(realtime.sync.get_run({printed.strip()!r}).status)", redis_url) as process:
+        assert process.communicate(timeout=GUARD_S)[0] == "COMPLETED\n"
 
 
 @pytest.mark.redis

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,35 @@ async def test_a_worker_that_is_killed_leaves_a_crashed_run(stage: Stage) -> Non
         await handle.result()
     assert await (await stage.realtime.trigger("quick", 7)).result() == 7  # taskiq has started another worker
     assert stage.executions(handle) == 1
+
+
+async def test_a_run_that_nobody_reads_in_any_web_process_is_canceled(stage: Stage) -> None:
+    """The last reader is in a web process that is killed."""
+    stage.start_worker()
+    (first, _), (second, killed) = (stage.start_web_process() for _ in range(2))
+    handle = await stage.realtime.trigger("endless", on_unwatched="cancel", unwatched_grace=1)
+    await stage.begun(handle)
+
+    async def are_counted(readers: int) -> None:
+        while await stage.realtime.broker.watchers(handle.id) != readers:  # noqa: ASYNC110 - of other processes
+            await anyio.sleep(0.02)
+
+    @asynccontextmanager
+    async def reading(web: str) -> AsyncIterator[None]:
+        headers = {"authorization": f"Bearer {SECRET}"}
+        async with httpx.AsyncClient(base_url=web, headers=headers, timeout=GUARD_S) as client:
+            async with client.stream("GET", f"/realtime/v1/streams/{handle.id}/default") as stream:
+                assert stream.status_code == 200
+                yield
+
+    async with reading(second):
+        async with reading(first):
+            await are_counted(2)
+        await are_counted(1)
+        killed.kill()
+    assert not (await stage.realtime.get_run(handle)).is_completed
+    assert (await stage.ended(handle)).status is Status.CANCELED
+    assert stage.note(handle) == "cancelled"
 
 
 async def test_a_worker_paused_beyond_its_lease_cannot_write(stage: Stage) -> None:

@@ -17,7 +17,12 @@ from asgi_realtime import Realtime, RealtimeMiddleware, Timeouts, hypercorn
 
 SECRET = "a key for tests, 32 bytes or more"
 realtime = Realtime(
-    secret_key=SECRET, timeouts=Timeouts(tick=0.05, drain=0.05, heartbeat=float(os.environ.get("HEARTBEAT", "15")))
+    secret_key=SECRET,
+    timeouts=Timeouts(
+        tick=0.05,
+        drain=float(os.environ.get("DRAIN", "0.05")),
+        heartbeat=float(os.environ.get("HEARTBEAT", "15")),
+    ),
 )
 hypercorn.watch(realtime)
 
@@ -37,6 +42,9 @@ async def act(body: dict[str, Any]) -> dict[str, Any]:
         case {"do": "open"}:
             handle = realtime.pipe(silence(), "silence").handle  # it ends with its source
             return {"id": handle.id, "token": handle.public_access_token}
+        case {"do": "answer"}:
+            handle = realtime.pipe(answer()).handle
+            return {"id": handle.id, "token": handle.public_access_token}
         case {"do": "append", "run": str(run_id), "chunk": chunk}:
             await realtime.append(chunk, body.get("stream", "default"), run=run_id)
             return {}
@@ -53,6 +61,13 @@ async def waits() -> None:
 async def silence() -> AsyncIterator[str]:
     await anyio.sleep_forever()
     yield ""
+
+
+async def answer() -> AsyncIterator[int]:
+    """Takes 1.5 s."""
+    for number in range(15):
+        yield number
+        await anyio.sleep(0.1)
 
 
 async def presence() -> None:

@@ -24,7 +24,7 @@ import pytest_asyncio
 
 from asgi_realtime.testing import Event, EventParser
 from tests.e2e.hosts.guest import SECRET
-from tests.e2e.hosts.servers import GUARD_S, ROOT_PATH, Serving, serving
+from tests.e2e.hosts.servers import GUARD_S, ROOT_PATH, SERVERS, Serving, serving
 
 pytestmark = [pytest.mark.slow, pytest.mark.asyncio, pytest.mark.timeout(120)]
 
@@ -234,16 +234,37 @@ async def check_everything_ends_at_sigterm(cell: Cell, http: httpx.AsyncClient, 
         began = time.monotonic()
         server.terminate()
         for stream in streams:
-            assert [event.event for event in await stream.rest()][-1] == "reconnect"
+            assert [event.event for event in await stream.rest()][-1] == "end"  # the drain was too short for the run
         code = await asyncio.to_thread(server.wait)
         exit_s = time.monotonic() - began
     assert code in (0, -15)
     log = server.log.read_text()
     assert "Traceback" not in log and "was destroyed" not in log
     assert re.findall("the (?:host|guest) (?:started|stopped)", log) == cell.life
-    assert "started on first use" not in log
+    assert "not started by the app" not in log
     assert "several workers" not in log
     return exit_s
+
+
+@pytest.mark.parametrize("server", SERVERS)
+async def test_an_answer_in_progress_survives_sigterm(server: str, http: httpx.AsyncClient, tmp_path: Path) -> None:
+    """A deploy failed it after half a second. Others do not wait for it."""
+    with serving(server, tmp_path, {"HOST": "starlette", "ENTRY": "mount", "DRAIN": "30"}) as running:
+        async with asyncio.timeout(GUARD_S), AsyncExitStack() as stack:
+            run = await do(http, running, do="answer")
+            stream = await subscribe(stack, http, running, run)
+            assert await stream.chunk() == 0
+            running.terminate()
+            rest = await stream.rest()
+            await stack.aclose()
+            await http.aclose()
+            code = await asyncio.to_thread(running.wait)
+    assert [json.loads(event.data) for event in rest] == [*range(1, 15), {"reason": "complete"}]
+    assert code in (0, -15)
+    log = running.log.read_text()
+    assert "shutdown: 1 run finished, 0 cut" in log
+    assert "Traceback" not in log
+    assert re.findall("the (?:host|guest) stopped", log) == ["the host stopped", "the guest stopped"]
 
 
 def loses_its_own_routes(cell: Cell) -> bool:

@@ -56,7 +56,7 @@ async def test_workers_on_the_memory_broker(server: str, http: httpx.AsyncClient
                     continue  # the other worker answered
             running.terminate()
             for stream in streams:
-                assert [event.event for event in await stream.rest()] == ["reconnect"]
+                assert [event.event for event in await stream.rest()] == ["end"]
             await asyncio.to_thread(running.wait)
         log = running.log.read_text()
         assert log.count(WARNING) == 1
@@ -77,7 +77,7 @@ async def test_a_replaced_worker_ends_its_streams(
             while "the host stopped" not in running.log.read_text():
                 with suppress(httpx.TransportError):
                     await do(http, running, do="count")
-            assert [event.event for event in await stream.rest()] == ["reconnect"]
+            assert [event.event for event in await stream.rest()] == ["end"]
 
 
 APP = """
@@ -97,7 +97,7 @@ async def test_a_reload_ends_open_streams_and_restarts_the_app(http: httpx.Async
             while not rest.done():  # on a busy machine uvicorn can serve before it watches, and miss the first change
                 module.write_text(f"{module.read_text()}# changed\n")
                 await asyncio.wait([rest], timeout=5)
-            assert [event.event for event in await rest] == ["reconnect"]
+            assert [event.event for event in await rest] == ["end"]
             while starts(running.log.read_text()) < 2:  # noqa: ASYNC110 - of another process
                 await asyncio.sleep(0.01)
             await do(http, running, do="open")
