@@ -1,4 +1,8 @@
-"""The command: `python -m benchmarks [memory] [redis] [--quick] [--only fanout,llm] [--peers raw] [--repeat N]`.
+"""The command: `python -m benchmarks [SUITE …] [--quick] [--only fanout,llm] [--peers raw] [--repeat N]`.
+
+`python -m benchmarks abuse` measures what the worst requests of a browser token cost. It exits with 1 if one of them
+blocks the event loop for more than 100 ms. `python -m benchmarks parts` measures what message parts cost, and
+`python -m benchmarks replay` what late readers of a chat cost.
 
 Exits with 1 if any chunk was missing, duplicated or damaged, or a server failed. Goals are printed but not enforced,
 because the figures of a busy machine are unreliable.
@@ -16,7 +20,7 @@ from pathlib import Path
 
 import uvloop
 
-from benchmarks import workloads
+from benchmarks import abuse, parts, replay, workloads
 from benchmarks.process import choose_cpus, raise_file_limit
 from benchmarks.redis import workloads as redis_workloads
 from benchmarks.redis.site import BINARY, has_redis
@@ -27,9 +31,11 @@ _FILES_NEEDED = 6000
 
 SUITES = {
     "memory": [workloads.WORKLOADS],
+    "tokens": [workloads.TOKENS],
     "redis": [redis_workloads.WORKLOADS, redis_workloads.FOOTPRINT],
 }
-"""Suites and their tables. `memory` compares one process with the memory broker to other servers."""
+"""Suites and their tables. `memory` compares one process with the memory broker to other servers,
+`tokens` does so with one reader per stream."""
 
 
 def _parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -95,6 +101,12 @@ async def _measure(table: list[Workload], *, repeat: int, quick: bool, cpu: int)
 
 
 def main() -> int:
+    if sys.argv[1:] == ["abuse"]:  # in this process, without servers or peers
+        return abuse.main()
+    if sys.argv[1:] == ["parts"]:
+        return parts.main()
+    if sys.argv[1:] == ["replay"]:
+        return replay.main()
     options = _parse()
     server_cpu, client_cpu = choose_cpus()
     if server_cpu == client_cpu:

@@ -15,12 +15,14 @@ PAYLOAD_BYTES = 100
 
 _PADDING = "x" * (PAYLOAD_BYTES - 2 - 8 - 1 - 19 - 1)
 _EVENT = re.compile(
-    rb'id: ?(?P<id>\d+)\r?\ndata: ?"(?P<seq>\d{8}) (?P<due>\d{19}) ' + _PADDING.encode() + rb'"\r?\n\r?\n'
+    rb'(?:id: ?(?P<id>\d+)\r?\n)?data: ?"(?P<seq>\d{8}) (?P<due>\d{19}) '
+    + _PADDING.encode()
+    + rb'"\r?\n(?:id: ?(?P<id_after>\d+)\r?\n)?\r?\n'
     rb"|(?::[^\n]*\n|retry:[^\n]*\n)+(?:\r?\n)?"
     rb"|(?:id:[^\n]*\n)?event: ?(?:end|reconnect)\r?\n(?:[^\r\n]+\r?\n)*\r?\n"
 )
 """An event with a chunk, or other allowed output: comments, `retry:`, a named event at the end."""
-FRAME_END = re.compile(rb'x"\r?\n\r?\n')
+FRAME_END = re.compile(rb'x"\r?\n(?:id: ?\d+\r?\n)?\r?\n')
 """The end of the frame of a chunk, to count chunks without parsing them."""
 
 
@@ -59,7 +61,7 @@ def parse_events(text: bytes | bytearray) -> tuple[list[Event], int]:
         at = match.end()
         if match["seq"] is None:
             continue
-        if int(match["id"]) == int(match["seq"]):
+        if int(match["id"] or match["id_after"] or -1) == int(match["seq"]):
             events.append(Event(int(match["seq"]), int(match["due"]), at))
         else:
             foreign += at - match.start()

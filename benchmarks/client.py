@@ -19,7 +19,7 @@ from typing import cast
 
 from benchmarks.chunks import FRAME_END, Event, parse_events
 
-_FIRST_EVENT = re.compile(rb"(?:\A(?:(?::|retry:)[^\n]*\n)*|\n\r?\n)(?=id:)")
+_FIRST_EVENT = re.compile(rb"(?:\A(?:(?::|retry:)[^\n]*\n)*|\n\r?\n)(?=id:|data:)")
 _MEMO_ENTRIES = 1024
 _MEMO_BYTES = 4096
 _CONNECTING = 64

@@ -9,6 +9,14 @@ PEERS = {
 }
 """Names and classes, imported in the server's process only. The first is the baseline."""
 
+TOKEN_PEERS = PEERS | {
+    "raw source": "benchmarks.servers.raw_source:RawSourcePeer",
+    "asgi_realtime pipe": "benchmarks.servers.ours_pipe:OursPipePeer",
+    "litestar": "benchmarks.servers.litestar_channels:LitestarPeer",
+    "fastapi": "benchmarks.servers.fastapi_sse:FastApiPeer",
+}
+"""The servers with one reader per stream: also `pipe` instead of `append`, and what frameworks have built in."""
+
 REDIS_PEERS = {
     "memory": PEERS["asgi_realtime"],
     "xadd": "benchmarks.servers.xadd:XaddPeer",

@@ -23,6 +23,7 @@ import uvicorn
 import uvloop
 
 from benchmarks.chunks import make_chunk, make_text
+from benchmarks.servers.in_process import measure
 from benchmarks.servers.peer import Peer
 
 _LINE_LIMIT = 16 * 1024 * 1024
@@ -117,6 +118,9 @@ class Control:
 
         keys = await asyncio.gather(*(self._peer.store(source(number)) for number in range(streams)))
         return list(zip(keys, counts, strict=True))
+
+    async def do_measure(self, *, streams: int, tokens: int, segments: int) -> float:
+        return await measure(self._peer, streams=streams, tokens=tokens, segments=segments)
 
     async def do_end(self, *, streams: list[str]) -> None:
         await asyncio.gather(*(self._peer.end_stream(name) for name in streams))
