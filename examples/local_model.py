@@ -94,6 +94,7 @@ def serving(path: Path, *, api_key: str, answer_tokens: int = ANSWER_TOKENS) -> 
             yield Model(process, environment)
         finally:
             process.stdin.close()
+            process.wait()  # after a Ctrl-C, `Popen` itself does not wait long
 
 
 def serve(path: str, answer_tokens: int) -> None:

@@ -1,0 +1,1 @@
+"""A chat with the AI SDK's `useChat`: `make demo APP=usechat`."""
