@@ -1,4 +1,4 @@
-"""The fenced blocks of README.md and docs/*.md, each with the comment before it that declares how it is tested.
+"""The fenced blocks of README.md and docs/**/*.md, each with the comment before it that declares how it is tested.
 
 `<!-- test: fragment tokens -->` holds the kind of the block and, for most kinds, its name. Every code block has one.
 """
@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
-CODE = frozenset({"python", "js", "bash", "json"})
+CODE = frozenset({"python", "js", "html", "bash", "json"})
 """Languages of blocks that must be tested. For others (`text`, `console`) a test is optional."""
 
 _COMMENT = re.compile(r"<!-- test: (\w+)(?: (\w+))? -->")

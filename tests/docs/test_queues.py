@@ -23,6 +23,7 @@ WORKERS = blocks("worker")
 COMMANDS = {
     "taskiq": "taskiq worker app:queue --workers 2 --wait-tasks-timeout 20",
     "celery": "celery -A app:celery worker",
+    "celery_task": "celery -A app:celery worker",
 }
 SECRET = "a secret that is long enough for the tests"
 GUARD_S = 30.0

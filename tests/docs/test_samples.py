@@ -97,9 +97,16 @@ async def gap() -> str:
         return text[text.index("event: gap") : text.index("id: 15")]
 
 
+async def executed_elsewhere(realtime: Realtime) -> str:
+    """A run of another process: the shutdown does not wait for it."""
+    record = realtime.tasks.records.new_open_run("sample", {}).record
+    await realtime.runs.create(record)
+    return record.id
+
+
 async def reconnect() -> str:
-    async with make() as realtime, realtime.open_run("sample") as run:
-        path = f"/v1/streams/{run.id}/default"
+    async with make() as realtime:
+        path = f"/v1/streams/{await executed_elsewhere(realtime)}/default"
         async with AsgiClient(realtime).stream(path, headers=ADMIN) as response:
             await response.chunk()
             realtime.begin_shutdown()
@@ -107,6 +114,20 @@ async def reconnect() -> str:
 
 
 OFFICIAL = {**ADMIN, "trigger-version": "4.8.3"}
+
+
+async def chat_of(protocol: str) -> str:
+    async with make() as realtime:
+        run_id = await ended_run(realtime, "Hel", "lo")
+        return await body(realtime, f"/v1/streams/{run_id}/default?protocol={protocol}")
+
+
+async def ai_sdk() -> str:
+    return await chat_of("ai-sdk")
+
+
+async def ag_ui() -> str:
+    return await chat_of("ag-ui")
 
 
 async def batches() -> str:
@@ -119,8 +140,8 @@ async def batches() -> str:
 
 
 async def interrupted() -> str:
-    async with make() as realtime, realtime.open_run("sample") as run:
-        path = f"/v1/streams/{run.id}/default"
+    async with make() as realtime:
+        path = f"/v1/streams/{await executed_elsewhere(realtime)}/default"
         async with AsgiClient(realtime).stream(path, headers=OFFICIAL) as response:
             await response.chunk()
             realtime.begin_shutdown()
@@ -287,7 +308,8 @@ async def forbidden() -> str:
 ACTUAL: dict[str, Callable[[], Awaitable[str]]] = {
     sample.__name__: sample
     for sample in (
-        *(stream, unwritten, failed, gap, reconnect, batches, interrupted, feed, shape, refetch, run, input),
+        *(stream, unwritten, failed, gap, reconnect, batches, interrupted, ai_sdk, ag_ui),
+        *(feed, shape, refetch, run, input),
         *(cancel, health, probe, forbidden, triggered, batch, filled, retrieved, metadata, claims),
     )
 }
@@ -326,10 +348,10 @@ def test_the_table_of_errors_has_the_status_of_each_code() -> None:
         errors.RunKeptElsewhere,
     ]
     raised += [errors.UsageError, errors.RealtimeError, errors.BrokerUnavailable, errors.ServerShutdown]
-    raised += [errors.StreamGap, errors.StreamLost, errors.RequestCutOff]
+    raised += [errors.StreamGap, errors.StreamLost, errors.RequestCutOff, errors.ThreadBusy]
     raised += [errors.UnknownTask, errors.InvalidPayload, errors.TokenSpent]
     expected = {(str(error.status), error.code) for error in raised}
-    expected |= {(status, errors.LimitExceeded.code) for status in ("413", "422", "429", "503")}
+    expected |= {(status, errors.LimitExceeded.code) for status in ("413", "414", "422", "429", "503")}
     expected |= {("404", "not_found"), ("405", "method_not_allowed"), ("408", "silent")}
     expected |= {("503", errors.ProducerGap.code)}
     assert rows == expected
@@ -377,9 +399,10 @@ def test_cors_headers_are_documented() -> None:
 @pytest.mark.parametrize("prefix", ["", "/realtime", "/realtime/realtime"])
 async def test_documented_routes_exist(prefix: str) -> None:
     rows = re.findall(r"^\| `(GET|HEAD|POST|PUT) (/[^`?]+)(\?[^`]*)?` \|", section(1), re.MULTILINE)
-    assert len(rows) == 23
+    assert len(rows) == 26
     async with make() as realtime:
         for method, path, _ in rows:
             full_path = prefix + re.sub(r"\{\w+\}", "x", path)
             answer = await AsgiClient(realtime).request(method, full_path)
-            assert answer.status_code == (200 if path == "/v1/health" else 401), full_path
+            is_off = path == "/v1/metrics" or path.startswith("/inspect")
+            assert answer.status_code == (200 if path == "/v1/health" else 404 if is_off else 401), full_path

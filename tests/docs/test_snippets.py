@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import asyncio
 import inspect
 import json
 import logging
@@ -11,11 +12,12 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import types
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
@@ -27,6 +29,9 @@ from asgi_realtime.testing import AsgiClient, Event, EventParser
 from tests.docs.blocks import BLOCKS, CODE, ROOT, Block, blocks
 from tests.docs.programs import GUARD_S, completions_endpoint, served
 from tests.requirements import missing
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Page
 
 SECRET = "a secret that is long enough for the tests"
 WORDS = "Each word is sent as soon as it is produced.".split()
@@ -42,13 +47,20 @@ Names = dict[str, Any]
 @pytest.mark.parametrize("block", [block for block in BLOCKS if block.language in CODE], ids=str)
 def test_every_block_of_code_is_tested(block: Block) -> None:
     kinds = {"program", "worker", "fragment", "sample", "curl", "browser", "conformance", "client", "host", "lines"}
-    kinds |= {"pytest"}
+    kinds |= {"pytest", "parts", "chat", "example", "page", "recipe", "script"}
     assert block.kind in kinds
 
 
 def test_names_of_blocks_differ() -> None:
     named = [(block.kind, block.name) for block in BLOCKS if block.kind]
     assert len(named) == len(set(named))
+
+
+@pytest.mark.parametrize("block", blocks("example").values(), ids=str)
+def test_code_of_an_example_is_quoted_exactly(block: Block) -> None:
+    folder = ROOT / "examples" / f"{block.name.rpartition('_')[0]}_app"
+    sources = [*folder.glob("*.py"), *folder.glob("src/*.tsx")]
+    assert any(f"\n{block.text}" in source.read_text("utf-8") for source in sources)
 
 
 # Fragments
@@ -106,11 +118,32 @@ async def check_limits(names: Names, printed: str) -> None:
     realtime: Realtime = names["realtime"]
     assert realtime.limits.tags == 20
     assert realtime.retention.stream_bytes == 32 * 1024 * 1024
-    assert realtime.timeouts.drain == 10
+    assert realtime.timeouts.drain == 20
 
 
 async def check_hypercorn(names: Names, printed: str) -> None:
     assert names["hypercorn"].watch(names["realtime"]) is False  # another server runs in this process
+
+
+async def check_own_stream(names: Names, printed: str) -> None:
+    """No exception leaves the body: a run that fails ends it, and a run of another process leaves it incomplete."""
+    realtime: Realtime = names["realtime"]
+
+    async def failing() -> AsyncIterator[str]:
+        yield "a"
+        raise ValueError
+
+    failed = await AsgiClient(names["app"]).get(f"/answers/{realtime.pipe(failing()).handle.id}")
+    assert failed.text == 'data: "a"\n\nevent: end\ndata: "the run ended failed: task failed"\n\n'
+
+    elsewhere = realtime.tasks.records.new_open_run("elsewhere", {}).record
+    await realtime.runs.create(elsewhere)
+    await realtime.append("a", run=elsewhere.id)
+    async with AsgiClient(names["app"]).stream(f"/answers/{elsewhere.id}") as response:
+        assert await response.chunk() == b'data: "a"\n\n'
+        realtime.begin_shutdown()
+        assert await response.read() == b""
+        assert response.ended
 
 
 async def check_client(names: Names, printed: str) -> None:
@@ -143,6 +176,10 @@ async def check_pipe(names: Names, printed: str) -> None:
     assert names["text"] == "Hello, you!"
     assert names["result"] == PipeResult(chunks=3, bytes=17, last_index=2)
     assert str(names["result"]) in FRAGMENTS["pipe"].text
+
+
+async def check_parts(names: Names, printed: str) -> None:
+    assert printed == "Hello, you!"
 
 
 async def check_writer(names: Names, printed: str) -> None:
@@ -185,10 +222,42 @@ async def check_stop(names: Names, printed: str) -> None:
     assert last.status is Status.CANCELED
 
 
+async def check_canceled(names: Names, printed: str) -> None:
+    realtime: Realtime = names["realtime"]
+    assert await (await realtime.trigger(names["simulate"], 3)).result() == 1.25
+    executes, is_canceled = threading.Event(), threading.Event()
+
+    def observed() -> Any:
+        executes.set()
+        if current_run().canceled:
+            is_canceled.set()
+        return current_run()
+
+    names["current_run"] = observed
+    handle = await realtime.trigger(names["simulate"], 5_000_000)
+    assert await asyncio.to_thread(executes.wait, GUARD_S)
+    await realtime.cancel(handle)
+    assert await asyncio.to_thread(is_canceled.wait, GUARD_S)
+    assert (await realtime.runs.ended(handle.id)).status is Status.CANCELED
+
+
+async def check_unwatched(names: Names, printed: str) -> None:
+    realtime: Realtime = names["realtime"]
+    await names["handle"].result()
+    record = await realtime.get_run(names["handle"])
+    assert (record.metadata, record.counts_watchers, record.unwatched_grace_s) == ({"watchers": 0}, True, 30.0)
+
+
 async def check_options(names: Names, printed: str) -> None:
     realtime = names["realtime"]
     assert (await realtime.get_run(names["later"])).status is Status.DELAYED
     assert (await realtime.get_run(names["brief"])).ttl_s == 30
+
+
+async def check_threads(names: Names, printed: str) -> None:
+    assert names["busy_run_id"] == names["first"].id
+    assert names["active"].id == names["second"].id
+    assert (await names["realtime"].runs.ended(names["first"].id)).status is Status.CANCELED
 
 
 async def check_batches(names: Names, printed: str) -> None:
@@ -198,6 +267,28 @@ async def check_batches(names: Names, printed: str) -> None:
 
 async def check_errors(names: Names, printed: str) -> None:
     assert f"# {printed.strip()}" in FRAGMENTS["errors"].text
+
+
+async def check_handlers(names: Names, printed: str) -> None:
+    app: FastAPI = names["app"]
+
+    @app.get("/status")
+    async def status() -> str:
+        return str((await names["realtime"].get_run("run_gone")).status)
+
+    assert (await AsgiClient(app).get("/status")).status_code == 404
+
+
+async def check_inspector(names: Names, printed: str) -> None:
+    assert (await AsgiClient(names["realtime"], lifespan=False).get("/inspect")).status_code == 200
+
+
+async def check_inspector_session(names: Names, printed: str) -> None:
+    async def with_session(scope: Any, receive: Any, send: Any) -> None:
+        await names["realtime"]({**scope, "session": {"is_admin": True}}, receive, send)
+
+    headers = {"sec-fetch-site": "same-origin"}
+    assert (await AsgiClient(with_session).post("/inspect/token", headers=headers)).status_code == 200
 
 
 async def check_sync(names: Names, printed: str) -> None:
@@ -210,21 +301,26 @@ async def check_redis(names: Names, printed: str) -> None:
     assert isinstance(names["realtime"].broker, RedisBroker)
 
 
-async def check_shared(names: Names, printed: str) -> None:
-    assert isinstance(names["realtime"].broker, RedisBroker)
-
-
 async def check_sentinel(names: Names, printed: str) -> None:
     assert isinstance(names["realtime"].broker, RedisBroker)  # tests/brokers/test_redis_faults.py uses real ones
+
+
+async def check_owners(names: Names, printed: str) -> None:
+    claims = [names["realtime"].verify_token(names[name]) for name in ("start", "follow")]
+    assert [(one.owner, one.tags) for one in claims] == [("user:1", ("user:1",)), ("user:1", None)]
+
+
+async def check_handles(names: Names, printed: str) -> None:
+    assert names["realtime"].verify_token(names["handle"].public_access_token).owner == "user:1"
 
 
 async def check_redact(names: Names, printed: str) -> None:
     logger = logging.getLogger("uvicorn.access")
     args = ("127.0.0.1:1", "GET", "/realtime/v1/runs?access_token=a.b.c&tags=a", "1.1", 200)
     record = logger.makeRecord(logger.name, logging.INFO, "", 0, '%s - "%s %s HTTP/%s" %d', args, None)
-    (added,) = logger.filters
-    logger.filter(record)
+    added: Any = logger.filters[-1]  # a package that other tests import adds its own filter to all loggers
     logger.removeFilter(added)
+    assert added.filter(record)
     assert record.getMessage() == '127.0.0.1:1 - "GET /realtime/v1/runs?access_token=REDACTED&tags=a HTTP/1.1" 200'
 
 
@@ -276,6 +372,24 @@ async def check_prefixed(names: Names, printed: str) -> None:
             assert '"you!"' in (await http.get(url.removeprefix(prefix))).text  # the proxy strips the prefix
 
 
+async def check_logs(names: Names, printed: str) -> None:
+    logger = logging.getLogger("asgi_realtime")
+    assert logger.isEnabledFor(logging.DEBUG)
+    logger.setLevel(logging.NOTSET)
+
+
+async def check_metrics(names: Names, printed: str) -> None:
+    response = await AsgiClient(names["realtime"], token=SECRET).get("/realtime/v1/metrics")
+    assert "asgi_realtime_subscriptions" in response.text
+
+
+async def check_registry(names: Names, printed: str) -> None:
+    registry = names["REGISTRY"]
+    assert registry.get_sample_value("asgi_realtime_subscriptions", {"kind": "stream"}) is None  # not sampled yet
+    names["realtime"].metrics.sample()
+    assert registry.get_sample_value("asgi_realtime_subscriptions", {"kind": "stream"}) == 0
+
+
 CHECKS: dict[str, Callable[[Names, str], Awaitable[None]]] = {
     name.removeprefix("check_"): check for name, check in globals().items() if name.startswith("check_")
 }
@@ -310,14 +424,23 @@ async def test_fragment(name: str, capsys: pytest.CaptureFixture[str], monkeypat
 
 
 def test_every_program_is_served_by_a_test() -> None:
-    assert set(PROGRAMS) == {"smallest", "chat"}
-    assert set(blocks("curl")) == set(blocks("browser")) == {"smallest"}
+    assert set(PROGRAMS) == {
+        "smallest",
+        "chat",
+        "history",
+        "sessions",
+    }  # tests/e2e/test_sessions.py serves the last one
+    assert set(blocks("curl")) == {"smallest"}
+    assert set(blocks("browser")) == {"smallest", "follow", "page"}
+    assert set(blocks("page")) == {"smallest"}
 
 
 @pytest.fixture(scope="module")
 def smallest(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of the smallest program."""
-    with served(PROGRAMS["smallest"].text, tmp_path_factory.mktemp("smallest")) as url:
+    folder = tmp_path_factory.mktemp("smallest")
+    (folder / "page.html").write_text(blocks("page")["smallest"].text)
+    with served(PROGRAMS["smallest"].text, folder) as url:
         yield url
 
 
@@ -354,10 +477,21 @@ def test_the_stream_of_the_smallest_program_resumes(smallest: str) -> None:
     assert httpx.get(url, headers={"last-event-id": str(len(WORDS))}, timeout=GUARD_S).status_code == 204
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(3 * GUARD_S)
-@pytest.mark.chromium
-def test_the_event_source_of_the_readme_in_chromium(smallest: str) -> None:
+FOLLOW = """async () => {
+    const url = new URL(await (await fetch("/words", { method: "POST" })).text(), location.origin);
+    const id = url.pathname.split("/")[4];
+    const freshHandle = async () => ({ id, publicAccessToken: url.searchParams.get("access_token") });
+    BLOCK
+    const chunks = [];
+    return await new Promise((resolve) => follow({ id, publicAccessToken: "wrong" }, (chunk) => chunks.push(chunk),
+        (reason) => resolve([...chunks, reason])));
+}"""
+"""The first token is refused, so the browser gives up and the page opens the stream again."""
+
+
+@pytest.fixture
+def page(smallest: str) -> Iterator[Page]:
+    """A page of the smallest program, at an address without a document."""
     from playwright.sync_api import sync_playwright
 
     path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -365,17 +499,48 @@ def test_the_event_source_of_the_readme_in_chromium(smallest: str) -> None:
         missing("Chromium is not installed (on Debian: apt-get install chromium)")
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=path, args=["--headless", "--no-sandbox"])
-        page = browser.new_page()
-        page.goto(f"{smallest}/openapi.json")
-        streams: list[str] = []
-        page.on("request", lambda request: streams.append(request.url) if "/streams/" in request.url else None)
-        printed: list[str] = []
-        page.on("console", lambda message: printed.append(message.text) if message.type == "log" else None)
-        with page.expect_console_message(lambda message: message.text == "complete", timeout=GUARD_S * 1000):
-            page.evaluate(f"async () => {{ {blocks('browser')['smallest'].text} }}")
+        page = browser.new_page(base_url=smallest)
+        page.goto("/openapi.json")
+        yield page
         browser.close()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3 * GUARD_S)
+@pytest.mark.chromium
+def test_the_page_of_the_readme_survives_a_reload(page: Page) -> None:
+    starts: list[str] = []
+    page.on("request", lambda request: starts.append(request.url) if request.url.endswith("/words") else None)
+
+    def wait_for(words: list[str]) -> None:
+        page.wait_for_function("text => document.body.innerText.trim().startsWith(text)", arg=" ".join(words))
+
+    page.goto("/")
+    wait_for(WORDS[:2])
+    page.reload()
+    wait_for(WORDS)
+    page.wait_for_function("sessionStorage.url === undefined")
+    assert page.inner_text("body").split() == WORDS
+    assert len(starts) == 1
+    page.reload()
+    wait_for(WORDS[:1])
+    assert len(starts) == 2, "after the end, a reload starts a new run"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3 * GUARD_S)
+@pytest.mark.chromium
+def test_the_event_sources_of_the_guide_in_chromium(page: Page) -> None:
+    streams: list[str] = []
+    page.on("request", lambda request: streams.append(request.url) if "/streams/" in request.url else None)
+    printed: list[str] = []
+    page.on("console", lambda message: printed.append(message.text) if message.type == "log" else None)
+    with page.expect_console_message(lambda message: message.text == "complete", timeout=GUARD_S * 1000):
+        page.evaluate(f"async () => {{ {blocks('browser')['smallest'].text} }}")
+    followed = page.evaluate(FOLLOW.replace("BLOCK", blocks("browser")["follow"].text))
+    assert followed == [*WORDS, "complete"]
     assert printed == [*(f"{index} {word}" for index, word in enumerate(WORDS)), "complete"]
-    assert len(streams) == 1
+    assert len(streams) == 3, "one of the first program; the second is refused once"
 
 
 @pytest.mark.slow
@@ -409,19 +574,19 @@ def test_the_documented_conformance_suite_runs(tmp_path: Path) -> None:
 # Facts
 
 
-_SIZE = re.compile(r"(\d+)(?: (KiB|MiB|h))?")
-_UNITS = {"": 1, "KiB": 1024, "MiB": 1024 * 1024, "h": 3600}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)(?: (KiB|MiB|s|min|h))?")
+_UNITS = {"": 1, "KiB": 1024, "MiB": 1024 * 1024, "s": 1, "min": 60, "h": 3600}
 _ROW = re.compile(r"^\| `(Limits|Retention|Timeouts)\.(\w+)` \| ([^|]+) \|", re.MULTILINE)
 
 
-def test_the_table_of_limits_has_the_defaults() -> None:
-    rows = _ROW.findall((ROOT / "README.md").read_text("utf-8"))
-    assert len(rows) > 15
+def test_the_tables_of_the_configuration_have_the_defaults() -> None:
+    rows = _ROW.findall((ROOT / "docs" / "configuration.md").read_text("utf-8"))
+    assert {kind for kind, _, _ in rows} == {"Limits", "Retention", "Timeouts"}
     defaults = {kind.__name__: kind() for kind in (Limits, Retention, Timeouts)}
     for kind, name, text in rows:
         found = _SIZE.fullmatch(text)
         assert found, text
-        assert getattr(defaults[kind], name) == int(found[1]) * _UNITS[found[2] or ""], name
+        assert getattr(defaults[kind], name) == float(found[1]) * _UNITS[found[2] or ""], name
 
 
 def test_documented_settings_exist() -> None:

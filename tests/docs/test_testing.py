@@ -37,6 +37,6 @@ def test_the_documented_test_passes_and_can_fail(tmp_path: Path) -> None:
 
 def test_the_plugin_imports_no_optional_dependencies() -> None:
     heavy = "starlette.testclient hypothesis httpx trio redis fastapi".split()
-    script = f"import sys, asgi_realtime.testing.plugin; print(sorted(set({heavy}) & set(sys.modules)))"
+    script = f"import sys, asgi_realtime_pytest; print(sorted(set({heavy}) & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
