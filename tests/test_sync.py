@@ -8,12 +8,14 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
 from typing import Any
 
 import anyio
 import anyio.from_thread
+import anyio.lowlevel
 import anyio.to_thread
 import pytest
 
@@ -41,7 +43,8 @@ from asgi_realtime import (
 from asgi_realtime.brokers.memory import MemoryBroker
 from asgi_realtime.core.runs import run_topic
 from asgi_realtime.engine import thread_bridge
-from asgi_realtime.loop.thread_calls import LoopThread
+from asgi_realtime.loop import thread_calls
+from asgi_realtime.loop.thread_calls import LoopThread, ThreadCall
 from asgi_realtime.sync import SyncRealtime
 from tests.inprocess import make_realtime, until
 
@@ -698,6 +701,56 @@ def test_an_exception_that_interrupts_an_execution_cancels_its_run() -> None:
 
 class TimeLimit(Exception):
     """Raised by a signal handler, as job queues do."""
+
+
+@contextmanager
+def interrupted_at(line: int) -> Iterator[None]:
+    """Raise `TimeLimit` when this thread is about to execute the n-th line of the functions that the body calls."""
+    seen = 0
+
+    def trace(frame: FrameType, event: str, arg: object) -> Any:
+        nonlocal seen
+        seen += event == "line"
+        if seen == line:
+            raise TimeLimit
+        return trace
+
+    before = sys.gettrace()
+    with pytest.raises(TimeLimit):
+        sys.settrace(trace)
+        try:
+            yield
+        finally:
+            sys.settrace(before)
+
+
+@pytest.mark.slow
+def test_a_call_that_is_interrupted_at_any_line_is_cancelled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After it had been posted and before the wait began, the call continued. While the wait held a lock that the loop
+    needs, the loop would have waited for it forever."""
+    monkeypatch.setattr(thread_calls, "CHECK_PERIOD_S", 0.001)  # so that the waiting thread executes lines
+    realtime = with_tasks(broker=Shared(), timeouts=Timeouts(tick=0.01, drain=0.02))
+    begun = ended = 0
+
+    async def wait() -> None:
+        nonlocal begun, ended
+        begun += 1
+        try:
+            await anyio.sleep_forever()
+        finally:
+            ended += 1
+
+    try:
+        bridge = realtime.sync._bridge
+        supervisor = bridge.supervisor()
+        for line in range(1, 120):
+            with interrupted_at(line):
+                ThreadCall(supervisor, wait).make()
+            bridge.call(anyio.lowlevel.checkpoint)  # after this the interrupted call has begun, if it ever does
+            wait_for(lambda: ended == begun)
+        assert ended > 50
+    finally:
+        realtime.sync.close()
 
 
 def test_an_interrupted_call_leaves_no_waiter() -> None:

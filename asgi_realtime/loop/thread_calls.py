@@ -11,9 +11,10 @@ import contextvars
 import socket
 import threading
 from collections.abc import Awaitable, Callable
-from concurrent.futures import Future, InvalidStateError, wait
+from concurrent.futures import Future
 from contextlib import suppress
-from typing import Any, Generic, TypeVar
+from queue import Empty, SimpleQueue
+from typing import Any, Generic, TypeVar, cast
 
 import anyio
 import anyio.from_thread
@@ -30,13 +31,40 @@ CHECK_PERIOD_S = 0.5
 """How often a waiting thread checks whether the loop still exists."""
 
 
+class Outcome(Generic[T]):
+    """The result or the error of a call that a loop makes for a waiting thread. Only the first one counts.
+
+    A signal handler can raise at any point of the waiting code. If that is inside a lock of Python's own code, as in
+    `concurrent.futures`, the lock can stay held, and the loop would wait for it forever. This queue has none.
+    """
+
+    def __init__(self) -> None:
+        self._first: SimpleQueue[tuple[Any, BaseException | None]] = SimpleQueue()
+
+    def set_result(self, result: T) -> None:
+        self._first.put((result, None))
+
+    def set_error(self, error: BaseException) -> None:
+        self._first.put((None, error))
+
+    def wait(self, timeout: float | None = None) -> T:
+        """Wait in a thread. Raises the error, and `queue.Empty` after `timeout` seconds."""
+        result, error = self._first.get(timeout=timeout)
+        if error is None:
+            return cast("T", result)
+        try:
+            raise error
+        finally:
+            del error, self  # breaks a cycle: the traceback holds this frame
+
+
 class ThreadCall(Generic[T]):
     """One call of a coroutine function on the loop of a supervisor, in a copy of the thread's context."""
 
     def __init__(self, supervisor: Supervisor, function: Callable[[], Awaitable[T]]) -> None:
         self._supervisor = supervisor
         self._function = function
-        self._outcome: Future[T] = Future()
+        self._outcome: Outcome[T] = Outcome()
         self._scope: anyio.CancelScope | None = None
         self._is_abandoned = False
 
@@ -53,60 +81,55 @@ class ThreadCall(Generic[T]):
             )
         context = without_loop(contextvars.copy_context())
         try:
-            self._supervisor.post(lambda: self._start(context))
+            self._post(lambda: self._start(context))
+            while True:
+                with suppress(Empty):
+                    return self._outcome.wait(CHECK_PERIOD_S)
+                if self._supervisor.ended or self._supervisor.loop_is_closed:
+                    self._outcome.set_error(ServerShutdown())
+        except BaseException:  # of the call itself, or a signal handler raised: at any point, also in `_post`
+            with suppress(ServerShutdown):
+                self._post(self._abandon)
+            raise
+
+    def _post(self, call: Callable[[], object]) -> None:
+        try:
+            self._supervisor.post(call)
         except RuntimeError:  # the loop is closed or closing
             raise ServerShutdown() from None
-        self._wait()
-        try:
-            return self._outcome.result()
-        finally:
-            self._outcome = Future()  # breaks a cycle: the traceback holds this frame, and the frame holds the call
-
-    def _wait(self) -> None:
-        try:
-            while not wait([self._outcome], CHECK_PERIOD_S).done:
-                if self._supervisor.ended or self._supervisor.loop_is_closed:
-                    self._fail(ServerShutdown())
-        except BaseException:  # raised by a signal handler
-            with suppress(RuntimeError):
-                self._supervisor.post(self._abandon)
-            raise
 
     # On the loop's thread
 
     def _start(self, context: contextvars.Context) -> None:
         if self._supervisor.ended:
-            self._fail(ServerShutdown())
+            self._outcome.set_error(ServerShutdown())
         else:
             self._supervisor.spawn_brief(self._run, context)
 
     async def _run(self) -> None:
+        outcome = self._outcome
         try:
             with anyio.CancelScope() as scope:
                 self._scope = scope
                 if self._is_abandoned:
                     scope.cancel()
-                self._outcome.set_result(await self._function())
+                outcome.set_result(await self._function())
         except anyio.get_cancelled_exc_class() as exc:
             if not cancelled_itself():
-                self._fail(ServerShutdown())
+                outcome.set_error(ServerShutdown())
                 raise
-            self._fail(exc)
+            outcome.set_error(exc)
         except BaseException as exc:
             if not is_failure(exc):  # it ends the loop
-                self._fail(ServerShutdown())
+                outcome.set_error(ServerShutdown())
                 raise
-            self._fail(exc)
+            outcome.set_error(exc)
 
     def _abandon(self) -> None:
         """Cancel the call, because the thread does not wait for it anymore."""
         self._is_abandoned = True
         if self._scope is not None:
             self._scope.cancel()
-
-    def _fail(self, error: BaseException) -> None:
-        with suppress(InvalidStateError):  # the thread or the loop has ended the call already
-            self._outcome.set_exception(error)
 
 
 class ThreadLoop(asyncio.SelectorEventLoop):
