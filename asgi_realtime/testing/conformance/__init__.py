@@ -29,16 +29,23 @@ must not lose, reorder or invent anything.
 
 from __future__ import annotations
 
+import pkgutil
+
 import pytest
 
-pytest.register_assert_rewrite(*(f"{__name__}.{part}" for part in ("due", "kit", "live", "runs", "streams", "topics")))
+pytest.register_assert_rewrite(*(part.name for part in pkgutil.iter_modules(__path__, f"{__name__}.")))
 
+from asgi_realtime.testing.conformance.claims import *  # noqa: E402, F403
 from asgi_realtime.testing.conformance.due import *  # noqa: E402, F403
+from asgi_realtime.testing.conformance.ended_runs import *  # noqa: E402, F403
 from asgi_realtime.testing.conformance.kit import Backend, MakeBroker  # noqa: E402
 from asgi_realtime.testing.conformance.live import *  # noqa: E402, F403
+from asgi_realtime.testing.conformance.producers import *  # noqa: E402, F403
 from asgi_realtime.testing.conformance.runs import *  # noqa: E402, F403
+from asgi_realtime.testing.conformance.stream_limits import *  # noqa: E402, F403
 from asgi_realtime.testing.conformance.streams import *  # noqa: E402, F403
 from asgi_realtime.testing.conformance.topics import *  # noqa: E402, F403
+from asgi_realtime.testing.conformance.watchers import *  # noqa: E402, F403
 
 __all__ = ["Backend", "MakeBroker"]
 __all__ += sorted(name for name in globals() if name.startswith("test_"))

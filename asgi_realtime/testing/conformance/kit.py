@@ -78,6 +78,9 @@ LATE_S = 5.0
 
 TIMEOUTS = Timeouts(lease=0.3, cancel=0.2)
 
+SHORT_MS = int(SHORT_S * 1000)
+LEASE_MS = int(TIMEOUTS.lease * 1000)
+
 GUARD_S = 10.0
 """The time limit of each test, on any backend."""
 
@@ -173,6 +176,9 @@ async def new_key(backend: Backend, name: str = "default") -> StreamKey:
 
 
 # Streams
+
+CHUNK = b'"' + b"x" * 100 + b'"'
+"""Large enough that a few of them exceed the retention of a test."""
 
 
 def items(count: int, start: int = 0) -> list[bytes]:
@@ -305,6 +311,38 @@ async def versions_in(broker: Broker, topic: str) -> dict[str, int]:
     changes = await broker.changes(topic)
     assert changes.snapshot
     return versions(changes)
+
+
+# Due times
+
+
+async def due_runs(backend: Backend, kind: str) -> list[str]:
+    """The due runs. Both processes must return the same, unless one becomes due between the two calls."""
+    for _ in range(10):
+        ours, theirs = await backend.broker.due(kind), await backend.peer.due(kind)
+        if ours == theirs:
+            return ours
+    raise AssertionError(f"the processes disagree on {kind}: {ours}, {theirs}")
+
+
+async def assert_due(backend: Backend, kind: str, *run_ids: str) -> None:
+    """Wait until as many runs are due, and check that they are these, in this order."""
+
+    async def are_due() -> bool:
+        return len(await due_runs(backend, kind)) >= len(run_ids)
+
+    await eventually(backend, are_due, f"{len(run_ids)} runs are due for {kind}")
+    assert await due_runs(backend, kind) == list(run_ids)
+
+
+async def assert_due_from(backend: Backend, kind: str, run_id: str, at_ms: int) -> None:
+    """The run is due from a time on, not before, and stays due."""
+    while backend.now_ms() < at_ms:
+        found = await due_runs(backend, kind)
+        assert run_id not in found or backend.now_ms() >= at_ms, f"the run is due for {kind} too early"
+        await backend.advance(STEP_S)
+    await assert_due(backend, kind, run_id)
+    assert await due_runs(backend, kind) == [run_id], "it stays due until something is done"
 
 
 # Cancellation

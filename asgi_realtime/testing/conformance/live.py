@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from asgi_realtime.brokers.base import Broker, End, Producer, StreamKey
 from asgi_realtime.brokers.live_log import LiveLog
-from asgi_realtime.core.errors import RunNotFound, StreamClosed
+from asgi_realtime.core.errors import StreamClosed
 from asgi_realtime.core.runs import RunError, Status
 from asgi_realtime.testing.conformance.kit import (
     COMPLETE,
@@ -303,26 +303,6 @@ async def test_a_stream_of_an_ended_run_ends_at_once(make_broker: MakeBroker) ->
             for name, length in (("written", 2), ("never written", 0)):
                 reader = await Reader(broker, StreamKey(run.id, name)).run()
                 assert (len(reader.seen), reader.end) == (length, COMPLETE)
-
-
-@pytest.mark.anyio
-async def test_readers_of_a_removed_run_still_get_its_end(make_broker: MakeBroker) -> None:
-    """A log has all entries before its end, so its readers need nothing more from the broker."""
-    async with open_backend(make_broker) as backend:
-        run = await create(backend)
-        key = StreamKey(run.id, "default")
-        await backend.broker.append(key, items(3))
-        reader = Reader(backend.peer, key)
-        async with backend.peer.live(key) as live:
-            await store(backend.broker, finished(backend, run))
-            while live.end is None:
-                await live.waiting.wait()
-            await backend.broker.remove(run.id)
-            await reader.follow(live)
-        assert data(reader.seen) == items(3)
-        assert reader.end == COMPLETE
-        with pytest.raises(RunNotFound):
-            await reader.run()
 
 
 # Leaving
