@@ -51,7 +51,8 @@ def test_every_public_object_of_the_package_is_exported() -> None:
 
 def test_every_error_that_a_user_can_catch_is_exported() -> None:
     own = {
-        "InvalidRequest",  # internal errors and errors of a request
+        "AuthorizeFailed",  # internal errors and errors of a request
+        "InvalidRequest",
         "InvalidTransition",
         "ProducerGap",
         "ServerShutdown",

@@ -34,6 +34,7 @@ from asgi_realtime.asgi.subscription import (
     reconnect_response,
 )
 from asgi_realtime.core.errors import (
+    AuthorizeFailed,
     BrokerUnavailable,
     ExpiredToken,
     RealtimeError,
@@ -200,7 +201,7 @@ class RealtimeApp:
             raise BrokerUnavailable("the server could not start; try later") from exc
 
     def _error_response(self, error: Exception, *, reconnects: bool) -> Response:
-        if reconnects and isinstance(error, BrokerUnavailable | ServerShutdown):
+        if reconnects and isinstance(error, BrokerUnavailable | ServerShutdown | AuthorizeFailed):
             return reconnect_response()
         if reconnects and isinstance(error, RunAwaited):
             return reconnect_response(longest_ms=AWAITED_RECONNECT_MS)

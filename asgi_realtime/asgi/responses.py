@@ -14,7 +14,15 @@ from starlette.responses import Response
 
 from asgi_realtime.asgi.connection import WHOLE_BYTES
 from asgi_realtime.core.chunks import encode_value
-from asgi_realtime.core.errors import LimitExceeded, RealtimeError, ScopeDenied, ServerShutdown, ThreadBusy, TokenError
+from asgi_realtime.core.errors import (
+    AuthorizeFailed,
+    LimitExceeded,
+    RealtimeError,
+    ScopeDenied,
+    ServerShutdown,
+    ThreadBusy,
+    TokenError,
+)
 
 NOT_CACHED = "private, no-store"
 """The `Cache-Control` of every response except that of `browser_module`, which is the same for everyone. A token in the
@@ -74,6 +82,8 @@ def exception_response(error: Exception, *, now: float, debug: bool = False) -> 
 
 def _retry_headers(error: RealtimeError, now: float) -> dict[str, str]:
     """When to send the request again: the standard header, in seconds, and that of the official clients, a time."""
+    if isinstance(error, AuthorizeFailed):
+        return {"retry-after": "1"}
     if not isinstance(error, LimitExceeded) or error.retry_after_s is None:
         return {}
     reset_ms = math.ceil((now + error.retry_after_s) * 1000)

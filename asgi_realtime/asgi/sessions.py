@@ -22,7 +22,7 @@ from starlette.requests import Request as HostRequest
 from asgi_realtime.asgi.request import Request
 from asgi_realtime.core.access import Authorize, Grant, Resource
 from asgi_realtime.core.config import Cors, Limits
-from asgi_realtime.core.errors import InvalidToken, RealtimeError, ScopeDenied, UsageError, shown
+from asgi_realtime.core.errors import AuthorizeFailed, InvalidToken, RealtimeError, ScopeDenied, UsageError, shown
 from asgi_realtime.core.names import check_tags
 from asgi_realtime.core.scopes import flatten_scopes
 from asgi_realtime.loop.waiting import at_most
@@ -37,8 +37,8 @@ _DENIED = "no token, and the app's authorize= denied the request; log in, or pas
 async def authorize_session(authorize: Authorize, request: Request, resource: Resource) -> None:
     """Let the host authorize a request without a token.
 
-    Raises `InvalidToken` or `ScopeDenied` if it does not, or if a page of another origin sent the request; what
-    `authorize` raises; and `TimeoutError`.
+    Raises `InvalidToken` or `ScopeDenied` if it does not, or if a page of another origin sent the request; and what
+    `ask_host` raises.
     """
     host = request.host
     check_origin(request, host.cors)
@@ -77,9 +77,17 @@ def lists(cors: Cors | None, origin: bytes) -> bool:
 
 async def ask_host(function: Callable[..., Any], request: Request, *more: object, name: str) -> Any:
     """Call a function of the host with its kind of request: in a thread, because a session is often in a database; a
-    coroutine function on the loop. Raises `TimeoutError`, and what the function raises."""
-    with at_most(request.host.timeouts.authorize, lambda: f"{name}= did not return within Timeouts.authorize"):
-        return await _call(function, HostRequest(request.scope), *more)
+    coroutine function on the loop. Raises the errors of this library that the function raises, and `AuthorizeFailed`
+    for all others, or if it takes too long."""
+    try:
+        with at_most(request.host.timeouts.authorize, lambda: f"{name}= did not return within Timeouts.authorize"):
+            return await _call(function, HostRequest(request.scope), *more)
+    except Exception as exc:
+        if isinstance(exc, RealtimeError) and exc.status != 500:
+            raise
+        path = f"{request.method} {shown(request.scope['path'])}"
+        request.host.runs.reporter.authorize_failed(name, path, exc)
+        raise AuthorizeFailed() from exc
 
 
 async def _call(function: Callable[..., Any], *arguments: object) -> Any:

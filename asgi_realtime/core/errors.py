@@ -35,6 +35,7 @@ RealtimeError
 │   └── ProducerGap
 ├── TaskError                   raised by a task; subscribers see its message
 ├── SourceFailed                a model reported a failure within its stream
+├── AuthorizeFailed             the host's function that authorizes a request failed
 ├── ServerShutdown              the server shut down
 └── BrokerUnavailable           the broker does not respond
     └── RestoreOutOfOrder       the writer must wait for other producers to restore their entries
@@ -297,6 +298,16 @@ class SourceFailed(RealtimeError):
 
     status = 502
     code = "source_failed"
+
+
+class AuthorizeFailed(RealtimeError):
+    """The host's function that authorizes a request without a token raised, or did not return in time."""
+
+    status = 503
+    code = "authorize_failed"
+
+    def __init__(self) -> None:
+        super().__init__("the server could not check the session; try again")
 
 
 class ServerShutdown(RealtimeError):

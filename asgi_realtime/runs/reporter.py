@@ -11,6 +11,7 @@ import logging
 from typing import Protocol
 
 from asgi_realtime.core.errors import (
+    AuthorizeFailed,
     BrokerUnavailable,
     LimitExceeded,
     RealtimeError,
@@ -24,7 +25,7 @@ from asgi_realtime.core.runs import RunRecord, Status
 from asgi_realtime.loop.logger import logger
 from asgi_realtime.loop.throttle import Throttle
 
-_EXPECTED = (RunNotFound, RequestCutOff, ServerShutdown, BrokerUnavailable)
+_EXPECTED = (RunNotFound, RequestCutOff, ServerShutdown, BrokerUnavailable, AuthorizeFailed)
 """Rejections for which a client came early, left or has to come again; the log has their causes. They are logged at
 DEBUG."""
 
@@ -97,6 +98,12 @@ class Reporter:
             logger.warning(text, seconds, kind, f" of run {run_id}" if run_id else "", more)
 
     # Requests
+
+    def authorize_failed(self, name: str, request: str, error: Exception) -> None:
+        """The host's function of this name, which authorizes requests, has raised or took too long."""
+        more = self._throttle.admit(f"{name} {type(error).__name__}")
+        if more is not None:
+            logger.error("%s= failed for %s; the request gets 503%s", name, request, more, exc_info=error)
 
     def rejected(self, error: RealtimeError, request: str) -> None:
         """A request was answered with an error. `request` is what to show of it."""

@@ -10,7 +10,17 @@ import pytest
 from starlette.exceptions import HTTPException
 from starlette.requests import Request as HostRequest
 
-from asgi_realtime import Cors, Grant, InvalidConfiguration, InvalidToken, Limits, Realtime, Resource, Timeouts
+from asgi_realtime import (
+    Cors,
+    Grant,
+    InvalidConfiguration,
+    InvalidToken,
+    Limits,
+    Realtime,
+    RealtimeError,
+    Resource,
+    Timeouts,
+)
 from asgi_realtime.asgi.request import Request
 from asgi_realtime.asgi.routes import ROUTES
 from asgi_realtime.asgi.sessions import RESOURCES, check_origin
@@ -253,10 +263,11 @@ async def test_the_host_sees_the_request_without_its_body() -> None:
 @pytest.mark.parametrize(
     ("error", "status"),
     [
-        (ValueError("a secret of the host"), 500),
+        (ValueError("a secret of the host"), 503),
         (HTTPException(401, "log in"), 401),
         (HTTPException(403, "not yours"), 403),
-        (HTTPException(418, "a secret of the host"), 500),
+        (HTTPException(418, "a secret of the host"), 503),
+        (RealtimeError("a secret of the host"), 503),
         (InvalidToken("log in"), 401),
         (ScopeDenied("not yours"), 403),
         (LimitExceeded("slow down", status=429, retry_after_s=3), 429),
@@ -269,8 +280,9 @@ async def test_what_the_function_raises(error: Exception, status: int, caplog: p
     response = await AsgiClient(await host_with_run(authorize)).get(STREAM)
     assert response.status_code == status
     message = response.json()["error"]
-    if status == 500:
-        assert message == "internal error"
+    if status == 503:
+        assert message == "the server could not check the session; try again"
+        assert (response.json()["code"], response.headers["retry-after"]) == ("authorize_failed", "1")
         assert [record.levelno for record in caplog.records] == [logging.ERROR]
         assert "a secret of the host" in caplog.text
     else:
@@ -291,9 +303,32 @@ async def test_a_function_that_takes_too_long_is_given_up(caplog: pytest.LogCapt
         raise AssertionError
 
     host = await host_with_run(authorize, timeouts=Timeouts(authorize=0.01))
-    assert (await AsgiClient(host).get(STREAM)).status_code == 500
+    assert (await AsgiClient(host).get(STREAM)).status_code == 503
     assert "authorize= did not return within Timeouts.authorize" in caplog.text
     assert not host.subscribers
+
+
+async def test_an_event_source_reconnects_after_the_function_has_failed() -> None:
+    """It does not after a status of 500 or 503, so a page stayed silent after a short outage of the host's database."""
+
+    def authorize(request: HostRequest, resource: Resource) -> bool:
+        raise OSError("the database is down")
+
+    response = await AsgiClient(await host_with_run(authorize)).get(STREAM, headers={"accept": "text/event-stream"})
+    assert (response.status_code, "event: reconnect\n" in response.text) == (200, True)
+
+
+async def test_the_log_names_the_function_that_failed_and_the_path(caplog: pytest.LogCaptureFixture) -> None:
+    def authorize(request: HostRequest, resource: Resource) -> bool:
+        raise OSError("the database is down")
+
+    client = AsgiClient(await host_with_run(authorize))
+    for _ in range(30):
+        await client.get(f"{STREAM}?secret=1")
+    assert len(caplog.records) == 10, "of similar messages, 10 are logged in 10 seconds"
+    assert all(record.exc_info for record in caplog.records)
+    assert f"authorize= failed for GET '{STREAM}'; the request gets 503" in caplog.text
+    assert "secret" not in caplog.text
 
 
 async def test_a_shutdown_interrupts_the_function() -> None:
