@@ -127,10 +127,10 @@ class RealtimeApp:
             self._host.runs.reporter.rejected(error, request)
 
     def _common_headers(self, request: Request) -> Headers:
+        """No cache stores what depends on a cookie (`NOT_CACHED`), so there is no `Vary: Cookie`, which a session
+        middleware would repeat."""
         host, origin = self._host, request.header(b"origin")
-        if host.authorize is None:
-            return [NOSNIFF, *cors_headers(host.cors, origin)]
-        return [NOSNIFF, (b"vary", b"Cookie"), *cors_headers(host.cors, origin, credentials=True)]
+        return [NOSNIFF, *cors_headers(host.cors, origin, credentials=host.authorize is not None)]
 
     async def _respond(self, request: Request, scope: Scope) -> AnyResponse:
         cors = self._host.cors

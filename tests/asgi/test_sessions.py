@@ -8,6 +8,7 @@ from typing import Any
 import anyio
 import pytest
 from starlette.exceptions import HTTPException
+from starlette.middleware.sessions import SessionMiddleware
 from starlette.requests import Request as HostRequest
 
 from asgi_realtime import (
@@ -472,8 +473,16 @@ async def test_no_cache_shares_the_responses() -> None:
     await host.finish()
     for path, headers in ((STREAM, SAME_ORIGIN), (STREAM, {}), ("/v1/runs/run_1", SAME_ORIGIN), ("/v1/health", {})):
         response = await AsgiClient(host).get(path, headers=headers)
-        assert response.headers["vary"] == "Cookie, Origin"
+        assert response.headers["vary"] == "Origin"
         assert response.headers["cache-control"].startswith("private, no-store")
+
+
+async def test_the_session_middleware_of_the_host_adds_the_only_vary_cookie() -> None:
+    """It appends the value without a look at ours, so the header was `Cookie, Cookie`."""
+    host = await host_with_run(lambda request, resource: request.session.get("user", True))
+    await host.finish()
+    app = SessionMiddleware(host, secret_key="a secret of the host")
+    assert (await AsgiClient(app, headers=SAME_ORIGIN).get(STREAM)).headers["vary"] == "Cookie"
 
 
 async def test_without_the_setting_a_cookie_is_nothing() -> None:
