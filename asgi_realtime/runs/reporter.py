@@ -13,6 +13,7 @@ from typing import Protocol
 from asgi_realtime.core.errors import (
     AuthorizeFailed,
     BrokerUnavailable,
+    ExpiredToken,
     LimitExceeded,
     RealtimeError,
     RequestCutOff,
@@ -25,7 +26,7 @@ from asgi_realtime.core.runs import RunRecord, Status
 from asgi_realtime.loop.logger import logger
 from asgi_realtime.loop.throttle import Throttle
 
-_EXPECTED = (RunNotFound, RequestCutOff, ServerShutdown, BrokerUnavailable, AuthorizeFailed)
+_EXPECTED = (RunNotFound, RequestCutOff, ServerShutdown, BrokerUnavailable, AuthorizeFailed, ExpiredToken)
 """Rejections for which a client came early, left or has to come again; the log has their causes. They are logged at
 DEBUG."""
 
