@@ -60,7 +60,7 @@ async def test_the_reason_is_logged_once(caplog: pytest.LogCaptureFixture) -> No
         handle = await finished(first)
         for _ in range(3):
             await refused(second, "GET", f"/v1/runs/{handle.id}", handle.public_access_token)
-    assert caplog.text.count("asgi_realtime: run not found in this worker") == 1
+    assert caplog.text.count("run not found in this worker") == 1
 
 
 async def test_a_run_of_this_worker_can_be_read_with_a_token_from_another() -> None:

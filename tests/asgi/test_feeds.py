@@ -145,4 +145,4 @@ async def test_a_run_of_an_older_version_with_deep_json_does_not_end_the_feed_of
         assert (deep_run["id"], deep_run["metadata"], "payload" in deep_run) == ("run_deep", {}, False)
         assert (other["id"], other["payload"]) == ("run_other", 1)
     (logged,) = caplog.messages
-    assert logged == "asgi_realtime: feeds omit the metadata, payload of run run_deep: it is nested too deeply"
+    assert logged == "feeds omit the metadata, payload of run run_deep: it is nested too deeply"

@@ -195,9 +195,7 @@ async def test_an_error_of_the_library_during_a_send_is_logged(
     monkeypatch.setattr(SubscriptionResponse, "_write", lambda *args: None)  # `await None` fails in our own frame
     response = await AsgiClient(host).get(PATH, headers=host.headers())
     assert response.ended
-    assert [record.message for record in caplog.records] == [
-        "asgi_realtime: a subscription failed; its client will resume"
-    ]
+    assert [record.message for record in caplog.records] == ["a subscription failed; its client will resume"]
 
 
 async def test_a_cancellation_by_the_host_passes_through_and_releases_everything(host: FakeHost) -> None:

@@ -587,7 +587,7 @@ async def test_repeated_failures_within_a_second_are_one_outage(log: Log) -> Non
         health.failed("it", "it is unavailable", "unknown reason")
         health.works("it", "it is available again")
         await asyncio.sleep(0)
-    assert log.having("it is") == ["asgi_realtime: it is unavailable: unknown reason"]
+    assert log.having("it is") == ["it is unavailable: unknown reason"]
     assert health.answering_for_s() == 0.0
     health.answering("it")
     assert health.answering_for_s() < GUARD_S

@@ -221,8 +221,7 @@ async def test_a_start_on_first_use_is_logged_once(caplog: pytest.LogCaptureFixt
         pass
     await realtime.stop()
     assert [record.message for record in caplog.records if "not started" in record.message] == [
-        "asgi_realtime: not started by the app: add realtime.lifespan (or RealtimeMiddleware) so it also shuts down"
-        " cleanly"
+        "not started by the app: add realtime.lifespan (or RealtimeMiddleware) so it also shuts down cleanly"
     ]
     caplog.clear()
     async with realtime, realtime.open_run("r"):
@@ -232,7 +231,7 @@ async def test_a_start_on_first_use_is_logged_once(caplog: pytest.LogCaptureFixt
         pass
     await realtime.stop()
     assert [record.message for record in caplog.records] == [
-        "asgi_realtime: used after shutdown: started again, and will only stop on SIGTERM/SIGINT"
+        "used after shutdown: started again, and will only stop on SIGTERM/SIGINT"
     ]
 
 

@@ -180,7 +180,7 @@ async def test_a_topic_that_fails_is_followed_again(caplog: pytest.LogCaptureFix
                 await until(lambda: not broker.failures)
                 await other.cancel(run.id)
                 await anyio.sleep(60)
-    assert [record.message for record in caplog.records] == [f"asgi_realtime: run {run.id} cannot be followed"]
+    assert [record.message for record in caplog.records] == [f"run {run.id} cannot be followed"]
 
 
 async def test_an_ended_run_leaves_nothing_behind() -> None:

@@ -181,9 +181,7 @@ async def test_a_run_waits_for_an_executor_that_does_not_accept_it_now(
         assert (await refusing.get_run(handle)).status is Status.QUEUED
         await refusing.engine.make_ticker().once()
     warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
-    assert warnings == ["asgi_realtime: the executor does not accept runs; the ticker retries"], (
-        "once, and not for each run"
-    )
+    assert warnings == ["the executor does not accept runs; the ticker retries"], "once, and not for each run"
     async with taking:
         clock.seconds += taking.timeouts.lease + 0.1
         await until(lambda: len(queue.sent) == 2)
@@ -229,7 +227,7 @@ async def test_an_executor_that_fails_does_not_end_the_ticker(caplog: pytest.Log
         await ended(realtime, expiring)
         assert (await realtime.get_run(delayed)).status is Status.QUEUED
     assert [record.message for record in caplog.records if record.exc_info] == [
-        "asgi_realtime: the executor does not accept runs; the ticker retries"
+        "the executor does not accept runs; the ticker retries"
     ]
 
 

@@ -145,8 +145,8 @@ async def test_an_unavailable_broker_is_logged_once_and_retried(caplog: pytest.L
             renewed = len(broker.renewed)
             await until(lambda: len(broker.renewed) > renewed)  # noqa: B023
     known, unknown = [record for record in caplog.records if "leases" in record.message]
-    assert (known.message, known.exc_info) == ("asgi_realtime: leases cannot be renewed: no answer", None)
-    assert (unknown.message, bool(unknown.exc_info)) == ("asgi_realtime: leases cannot be renewed: nonsense", True)
+    assert (known.message, known.exc_info) == ("leases cannot be renewed: no answer", None)
+    assert (unknown.message, bool(unknown.exc_info)) == ("leases cannot be renewed: nonsense", True)
 
 
 def test_a_run_that_arrives_while_the_thread_is_ending_is_renewed() -> None:

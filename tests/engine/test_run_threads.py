@@ -441,7 +441,7 @@ async def test_a_pipe_reports_a_busy_thread_when_it_is_awaited(caplog: pytest.Lo
         with pytest.raises(ThreadBusy):
             async with realtime.open_run("r", thread=THREAD):
                 raise AssertionError("not reached")
-        assert [record.message for record in caplog.records] == [f"asgi_realtime: a pipe did not start: {caught.value}"]
+        assert [record.message for record in caplog.records] == [f"a pipe did not start: {caught.value}"]
 
 
 async def test_a_pipe_into_a_run_has_no_thread() -> None:

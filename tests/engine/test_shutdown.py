@@ -77,9 +77,7 @@ async def test_the_readers_of_a_run_that_is_cut_get_its_end(caplog: pytest.LogCa
             realtime.begin_shutdown()
             assert [event.event for event in await response.read_all_events()] == ["end"]
     assert (record := caplog.records[-1]).levelno == logging.WARNING
-    assert re.fullmatch(
-        r"asgi_realtime: shutdown: 0 runs finished, 1 cut after \d+\.\d s \(chat\)", record.getMessage()
-    )
+    assert re.fullmatch(r"shutdown: 0 runs finished, 1 cut after \d+\.\d s \(chat\)", record.getMessage())
 
 
 async def test_the_log_names_what_finished_and_what_was_cut(caplog: pytest.LogCaptureFixture) -> None:

@@ -55,7 +55,7 @@ def test_the_second_worker_warns_and_one_that_starts_after_all_have_ended_does_n
     first = Worker(tmp_path)
     assert first.until_ready() == []
     second = Worker(tmp_path)
-    assert second.until_ready() == [f"WARNING asgi_realtime: {WARNING}\n"] * 2  # from both of its objects
+    assert second.until_ready() == [f"WARNING {WARNING}\n"] * 2  # from both of its objects
     second.end()
     first.end()
     third = Worker(tmp_path)

@@ -146,7 +146,7 @@ async def test_an_unavailable_broker_is_logged_once_and_retried(caplog: pytest.L
             await until(lambda: broker.requests > requests + 10)  # noqa: B023
         async with realtime.open_run("r"):
             pass
-    assert [record.message for record in caplog.records] == ["asgi_realtime: the broker is unavailable: no answer"] * 2
+    assert [record.message for record in caplog.records] == ["the broker is unavailable: no answer"] * 2
 
 
 async def test_the_ticker_survives_unexpected_errors(caplog: pytest.LogCaptureFixture) -> None:

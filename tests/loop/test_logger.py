@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import pytest
@@ -8,16 +9,26 @@ import asgi_realtime
 from asgi_realtime.loop.logger import client_logger, logger
 
 
-def test_messages_start_with_the_name_and_keep_their_arguments(caplog: pytest.LogCaptureFixture) -> None:
-    """A host without logging configuration prints warnings without the name of their logger."""
+def test_the_messages_of_a_handler_do_not_repeat_the_name(caplog: pytest.LogCaptureFixture) -> None:
+    """With `%(name)s: %(message)s` the lines were `asgi_realtime: asgi_realtime: …`."""
     logger.warning("run %s is %d %% done", "run_1", 5)
     client_logger.warning("gave up")
     assert [(record.name, record.getMessage()) for record in caplog.records] == [
-        ("asgi_realtime", "asgi_realtime: run run_1 is 5 % done"),
-        ("asgi_realtime.client", "asgi_realtime: gave up"),
+        ("asgi_realtime", "run run_1 is 5 % done"),
+        ("asgi_realtime.client", "gave up"),
     ]
     assert caplog.records[0].filename == "test_logger.py"
     assert caplog.records[0].args == ("run_1", 5)
+
+
+def test_without_a_handler_messages_start_with_the_name(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Python prints the bare messages of warnings then."""
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    logger.warning("run %s is %d %% done", "run_1", 5)
+    client_logger.warning("gave up")
+    assert capsys.readouterr().err == "asgi_realtime: run run_1 is 5 % done\nasgi_realtime: gave up\n"
 
 
 def test_no_module_has_a_logger_of_its_own() -> None:

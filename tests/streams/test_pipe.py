@@ -729,9 +729,7 @@ async def test_an_item_that_cannot_be_published_is_skipped(bad: Any, caplog: pyt
         assert await status_of(realtime, run.id) is Status.COMPLETED, "the host saw the error"
     logged = [record.getMessage() for record in caplog.records if "skips" in record.getMessage()]
     assert len(logged) == 1
-    assert logged[0].startswith(
-        f"asgi_realtime: a pipe skips item 2 ({type(bad).__name__}) of stream 'default' of run {run.id}"
-    )
+    assert logged[0].startswith(f"a pipe skips item 2 ({type(bad).__name__}) of stream 'default' of run {run.id}")
 
 
 async def test_a_skipped_item_fails_the_run_if_nothing_awaits_the_pipe() -> None:

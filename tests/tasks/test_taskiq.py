@@ -135,8 +135,8 @@ async def test_a_queue_that_is_unavailable_at_the_start_is_started_by_a_later_ru
         await queue.wait_all()
     assert queue.ups == ["up"] * 3 + ["down"]
     assert [record.message for record in caplog.records] == [
-        "asgi_realtime: the taskiq broker cannot be started yet: no server",
-        "asgi_realtime: the executor does not accept runs; the ticker retries",
+        "the taskiq broker cannot be started yet: no server",
+        "the executor does not accept runs; the ticker retries",
     ]
 
 
