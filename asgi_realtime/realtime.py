@@ -19,7 +19,16 @@ from asgi_realtime.brokers import Broker, open_broker
 from asgi_realtime.brokers.base import InOneProcess, StreamKey
 from asgi_realtime.core.access import Authorize, AuthorizeInspector, check_function
 from asgi_realtime.core.chunks import decode
-from asgi_realtime.core.config import Cors, Limits, Retention, Span, Timeouts, parse_span
+from asgi_realtime.core.config import (
+    Cors,
+    Limits,
+    Retention,
+    Span,
+    Timeouts,
+    check_switch,
+    parse_span,
+    settings_or_default,
+)
 from asgi_realtime.core.errors import InvalidConfiguration, UsageError, shown
 from asgi_realtime.core.names import check_key, check_tags, check_thread, input_stream, stream_name
 from asgi_realtime.core.run_errors import end_error
@@ -124,19 +133,25 @@ class Realtime:
         metrics: bool | CollectorRegistry = False,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self.limits = limits or Limits()
-        self.retention = retention or Retention()
-        self.timeouts = timeouts or Timeouts()
+        self.limits = settings_or_default(limits, Limits)
+        self.retention = settings_or_default(retention, Retention)
+        self.timeouts = settings_or_default(timeouts, Timeouts)
         self.cors = cors if isinstance(cors, Cors) or cors is None else Cors(origins=cors)
         self.authorize = check_function(authorize, name="authorize")
         self.authorize_inspector = check_function(authorize_inspector, name="authorize_inspector")
-        self.api = api
-        self.debug = debug
+        self.api = check_switch(api, name="api")
+        self.debug = check_switch(debug, name="debug")
+        if not callable(clock):
+            raise InvalidConfiguration(f"clock is {shown(clock)}; allowed is a function that returns unix seconds")
         self.clock = clock
         self.metrics = None if metrics is False else _make_metrics(metrics)
         if isinstance(broker, str):
             broker = open_broker(
                 broker, limits=self.limits, retention=self.retention, timeouts=self.timeouts, clock=clock
+            )
+        elif not hasattr(broker, "append"):
+            raise InvalidConfiguration(
+                f"broker is {shown(broker)}; allowed are a URL such as 'redis://…' and a Broker object"
             )
         self.broker = broker
         home = partial(getattr, broker, "home") if isinstance(broker, InOneProcess) else str
@@ -146,7 +161,7 @@ class Realtime:
             limits=self.limits,
             timeouts=self.timeouts,
             clock=clock,
-            signals=signals,
+            signals=check_switch(signals, name="signals"),
             debug=debug,
             handle=self._handle,
             retention=self.retention,
@@ -154,7 +169,7 @@ class Realtime:
         )
         if self.metrics is not None:
             self.metrics.attach(self.engine)
-        self.inspector = inspector or authorize_inspector is not None
+        self.inspector = check_switch(inspector, name="inspector") or authorize_inspector is not None
         if self.inspector:
             self.engine.list_runs()
         self.runs = self.engine.runs

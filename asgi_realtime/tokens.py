@@ -229,7 +229,8 @@ def check_owner(owner: str | None) -> str | None:
 
 
 def _checked_secrets(secrets: str | Sequence[str]) -> tuple[str, ...]:
-    found = (secrets,) if isinstance(secrets, str | bytes) else tuple(secrets or ())
+    is_one = isinstance(secrets, str | bytes) or not isinstance(secrets, Sequence)
+    found: tuple[Any, ...] = (secrets or "",) if is_one else tuple(secrets)
     if not found or "" in found:
         raise InvalidConfiguration(f"secret_key is missing; generate one with: {MAKE_SECRET}")
     for secret in found:

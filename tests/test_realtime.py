@@ -75,6 +75,31 @@ def test_a_broker_is_a_url_or_an_object() -> None:
         make_realtime(broker="kafka://")
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"secret_key": 123}, "secret_key is a int; pass a str, generated with: "),
+        ({"secret_key": {"a": SECRET}}, "secret_key is a dict; pass a str, generated with: "),
+        ({"secret_key": SECRET.encode()}, "secret_key is a bytes; pass a str, generated with: "),
+        ({"secret_key": [SECRET, 5]}, "secret_key is a int; pass a str, generated with: "),
+        ({"broker": None}, "broker is None; allowed are a URL such as 'redis://…' and a Broker object"),
+        ({"limits": {"tags": 5}}, "limits is a dict; allowed is Limits(…)"),
+        ({"retention": 60}, "retention is 60; allowed is Retention(…)"),
+        ({"timeouts": Limits()}, "timeouts is a Limits; allowed is Timeouts(…)"),
+        ({"cors": True}, "cors is True; allowed are '*', a list of origins, Cors(…) and None"),
+        ({"api": None}, "api is None; allowed are True and False"),
+        ({"inspector": "/runs"}, "inspector is '/runs'; allowed are True and False"),
+        ({"signals": 15}, "signals is 15; allowed are True and False"),
+        ({"debug": "0"}, "debug is '0'; allowed are True and False"),
+        ({"clock": 5}, "clock is 5; allowed is a function that returns unix seconds"),
+    ],
+)
+def test_a_setting_of_a_wrong_type_is_rejected_with_what_is_allowed(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidConfiguration) as caught:
+        make_realtime(**wrong)
+    assert str(caught.value).startswith(message)
+
+
 def test_settings_reach_their_parts() -> None:
     limits, retention, timeouts = Limits(tags=1), Retention(after_end=1), Timeouts(tick=1)
     realtime = make_realtime(limits=limits, retention=retention, timeouts=timeouts)

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from datetime import timedelta
+from typing import TypeVar
 
 from asgi_realtime.core.errors import InvalidConfiguration, UsageError, shown
 from asgi_realtime.core.origins import normalize_origin
@@ -19,6 +20,8 @@ Span = float | int | str | timedelta
 
 MAX_SPAN_S = 10 * 366 * 86400
 """Ten years, the longest span."""
+
+S = TypeVar("S")
 
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "hr": 3600.0, "d": 86400.0, "w": 604800.0}
 _SPAN = re.compile(r"(?:\d+(?:\.\d+)?(?:ms|s|m|hr|h|d|w))+")
@@ -58,6 +61,24 @@ class _Positive:
                 raise InvalidConfiguration(
                     f"{type(self).__name__}.{field.name} is {value!r}; it must be a number above 0"
                 )
+
+
+def settings_or_default(value: S | None, kind: type[S]) -> S:
+    """The settings, or the defaults for None. Raises `InvalidConfiguration` for a value of another type."""
+    if value is None:
+        return kind()
+    if not isinstance(value, kind):
+        name = kind.__name__
+        raise InvalidConfiguration(f"{name.lower()} is {shown(value)}; allowed is {name}(…)")
+    return value
+
+
+def check_switch(value: bool, *, name: str) -> bool:
+    """Raises `InvalidConfiguration` unless the value is True or False: `"0"` in a variable of the environment is not
+    False."""
+    if not isinstance(value, bool):
+        raise InvalidConfiguration(f"{name} is {shown(value)}; allowed are True and False")
+    return value
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,6 +271,10 @@ class Cors:
     def __post_init__(self) -> None:
         if type(self.max_age) is not int or self.max_age < 0:
             raise InvalidConfiguration(f"Cors.max_age is {self.max_age!r}; it must be a whole number of seconds from 0")
+        if not isinstance(self.origins, Iterable):
+            raise InvalidConfiguration(
+                f"cors is {shown(self.origins)}; allowed are '*', a list of origins, Cors(…) and None"
+            )
         origins = [self.origins] if isinstance(self.origins, str) else list(self.origins)
         allowed = tuple(dict.fromkeys(normalize_origin(origin) for origin in origins if origin != "*"))
         object.__setattr__(self, "origins", "*" if "*" in origins else allowed)
