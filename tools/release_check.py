@@ -5,6 +5,7 @@ The wheel is installed into a clean environment, with what the README says, and 
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import socket
@@ -89,16 +90,22 @@ def check_stream(address: str, server: subprocess.Popen[bytes]) -> None:
     deadline = time.monotonic() + GUARD_S
     while True:
         try:
-            path = read(urllib.request.Request(f"{address}/words", method="POST"))
+            run = post(f"{address}/words")
         except urllib.error.URLError as exc:
             if server.poll() is not None or time.monotonic() > deadline:
                 fail(f"the README's first program does not start: {exc}")
             time.sleep(0.1)
         else:
             break
-    sent = re.findall(r'^data: "(.*)"$', read(urllib.request.Request(address + path)), re.MULTILINE)
+    headers = {"authorization": f"Bearer {post(f'{address}/words/{run}/token')}"}
+    stream = urllib.request.Request(f"{address}/realtime/v1/streams/{run}/default", headers=headers)
+    sent = re.findall(r'^data: "(.*)"$', read(stream), re.MULTILINE)
     if sent != WORDS:
         fail(f"the README's first program sent {sent}")
+
+
+def post(url: str) -> str:
+    return str(json.loads(read(urllib.request.Request(url, method="POST"))))
 
 
 def read(request: urllib.request.Request) -> str:

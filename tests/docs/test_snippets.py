@@ -455,11 +455,11 @@ def events_of(url: str, headers: dict[str, str] | None = None) -> list[Event]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(3 * GUARD_S)
-def test_the_curl_line_works(smallest: str) -> None:
+def test_the_curl_lines_work(smallest: str) -> None:
     if shutil.which("curl") is None:
         missing("curl is not installed")
-    line = blocks("curl")["smallest"].text.replace("localhost:8000", smallest.removeprefix("http://"))
-    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=GUARD_S, check=True)
+    lines = blocks("curl")["smallest"].text.replace("localhost:8000", smallest.removeprefix("http://"))
+    done = subprocess.run(["bash", "-c", lines], capture_output=True, text=True, timeout=GUARD_S, check=True)
     parser = EventParser()
     events = parser.feed(done.stdout.encode())
     assert [json.loads(event.data) for event in events[:-1]] == WORDS
@@ -469,7 +469,9 @@ def test_the_curl_line_works(smallest: str) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(3 * GUARD_S)
 def test_the_stream_of_the_smallest_program_resumes(smallest: str) -> None:
-    url = smallest + httpx.post(f"{smallest}/words", timeout=GUARD_S).text
+    run = httpx.post(f"{smallest}/words", timeout=GUARD_S).json()
+    token = httpx.post(f"{smallest}/words/{run}/token", timeout=GUARD_S).json()
+    url = f"{smallest}/realtime/v1/streams/{run}/default?access_token={token}"
     events = events_of(url)
     assert [event.id for event in events] == [str(index) for index in range(len(WORDS) + 1)]
     events = events_of(url, {"last-event-id": "5"})
@@ -478,9 +480,9 @@ def test_the_stream_of_the_smallest_program_resumes(smallest: str) -> None:
 
 
 FOLLOW = """async () => {
-    const url = new URL(await (await fetch("/words", { method: "POST" })).text(), location.origin);
-    const id = url.pathname.split("/")[4];
-    const freshHandle = async () => ({ id, publicAccessToken: url.searchParams.get("access_token") });
+    const post = async (path) => await (await fetch(path, { method: "POST" })).json();
+    const id = await post("/words");
+    const freshHandle = async () => ({ id, publicAccessToken: await post(`/words/${id}/token`) });
     BLOCK
     const chunks = [];
     return await new Promise((resolve) => follow({ id, publicAccessToken: "wrong" }, (chunk) => chunks.push(chunk),
@@ -503,28 +505,6 @@ def page(smallest: str) -> Iterator[Page]:
         page.goto("/openapi.json")
         yield page
         browser.close()
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(3 * GUARD_S)
-@pytest.mark.chromium
-def test_the_page_of_the_readme_survives_a_reload(page: Page) -> None:
-    starts: list[str] = []
-    page.on("request", lambda request: starts.append(request.url) if request.url.endswith("/words") else None)
-
-    def wait_for(words: list[str]) -> None:
-        page.wait_for_function("text => document.body.innerText.trim().startsWith(text)", arg=" ".join(words))
-
-    page.goto("/")
-    wait_for(WORDS[:2])
-    page.reload()
-    wait_for(WORDS)
-    page.wait_for_function("sessionStorage.url === undefined")
-    assert page.inner_text("body").split() == WORDS
-    assert len(starts) == 1
-    page.reload()
-    wait_for(WORDS[:1])
-    assert len(starts) == 2, "after the end, a reload starts a new run"
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,6 +99,25 @@ class Relay:
         self._sockets.discard(source)
         with suppress(OSError):
             target.shutdown(socket.SHUT_RDWR)
+
+
+def start_uvicorn(
+    app: str, *, port: int = 0, folder: Path = ROOT, environment: Mapping[str, str] | None = None
+) -> tuple[subprocess.Popen[bytes], int]:
+    """Start uvicorn, and return its process and port. The port listens already, so early requests wait."""
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(("127.0.0.1", port))
+        listener.listen()
+        process = subprocess.Popen(
+            [sys.executable, "-m", "uvicorn", app, "--fd", str(listener.fileno())],
+            cwd=folder,
+            env={**os.environ, **(environment or {})},
+            pass_fds=[listener.fileno()],
+            stderr=subprocess.DEVNULL,
+        )
+        found: int = listener.getsockname()[1]
+    return process, found
 
 
 # At most module scope: Playwright's sync API leaves its event loop running, and other tests start their own.

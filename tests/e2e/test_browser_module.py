@@ -6,13 +6,10 @@ page shows or requests; nothing depends on timing.
 
 from __future__ import annotations
 
-import os
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,8 +18,7 @@ import httpx
 import pytest
 from playwright.sync_api import Browser, BrowserContext, Page, Request, expect, sync_playwright
 
-from tests.docs.blocks import ROOT
-from tests.e2e.conftest import CHROMIUM_FLAGS, CHROMIUM_NAMES, GUARD_S, Relay
+from tests.e2e.conftest import CHROMIUM_FLAGS, CHROMIUM_NAMES, GUARD_S, Relay, start_uvicorn
 from tests.requirements import missing
 
 pytestmark = [pytest.mark.slow, pytest.mark.chromium, pytest.mark.redis, pytest.mark.timeout(3 * GUARD_S)]
@@ -43,19 +39,10 @@ class Stage:
         return f"http://127.0.0.1:{self.port}"
 
     def start(self, port: int = 0) -> int:
-        """Start a process, and return its port, which listens already."""
-        with socket.socket() as listener:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(("127.0.0.1", port))
-            listener.listen()
-            listener.set_inheritable(True)
-            command = [sys.executable, "-m", "uvicorn", "tests.e2e.browser_app:app", "--fd", str(listener.fileno())]
-            environment = {**os.environ, **self.environment, "PRODUCER": self.producer}
-            process = subprocess.Popen(
-                command, cwd=ROOT, env=environment, pass_fds=[listener.fileno()], stderr=subprocess.DEVNULL
-            )
-            self.processes.append(process)
-            found: int = listener.getsockname()[1]
+        """Start a process, and return its port."""
+        environment = {**self.environment, "PRODUCER": self.producer}
+        process, found = start_uvicorn("tests.e2e.browser_app:app", port=port, environment=environment)
+        self.processes.append(process)
         return found
 
     def start_web(self) -> None:
