@@ -26,6 +26,7 @@ from asgi_realtime.brokers.live_log import LiveLog
 from asgi_realtime.core.chunks import decode
 from asgi_realtime.core.errors import BrokerUnavailable
 from asgi_realtime.core.runs import RunRecord
+from tests.inprocess import GUARD_S
 
 T = TypeVar("T")
 
@@ -196,7 +197,7 @@ async def stored(realtime: Realtime, run_id: str, stream: str = "default") -> li
 
 async def until(condition: Callable[[], bool]) -> None:
     """Let the loop run until a condition holds."""
-    with anyio.fail_after(10):
+    with anyio.fail_after(GUARD_S):
         while not condition():
             await anyio.lowlevel.checkpoint()
 

@@ -29,7 +29,7 @@ from tests.ports import free_port
 
 T = TypeVar("T")
 
-GUARD_S = 30.0
+GUARD_S = 60.0
 """The time limit of every wait. Generous, because the machine can be busy."""
 
 SLOTS = 16384

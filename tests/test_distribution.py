@@ -36,7 +36,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
             path = folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text("SECRET_KEY=stray")
-    subprocess.run([sys.executable, "-m", "hatchling", "build", "-d", "dist"], cwd=checkout, check=True, timeout=60)
+    subprocess.run([sys.executable, "-m", "hatchling", "build", "-d", "dist"], cwd=checkout, check=True)
     return checkout / "dist"
 
 
@@ -54,13 +54,13 @@ def test_the_wheel_has_the_files_of_the_package_and_no_stray_file(built: Path) -
 def test_the_wheel_installs_the_command(built: Path, tmp_path: Path) -> None:
     (wheel,) = built.glob("*.whl")
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(tmp_path)]
-    subprocess.run([*pip, str(wheel)], check=True, timeout=60)
+    subprocess.run([*pip, str(wheel)], check=True)
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     script = shutil.which("asgi-realtime", path=tmp_path / "bin")
     assert script is not None
     for command, name in (([script], "asgi-realtime"), ([sys.executable, "-m", "asgi_realtime"], None)):
         command.append("token")
-        done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 2
         assert done.stderr.startswith(f"{name or 'python -m asgi_realtime'}: "), done.stderr
 

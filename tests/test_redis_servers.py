@@ -12,6 +12,7 @@ import redis
 from redis.exceptions import AskError, MovedError
 
 from tests import requirements
+from tests.inprocess import GUARD_S
 from tests.redis_servers import RedisCluster, RedisServer, ReplicaPair, until
 from tests.requirements import redis_binary, valkey_binary
 
@@ -89,7 +90,7 @@ def test_clients_are_disconnected_by_kind(server: RedisServer, kind: str | None,
     with server.client() as client, server.client() as other, other.pubsub() as subscriber:
         client.ping()
         subscriber.subscribe("news")
-        assert subscriber.get_message(timeout=5.0) is not None
+        assert subscriber.get_message(timeout=GUARD_S) is not None
         assert len(server.clients("normal")) == len(server.clients("pubsub")) == 1
         assert server.cut_clients(kind) == cut  # type: ignore[arg-type]
         if kind != "normal":
@@ -135,7 +136,6 @@ def test_tls() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(60)
 def test_a_failover_loses_what_the_replica_lacks(redis_pair: ReplicaPair) -> None:
     first, second = redis_pair.primary, redis_pair.replica
     first.command("SET", "kept", "yes")

@@ -25,6 +25,7 @@ from asgi_realtime.streams.writer import StreamWriter
 from asgi_realtime.testing.conformance.kit import next_version
 from asgi_realtime.testing.driver import make_scope
 from tests.asgi.fake_host import FakeHost
+from tests.inprocess import GUARD_S
 
 LIMITS = Limits()
 RETENTION = Retention(total_bytes=20_000, stream_bytes=5_000, after_end=10)
@@ -182,7 +183,7 @@ async def read(
     host = FakeHost(timeouts=Timeouts(heartbeat=5, send=3600))
     await host.create()
     reader = Reader(host, stalls)
-    with patch.object(StreamResponse, "take_turn", take_turn), anyio.fail_after(10):
+    with patch.object(StreamResponse, "take_turn", take_turn), anyio.fail_after(GUARD_S):
         async with anyio.create_task_group() as group:
             group.start_soon(reader.run)
             for step, argument in history:

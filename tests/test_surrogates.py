@@ -8,6 +8,7 @@ import pytest
 from asgi_realtime.client.states import decode_state
 from asgi_realtime.core.run_json import run_json
 from tests.faults import make
+from tests.inprocess import GUARD_S
 
 pytestmark = pytest.mark.anyio
 
@@ -25,7 +26,7 @@ async def test_metadata_outputs_inputs_and_chunks_keep_them() -> None:
             run.set_output({"half": HALVES[1]})
             await realtime.append(HALVES[0])
             await realtime.send_input(run, "more", HALVES)
-            assert await run.input("more").get(timeout=5) == HALVES
+            assert await run.input("more").get(timeout=GUARD_S) == HALVES
         record = await realtime.get_run(run)
         assert record.metadata == {"half": HALVES[0]}
         assert [chunk async for chunk in realtime.read(run)] == HALVES[:1]
@@ -41,7 +42,7 @@ async def test_payloads_and_typed_chunks_keep_them() -> None:
         async def echo(payload: list[str]) -> list[str]:
             return payload
 
-        assert await (await realtime.trigger(echo, HALVES)).result(timeout=5) == HALVES
+        assert await (await realtime.trigger(echo, HALVES)).result(timeout=GUARD_S) == HALVES
         async with realtime.open_run("chat") as run:
             texts = realtime.define_stream("texts", str)
             for half in HALVES:

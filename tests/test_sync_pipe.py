@@ -11,13 +11,13 @@ import anyio.to_thread
 import pytest
 
 from asgi_realtime import InvalidSource, Realtime, RunFailed, ServerShutdown, Status, SyncPipe
-from tests.inprocess import ended, make_realtime, until
+from tests.inprocess import GUARD_S, ended, make_realtime, until
 
 pytestmark = pytest.mark.anyio
 
 
 async def in_thread(function: Callable[[], Any]) -> Any:
-    with anyio.fail_after(10):
+    with anyio.fail_after(GUARD_S):
         return await anyio.to_thread.run_sync(function)
 
 
@@ -31,7 +31,7 @@ class Gate:
     def __iter__(self) -> Iterator[str]:
         try:
             yield "a"
-            self.open.wait(10)
+            self.open.wait(GUARD_S)
             yield "b"
         finally:
             self.is_closed = True
@@ -105,11 +105,11 @@ async def test_an_error_in_the_source_fails_the_run_and_is_raised() -> None:
         with pytest.raises(ValueError, match="source"):
             list(realtime.sync.pipe(broken()))
         with pytest.raises(RunFailed):  # also if no code waits for the pipe
-            realtime.sync.result(realtime.sync.pipe(broken()).handle, timeout=5)
+            realtime.sync.result(realtime.sync.pipe(broken()).handle, timeout=GUARD_S)
         with realtime.sync.open_run("host") as run:
             realtime.sync.pipe(broken())
         with pytest.raises(RunFailed):
-            realtime.sync.result(run, timeout=5)
+            realtime.sync.result(run, timeout=GUARD_S)
 
     async with make_realtime() as realtime:
         await in_thread(work)
@@ -124,7 +124,7 @@ async def test_a_pipe_belongs_to_the_run_of_its_thread() -> None:
 
     async with realtime:
         handle = await realtime.trigger(task)
-        assert await handle.result(timeout=5) == handle.id
+        assert await handle.result(timeout=GUARD_S) == handle.id
         assert [chunk async for chunk in realtime.read(handle)] == ["a", "b"]
 
 

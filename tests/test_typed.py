@@ -25,6 +25,7 @@ from asgi_realtime.core.errors import (
 )
 from asgi_realtime.core.runs import Status
 from tests.faults import RemoteBroker, make, steps, stored, until
+from tests.inprocess import GUARD_S
 
 pytestmark = pytest.mark.anyio
 
@@ -111,7 +112,7 @@ async def test_a_typed_pipe_creates_a_run_too() -> None:
     async with make() as realtime:
         stream = realtime.define_stream("ai", int)
         pipe = stream.pipe([1, 2], tags=["user:1"], task="chat")
-        with anyio.fail_after(5):
+        with anyio.fail_after(GUARD_S):
             assert [item async for item in stream.read(pipe.handle)] == [1, 2]
         record = await realtime.get_run(pipe.run_id)
         assert (record.task, record.tags) == ("chat", ("user:1",))
@@ -302,7 +303,7 @@ async def test_cancelling_the_body_stops_every_merged_source() -> None:
 async def test_leaving_raises_if_the_broker_stays_unavailable() -> None:
     broker = RemoteBroker()
     async with make(broker=broker, timeouts=Timeouts(append=0.01)) as realtime, realtime.open_run("report"):
-        with anyio.fail_after(5), pytest.raises(BrokerUnavailable):
+        with anyio.fail_after(GUARD_S), pytest.raises(BrokerUnavailable):
             async with realtime.writer() as writer:
                 broker.away = {"append"}
                 await writer.write(1)
@@ -314,7 +315,7 @@ async def test_an_unavailable_broker_does_not_hide_the_exception_of_the_body(
 ) -> None:
     broker = RemoteBroker()
     async with make(broker=broker, timeouts=Timeouts(append=0.01)) as realtime, realtime.open_run("report"):
-        with anyio.fail_after(5), pytest.raises(KeyError):
+        with anyio.fail_after(GUARD_S), pytest.raises(KeyError):
             async with realtime.writer() as writer:
                 broker.away = {"append"}
                 await writer.write(1)

@@ -13,6 +13,7 @@ from asgi_realtime.asgi.host import App, Message, Send
 from asgi_realtime.core.config import Timeouts
 from asgi_realtime.testing.driver import make_scope
 from tests.asgi.fake_host import FakeHost
+from tests.inprocess import GUARD_S
 
 pytestmark = pytest.mark.anyio
 
@@ -100,7 +101,7 @@ async def test_large_items_are_sent_in_pieces(host: FakeHost, path: str, more: d
     server = Server(host, path, {**host.headers(), **more})
     server._scope["query_string"] = query.encode()
     server.read(1000)
-    with anyio.fail_after(10):
+    with anyio.fail_after(GUARD_S):
         await server.run()
     assert max(len(message.get("body", b"")) for message in server.sent) <= PIECE_BYTES
     assert LARGE.encode() in server.body
@@ -151,7 +152,7 @@ async def test_a_reader_that_stalls_within_an_item_is_aborted(path: str, more: d
         assert not server.transport.aborted
         host.tick(1)
         assert server.transport.aborted
-        with anyio.fail_after(5):
+        with anyio.fail_after(GUARD_S):
             await server.returned.wait()
     assert not host.subscribers
 
@@ -170,7 +171,7 @@ async def test_a_shutdown_does_not_wait_for_the_pieces_of_a_slow_reader(path: st
             server.read()
             await anyio.wait_all_tasks_blocked()
             host.tick(0.5)
-        with anyio.fail_after(5):
+        with anyio.fail_after(GUARD_S):
             await server.returned.wait()
     assert server.transport.aborted
 
@@ -181,7 +182,7 @@ async def test_the_unread_end_of_a_response_is_aborted() -> None:
     server = Server(host, "/api/v3/runs/run_1", host.headers())
     server.transport.unread = 100
     server.read(2)
-    with anyio.fail_after(5):
+    with anyio.fail_after(GUARD_S):
         await server.run()
     host.tick()
     host.tick(29)
@@ -199,7 +200,7 @@ async def test_the_read_end_of_a_response_is_forgotten(host: FakeHost) -> None:
     server = Server(host, "/api/v3/runs/run_1", host.headers())
     server.transport.unread = 100
     server.read(2)
-    with anyio.fail_after(5):
+    with anyio.fail_after(GUARD_S):
         await server.run()
     server.transport.unread = 0
     host.tick()
@@ -221,7 +222,7 @@ async def test_a_subscription_ends_with_its_connection(host: FakeHost, change: d
         vars(server.transport).update(change)
         host.tick()
         assert host.app.subscription_limits.open == 0
-        with anyio.fail_after(5):
+        with anyio.fail_after(GUARD_S):
             await server.returned.wait()
     assert server.transport.aborted
 

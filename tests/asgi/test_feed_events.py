@@ -18,6 +18,7 @@ from asgi_realtime.testing import AsgiClient
 from tests.asgi.fake_host import FakeHost
 from tests.asgi.official_sdk import on_one_loop
 from tests.asgi.reading import kinds, runs, statuses, tag_snapshot
+from tests.inprocess import GUARD_S
 
 pytestmark = pytest.mark.anyio
 
@@ -158,7 +159,7 @@ async def test_the_feed_of_a_removed_run_ends(host: FakeHost) -> None:
         await anyio.wait_all_tasks_blocked()
         host.tick()
         host.tick(15)  # at the latest, because a removal also wakes the followers
-        with anyio.fail_after(5):
+        with anyio.fail_after(GUARD_S):
             assert await response.read_all_events() == []
         assert response.ended
 
@@ -423,7 +424,7 @@ async def test_a_batch_feed_does_not_wait_for_expired_runs(host: FakeHost) -> No
     async with AsgiClient(host).stream(BATCH, headers=host.feed_headers(BATCH_SCOPE)) as response:
         await response.read_until("ready")
         await host.finish("run_1")
-        with anyio.fail_after(5):
+        with anyio.fail_after(GUARD_S):
             assert kinds(await response.read_all_events()) == ["run", "end"]
 
 
@@ -459,7 +460,7 @@ async def test_a_shutdown_during_the_send_of_a_heartbeat_ends_the_feed() -> None
         await anyio.wait_all_tasks_blocked()  # the heartbeat is being sent
         host.begin_shutdown()
         assert await response.chunk() == b": heartbeat\n"
-        with anyio.fail_after(5):
+        with anyio.fail_after(GUARD_S):
             (event,) = await response.read_all_events()
     assert event.event == "reconnect"
 
@@ -511,7 +512,7 @@ async def test_a_feed_whose_topic_can_no_longer_be_followed_ends(
         topic = host.broker._topics["run:run_1"]
         topic.failure = BrokerUnavailable("unreadable")
         topic.waiting.wake()
-        with anyio.fail_after(5):
+        with anyio.fail_after(GUARD_S):
             assert await response.read() == b"", "without `end`, so the client resumes"
 
 

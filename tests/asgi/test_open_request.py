@@ -16,7 +16,7 @@ from asgi_realtime.testing.driver import make_scope
 from tests.asgi.fake_host import FakeHost
 from tests.asgi.official_sdk import on_one_loop
 from tests.faults import RemoteBroker
-from tests.inprocess import SECRET, make_realtime
+from tests.inprocess import GUARD_S, SECRET, make_realtime
 from tests.security.exchange import exchange
 from tests.security.mutations import Sent
 
@@ -81,7 +81,7 @@ async def serving(**settings: Any) -> AsyncIterator[tuple[Realtime, str]]:
 async def test_a_shutdown_interrupts_a_request_whose_body_is_incomplete(method: str, path: str) -> None:
     async with serving() as (realtime, run_id):
         sender = Sender(realtime, method, path.format(run=run_id), SECRET)
-        with anyio.fail_after(5):
+        with anyio.fail_after(GUARD_S):
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(sender.run)
                 await sender.send(b'"par')
@@ -98,7 +98,7 @@ async def test_a_silent_client_gets_408(method: str, path: str) -> None:
     timeouts = Timeouts(tick=0.01, drain=0.02, receive=0.02, writer=0.02)
     async with serving(timeouts=timeouts) as (realtime, run_id):
         sender = Sender(realtime, method, path.format(run=run_id), SECRET)
-        with anyio.fail_after(5):
+        with anyio.fail_after(GUARD_S):
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(sender.run)
                 await sender.send(b'"par')
@@ -109,7 +109,7 @@ async def test_each_part_of_the_body_restarts_the_silence(host: FakeHost) -> Non
     await host.create()
     token = host.token("write:inputStreams:run_1")
     sender = Sender(host, "POST", "/v1/streams/run_1/input/approval", token)
-    with anyio.fail_after(5):
+    with anyio.fail_after(GUARD_S):
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(sender.run)
             for part in (b'{"da', b'ta"', b": 1"):
@@ -127,7 +127,7 @@ async def test_open_bodies_are_limited_per_owner_and_released() -> None:
     await host.create()
     token = host.token("write:inputStreams:run_1")
     senders = [Sender(host, "POST", "/v1/streams/run_1/input/approval", token) for _ in range(3)]
-    with anyio.fail_after(5):
+    with anyio.fail_after(GUARD_S):
         async with anyio.create_task_group() as tasks:
             for sender in senders:
                 tasks.start_soon(sender.run)
@@ -137,7 +137,7 @@ async def test_open_bodies_are_limited_per_owner_and_released() -> None:
                 await sender.send(b'{"data": 1}', more=False)
     assert [sender.status for sender in senders] == [200, 200, 429]
     again = Sender(host, "POST", "/v1/streams/run_1/input/approval", token)
-    with anyio.fail_after(5):
+    with anyio.fail_after(GUARD_S):
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(again.run)
             await again.send(b'{"data": 1}', more=False)
@@ -148,7 +148,7 @@ async def test_open_bodies_are_limited_per_owner_and_released() -> None:
 async def test_the_body_of_a_stream_writer_can_be_silent_for_longer(host: FakeHost) -> None:
     await host.create()
     sender = Sender(host, "POST", "/v1/streams/run_1/self/default", host.secret)
-    with anyio.fail_after(5):
+    with anyio.fail_after(GUARD_S):
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(sender.run)
             await anyio.wait_all_tasks_blocked()
@@ -178,7 +178,7 @@ async def test_a_body_that_never_ends_gets_408() -> None:
             assert not sender.answered.is_set()
             host.tick()
             host.tick(25)
-        with anyio.fail_after(5):
+        with anyio.fail_after(GUARD_S):
             await sender.answered.wait()
         assert not writer.answered.is_set()
         await writer.send(b"", more=False)
@@ -192,7 +192,7 @@ async def test_a_body_ends_when_its_token_expires() -> None:
     await host.create()
     token = host.tokens.mint(["write:inputStreams:run_1"], expires_in_s=60)
     sender = Sender(host, "POST", "/v1/streams/run_1/input/approval", token)
-    with anyio.fail_after(5):
+    with anyio.fail_after(GUARD_S):
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(sender.run)
             await sender.send(b'{"data":')

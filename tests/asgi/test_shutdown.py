@@ -18,6 +18,7 @@ from asgi_realtime.core.runs import TagsAdded
 from asgi_realtime.testing import AsgiClient, EventParser
 from asgi_realtime.testing.driver import make_scope
 from tests.asgi.fake_host import FakeHost
+from tests.inprocess import GUARD_S
 
 pytestmark = pytest.mark.anyio
 
@@ -101,7 +102,7 @@ async def test_a_shutdown_reaches_a_subscription_that_waits_for_the_broker(
 ) -> None:
     """The server could not exit before the broker's own timeout of five seconds."""
     broker.block(call)
-    with anyio.fail_after(5):
+    with anyio.fail_after(GUARD_S):
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(shut_down_when_waiting, host, broker)
             async with AsgiClient(host).stream(path, headers={**host.headers(), **headers}) as response:
@@ -130,7 +131,7 @@ async def test_a_shutdown_reaches_a_request_that_waits_for_the_broker(
 ) -> None:
     broker.block(call)
     secret = {"authorization": f"Bearer {host.secret}", **headers}
-    with anyio.fail_after(5):
+    with anyio.fail_after(GUARD_S):
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(shut_down_when_waiting, host, broker)
             response = await AsgiClient(host).request(method, path, headers=secret)
@@ -150,7 +151,7 @@ async def test_a_shutdown_reaches_a_feed_that_reads_a_change(
         broker.block(call)
         await change()
         await shut_down_when_waiting(host, broker)
-        with anyio.fail_after(5):
+        with anyio.fail_after(GUARD_S):
             assert [event.event for event in await response.read_all_events()] == ["reconnect"]
 
 
@@ -164,7 +165,7 @@ async def test_a_shutdown_reaches_a_stream_that_catches_up() -> None:
     async with AsgiClient(host).stream(STREAM, headers=host.headers()) as response:
         await response.chunk()
         await shut_down_when_waiting(host, broker)
-        with anyio.fail_after(5):
+        with anyio.fail_after(GUARD_S):
             assert [event.event for event in await response.read_all_events()] == ["reconnect"]
 
 
@@ -179,7 +180,7 @@ async def test_a_subscription_that_opens_during_the_shutdown_waits_until_the_nex
         await anyio.wait_all_tasks_blocked()
         host.tick()
 
-    with anyio.fail_after(5):
+    with anyio.fail_after(GUARD_S):
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(tick)
             async with AsgiClient(host).stream(STREAM, headers=host.headers()) as response:
@@ -203,7 +204,7 @@ async def test_a_request_during_the_shutdown_can_still_be_served_for_a_moment(
         assert host.subscribers
         host.tick(0.1)
 
-    with anyio.fail_after(5):
+    with anyio.fail_after(GUARD_S):
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(tick)
             response = await AsgiClient(host).get("/api/v3/runs/run_1", headers=headers)
@@ -223,7 +224,7 @@ async def test_a_disconnect_ends_a_subscription_that_waits_for_the_broker(
     async def send(message: Any) -> None:
         sent.append(message)
 
-    with anyio.fail_after(5):
+    with anyio.fail_after(GUARD_S):
         await host(make_scope("GET", STREAM, headers=host.headers()), receive, send)
     assert sent == []
     assert not host.subscribers
@@ -293,7 +294,7 @@ async def test_a_shutdown_during_the_send_of_a_heartbeat_ends_the_stream() -> No
         await anyio.wait_all_tasks_blocked()  # the heartbeat is being sent
         host.begin_shutdown()
         assert await response.chunk() == b": heartbeat\n"
-        with anyio.fail_after(5):
+        with anyio.fail_after(GUARD_S):
             (event,) = await response.read_all_events()
     assert event.event == "reconnect"
 

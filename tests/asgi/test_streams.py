@@ -20,6 +20,7 @@ from asgi_realtime.testing import AsgiClient, Event, EventParser
 from tests.asgi.fake_host import SECRET, FakeHost
 from tests.asgi.official_sdk import on_one_loop
 from tests.asgi.reading import chunks, kinds
+from tests.inprocess import GUARD_S
 
 pytestmark = pytest.mark.anyio
 
@@ -325,7 +326,7 @@ async def test_removing_an_ended_run_still_sends_its_end(host: FakeHost) -> None
         await host.append("b")
         await host.finish()
         await host.broker.remove("run_1")
-        with anyio.fail_after(5):
+        with anyio.fail_after(GUARD_S):
             events = await response.read_all_events()
     assert chunks(events) == ["b"]
     assert events[-1].event == "end"

@@ -15,11 +15,10 @@ _ROOT = Path(__file__).parent.parent.parent
 
 @pytest.mark.slow
 @pytest.mark.redis
-@pytest.mark.timeout(90)
 def test_a_short_soak_survives_a_crash_of_redis() -> None:
     redis_binary()
     command = [sys.executable, "-m", "benchmarks.soak", "--seconds", "4", "--visitors", "4", "--redis"]
-    done = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, timeout=80)
+    done = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True)
 
     assert done.returncode == 0, done.stdout + done.stderr
     assert "0 failures" in done.stdout

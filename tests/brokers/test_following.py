@@ -11,6 +11,7 @@ from asgi_realtime.brokers.base import ChangeMark, Changes, Cursor
 from asgi_realtime.brokers.following import Follower, following
 from asgi_realtime.core.runs import RunRecord, Status
 from asgi_realtime.loop.waiting import WaitList, make_waiter
+from tests.inprocess import GUARD_S
 
 pytestmark = pytest.mark.anyio
 
@@ -37,14 +38,14 @@ class ChangingTopic(QuietTopic):
 
 
 async def test_a_change_during_the_read_ends_the_wait() -> None:
-    with Follower(ChangingTopic()) as follower, anyio.fail_after(5):
+    with Follower(ChangingTopic()) as follower, anyio.fail_after(GUARD_S):
         await follower.changes(None)
         await follower.wait()
 
 
 async def test_a_follower_waits_at_every_list_that_was_added() -> None:
     topic, other = QuietTopic(), WaitList()
-    with Follower(topic) as follower, anyio.fail_after(5):
+    with Follower(topic) as follower, anyio.fail_after(GUARD_S):
         await follower.changes(None)
         follower.add(other)
         other.wake()
@@ -59,7 +60,7 @@ async def test_a_follower_waits_at_every_list_that_was_added() -> None:
 
 async def test_the_waiter_of_the_caller_ends_the_wait_too() -> None:
     waiter = make_waiter()
-    with Follower(QuietTopic(), waiter=waiter) as follower, anyio.fail_after(5):
+    with Follower(QuietTopic(), waiter=waiter) as follower, anyio.fail_after(GUARD_S):
         await follower.changes(None)
         waiter.wake()
         await follower.wait()
@@ -80,6 +81,6 @@ async def test_following_reports_each_commit() -> None:
     async with MemoryBroker() as broker, following(broker, "tag:a") as follower:
         assert not (await follower.changes(None)).items
         await broker.commit(run, expect=0, change=ChangeMark("us", 0))
-        with anyio.fail_after(5):
+        with anyio.fail_after(GUARD_S):
             await follower.wait()
         assert [change.run_id for change in (await follower.changes(None)).items] == ["run_1"]

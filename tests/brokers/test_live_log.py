@@ -9,6 +9,7 @@ from asgi_realtime.brokers.live_log import MAX_BODY, LiveLog
 from asgi_realtime.core.log import End, Log
 from asgi_realtime.core.sse import chunk_frame
 from asgi_realtime.loop.waiting import Waiter, make_waiter
+from tests.inprocess import GUARD_S
 
 COMPLETE = End("complete")
 
@@ -108,7 +109,7 @@ async def test_entries_ends_and_failures_wake_the_waiters() -> None:
         live.log.close(COMPLETE)
         live.wake()
 
-    with anyio.fail_after(5):
+    with anyio.fail_after(GUARD_S):
         for happens in (grow, end, lambda: live.fail(ConnectionError("gone"))):
             async with anyio.create_task_group() as group:
                 group.start_soon(woken_by, waiter)

@@ -41,7 +41,7 @@ from asgi_realtime.tasks.options import RunOptions
 from asgi_realtime.testing import AsgiClient
 from asgi_realtime.testing.conformance.kit import Backend, create, data, items, new_record, read_all, store
 from tests.faults import SECRET
-from tests.inprocess import until
+from tests.inprocess import GUARD_S, until
 from tests.redis_servers import RedisServer
 from tests.requirements import redis_binary
 
@@ -312,9 +312,9 @@ async def test_removing_leaves_nothing_in_redis(storage: Storage) -> None:
             await realtime.pipe([1, 2, 3]).wait_until_complete()
 
         handle = await realtime.trigger(task, tags=["a", "b"], idempotency_key="once")
-        await handle.result(timeout=5)
+        await handle.result(timeout=GUARD_S)
         removed = until_removed(storage)
-        await asyncio.wait_for(removed, 20)
+        await asyncio.wait_for(removed, GUARD_S)
 
 
 async def collect(states: AsyncIterator[RunRecord]) -> list[RunRecord]:
@@ -430,7 +430,7 @@ async def test_a_stream_that_cannot_be_restored_is_lost_and_fails_the_run(
             events = await response.read_all_events()
         assert all(event.event != "end" or "complete" not in event.data for event in events)
         with pytest.raises(RunFailed):
-            await handle.result(timeout=5)
+            await handle.result(timeout=GUARD_S)
         record = await realtime.get_run(handle)
         assert record.error is not None
         assert (record.status, record.error.name) == (Status.FAILED, "StreamLost")
@@ -471,9 +471,9 @@ async def test_a_run_whose_start_was_lost_and_that_executes_elsewhere_is_stopped
         await until(lambda: started == [ours, theirs])
         await theirs.runs.update(record.id, TagsAdded(("theirs",)))
         await asyncio.wait_for(stopped.wait(), 5)
-        await asyncio.wait_for(executing, 5)
+        await asyncio.wait_for(executing, GUARD_S)
         go_on.set()
-        await asyncio.wait_for(again, 5)
+        await asyncio.wait_for(again, GUARD_S)
         stored = await ours.get_run(record.id)
         assert (stored.status, stored.output, stored.owner) == (Status.COMPLETED, "theirs", theirs.runs.owner)
 
@@ -529,11 +529,11 @@ async def test_an_end_that_others_stored_after_a_loss_is_final(storage: Storage)
         await until(lambda: held(theirs) >= 5)
         await storage.turn_back(before)
         await theirs.runs.update(run_id, Finished(Status.CRASHED, error=RunError("Crashed", "gone")))
-        assert (await asyncio.wait_for(states, 5))[-1].status is Status.CRASHED
+        assert (await asyncio.wait_for(states, GUARD_S))[-1].status is Status.CRASHED
         assert json.loads((await response.read_all_events())[-1].data)["reason"] == "crashed"
         assert (await ours.runs.update(run_id, TagsAdded(("late",)))).status is Status.CRASHED
         with pytest.raises(RunCanceled):
-            await asyncio.wait_for(owning, 5)
+            await asyncio.wait_for(owning, GUARD_S)
         assert (await theirs.get_run(run_id)).status is Status.CRASHED
 
 

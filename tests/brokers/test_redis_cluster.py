@@ -27,7 +27,6 @@ pytestmark = [
     pytest.mark.redis,
     pytest.mark.cluster,
     pytest.mark.slow,
-    pytest.mark.timeout(120),
 ]
 
 SHORT = Timeouts(broker=1.0)

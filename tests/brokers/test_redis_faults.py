@@ -48,7 +48,7 @@ from tests.brokers.streaming import Iterations, Log, Streaming, assert_quiet, pa
 from tests.redis_servers import GUARD_S, RedisServer, ReplicaPair
 from tests.requirements import redis_binary
 
-pytestmark = [pytest.mark.anyio, pytest.mark.redis, pytest.mark.slow, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.anyio, pytest.mark.redis, pytest.mark.slow]
 
 SHORT = Timeouts(broker=1.0)
 

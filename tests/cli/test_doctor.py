@@ -23,7 +23,7 @@ from tests.e2e import proxies
 from tests.e2e.hosts.servers import Serving, serving
 from tests.ports import free_port
 
-pytestmark = [pytest.mark.slow, pytest.mark.server, pytest.mark.timeout(60)]
+pytestmark = [pytest.mark.slow, pytest.mark.server]
 
 APP = '''
 import time

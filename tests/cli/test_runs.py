@@ -12,7 +12,7 @@ from tests.cli.command import Command
 from tests.docs.programs import served
 from tests.inprocess import SECRET
 
-pytestmark = [pytest.mark.slow, pytest.mark.server, pytest.mark.timeout(60)]
+pytestmark = [pytest.mark.slow, pytest.mark.server]
 
 PROGRAM = """
 import logging

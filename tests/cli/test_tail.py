@@ -20,8 +20,9 @@ from tests.cli.command import Command
 from tests.client.scripted import ScriptedServer, answer
 from tests.e2e.hosts.guest import SECRET
 from tests.e2e.hosts.servers import Serving, serving
+from tests.inprocess import GUARD_S
 
-pytestmark = [pytest.mark.slow, pytest.mark.server, pytest.mark.timeout(60)]
+pytestmark = [pytest.mark.slow, pytest.mark.server]
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +128,7 @@ def test_ctrl_c_exits_quietly(server: Serving) -> None:
         assert process.stdout is not None
         assert process.stdout.readline() == "first\n"
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=30)
+        out, err = process.communicate(timeout=GUARD_S)
     assert (process.returncode, out, err) == (130, "", "")
 
 
@@ -136,7 +137,7 @@ def test_a_pipe_that_closes_early_is_not_an_error(server: Serving) -> None:
     run_id = end_run(server, *[{"n": number} for number in range(20)])
     url = f"{server.url}/realtime/v1/streams/{run_id}/default"
     command = f"'{sys.executable}' -m asgi_realtime tail '{url}' | head -1"
-    done = subprocess.run(["bash", "-c", command], env={**os.environ}, capture_output=True, text=True, timeout=30)
+    done = subprocess.run(["bash", "-c", command], env={**os.environ}, capture_output=True, text=True)
     assert done.stdout == '{"n": 0}\n'
     assert "Traceback" not in done.stderr
 

@@ -26,7 +26,7 @@ from asgi_realtime.client import RealtimeClient, ServerUnreachable, SyncRealtime
 from asgi_realtime.core.errors import InvalidRequest, RunKeptElsewhere
 from tests.client.reading import FakeTime, Outcome, read, spread
 from tests.client.scripted import END, HOLD, ScriptedServer, answer, chunk, refused, stream
-from tests.inprocess import until
+from tests.inprocess import GUARD_S, until
 
 TOKEN = "aaa.bbb.ccc"
 
@@ -157,7 +157,7 @@ def test_a_refused_connection_is_retried(kind: str, fake_time: FakeTime) -> None
 def test_a_silent_connection_is_lost(kind: str, fake_time: FakeTime) -> None:
     with ScriptedServer(stream(chunk(0)) + HOLD, stream(chunk(1), END)) as server:
         outcome = read_stream(kind, server, fake_time, silence_timeout=0.2)
-        assert server.disconnected.wait(10)
+        assert server.disconnected.wait(GUARD_S)
     assert (outcome.items, outcome.errors) == ([0, 0], [])
     assert server.positions == [None, "0"]
 
@@ -512,7 +512,7 @@ async def test_another_task_can_close_what_is_being_read(close_client: bool, res
         async with anyio.create_task_group() as group:
             group.start_soon(follow)
             await wait_until_reading(server, response, chunks, got)
-            with anyio.fail_after(10):
+            with anyio.fail_after(GUARD_S):
                 await (client if close_client else chunks).aclose()
         if response.endswith(HOLD):
             assert await anyio.to_thread.run_sync(server.disconnected.wait, 10)

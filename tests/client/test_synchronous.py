@@ -21,6 +21,7 @@ import pytest
 from asgi_realtime import InvalidConfiguration, UsageError
 from asgi_realtime.client import SyncRealtimeClient
 from tests.client.scripted import END, HOLD, ScriptedServer, chunk, stream
+from tests.inprocess import GUARD_S
 
 TOKEN = "aaa.bbb.ccc"
 
@@ -30,7 +31,7 @@ def loop_threads() -> set[threading.Thread]:
 
 
 def wait_until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + GUARD_S
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.005)
@@ -41,7 +42,7 @@ def signal_after(event: threading.Event, handler: Callable[[], None]) -> Iterato
     """Run `handler` in the main thread, as a signal handler, once the event is set."""
 
     def send() -> None:
-        assert event.wait(10)
+        assert event.wait(GUARD_S)
         os.kill(os.getpid(), signal.SIGUSR1)
 
     previous = signal.signal(signal.SIGUSR1, lambda *_: handler())
@@ -68,7 +69,7 @@ def test_a_closed_client_leaves_no_thread() -> None:
         with SyncRealtimeClient(server.origin, TOKEN) as client:
             assert next(client.read("run_1")) == 0
             assert len(loop_threads() - before) == 1
-        assert server.disconnected.wait(10)
+        assert server.disconnected.wait(GUARD_S)
     assert loop_threads() == before
 
 
@@ -80,7 +81,7 @@ def test_a_client_that_is_garbage_collected_leaves_no_thread_and_no_connection()
         assert next(chunks) == 0
         del client, chunks
         gc.collect()
-        assert server.disconnected.wait(10)
+        assert server.disconnected.wait(GUARD_S)
     wait_until(lambda: loop_threads() == before)
 
 
@@ -92,7 +93,7 @@ def test_an_interrupt_closes_the_connection_and_loses_nothing() -> None:
         chunks = client.read("run_1")
         with pytest.raises(KeyboardInterrupt), signal_after(server.was_requested, interrupt):
             next(chunks)
-        assert server.disconnected.wait(10)
+        assert server.disconnected.wait(GUARD_S)
         assert list(chunks) == [0]
 
 
@@ -104,7 +105,7 @@ def test_an_interrupt_abandons_a_token_function_that_blocks() -> None:
 
     def token() -> str:
         entered.set()
-        assert release.wait(10)
+        assert release.wait(GUARD_S)
         return TOKEN
 
     with ScriptedServer(stream(chunk(0), END)) as server, SyncRealtimeClient(server.origin, token) as client:
@@ -145,7 +146,7 @@ def test_the_token_function_sees_context_variables_and_blocks_no_other_client() 
     def token() -> str:
         seen.append(tenant.get())
         entered.set()
-        assert release.wait(10)
+        assert release.wait(GUARD_S)
         return TOKEN
 
     def read() -> None:
@@ -157,10 +158,10 @@ def test_the_token_function_sees_context_variables_and_blocks_no_other_client() 
         with slow, other:
             reader = threading.Thread(target=read)
             reader.start()
-            assert entered.wait(10)
+            assert entered.wait(GUARD_S)
             assert list(other.read("run_2")) == []
             release.set()
-            reader.join(10)
+            reader.join(GUARD_S)
     assert seen == ["acme"]
 
 
@@ -227,7 +228,7 @@ def test_a_fork_and_the_exit_of_a_process_with_open_clients() -> None:
     """A child cannot use the loop of its parent, and no open client keeps a process from exiting."""
     with ScriptedServer(stream(chunk(0)) + HOLD, concurrent=True) as server:
         done = subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", SCRIPT, server.origin], capture_output=True, text=True, timeout=15
+            [sys.executable, "-W", "ignore", "-c", SCRIPT, server.origin], capture_output=True, text=True
         )
     assert done.stderr == ""
     assert done.stdout.splitlines() == [

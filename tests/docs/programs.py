@@ -14,7 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 
-GUARD_S = 30.0
+GUARD_S = 60.0
 
 
 @contextmanager

@@ -84,7 +84,6 @@ ENDS = {"ai-sdk": ["text-end", "abort"], "ag-ui": ["TEXT_MESSAGE_END", "RUN_FINI
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(2 * GUARD_S)
 @pytest.mark.parametrize(("framework", "protocol"), SERVED)
 def test_the_routes_send_resume_and_stop(framework: str, protocol: str, tmp_path: Path) -> None:
     with (

@@ -17,7 +17,7 @@ import asgi_realtime.client
 from asgi_realtime.client import RealtimeClient, SyncRealtimeClient
 from asgi_realtime.client.asynchronous import CONNECT_TIMEOUT, GIVE_UP_AFTER, SILENCE_TIMEOUT
 from tests.docs.blocks import ROOT, Block, blocks
-from tests.e2e.site import TEST_S, Opened, Site, serving
+from tests.e2e.site import Opened, Site, serving
 
 FRAGMENTS = blocks("client")
 DOCUMENT = (ROOT / "docs" / "client.md").read_text("utf-8")
@@ -104,7 +104,6 @@ def test_every_block_has_a_check() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(TEST_S)
 @pytest.mark.anyio
 @pytest.mark.parametrize("name", CHECKS)
 async def test_a_block(name: str, site: Site, run: Opened, capsys: pytest.CaptureFixture[str]) -> None:

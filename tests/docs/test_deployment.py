@@ -32,7 +32,7 @@ DOCUMENT = (ROOT / "docs" / "deployment.md").read_text("utf-8")
 _COMMANDS = re.compile(r"# app\.py, started with: (.+)\n")
 _PORT = {"uvicorn": "--port={}", "hypercorn": "--bind=127.0.0.1:{}", "flask": "--port={}", "litestar": "--port={}"}
 
-pytestmark = [pytest.mark.slow, pytest.mark.server, pytest.mark.timeout(2 * GUARD_S)]
+pytestmark = [pytest.mark.slow, pytest.mark.server]
 
 
 @contextmanager
@@ -142,5 +142,5 @@ def test_the_curl_lines_work(tmp_path: Path) -> None:
     (tmp_path / "app.py").write_text(HOSTS["starlette"].text, "utf-8")
     with running("uvicorn app:app", tmp_path) as server:
         lines = blocks("lines")["words"].text.replace("localhost:8000", server.removeprefix("http://"))
-        done = subprocess.run(["bash", "-ec", lines], capture_output=True, timeout=GUARD_S, check=True)
+        done = subprocess.run(["bash", "-ec", lines], capture_output=True, check=True)
     assert [event.data for event in EventParser().feed(done.stdout)][:-1] == [json.dumps(word) for word in WORDS]

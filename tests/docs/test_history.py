@@ -22,7 +22,7 @@ from asgi_realtime.testing import EventParser
 from tests.docs.blocks import blocks
 from tests.docs.programs import GUARD_S, served
 
-pytestmark = [pytest.mark.slow, pytest.mark.redis, pytest.mark.timeout(3 * GUARD_S)]
+pytestmark = [pytest.mark.slow, pytest.mark.redis]
 
 PROGRAM = blocks("program")["history"].text
 SHORT_LEASE = PROGRAM.replace("realtime = Realtime(", "realtime = Realtime(timeouts=Timeouts(lease=1), ").replace(

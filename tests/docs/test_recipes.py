@@ -410,7 +410,6 @@ def test_every_recipe_and_script_is_used() -> None:
 
 @pytest.mark.slow
 @pytest.mark.chromium
-@pytest.mark.timeout(3 * GUARD_S)
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_script(name: str, browser: Browser, tmp_path: Path) -> None:
     program = RECIPES[name].text + PAGE.replace("{script}", SCRIPTS[name].text)

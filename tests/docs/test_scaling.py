@@ -13,6 +13,7 @@ import asgi_realtime.brokers.redis
 from asgi_realtime import Realtime, Retention, RunNotFound, Timeouts
 from tests.docs.blocks import blocks
 from tests.faults import SECRET
+from tests.inprocess import GUARD_S
 from tests.redis_servers import RedisServer
 
 RULES = blocks("acl")["rules"].text.split()
@@ -37,9 +38,9 @@ async def test_the_documented_rules_are_sufficient(redis_server: RedisServer) ->
             return count
 
         handle = await realtime.trigger(task, 40, tags=["a"], idempotency_key="key", delay=0.05)
-        assert await handle.result(timeout=10) == 40
+        assert await handle.result(timeout=GUARD_S) == 40
         await realtime.broker.ping()
-        with anyio.fail_after(10), pytest.raises(RunNotFound):
+        with anyio.fail_after(GUARD_S), pytest.raises(RunNotFound):
             while True:
                 await realtime.get_run(handle)
                 await anyio.sleep(0.02)

@@ -454,12 +454,11 @@ def events_of(url: str, headers: dict[str, str] | None = None) -> list[Event]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3 * GUARD_S)
 def test_the_curl_lines_work(smallest: str) -> None:
     if shutil.which("curl") is None:
         missing("curl is not installed")
     lines = blocks("curl")["smallest"].text.replace("localhost:8000", smallest.removeprefix("http://"))
-    done = subprocess.run(["bash", "-c", lines], capture_output=True, text=True, timeout=GUARD_S, check=True)
+    done = subprocess.run(["bash", "-c", lines], capture_output=True, text=True, check=True)
     parser = EventParser()
     events = parser.feed(done.stdout.encode())
     assert [json.loads(event.data) for event in events[:-1]] == WORDS
@@ -467,7 +466,6 @@ def test_the_curl_lines_work(smallest: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3 * GUARD_S)
 def test_the_stream_of_the_smallest_program_resumes(smallest: str) -> None:
     run = httpx.post(f"{smallest}/words", timeout=GUARD_S).json()
     token = httpx.post(f"{smallest}/words/{run}/token", timeout=GUARD_S).json()
@@ -508,7 +506,6 @@ def page(smallest: str) -> Iterator[Page]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3 * GUARD_S)
 @pytest.mark.chromium
 def test_the_event_sources_of_the_guide_in_chromium(page: Page) -> None:
     streams: list[str] = []
@@ -524,7 +521,6 @@ def test_the_event_sources_of_the_guide_in_chromium(page: Page) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3 * GUARD_S)
 @pytest.mark.server
 def test_the_program_with_a_model(tmp_path: Path) -> None:
     with completions_endpoint() as environment:
@@ -541,12 +537,11 @@ def test_the_program_with_a_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3 * GUARD_S)
 def test_the_documented_conformance_suite_runs(tmp_path: Path) -> None:
     (block,) = blocks("conformance").values()
     (tmp_path / "test_broker.py").write_text(block.text, "utf-8")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "retried_append", "--rootdir", "."]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
     assert " passed" in done.stdout
 

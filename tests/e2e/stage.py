@@ -21,7 +21,7 @@ from asgi_realtime import Realtime, RunCanceled, RunFailed, RunRecord
 from asgi_realtime.runs.handles import RunHandle
 from asgi_realtime.tasks.options import RunLike
 
-GUARD_S = 45.0
+GUARD_S = 60.0
 ROOT = Path(__file__).parent.parent.parent
 
 

@@ -12,9 +12,9 @@ import pytest
 from tests.e2e.answers import ANSWERS, ERROR, TEXT, End, active_run, body_of, end, say
 from tests.e2e.conftest import Relay
 from tests.e2e.node import Program, frontend
-from tests.e2e.site import TEST_S, Opened, Site, serving
+from tests.e2e.site import Opened, Site, serving
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(TEST_S)]
+pytestmark = [pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,9 @@ import httpx
 import pytest
 
 from tests.e2e.conftest import both_brokers
-from tests.e2e.site import GUARD_S, SECRET, TEST_S, Opened, Site
+from tests.e2e.site import GUARD_S, SECRET, Opened, Site
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(TEST_S), both_brokers]
+pytestmark = [pytest.mark.slow, both_brokers]
 
 OFFICIAL = {"authorization": f"Bearer {SECRET}", "trigger-version": "4.8.3"}
 

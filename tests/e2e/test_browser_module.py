@@ -21,7 +21,7 @@ from playwright.sync_api import Browser, BrowserContext, Page, Request, expect, 
 from tests.e2e.conftest import CHROMIUM_FLAGS, CHROMIUM_NAMES, GUARD_S, Relay, start_uvicorn
 from tests.requirements import missing
 
-pytestmark = [pytest.mark.slow, pytest.mark.chromium, pytest.mark.redis, pytest.mark.timeout(3 * GUARD_S)]
+pytestmark = [pytest.mark.slow, pytest.mark.chromium, pytest.mark.redis]
 
 
 @dataclass

@@ -15,7 +15,7 @@ from tests.e2e.hosts.servers import GUARD_S
 from tests.e2e.proxies import Certificate, Visitor, app, caddy, check_chunks_arrive_as_they_are_written, wait_for
 from tests.ports import free_port
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(3 * GUARD_S)]
+pytestmark = [pytest.mark.slow]
 
 SITE = blocks("caddy")["site"].text
 PROXY = "\treverse_proxy 127.0.0.1:8000\n"

@@ -11,9 +11,9 @@ import pytest
 
 from asgi_realtime import Status
 from tests.e2e.celery_app import make
-from tests.e2e.stage import GUARD_S, Stage, is_alive, staged, until
+from tests.e2e.stage import Stage, is_alive, staged, until
 
-pytestmark = [pytest.mark.slow, pytest.mark.redis, pytest.mark.anyio, pytest.mark.timeout(2 * GUARD_S)]
+pytestmark = [pytest.mark.slow, pytest.mark.redis, pytest.mark.anyio]
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from tests.e2e.conftest import GUARD_S, Relay, Server, example
 from tests.e2e.fake_model import ANSWER, FakeModel
 from tests.ports import free_port
 
-pytestmark = [pytest.mark.slow, pytest.mark.chromium, pytest.mark.timeout(3 * GUARD_S)]
+pytestmark = [pytest.mark.slow, pytest.mark.chromium]
 
 QUESTION = "Tell me a long story about a lighthouse keeper and a whale."
 

@@ -80,7 +80,6 @@ def served(*command: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
 
 @pytest.mark.slow
 @pytest.mark.chromium
-@pytest.mark.timeout(3 * GUARD_S)
 def test_the_page_of_the_django_example(chromium: Browser) -> None:
     with served("uvicorn", "examples.django_asgi:app", "--port", "0") as (url, process):
         context = chromium.new_context()
@@ -129,7 +128,6 @@ def refuse_a_stranger(chromium: Browser, page: Page, url: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(2 * GUARD_S)
 def test_the_django_example_as_a_module() -> None:
     with served("examples.django_asgi") as (url, process):
         assert httpx.get(url, timeout=GUARD_S).status_code == 200

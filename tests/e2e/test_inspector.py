@@ -84,7 +84,7 @@ CONTRASTS = """() => {
 }"""
 """The contrast of the colors of small text with what is behind it: WCAG 2.2, 1.4.3."""
 
-pytestmark = [pytest.mark.slow, pytest.mark.chromium, pytest.mark.timeout(3 * GUARD_S)]
+pytestmark = [pytest.mark.slow, pytest.mark.chromium]
 
 
 @pytest.fixture(scope="module")

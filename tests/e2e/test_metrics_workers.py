@@ -20,7 +20,7 @@ from tests.e2e.metrics_app import SECRET
 from tests.e2e.stage import GUARD_S, ROOT
 from tests.test_metrics import Values, values
 
-pytestmark = [pytest.mark.slow, pytest.mark.anyio, pytest.mark.timeout(2 * GUARD_S)]
+pytestmark = [pytest.mark.slow, pytest.mark.anyio]
 
 
 @pytest.fixture

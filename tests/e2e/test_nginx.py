@@ -18,7 +18,7 @@ from tests.e2e.hosts.servers import GUARD_S
 from tests.e2e.proxies import Certificate, Visitor, app, check_chunks_arrive_as_they_are_written, nginx, wait_for
 from tests.ports import free_port
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(3 * GUARD_S)]
+pytestmark = [pytest.mark.slow]
 
 SITE = blocks("nginx")["site"].text
 

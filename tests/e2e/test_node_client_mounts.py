@@ -5,11 +5,10 @@ from __future__ import annotations
 import pytest
 
 from tests.e2e.node import running
-from tests.e2e.site import TEST_S, Site
+from tests.e2e.site import Site
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(TEST_S),
     pytest.mark.usefixtures("node_ready"),
 ]
 

@@ -12,9 +12,9 @@ from collections.abc import Iterator
 import pytest
 
 from tests.e2e.node import running
-from tests.e2e.site import TEST_S, Site, serving, starting
+from tests.e2e.site import Site, serving, starting
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(TEST_S), pytest.mark.usefixtures("node_ready")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("node_ready")]
 
 
 @pytest.fixture(scope="module")

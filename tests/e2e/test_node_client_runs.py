@@ -12,9 +12,9 @@ import pytest
 
 from tests.e2e.conftest import both_brokers
 from tests.e2e.node import running
-from tests.e2e.site import TEST_S, Line, Site, serving
+from tests.e2e.site import Line, Site, serving
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(TEST_S), pytest.mark.usefixtures("node_ready")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("node_ready")]
 
 POLL_S = 0.2
 

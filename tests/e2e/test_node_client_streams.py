@@ -10,9 +10,9 @@ import pytest
 
 from tests.e2e.conftest import Relay, both_brokers
 from tests.e2e.node import Program, running
-from tests.e2e.site import STREAM_BYTES, TEST_S, Line, Site
+from tests.e2e.site import STREAM_BYTES, Line, Site
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(TEST_S), pytest.mark.usefixtures("node_ready")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("node_ready")]
 
 CHUNKS: list[Any] = [
     "text",

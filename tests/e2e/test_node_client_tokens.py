@@ -12,9 +12,9 @@ import pytest
 
 from asgi_realtime import Realtime
 from tests.e2e.node import running
-from tests.e2e.site import SECRET, TEST_S, Line, Opened, Site, serving
+from tests.e2e.site import SECRET, Line, Opened, Site, serving
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(TEST_S), pytest.mark.usefixtures("node_ready")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("node_ready")]
 
 
 def expired(scope: str) -> str:

@@ -8,9 +8,9 @@ import pytest
 
 from tests.e2e.conftest import Relay, both_brokers
 from tests.e2e.node import running
-from tests.e2e.site import TEST_S, Site
+from tests.e2e.site import Site
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(TEST_S), pytest.mark.usefixtures("node_ready")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("node_ready")]
 
 CHUNKS: list[Any] = [
     "text",

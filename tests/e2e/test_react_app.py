@@ -21,7 +21,7 @@ from tests.e2e import react_page
 from tests.e2e.conftest import GUARD_S, Server, example
 from tests.e2e.fake_model import ANSWER, FAILS, FakeModel
 
-pytestmark = [pytest.mark.slow, pytest.mark.chromium, pytest.mark.timeout(3 * GUARD_S)]
+pytestmark = [pytest.mark.slow, pytest.mark.chromium]
 
 SECRET = "secret-key-of-the-tests-with-32-bytes-or-more"
 QUESTION = "Tell me a story."

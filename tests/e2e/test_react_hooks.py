@@ -20,7 +20,7 @@ from playwright.sync_api import Browser, Page
 from tests.e2e import react_page
 from tests.e2e.site import GUARD_S, Opened, Site
 
-pytestmark = [pytest.mark.slow, pytest.mark.chromium, pytest.mark.timeout(3 * GUARD_S)]
+pytestmark = [pytest.mark.slow, pytest.mark.chromium]
 
 SOURCE = Path(__file__).parent / "hooks_page"
 

@@ -20,7 +20,7 @@ from tests.docs.blocks import blocks
 from tests.e2e.conftest import GUARD_S, Relay, start_uvicorn
 from tests.e2e.test_browser_module import requests_of, until
 
-pytestmark = [pytest.mark.slow, pytest.mark.chromium, pytest.mark.redis, pytest.mark.timeout(3 * GUARD_S)]
+pytestmark = [pytest.mark.slow, pytest.mark.chromium, pytest.mark.redis]
 
 PROGRAM = blocks("program")["smallest"].text
 PAGE = blocks("page")["smallest"].text

@@ -21,7 +21,7 @@ from asgi_realtime.testing import Event, EventParser
 from tests.e2e.test_uvicorn import GUARD_S, Served, served
 from tests.redis_servers import RedisServer, ReplicaPair
 
-pytestmark = [pytest.mark.slow, pytest.mark.redis, pytest.mark.asyncio, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.slow, pytest.mark.redis, pytest.mark.asyncio]
 
 
 @dataclass

@@ -35,7 +35,7 @@ from tests.e2e.test_chat_page import (
 )
 from tests.requirements import redis_binary
 
-pytestmark = [pytest.mark.slow, pytest.mark.redis, pytest.mark.timeout(3 * GUARD_S)]
+pytestmark = [pytest.mark.slow, pytest.mark.redis]
 
 __all__ = ["context", "held", "page"]  # fixtures
 

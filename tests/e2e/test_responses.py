@@ -17,8 +17,9 @@ import pytest
 
 from tests.docs.blocks import ROOT
 from tests.docs.programs import served
+from tests.inprocess import GUARD_S
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(60)]
+pytestmark = [pytest.mark.slow]
 
 BROKEN = (httpx.RemoteProtocolError, httpx.ReadError)
 BOTH = pytest.mark.parametrize("protocol", ["ai-sdk", "ag-ui"])
@@ -34,7 +35,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture
 def run(url: str) -> Iterator[Run]:
-    with httpx.Client(base_url=url, timeout=20) as client:
+    with httpx.Client(base_url=url, timeout=GUARD_S) as client:
         yield Run(client)
 
 
@@ -121,7 +122,7 @@ def test_a_client_of_http_1_0_sees_the_break_too(run: Run) -> None:
     run.post("append", chunks=["a"])
     path = f"/realtime/v1/streams/{run.id}/default?protocol=ai-sdk&access_token={run.token}"
     url = run.client.base_url
-    with socket.create_connection((url.host, url.port or 80), timeout=20) as connection:
+    with socket.create_connection((url.host, url.port or 80), timeout=GUARD_S) as connection:
         connection.sendall(f"GET {path} HTTP/1.0\r\nHost: localhost\r\n\r\n".encode())
         with pytest.raises(ConnectionResetError):
             while connection.recv(65536):
@@ -150,7 +151,7 @@ def test_a_client_resumes_and_gets_the_rest(run: Run, protocol: str) -> None:
 
 @BOTH
 def test_a_shutdown_breaks_the_connection(protocol: str, tmp_path: Path) -> None:
-    with httpx.Client(timeout=20) as client:
+    with httpx.Client(timeout=GUARD_S) as client:
         with served(PROGRAM, tmp_path, {"PYTHONPATH": str(ROOT)}) as url:
             client.base_url = url
             run = Run(client)

@@ -10,7 +10,7 @@ import pytest
 from playwright.sync_api import Page, sync_playwright
 
 from tests.docs.blocks import blocks
-from tests.docs.programs import GUARD_S, served
+from tests.docs.programs import served
 from tests.requirements import missing
 
 SECRET = "a secret that is long enough for the tests"
@@ -58,7 +58,7 @@ CANCEL = """async (url) => {
   return (await fetch(url, request).catch(() => ({ status: "blocked" }))).status;
 }"""
 
-pytestmark = [pytest.mark.slow, pytest.mark.chromium, pytest.mark.timeout(3 * GUARD_S)]
+pytestmark = [pytest.mark.slow, pytest.mark.chromium]
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from tests.e2e.hosts.servers import GUARD_S, ROOT, Serving, serving
 from tests.e2e.proxies import running
 from tests.ports import free_port
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(3 * GUARD_S)]
+pytestmark = [pytest.mark.slow]
 
 APP = "tests.e2e.sync_app:app"
 CELLS = [

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from asgi_realtime import Status, ThreadBusy
-from tests.e2e.stage import GUARD_S, Stage, staged, until
+from tests.e2e.stage import Stage, staged, until
 from tests.e2e.thread_racer import PROCESSES, make
 
-pytestmark = [pytest.mark.slow, pytest.mark.redis, pytest.mark.anyio, pytest.mark.timeout(2 * GUARD_S)]
+pytestmark = [pytest.mark.slow, pytest.mark.redis, pytest.mark.anyio]
 
 ROUNDS = 30
 

@@ -10,11 +10,11 @@ import pytest
 from playwright.sync_api import Browser, BrowserContext
 
 from tests.e2e.answers import ANSWERS, OUTPUT, TEXT, end, say
-from tests.e2e.conftest import GUARD_S, Relay
+from tests.e2e.conftest import Relay
 from tests.e2e.site import Site, serving, starting
 from tests.e2e.usechat_page import Chat, build
 
-pytestmark = [pytest.mark.slow, pytest.mark.chromium, pytest.mark.timeout(3 * GUARD_S)]
+pytestmark = [pytest.mark.slow, pytest.mark.chromium]
 
 
 APP = "tests.e2e.frontends_app:app"

@@ -23,7 +23,7 @@ from tests.e2e.fake_model import ANSWER, FAILS, FakeModel
 from tests.ports import free_port
 from tests.requirements import node_binary, npm_packages
 
-pytestmark = [pytest.mark.slow, pytest.mark.chromium, pytest.mark.redis, pytest.mark.timeout(3 * GUARD_S)]
+pytestmark = [pytest.mark.slow, pytest.mark.chromium, pytest.mark.redis]
 
 QUESTION = "Tell me a story."
 BUSY = "This chat is still answering. Wait for the answer, or stop it."

@@ -22,7 +22,7 @@ import pytest_asyncio
 
 ROOT = Path(__file__).parent.parent.parent
 GUARD_S = 60.0
-pytestmark = [pytest.mark.slow, pytest.mark.asyncio, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.slow, pytest.mark.asyncio]
 
 LAST_CHUNK = b"0\r\n\r\n"
 """The end of a complete body (RFC 9112, section 7.1)."""

@@ -20,7 +20,7 @@ from asgi_realtime.testing import Event, EventParser
 from tests.e2e.stage import GUARD_S, ROOT, Stage, is_alive, staged, until
 from tests.e2e.worker_app import SECRET, TIMEOUTS, make
 
-pytestmark = [pytest.mark.slow, pytest.mark.redis, pytest.mark.anyio, pytest.mark.timeout(2 * GUARD_S)]
+pytestmark = [pytest.mark.slow, pytest.mark.redis, pytest.mark.anyio]
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import pytest_asyncio
 
 from tests.e2e.test_uvicorn import GUARD_S, Served, served
 
-pytestmark = [pytest.mark.slow, pytest.mark.asyncio, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.slow, pytest.mark.asyncio]
 
 SECRET = "a key for tests, 32 bytes or more"
 Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]

@@ -22,7 +22,7 @@ from asgi_realtime.engine import changes
 from asgi_realtime.engine.changes import COALESCE_S
 from asgi_realtime.engine.run import RelatedRun
 from tests.brokers.backends import DistantBroker
-from tests.inprocess import ended, make_realtime, run_without_anyio, until
+from tests.inprocess import GUARD_S, ended, make_realtime, run_without_anyio, until
 
 pytestmark = pytest.mark.anyio
 
@@ -98,7 +98,7 @@ def test_changes_by_a_def_task_are_stored_while_it_executes(backend: str) -> Non
     def task(run: Run) -> None:
         run.metadata.set("progress", 0.5)
         run.tags.add("half")
-        go.wait(5)
+        go.wait(GUARD_S)
 
     async def main() -> None:
         async with realtime:
@@ -137,7 +137,7 @@ async def test_nothing_is_lost_when_two_processes_change_the_metadata_of_one_run
                 parent.metadata.increment("n")
                 parent.metadata.append("list", number)
                 await parent.metadata.flush()
-            await handle.result(timeout=5)
+            await handle.result(timeout=GUARD_S)
         record = await ended(one, parent.id)
     assert record.metadata["n"] == 40
     assert sorted(record.metadata["list"]) == list(range(40))
@@ -237,7 +237,7 @@ def test_increments_and_appends_of_several_processes_add_up(scripts: list[list[s
                     run.parent.metadata.append("log", [number, step])
 
         async with realtime:
-            await (await realtime.trigger(child, parent=parent_id)).result(timeout=10)
+            await (await realtime.trigger(child, parent=parent_id)).result(timeout=GUARD_S)
 
     async def main() -> dict[str, Any]:
         async with make_realtime(broker=broker) as realtime, realtime.open_run("parent") as parent:

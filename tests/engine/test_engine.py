@@ -13,7 +13,7 @@ import pytest
 from asgi_realtime import Limits, Run, Status
 from asgi_realtime.core.errors import ServerShutdown
 from asgi_realtime.tasks import InProcessExecutor
-from tests.inprocess import make_realtime, until
+from tests.inprocess import GUARD_S, make_realtime, until
 
 # Start and stop
 
@@ -57,7 +57,7 @@ async def test_a_pipe_that_starts_at_any_point_of_a_stop_ends(iterations: int, b
         if busy:
             realtime.pipe(["a"])
         async with anyio.create_task_group() as group:
-            with anyio.fail_after(5):
+            with anyio.fail_after(GUARD_S):
                 group.start_soon(realtime.stop)
                 for _ in range(iterations):
                     await anyio.lowlevel.checkpoint()
@@ -84,7 +84,7 @@ async def test_constant_use_does_not_prevent_a_stop() -> None:
         for _ in range(20):
             group.start_soon(use)
         await anyio.sleep(0.05)
-        with anyio.fail_after(5):
+        with anyio.fail_after(GUARD_S):
             await realtime.stop()
         group.cancel_scope.cancel()
     await realtime.stop()
@@ -139,7 +139,7 @@ def test_it_can_be_started_again_on_another_loop(first: str, second: str) -> Non
     async def use() -> None:
         async with realtime:
             handle = await realtime.trigger(task)
-            assert await handle.result(timeout=5) == "done"
+            assert await handle.result(timeout=GUARD_S) == "done"
             runs.append(handle.id)
             for run_id in runs:
                 assert (await realtime.get_run(run_id)).output == "done"
@@ -161,7 +161,7 @@ def test_a_loop_that_was_closed_without_a_stop_is_detected() -> None:
 
     @realtime.task("def")
     def in_thread() -> None:
-        go.wait(5)
+        go.wait(GUARD_S)
 
     async def begin() -> tuple[str, str]:
         handle, waiting = await realtime.trigger(task, "first"), await realtime.trigger(task, "second")
@@ -177,7 +177,7 @@ def test_a_loop_that_was_closed_without_a_stop_is_detected() -> None:
 
     async def again() -> None:
         async with realtime:
-            assert await realtime.result(second, timeout=5) == "second"  # it waited, and is started now
+            assert await realtime.result(second, timeout=GUARD_S) == "second"  # it waited, and is started now
             assert (await realtime.get_run(first)).status is Status.EXECUTING  # until its lease expires
             assert first not in realtime.engine.executions
 

@@ -17,7 +17,7 @@ from asgi_realtime.brokers.memory import MemoryBroker
 from asgi_realtime.core.errors import ServerShutdown
 from asgi_realtime.core.runs import RunRecord
 from asgi_realtime.engine import drain as drain_module
-from tests.inprocess import ended, make_realtime, until
+from tests.inprocess import GUARD_S, ended, make_realtime, until
 
 
 def threads_of_ours() -> list[str]:
@@ -62,7 +62,7 @@ async def test_stop_cancels_unfinished_runs_and_fails_them_with_server_shutdown(
     @realtime.task("def")
     def in_thread() -> None:
         begun.append("def")
-        go.wait(5)
+        go.wait(GUARD_S)
 
     async def endless() -> AsyncIterator[int]:
         yield 1

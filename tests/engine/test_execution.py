@@ -11,7 +11,7 @@ from asgi_realtime.brokers.memory import MemoryBroker
 from asgi_realtime.core.runs import Finished, TagsAdded
 from asgi_realtime.engine.execution import Phase
 from tests.brokers.backends import DistantBroker
-from tests.inprocess import FakeClock, ended, make_realtime, until
+from tests.inprocess import GUARD_S, FakeClock, ended, make_realtime, until
 
 pytestmark = pytest.mark.anyio
 
@@ -134,7 +134,7 @@ async def test_code_is_stopped_if_another_process_ended_its_run() -> None:
         handle = await owner.trigger(task)
         await started.wait()
         await other.runs.update(handle.id, Finished(Status.CRASHED))
-        with anyio.fail_after(5):
+        with anyio.fail_after(GUARD_S):
             await stopped.wait()
         await until(lambda: not owner.engine.executions)
         assert (await owner.get_run(handle)).status is Status.CRASHED

@@ -8,7 +8,7 @@ import pytest
 from asgi_realtime import BrokerUnavailable, Run
 from asgi_realtime.brokers.memory import MemoryBroker
 from asgi_realtime.core.runs import RunRecord
-from tests.inprocess import make_realtime
+from tests.inprocess import GUARD_S, make_realtime
 
 pytestmark = pytest.mark.anyio
 
@@ -37,7 +37,7 @@ async def test_a_run_executes_although_its_parent_cannot_be_loaded_at_first() ->
     async with realtime, realtime.open_run("parent") as parent:
         broker.failing = [parent.id]
         handle = await realtime.trigger(child)
-        with anyio.fail_after(5):
+        with anyio.fail_after(GUARD_S):
             assert await handle.result() is True
         assert broker.failing is None
 

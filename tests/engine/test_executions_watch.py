@@ -12,7 +12,7 @@ from asgi_realtime.brokers.memory import MemoryBroker
 from asgi_realtime.core.runs import Finished, RunRecord, run_topic
 from asgi_realtime.engine import executions
 from tests.brokers.backends import DistantBroker, held
-from tests.inprocess import ended, make_realtime, until
+from tests.inprocess import GUARD_S, ended, make_realtime, until
 
 pytestmark = pytest.mark.anyio
 
@@ -193,7 +193,7 @@ async def test_an_ended_run_leaves_nothing_behind() -> None:
 
         tasks = len(anyio.get_running_tasks())
         for _ in range(3):
-            await (await realtime.trigger(task)).result(timeout=5)
+            await (await realtime.trigger(task)).result(timeout=GUARD_S)
             async with realtime.open_run("r"):
                 pass
             await realtime.pipe([1, 2]).wait_until_complete()

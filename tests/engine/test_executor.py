@@ -12,7 +12,7 @@ from asgi_realtime.brokers.memory import MemoryBroker
 from asgi_realtime.tasks import ExecutorHost, InProcessExecutor, Task
 from tests.brokers.backends import DistantBroker
 from tests.faults import RemoteBroker
-from tests.inprocess import FakeClock, ended, make_realtime, until
+from tests.inprocess import GUARD_S, FakeClock, ended, make_realtime, until
 
 pytestmark = pytest.mark.anyio
 
@@ -63,7 +63,7 @@ async def test_the_concurrency_limit_holds_and_runs_start_in_order() -> None:
     async with realtime:
         handles = [await realtime.trigger(task, number) for number in range(6)]
         await until(lambda: len(started) == 2)
-        assert await (await realtime.trigger(other)).result(timeout=5) == "beside"
+        assert await (await realtime.trigger(other)).result(timeout=GUARD_S) == "beside"
         states = [(await realtime.get_run(handle)).status for handle in handles]
         assert states == [Status.EXECUTING] * 2 + [Status.QUEUED] * 4
         go.set()
@@ -148,7 +148,7 @@ async def test_a_queue_adapter_receives_ids_and_calls_execute() -> None:
         handle = await realtime.trigger(task, 1)
         assert queue.sent == [(handle.id, "t")]
         await realtime.execute(handle.id)
-        assert await handle.result(timeout=5) == 2
+        assert await handle.result(timeout=GUARD_S) == 2
 
 
 class Refusing:
@@ -293,7 +293,7 @@ async def test_an_unresponsive_queue_does_not_block_the_ticker() -> None:
         expiring = await realtime.trigger(task, ttl=10)
         queue.away = True
         clock.seconds += 6
-        with anyio.fail_after(5):
+        with anyio.fail_after(GUARD_S):
             async for record in realtime.subscribe_to_run(delayed):
                 if record.status is Status.QUEUED:
                     break
@@ -379,7 +379,7 @@ async def test_a_run_that_waits_in_a_live_process_stays_there() -> None:
         assert two.engine.held == []
         assert started == [handles[0].id]
         go.set()
-        assert [await handle.result(timeout=5) for handle in handles] == ["one"] * 3
+        assert [await handle.result(timeout=GUARD_S) for handle in handles] == ["one"] * 3
         assert one.engine.held == []
 
 
@@ -407,7 +407,7 @@ async def test_a_run_that_is_dispatched_twice_executes_once() -> None:
             for realtime in (one, two, one):
                 group.start_soon(realtime.engine.make_ticker().once)
         for record in records:
-            assert await one.result(record, timeout=5) == "done"
+            assert await one.result(record, timeout=GUARD_S) == "done"
     assert sorted(executions) == sorted(record.id for record in records)
 
 
@@ -427,7 +427,7 @@ async def test_a_run_of_an_unknown_task_is_left_to_processes_that_know_it() -> N
         await knows_not.engine.make_ticker().once()
         assert knows_not.engine.held == []
         async with knows:
-            assert await knows.result(record, timeout=5) == "done"
+            assert await knows.result(record, timeout=GUARD_S) == "done"
 
 
 async def test_a_worker_that_does_not_know_the_task_fails_the_run() -> None:
@@ -485,7 +485,7 @@ async def test_an_attached_executor_starts_and_stops_with_its_realtime() -> None
         await host.start()
         handle = await realtime.trigger(task)
         await host.execute(handle.id)
-        assert await handle.result(timeout=5) == "done"
+        assert await handle.result(timeout=GUARD_S) == "done"
         assert executor.calls == ["start", "stop"] * (times - 1) + ["start"]
         await host.stop()
         assert executor.calls == ["start", "stop"] * times

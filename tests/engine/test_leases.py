@@ -11,7 +11,7 @@ from asgi_realtime import BrokerUnavailable, Realtime, Retention, Status, Timeou
 from asgi_realtime.brokers.base import ThreadRenewal
 from asgi_realtime.brokers.memory import MemoryBroker
 from asgi_realtime.engine.leases import LeaseThread
-from tests.inprocess import FakeClock, make_realtime, until
+from tests.inprocess import GUARD_S, FakeClock, make_realtime, until
 
 SHORT = Timeouts(tick=0.01, drain=0.02, lease=0.03)
 NAME = "asgi_realtime leases"
@@ -50,7 +50,7 @@ def lease_threads() -> int:
 
 def wait_in_thread(fact: Callable[[], object]) -> None:
     """Block the thread until a condition holds."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + GUARD_S
     while not fact():
         assert time.monotonic() < deadline
         time.sleep(0.001)
@@ -116,7 +116,7 @@ async def test_waiting_runs_are_renewed_too() -> None:
         await until(lambda: any(sorted(renewed) == ids for renewed in broker.renewed))
         go.set()
         for handle in handles:
-            await handle.result(timeout=5)
+            await handle.result(timeout=GUARD_S)
 
 
 @pytest.mark.anyio

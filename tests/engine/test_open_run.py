@@ -25,7 +25,7 @@ from asgi_realtime.brokers.base import ChangeMark
 from asgi_realtime.brokers.memory import MemoryBroker
 from asgi_realtime.core.errors import ServerShutdown
 from tests.brokers.backends import DistantBroker
-from tests.inprocess import ended, make_realtime, until
+from tests.inprocess import GUARD_S, ended, make_realtime, until
 
 pytestmark = pytest.mark.anyio
 
@@ -320,7 +320,7 @@ async def test_a_run_that_an_ended_task_left_open_does_not_delay_the_stop() -> N
     async with realtime:
         async with anyio.create_task_group() as group:
             group.start_soon(leave_open)
-        with anyio.fail_after(10):
+        with anyio.fail_after(GUARD_S):
             await realtime.stop()
     record = await realtime.get_run(runs[0])
     await realtime.stop()

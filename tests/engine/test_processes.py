@@ -27,7 +27,7 @@ from asgi_realtime import (
 from asgi_realtime.brokers.redis import RedisBroker
 from asgi_realtime.testing import AsgiClient
 from tests.faults import SECRET
-from tests.inprocess import until
+from tests.inprocess import GUARD_S, until
 
 pytestmark = [pytest.mark.anyio, pytest.mark.redis]
 
@@ -124,12 +124,12 @@ async def test_a_run_that_several_processes_change_at_once_loses_no_operation(ma
                     if number % 10 == 0:
                         await above.metadata.flush()
 
-            await (await process.trigger(count, parent=handle.id)).result(timeout=10)
+            await (await process.trigger(count, parent=handle.id)).result(timeout=GUARD_S)
 
         await asyncio.gather(*(child(p, name) for p, name in ((ours, "a"), (theirs, "b"), (others, "c"))))
         record = await theirs.get_run(handle)
         done.set()
-        await handle.result(timeout=10)
+        await handle.result(timeout=GUARD_S)
         assert record.metadata["count"] == 120
         counted = Counter(record.metadata["by"])
         assert len(counted) == 120
@@ -154,7 +154,7 @@ async def test_an_idempotency_key_creates_one_run_however_many_requests_use_it(m
         )
         assert len({handle.id for handle in handles}) == 1
         assert sum(not handle.is_cached for handle in handles) == 1
-        assert await ours.result(handles[0].id, timeout=10) == 1
+        assert await ours.result(handles[0].id, timeout=GUARD_S) == 1
         assert ran == [handles[0].id]
         with pytest.raises(InvalidPayload):
             await ours.trigger("t", "not a number", idempotency_key="one")
@@ -179,7 +179,7 @@ async def test_a_subscriber_in_another_process_sees_the_last_chunk_before_the_en
         for count in (0, 1, 50, 700):
             handle = await ours.trigger(task, count)
             seen: list[RunRecord | StreamChunk] = []
-            with anyio.fail_after(15):
+            with anyio.fail_after(GUARD_S):
                 seen.extend([item async for item in theirs.subscribe_to_run(handle.id, with_streams=True)])
             terminal = seen[-1]
             assert isinstance(terminal, RunRecord)
@@ -211,12 +211,12 @@ async def test_a_run_gets_input_from_another_process(make: Make) -> None:
         @ours.task("t")
         async def task() -> list[Any]:
             approval = current_run().input("approval")
-            return [await approval.get(timeout=10), await approval.get(timeout=10)]
+            return [await approval.get(timeout=GUARD_S), await approval.get(timeout=GUARD_S)]
 
         handle = await ours.trigger(task)
         await theirs.send_input(handle.id, "approval", {"yes": True})
         await ours.send_input(handle.id, "approval", 2)
-        assert await theirs.result(handle.id, timeout=10) == [{"yes": True}, 2]
+        assert await theirs.result(handle.id, timeout=GUARD_S) == [{"yes": True}, 2]
 
 
 async def test_a_process_that_drains_loses_no_reader_of_any_process(make: Make) -> None:

@@ -11,7 +11,7 @@ from asgi_realtime import (
     RunEnded,
     UsageError,
 )
-from tests.inprocess import ended, make_realtime, until
+from tests.inprocess import GUARD_S, ended, make_realtime, until
 
 pytestmark = pytest.mark.anyio
 
@@ -33,7 +33,7 @@ async def test_a_child_changes_the_metadata_of_its_parent_and_root() -> None:
         async with realtime.open_run("parent") as parent:
             parent.metadata.set("progress", 0.5)
             await parent.metadata.flush()
-            assert await (await realtime.trigger(child)).result(timeout=5) == "parent"
+            assert await (await realtime.trigger(child)).result(timeout=GUARD_S) == "parent"
             record = await realtime.get_run(parent)  # stored no later than the end of the child
             assert record.metadata == {"progress": 0.5, "children": 1, "seen": 0.5}
             assert record.tags == ("has-children",)
@@ -67,9 +67,9 @@ async def test_a_removed_parent_is_none(caplog: pytest.LogCaptureFixture) -> Non
             await until(lambda: waiting.id in realtime.engine.executions)
         delayed = await realtime.trigger(child, parent=parent, delay=0.001)
         await realtime.broker.remove(parent.id)
-        assert await delayed.result(timeout=5) is True
+        assert await delayed.result(timeout=GUARD_S) is True
         go.set()
-        assert await waiting.result(timeout=5) is False  # the child completes regardless
+        assert await waiting.result(timeout=GUARD_S) is False  # the child completes regardless
     assert f"metadata of run {parent.id} is lost" in caplog.text
 
 
@@ -142,7 +142,7 @@ async def test_changes_of_a_parent_that_is_over_are_logged_once(caplog: pytest.L
             handle = await realtime.trigger(child)
             await until(lambda: handle.id in realtime.engine.executions)
         go.set()
-        assert await handle.result(timeout=5) == "done"
+        assert await handle.result(timeout=GUARD_S) == "done"
     words = f"changes of metadata or tags of run {parent.id} are lost: it is COMPLETED"
     assert caplog.text.count(words) == 1
 

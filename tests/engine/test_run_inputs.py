@@ -15,7 +15,7 @@ from asgi_realtime import (
     RunNotFound,
     UsageError,
 )
-from tests.inprocess import make_realtime, until
+from tests.inprocess import GUARD_S, make_realtime, until
 
 pytestmark = pytest.mark.anyio
 
@@ -25,7 +25,7 @@ async def test_inputs_arrive_in_order() -> None:
 
     @realtime.task("t")
     async def task(run: Run) -> list[Any]:
-        first = await run.input("approval").get(timeout=5)
+        first = await run.input("approval").get(timeout=GUARD_S)
         assert run.input("approval") is run.input("approval")
         rest = [await run.input("approval").get() for _ in range(2)]
         other = await run.input("other").get()
@@ -36,7 +36,7 @@ async def test_inputs_arrive_in_order() -> None:
         for data in ({"ok": True}, 2, None):
             await realtime.send_input(handle, "approval", data)
         await realtime.send_input(handle.id, "other", "x")
-        assert await handle.result(timeout=5) == [{"ok": True}, 2, None, "x"]
+        assert await handle.result(timeout=GUARD_S) == [{"ok": True}, 2, None, "x"]
         assert (await realtime.get_run(handle)).streams == ()
 
 
@@ -63,7 +63,7 @@ async def test_each_input_goes_to_one_get() -> None:
         got: list[Any] = []
 
         async def get() -> None:
-            got.append(await run.input("in").get(timeout=5))
+            got.append(await run.input("in").get(timeout=GUARD_S))
 
         async with anyio.create_task_group() as group:
             group.start_soon(get)
@@ -81,7 +81,7 @@ async def test_a_get_that_times_out_loses_nothing() -> None:
         with pytest.raises(UsageError, match="timeout is 'soon'"):
             await run.input("in").get(timeout="soon")
         await realtime.send_input(run, "in", 1)
-        assert await run.input("in").get(timeout=1) == 1
+        assert await run.input("in").get(timeout=GUARD_S) == 1
 
 
 async def test_a_get_ends_with_the_run() -> None:

@@ -17,7 +17,7 @@ from asgi_realtime import Run, Status, Timeouts
 from asgi_realtime.core.errors import ServerShutdown
 from asgi_realtime.engine import shutdown as shutdown_module
 from asgi_realtime.testing import AsgiClient
-from tests.inprocess import SECRET, make_realtime, until
+from tests.inprocess import GUARD_S, SECRET, make_realtime, until
 
 pytestmark = pytest.mark.anyio
 
@@ -246,7 +246,7 @@ async def test_a_second_signal_ends_the_drain(monkeypatch: pytest.MonkeyPatch) -
         await until(lambda: realtime.closing)
         await anyio.wait_all_tasks_blocked()
         realtime.engine.shutdown.announce(quick=True)
-        with anyio.fail_after(5):
+        with anyio.fail_after(GUARD_S):
             assert (await realtime.runs.ended(handle.id)).status is Status.FAILED  # before the stop
 
 

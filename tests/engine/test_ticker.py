@@ -8,7 +8,7 @@ import pytest
 from asgi_realtime import BrokerUnavailable, Realtime, Retention, RunNotFound, Status
 from asgi_realtime.brokers.memory import MemoryBroker
 from tests.brokers.backends import DistantBroker
-from tests.inprocess import FakeClock, ended, make_realtime, until
+from tests.inprocess import GUARD_S, FakeClock, ended, make_realtime, until
 
 pytestmark = pytest.mark.anyio
 
@@ -47,7 +47,7 @@ async def test_a_delayed_run_is_started_by_a_process_that_has_its_task() -> None
             await knows_not.engine.make_ticker().once()
         assert (await knows_not.get_run(handle)).status is Status.DELAYED
         async with knows:
-            assert await handle.result(timeout=5) == "done"
+            assert await handle.result(timeout=GUARD_S) == "done"
         assert knows_not.engine.supervisor is not None
 
 
@@ -71,7 +71,7 @@ async def test_runs_of_unknown_tasks_do_not_delay_others() -> None:
         clock.seconds += 7
         await ours.engine.make_ticker().once()
         for handle in handles:
-            assert await handle.result(timeout=5) == "done"
+            assert await handle.result(timeout=GUARD_S) == "done"
         assert (await ours.get_run(waiting[0])).status is Status.DELAYED
 
 
@@ -98,7 +98,7 @@ async def test_one_of_several_processes_starts_a_delayed_run() -> None:
             async with anyio.create_task_group() as group:
                 for realtime in (one, two, three):
                     group.start_soon(realtime.engine.make_ticker().once)
-            assert await handle.result(timeout=5) == "done"
+            assert await handle.result(timeout=GUARD_S) == "done"
     assert executions == 5
 
 
@@ -117,7 +117,7 @@ async def test_missed_topic_updates_are_repeated() -> None:
         broker.forget = False
         clock.seconds += 2
         found = realtime.subscribe_to_runs_with_tag("x")
-        with anyio.fail_after(5):
+        with anyio.fail_after(GUARD_S):
             assert (await anext(found)).id == run.id
 
 
@@ -185,7 +185,7 @@ async def test_a_due_run_that_fails_does_not_delay_the_others(caplog: pytest.Log
         async def check(run_ids: Sequence[str]) -> None:
             removed.extend(record is None for record in await realtime.runs.load(run_ids))
 
-        with anyio.fail_after(5):
+        with anyio.fail_after(GUARD_S):
             while removed != [False, True, True]:
                 removed.clear()
                 await check(ids)

@@ -15,7 +15,7 @@ from asgi_realtime.asgi.host import App
 from asgi_realtime.brokers.memory import MemoryBroker
 from asgi_realtime.engine.watchers import BETWEEN_POLLS_S
 from asgi_realtime.testing import AsgiClient, StreamedResponse
-from tests.inprocess import SECRET, FakeClock, ended, make_realtime, until
+from tests.inprocess import GUARD_S, SECRET, FakeClock, ended, make_realtime, until
 
 pytestmark = pytest.mark.anyio
 
@@ -403,6 +403,6 @@ async def test_runs_are_reported_concurrently() -> None:
         broker.watch = slow  # type: ignore[method-assign]
         for _ in range(4):
             await opened(started, both.first, f"/v1/streams/{await both.run()}/default")
-        with anyio.fail_after(5):
+        with anyio.fail_after(GUARD_S):
             await both.first.engine.watchers.report()
             await all_called.wait()

@@ -5,6 +5,7 @@ import pytest
 
 from asgi_realtime import BrokerUnavailable
 from asgi_realtime.loop.retry import Retry
+from tests.inprocess import GUARD_S
 
 pytestmark = pytest.mark.anyio
 
@@ -47,7 +48,7 @@ async def test_other_errors_are_not_retried() -> None:
 async def test_shortening_the_patience_ends_calls_in_progress() -> None:
     retry = Retry(1000)
     calls = Calls(10**9)
-    with anyio.fail_after(5):
+    with anyio.fail_after(GUARD_S):
         async with anyio.create_task_group() as group:
             group.start_soon(shorten, retry, calls)
             with pytest.raises(BrokerUnavailable):

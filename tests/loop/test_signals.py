@@ -14,7 +14,7 @@ import anyio
 import pytest
 
 from asgi_realtime.loop.signals import WATCHED, ShutdownSignals
-from tests.inprocess import make_realtime, until
+from tests.inprocess import GUARD_S, make_realtime, until
 
 Handler = Any
 
@@ -333,7 +333,7 @@ anyio.run(main, backend={backend!r})
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=10)
+        _, errors = process.communicate(timeout=GUARD_S)
     assert errors.rstrip().endswith("KeyboardInterrupt")
     assert process.returncode == -signal.SIGINT
 
@@ -374,7 +374,7 @@ async def main():
 
 anyio.run(main, backend={backend!r})
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=15)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stderr.rstrip().endswith("KeyboardInterrupt")
     assert done.returncode == -signal.SIGINT
     assert done.stdout.splitlines() == (["continued"] if signals or backend == "asyncio" else []) + ["main left"]

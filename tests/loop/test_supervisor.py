@@ -12,7 +12,7 @@ import pytest
 from asgi_realtime.core.errors import ServerShutdown
 from asgi_realtime.loop.failures import cancelled_itself
 from asgi_realtime.loop.supervisor import Supervisor
-from tests.inprocess import run_without_anyio, until
+from tests.inprocess import GUARD_S, run_without_anyio, until
 
 pytestmark = pytest.mark.anyio
 
@@ -156,7 +156,7 @@ async def test_a_drain_that_fails_does_not_prevent_the_end(caplog: pytest.LogCap
     supervisor = Supervisor(context=contextvars.copy_context(), drain=fails)
     supervisor.start()
     supervisor.request_stop()
-    with anyio.fail_after(5):
+    with anyio.fail_after(GUARD_S):
         await supervisor.wait_ended()
     assert "a background job failed" in caplog.text
 

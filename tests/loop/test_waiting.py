@@ -12,7 +12,7 @@ import anyio.to_thread
 import pytest
 
 from asgi_realtime.loop.waiting import MANY, WaitList, WakeSoon, make_waiter, on_asyncio
-from tests.inprocess import until
+from tests.inprocess import GUARD_S, until
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("no_task_left")]
 
@@ -30,7 +30,7 @@ async def test_a_waiter_waits_for_the_next_wake() -> None:
         woken = waiter.arm()
         waiter.wake()
         waiter.wake()
-        with anyio.fail_after(5):
+        with anyio.fail_after(GUARD_S):
             await woken
 
 
@@ -39,7 +39,7 @@ async def test_a_wake_before_arming_does_not_count() -> None:
     waiter.wake()
     woken = waiter.arm()
     waiter.wake()
-    with anyio.fail_after(5):
+    with anyio.fail_after(GUARD_S):
         await woken
     waiter.wake()
     with anyio.move_on_after(0.01) as scope:
@@ -63,7 +63,7 @@ async def test_a_waiter_is_reusable_after_a_cancelled_wait() -> None:
     waiter.wake()
     woken = waiter.arm()
     waiter.wake()
-    with anyio.fail_after(5):
+    with anyio.fail_after(GUARD_S):
         await woken
 
 

@@ -20,7 +20,7 @@ import quart
 from asgi_realtime import BatchHandle, Realtime, RunHandle, RunRecord, UsageError
 from asgi_realtime.core.runs import RunError, Status
 from tests.core.test_run_json import FULL
-from tests.inprocess import make_realtime
+from tests.inprocess import GUARD_S, make_realtime
 
 pytestmark = pytest.mark.anyio
 
@@ -213,7 +213,7 @@ async def test_a_batch_handle_waits_for_all_results() -> None:
     realtime = with_echo()
     async with realtime:
         batch = await realtime.batch_trigger([("echo", number) for number in range(3)])
-        assert await batch.results(timeout=5) == [0, 1, 2]
+        assert await batch.results(timeout=GUARD_S) == [0, 1, 2]
 
 
 async def test_the_timeout_of_a_batch_is_for_all_runs_and_says_how_many_ended() -> None:
@@ -225,7 +225,7 @@ async def test_the_timeout_of_a_batch_is_for_all_runs_and_says_how_many_ended() 
 
     async with realtime:
         batch = await realtime.batch_trigger([("echo", 1), (endless, None), (endless, None)])
-        await realtime.result(batch.runs[0], timeout=5)
+        await realtime.result(batch.runs[0], timeout=GUARD_S)
         with pytest.raises(TimeoutError) as caught:
             await batch.results(timeout=0.05)
         words = f"1 of 3 runs of batch '{batch.id}' have ended within 0.05 s; the others continue"

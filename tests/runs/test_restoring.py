@@ -23,7 +23,7 @@ from asgi_realtime.runs.restoring import OwnedRuns, RestorableProducer
 from asgi_realtime.streams.outbox import Outbox
 from asgi_realtime.streams.writer import StreamWriter
 from tests.faults import RemoteBroker, make, stored, until
-from tests.inprocess import FakeClock
+from tests.inprocess import GUARD_S, FakeClock
 
 pytestmark = pytest.mark.anyio
 
@@ -48,7 +48,7 @@ async def test_a_quiet_producer_releases_its_chunks(monkeypatch: pytest.MonkeyPa
         for name in ("a", "b", "c"):
             await realtime.append("x" * 10_000, name)
         assert held_bytes(realtime) == 30_006
-        with anyio.fail_after(5):
+        with anyio.fail_after(GUARD_S):
             while held_bytes(realtime):  # noqa: ASYNC110
                 await anyio.sleep(0.01)
         assert not realtime.runs.owned._holding
@@ -65,7 +65,7 @@ async def test_chunks_do_not_age_while_the_broker_is_unavailable(monkeypatch: py
         await anyio.sleep(0.2)
         assert held_bytes(realtime) == 3
         broker.away = set()
-        with anyio.fail_after(5):
+        with anyio.fail_after(GUARD_S):
             while held_bytes(realtime):  # noqa: ASYNC110
                 await anyio.sleep(0.01)
 

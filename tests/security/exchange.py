@@ -9,9 +9,8 @@ from urllib.parse import quote
 import anyio
 
 from asgi_realtime.asgi.host import App, Message
+from tests.inprocess import GUARD_S
 from tests.security.mutations import Sent
-
-GUARD_S = 10.0
 
 
 @dataclass(slots=True)

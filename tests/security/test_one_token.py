@@ -16,7 +16,7 @@ import pytest
 from asgi_realtime import Limits, Realtime, Retention, Run
 from asgi_realtime.testing import AsgiClient
 from tests.asgi.official_sdk import call, trigger
-from tests.inprocess import ended, make_realtime
+from tests.inprocess import GUARD_S, ended, make_realtime
 
 pytestmark = [pytest.mark.anyio, pytest.mark.parametrize("anyio_backend", ["asyncio"])]
 
@@ -86,7 +86,7 @@ async def test_it_cannot_evict_or_cut_what_others_have(app: Realtime) -> None:
 
     assert (await app.get_run(mine)).output == "mine"
     await app.append("second", run=live)
-    reader = app.read(live, timeout=5)
+    reader = app.read(live, timeout=GUARD_S)
     assert [await anext(reader), await anext(reader)] == ["first", "second"]
     later = await trigger(app, "echo", "still", token=app.create_trigger_public_token("echo", owner=TAG))
     assert (await ended(app, later.json["id"])).output == "still"

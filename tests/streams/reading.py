@@ -9,6 +9,7 @@ import anyio
 import pytest
 
 from tests.faults import RemoteBroker, steps, take
+from tests.inprocess import GUARD_S
 
 
 async def numbers(count: int) -> AsyncIterator[int]:
@@ -24,7 +25,7 @@ where = pytest.mark.parametrize("where", ["memory", "remote"])
 
 
 async def cancelled_after(turns: int, items: AsyncIterator[Any], into: list[Any]) -> None:
-    with anyio.fail_after(5):
+    with anyio.fail_after(GUARD_S):
         async with anyio.create_task_group() as group:
             group.start_soon(take, items, into)
             await steps(turns)

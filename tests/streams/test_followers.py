@@ -13,6 +13,7 @@ from asgi_realtime.core.errors import RunNotFound, StreamGap, UsageError
 from asgi_realtime.core.runs import RunRecord, Status
 from asgi_realtime.streams.followers import StreamChunk
 from tests.faults import RemoteBroker, make, steps, take, until
+from tests.inprocess import GUARD_S
 from tests.streams.reading import broker_for, cancelled_after, numbers, where
 
 pytestmark = pytest.mark.anyio
@@ -32,7 +33,7 @@ class CountingBroker(RemoteBroker):
 async def test_a_run_is_followed_from_its_current_state_to_its_end(where: str) -> None:
     async with make(**broker_for(where)) as realtime:
         got: list[RunRecord] = []
-        with anyio.fail_after(10):
+        with anyio.fail_after(GUARD_S):
             async with anyio.create_task_group() as group:
                 async with realtime.open_run("report") as run:
                     group.start_soon(take, realtime.subscribe_to_run(run), got)
@@ -68,7 +69,7 @@ async def test_a_cancelled_follower_loses_no_state_at_any_step(where: str) -> No
                 got: list[Any] = []
                 await cancelled_after(turns, states, got)
                 ended = bool(got)
-                with anyio.fail_after(5):
+                with anyio.fail_after(GUARD_S):
                     await take(states, got)
                 assert [record.status for record in got] == [Status.COMPLETED], turns
         if ended:
@@ -80,7 +81,7 @@ async def test_a_cancelled_follower_loses_no_state_at_any_step(where: str) -> No
 async def test_with_streams_the_terminal_record_comes_after_the_last_chunk(where: str) -> None:
     async with make(**broker_for(where)) as realtime:
         got: list[RunRecord | StreamChunk] = []
-        with anyio.fail_after(10):
+        with anyio.fail_after(GUARD_S):
             async with anyio.create_task_group() as group:
                 async with realtime.open_run("report") as run:
                     group.start_soon(take, realtime.subscribe_to_run(run, with_streams=True), got)
@@ -133,7 +134,7 @@ async def test_with_streams_a_change_during_the_join_of_a_stream_is_not_missed()
             await go.wait()
 
         got: list[RunRecord | StreamChunk] = []
-        with anyio.fail_after(5):
+        with anyio.fail_after(GUARD_S):
             async with anyio.create_task_group() as group:
                 async with realtime.open_run("report") as run:
                     await realtime.append("one")
@@ -185,7 +186,7 @@ async def test_a_batch_ends_with_its_last_run() -> None:
             return 2 * payload
 
         batch = await realtime.batch_trigger([(double, 1), (double, 2)])
-        with anyio.fail_after(5):
+        with anyio.fail_after(GUARD_S):
             records = [record async for record in realtime.subscribe_to_batch(batch)]
             again = [record async for record in realtime.subscribe_to_batch(batch.id)]
         assert {record.id for record in records} == set(batch.runs)
@@ -202,7 +203,7 @@ async def test_followers_of_a_removed_run_raise() -> None:
                 await wait()
             failures.append(name)
 
-        with anyio.fail_after(10):
+        with anyio.fail_after(GUARD_S):
             async with anyio.create_task_group() as group:
                 handle = realtime.pipe(numbers(3)).handle
                 await realtime.result(handle)
@@ -230,7 +231,7 @@ async def test_removed_runs_of_a_batch_count_as_over() -> None:
                 await go.wait()
 
         batch = await realtime.batch_trigger([("wait", True), ("wait", False), ("wait", True)])
-        with anyio.fail_after(10):
+        with anyio.fail_after(GUARD_S):
             await realtime.result(batch.runs[1])
             await realtime.broker.remove(batch.runs[1])
             got: list[RunRecord] = []
@@ -250,7 +251,7 @@ async def test_a_feed_of_two_tags_includes_older_runs_of_the_first() -> None:
         await realtime.result(both)
         for _ in range(3):
             await realtime.result(realtime.pipe([1], tags=["a"]).run_id)
-        with anyio.fail_after(5):
+        with anyio.fail_after(GUARD_S):
             assert (await anext(realtime.subscribe_to_runs_with_tag(["a", "b"]))).id == both
 
 
@@ -261,7 +262,7 @@ async def test_a_feed_starts_with_its_newest_runs() -> None:
             runs.append(realtime.pipe([1], tags=["a"]).run_id)
             await realtime.result(runs[-1])
         feed = realtime.subscribe_to_runs_with_tag("a")
-        with anyio.fail_after(5):
+        with anyio.fail_after(GUARD_S):
             assert {(await anext(feed)).id, (await anext(feed)).id} == set(runs[2:])
 
 
@@ -274,7 +275,7 @@ async def test_chunks_load_no_record() -> None:
         assert isinstance(await anext(items), RunRecord)
         assert await anext(items) == StreamChunk("default", 0, -1)
         before = broker.loaded
-        with anyio.fail_after(5):
+        with anyio.fail_after(GUARD_S):
             for number in range(50):
                 await realtime.append(number)
                 assert await anext(items) == StreamChunk("default", number + 1, number)
@@ -291,7 +292,7 @@ async def test_each_change_of_a_run_loads_its_record_once() -> None:
             run.metadata.set("number", number)
             await run.metadata.flush()
             before = broker.loaded
-            with anyio.fail_after(5):
+            with anyio.fail_after(GUARD_S):
                 assert (await anext(states)).metadata == {"number": number}
             assert broker.loaded == before + 1
 
@@ -308,7 +309,7 @@ async def test_a_change_of_a_batch_loads_the_changed_run_only() -> None:
 
         batch = await realtime.batch_trigger([("wait", number) for number in range(10)])
         runs = realtime.subscribe_to_batch(batch)
-        with anyio.fail_after(5):
+        with anyio.fail_after(GUARD_S):
             await until(lambda: len(realtime.engine.executions) == 10)
             for _ in range(10):
                 await anext(runs)

@@ -10,6 +10,7 @@ import pytest
 from asgi_realtime.core.errors import LocalCopyLost
 from asgi_realtime.streams.local_copy import LocalCopy, Reader
 from tests.faults import steps, take
+from tests.inprocess import GUARD_S
 
 pytestmark = pytest.mark.anyio
 
@@ -51,7 +52,7 @@ async def test_the_first_finish_wins() -> None:
 async def test_it_is_not_full_at_its_limit() -> None:
     copy = filled(3, 3)
     assert not copy.full
-    with anyio.fail_after(5):
+    with anyio.fail_after(GUARD_S):
         await copy.room()
     assert await anext(Reader(copy)) == 0
 
@@ -75,7 +76,7 @@ async def test_a_full_copy_with_a_reader_makes_the_producer_wait() -> None:
         await copy.room()
         ready.append(1)
 
-    with anyio.fail_after(5):
+    with anyio.fail_after(GUARD_S):
         async with anyio.create_task_group() as group:
             group.start_soon(produce)
             await steps(5)
@@ -90,7 +91,7 @@ async def test_a_waiting_producer_drops_the_copy_when(ending: str) -> None:
     copy = filled(3, 4)
     readers = [Reader(copy)]
     draining = ExitStack()
-    with draining, anyio.fail_after(5):
+    with draining, anyio.fail_after(GUARD_S):
         async with anyio.create_task_group() as group:
             group.start_soon(copy.room)
             await steps(5)
@@ -126,7 +127,7 @@ async def test_two_readers_share_the_items() -> None:
     copy = filled(10, 0)
     seen: list[int] = []
 
-    with anyio.fail_after(5):
+    with anyio.fail_after(GUARD_S):
         async with anyio.create_task_group() as group:
             group.start_soon(take, Reader(copy), seen)
             group.start_soon(take, Reader(copy), seen)

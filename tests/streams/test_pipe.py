@@ -42,6 +42,7 @@ from asgi_realtime.core.runs import Status
 from asgi_realtime.streams.pipe import Pipe, PipeResult
 from asgi_realtime.streams.writer import YIELD_EVERY
 from tests.faults import RemoteBroker, make, others, steps, stored, take, until
+from tests.inprocess import GUARD_S
 
 pytestmark = pytest.mark.anyio
 
@@ -97,7 +98,7 @@ async def status_of(realtime: Realtime, run_id: str) -> Status:
 
 
 async def over(realtime: Realtime, run_id: str) -> Status:
-    with anyio.fail_after(10):
+    with anyio.fail_after(GUARD_S):
         return (await realtime.runs.ended(run_id)).status
 
 
@@ -112,7 +113,7 @@ async def test_pipe_returns_immediately_and_starts_forwarding() -> None:
 
 
 async def over_pipe(pipe: Pipe[Any]) -> PipeResult:
-    with anyio.fail_after(10):
+    with anyio.fail_after(GUARD_S):
         await pipe.settled()
     return pipe.result
 
@@ -179,7 +180,7 @@ async def test_a_slow_consumer_does_not_delay_subscribers() -> None:
         consumer = aiter(realtime.pipe(Source(100)))
         assert await anext(consumer) == 0
         reader = realtime.read(run)
-        with anyio.fail_after(10):
+        with anyio.fail_after(GUARD_S):
             assert [await anext(reader) for _ in range(100)] == list(range(100))
         assert [item async for item in consumer] == list(range(1, 100))
 
@@ -219,7 +220,7 @@ async def test_wait_until_complete_works_after_an_early_break() -> None:
         async for item in pipe:
             if item == 2:
                 break
-        with anyio.fail_after(10):
+        with anyio.fail_after(GUARD_S):
             assert await pipe.wait_until_complete() == PipeResult(50, 90, 49)
         assert await stored(realtime, run.id) == list(range(50))
 
@@ -253,7 +254,7 @@ async def test_waiting_for_the_end_drops_the_local_copy() -> None:
         pipe = realtime.pipe(Source(50))
         consumer = aiter(pipe)
         assert await anext(consumer) == 0
-        with anyio.fail_after(10):
+        with anyio.fail_after(GUARD_S):
             assert (await pipe.wait_until_complete()).chunks == 50
         with pytest.raises(LocalCopyLost):
             await anext(consumer)
@@ -313,7 +314,7 @@ async def test_aclose_stops_forwarding_and_closes_the_source() -> None:
         source.let(3)
         await until(lambda: source.read == 3)
         await steps(5)
-        with anyio.fail_after(5):
+        with anyio.fail_after(GUARD_S):
             await pipe.aclose()
             await pipe.aclose()
         assert source.closed_wholly == 1
@@ -417,7 +418,7 @@ async def test_a_task_that_does_not_wait_for_its_pipe_loses_nothing() -> None:
             return "done"
 
         handle = await realtime.trigger(chat, 100)
-        with anyio.fail_after(10):
+        with anyio.fail_after(GUARD_S):
             assert await handle.result() == "done"
         assert await stored(realtime, handle.id) == list(range(100))
 
@@ -492,7 +493,7 @@ async def test_outside_a_run_the_pipe_creates_one_that_lives_as_long_as_its_sour
             {"a": 1},
         )
         source.let(4)
-        with anyio.fail_after(5):
+        with anyio.fail_after(GUARD_S):
             assert [chunk async for chunk in realtime.read(pipe.handle)] == [0, 1, 2]
             assert await pipe.handle.result() is None
         assert await status_of(realtime, pipe.run_id) is Status.COMPLETED
@@ -527,7 +528,7 @@ async def test_the_created_run_fails_with_its_source(seen: bool) -> None:
             with pytest.raises(ConnectionError):
                 await pipe.wait_until_complete()
         with pytest.raises(RunFailed, match="task failed"):
-            await pipe.handle.result(timeout=5)
+            await pipe.handle.result(timeout=GUARD_S)
         assert await stored(realtime, pipe.run_id) == [0, 1]
 
 
@@ -555,10 +556,10 @@ async def test_aclose_completes_the_created_run() -> None:
 async def test_the_created_run_can_be_read_and_followed_before_it_exists() -> None:
     async with make(broker=RemoteBroker()) as realtime:
         pipe = realtime.pipe(numbers(3))
-        with anyio.fail_after(5):
+        with anyio.fail_after(GUARD_S):
             assert [chunk async for chunk in realtime.read(pipe.run_id)] == [0, 1, 2]
         pipe = realtime.pipe(numbers(3))
-        with anyio.fail_after(5):
+        with anyio.fail_after(GUARD_S):
             assert (await anext(realtime.subscribe_to_run(pipe.run_id))).id == pipe.run_id
 
 
@@ -616,7 +617,7 @@ async def test_an_error_of_a_pipe_fails_its_task() -> None:
             return "done"
 
         with pytest.raises(RunFailed):
-            await (await realtime.trigger(chat)).result(timeout=5)
+            await (await realtime.trigger(chat)).result(timeout=GUARD_S)
 
 
 @pytest.mark.parametrize(
@@ -874,7 +875,7 @@ async def test_cancelling_the_waiter_of_a_pipe_does_not_stop_it(waits: str) -> N
             group.cancel_scope.cancel()
         assert source.closed == 0
         source.let(4)
-        with anyio.fail_after(5):
+        with anyio.fail_after(GUARD_S):
             assert (await pipe.wait_until_complete()).chunks == 5
         assert await stored(realtime, run.id) == [0, 1, 2, 3, 4]
 
@@ -936,7 +937,7 @@ async def test_stopped_at_any_step_nothing_is_lost_duplicated_or_left_over(
                 except (RunCanceled, ServerShutdown):
                     pass
 
-            with anyio.fail_after(10):
+            with anyio.fail_after(GUARD_S):
                 async with anyio.create_task_group() as group:
                     if consumed:
                         group.start_soon(consume)
@@ -998,7 +999,7 @@ async def test_a_cancelled_wait_can_be_repeated_at_any_step(observer: str) -> No
         async with make() as realtime, realtime.open_run("report") as run:
             pipe = realtime.pipe(Source(4))
             got: list[int] = []
-            with anyio.fail_after(10):
+            with anyio.fail_after(GUARD_S):
                 async with anyio.create_task_group() as group:
 
                     async def wait(pipe: Pipe[int] = pipe, got: list[int] = got) -> None:
@@ -1034,7 +1035,7 @@ async def test_a_shutdown_ends_all_waiters() -> None:
         group.start_soon(wait, partial(anext, pipe))
         source.let(0)
         await steps(10)
-        with anyio.fail_after(10):
+        with anyio.fail_after(GUARD_S):
             await realtime.stop()
     assert len(caught) == 2
     assert source.closed_wholly == 1
@@ -1053,7 +1054,7 @@ async def test_a_short_outage_of_the_broker_loses_no_chunk() -> None:
         await until(lambda: broker.failed >= 1)
         broker.away = set()
         broker.lose_answers = 1
-        with anyio.fail_after(10):
+        with anyio.fail_after(GUARD_S):
             assert await pipe.wait_until_complete() == PipeResult(20, 30, 19)
         assert await stored(realtime, run.id) == list(range(20))
 
@@ -1067,7 +1068,7 @@ async def test_a_long_outage_raises_to_the_waiter_and_the_local_iteration_contin
             source = Source(20)
             pipe = realtime.pipe(source)
             await until(lambda: source.closed_wholly == 1)
-            with anyio.fail_after(10), pytest.raises(BrokerUnavailable, match="is unavailable"):
+            with anyio.fail_after(GUARD_S), pytest.raises(BrokerUnavailable, match="is unavailable"):
                 await pipe.wait_until_complete()
             assert [item async for item in pipe] == list(range(20))
             assert pipe.result == PipeResult(0, 0, None)
@@ -1095,7 +1096,7 @@ async def test_a_source_pauses_while_too_much_waits_for_the_broker() -> None:
         await steps(50)
         assert source.read == 5
         broker.hold.set()
-        with anyio.fail_after(10):
+        with anyio.fail_after(GUARD_S):
             assert (await pipe.wait_until_complete()).chunks == 50
         assert await stored(realtime, run.id) == list(range(50))
 
@@ -1111,7 +1112,7 @@ async def test_a_pipe_that_cannot_start_raises_and_closes_its_source(within: boo
     source = Source(3)
     realtime = make(broker=Broken())
     pipe = realtime.pipe(source, run="run_of_another_process" if within else None)
-    with anyio.fail_after(5):
+    with anyio.fail_after(GUARD_S):
         with pytest.raises(BrokerUnavailable, match="refused"):
             await pipe.wait_until_complete()
         with pytest.raises(BrokerUnavailable, match="refused"):
@@ -1130,7 +1131,7 @@ async def test_a_pipe_that_is_stopped_before_it_started_ends() -> None:
     realtime = make(broker=Slow())
     pipe = realtime.pipe(source)
     await steps(5)
-    with anyio.fail_after(5):
+    with anyio.fail_after(GUARD_S):
         await realtime.stop()
         with pytest.raises(ServerShutdown):
             await pipe.wait_until_complete()
@@ -1157,7 +1158,7 @@ async def test_an_endless_source_that_never_suspends_can_be_stopped() -> None:
     async with make(limits=Limits(pipe_buffer=10)) as realtime:
         pipe = realtime.pipe(source)
         await steps(20)
-        with anyio.fail_after(5):
+        with anyio.fail_after(GUARD_S):
             await pipe.aclose()
         assert source.closed_wholly == 1
 
@@ -1245,7 +1246,7 @@ def test_the_stream_is_complete_whatever_the_consumer_does(backend: str, plan: P
         source = Source(count, steps=source_steps, error=error)
         broker: dict[str, Any] = {"broker": RemoteBroker()} if remote else {}
         async with make(**broker, limits=Limits(pipe_buffer=buffer)) as realtime:
-            with anyio.fail_after(10):
+            with anyio.fail_after(GUARD_S):
                 async with realtime.open_run("report") as run:
                     pipe = realtime.pipe(source)
                     got: list[int] = []

@@ -20,6 +20,7 @@ from asgi_realtime.core.run_errors import RunCanceled, RunFailed
 from asgi_realtime.core.runs import run_topic
 from asgi_realtime.streams.followers import StreamChunk
 from tests.faults import RemoteBroker, make, others, steps, stored, take, until
+from tests.inprocess import GUARD_S
 from tests.streams.reading import broker_for, cancelled_after, numbers, where
 
 pytestmark = pytest.mark.anyio
@@ -32,7 +33,7 @@ pytestmark = pytest.mark.anyio
 async def test_chunks_are_read_until_the_run_completes(where: str) -> None:
     async with make(**broker_for(where)) as realtime:
         got: list[int] = []
-        with anyio.fail_after(10):
+        with anyio.fail_after(GUARD_S):
             async with anyio.create_task_group() as group:
                 async with realtime.open_run("report") as run:
                     await realtime.append(0)
@@ -79,7 +80,7 @@ async def test_a_misspelled_stream_of_a_failed_run_raises_how_the_run_ended() ->
 async def test_more_than_one_page_is_read() -> None:
     async with make() as realtime:
         pipe = realtime.pipe(range(1234))
-        with anyio.fail_after(10):
+        with anyio.fail_after(GUARD_S):
             assert [chunk async for chunk in realtime.read(pipe.run_id)] == list(range(1234))
 
 
@@ -95,7 +96,7 @@ async def test_a_reader_gets_the_end_of_a_run_that_is_removed_at_once() -> None:
     """The run was removed before its reader ran, and the reader took that for a failure."""
     async with make() as realtime:
         got: list[int] = []
-        with anyio.fail_after(10):
+        with anyio.fail_after(GUARD_S):
             async with anyio.create_task_group() as group:
                 async with realtime.open_run("report") as run:
                     await realtime.append(0)
@@ -220,7 +221,7 @@ async def test_a_run_that_is_removed_while_it_is_read_raises() -> None:
                 except RunNotFound as exc:
                     caught.append(exc)
 
-            with anyio.fail_after(5):
+            with anyio.fail_after(GUARD_S):
                 async with anyio.create_task_group() as group:
                     group.start_soon(read)
                     await steps(5)
@@ -233,7 +234,7 @@ async def test_a_reader_waits_for_a_run_that_pipe_is_creating() -> None:
     realtime = make(broker=broker)
     pipe = realtime.pipe(numbers(3))
     assert not broker.entered
-    with anyio.fail_after(5):
+    with anyio.fail_after(GUARD_S):
         assert [chunk async for chunk in realtime.read(pipe.run_id)] == [0, 1, 2]
     await realtime.stop()
 
@@ -255,7 +256,7 @@ async def test_the_first_use_waits_for_the_start_of_the_broker(call: str) -> Non
             "tag": realtime.subscribe_to_runs_with_tag("a"),
             "batch": realtime.subscribe_to_batch(batch),
         }
-        with anyio.fail_after(5):
+        with anyio.fail_after(GUARD_S):
             assert await anext(iterators[call]) is not None
         assert broker.entered
         await realtime.stop()
@@ -271,7 +272,7 @@ async def test_a_cancelled_read_loses_nothing_at_any_step(where: str) -> None:
             got: list[int] = []
             await cancelled_after(turns, reader, got)
             ended = len(got) == 3
-            with anyio.fail_after(5):
+            with anyio.fail_after(GUARD_S):
                 while len(got) < 3:
                     got.append(await anext(reader))
             assert got == [0, 1, 2]
@@ -347,7 +348,7 @@ async def test_a_shutdown_ends_a_reader_with_the_end_of_its_run() -> None:
             except RunFailed as exc:
                 raised.append(exc)
 
-        with anyio.fail_after(5):
+        with anyio.fail_after(GUARD_S):
             async with anyio.create_task_group() as group:
                 group.start_soon(read)
                 await steps(3)
@@ -367,7 +368,7 @@ def test_every_chunk_is_read_once_in_any_interleaving(backend: str, plan: list[t
         async with make(**broker_for("remote" if remote else "memory")) as realtime:
             got: list[int] = []
             count = 0
-            with anyio.fail_after(10):
+            with anyio.fail_after(GUARD_S):
                 async with realtime.open_run("report") as run:
                     reader = realtime.read(run)
                     for act, number in plan:

@@ -25,6 +25,7 @@ from asgi_realtime.core.run_errors import RunCanceled
 from asgi_realtime.core.runs import Status
 from asgi_realtime.streams.thread_iterator import THREAD_AHEAD
 from tests.faults import make, others, steps, stored, until
+from tests.inprocess import GUARD_S
 
 pytestmark = pytest.mark.anyio
 
@@ -206,7 +207,7 @@ async def test_a_source_is_closed_in_every_case(make_source: Make, expected: Clo
     before = others()
     async with make(timeouts=Timeouts(drain=0.001)) as realtime:
         pipe = realtime.pipe(make_source(closed, third), run="run_unknown" if ending == "lost" else None)
-        with anyio.fail_after(10):
+        with anyio.fail_after(GUARD_S):
             if ending != "lost":
                 await reached.wait()
             if ending == "aclose":
@@ -279,7 +280,7 @@ async def test_an_error_while_closing_is_only_logged(caplog: pytest.LogCaptureFi
 
 async def test_closing_has_a_time_limit(caplog: pytest.LogCaptureFixture) -> None:
     async with make(timeouts=Timeouts(close=0.01)) as realtime, realtime.open_run("report"):
-        with anyio.fail_after(5):
+        with anyio.fail_after(GUARD_S):
             assert (await realtime.pipe(_Resisting("hangs")).wait_until_complete()).chunks == 1
     assert "closing a piped _Resisting took longer than 0.01 s" in caplog.text
 
@@ -288,7 +289,7 @@ async def test_an_iterator_that_hangs_does_not_keep_its_source_from_being_closed
     """Both used to share one time limit, so a stuck iterator kept its connection open."""
     source = _Resisting("hangs in the iterator")
     async with make(timeouts=Timeouts(close=0.01)) as realtime, realtime.open_run("report"):
-        with anyio.fail_after(5):
+        with anyio.fail_after(GUARD_S):
             await realtime.pipe(source).wait_until_complete()
     assert source.closed
 
@@ -400,7 +401,7 @@ async def test_the_exit_of_a_manager_has_a_time_limit(fails: bool, caplog: pytes
     manager = _Manager(_numbers(1, error), leaving=anyio.sleep_forever)
     async with make(timeouts=Timeouts(close=0.01)) as realtime:
         pipe = realtime.pipe(manager)
-        with anyio.fail_after(5):
+        with anyio.fail_after(GUARD_S):
             if fails:
                 with pytest.raises(ConnectionError):
                     await pipe.wait_until_complete()
@@ -480,7 +481,7 @@ async def test_another_sync_iterable_has_one_daemon_thread() -> None:
     assert thread is not threading.current_thread()
     assert thread.daemon
     assert source.closed == ["generator", "source"]
-    thread.join(5)
+    thread.join(GUARD_S)
     assert not thread.is_alive()
 
 
@@ -577,7 +578,7 @@ async def test_the_number_of_threads_is_limited() -> None:
     go = threading.Event()
 
     def blocking() -> Iterator[int]:
-        go.wait(10)
+        go.wait(GUARD_S)
         yield 1
 
     source = Threaded(3)
@@ -614,7 +615,7 @@ async def test_a_blocked_sync_source_delays_nothing() -> None:
     def blocking() -> Iterator[int]:
         try:
             yield 0
-            go.wait(10)
+            go.wait(GUARD_S)
             yield 1
         finally:
             closed.append(threading.current_thread().name)
@@ -662,7 +663,7 @@ async def test_the_interpreter_exits_with_a_blocked_sync_source(library: str, st
     code = textwrap.dedent(_BLOCKED)
     done = await anyio.to_thread.run_sync(
         lambda: subprocess.run(
-            [sys.executable, "-c", code, library, stopped], capture_output=True, text=True, timeout=15, check=False
+            [sys.executable, "-c", code, library, stopped], capture_output=True, text=True, check=False
         )
     )
     assert (done.returncode, done.stdout) == (0, "left\n"), done.stderr
@@ -675,7 +676,7 @@ async def test_a_source_that_outlives_its_loop_ends_silently(anyio_backend: str)
     def blocking() -> Iterator[int]:
         try:
             yield 0
-            go.wait(10)
+            go.wait(GUARD_S)
             yield 1
         finally:
             closed.set()

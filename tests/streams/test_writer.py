@@ -16,6 +16,7 @@ from asgi_realtime.core.errors import BrokerUnavailable, EncodingError, LimitExc
 from asgi_realtime.streams.outbox import CALL_BYTES, CALL_ITEMS
 from asgi_realtime.streams.writer import StreamWriter, encode_within, name_chunk
 from tests.faults import RemoteBroker, make, steps, stored, until
+from tests.inprocess import GUARD_S
 
 pytestmark = pytest.mark.anyio
 
@@ -52,7 +53,7 @@ async def test_chunks_are_collected_while_an_append_is_in_flight() -> None:
             writer.write(str(number).encode())
         assert counts(writer) == (0, 0, None)
         broker.hold.set()
-        with anyio.fail_after(5):
+        with anyio.fail_after(GUARD_S):
             await writer.drain()
         assert broker.appends == [1, 9]
         assert counts(writer) == (10, 10, 9)
@@ -72,7 +73,7 @@ async def test_the_writers_of_a_stream_keep_their_common_order() -> None:
             await steps(20)
             await writer.write("5")
             broker.hold.set()
-        with anyio.fail_after(5):
+        with anyio.fail_after(GUARD_S):
             assert await pipe.wait_until_complete() == (3, 9, 2)
         assert await stored(realtime, run.id) == ["0", "1", "2", "3", "4", "5"]
 
@@ -85,7 +86,7 @@ async def test_a_failed_call_fails_only_the_writers_whose_chunks_it_held() -> No
         await other.drain()
         broker.away = {"append"}
         writer.write(b"1")
-        with anyio.fail_after(5), pytest.raises(BrokerUnavailable):
+        with anyio.fail_after(GUARD_S), pytest.raises(BrokerUnavailable):
             await writer.drain()
         broker.away = set()
         other.write(b"2")
@@ -105,7 +106,7 @@ async def test_one_call_carries_a_limited_number_of_items_and_bytes() -> None:
             writer.write(b"1")
         for _ in range(3):
             writer.write(big)
-        with anyio.fail_after(5):
+        with anyio.fail_after(GUARD_S):
             await writer.drain()
         assert broker.appends == [CALL_ITEMS, 2, 1, 1]
         assert counts(writer) == (CALL_ITEMS + 4, CALL_ITEMS + 1 + 3 * len(big), CALL_ITEMS + 3)
@@ -118,7 +119,7 @@ async def test_a_lost_response_duplicates_nothing() -> None:
         broker.lose_answers = 2
         for number in range(5):
             writer.write(str(number).encode())
-        with anyio.fail_after(5):
+        with anyio.fail_after(GUARD_S):
             await writer.drain()
         assert counts(writer) == (5, 5, 4)
         assert await stored(realtime, run.id) == [0, 1, 2, 3, 4]
@@ -135,7 +136,7 @@ async def test_the_writer_waits_for_an_unavailable_broker(call: str) -> None:
         writer.write(b"1")
         await until(lambda: broker.failed == 2)
         broker.away = set()
-        with anyio.fail_after(5):
+        with anyio.fail_after(GUARD_S):
             await writer.drain()
         assert await stored(realtime, run.id) == [1]
 
@@ -147,7 +148,7 @@ async def test_a_broker_that_stays_unavailable_fails_the_writer() -> None:
         writer = writer_of(realtime, run.id)
         writer.write(b"1")
         writer.write(b"2")
-        with anyio.fail_after(5), pytest.raises(BrokerUnavailable):
+        with anyio.fail_after(GUARD_S), pytest.raises(BrokerUnavailable):
             await writer.drain()
         assert not writer.full
         with pytest.raises(BrokerUnavailable):
@@ -164,7 +165,7 @@ async def test_a_run_that_is_over_rejects_chunks() -> None:
                 await realtime.append("last")
             writer = writer_of(realtime, run.id)
             await writer.open()
-            with anyio.fail_after(5), pytest.raises(StreamClosed):
+            with anyio.fail_after(GUARD_S), pytest.raises(StreamClosed):
                 writer.write(b"1")
                 await writer.drain()
 
@@ -173,7 +174,7 @@ async def test_an_unknown_run_is_rejected() -> None:
     for broker in ({}, {"broker": RemoteBroker()}):
         async with make(**broker) as realtime:
             writer = writer_of(realtime, "run_unknown")
-            with anyio.fail_after(5), pytest.raises(RunNotFound):
+            with anyio.fail_after(GUARD_S), pytest.raises(RunNotFound):
                 await writer.open()
                 writer.write(b"1")
                 await writer.drain()
@@ -193,7 +194,7 @@ async def test_room_waits_until_enough_is_acknowledged() -> None:
             await writer.room()
         assert scope.cancelled_caught
         broker.hold.set()
-        with anyio.fail_after(5):
+        with anyio.fail_after(GUARD_S):
             await writer.room()
             await writer.drain()
         assert writer.chunks == 4
@@ -212,7 +213,7 @@ async def test_drain_waits_only_for_chunks_written_before_it() -> None:
             drained = True
 
         writer.write(b"1")
-        with anyio.fail_after(5):
+        with anyio.fail_after(GUARD_S):
             async with anyio.create_task_group() as group:
                 group.start_soon(drain)
                 while not drained:
@@ -230,7 +231,7 @@ async def test_a_cancelled_drain_can_be_repeated() -> None:
         with anyio.move_on_after(0):
             await writer.drain()
         broker.hold.set()
-        with anyio.fail_after(5):
+        with anyio.fail_after(GUARD_S):
             await writer.drain()
         assert await stored(realtime, run.id) == [1]
 
@@ -245,7 +246,7 @@ async def test_a_shutdown_before_the_acknowledgement_raises() -> None:
         broker.hold = anyio.Event()
         writer.write(b"1")
         await steps(10)
-        with anyio.fail_after(5):
+        with anyio.fail_after(GUARD_S):
             await realtime.stop()
             with pytest.raises(BrokerUnavailable, match="stopped the writer"):
                 await writer.drain()
@@ -259,7 +260,7 @@ async def test_a_bug_in_the_broker_raises(caplog: pytest.LogCaptureFixture) -> N
     async with make(broker=Buggy()) as realtime, realtime.open_run("report") as run:
         writer = writer_of(realtime, run.id)
         writer.write(b"1")
-        with anyio.fail_after(5), pytest.raises(BrokerUnavailable, match="ZeroDivisionError stopped the writer"):
+        with anyio.fail_after(GUARD_S), pytest.raises(BrokerUnavailable, match="ZeroDivisionError stopped the writer"):
             await writer.drain()
     assert "a background job failed" in caplog.text
 
@@ -307,7 +308,7 @@ async def test_append_recovers_after_a_long_outage() -> None:
     broker = RemoteBroker()
     async with make(broker=broker, timeouts=Timeouts(append=0.01)) as realtime, realtime.open_run("report") as run:
         broker.away = {"append"}
-        with anyio.fail_after(5), pytest.raises(BrokerUnavailable):
+        with anyio.fail_after(GUARD_S), pytest.raises(BrokerUnavailable):
             await realtime.append("lost")
         broker.away = set()
         await realtime.append("stored")
@@ -346,7 +347,7 @@ def test_chunks_are_stored_once_and_in_order(backend: str, plan: list[tuple[int,
                 await steps(pause)
                 if wait:
                     await writer.room()
-            with anyio.fail_after(10):
+            with anyio.fail_after(GUARD_S):
                 for writer in writers:
                     await writer.drain()
             assert await stored(realtime, run.id) == expected

@@ -16,7 +16,7 @@ from asgi_realtime import (
 )
 from asgi_realtime.core.runs import BatchMember
 from asgi_realtime.core.scopes import grants
-from tests.inprocess import make_realtime
+from tests.inprocess import GUARD_S, make_realtime
 from tests.tasks.echo import SlowExecutor, count_runs, with_echo
 
 pytestmark = pytest.mark.anyio
@@ -29,7 +29,7 @@ async def test_a_batch_has_one_token_for_itself_and_its_runs() -> None:
         assert grants(claims.scopes, "read", [("batch", batch.id)])
         assert not grants(claims.scopes, "read", [("batch", "batch_other")])
         assert not grants(claims.scopes, "write", [("batch", batch.id)])
-        assert await batch.results(timeout=5) == [0, 1, 2]
+        assert await batch.results(timeout=GUARD_S) == [0, 1, 2]
         records = [await realtime.get_run(run_id) for run_id in batch.runs]
         assert [(record.batch.id, record.batch.index, record.batch.count) for record in records if record.batch] == [
             (batch.id, 0, 3),
@@ -66,11 +66,11 @@ async def test_an_item_of_a_batch_can_refer_to_an_earlier_run() -> None:
         )
         first, second, third, fourth = batch.runs
         assert (second, third) == (before.id, first)
-        assert await batch.results(timeout=5) == ["a", "before", "a", "d"]
+        assert await batch.results(timeout=GUARD_S) == ["a", "before", "a", "d"]
         members = [(await realtime.get_run(run_id)).batch for run_id in (first, fourth)]
         assert members == [BatchMember(batch.id, 0, 2), BatchMember(batch.id, 1, 2)]
         assert (await realtime.get_run(before)).batch is None
-        with anyio.fail_after(5):
+        with anyio.fail_after(GUARD_S):
             assert {record.id async for record in realtime.subscribe_to_batch(batch)} == {first, fourth}
         claims = realtime.verify_token(batch.public_access_token)
         assert grants(claims.scopes, "read", [("runs", before.id)]), "its token reads every run that it lists"
@@ -122,7 +122,7 @@ async def test_a_batch_that_fails_halfway_is_over() -> None:
         batches = [record.batch for record in records if record is not None and record.batch is not None]
         statuses = {record.batch.index: record.status for record in records if record and record.batch}
         assert statuses == {0: Status.CANCELED, 1: Status.CANCELED, 2: Status.FAILED}
-        with anyio.fail_after(5):
+        with anyio.fail_after(GUARD_S):
             assert len([record async for record in realtime.subscribe_to_batch(batches[0].id)]) == 3
 
 
@@ -142,6 +142,6 @@ async def test_large_payloads_of_a_batch_are_decoded_in_different_iterations() -
     async with realtime, anyio.create_task_group() as group:
         group.start_soon(count)
         batch = await realtime.batch_trigger([("large", "x" * 100_000)] * 4)
-        await batch.results(timeout=5)
+        await batch.results(timeout=GUARD_S)
         group.cancel_scope.cancel()
     assert max(seen) - min(seen) >= 2  # trio runs the tasks of an iteration in random order

@@ -11,7 +11,7 @@ from asgi_realtime import (
 )
 from asgi_realtime.brokers.memory import MemoryBroker
 from tests.brokers.backends import DistantBroker
-from tests.inprocess import FakeClock, ended, make_realtime, until
+from tests.inprocess import GUARD_S, FakeClock, ended, make_realtime, until
 from tests.tasks.echo import SlowExecutor, count_runs, with_echo
 
 pytestmark = pytest.mark.anyio
@@ -25,7 +25,7 @@ async def test_the_same_idempotency_key_returns_the_same_run() -> None:
         assert (first.is_cached, again.is_cached, other.is_cached) == (False, True, False)
         assert again["isCached"] is True
         assert again.id == first.id != other.id
-        assert await again.result(timeout=5) == 1
+        assert await again.result(timeout=GUARD_S) == 1
         assert (await realtime.get_run(first)).idempotency_key == "key"
 
 
@@ -33,11 +33,11 @@ async def test_a_key_creates_a_new_run_after_its_run_expired() -> None:
     """The new run reused the id of the expired one, so old tokens and cursors applied to it."""
     async with with_echo() as realtime:
         first = await realtime.trigger("echo", 1, idempotency_key="key")
-        await first.result(timeout=5)
+        await first.result(timeout=GUARD_S)
         await realtime.broker.remove(first.id)
         second = await realtime.trigger("echo", 2, idempotency_key="key")
         assert second.id != first.id and not second.is_cached
-        assert await second.result(timeout=5) == 2
+        assert await second.result(timeout=GUARD_S) == 2
         assert (await realtime.trigger("echo", 3, idempotency_key="key")).id == second.id
 
 
@@ -52,7 +52,7 @@ async def test_a_run_that_is_removed_during_the_lookup_of_its_key_is_not_created
     broker = RemovesBeforeLoad()
     async with with_echo(broker=broker) as realtime:
         first = await realtime.trigger("echo", 1, idempotency_key="key")
-        await first.result(timeout=5)
+        await first.result(timeout=GUARD_S)
         broker.victim = first.id
         second = await realtime.trigger("echo", 2, idempotency_key="key")
         assert second.id != first.id and not second.is_cached
@@ -118,7 +118,7 @@ async def test_a_claim_without_a_run_gets_its_run_under_the_same_id() -> None:
         handle = await realtime.trigger("echo", "filled", idempotency_key="key")
         assert handle.id == "run_of_a_dead_process"
         assert not handle.is_cached
-        assert await handle.result(timeout=5) == "filled"
+        assert await handle.result(timeout=GUARD_S) == "filled"
         assert (await realtime.get_run(handle)).root_id == "run_of_a_dead_process"
         async with realtime.open_run("parent") as parent:
             await realtime.broker.claim("idempotency:echo/child", "run_of_a_dead_process_child", ttl_s=60)

@@ -17,7 +17,7 @@ from asgi_realtime import (
 from asgi_realtime.core.names import check_key
 from asgi_realtime.tasks.batches import new_batch_id
 from asgi_realtime.tasks.records import new_run_id
-from tests.inprocess import FakeClock, ended, make_realtime, until
+from tests.inprocess import GUARD_S, FakeClock, ended, make_realtime, until
 from tests.tasks.echo import count_runs, with_echo
 
 pytestmark = pytest.mark.anyio
@@ -102,7 +102,7 @@ async def test_a_delay_can_be_a_datetime() -> None:
         assert (await realtime.get_run(past)).delay_until_ms is None, (
             "clocks differ, so a time in the past is not an error"
         )
-        assert await past.result(timeout=5) == 1
+        assert await past.result(timeout=GUARD_S) == 1
 
 
 async def test_a_delayed_run_can_be_canceled() -> None:

@@ -11,7 +11,7 @@ from asgi_realtime import (
     UnknownTask,
     UsageError,
 )
-from tests.inprocess import make_realtime
+from tests.inprocess import GUARD_S, make_realtime
 from tests.tasks.echo import with_echo
 
 pytestmark = pytest.mark.anyio
@@ -68,9 +68,9 @@ async def test_a_run_that_is_triggered_in_a_run_is_its_child() -> None:
 
     async with realtime:
         top = await realtime.trigger(parent)
-        child_id = await top.result(timeout=5)
-        grandchild_id = await realtime.result(child_id, timeout=5)
-        assert await realtime.result(grandchild_id, timeout=5) == [child_id, "child", top.id, "parent"]
+        child_id = await top.result(timeout=GUARD_S)
+        grandchild_id = await realtime.result(child_id, timeout=GUARD_S)
+        assert await realtime.result(grandchild_id, timeout=GUARD_S) == [child_id, "child", top.id, "parent"]
         records = [await realtime.get_run(run_id) for run_id in (top.id, child_id, grandchild_id)]
     assert [record.parent_id for record in records] == [None, top.id, child_id]
     assert [record.root_id for record in records] == [top.id] * 3
@@ -97,7 +97,7 @@ async def test_the_current_run_of_another_realtime_is_not_a_parent() -> None:
 async def test_the_first_trigger_starts_the_realtime() -> None:
     realtime = with_echo()
     handle = await realtime.trigger("echo", 1)
-    assert await handle.result(timeout=5) == 1
+    assert await handle.result(timeout=GUARD_S) == 1
     await realtime.stop()
 
 
@@ -146,4 +146,4 @@ async def test_cancelling_a_wait_for_a_result_does_not_cancel_the_run() -> None:
         with anyio.move_on_after(0.01):
             await handle.result()
         go.set()
-        assert await handle.result(timeout=5) == 1
+        assert await handle.result(timeout=GUARD_S) == 1

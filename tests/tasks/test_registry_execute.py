@@ -24,7 +24,7 @@ from asgi_realtime import (
     Timeouts,
     current_run,
 )
-from tests.inprocess import ended, make_realtime, until
+from tests.inprocess import GUARD_S, ended, make_realtime, until
 
 pytestmark = pytest.mark.anyio
 
@@ -61,7 +61,7 @@ async def test_states_come_in_order() -> None:
     async with realtime:
         handle = await realtime.trigger(task)
         states = []
-        with anyio.fail_after(5):
+        with anyio.fail_after(GUARD_S):
             async for record in realtime.subscribe_to_run(handle):
                 states.append(record.status)
                 if record.status is Status.EXECUTING:
@@ -85,8 +85,8 @@ async def test_set_output_is_the_output_if_the_task_returns_none() -> None:
     async def gives_none() -> None: ...
 
     async with realtime:
-        assert await realtime.result((await realtime.trigger(sets)).id, timeout=5) == "set"
-        assert await (await realtime.trigger(sets_and_returns)).result(timeout=5) == "returned"
+        assert await realtime.result((await realtime.trigger(sets)).id, timeout=GUARD_S) == "set"
+        assert await (await realtime.trigger(sets_and_returns)).result(timeout=GUARD_S) == "returned"
         record = await ended(realtime, await realtime.trigger(gives_none))
         assert record.output_json == b"null"
 
@@ -103,7 +103,7 @@ async def test_the_message_of_a_task_error_is_shown_and_its_data_is_not() -> Non
     async with realtime:
         handle = await realtime.trigger(task, "tea")
         with pytest.raises(RunFailed, match="no tea left"):
-            await handle.result(timeout=5)
+            await handle.result(timeout=GUARD_S)
         record = await realtime.get_run(handle)
     assert record.status is Status.FAILED
     assert record.error == RunError("OutOfStock", "no tea left")
@@ -201,7 +201,7 @@ async def test_sys_exit_in_a_task_fails_only_its_run() -> None:
         for task_id in ("async", "def", "group"):
             record = await ended(realtime, await realtime.trigger(task_id))
             assert record.error == RunError("SystemExit", "task failed")
-        assert await (await realtime.trigger(other)).result(timeout=5) == "fine"
+        assert await (await realtime.trigger(other)).result(timeout=GUARD_S) == "fine"
     assert exits is not None and exits_in_thread is not None and exits_in_group is not None
 
 
@@ -254,7 +254,7 @@ async def test_a_task_that_cancels_itself_fails_only_its_run() -> None:
         assert record.status is Status.FAILED
         assert record.error == RunError("CancelledError", "task failed")
         go.set()
-        assert await beside.result(timeout=5) == "fine"
+        assert await beside.result(timeout=GUARD_S) == "fine"
 
 
 async def test_the_current_run_is_available_anywhere_inside() -> None:
@@ -277,7 +277,7 @@ async def test_the_current_run_is_available_anywhere_inside() -> None:
     async with realtime:
         handles = [await realtime.trigger(task), await realtime.trigger(in_thread)]
         for handle in handles:
-            await handle.result(timeout=5)
+            await handle.result(timeout=GUARD_S)
         with pytest.raises(NoCurrentRun, match="pass run="):
             current_run()
     assert sorted(seen) == sorted([handles[0].id, handles[0].id, handles[1].id])
@@ -298,10 +298,10 @@ async def test_context_variables_of_a_request_do_not_leak_into_tasks() -> None:
     user.set("host")
     async with realtime:
         user.set("ada")
-        assert await (await realtime.trigger(task)).result(timeout=5) == "host"
-        assert await (await realtime.trigger(in_thread)).result(timeout=5) == "host"
+        assert await (await realtime.trigger(task)).result(timeout=GUARD_S) == "host"
+        assert await (await realtime.trigger(in_thread)).result(timeout=GUARD_S) == "host"
     user.set("first request")
-    assert await (await realtime.trigger(task)).result(timeout=5) == "unknown"  # started on first use
+    assert await (await realtime.trigger(task)).result(timeout=GUARD_S) == "unknown"  # started on first use
     await realtime.stop()
 
 
@@ -311,12 +311,12 @@ async def test_a_def_task_runs_in_a_thread() -> None:
 
     @realtime.task("t")
     def task(payload: int) -> int:
-        both.wait(5)
+        both.wait(GUARD_S)
         return threading.get_ident()
 
     async with realtime:
         handles = [await realtime.trigger(task, number) for number in range(2)]
-        threads = {await handle.result(timeout=5) for handle in handles}
+        threads = {await handle.result(timeout=GUARD_S) for handle in handles}
     assert len(threads) == 2
     assert threading.get_ident() not in threads
 
@@ -332,7 +332,7 @@ async def test_def_tasks_over_the_thread_limit_wait() -> None:
         nonlocal at_once, most
         at_once += 1
         most = max(most, at_once)
-        go.wait(5)
+        go.wait(GUARD_S)
         at_once -= 1
 
     async with realtime:
@@ -340,7 +340,7 @@ async def test_def_tasks_over_the_thread_limit_wait() -> None:
         await until(lambda: at_once)
         go.set()
         for handle in handles:
-            await handle.result(timeout=5)
+            await handle.result(timeout=GUARD_S)
     assert most == 1
 
 
@@ -356,7 +356,7 @@ async def test_a_def_task_can_run_its_own_event_loop() -> None:
         return anyio.run(answer)
 
     async with realtime:
-        assert await (await realtime.trigger(task)).result(timeout=5) == 42
+        assert await (await realtime.trigger(task)).result(timeout=GUARD_S) == 42
 
 
 async def test_cancelling_a_def_task_ends_its_run_at_once_and_its_thread_sees_it() -> None:
@@ -368,7 +368,7 @@ async def test_cancelling_a_def_task_ends_its_run_at_once_and_its_thread_sees_it
     @realtime.task("t")
     def task(run: Run) -> str:
         runs.append(run)
-        go.wait(5)
+        go.wait(GUARD_S)
         left.append(run.canceled)
         return "too late"
 
@@ -409,7 +409,7 @@ async def main():
 
 asyncio.run(main())
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=15)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stdout == "FAILED\n", done.stderr
 
 
@@ -423,14 +423,14 @@ async def test_a_task_that_exceeds_max_duration_times_out() -> None:
 
     @realtime.task("def", max_duration="20ms")
     def in_thread() -> None:
-        go.wait(5)
+        go.wait(GUARD_S)
 
     go = threading.Event()
     async with realtime:
         for task_id in ("t", "def"):
             handle = await realtime.trigger(task_id)
             with pytest.raises(RunFailed, match="the task took longer than its max_duration of 0.02 s"):
-                await handle.result(timeout=5)
+                await handle.result(timeout=GUARD_S)
             record = await realtime.get_run(handle)
             assert record.status is Status.TIMED_OUT
             assert record.max_duration_s == 0.02
@@ -588,7 +588,7 @@ async def test_a_run_waits_for_its_pipes() -> None:
 
     async with realtime:
         handle = await realtime.trigger(task)
-        assert await handle.result(timeout=5) == "returned"
+        assert await handle.result(timeout=GUARD_S) == "returned"
         assert [chunk async for chunk in realtime.read(handle)] == [0, 1, 2, 3, 4]
 
 
@@ -627,7 +627,7 @@ async def test_a_handled_error_of_a_pipe_does_not_fail_the_run() -> None:
         return "not reached"
 
     async with realtime:
-        assert await (await realtime.trigger(task)).result(timeout=5) == "handled"
+        assert await (await realtime.trigger(task)).result(timeout=GUARD_S) == "handled"
 
 
 async def test_nothing_remains_when_tasks_end(caplog: pytest.LogCaptureFixture) -> None:
@@ -640,6 +640,6 @@ async def test_nothing_remains_when_tasks_end(caplog: pytest.LogCaptureFixture) 
 
     async with realtime:
         handles = [await realtime.trigger(task, number) for number in range(50)]
-        assert [await handle.result(timeout=5) for handle in handles] == list(range(50))
+        assert [await handle.result(timeout=GUARD_S) for handle in handles] == list(range(50))
         assert realtime.engine.executions == {}
     assert caplog.records == []

@@ -10,7 +10,7 @@ import anyio.to_thread
 import pytest
 
 from asgi_realtime import Limits, Realtime, RunExists, Status, UsageError, current_run
-from tests.inprocess import ended, make_realtime
+from tests.inprocess import GUARD_S, ended, make_realtime
 
 pytestmark = pytest.mark.anyio
 
@@ -25,7 +25,7 @@ async def realtime() -> AsyncIterator[Realtime]:
 
     @realtime.task("waits")
     async def waits() -> None:
-        await current_run().input("go").get(timeout=5)
+        await current_run().input("go").get(timeout=GUARD_S)
 
     async with realtime:
         yield realtime
@@ -42,7 +42,7 @@ async def test_every_call_that_creates_a_run_accepts_its_id(realtime: Realtime) 
     assert (await typed.pipe(["c"], run_id="typed").wait_until_complete()).chunks == 1
     handle = await realtime.trigger("name", run_id="named")
     assert (handle.id, handle.is_cached) == ("named", False)
-    assert await handle.result(timeout=5) == "named"
+    assert await handle.result(timeout=GUARD_S) == "named"
     record = await realtime.get_run("named")
     assert (record.id, record.root_id) == ("named", "named")
     assert (await realtime.trigger("name", run_id=None)).id.startswith("run_")
@@ -60,10 +60,10 @@ async def test_an_id_is_for_one_run(realtime: Realtime) -> None:
     handle = await realtime.trigger("waits", run_id="42")
     await all_calls_find_that_it_exists(realtime)
     await realtime.send_input(handle, "go", True)
-    await handle.result(timeout=5)
+    await handle.result(timeout=GUARD_S)
     await all_calls_find_that_it_exists(realtime)  # also once the run is over
     assert (await realtime.get_run("42")).status is Status.COMPLETED
-    await (await realtime.trigger("name", run_id="43")).result(timeout=5)
+    await (await realtime.trigger("name", run_id="43")).result(timeout=GUARD_S)
     with pytest.raises(RunExists, match="'43' exists already"):
         await realtime.trigger("name", run_id="43")
 
@@ -94,7 +94,7 @@ async def all_calls_find_that_it_exists(realtime: Realtime) -> None:
 
 
 async def test_a_triggered_run_that_has_expired_leaves_its_id_taken(realtime: Realtime) -> None:
-    await (await realtime.trigger("name", run_id="42")).result(timeout=5)
+    await (await realtime.trigger("name", run_id="42")).result(timeout=GUARD_S)
     await realtime.broker.remove("42")
     with pytest.raises(RunExists):
         await realtime.trigger("name", run_id="42")

@@ -25,7 +25,7 @@ from asgi_realtime import (
 )
 from asgi_realtime.core.chunks import decode
 from asgi_realtime.tasks.decoding import decoder_of
-from tests.inprocess import make_realtime
+from tests.inprocess import GUARD_S, make_realtime
 
 
 @dataclass
@@ -149,7 +149,7 @@ async def test_the_payload_is_always_decoded_from_json_into_its_annotation(
 
     task = realtime.task("t")(spy)
     async with realtime:
-        await (await realtime.trigger(task, payload)).result(timeout=5)
+        await (await realtime.trigger(task, payload)).result(timeout=GUARD_S)
     assert seen == [decoded]
     assert type(seen[0]) is type(decoded)
     assert seen[0] is not payload or payload is None
@@ -270,7 +270,7 @@ async def test_a_task_takes_nothing_a_payload_a_run_or_both(
     async with realtime:
         handle = await realtime.trigger(task, payload)
         expected = [handle.id if part == "RUN" else part for part in output] if isinstance(output, list) else output
-        assert await handle.result(timeout=5) == (handle.id if output == "RUN" else expected)
+        assert await handle.result(timeout=GUARD_S) == (handle.id if output == "RUN" else expected)
 
 
 async def run_first(run: Run, payload: int) -> None: ...
@@ -374,7 +374,7 @@ async def test_a_type_that_is_local_to_an_enclosing_function_is_found() -> None:
         return payload.n
 
     async with realtime:
-        assert await (await realtime.trigger(local, {"n": 3})).result(timeout=5) == 3
+        assert await (await realtime.trigger(local, {"n": 3})).result(timeout=GUARD_S) == 3
 
 
 def test_an_annotation_that_cannot_be_evaluated_is_rejected_with_the_fix() -> None:
@@ -404,7 +404,7 @@ async def test_a_local_task_can_refer_to_itself_and_to_later_tasks() -> None:
         return 42
 
     async with realtime:
-        assert await (await realtime.trigger(first, 2)).result(timeout=5) == 42
+        assert await (await realtime.trigger(first, 2)).result(timeout=GUARD_S) == 42
 
 
 @pytest.mark.anyio
@@ -491,7 +491,7 @@ async def test_a_result_has_the_type_of_the_return_annotation_if_it_matches(
     task = realtime.task("t")(function)
     async with realtime:
         handle = await realtime.trigger(task, payload)
-        assert await handle.result(timeout=5) == output
+        assert await handle.result(timeout=GUARD_S) == output
         record = await realtime.get_run(handle)
         assert record.output == decode(record.output_json or b"")
 
@@ -522,7 +522,7 @@ async def test_a_task_can_be_registered_again_in_an_interactive_session(
 
     async with realtime:
         for task in (old, new, "t"):
-            assert await (await realtime.trigger(task)).result(timeout=5) == "new"
+            assert await (await realtime.trigger(task)).result(timeout=GUARD_S) == "new"
 
 
 @pytest.mark.parametrize(

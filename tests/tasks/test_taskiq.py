@@ -15,7 +15,7 @@ import asgi_realtime.tasks.taskiq as adapter
 from asgi_realtime import BrokerUnavailable, Realtime, Run, RunNotFound, Status, UnknownTask, current_run
 from asgi_realtime.brokers.memory import MemoryBroker
 from asgi_realtime.tasks.taskiq import TaskiqExecutor
-from tests.inprocess import ended, make_realtime, until
+from tests.inprocess import GUARD_S, ended, make_realtime, until
 
 pytestmark = pytest.mark.anyio
 
@@ -63,7 +63,7 @@ async def test_a_worker_executes_a_run_and_the_queue_carries_its_id() -> None:
 
     async with realtime:
         handle = await realtime.trigger(task, 1)
-        assert await handle.result(timeout=5) == 2
+        assert await handle.result(timeout=GUARD_S) == 2
         assert [chunk async for chunk in realtime.read(handle)] == [1]
     (message,) = queue.sent
     taskiq_message = queue.formatter.loads(message.message)
@@ -246,8 +246,8 @@ async def test_two_realtimes_can_share_a_queue() -> None:
         return "two"
 
     async with one, two:
-        assert await (await one.trigger("t")).result(timeout=5) == "one"
-        assert await (await two.trigger("t")).result(timeout=5) == "two"
+        assert await (await one.trigger("t")).result(timeout=GUARD_S) == "one"
+        assert await (await two.trigger("t")).result(timeout=GUARD_S) == "two"
 
 
 def test_without_taskiq_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:

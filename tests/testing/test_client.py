@@ -16,7 +16,7 @@ from quart import Quart
 
 from asgi_realtime.asgi.host import App
 from asgi_realtime.testing import AsgiClient
-from tests.inprocess import run_without_anyio
+from tests.inprocess import GUARD_S, run_without_anyio
 
 pytestmark = pytest.mark.anyio
 
@@ -298,7 +298,7 @@ async def test_events_arrive_one_by_one_and_leaving_early_ends_the_app() -> None
     async with AsgiClient(with_lifespan(log)) as client:
         async with client.stream("/numbers/") as response:
             seen = []
-            async for event in response.aiter_events(timeout=5):
+            async for event in response.aiter_events(timeout=GUARD_S):
                 seen.append(event.json())
                 if event.json() == 2:
                     break

@@ -26,7 +26,7 @@ async def test_it(realtime_client, realtime_clock, realtime_factory):
         async with realtime_client(realtime, token=token, lifespan=False) as client:
             async with client.stream(f"/v1/streams/{run.id}/default") as response:
                 await realtime.append("Hello")
-                assert (await response.next_event(timeout=5)).json() == "Hello"
+                assert (await response.next_event(timeout=30)).json() == "Hello"
                 await realtime_clock.advance("16m")
                 assert [event.event async for event in response.aiter_events()][-1] == "end"
     with pytest.raises(ExpiredToken):
@@ -75,20 +75,18 @@ def run_pytest(folder: Path, mode: str, **sources: str) -> str:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
     options = ["-q", "-p", "no:cacheprovider", "-p", "no:valkey", f"--asyncio-mode={mode}"]
     command = [sys.executable, "-m", "pytest", *options]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(90)
 def test_the_fixtures_work_with_the_marks_of_pytest_asyncio_and_anyio(tmp_path: Path) -> None:
     sources = {name: TEST.replace("MARK", f"@pytest.mark.{name}") for name in ("asyncio", "anyio")}
     assert "5 passed" in run_pytest(tmp_path, "strict", **sources)  # anyio runs it on asyncio and on trio
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(90)
 def test_the_fixtures_work_in_the_auto_mode_of_pytest_asyncio(tmp_path: Path) -> None:
     assert "3 passed" in run_pytest(tmp_path, "auto", test=TEST.replace("MARK", ""), client=CLIENT_AS_FIXTURE)
 
@@ -105,5 +103,5 @@ def test_the_plugin_does_not_import_the_library() -> None:
     project = tomllib.loads((Path(plugin.__file__).parent / "pyproject.toml").read_text("utf-8"))["project"]
     assert project["entry-points"]["pytest11"] == {"asgi_realtime": plugin.__name__}
     code = f"import {plugin.__name__}, sys; print('asgi_realtime' in sys.modules, 'anyio' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "False False\n", done.stderr

@@ -15,7 +15,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 WRONG = "\nassert_type(realtime, int)\n"
 
-pytestmark = [pytest.mark.slow, pytest.mark.server, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.slow, pytest.mark.server]
 
 
 def checked(*command: str, folder: Path) -> subprocess.CompletedProcess[str]:

@@ -20,6 +20,7 @@ from asgi_realtime.core.runs import Status
 from asgi_realtime.testing import AsgiClient, Event, StreamedResponse
 from tests.asgi.fake_host import NOW, FakeHost
 from tests.asgi.official_sdk import on_one_loop
+from tests.inprocess import GUARD_S
 
 pytestmark = pytest.mark.anyio
 
@@ -29,7 +30,7 @@ PATH = "/v1/streams/run_1/default"
 @asynccontextmanager
 async def reading(host: FakeHost, path: str = PATH, **more: str) -> AsyncIterator[StreamedResponse]:
     headers = host.headers(trigger_version="4.8.3", accept="text/event-stream", **more)
-    with anyio.fail_after(5):
+    with anyio.fail_after(GUARD_S):
         async with AsgiClient(host).stream(path, headers=headers) as response:
             yield response
 

@@ -16,7 +16,7 @@ from asgi_realtime.tasks import launch
 from asgi_realtime.testing import AsgiClient
 from tests.asgi.official_sdk import Answer, call, count_runs, on_one_loop, send_cut_off, trigger, with_tasks
 from tests.brokers.backends import DistantBroker
-from tests.inprocess import SECRET, FakeClock, ended, until
+from tests.inprocess import GUARD_S, SECRET, FakeClock, ended, until
 
 pytestmark = pytest.mark.anyio
 
@@ -577,7 +577,7 @@ async def test_idempotency_keys_of_different_owners_do_not_meet() -> None:
         assert answers[1].json["id"] == answers[0].json["id"]
         assert realtime.verify_token(answers[1].token).scopes == tuple(run_scopes(answers[0].json["id"]))
         assert not of_host.is_cached
-        assert await of_host.result(timeout=5) == "of the host"
+        assert await of_host.result(timeout=GUARD_S) == "of the host"
 
 
 @on_one_loop

@@ -21,6 +21,7 @@ from asgi_realtime.testing import AsgiClient, Response
 from asgi_realtime.testing.driver import make_scope
 from tests.asgi.fake_host import FakeHost
 from tests.asgi.official_sdk import on_one_loop
+from tests.inprocess import GUARD_S
 
 pytestmark = pytest.mark.anyio
 
@@ -77,7 +78,7 @@ class Client:
         async def poll() -> None:
             answers.append(await self.get(live=live))
 
-        with anyio.fail_after(5):
+        with anyio.fail_after(GUARD_S):
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(poll)
                 yield answers
@@ -90,7 +91,7 @@ class Client:
         async def poll() -> None:
             answers.append(await self.rows(live=True))
 
-        with anyio.fail_after(5):
+        with anyio.fail_after(GUARD_S):
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(poll)
                 await self.host.wait_for_subscriber()
@@ -321,7 +322,7 @@ async def test_a_held_poll_ends_when_its_client_disconnects(host: FakeHost) -> N
     async def send(message: Message) -> None:
         pass
 
-    with anyio.fail_after(5):
+    with anyio.fail_after(GUARD_S):
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(host, scope, receive, send)
             await host.wait_for_subscriber()

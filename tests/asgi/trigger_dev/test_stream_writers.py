@@ -26,7 +26,7 @@ from tests.asgi.fake_host import SECRET as FAKE_HOST_SECRET
 from tests.asgi.fake_host import FakeHost
 from tests.asgi.official_sdk import on_one_loop
 from tests.faults import RemoteBroker, until
-from tests.inprocess import SECRET, make_realtime
+from tests.inprocess import GUARD_S, SECRET, make_realtime
 
 pytestmark = pytest.mark.anyio
 
@@ -34,7 +34,7 @@ PATH = "/v1/streams/run_1/self/default"
 APPEND = f"{PATH}/append"
 INPUT = "/v1/streams/run_1/input/approval"
 KEY = StreamKey("run_1", "default")
-GUARD_S = 5.0
+
 
 Host = FakeHost | Realtime
 

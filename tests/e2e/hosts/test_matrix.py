@@ -26,7 +26,7 @@ from asgi_realtime.testing import Event, EventParser
 from tests.e2e.hosts.guest import SECRET
 from tests.e2e.hosts.servers import GUARD_S, ROOT_PATH, SERVERS, Serving, serving
 
-pytestmark = [pytest.mark.slow, pytest.mark.asyncio, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.slow, pytest.mark.asyncio]
 
 STREAMS = 100
 

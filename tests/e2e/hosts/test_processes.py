@@ -16,7 +16,7 @@ from asgi_realtime.engine.siblings import WARNING
 from tests.e2e.hosts.servers import GUARD_S, serving
 from tests.e2e.hosts.test_matrix import Stream, do, subscribe
 
-pytestmark = [pytest.mark.slow, pytest.mark.asyncio, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.slow, pytest.mark.asyncio]
 
 HOST = {"HOST": "starlette", "ENTRY": "mount"}
 
