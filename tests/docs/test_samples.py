@@ -348,6 +348,7 @@ def test_the_table_of_errors_has_the_status_of_each_code() -> None:
         errors.RunKeptElsewhere,
     ]
     raised += [errors.UsageError, errors.RealtimeError, errors.BrokerUnavailable, errors.ServerShutdown]
+    raised += [errors.AuthorizeFailed]
     raised += [errors.StreamGap, errors.StreamLost, errors.RequestCutOff, errors.ThreadBusy]
     raised += [errors.UnknownTask, errors.InvalidPayload, errors.TokenSpent]
     expected = {(str(error.status), error.code) for error in raised}
