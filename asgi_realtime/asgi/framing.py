@@ -32,9 +32,6 @@ class Framing:
     """Whether a body can report a gap and continue after it."""
     reconnects = True
     """Whether a client that comes during a shutdown gets a body that makes it reconnect, and otherwise an error."""
-    status_when_over = 204
-    """The status of a response to a client that has everything, including the end. Its body is empty. 204 makes an
-    EventSource stop: WHATWG HTML, 9.2.3."""
 
     def preamble(self, comment: str) -> bytes:
         """The first part of the body, sent at once: some hosts hold the head back until there is one."""

@@ -20,7 +20,7 @@ from asgi_realtime.asgi.subscription import SENDING, WAITING, Ended, Subscriptio
 from asgi_realtime.brokers.live_log import MAX_BODY, LiveLog
 from asgi_realtime.core.chunks import encode_value
 from asgi_realtime.core.errors import BrokerUnavailable, InvalidRequest, shown
-from asgi_realtime.core.log import Entry, StreamKey
+from asgi_realtime.core.log import End, Entry, StreamKey
 from asgi_realtime.core.names import input_stream, stream_name
 from asgi_realtime.core.runs import RunRecord
 from asgi_realtime.core.sse import HEARTBEAT
@@ -109,8 +109,7 @@ class StreamResponse(SubscriptionResponse[LiveLog]):
     async def _prepare(self, source: LiveLog) -> bool:
         if source.log.next:
             self._comment = "connected"
-        ahead = self._after - source.log.next
-        return source.end is None or ahead < 0 or (ahead > 0 and source.end.reason == "lost")
+        return source.end is None or self._after != source.log.next  # that is the id of `end`
 
     def _take_first(self, source: LiveLog) -> bytes:
         if self._alert is not None or self._after + 1 < source.log.first:
@@ -211,9 +210,16 @@ class StreamResponse(SubscriptionResponse[LiveLog]):
                 break
 
     def _end(self, source: LiveLog) -> bytes:
+        end = self._end_of(source)
+        return self.framing.end(end.without_error() if self._hides_error else end, str(source.log.next))
+
+    def _end_of(self, source: LiveLog) -> End:
+        """How the stream ended. For a client that has chunks beyond the end, something was lost: by the broker, or it
+        has them from another server."""
         assert source.end is not None
-        end = source.end.without_error() if self._hides_error else source.end
-        return self.framing.end(end, str(source.log.next))
+        if self._after < source.log.next or source.end.reason == "lost":
+            return source.end
+        return End("lost", f"the position is past the end of the stream, which has {source.log.next} chunks")
 
 
 def _bodies(framing: Framing, entries: Sequence[Entry]) -> Iterator[tuple[bytes, int]]:

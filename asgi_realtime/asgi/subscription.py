@@ -271,7 +271,7 @@ class SubscriptionResponse(ABC, Generic[S]):
         ...
 
     async def _send_nothing(self, scope: Scope, receive: Receive) -> None:
-        response = Response(status_code=self.framing.status_when_over)
+        response = Response(status_code=204)  # makes an EventSource stop: WHATWG HTML, 9.2.3
         response.raw_headers += self.raw_headers
         await response(scope, receive, self._send)
 

@@ -130,26 +130,36 @@ async def test_a_resumed_stream_sends_the_rest(host: FakeHost, last_event_id: in
 
 
 @on_one_loop
-@pytest.mark.parametrize("last_event_id", ["5", "6", "999999999999"])
-async def test_resuming_after_the_end_is_204(host: FakeHost, last_event_id: str) -> None:
+@pytest.mark.parametrize("reason", ["complete", "lost"])
+async def test_resuming_after_the_end_is_204(host: FakeHost, reason: str) -> None:
     await host.create()
     await host.append(*range(5))
-    await host.finish()
-    response = await AsgiClient(host).get(PATH, headers=host.headers(last_event_id=last_event_id))
+    await host.broker.append(StreamKey("run_1", "default"), [], end=End(reason))
+    response = await AsgiClient(host).get(PATH, headers=host.headers(last_event_id="5"))
     assert (response.status_code, response.body) == (204, b"")
     assert response.headers["access-control-allow-origin"] == "*"
 
 
-async def test_a_client_ahead_of_a_lost_stream_gets_its_end(host: FakeHost) -> None:
-    """A 204 would mean that the client has everything."""
+@on_one_loop
+@pytest.mark.parametrize(
+    ("end", "error"),
+    [
+        (End("complete"), "the position is past the end of the stream, which has 3 chunks"),
+        (End("failed", "no luck"), "the position is past the end of the stream, which has 3 chunks"),
+        (End("lost", "entries were lost"), "entries were lost"),
+    ],
+)
+@pytest.mark.parametrize("last_event_id", ["4", "999999999999"])
+async def test_a_client_ahead_of_an_ended_stream_learns_that_something_was_lost(
+    host: FakeHost, end: End, error: str, last_event_id: str
+) -> None:
+    """A 204 would mean that the client has everything, and it has chunks that are not stored."""
     await host.create()
     await host.append(*range(3))
-    await host.broker.append(StreamKey("run_1", "default"), [], end=End("lost", "entries were lost"))
-    assert [json.loads(event.data) for event in await read(host, "7")] == [
-        {"reason": "lost", "error": "entries were lost"}
-    ]
-    response = await AsgiClient(host).get(PATH, headers=host.headers(last_event_id="3"))
-    assert response.status_code == 204
+    await host.broker.append(StreamKey("run_1", "default"), [], end=end)
+    (event,) = await read(host, last_event_id)
+    assert (event.event, event.id) == ("end", "3")
+    assert json.loads(event.data) == {"reason": "lost", "error": error}
 
 
 async def test_an_empty_stream_ends_and_stops_an_event_source_that_reconnects(host: FakeHost) -> None:
@@ -172,14 +182,16 @@ async def test_a_position_beyond_an_open_stream_waits(host: FakeHost) -> None:
         assert chunks(await response.read_events()) == [3]
 
 
-async def test_a_stream_that_ends_before_the_position_sends_its_end(host: FakeHost) -> None:
+@on_one_loop
+@pytest.mark.parametrize("last_event_id", ["1", "7"])
+async def test_a_stream_that_ends_before_the_position_is_lost(host: FakeHost, last_event_id: str) -> None:
     await host.create()
     await host.append(0)
-    async with AsgiClient(host).stream(PATH, headers=host.headers(last_event_id="7")) as response:
+    async with AsgiClient(host).stream(PATH, headers=host.headers(last_event_id=last_event_id)) as response:
         await response.chunk()
         await host.finish()
         (end,) = await response.read_all_events()
-    assert (end.event, end.id) == ("end", "1")
+    assert (end.event, end.id, json.loads(end.data)["reason"]) == ("end", "1", "lost")
 
 
 async def test_the_query_resumes_too_and_the_header_takes_precedence(host: FakeHost) -> None:

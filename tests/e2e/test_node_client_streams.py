@@ -104,12 +104,15 @@ def test_reading_starts_at_an_index(site: Site) -> None:
             assert (reader.rest(), ahead.rest()) == ([{"end": 5}], [{"end": 1}])
 
 
-def test_reading_past_the_end_ends_immediately(site: Site) -> None:
+@both_brokers
+def test_reading_past_the_end_is_an_error(site: Site) -> None:
     run = site.open()
     run.append(0, 1, 2)
     run.end()
-    for number, index in enumerate((3, 4, 1000), 1):
-        assert read_all(site, run.id, token=run.token, options={"startIndex": index}) == [{"end": 0}]
+    assert read_all(site, run.id, token=run.token, options={"startIndex": 3}) == [{"end": 0}]
+    for number, index in enumerate((4, 1000), 2):
+        (line,) = read_all(site, run.id, token=run.token, options={"startIndex": index})
+        assert line["error"]["status"] == 409
         assert len(site.requests(f"/streams/{run.id}/")) == number
 
 

@@ -41,7 +41,6 @@ class BatchFraming(Framing):
     __slots__ = ()
     headers = [(b"x-stream-version", b"v2")]
     has_gaps = False
-    status_when_over = 200  # the clients retry a 204, because it has no body
 
     def preamble(self, comment: str) -> bytes:
         return comment_line(comment)
@@ -107,16 +106,18 @@ class BatchStreamResponse(StreamResponse):
     async def _prepare(self, source: LiveLog) -> bool:
         if self._latest:
             self._move(source.log.next - 1)
-        has_more = await super()._prepare(source)
-        if has_more:
-            await self._check_position(source)
-        return has_more
+        await super()._prepare(source)
+        await self._check_position(source)
+        return True
 
     async def _check_position(self, source: LiveLog) -> None:
-        """Raises `StreamGap` before the retained part of the stream, `StreamLost` at the end of a lost stream."""
-        end, following = source.end, self._after + 1
-        if end is not None and end.reason == "lost" and following >= source.log.next:
-            raise StreamLost(end.error or "entries of this stream were lost")
+        """Raises `StreamGap` before the retained part of the stream, `StreamLost` at the end of a lost stream, or past
+        the end of any."""
+        following = self._after + 1
+        if source.end is not None and following >= source.log.next:
+            end = self._end_of(source)
+            if end.reason == "lost":
+                raise StreamLost(end.error or "entries of this stream were lost")
         if following >= source.log.first:
             return
         page = await self._host.broker.read(self._key, after=self._after, limit=1)

@@ -118,15 +118,27 @@ async def test_a_resume_continues_after_the_last_chunk(host: FakeHost, last: str
 
 @on_one_loop
 @pytest.mark.parametrize("last", ["3", "99"])
-async def test_a_resume_beyond_the_end_is_an_empty_200(host: FakeHost, last: str) -> None:
+async def test_a_resume_beyond_the_end_is_409(host: FakeHost, last: str) -> None:
+    """An empty body would be a clean end, and the client has chunks that are not stored."""
     await host.create()
     await host.append(0, 1, 2)
     await host.finish()
     async with reading(host, last_event_id=last) as response:
-        assert response.status_code == 200
-        assert response.headers["x-stream-version"] == "v2"
-        assert response.headers["content-type"].startswith("text/event-stream")
-        assert await response.read() == b""
+        assert response.status_code == 409  # final for the clients
+        assert json.loads(await response.read()) == {
+            "error": "the position is past the end of the stream, which has 3 chunks",
+            "code": "stream_lost",
+        }
+
+
+async def test_a_stream_that_ends_before_the_position_is_no_clean_end(host: FakeHost) -> None:
+    await host.create()
+    await host.append(0)
+    async with reading(host, last_event_id="7") as response:
+        await response.chunk()
+        await host.finish()
+        (event,) = await response.read_all_events()
+    assert event.event == "error"
 
 
 async def test_latest_starts_at_the_end(host: FakeHost) -> None:
