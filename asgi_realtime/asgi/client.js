@@ -117,21 +117,23 @@ export async function* followRuns({ tags, batch, createdAt, skipColumns, ...opti
 
 /**
  * A `fetch` for the AI SDK's `new DefaultChatTransport({ fetch })`: if the connection of an answer is lost, its body
- * continues with the rest. `resume` returns the URL of the rest.
+ * continues with the rest. `resume` returns the URL of the rest, by default that in the header `x-realtime-resume`. A
+ * response without one is passed on as it is.
  *
- * @param {Omit<Options, "signal"> & { fetch?: typeof fetch, resume?: (response: Response, url: string) => string | URL }} [options]
+ * @param {Omit<Options, "signal"> & { fetch?: typeof fetch, resume?: (response: Response, url: string) => string | URL | undefined }} [options]
  * @returns {typeof fetch}
  */
 export function resumingFetch({ fetch: send = (input, init) => fetch(input, init), resume, ...options } = {}) {
   return async (input, init = {}) => {
     const response = await send(input, init);
-    const named = !resume && response.headers.get("x-realtime-resume");
-    const rest = named ? new URL(named, mount(options.base)) : (resume?.(response, String(input)) ?? restOf(input, init));
+    const named = response.headers.get("x-realtime-resume");
+    const url = input instanceof Request ? input.url : String(input);
+    const rest = resume ? resume(response, url) : named && new URL(named, mount(options.base));
     if (!rest || !response.body || !isEventStream(response)) return response;
 
     const headers = new Headers(init.headers);
     headers.delete("content-type");
-    const target = { ...locate(rest), init: named ? {} : { headers, credentials: init.credentials } };
+    const target = { ...locate(rest), init: resume ? { headers, credentials: init.credentials } : {} };
     const stop = new AbortController();
     const signal = init.signal ?? (input instanceof Request ? input.signal : null);
     signal?.addEventListener("abort", () => stop.abort(signal.reason));
@@ -156,16 +158,6 @@ export function resumingFetch({ fetch: send = (input, init) => fetch(input, init
 }
 
 const DONE = "[DONE]";
-
-/** @param {RequestInfo | URL} input @param {RequestInit} init */
-function restOf(input, { body }) {
-  if (input instanceof Request) return;
-  const url = new URL(input, page());
-  if (!body) return url;
-  const id = typeof body === "string" && body.startsWith("{") && JSON.parse(body).id;
-  url.pathname += `/${encodeURIComponent(id)}/stream`;
-  return id ? url : undefined;
-}
 
 /** @param {SseEvent} event */
 function frame({ type, data, id }) {

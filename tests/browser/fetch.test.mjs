@@ -30,7 +30,7 @@ function rest(request) {
 const paths = (server) => server.requests.map(({ method, url }) => `${method} ${url}`);
 
 test("an answer that is not interrupted is the same, without comments", async (t) => {
-  const server = await serve(t, { headers: { "x-vercel-ai-ui-message-stream": "v1" }, body: `retry: 1\n: hello\n${WHOLE}` });
+  const server = await serve(t, { headers: { ...NAMED, "x-vercel-ai-ui-message-stream": "v1" }, body: `retry: 1\n: hello\n${WHOLE}` });
   const response = await post(server);
   assert.equal(response.headers.get("x-vercel-ai-ui-message-stream"), "v1");
   assert.equal(response.headers.get("content-type"), "text/event-stream");
@@ -72,24 +72,18 @@ test("resumes where the header of the response says, with the token in it", asyn
   assert.deepEqual([headers["last-event-id"], headers.authorization, headers["x-user"]], ["1", "Bearer t1", undefined]);
 });
 
-test("resumes at the route of the AI SDK by default, with the headers of the request", async (t) => {
-  const server = await serve(t, { body: FRAMES[0], then: "cut" }, rest);
-  assert.equal(await (await post(server)).text(), WHOLE);
-  assert.deepEqual(paths(server), ["POST /api/chat?a=b", "GET /api/chat/chat%2F1/stream?a=b"]);
-  const { headers } = server.requests[1];
-  assert.deepEqual([headers["last-event-id"], headers["x-user"], headers["content-type"]], ["0", "1", undefined]);
-});
-
-test("resumes where the option says", async (t) => {
+test("resumes where the option says, with the headers of the request", async (t) => {
   const server = await serve(t, { headers: { ...NAMED, "x-run": "run_2" }, body: FRAMES[0], then: "cut" }, { body: FRAMES.slice(1).join("") });
   const resume = (response, url) => `${url}&run=${response.headers.get("x-run")}`;
   assert.equal(await (await post(server, { resume })).text(), WHOLE);
   assert.deepEqual(paths(server), ["POST /api/chat?a=b", "GET /api/chat?a=b&run=run_2"]);
+  const { headers } = server.requests[1];
+  assert.deepEqual([headers["last-event-id"], headers["x-user"], headers["content-type"]], ["0", "1", undefined]);
 });
 
-test("a GET resumes at its own URL", async (t) => {
-  const server = await serve(t, { body: FRAMES[0], then: "cut" }, rest);
-  const response = await resumingFetch({ base: server.base })(`${server.url}/api/chat/1/stream`);
+test("a Request resumes too", async (t) => {
+  const server = await serve(t, { headers: NAMED, body: FRAMES[0], then: "cut" }, rest);
+  const response = await resumingFetch({ resume: (_, url) => url })(new Request(`${server.url}/api/chat/1/stream`));
   assert.equal(await response.text(), WHOLE);
   assert.deepEqual(paths(server), ["GET /api/chat/1/stream", "GET /api/chat/1/stream"]);
 });
@@ -102,13 +96,19 @@ test("returns every other response as it is", async (t) => {
   assert.equal(await (await post(server)).text(), "plain");
 });
 
-for (const body of ["text", "{}", new URLSearchParams({ id: "1" })]) {
-  test(`does not interfere with a request that names no chat: ${body}`, async (t) => {
-    const server = await serve(t, { body: FRAMES[0] });
-    assert.equal(await (await post(server, { init: { body } })).text(), FRAMES[0]);
+test("passes on an event stream that names no rest, as it arrives and with its end", async (t) => {
+  for (const resume of [undefined, () => undefined]) {
+    const server = await serve(t, { body: "data: 1\n\n", then: "hold" });
+    const reader = (await post(server, { resume })).body.pipeThrough(new TextDecoderStream()).getReader();
+    assert.equal((await reader.read()).value, "data: 1\n\n");
+    passSilence();
+    server.requests[0].write(": comment\n\n");
+    assert.equal((await reader.read()).value, ": comment\n\n");
+    server.requests[0].end();
+    assert.equal((await reader.read()).done, true);
     assert.equal(server.requests.length, 1);
-  });
-}
+  }
+});
 
 test("a request that fails is not sent again", async (t) => {
   const server = await serve(t, { body: "" });
@@ -122,7 +122,7 @@ test("a request that fails is not sent again", async (t) => {
 });
 
 test("uses the given fetch for all requests", async (t) => {
-  const server = await serve(t, { body: FRAMES[0], then: "cut" }, rest);
+  const server = await serve(t, { headers: NAMED, body: FRAMES[0], then: "cut" }, rest);
   let calls = 0;
   const response = await post(server, { fetch: (...args) => (calls++, fetch(...args)) });
   assert.equal(await response.text(), WHOLE);
@@ -137,7 +137,7 @@ test("a 204 means over: only the end mark was cut", async (t) => {
 });
 
 test("a 204 in the middle is an error, because the answer must not look finished", async (t) => {
-  const server = await serve(t, { body: FRAMES[0], then: "cut" }, { status: 204 });
+  const server = await serve(t, { headers: NAMED, body: FRAMES[0], then: "cut" }, { status: 204 });
   await assert.rejects((await post(server)).text(), { code: "cut", message: "the rest of the answer is not available; load the chat again" });
 });
 
@@ -154,7 +154,7 @@ test("gets a new token when that of the header has expired", async (t) => {
 });
 
 test("asks for no token before it needs one", async (t) => {
-  const server = await serve(t, { body: WHOLE });
+  const server = await serve(t, { headers: NAMED, body: WHOLE });
   assert.equal(await (await post(server, { refreshToken: () => assert.fail("not needed") })).text(), WHOLE);
 });
 
@@ -169,7 +169,7 @@ test("resumes after silence, also of the first response", async (t) => {
 });
 
 test("an abort of the caller aborts everything", async (t) => {
-  for (const steps of [[{ body: FRAMES[0], then: "hold" }], [{ body: FRAMES[0], then: "cut" }, { body: FRAMES[1], then: "hold" }]]) {
+  for (const steps of [[{ headers: NAMED, body: FRAMES[0], then: "hold" }], [{ headers: NAMED, body: FRAMES[0], then: "cut" }, { body: FRAMES[1], then: "hold" }]]) {
     const server = await serve(t, ...steps);
     const stop = new AbortController();
     const response = await post(server, { init: { signal: stop.signal } });
@@ -193,7 +193,7 @@ test("a Request can be aborted too", async (t) => {
 });
 
 test("canceling the body closes the connection", async (t) => {
-  const server = await serve(t, { body: FRAMES[0], then: "hold" });
+  const server = await serve(t, { headers: NAMED, body: FRAMES[0], then: "hold" });
   const { body } = await post(server);
   const reader = body.getReader();
   await reader.read();

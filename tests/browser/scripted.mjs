@@ -92,7 +92,7 @@ export async function serve(t, ...steps) {
     let text = "";
     for await (const piece of request) text += piece;
     const { method, url, headers } = request;
-    const seen = { method, url, headers, text, isOpen: true, write: (more) => response.write(more) };
+    const seen = { method, url, headers, text, isOpen: true, write: (more) => response.write(more), end: () => response.end() };
     requests.push(seen);
     response.on("close", () => (seen.isOpen = false));
     const step = steps.length > 1 ? steps.shift() : steps[0];
