@@ -8,6 +8,7 @@ from asgi_realtime.asgi import (
     realtime_error_handler,
     realtime_error_response,
 )
+from asgi_realtime.calls.typed import StreamWriterContext, TypedStream
 from asgi_realtime.core.access import Grant, Resource
 from asgi_realtime.core.config import EXPOSED_HEADERS, Cors, Limits, Retention, Timeouts
 from asgi_realtime.core.errors import (
@@ -51,7 +52,6 @@ from asgi_realtime.streams.followers import StreamChunk
 from asgi_realtime.streams.pipe import Pipe, PipeResult
 from asgi_realtime.tasks import Executor, Task
 from asgi_realtime.tokens import Claims
-from asgi_realtime.typed import StreamWriterContext, TypedStream
 
 __version__ = "0.1.0"
 

@@ -7,21 +7,21 @@ which event loop executes it.
 from __future__ import annotations
 
 import functools
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
-from contextlib import AbstractAsyncContextManager, contextmanager, suppress
-from typing import Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar, Unpack, overload
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, Unpack, overload
 
+from asgi_realtime.calls import Calls
 from asgi_realtime.core.config import Span
 from asgi_realtime.core.errors import RealtimeError
 from asgi_realtime.core.runs import RunRecord
 from asgi_realtime.engine.run import Run, current_run, enter
 from asgi_realtime.engine.sync_pipe import SyncPipe
 from asgi_realtime.engine.thread_bridge import HeldRun, ThreadBridge
-from asgi_realtime.runs.handles import TOKEN_EXPIRES_IN, BatchHandle, RunHandle
+from asgi_realtime.runs.handles import RunHandle
 from asgi_realtime.streams.followers import StreamChunk
 from asgi_realtime.streams.pipe import Pipe, Source
-from asgi_realtime.tasks.batches import BatchItem
-from asgi_realtime.tasks.options import OpenRunOptions, PipeOptions, PipeRunOptions, RunLike, TriggerOptions
+from asgi_realtime.tasks.options import OpenRunOptions, PipeRunOptions, RunLike, TriggerOptions
 from asgi_realtime.tasks.task import Task
 
 P = ParamSpec("P")
@@ -29,56 +29,8 @@ R = TypeVar("R")
 T = TypeVar("T")
 
 
-class AsyncCalls(Protocol):
-    """The calls of `Realtime` that have a blocking form."""
-
-    def trigger(
-        self, task: Any, payload: Any = None, **options: Unpack[TriggerOptions]
-    ) -> Awaitable[RunHandle[Any]]: ...
-
-    def batch_trigger(
-        self, items: Iterable[BatchItem], *, token_expires_in: Span = TOKEN_EXPIRES_IN, owner: str | None = None
-    ) -> Awaitable[BatchHandle]: ...
-
-    def execute(self, run_id: str) -> Awaitable[None]: ...
-
-    def pipe(
-        self, source: Any, stream: str = ..., *, run: RunLike | None = None, **options: Unpack[PipeOptions]
-    ) -> Pipe[Any]: ...
-
-    def append(self, chunk: Any, stream: str = "default", *, run: RunLike | None = None) -> Awaitable[None]: ...
-
-    def send_input(self, run: RunLike, input_id: str, data: Any) -> Awaitable[None]: ...
-
-    def cancel(self, run: RunLike) -> Awaitable[RunRecord]: ...
-
-    def active_run(
-        self, thread: str, *, owner: str | None = None, token_owner: str | None = None
-    ) -> Awaitable[RunHandle[Any] | None]: ...
-
-    def get_run(self, run: RunLike) -> Awaitable[RunRecord]: ...
-
-    def result(self, run: RunLike, *, timeout: Span | None = None) -> Awaitable[Any]: ...
-
-    def read(
-        self, run: RunLike, stream: str = "default", *, start_index: int = 0, timeout: Span | None = None
-    ) -> AsyncIterator[Any]: ...
-
-    def subscribe_to_run(
-        self, run: RunLike, *, stop_on_completion: bool = True, with_streams: Any = False
-    ) -> AsyncIterator[Any]: ...
-
-    def subscribe_to_runs_with_tag(
-        self, tags: str | Iterable[str], *, created_within: Span = "24h"
-    ) -> AsyncIterator[RunRecord]: ...
-
-    def subscribe_to_batch(self, batch: str | BatchHandle) -> AsyncIterator[RunRecord]: ...
-
-    def open_run(self, name: str, **options: Unpack[OpenRunOptions]) -> AbstractAsyncContextManager[Run]: ...
-
-
 def _blocking(method: Callable[Concatenate[Any, P], Awaitable[T]]) -> Callable[Concatenate[SyncRealtime, P], T]:
-    """The blocking form of a coroutine method of `AsyncCalls`."""
+    """The blocking form of a coroutine method of `Calls`."""
     name = method.__name__
 
     def call(self: SyncRealtime, /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -92,7 +44,7 @@ def _blocking(method: Callable[Concatenate[Any, P], Awaitable[T]]) -> Callable[C
 def _iterating(
     method: Callable[Concatenate[Any, P], AsyncIterator[T]],
 ) -> Callable[Concatenate[SyncRealtime, P], Iterator[T]]:
-    """The blocking form of a method of `AsyncCalls` that returns an async iterator."""
+    """The blocking form of a method of `Calls` that returns an async iterator."""
     name = method.__name__
 
     def iterate(self: SyncRealtime, /, *args: P.args, **kwargs: P.kwargs) -> Iterator[T]:
@@ -118,21 +70,21 @@ class SyncRealtime:
     its loop ends, during a call.
     """
 
-    def __init__(self, realtime: AsyncCalls, bridge: ThreadBridge) -> None:
+    def __init__(self, realtime: Calls, bridge: ThreadBridge) -> None:
         self._realtime = realtime
         self._bridge = bridge
 
-    batch_trigger = _blocking(AsyncCalls.batch_trigger)
-    append = _blocking(AsyncCalls.append)
-    send_input = _blocking(AsyncCalls.send_input)
-    cancel = _blocking(AsyncCalls.cancel)
-    active_run = _blocking(AsyncCalls.active_run)
-    get_run = _blocking(AsyncCalls.get_run)
-    read = _iterating(AsyncCalls.read)
-    subscribe_to_runs_with_tag = _iterating(AsyncCalls.subscribe_to_runs_with_tag)
-    subscribe_to_batch = _iterating(AsyncCalls.subscribe_to_batch)
+    batch_trigger = _blocking(Calls.batch_trigger)
+    append = _blocking(Calls.append)
+    send_input = _blocking(Calls.send_input)
+    cancel = _blocking(Calls.cancel)
+    active_run = _blocking(Calls.active_run)
+    get_run = _blocking(Calls.get_run)
+    read = _iterating(Calls.read)
+    subscribe_to_runs_with_tag = _iterating(Calls.subscribe_to_runs_with_tag)
+    subscribe_to_batch = _iterating(Calls.subscribe_to_batch)
 
-    execute = _blocking(AsyncCalls.execute)
+    execute = _blocking(Calls.execute)
     execute.__doc__ = """As `Realtime.execute`: returns when the run is over. An exception that interrupts the thread,
     such as the soft time limit of a job queue, cancels the run."""
 

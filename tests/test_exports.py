@@ -82,7 +82,7 @@ def test_everything_is_documented(package: types.ModuleType, name: str) -> None:
 def members(cls: Any) -> list[tuple[str, Any]]:
     return [
         (name, member.fget if isinstance(member, property) else getattr(member, "__func__", member))
-        for name, member in vars(cls).items()
+        for name, member in inspect.getmembers_static(cls)
         if not name.startswith("_") and (inspect.isfunction(member) or isinstance(member, property))
     ]
 

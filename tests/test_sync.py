@@ -115,7 +115,7 @@ def test_the_calls_match_the_async_ones() -> None:
     """Calls that wait have the same name and arguments here. Calls that do not wait need no blocking form."""
     waits = {
         name
-        for name, value in vars(Realtime).items()
+        for name, value in inspect.getmembers_static(Realtime)
         if not name.startswith("_") and inspect.isfunction(value) and is_async(value)
     }
     life = {"start", "ensure_started", "stop", "lifespan"}

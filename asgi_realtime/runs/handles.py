@@ -26,6 +26,8 @@ MakeHandle = Callable[[str, str | None], "RunHandle[Any]"]
 TOKEN_EXPIRES_IN = "1h"
 """The default lifetime of the token of a handle."""
 
+TOKEN_EXPIRES_IN_S = parse_span(TOKEN_EXPIRES_IN)
+
 
 def run_scopes(run_id: str) -> list[str]:
     """The scopes of the token of a run handle: reading the run, and sending inputs to it."""

@@ -12,7 +12,7 @@ import types
 import typing
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, ParamSpec, Protocol, TypeVar, overload
 
 from asgi_realtime.core.chunks import decode, encode_value
 from asgi_realtime.core.errors import EncodingError, InvalidConfiguration, InvalidPayload, LimitExceeded, UsageError
@@ -138,6 +138,24 @@ class SyncTask(Task[P, R]):
     if TYPE_CHECKING:
 
         def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R: ...
+
+
+class TaskDecorator(Protocol):
+    """The decorator that `Realtime.task` returns. It turns a function into a `Task` with the same types.
+
+    The overloads overlap, because a `def` function can return any object. The first one that matches counts.
+    """
+
+    @overload
+    def __call__(  # type: ignore[overload-overlap]
+        self, function: Callable[P, Coroutine[Any, Any, R]], /
+    ) -> AsyncTask[P, R]: ...
+
+    @overload
+    def __call__(self, function: Callable[P, Awaitable[R]], /) -> Task[P, R]: ...  # type: ignore[overload-overlap]
+
+    @overload
+    def __call__(self, function: Callable[P, R], /) -> SyncTask[P, R]: ...
 
 
 def class_of(function: Callable[..., Any]) -> type[Task[..., Any]]:

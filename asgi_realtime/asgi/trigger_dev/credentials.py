@@ -7,10 +7,10 @@ from collections.abc import Iterable, Sequence
 
 from asgi_realtime.asgi.auth import authorize
 from asgi_realtime.asgi.request import REQUEST_KEY, Request
-from asgi_realtime.core.config import MAX_SPAN_S, parse_span
+from asgi_realtime.core.config import MAX_SPAN_S
 from asgi_realtime.core.errors import ScopeDenied, UnknownTask, UsageError, shown
 from asgi_realtime.core.runs import RunRecord
-from asgi_realtime.runs.handles import TOKEN_EXPIRES_IN
+from asgi_realtime.runs.handles import TOKEN_EXPIRES_IN_S
 from asgi_realtime.tasks.launch import Once
 from asgi_realtime.tokens import Claims
 
@@ -66,7 +66,7 @@ def handle_token(request: Request, scopes: Sequence[str]) -> str:
     """The public token of a handle. It has the owner of the request's token, and hides the same columns."""
     return request.host.tokens.mint(
         scopes,
-        expires_in_s=parse_span(TOKEN_EXPIRES_IN),
+        expires_in_s=TOKEN_EXPIRES_IN_S,
         skip_columns=request.claims.skip_columns,
         owner=request.owner or None,
     )
