@@ -42,7 +42,8 @@ from asgi_realtime.core.errors import (
     UsageError,
 )
 from asgi_realtime.core.run_errors import RunCanceled, RunEnded, RunFailed
-from asgi_realtime.core.runs import RunError, RunRecord, Status
+from asgi_realtime.core.run_record import RunRecord
+from asgi_realtime.core.runs import RunError, Status
 from asgi_realtime.engine.on_end import RunEnd, SyncRunEnd
 from asgi_realtime.engine.run import Run, current_run
 from asgi_realtime.engine.sync_pipe import SyncPipe

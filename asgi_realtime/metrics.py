@@ -23,7 +23,7 @@ import anyio
 
 from asgi_realtime.core.errors import InvalidConfiguration, RealtimeError, shown
 from asgi_realtime.core.log import StreamKey
-from asgi_realtime.core.runs import RunRecord
+from asgi_realtime.core.runs import StoredRecord
 from asgi_realtime.engine.engine import Engine
 from asgi_realtime.runs.reporter import Reporter, Written
 
@@ -180,7 +180,7 @@ class Metrics(Reporter):
 
     # Count
 
-    def run_changed(self, before: RunRecord | None, after: RunRecord) -> None:
+    def run_changed(self, before: StoredRecord | None, after: StoredRecord) -> None:
         super().run_changed(before, after)
         if before is not None and before.status is after.status:
             return

@@ -14,7 +14,7 @@ from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, Unpack, overlo
 from asgi_realtime.calls import Calls
 from asgi_realtime.core.config import Span
 from asgi_realtime.core.errors import RealtimeError
-from asgi_realtime.core.runs import RunRecord
+from asgi_realtime.core.run_record import RunRecord
 from asgi_realtime.engine.run import Run, current_run, enter
 from asgi_realtime.engine.sync_pipe import SyncPipe
 from asgi_realtime.engine.thread_bridge import HeldRun, ThreadBridge

@@ -17,14 +17,14 @@ from asgi_realtime.asgi.protocol_streams import PROTOCOLS, ConvertedFraming
 from asgi_realtime.brokers.live_log import LiveLog
 from asgi_realtime.core.chunks import encode_value
 from asgi_realtime.core.log import Log
-from asgi_realtime.core.runs import RunRecord, Status
+from asgi_realtime.core.runs import Status, StoredRecord
 
 TOKENS = 10_000
 TOKEN = "word "
 REPEAT = 5
 """How often each is timed. The fastest counts, because the machine can be busy."""
 
-_RECORD = RunRecord(id="run_1", task="chat", status=Status.EXECUTING, created_at_ms=0, updated_at_ms=0)
+_RECORD = StoredRecord(id="run_1", task="chat", status=Status.EXECUTING, created_at_ms=0, updated_at_ms=0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,7 @@ from asgi_realtime.brokers.base import (
 from asgi_realtime.brokers.live_log import LiveLog
 from asgi_realtime.core.chunks import decode
 from asgi_realtime.core.errors import BrokerUnavailable
-from asgi_realtime.core.runs import RunRecord
+from asgi_realtime.core.runs import StoredRecord
 from tests.inprocess import GUARD_S
 
 T = TypeVar("T")
@@ -118,12 +118,17 @@ class RemoteBroker:
             await anyio.lowlevel.checkpoint()
 
     async def commit(
-        self, record: RunRecord, *, expect: int, change: ChangeMark, floors: Mapping[tuple[str, str], int] | None = None
+        self,
+        record: StoredRecord,
+        *,
+        expect: int,
+        change: ChangeMark,
+        floors: Mapping[tuple[str, str], int] | None = None,
     ) -> int:
         await self._travel("commit")
         return await self.inner.commit(record, expect=expect, change=change, floors=floors)
 
-    async def load(self, run_ids: Sequence[str]) -> list[RunRecord | None]:
+    async def load(self, run_ids: Sequence[str]) -> list[StoredRecord | None]:
         await self._travel("load")
         return await self.inner.load(run_ids)
 

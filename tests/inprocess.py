@@ -8,8 +8,9 @@ from typing import Any
 
 import anyio
 
-from asgi_realtime import Realtime, RunRecord, Timeouts
-from asgi_realtime.tasks.options import RunLike
+from asgi_realtime import Realtime, Timeouts
+from asgi_realtime.core.runs import StoredRecord
+from asgi_realtime.tasks.options import RunLike, run_id_of
 
 SECRET = "a secret of the tests, 32 bytes or more"
 QUICK = Timeouts(tick=0.01, drain=0.02, cancel=1.0)
@@ -40,11 +41,15 @@ async def until(fact: Callable[[], object]) -> None:
             await anyio.sleep(0.001)
 
 
-async def ended(realtime: Realtime, run: RunLike) -> RunRecord:
-    """The last record of a run."""
-    run_id = run if isinstance(run, str) else run.id
+async def stored(realtime: Realtime, run: RunLike) -> StoredRecord:
+    """The record of a run, with its internals."""
+    return await realtime.runs.get(run_id_of(run))
+
+
+async def ended(realtime: Realtime, run: RunLike) -> StoredRecord:
+    """The last record of a run, with its internals."""
     with anyio.fail_after(GUARD_S):
-        return await realtime.runs.ended(run_id)
+        return await realtime.runs.ended(run_id_of(run))
 
 
 def run_without_anyio(main: Callable[[], Coroutine[Any, Any, None]], backend: str) -> None:

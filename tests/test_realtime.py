@@ -22,7 +22,7 @@ from asgi_realtime import (
     current_run,
 )
 from asgi_realtime.brokers.memory import MemoryBroker
-from tests.inprocess import SECRET, FakeClock, ended, make_realtime
+from tests.inprocess import SECRET, FakeClock, make_realtime
 
 ONE_LINER = 'python -c "import secrets; print(secrets.token_urlsafe(32))"'
 OTHER = "another secret of the tests, also of 32 bytes or more"
@@ -251,7 +251,8 @@ async def test_a_run_is_an_id_a_handle_a_run_or_a_record() -> None:
 
     async with realtime:
         handle = await realtime.trigger(echo, "x")
-        record = await ended(realtime, handle)
+        await handle.result()
+        record = await realtime.get_run(handle)
         for run in (handle, handle.id, record):
             assert await realtime.get_run(run) == record
             assert await realtime.result(run) == "x"

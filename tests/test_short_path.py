@@ -18,7 +18,7 @@ from asgi_realtime.brokers.memory import MemoryBroker
 from asgi_realtime.core.config import Limits, Retention, Timeouts
 from asgi_realtime.core.errors import RealtimeError
 from asgi_realtime.core.log import End
-from asgi_realtime.core.runs import RunRecord, Status
+from asgi_realtime.core.runs import Status, StoredRecord
 from asgi_realtime.runs.store import RunStore
 from asgi_realtime.streams.outbox import Outbox
 from asgi_realtime.streams.writer import StreamWriter
@@ -50,7 +50,9 @@ class Side:
 
     async def create(self, run_id: str) -> None:
         owner = "user" if run_id == "owned" else None
-        made = RunRecord(id=run_id, task="t", status=Status.QUEUED, created_at_ms=0, updated_at_ms=0, token_owner=owner)
+        made = StoredRecord(
+            id=run_id, task="t", status=Status.QUEUED, created_at_ms=0, updated_at_ms=0, token_owner=owner
+        )
         await self.broker.commit(made, expect=0, change=self.mark(run_id))
 
     async def end(self, run_id: str) -> None:

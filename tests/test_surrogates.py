@@ -27,7 +27,7 @@ async def test_metadata_outputs_inputs_and_chunks_keep_them() -> None:
             await realtime.append(HALVES[0])
             await realtime.send_input(run, "more", HALVES)
             assert await run.input("more").get(timeout=GUARD_S) == HALVES
-        record = await realtime.get_run(run)
+        record = await realtime.runs.get(run.id)
         assert record.metadata == {"half": HALVES[0]}
         assert [chunk async for chunk in realtime.read(run)] == HALVES[:1]
         assert await realtime.result(run) == {"half": HALVES[1]}

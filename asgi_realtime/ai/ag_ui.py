@@ -16,7 +16,7 @@ from asgi_realtime.ai.message import message_id_of
 from asgi_realtime.ai.message_parts import BEGINNING, MIDDLE, MessageState, NotAPart, Part, follow
 from asgi_realtime.core.chunks import decode, encode_value
 from asgi_realtime.core.log import End
-from asgi_realtime.core.runs import RunRecord
+from asgi_realtime.core.runs import StoredRecord
 
 _OPENERS = {
     "TEXT_MESSAGE_START": ("messageId", "TEXT_MESSAGE_END"),
@@ -108,7 +108,7 @@ class AgUi(Conversion[AgUiState]):
         self._message_id = message_id_of(run_id)
 
     @classmethod
-    def of(cls, record: RunRecord) -> Self:
+    def of(cls, record: StoredRecord) -> Self:
         return cls(record.id, record.thread or record.id)
 
     def opening(self) -> list[Event]:

@@ -21,7 +21,7 @@ from typing import Any, ClassVar, Generic, NamedTuple, Self, TypeVar
 
 from asgi_realtime.core.chunks import decode, encode_value
 from asgi_realtime.core.log import End, Entry
-from asgi_realtime.core.runs import RunRecord
+from asgi_realtime.core.runs import StoredRecord
 from asgi_realtime.core.sse import chunk_frame
 
 S = TypeVar("S")
@@ -73,7 +73,7 @@ class Conversion(ABC, Generic[S]):
 
     @classmethod
     @abstractmethod
-    def of(cls, record: RunRecord) -> Self:
+    def of(cls, record: StoredRecord) -> Self:
         """The conversion of the streams of a run."""
         ...
 

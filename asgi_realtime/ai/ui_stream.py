@@ -13,7 +13,7 @@ from asgi_realtime.ai.conversion import Conversion, Event, NoMeaning, end_text
 from asgi_realtime.ai.message import message_id_of
 from asgi_realtime.ai.message_parts import BEGINNING, MIDDLE, MessageState, NotAPart, follow
 from asgi_realtime.core.log import End
-from asgi_realtime.core.runs import RunRecord
+from asgi_realtime.core.runs import StoredRecord
 
 
 class UiMessageStream(Conversion[MessageState]):
@@ -34,7 +34,7 @@ class UiMessageStream(Conversion[MessageState]):
         self._start: Event = {"type": "start", "messageId": message_id_of(run_id)}
 
     @classmethod
-    def of(cls, record: RunRecord) -> Self:
+    def of(cls, record: StoredRecord) -> Self:
         return cls(record.id)
 
     def opening(self) -> list[Event]:

@@ -14,7 +14,7 @@ from urllib.parse import unquote_plus
 
 from asgi_realtime.asgi.host import Scope
 from asgi_realtime.core.errors import ScopeDenied, shown
-from asgi_realtime.core.runs import RunRecord
+from asgi_realtime.core.runs import StoredRecord
 from asgi_realtime.core.scopes import ResourceName, grants
 from asgi_realtime.tokens import Claims
 
@@ -81,7 +81,7 @@ def _redact(text: str) -> str:
     return _IN_TEXT.sub(rf"\1{REDACTED}", text)
 
 
-def run_resources(record: RunRecord) -> list[ResourceName]:
+def run_resources(record: StoredRecord) -> list[ResourceName]:
     """The names of a run: a scope for any of them grants access to the run, its streams and its inputs."""
     resources: list[ResourceName] = [("runs", record.id), ("tasks", record.task)]
     resources += [("tags", tag) for tag in record.tags]

@@ -22,7 +22,7 @@ from asgi_realtime.brokers.following import Follower
 from asgi_realtime.brokers.live_log import MAX_BODY
 from asgi_realtime.core.errors import BrokerUnavailable
 from asgi_realtime.core.run_json import run_json, skippable_fields
-from asgi_realtime.core.runs import RunRecord
+from asgi_realtime.core.runs import StoredRecord
 from asgi_realtime.core.sse import CONTROL_TAIL, HEARTBEAT, control_frame, control_head, event_data
 from asgi_realtime.core.topics import Change, Changes, Cursor
 from asgi_realtime.runs.paging import newest, pages
@@ -145,5 +145,5 @@ def _frame(json: bytes, cursor: Cursor | None) -> tuple[bytes, ...]:
     return control_head("run", id=None if cursor is None else str(cursor)), json, CONTROL_TAIL
 
 
-def _event_data(record: RunRecord, skip: Collection[str]) -> bytes:
+def _event_data(record: StoredRecord, skip: Collection[str]) -> bytes:
     return event_data(run_json(record, skip))

@@ -11,10 +11,10 @@ from collections.abc import Collection, Sequence
 from asgi_realtime.asgi.run_cache import RunCache
 from asgi_realtime.core.batch_progress import BatchProgress
 from asgi_realtime.core.log import End
-from asgi_realtime.core.runs import RunRecord, batch_topic, run_topic, tag_topic
+from asgi_realtime.core.runs import StoredRecord, batch_topic, run_topic, tag_topic
 from asgi_realtime.core.topics import Change
 
-FeedChange = tuple[Change, RunRecord]
+FeedChange = tuple[Change, StoredRecord]
 """A change of a topic that belongs to a feed, with the record of its run."""
 
 
@@ -33,10 +33,10 @@ class Feed:
     def __init__(self, topic: str) -> None:
         self.topic = topic
 
-    def has(self, record: RunRecord) -> bool:
+    def has(self, record: StoredRecord) -> bool:
         return True
 
-    def note(self, record: RunRecord) -> None:
+    def note(self, record: StoredRecord) -> None:
         """Take a run of this feed into account for its end."""
 
 
@@ -48,7 +48,7 @@ class RunFeed(Feed):
         self.run_id = run_id
         self.end = end
 
-    def note(self, record: RunRecord) -> None:
+    def note(self, record: StoredRecord) -> None:
         self.end = record.end
 
 
@@ -60,7 +60,7 @@ class TagFeed(Feed):
         self._tags = frozenset(tags)
         self.floor_ms = floor_ms
 
-    def has(self, record: RunRecord) -> bool:
+    def has(self, record: StoredRecord) -> bool:
         return record.created_at_ms >= self.floor_ms and self._tags.issubset(record.tags)
 
 
@@ -74,7 +74,7 @@ class BatchFeed(Feed):
         self._progress = BatchProgress(closed=closed)
         self._update_end()
 
-    def note(self, record: RunRecord) -> None:
+    def note(self, record: StoredRecord) -> None:
         self._progress.add(record)
         self._update_end()
 

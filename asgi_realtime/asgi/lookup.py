@@ -13,7 +13,7 @@ from asgi_realtime.asgi.auth import authorize, run_resources
 from asgi_realtime.asgi.open_request import held
 from asgi_realtime.asgi.request import Request
 from asgi_realtime.core.errors import RunNotFound, ServerShutdown, shown
-from asgi_realtime.core.runs import RunRecord, batch_topic, run_topic
+from asgi_realtime.core.runs import StoredRecord, batch_topic, run_topic
 from asgi_realtime.core.scopes import named_ids
 
 
@@ -21,7 +21,7 @@ class RunAwaited(RunNotFound):
     """The run does not exist, and can still appear."""
 
 
-async def find_run(request: Request, run_id: str, *, stream: str | None = None) -> RunRecord:
+async def find_run(request: Request, run_id: str, *, stream: str | None = None) -> StoredRecord:
     """The record of a run that the token can read, or of which it can read this stream.
 
     Raises `RunNotFound`, `ScopeDenied`, `ServerShutdown`. Waits up to `timeouts.find` for a run that the token names,

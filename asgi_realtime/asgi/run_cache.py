@@ -14,7 +14,7 @@ import msgspec
 from asgi_realtime.core.errors import LimitExceeded
 from asgi_realtime.core.metadata import NO_METADATA
 from asgi_realtime.core.nesting import check_depth
-from asgi_realtime.core.runs import RunRecord, content_bytes
+from asgi_realtime.core.runs import StoredRecord, content_bytes
 from asgi_realtime.core.topics import Change
 from asgi_realtime.loop.logger import logger
 
@@ -41,17 +41,17 @@ _MAX_ENCODINGS = 4
 """Encodings per run. Events and polls have one each, and so has each choice of columns to leave out."""
 
 
-LoadRuns = Callable[[Sequence[str]], Awaitable[list[RunRecord | None]]]
+LoadRuns = Callable[[Sequence[str]], Awaitable[list[StoredRecord | None]]]
 """The newest records, in the given order; None for each run that does not exist."""
 
-EncodeRun = Callable[[RunRecord, Collection[str]], bytes]
+EncodeRun = Callable[[StoredRecord, Collection[str]], bytes]
 """Encodes a run without some columns, as `core.run_json.run_json` does."""
 
 
 class _CachedRun:
     __slots__ = ("encodings", "record", "size")
 
-    def __init__(self, record: RunRecord) -> None:
+    def __init__(self, record: StoredRecord) -> None:
         self.record = record
         self.encodings: dict[tuple[EncodeRun, tuple[str, ...]], bytes] = {}
         self.size = _RUN_BYTES + content_bytes(record)
@@ -67,7 +67,7 @@ class RunCache:
         self._size = 0
         self._reported: set[str] = set()
 
-    async def records(self, changes: Sequence[Change]) -> list[RunRecord | None]:
+    async def records(self, changes: Sequence[Change]) -> list[StoredRecord | None]:
         """The records of changed runs, each at least as new as its change; None for a run that has expired."""
         found = [self._get(change) for change in changes]
         missing = [place for place, record in enumerate(found) if record is None]
@@ -80,7 +80,7 @@ class RunCache:
                 found[place] = record
         return found
 
-    def encoded(self, record: RunRecord, encode: EncodeRun, skip: tuple[str, ...] = ()) -> bytes:
+    def encoded(self, record: StoredRecord, encode: EncodeRun, skip: tuple[str, ...] = ()) -> bytes:
         """The encoded record, without the columns in `skip`."""
         cached = self._cached.get(record.id)
         if cached is None or cached.record.version != record.version:
@@ -95,20 +95,20 @@ class RunCache:
                 self._evict()
         return encoding
 
-    def add(self, record: RunRecord) -> None:
+    def add(self, record: StoredRecord) -> None:
         """Cache a record that was loaded elsewhere, so that its encodings are shared."""
         cached = self._cached.get(record.id)
         if cached is None or cached.record.version != record.version:
             self._put(_CachedRun(self._readable(record)))
 
-    def _get(self, change: Change) -> RunRecord | None:
+    def _get(self, change: Change) -> StoredRecord | None:
         cached = self._cached.get(change.run_id)
         if cached is None or cached.record.version != change.version:
             return None  # a later version can be one that the broker has lost
         self._cached[change.run_id] = self._cached.pop(change.run_id)
         return cached.record
 
-    def _readable(self, record: RunRecord) -> RunRecord:
+    def _readable(self, record: StoredRecord) -> StoredRecord:
         """The record without values that are nested too deeply."""
         removed = {name: empty for name, empty in _EMPTY.items() if _is_too_deep(getattr(record, name))}
         if not removed:
@@ -151,6 +151,6 @@ def _is_too_deep(data: bytes | msgspec.Raw | None) -> bool:
     return False
 
 
-def _is_newer(record: RunRecord, other: RunRecord) -> bool:
+def _is_newer(record: StoredRecord, other: StoredRecord) -> bool:
     """A higher version alone proves nothing after the broker has lost data."""
     return record.version >= other.version and record.updated_at_ms >= other.updated_at_ms

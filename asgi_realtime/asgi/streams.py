@@ -22,7 +22,7 @@ from asgi_realtime.core.chunks import encode_value
 from asgi_realtime.core.errors import BrokerUnavailable, InvalidRequest, shown
 from asgi_realtime.core.log import End, Entry, StreamKey
 from asgi_realtime.core.names import input_stream, stream_name
-from asgi_realtime.core.runs import RunRecord
+from asgi_realtime.core.runs import StoredRecord
 from asgi_realtime.core.sse import HEARTBEAT
 
 _MAX_DIGITS = 18
@@ -71,14 +71,14 @@ class StreamResponse(SubscriptionResponse[LiveLog]):
         response.watch(record)
         return response
 
-    def _check_listed(self, request: Request, record: RunRecord) -> None:
+    def _check_listed(self, request: Request, record: StoredRecord) -> None:
         """If the run does not list the stream, greet the client with those that it lists: this exposes a typo."""
         name, streams = self._key.name, record.streams
         if not (self._key.hidden or name in streams or "realtimeStreams" in request.claims.skip_columns):
             shown_name, shown_streams = encode_value(name).decode(), encode_value(streams).decode()
             self._comment = f"stream {shown_name} is not written yet; this run has {shown_streams}"
 
-    def watch(self, record: RunRecord) -> None:
+    def watch(self, record: StoredRecord) -> None:
         """Count this subscription while it is open, if the run asks for that. A rejected one does not count."""
         self._watches = record.counts_watchers and not self._key.hidden
 

@@ -6,6 +6,7 @@ from asgi_realtime.brokers.base import Broker
 from asgi_realtime.brokers.memory import Clock, MemoryBroker
 from asgi_realtime.core.config import Limits, Retention, Timeouts
 from asgi_realtime.core.errors import InvalidConfiguration
+from asgi_realtime.core.runs import StoredRecord
 
 REDIS_SCHEMES = ("redis", "rediss", "unix")
 
@@ -23,4 +24,4 @@ def open_broker(url: str, *, limits: Limits, retention: Retention, timeouts: Tim
     raise InvalidConfiguration(f"broker {scheme + '://'!r} is not known; allowed are {allowed} and a Broker object")
 
 
-__all__ = ["Broker", "MemoryBroker", "open_broker"]
+__all__ = ["Broker", "MemoryBroker", "StoredRecord", "open_broker"]

@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 from asgi_realtime.brokers.live_log import LiveLog
 from asgi_realtime.core.log import End, Entry, Page, Position, Producer, StreamKey
-from asgi_realtime.core.runs import RunRecord
+from asgi_realtime.core.runs import StoredRecord
 from asgi_realtime.core.topics import Change, Changes, Cursor
 from asgi_realtime.loop.waiting import WaitList
 
@@ -115,7 +115,12 @@ class Broker(Protocol):
         ...
 
     async def commit(
-        self, record: RunRecord, *, expect: int, change: ChangeMark, floors: Mapping[tuple[str, str], int] | None = None
+        self,
+        record: StoredRecord,
+        *,
+        expect: int,
+        change: ChangeMark,
+        floors: Mapping[tuple[str, str], int] | None = None,
     ) -> int:
         """Store a record if the stored version is `expect` (0: the run must not exist); return its version.
 
@@ -133,7 +138,7 @@ class Broker(Protocol):
         """
         ...
 
-    async def load(self, run_ids: Sequence[str]) -> list[RunRecord | None]:
+    async def load(self, run_ids: Sequence[str]) -> list[StoredRecord | None]:
         """The newest records in the order of the ids; None for a run that does not exist."""
         ...
 

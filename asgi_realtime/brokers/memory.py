@@ -30,7 +30,7 @@ from asgi_realtime.core.config import Limits, Retention, Timeouts
 from asgi_realtime.core.errors import LimitExceeded, RunNotFound, StreamBehind
 from asgi_realtime.core.log import End, Log, Page, Position, Producer, StreamKey
 from asgi_realtime.core.run_errors import VersionConflict
-from asgi_realtime.core.runs import DUE_KINDS, LEASE_KINDS, RunRecord, Status, due_times, lease_kind, run_topic
+from asgi_realtime.core.runs import DUE_KINDS, LEASE_KINDS, Status, StoredRecord, due_times, lease_kind, run_topic
 from asgi_realtime.core.topics import Changes, Cursor, TopicIndex
 from asgi_realtime.loop.waiting import WaitList, WakeSoon
 
@@ -247,7 +247,12 @@ class MemoryBroker:
     # Runs
 
     async def commit(
-        self, record: RunRecord, *, expect: int, change: ChangeMark, floors: Mapping[tuple[str, str], int] | None = None
+        self,
+        record: StoredRecord,
+        *,
+        expect: int,
+        change: ChangeMark,
+        floors: Mapping[tuple[str, str], int] | None = None,
     ) -> int:
         run = self._runs.get(record.id)
         if run is not None:
@@ -287,7 +292,7 @@ class MemoryBroker:
             self._space.make_room(run.party, keep=record.id)
         return record.version
 
-    def _schedule(self, record: RunRecord, was: Status | None) -> None:
+    def _schedule(self, record: StoredRecord, was: Status | None) -> None:
         due = due_times(record, cancel_s=self._timeouts.cancel, after_end_s=self._retention.after_end)
         for kind in ("delay", "ttl", "cancel", "expiry"):
             self._due[kind].set(record.id, due.get(kind))
@@ -312,7 +317,7 @@ class MemoryBroker:
             self._publish(topic, run.record)
         run.published_to = tuple(dict.fromkeys((*run.published_to, *topics)))
 
-    def _publish(self, topic: str, record: RunRecord) -> None:
+    def _publish(self, topic: str, record: StoredRecord) -> None:
         entry = self._topics.get(topic) or self._add_topic(topic)
         if entry.index.update(record.id, record.version):
             entry.waiting.wake()
@@ -321,7 +326,7 @@ class MemoryBroker:
         self._topics[topic] = _MemoryTopic(TopicIndex(secrets.token_hex(4), max_runs=self._limits.topic_runs))
         return self._topics[topic]
 
-    async def load(self, run_ids: Sequence[str]) -> list[RunRecord | None]:
+    async def load(self, run_ids: Sequence[str]) -> list[StoredRecord | None]:
         return [None if (run := self._runs.get(run_id)) is None else run.record for run_id in run_ids]
 
     async def changes(self, topic: str, *, after: Cursor | None = None, limit: int = 1000) -> Changes:

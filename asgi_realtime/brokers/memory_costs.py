@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from sys import getsizeof
 
 from asgi_realtime.core.log import Log
-from asgi_realtime.core.runs import RunRecord, content_bytes
+from asgi_realtime.core.runs import StoredRecord, content_bytes
 
 _RUN = 2048
 """A run with its record, its own topic and its due times."""
@@ -41,7 +41,7 @@ NEW_STREAM_COST = _STREAM + PRODUCER
 """The most that an append costs in addition to its chunks."""
 
 
-def record_cost(record: RunRecord, topics: Iterable[str]) -> int:
+def record_cost(record: StoredRecord, topics: Iterable[str]) -> int:
     """A run without its streams and marks. `topics`: all that list it."""
     return _RUN + content_bytes(record) + sum(_TOPIC + getsizeof(topic) for topic in topics)
 

@@ -14,7 +14,7 @@ from asgi_realtime.brokers.live_log import LiveLog
 from asgi_realtime.brokers.memory_costs import APPEND_COST, ENTRY, NEW_STREAM_COST
 from asgi_realtime.brokers.memory_space import Party, Space
 from asgi_realtime.core.log import End, Log
-from asgi_realtime.core.runs import RunRecord
+from asgi_realtime.core.runs import StoredRecord
 from asgi_realtime.loop.waiting import WakeSoon
 
 
@@ -33,7 +33,7 @@ class StoredRun:
         "watchers",
     )
 
-    def __init__(self, record: RunRecord, party: Party) -> None:
+    def __init__(self, record: StoredRecord, party: Party) -> None:
         self.record = record
         self.party = party  # it is charged for the run
         self.streams: dict[str, LiveLog] = {}

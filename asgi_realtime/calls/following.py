@@ -9,7 +9,7 @@ from asgi_realtime.calls.parts import Parts
 from asgi_realtime.core.config import Span, parse_span
 from asgi_realtime.core.errors import UsageError
 from asgi_realtime.core.names import check_tags
-from asgi_realtime.core.runs import RunRecord
+from asgi_realtime.core.run_record import RunRecord
 from asgi_realtime.runs.handles import BatchHandle
 from asgi_realtime.streams.followers import BatchFollower, RunFollower, RunWithStreams, StreamChunk, TagFollower
 from asgi_realtime.tasks.options import RunLike, run_id_of

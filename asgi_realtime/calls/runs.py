@@ -11,7 +11,7 @@ from asgi_realtime.core.config import Span, parse_span
 from asgi_realtime.core.errors import InvalidConfiguration, shown
 from asgi_realtime.core.names import check_thread
 from asgi_realtime.core.run_errors import end_error
-from asgi_realtime.core.runs import RunRecord
+from asgi_realtime.core.run_record import RunRecord
 from asgi_realtime.engine.on_end import OnEnd, check_on_end
 from asgi_realtime.engine.open_run import OpenRun
 from asgi_realtime.engine.run import Run
@@ -169,7 +169,7 @@ class RunCalls(Parts):
         Its pipes still write the chunks they hold. A run that is over does not change. Raises `RunNotFound`.
         """
         await self.ensure_started()
-        return await self.engine.executions.cancel(run_id_of(run))
+        return RunRecord(await self.engine.executions.cancel(run_id_of(run)))
 
     async def active_run(
         self, thread: str, *, owner: str | None = None, token_owner: str | None = None
@@ -186,7 +186,7 @@ class RunCalls(Parts):
     async def get_run(self, run: RunLike) -> RunRecord:
         """The newest record of a run. Raises `RunNotFound`."""
         await self.ensure_started()
-        return await self.runs.get(run_id_of(run))
+        return RunRecord(await self.runs.get(run_id_of(run)))
 
     @overload
     async def result(self, run: RunHandle[R], *, timeout: Span | None = None) -> R: ...
@@ -206,7 +206,7 @@ class RunCalls(Parts):
             record = await self.runs.ended(run_id)
         if not record.is_success:
             assert record.end is not None
-            raise end_error(record.end, record)
+            raise end_error(record.end, RunRecord(record))
         return self.tasks.decode_output(record)
 
     def _handle(

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from asgi_realtime.core.runs import RunRecord
+from asgi_realtime.core.runs import StoredRecord
 
 
 class BatchProgress:
@@ -24,7 +24,7 @@ class BatchProgress:
         self._whole = closed
         self._open: set[str] = set()
 
-    def add(self, record: RunRecord) -> None:
+    def add(self, record: StoredRecord) -> None:
         """Take the newest state of one run of the batch into account."""
         if record.batch is not None and record.batch.index == record.batch.count - 1:
             self._whole = True

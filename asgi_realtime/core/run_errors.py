@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from asgi_realtime.core.errors import RealtimeError, StateError
 from asgi_realtime.core.log import End
-from asgi_realtime.core.runs import RunRecord
+from asgi_realtime.core.run_record import RunRecord
+from asgi_realtime.core.runs import StoredRecord
 
 
 class RunEnded(RealtimeError):
@@ -42,6 +43,6 @@ class VersionConflict(StateError):
 
     code = "version_conflict"
 
-    def __init__(self, message: str, *, current: RunRecord | None = None) -> None:
+    def __init__(self, message: str, *, current: StoredRecord | None = None) -> None:
         super().__init__(message)
         self.current = current

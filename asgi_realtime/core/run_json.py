@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable
 from typing import Any
 
 from asgi_realtime.core.chunks import encode_value
-from asgi_realtime.core.runs import RunRecord
+from asgi_realtime.core.runs import StoredRecord
 
 _COLUMNS = {
     "runTags": "tags",
@@ -34,7 +34,7 @@ def skippable_fields(columns: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted(_SKIPPABLE.intersection(columns)))
 
 
-def run_json(record: RunRecord, skip: Collection[str] = ()) -> bytes:
+def run_json(record: StoredRecord, skip: Collection[str] = ()) -> bytes:
     """Encode a run as one line of JSON. `skip` names the fields, or columns of a run feed, to omit."""
     fields = record.json_fields()
     for name in skip:

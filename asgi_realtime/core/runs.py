@@ -1,12 +1,11 @@
-"""Runs as immutable versioned records, and the only function that changes them.
+"""Runs as immutable versioned records, as brokers store them.
 
-`apply` is pure: it takes a record, changes and the time, and returns the next record. `TRANSITIONS` defines which
-status can follow which. A run in a terminal status ignores all changes. A record never contains a stack trace.
+`TRANSITIONS` defines which status can follow which. `run_changes.py` has the only function that changes a record, and
+`run_record.py` what users and subscribers see of it. A record never contains a stack trace.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from enum import StrEnum
 from sys import getsizeof
@@ -14,10 +13,9 @@ from typing import Any
 
 import msgspec
 
-from asgi_realtime.core.chunks import decode, encode_value
-from asgi_realtime.core.errors import InvalidTransition
+from asgi_realtime.core.chunks import decode
 from asgi_realtime.core.log import End
-from asgi_realtime.core.metadata import NO_METADATA, Operation, apply_operations, encode_metadata
+from asgi_realtime.core.metadata import NO_METADATA
 
 
 class Status(StrEnum):
@@ -74,20 +72,7 @@ class BatchMember(msgspec.Struct, frozen=True):
     count: int
 
 
-_JSON_TYPES: dict[tuple[str, bool], str] = {
-    ("str", False): "id status taskIdentifier createdAt updatedAt triggerFunction",
-    ("bool", False): "isQueued isExecuting isWaiting isCompleted isSuccess isFailed isCancelled isTest",
-    ("int", False): "costInCents baseCostInCents durationMs depth",
-    ("list", False): "tags realtimeStreams",
-    ("dict", False): "metadata relatedRuns",
-    ("str", True): "startedAt finishedAt delayedUntil expiredAt idempotencyKey ttl batchId",
-    ("dict", True): "error",
-    ("any", True): "payload output",
-}
-"""The fields of `RunRecord.json_fields`, by their types in a schema of pydantic and by whether they are optional."""
-
-
-class RunRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, rename={"metadata_json": "metadata"}):
+class StoredRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, rename={"metadata_json": "metadata"}):
     """One version of a run's state. Times are unix milliseconds; metadata, payload and output are JSON as stored."""
 
     id: str
@@ -176,18 +161,6 @@ class RunRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, r
         return self.status in TERMINAL and self.status not in (Status.COMPLETED, Status.CANCELED)
 
     @property
-    def created_at(self) -> datetime:
-        return datetime.fromtimestamp(self.created_at_ms / 1000, UTC)
-
-    @property
-    def updated_at(self) -> datetime:
-        return datetime.fromtimestamp(self.updated_at_ms / 1000, UTC)
-
-    @property
-    def finished_at(self) -> datetime | None:
-        return None if self.completed_at_ms is None else datetime.fromtimestamp(self.completed_at_ms / 1000, UTC)
-
-    @property
     def ttl(self) -> str | None:
         """`ttl_s` as clients write it: `"600s"`."""
         return None if self.ttl_s is None else f"{self.ttl_s:.3f}".rstrip("0").rstrip(".") + "s"
@@ -245,23 +218,6 @@ class RunRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, r
         }
         return {name: value for name, value in optional.items() if value is not None}
 
-    def __iter__(self) -> Iterator[tuple[str, Any]]:
-        """`dict(record)` is the run as plain JSON values: what `json_fields` has, decoded. FastAPI returns it as the
-        response if a route returns a record. It has nothing that a subscriber of the run does not see."""
-        yield from decode(encode_value(self.json_fields())).items()
-
-    @classmethod
-    def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> dict[str, Any]:
-        """Makes the class an annotation of a FastAPI route. A schema of pydantic is a dict, so this needs no import."""
-        fields = {
-            name: {"type": "typed-dict-field", "schema": {"type": type_}, "required": not is_optional}
-            for (type_, is_optional), names in _JSON_TYPES.items()
-            for name in names.split()
-        }
-        as_dict = {"type": "typed-dict", "fields": fields, "config": {"title": cls.__name__}}
-        serialization = {"type": "function-plain", "function": dict, "return_schema": as_dict}
-        return {"type": "is-instance", "cls": cls, "serialization": serialization}
-
     @property
     def topics(self) -> tuple[str, ...]:
         """The topics that list this run, except its own."""
@@ -298,7 +254,7 @@ class RunRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, r
         return End(END_REASONS[self.status], None if self.error is None else self.error.message)
 
 
-def content_bytes(record: RunRecord) -> int:
+def content_bytes(record: StoredRecord) -> int:
     """What the JSON and the texts of a run take in memory, without the objects around them."""
     return (
         len(record.metadata_json)
@@ -355,110 +311,6 @@ def owner_topic(owner: str) -> str:
     return f"owner:{owner}"
 
 
-class Queued(msgspec.Struct, frozen=True, tag=True):
-    """The delay of the run has passed."""
-
-
-class Started(msgspec.Struct, frozen=True, tag=True):
-    """A process claims the run for execution. This happens once per run, so the owner is also the fencing token."""
-
-    owner: str
-
-
-class Finished(msgspec.Struct, frozen=True, tag=True):
-    """The run ended. Output and status change in one version."""
-
-    status: Status
-    output_json: bytes | None = None
-    error: RunError | None = None
-
-
-class CancelRequested(msgspec.Struct, frozen=True, tag=True):
-    """Cancel the run: immediately if it has not started; otherwise its owner is asked to."""
-
-
-class TagsAdded(msgspec.Struct, frozen=True, tag=True):
-    tags: tuple[str, ...]
-
-
-class StreamAdded(msgspec.Struct, frozen=True, tag=True):
-    name: str
-
-
-class InputAdded(msgspec.Struct, frozen=True, tag=True):
-    """A client sends data to a new input of the run. Counted apart from the streams, which the run itself opens."""
-
-    name: str
-
-
-class MetadataChanged(msgspec.Struct, frozen=True, tag=True):
-    operations: tuple[Operation, ...]
-
-
-_FieldChange = Queued | Started | Finished | CancelRequested | TagsAdded | StreamAdded | InputAdded
-RunChange = _FieldChange | MetadataChanged
-
-
-def apply(record: RunRecord, changes: Sequence[RunChange], now_ms: int) -> RunRecord:
-    """Return the record after the changes, one version later; the same object if they have no effect.
-
-    Changes after a terminal status are ignored. Raises `InvalidTransition` for a status that cannot follow the current
-    one.
-    """
-    now_ms = max(now_ms, record.updated_at_ms)
-    fields: dict[str, Any] = {}
-    operations: list[Operation] = []
-    for change in changes:
-        if fields.get("status", record.status) in TERMINAL:
-            break
-        if isinstance(change, MetadataChanged):
-            operations += change.operations
-        else:
-            fields.update(_effect(record, fields, change, now_ms))
-    if operations:
-        # Compared as JSON, because in Python `True == 1`, and a change from one to the other would be dropped.
-        encoded = encode_metadata(apply_operations(record.metadata, operations, strict=False))
-        if encoded != record.metadata_json:
-            fields["metadata_json"] = encoded
-    if not fields:
-        return record
-    return msgspec.structs.replace(record, version=record.version + 1, updated_at_ms=now_ms, **fields)
-
-
-def _effect(record: RunRecord, fields: dict[str, Any], change: _FieldChange, now_ms: int) -> dict[str, Any]:
-    """The fields that one change sets, after `fields` were set by earlier changes of the same call."""
-
-    def now(name: str) -> Any:
-        return fields[name] if name in fields else getattr(record, name)
-
-    match change:
-        case Queued():
-            return {**_to(now("status"), Status.QUEUED), "queued_at_ms": now_ms}
-        case Started(owner):
-            return {**_to(now("status"), Status.EXECUTING), "started_at_ms": now_ms, "owner": owner}
-        case Finished(status, output_json, error):
-            ended = _to(now("status"), status)
-            return {**ended, "completed_at_ms": now_ms, "output_json": output_json, "error": error}
-        case CancelRequested() if now("status") in WAITING:
-            return {**_to(now("status"), Status.CANCELED), "completed_at_ms": now_ms}
-        case CancelRequested():
-            return {} if now("cancel_requested_at_ms") is not None else {"cancel_requested_at_ms": now_ms}
-        case TagsAdded(tags):
-            merged = tuple(dict.fromkeys((*now("tags"), *tags)))
-            return {} if merged == now("tags") else {"tags": merged}
-        case StreamAdded(name):
-            return {} if name in now("streams") else {"streams": (*now("streams"), name)}
-        case _:
-            return {} if change.name in now("inputs") else {"inputs": (*now("inputs"), change.name)}
-
-
-def _to(present: Status, following: Status) -> dict[str, Any]:
-    if following not in TRANSITIONS[present]:
-        allowed = ", ".join(sorted(TRANSITIONS[present])) or "none"
-        raise InvalidTransition(f"a run that is {present} cannot become {following}; allowed: {allowed}")
-    return {"status": following}
-
-
 LEASE_KINDS = ("lease", "enqueue", "on_end")
 """What a run is due for if no process renews it; see `lease_kind`."""
 
@@ -466,14 +318,14 @@ DUE_KINDS = (*LEASE_KINDS, "delay", "ttl", "cancel", "expiry", "unpublished", "u
 """What a run can be due for. The broker schedules leases, `unpublished` and `unwatched`; `due_times` has the others."""
 
 
-def lease_kind(record: RunRecord) -> str | None:
+def lease_kind(record: StoredRecord) -> str | None:
     """What a run in this status needs a process for: to execute it, to start it, or to call its `on_end`."""
     if record.status in TERMINAL:
         return "on_end" if record.has_on_end else None
     return {Status.EXECUTING: "lease", Status.QUEUED: "enqueue"}.get(record.status)
 
 
-def due_times(record: RunRecord, *, cancel_s: float, after_end_s: float) -> dict[str, int]:
+def due_times(record: StoredRecord, *, cancel_s: float, after_end_s: float) -> dict[str, int]:
     """When the run is due, by kind, in unix milliseconds."""
     if record.completed_at_ms is not None:
         return {"expiry": record.completed_at_ms + round(after_end_s * 1000)}

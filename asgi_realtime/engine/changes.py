@@ -12,8 +12,9 @@ from collections.abc import Callable
 import anyio
 
 from asgi_realtime.core.errors import BrokerUnavailable, LimitExceeded, RunNotFound
+from asgi_realtime.core.run_changes import RunChange
 from asgi_realtime.core.run_errors import RunEnded
-from asgi_realtime.core.runs import RunChange, RunRecord
+from asgi_realtime.core.runs import StoredRecord
 from asgi_realtime.loop.logger import logger
 from asgi_realtime.loop.supervisor import Supervisor
 from asgi_realtime.runs.store import RunStore
@@ -30,7 +31,7 @@ class ChangeBuffer:
         self.lock = threading.RLock()
         self.storing = anyio.Lock(fast_acquire=True)
         """Held while changes are stored, so that they keep their order and none follows the end of the run."""
-        self.on_stored: list[Callable[[RunRecord], None]] = []
+        self.on_stored: list[Callable[[StoredRecord], None]] = []
         """Called with each record that results from storing changes; changes of other processes are part of it."""
         self._runs = runs
         self._supervisor = supervisor
@@ -124,7 +125,7 @@ class ChangeBuffer:
             if rejected is not None:
                 raise rejected
 
-    def _warn_lost(self, record: RunRecord) -> None:
+    def _warn_lost(self, record: StoredRecord) -> None:
         """Log, once, that changes came after the end of a run that another execution or process ended.
 
         A run can outlive its parent, so a change of the parent does not raise.

@@ -16,7 +16,8 @@ import anyio
 
 from asgi_realtime.core.config import Timeouts
 from asgi_realtime.core.errors import BrokerUnavailable, InvalidTransition, LimitExceeded, RunNotFound, UsageError
-from asgi_realtime.core.runs import Finished, RunError, RunRecord, Status
+from asgi_realtime.core.run_changes import Finished
+from asgi_realtime.core.runs import RunError, Status, StoredRecord
 from asgi_realtime.engine.executor import AttachedExecutor, Executor, InProcessExecutor
 from asgi_realtime.loop.logger import logger
 from asgi_realtime.loop.waiting import at_most
@@ -44,7 +45,7 @@ class Dispatcher:
         """Whether the executor can execute runs of this task. A queue's executor accepts every task."""
         return self.executor is not self.in_process or self.in_process.knows(task_id)
 
-    async def dispatch(self, record: RunRecord) -> bool:
+    async def dispatch(self, record: StoredRecord) -> bool:
         """Hand a QUEUED run to the executor; return False if the executor cannot accept it now.
 
         In that case the run stays QUEUED and due, and the ticker of any process retries. Raises `UsageError` if the
@@ -63,7 +64,7 @@ class Dispatcher:
         self._refused = False
         return True
 
-    async def _enqueue(self, record: RunRecord) -> None:
+    async def _enqueue(self, record: StoredRecord) -> None:
         if self.executor is self.in_process:
             await self.in_process.enqueue(record.id, record.task, owner=record.token_owner)
             self._on_held()

@@ -38,7 +38,7 @@ from asgi_realtime.brokers.base import Broker
 from asgi_realtime.core.config import Limits, Retention, Timeouts
 from asgi_realtime.core.errors import BrokerUnavailable, RunExists, ServerShutdown
 from asgi_realtime.core.run_errors import VersionConflict
-from asgi_realtime.core.runs import RunRecord
+from asgi_realtime.core.runs import StoredRecord
 from asgi_realtime.engine.dispatch import Dispatcher
 from asgi_realtime.engine.drain import PATIENCE_S, Drain
 from asgi_realtime.engine.execution import Execution
@@ -327,7 +327,7 @@ class Engine:
 
     async def open_run(
         self,
-        record: RunRecord,
+        record: StoredRecord,
         *,
         handle_owner: str | None = None,
         on_end: OnEnd | None = None,

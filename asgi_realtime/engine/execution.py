@@ -25,8 +25,9 @@ from typing import Any
 import anyio
 
 from asgi_realtime.core.errors import EncodingError, LimitExceeded, RealtimeError, ServerShutdown, StreamLost, TaskError
+from asgi_realtime.core.run_changes import Finished
 from asgi_realtime.core.run_errors import RunCanceled, RunFailed
-from asgi_realtime.core.runs import Finished, RunError, RunRecord, Status
+from asgi_realtime.core.runs import RunError, Status, StoredRecord
 from asgi_realtime.engine.run import Run
 from asgi_realtime.loop.logger import logger
 from asgi_realtime.runs.store import RunStore
@@ -65,9 +66,9 @@ class Execution:
         self.reachable: Callable[[], bool] = lambda: True
         """Whether `interrupt` has an effect: not if the task that opened the run ended without leaving it."""
         self.stopped_by: RunCanceled | ServerShutdown | None = None
-        self.ended: RunRecord | None = None
+        self.ended: StoredRecord | None = None
         """The last record, once it is stored."""
-        self.on_ended: Callable[[RunRecord], None] | None = None
+        self.on_ended: Callable[[StoredRecord], None] | None = None
         """Called once with the terminal record, whichever process stored it."""
         self._runs = runs
         self._debug = debug
@@ -109,7 +110,7 @@ class Execution:
 
     # End
 
-    async def finish_returned(self) -> RunRecord:
+    async def finish_returned(self) -> StoredRecord:
         """End a run after its code returned, once its pipes are done."""
         await self._pipes_settled()
         if self.stopped_by is not None:
@@ -119,23 +120,23 @@ class Execution:
                 return await self._end(self._failure(error))
         return await self._end(Finished(Status.COMPLETED, output_json=self.run.output_json))
 
-    async def finish_as_pipe(self, pipe: Pipe[Any]) -> RunRecord:
+    async def finish_as_pipe(self, pipe: Pipe[Any]) -> StoredRecord:
         """End a run that consists of this pipe, the way the pipe ended."""
         if self.stopped_by is None and pipe.error is not None:
             return await self.finish_failed(pipe.error)
         return await self.finish_returned()
 
-    async def finish_failed(self, error: BaseException) -> RunRecord:
+    async def finish_failed(self, error: BaseException) -> StoredRecord:
         """End a run after its code raised an error."""
         return await self._end(self._failure(error))
 
-    async def finish_stopped(self) -> RunRecord:
+    async def finish_stopped(self) -> StoredRecord:
         """End a run after its code was stopped: by `cancel`, `shut_down`, or a cancellation by the host."""
         if isinstance(self.stopped_by, ServerShutdown):
             return await self._end(Finished(Status.FAILED, error=RunError("ServerShutdown", str(self.stopped_by))))
         return await self._end(Finished(Status.CANCELED))
 
-    async def finish_timed_out(self, max_duration_s: float) -> RunRecord:
+    async def finish_timed_out(self, max_duration_s: float) -> StoredRecord:
         """End a run after its code exceeded its `max_duration`."""
         message = f"the task took longer than its max_duration of {max_duration_s:g} s"
         return await self._end(Finished(Status.TIMED_OUT, error=RunError("TimedOut", message)))
@@ -148,7 +149,7 @@ class Execution:
         message = str(error) if self._debug or isinstance(error, _SHOWN) else _HIDDEN_MESSAGE
         return Finished(Status.FAILED, error=RunError(type(error).__name__, message))
 
-    async def _end(self, result: Finished) -> RunRecord:
+    async def _end(self, result: Finished) -> StoredRecord:
         """Write what the pipes hold, then store the result. Cancelling the caller does not interrupt this: the run
         must not stay open after its code has ended."""
         self._enter(Phase.ENDING)
@@ -166,7 +167,7 @@ class Execution:
                     on_ended(record)
         return record
 
-    async def _store(self, result: Finished) -> RunRecord:
+    async def _store(self, result: Finished) -> StoredRecord:
         # Not based on the record that this process stored last, although that would save a load: after a data loss
         # of the broker another process can execute the run, and its record can have the same version.
         async with self.run.buffer.storing:

@@ -18,7 +18,8 @@ import anyio.lowlevel
 
 from asgi_realtime.brokers.following import Follower, following
 from asgi_realtime.core.errors import BrokerUnavailable
-from asgi_realtime.core.runs import CancelRequested, RunRecord, Status, run_topic
+from asgi_realtime.core.run_changes import CancelRequested
+from asgi_realtime.core.runs import Status, StoredRecord, run_topic
 from asgi_realtime.engine.execution import Execution
 from asgi_realtime.engine.run import RelatedRun, Run
 from asgi_realtime.loop.logger import logger
@@ -84,7 +85,7 @@ class RunWatch:
             self._check(await self._runs.restorer.restore_run(self._run_id))
         return self._execution.stopped_by is not None
 
-    def _check(self, record: RunRecord | None) -> None:
+    def _check(self, record: StoredRecord | None) -> None:
         """Stop the execution if the record, or the lack of one, requires it."""
         owned = self._runs.owned.get(self._run_id)
         is_taken_over = record is not None and owned is not None and owned.is_taken_over(record)
@@ -140,7 +141,7 @@ class Executions(Mapping[str, Execution]):
         """The ids of the runs. Thread-safe: the copy is made in one step."""
         return list(self._by_id)
 
-    async def start(self, record: RunRecord, *, handle_owner: str | None = None) -> Execution:
+    async def start(self, record: StoredRecord, *, handle_owner: str | None = None) -> Execution:
         """Register the execution of a run that is EXECUTING and owned by this process. See `Run.handle_owner`."""
         supervisor = self._supervisor()
         related = await self._related(record, supervisor)
@@ -159,7 +160,7 @@ class Executions(Mapping[str, Execution]):
         self.changed.wake()
         return execution
 
-    async def _related(self, record: RunRecord, supervisor: Supervisor) -> dict[str, RelatedRun]:
+    async def _related(self, record: StoredRecord, supervisor: Supervisor) -> dict[str, RelatedRun]:
         """The parent and the root of a run, as far as they exist.
 
         The run is EXECUTING already, so a load that fails is retried: otherwise nothing would execute the run.
@@ -199,7 +200,7 @@ class Executions(Mapping[str, Execution]):
             watch.end()
         self.changed.wake()
 
-    async def cancel(self, run_id: str) -> RunRecord:
+    async def cancel(self, run_id: str) -> StoredRecord:
         """Request that a run is canceled, and stop its execution if it has one. Raises `RunNotFound`."""
         record = await self._runs.update(run_id, CancelRequested())
         execution = self._by_id.get(run_id)

@@ -27,7 +27,8 @@ from asgi_realtime.core.metadata import (
     normalize_value,
 )
 from asgi_realtime.core.names import check_tags
-from asgi_realtime.core.runs import MetadataChanged, RunRecord, TagsAdded
+from asgi_realtime.core.run_changes import MetadataChanged, TagsAdded
+from asgi_realtime.core.runs import StoredRecord
 from asgi_realtime.engine.changes import ChangeBuffer
 
 
@@ -41,7 +42,7 @@ class Metadata:
 
     __slots__ = ("_buffer", "_limit_bytes", "_most_bytes", "_view")
 
-    def __init__(self, record: RunRecord, buffer: ChangeBuffer, *, limit_bytes: int) -> None:
+    def __init__(self, record: StoredRecord, buffer: ChangeBuffer, *, limit_bytes: int) -> None:
         self._view = record.metadata
         self._buffer = buffer
         self._limit_bytes = limit_bytes
@@ -108,7 +109,7 @@ class Metadata:
             self._buffer.add(MetadataChanged((operation,)))
             self._view, self._most_bytes = view, most_bytes
 
-    def _update(self, record: RunRecord) -> None:
+    def _update(self, record: StoredRecord) -> None:
         with self._buffer.lock:
             changes = [change for change in self._buffer.pending() if isinstance(change, MetadataChanged)]
             waiting = [operation for change in changes for operation in change.operations]
@@ -120,7 +121,7 @@ class Tags:
 
     __slots__ = ("_buffer", "_limits", "_view")
 
-    def __init__(self, record: RunRecord, buffer: ChangeBuffer, *, limits: Limits) -> None:
+    def __init__(self, record: StoredRecord, buffer: ChangeBuffer, *, limits: Limits) -> None:
         self._view = record.tags
         self._buffer = buffer
         self._limits = limits
@@ -148,7 +149,7 @@ class Tags:
             self._buffer.add(TagsAdded(check_tags(tags, self._limits)))
             self._view = view
 
-    def _update(self, record: RunRecord) -> None:
+    def _update(self, record: StoredRecord) -> None:
         with self._buffer.lock:
             waiting = [tag for change in self._buffer.pending() if isinstance(change, TagsAdded) for tag in change.tags]
             self._view = tuple(dict.fromkeys((*record.tags, *waiting)))

@@ -23,7 +23,8 @@ from asgi_realtime.brokers.base import StreamKey
 from asgi_realtime.core.chunks import decode
 from asgi_realtime.core.errors import InvalidConfiguration, ServerShutdown
 from asgi_realtime.core.names import stream_name
-from asgi_realtime.core.runs import RunRecord
+from asgi_realtime.core.run_record import RunRecord
+from asgi_realtime.core.runs import StoredRecord
 from asgi_realtime.loop.failures import cancelled_itself, is_failure
 from asgi_realtime.loop.logger import logger
 from asgi_realtime.loop.supervisor import Supervisor
@@ -39,8 +40,8 @@ ABANDONED_S = 86_400
 class RunEnd:
     """The end of a run, for an `on_end` function."""
 
-    def __init__(self, run: RunRecord, *, runs: RunStore) -> None:
-        self.run = run
+    def __init__(self, run: StoredRecord, *, runs: RunStore) -> None:
+        self.run = RunRecord(run)
         """The run, with its final status, output and error."""
         self._runs = runs
 
@@ -139,13 +140,13 @@ class OnEnds:
         """Forget all calls: those of a loop that was abandoned, or of the parent of a forked process."""
         self._calls = {}
 
-    def ended(self, record: RunRecord) -> None:
+    def ended(self, record: StoredRecord) -> None:
         """This process has stored the end of a run: call the `on_end` of its task."""
         on_end = self.of_task(record.task) if record.has_on_end else None
         if on_end is not None:  # otherwise another process will find it due
             self._start(record, on_end, is_due=True)
 
-    def call(self, record: RunRecord, on_end: OnEnd) -> None:
+    def call(self, record: StoredRecord, on_end: OnEnd) -> None:
         """Call a function that only this process has."""
         self._start(record, on_end, is_due=False)
 
@@ -160,12 +161,12 @@ class OnEnds:
         elif await self._runs.broker.take_on_end(run_id):
             self._start(record, on_end, is_due=True)
 
-    async def _abandon_if_old(self, record: RunRecord) -> None:
+    async def _abandon_if_old(self, record: StoredRecord) -> None:
         if self._runs.now_ms() - (record.completed_at_ms or 0) > ABANDONED_S * 1000:
             logger.warning("the on_end of run %s was not called: no process has its task %r", record.id, record.task)
             await self._runs.broker.on_end_called(record.id)
 
-    def _start(self, record: RunRecord, on_end: OnEnd, *, is_due: bool) -> None:
+    def _start(self, record: StoredRecord, on_end: OnEnd, *, is_due: bool) -> None:
         try:
             supervisor = self._supervisor()
         except (RuntimeError, ServerShutdown) as exc:
@@ -186,7 +187,7 @@ class OnEnds:
 
         supervisor.spawn_detached(job)
 
-    async def _call(self, record: RunRecord, on_end: OnEnd, supervisor: Supervisor) -> None:
+    async def _call(self, record: StoredRecord, on_end: OnEnd, supervisor: Supervisor) -> None:
         end = RunEnd(record, runs=self._runs)
         try:
             if _is_async(on_end):

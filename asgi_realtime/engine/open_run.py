@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 from types import TracebackType
 
 from asgi_realtime.core.errors import RealtimeError
-from asgi_realtime.core.runs import RunRecord
+from asgi_realtime.core.runs import StoredRecord
 from asgi_realtime.engine.execution import Execution
 from asgi_realtime.engine.run import Run, enter
 from asgi_realtime.loop.interrupts import Interrupt, make_interrupt
@@ -68,7 +68,7 @@ class OpenRun:
         if execution.stopped_by is not None and (exc is None or interrupted):
             raise execution.stopped_by from None
 
-    async def _end(self, execution: Execution, exc: BaseException | None, *, interrupted: bool) -> RunRecord:
+    async def _end(self, execution: Execution, exc: BaseException | None, *, interrupted: bool) -> StoredRecord:
         if isinstance(exc, Exception) and not interrupted:
             return await execution.finish_failed(exc)
         if exc is not None or interrupted:

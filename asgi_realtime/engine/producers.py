@@ -13,7 +13,7 @@ import anyio
 from asgi_realtime.brokers.base import StreamKey
 from asgi_realtime.core.errors import BrokerUnavailable, RunExists, ServerShutdown, ThreadBusy
 from asgi_realtime.core.log import HIDDEN_STREAM
-from asgi_realtime.core.runs import RunRecord
+from asgi_realtime.core.runs import StoredRecord
 from asgi_realtime.engine.engine import Engine
 from asgi_realtime.engine.on_end import OnEnd
 from asgi_realtime.engine.run import enter
@@ -74,7 +74,7 @@ class Producers:
     def pipe_alone(
         self,
         source: Source[T],
-        record: RunRecord,
+        record: StoredRecord,
         stream: str,
         *,
         encode: Encode | None,
@@ -115,7 +115,7 @@ class Producers:
         )
 
     async def _run_around(
-        self, record: RunRecord, pipe: Pipe[Any], owner: str | None, on_end: OnEnd | None, replaces: bool
+        self, record: StoredRecord, pipe: Pipe[Any], owner: str | None, on_end: OnEnd | None, replaces: bool
     ) -> None:
         engine = self._engine
         try:

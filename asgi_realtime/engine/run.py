@@ -18,7 +18,7 @@ from asgi_realtime.core.errors import LimitExceeded, NoCurrentRun, UsageError
 from asgi_realtime.core.names import input_stream
 from asgi_realtime.core.nesting import check_depth
 from asgi_realtime.core.run_errors import RunEnded, end_error
-from asgi_realtime.core.runs import RunRecord
+from asgi_realtime.core.runs import StoredRecord
 from asgi_realtime.engine.changes import ChangeBuffer
 from asgi_realtime.engine.metadata import Metadata, Tags
 from asgi_realtime.loop.supervisor import Supervisor
@@ -91,7 +91,7 @@ class RelatedRun:
 
     __slots__ = ("buffer", "id", "metadata", "tags", "task")
 
-    def __init__(self, record: RunRecord, *, runs: RunStore, supervisor: Supervisor) -> None:
+    def __init__(self, record: StoredRecord, *, runs: RunStore, supervisor: Supervisor) -> None:
         self.id = record.id
         self.task = record.task
         self.buffer = ChangeBuffer(record.id, runs=runs, supervisor=supervisor)
@@ -139,7 +139,7 @@ class Run(RelatedRun, Generic[PayloadT]):
 
     def __init__(
         self,
-        record: RunRecord,
+        record: StoredRecord,
         *,
         runs: RunStore,
         supervisor: Supervisor,

@@ -24,7 +24,7 @@ from asgi_realtime.brokers.following import following
 from asgi_realtime.core.config import Timeouts
 from asgi_realtime.core.errors import LimitExceeded, RunNotFound, ThreadBusy
 from asgi_realtime.core.run_errors import VersionConflict
-from asgi_realtime.core.runs import RunRecord, Status, run_topic, thread_claim
+from asgi_realtime.core.runs import Status, StoredRecord, run_topic, thread_claim
 from asgi_realtime.engine.executions import Executions
 from asgi_realtime.runs.store import RunStore
 
@@ -37,21 +37,21 @@ class RunThreads:
         self._executions = executions
         self._timeouts = timeouts
 
-    async def active(self, thread: str, token_owner: str | None) -> RunRecord | None:
+    async def active(self, thread: str, token_owner: str | None) -> StoredRecord | None:
         """The active run of a thread."""
         claim = thread_claim(thread, token_owner)
         run_id = await self._runs.claimed(claim)
         found = None if run_id is None else await self._find(run_id)
         return found if _is_active(found, claim) else None
 
-    async def check_free(self, record: RunRecord) -> None:
+    async def check_free(self, record: StoredRecord) -> None:
         """Raises `ThreadBusy` if another run is active in the thread of a new run. It can become busy right after."""
         if record.thread is not None:
             found = await self.active(record.thread, record.token_owner)
             if found is not None and found.id != record.id:
                 raise ThreadBusy(record.thread, found.id)
 
-    async def create(self, record: RunRecord, *, replace: bool) -> None:
+    async def create(self, record: StoredRecord, *, replace: bool) -> None:
         """Store a new run, as the active one of its thread if it has a thread.
 
         Another run that is active there is canceled (`replace`), or raises `ThreadBusy`. Raises `VersionConflict` if
@@ -74,7 +74,7 @@ class RunThreads:
                 raise
             raise ThreadBusy(record.thread, holder) from None  # another run took the thread before this one existed
 
-    async def _hold(self, record: RunRecord, thread: str, *, replace: bool) -> None:
+    async def _hold(self, record: StoredRecord, thread: str, *, replace: bool) -> None:
         """Let a run that is yet to be created hold its thread."""
         holder = await self._runs.hold_thread(record)
         if holder != record.id and (found := await self._find(record.id)) is not None:  # it must not replace another
@@ -87,7 +87,7 @@ class RunThreads:
                     await self._executions.cancel(holder)
             holder = await self._runs.hold_thread(record, instead_of=holder)
 
-    async def _settled(self, holder: str, record: RunRecord) -> RunRecord | None:
+    async def _settled(self, holder: str, record: StoredRecord) -> StoredRecord | None:
         """The run that holds the thread of `record`, now or once it is created; None if it can no longer be created."""
         found = await self._find(holder)
         if found is not None:
@@ -105,19 +105,19 @@ class RunThreads:
             return conflict.current
         return None
 
-    async def _find(self, run_id: str) -> RunRecord | None:
+    async def _find(self, run_id: str) -> StoredRecord | None:
         (found,) = await self._runs.retry(self._runs.load, [run_id])
         return found
 
 
-def _is_active(found: RunRecord | None, claim: str | None) -> bool:
+def _is_active(found: StoredRecord | None, claim: str | None) -> bool:
     """Whether the run that a claim names is active in the thread: it can have its id from another thread."""
     return found is not None and not found.is_completed and found.thread_claim == claim
 
 
-def _canceled(run_id: str, record: RunRecord, now_ms: int) -> RunRecord:
+def _canceled(run_id: str, record: StoredRecord, now_ms: int) -> StoredRecord:
     """A run that prevents the creation of the one with this id, which held the thread of `record`."""
-    return RunRecord(
+    return StoredRecord(
         id=run_id,
         task=record.task,
         status=Status.CANCELED,

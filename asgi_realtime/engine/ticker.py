@@ -14,7 +14,8 @@ import anyio
 from asgi_realtime.brokers.base import Broker
 from asgi_realtime.core.config import Timeouts
 from asgi_realtime.core.errors import BrokerUnavailable, InvalidTransition, RunNotFound
-from asgi_realtime.core.runs import Finished, Queued, RunChange, RunError, RunRecord, Status
+from asgi_realtime.core.run_changes import Finished, Queued, RunChange
+from asgi_realtime.core.runs import RunError, Status, StoredRecord
 from asgi_realtime.engine.dispatch import Dispatcher
 from asgi_realtime.engine.executions import Executions
 from asgi_realtime.engine.leases import Leases
@@ -181,7 +182,7 @@ class Ticker:
             await self._broker.renew([run_id], owner=self._runs.owner)  # for one lease, other processes leave it alone
             self._refused = not await self._dispatcher.dispatch(record)
 
-    async def _change(self, run_id: str, change: RunChange) -> RunRecord | None:
+    async def _change(self, run_id: str, change: RunChange) -> StoredRecord | None:
         try:
             return await self._runs.update(run_id, change)
         except (InvalidTransition, RunNotFound):

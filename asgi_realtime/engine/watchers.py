@@ -1,9 +1,10 @@
 """Counts the readers of runs, for `on_unwatched`.
 
-Only runs that ask for it (`RunRecord.counts_watchers`) are counted. Each process counts its own readers in memory, and
-its ticker reports what has changed to the broker, which adds up the counts of all processes. A count is valid for one
-lease and is reported again before that, so a process that dies leaves no reader behind. The broker knows when nobody
-has watched a run for its grace period (`Broker.due("unwatched")`), and the ticker of any process cancels it then.
+Only runs that ask for it (`StoredRecord.counts_watchers`) are counted. Each process counts its own readers in memory,
+and its ticker reports what has changed to the broker, which adds up the counts of all processes. A count is valid for
+one lease and is reported again before that, so a process that dies leaves no reader behind. The broker knows when
+nobody has watched a run for its grace period (`Broker.due("unwatched")`), and the ticker of any process cancels it
+then.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Callable
 import anyio
 
 from asgi_realtime.core.config import Timeouts
-from asgi_realtime.core.runs import RunRecord
+from asgi_realtime.core.runs import StoredRecord
 from asgi_realtime.runs.store import RunStore
 
 BETWEEN_POLLS_S = 5.0
@@ -39,7 +40,7 @@ class Watched:
         self.readers = 0
         self.has_changed = True
         """Since the last report."""
-        self.record: RunRecord | None = None
+        self.record: StoredRecord | None = None
         """The run as it was at the first report."""
         self.reported_at = -math.inf
 

@@ -16,7 +16,7 @@ import msgspec
 
 from asgi_realtime.brokers.base import Broker, RunLists
 from asgi_realtime.core.errors import RealtimeError
-from asgi_realtime.core.runs import RunRecord, Status
+from asgi_realtime.core.runs import Status, StoredRecord
 from asgi_realtime.loop.logger import logger
 
 MAX_RUNS = 1000
@@ -41,7 +41,7 @@ class RunSummary(msgspec.Struct, frozen=True, omit_defaults=True, rename="camel"
     """The class name of the error."""
 
 
-def summarize(record: RunRecord) -> RunSummary:
+def summarize(record: StoredRecord) -> RunSummary:
     return RunSummary(
         id=record.id,
         task=record.task,
@@ -64,7 +64,7 @@ class RecentRuns:
         self._period_s = period_s
         self._noted: dict[str, dict[str, RunSummary]] = {name: {} for name in _SIZES}
 
-    def note(self, record: RunRecord) -> None:
+    def note(self, record: StoredRecord) -> None:
         """A run has changed."""
         summary = summarize(record)
         self._add("recent", summary)

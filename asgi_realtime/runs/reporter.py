@@ -22,7 +22,7 @@ from asgi_realtime.core.errors import (
     TaskError,
 )
 from asgi_realtime.core.log import StreamKey
-from asgi_realtime.core.runs import RunRecord, Status
+from asgi_realtime.core.runs import Status, StoredRecord
 from asgi_realtime.loop.logger import logger
 from asgi_realtime.loop.throttle import Throttle
 
@@ -46,7 +46,7 @@ class Reporter:
 
     # Runs
 
-    def run_changed(self, before: RunRecord | None, after: RunRecord) -> None:
+    def run_changed(self, before: StoredRecord | None, after: StoredRecord) -> None:
         """This process has stored a version of a run. `before` is None for a new run."""
         if before is not None and before.status is after.status:
             return

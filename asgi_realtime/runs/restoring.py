@@ -57,7 +57,7 @@ from asgi_realtime.core.errors import (
 )
 from asgi_realtime.core.log import End, Position, Producer, StreamKey
 from asgi_realtime.core.run_errors import VersionConflict
-from asgi_realtime.core.runs import RunRecord
+from asgi_realtime.core.runs import StoredRecord
 from asgi_realtime.loop.logger import logger
 from asgi_realtime.loop.retry import Retry
 
@@ -78,16 +78,16 @@ class OwnedRun:
 
     __slots__ = ("producers", "record", "since")
 
-    def __init__(self, record: RunRecord, since: float) -> None:
+    def __init__(self, record: StoredRecord, since: float) -> None:
         self.record = record
         self.since = since
         self.producers: dict[RestorableProducer, None] = {}
 
-    def is_taken_over(self, record: RunRecord) -> bool:
+    def is_taken_over(self, record: StoredRecord) -> bool:
         """Whether another process executes the run by now. Then this execution has no effect anymore."""
         return record.owner is not None and record.owner != self.record.owner
 
-    def floors(self, record: RunRecord) -> Mapping[tuple[str, str], int]:
+    def floors(self, record: StoredRecord) -> Mapping[tuple[str, str], int]:
         """By stream and producer id, how many acknowledged chunks the run must have to end with this record.
 
         Raises `StreamLost` if the run would be COMPLETED although one of its streams was lost.
@@ -117,7 +117,7 @@ class OwnedRuns(dict[str, OwnedRun]):
         self.available_s = 0.0
         """How long the broker has been available, as seen by the ticker. Held chunks age by this clock."""
 
-    def own(self, record: RunRecord) -> None:
+    def own(self, record: StoredRecord) -> None:
         """Call when this process starts to execute a run."""
         if self._lossy:
             self[record.id] = OwnedRun(record, self._clock())
@@ -135,7 +135,7 @@ class OwnedRuns(dict[str, OwnedRun]):
 
     # Records
 
-    def reconcile(self, run_id: str, stored: RunRecord | None) -> RunRecord | None:
+    def reconcile(self, run_id: str, stored: StoredRecord | None) -> StoredRecord | None:
         """Compare what the broker returned with what this process knows. Returns what the run is.
 
         `stored` itself if nothing was lost. Otherwise the record to store in its place, which has the version of
@@ -195,7 +195,7 @@ class Restorer:
         *,
         retry: Retry,
         commit: Callable[..., Awaitable[int]],
-        reconcile: Callable[[str, RunRecord | None], Awaitable[RunRecord | None]],
+        reconcile: Callable[[str, StoredRecord | None], Awaitable[StoredRecord | None]],
     ) -> None:
         self.broker = broker
         self.owned = owned
@@ -203,7 +203,7 @@ class Restorer:
         self._commit = commit
         self._reconcile = reconcile
 
-    async def restore_run(self, run_id: str) -> RunRecord | None:
+    async def restore_run(self, run_id: str) -> StoredRecord | None:
         """Store the record of an owned run again if the broker lost it. Returns the stored record, if there is one."""
         (stored,) = await self.retry(self.broker.load, [run_id])
         record = await self._reconcile(run_id, stored)

@@ -20,8 +20,9 @@ from asgi_realtime.core.config import MAX_SPAN_S, Limits, Retention
 from asgi_realtime.core.errors import LimitExceeded, RunNotFound, StreamBehind, shown
 from asgi_realtime.core.log import StreamKey
 from asgi_realtime.core.metadata import check_size
+from asgi_realtime.core.run_changes import InputAdded, RunChange, StreamAdded, apply
 from asgi_realtime.core.run_errors import VersionConflict
-from asgi_realtime.core.runs import InputAdded, RunChange, RunRecord, StreamAdded, apply, run_topic
+from asgi_realtime.core.runs import StoredRecord, run_topic
 from asgi_realtime.loop.logger import logger
 from asgi_realtime.loop.retry import Retry
 from asgi_realtime.loop.waiting import WaitList
@@ -34,7 +35,7 @@ _KNOWN_STREAMS = 10_000
 class Changed(NamedTuple):
     """A run after an update. `rejected` is the limit that some of the changes would exceed; they were not applied."""
 
-    record: RunRecord
+    record: StoredRecord
     rejected: LimitExceeded | None = None
 
 
@@ -66,9 +67,9 @@ class RunStore:
         self._mark_numbers = count()
         self._known_streams: dict[StreamKey, None] = {}
         self.creating: dict[str, WaitList] = {}
-        self.on_ended: Callable[[RunRecord], None] = lambda record: None
+        self.on_ended: Callable[[StoredRecord], None] = lambda record: None
         """Called with each terminal record that this process has stored."""
-        self.on_stored: Callable[[RunRecord], None] | None = None
+        self.on_stored: Callable[[StoredRecord], None] | None = None
         """Called with each record that this process has stored."""
 
     def now_ms(self) -> int:
@@ -79,11 +80,11 @@ class RunStore:
 
     # Get
 
-    async def load(self, run_ids: Sequence[str]) -> list[RunRecord | None]:
+    async def load(self, run_ids: Sequence[str]) -> list[StoredRecord | None]:
         """As `Broker.load`."""
         return await self.broker.load(run_ids)
 
-    async def get(self, run_id: str) -> RunRecord:
+    async def get(self, run_id: str) -> StoredRecord:
         """The newest record. Waits for a run that this process is creating. Raises `RunNotFound`."""
         if run_id in self.creating:
             await self.wait_created(run_id)
@@ -94,7 +95,7 @@ class RunStore:
 
     # Create
 
-    async def create(self, record: RunRecord) -> None:
+    async def create(self, record: StoredRecord) -> None:
         """Store a new run. Raises `VersionConflict` if its id exists."""
         mark = self._make_mark()
         await self.retry(self.broker.commit, record, expect=0, change=mark)
@@ -120,8 +121,8 @@ class RunStore:
     # Update
 
     async def update(
-        self, run_id: str, *changes: RunChange, mark: ChangeMark | None = None, known: RunRecord | None = None
-    ) -> RunRecord:
+        self, run_id: str, *changes: RunChange, mark: ChangeMark | None = None, known: StoredRecord | None = None
+    ) -> StoredRecord:
         """Apply changes to the newest record and store the result as one version; return it.
 
         A run that is over ignores changes. Raises `RunNotFound`, `InvalidTransition`, and `LimitExceeded` if a change
@@ -138,7 +139,7 @@ class RunStore:
         return record
 
     async def try_change(
-        self, run_id: str, *changes: RunChange, mark: ChangeMark | None = None, known: RunRecord | None = None
+        self, run_id: str, *changes: RunChange, mark: ChangeMark | None = None, known: StoredRecord | None = None
     ) -> Changed:
         """As `update`, but returns an excess instead of raising it."""
         current = await self._current(run_id) if known is None else (known, known.version)
@@ -165,7 +166,7 @@ class RunStore:
                 self.reporter.run_changed(record, changed.record)
                 return changed
 
-    async def _commit(self, record: RunRecord, *, expect: int, mark: ChangeMark | None = None) -> int:
+    async def _commit(self, record: StoredRecord, *, expect: int, mark: ChangeMark | None = None) -> int:
         """As `Broker.commit`, and the commit of an ending run verifies that no acknowledged chunk is missing."""
         owned = self.owned.get(record.id)
         floors = None if owned is None else owned.floors(record)
@@ -180,19 +181,19 @@ class RunStore:
             self.on_ended(record)
         return version
 
-    async def _current(self, run_id: str) -> tuple[RunRecord, int]:
+    async def _current(self, run_id: str) -> tuple[StoredRecord, int]:
         """The run as this process knows it, and the version that the broker has: 0 if it has lost the run."""
         await self.wait_created(run_id)
         (stored,) = await self.retry(self.broker.load, [run_id])
         return await self._reconcile(run_id, stored)
 
-    async def _reconcile(self, run_id: str, stored: RunRecord | None) -> tuple[RunRecord, int]:
+    async def _reconcile(self, run_id: str, stored: StoredRecord | None) -> tuple[StoredRecord, int]:
         record = await self.reconcile(run_id, stored)
         if record is None:
             raise _not_found(run_id)
         return record, 0 if stored is None else stored.version
 
-    async def reconcile(self, run_id: str, stored: RunRecord | None) -> RunRecord | None:
+    async def reconcile(self, run_id: str, stored: StoredRecord | None) -> StoredRecord | None:
         """As `OwnedRuns.reconcile`, and a lost run is canceled if another run has taken its thread since."""
         record = self.owned.reconcile(run_id, stored)
         if record is None or record.thread is None or stored is not None:
@@ -202,7 +203,7 @@ class RunStore:
             return msgspec.structs.replace(record, cancel_requested_at_ms=canceled_ms)
         return record
 
-    def _apply(self, record: RunRecord, changes: Sequence[RunChange]) -> Changed:
+    def _apply(self, record: StoredRecord, changes: Sequence[RunChange]) -> Changed:
         """Apply the changes that stay within the limits.
 
         Each change was within them where it was made, but several processes can change one run concurrently.
@@ -232,18 +233,18 @@ class RunStore:
             del self._known_streams[next(iter(self._known_streams))]
         self._known_streams[key] = None
 
-    async def hold_thread(self, record: RunRecord, *, instead_of: str | None = None) -> str:
+    async def hold_thread(self, record: StoredRecord, *, instead_of: str | None = None) -> str:
         """Let the run hold its thread if no other run does, or only `instead_of`. Returns the run that holds it then.
 
         The claim has no lifetime of its own: it is removed with the run.
         """
         return await self._claim_thread(record, instead_of, ttl_s=MAX_SPAN_S)
 
-    async def release_thread(self, record: RunRecord) -> None:
+    async def release_thread(self, record: StoredRecord) -> None:
         """Let the run, which could not be created, hold its thread no longer."""
         await self._claim_thread(record, record.id, ttl_s=0)
 
-    async def _claim_thread(self, record: RunRecord, instead_of: str | None, *, ttl_s: float) -> str:
+    async def _claim_thread(self, record: StoredRecord, instead_of: str | None, *, ttl_s: float) -> str:
         assert record.thread_claim is not None
         return await self.retry(
             self.broker.claim,
@@ -264,7 +265,7 @@ class RunStore:
 
     # Wait
 
-    async def ended(self, run_id: str) -> RunRecord:
+    async def ended(self, run_id: str) -> StoredRecord:
         """Wait until the run is over and return its last record. Raises `RunNotFound`."""
         record = await self.retry(self.get, run_id)
         if record.is_completed:
@@ -282,7 +283,7 @@ def _not_found(run_id: str) -> RunNotFound:
     return RunNotFound(f"no run {shown(run_id)}: it does not exist or has expired (Retention.after_end)")
 
 
-def _excess(before: RunRecord, after: RunRecord, limits: Limits) -> LimitExceeded | None:
+def _excess(before: StoredRecord, after: StoredRecord, limits: Limits) -> LimitExceeded | None:
     """The limit that an update exceeds. A run that exceeded it before, under other limits, can still shrink."""
     for what, had, has, limit in (
         ("streams", before.streams, after.streams, limits.streams_per_run),

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from asgi_realtime.core.runs import RunRecord
+from asgi_realtime.core.runs import StoredRecord
 
 if TYPE_CHECKING:
     from opentelemetry.trace import Span
@@ -42,7 +42,7 @@ class RunSpan:
 
     __slots__ = ("_span",)
 
-    def __init__(self, record: RunRecord) -> None:
+    def __init__(self, record: StoredRecord) -> None:
         self._span: Span | None = _start(record) if _is_used() else None
 
     def attach(self) -> Callable[[], None]:
@@ -60,7 +60,7 @@ class RunSpan:
         if self._span is not None:
             self._span.record_exception(error)
 
-    def end(self, record: RunRecord | None) -> None:
+    def end(self, record: StoredRecord | None) -> None:
         """The execution is over, with this last record if it could be stored. Idempotent."""
         span, self._span = self._span, None
         if span is None:
@@ -74,7 +74,7 @@ class RunSpan:
         span.end()
 
 
-def _start(record: RunRecord) -> Span:
+def _start(record: StoredRecord) -> Span:
     from opentelemetry.context import Context
     from opentelemetry.trace import SpanKind, get_tracer
     from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator

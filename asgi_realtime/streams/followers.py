@@ -19,7 +19,8 @@ from asgi_realtime.brokers.live_log import LiveLog
 from asgi_realtime.core.batch_progress import BatchProgress
 from asgi_realtime.core.chunks import decode
 from asgi_realtime.core.errors import RunNotFound
-from asgi_realtime.core.runs import RunRecord, batch_topic, run_topic, tag_topic
+from asgi_realtime.core.run_record import RunRecord
+from asgi_realtime.core.runs import StoredRecord, batch_topic, run_topic, tag_topic
 from asgi_realtime.runs.paging import newest
 from asgi_realtime.runs.store import RunStore
 from asgi_realtime.streams.readers import BufferedIterator, ReaderShutdown, StreamCursor
@@ -36,7 +37,7 @@ class StreamChunk:
     chunk: Any
 
 
-class _TopicFollower(BufferedIterator[RunRecord]):
+class _TopicFollower(BufferedIterator[Any]):
     """The runs of a topic: their current state, then each change. A slow consumer gets the newest state only."""
 
     def __init__(
@@ -46,6 +47,9 @@ class _TopicFollower(BufferedIterator[RunRecord]):
         self._topic = topic
         self._versions: dict[str, int] = {}
         self._over = False
+
+    async def __anext__(self) -> RunRecord:
+        return RunRecord(await super().__anext__())  # not in the buffer, where a decoded record takes more memory
 
     async def _fill(self) -> None:
         if self._over:
@@ -65,7 +69,7 @@ class _TopicFollower(BufferedIterator[RunRecord]):
     async def _advance(self, follower: Follower) -> None:
         """Buffer the runs that changed. Calls `follower.changes` exactly once: it starts the next wait."""
 
-    def _add(self, record: RunRecord) -> None:
+    def _add(self, record: StoredRecord) -> None:
         if self._versions.pop(record.id, 0) != record.version:  # after a data loss it can be lower than before
             self._ready.append(record)
         self._versions[record.id] = record.version
@@ -126,11 +130,11 @@ class TagFollower(_TopicFollower):
         while len(self._versions) > limits.topic_runs:
             del self._versions[next(iter(self._versions))]
 
-    async def _load(self, changes: Sequence[Change]) -> list[RunRecord]:
+    async def _load(self, changes: Sequence[Change]) -> list[StoredRecord]:
         records = await self._runs.load([change.run_id for change in changes]) if changes else []
         return [record for record in records if record is not None and self._wants(record)]
 
-    def _wants(self, record: RunRecord) -> bool:
+    def _wants(self, record: StoredRecord) -> bool:
         return record.created_at_ms >= self._oldest_ms and self._tags.issubset(record.tags)
 
 
@@ -179,10 +183,10 @@ class _CurrentRun:
     def __init__(self, runs: RunStore, run_id: str) -> None:
         self._runs = runs
         self._run_id = run_id
-        self._record: RunRecord | None = None
+        self._record: StoredRecord | None = None
         self._changes: Changes | None = None
 
-    async def load(self, follower: Follower) -> RunRecord:
+    async def load(self, follower: Follower) -> StoredRecord:
         """Raises `RunNotFound`."""
         changes = await follower.changes(None, limit=1)
         if self._record is None or changes != self._changes:
@@ -229,7 +233,7 @@ class RunWithStreams(BufferedIterator[RunRecord | StreamChunk]):
                 self._check_shutdown()
                 await follower.wait()
 
-    async def _take(self, record: RunRecord, lives: dict[str, LiveLog]) -> None:
+    async def _take(self, record: StoredRecord, lives: dict[str, LiveLog]) -> None:
         if self._stop_on_completion and record.is_completed and self._version == record.version:
             raise StopAsyncIteration
         if not record.is_completed:
@@ -244,7 +248,7 @@ class RunWithStreams(BufferedIterator[RunRecord | StreamChunk]):
         if read_to_end and record.is_completed:
             self._add(record)
 
-    def _add(self, record: RunRecord) -> None:
+    def _add(self, record: StoredRecord) -> None:
         if self._version != record.version:
             self._version = record.version
-            self._ready.append(record)
+            self._ready.append(RunRecord(record))

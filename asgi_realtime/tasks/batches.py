@@ -19,7 +19,7 @@ import msgspec
 
 from asgi_realtime.core.config import Retention
 from asgi_realtime.core.errors import LimitExceeded, RealtimeError, RunNotFound, UsageError
-from asgi_realtime.core.runs import BatchMember, RunRecord, owned
+from asgi_realtime.core.runs import BatchMember, StoredRecord, owned
 from asgi_realtime.engine.engine import Engine
 from asgi_realtime.loop.logger import logger
 from asgi_realtime.tasks.batch_records import BatchRecord, Plan, Stage, run_id_in
@@ -121,7 +121,7 @@ class Batches:
         earlier = sorted(set(plan.run_ids) - {member.id for member in members})
         return TriggeredBatch(batch_id, plan.run_ids, earlier)
 
-    async def _launch_or_cancel(self, members: Sequence[RunRecord]) -> None:
+    async def _launch_or_cancel(self, members: Sequence[StoredRecord]) -> None:
         for index, member in enumerate(members):
             try:
                 await self._launcher.create(member)
@@ -264,7 +264,7 @@ def _check_count_is_same(batch_id: str, count: int, found: BatchRecord | None) -
         )
 
 
-def _members(batch_id: str, items: Sequence[Prepared], plan: Plan) -> list[RunRecord]:
+def _members(batch_id: str, items: Sequence[Prepared], plan: Plan) -> list[StoredRecord]:
     """The runs that belong to the batch, in order, numbered among themselves so that a feed knows the last one."""
     return [
         msgspec.structs.replace(

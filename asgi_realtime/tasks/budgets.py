@@ -22,7 +22,7 @@ import anyio
 
 from asgi_realtime.core.config import Limits
 from asgi_realtime.core.errors import BrokerUnavailable, LimitExceeded
-from asgi_realtime.core.runs import RunRecord, content_bytes, owner_topic
+from asgi_realtime.core.runs import StoredRecord, content_bytes, owner_topic
 from asgi_realtime.core.topics import Changes, Cursor
 from asgi_realtime.loop.logger import logger
 from asgi_realtime.runs.store import RunStore
@@ -86,7 +86,7 @@ class _Account:
         del self.created_ms[: bisect.bisect_right(self.created_ms, now_ms - _MINUTE_MS)]
         return len(self.created_ms) + len(self._unlisted())
 
-    def put(self, record: RunRecord, now_ms: int) -> None:
+    def put(self, record: StoredRecord, now_ms: int) -> None:
         """List a version of a run, unless a newer one is listed."""
         known = self.runs.get(record.id)
         if known is None and record.created_at_ms > now_ms - _MINUTE_MS:
@@ -121,7 +121,7 @@ class Reservation:
         for run_id in self._sizes:
             self._account.reserved.pop(run_id, None)
 
-    def keep(self, records: Iterable[RunRecord], now_ms: int) -> None:
+    def keep(self, records: Iterable[StoredRecord], now_ms: int) -> None:
         """These runs exist."""
         for record in records:
             self._account.put(record, now_ms)
@@ -135,7 +135,7 @@ class Budgets:
         self._limits = limits
         self._accounts: dict[str, _Account] = {}  # in order of use
 
-    async def reserve(self, owner: str, records: Sequence[RunRecord]) -> Reservation:
+    async def reserve(self, owner: str, records: Sequence[StoredRecord]) -> Reservation:
         """Reserve places for new runs, all or none. The caller enters the reservation at once, without suspending.
 
         Raises `LimitExceeded`: 429 if the same request can succeed later, else 422.
@@ -198,7 +198,7 @@ class Budgets:
 
     # Checks
 
-    def _check_delay(self, record: RunRecord) -> None:
+    def _check_delay(self, record: StoredRecord) -> None:
         limit = self._limits.delay_per_owner
         if record.delay_until_ms is not None and record.delay_until_ms - record.created_at_ms > limit * 1000:
             seconds = (record.delay_until_ms - record.created_at_ms) / 1000
@@ -292,7 +292,7 @@ def _is_news(known: _Entry | None, version: int) -> bool:
     return known is None or (known.ended_at_ms is None and known.version < version)
 
 
-def _record_bytes(record: RunRecord) -> int:
+def _record_bytes(record: StoredRecord) -> int:
     return _RUN_BYTES + content_bytes(record)
 
 

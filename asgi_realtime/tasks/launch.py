@@ -21,7 +21,7 @@ from typing import NamedTuple
 from asgi_realtime.core.config import Retention
 from asgi_realtime.core.errors import LimitExceeded, RunExists, RunNotFound, TokenSpent
 from asgi_realtime.core.run_errors import VersionConflict
-from asgi_realtime.core.runs import RunRecord, Status
+from asgi_realtime.core.runs import Status, StoredRecord
 from asgi_realtime.engine.engine import Engine
 from asgi_realtime.tasks.budgets import Budgets
 from asgi_realtime.tasks.records import Prepared
@@ -60,7 +60,7 @@ class Spent(NamedTuple):
 class Launched(NamedTuple):
     """The run of a `trigger` call."""
 
-    record: RunRecord
+    record: StoredRecord
     is_cached: bool
     """Its idempotency key names a run that another request made."""
 
@@ -68,7 +68,7 @@ class Launched(NamedTuple):
 class Created(NamedTuple):
     """The run that is stored under an id."""
 
-    record: RunRecord
+    record: StoredRecord
     is_new: bool
     """This call has stored it."""
 
@@ -167,7 +167,7 @@ class Launcher:
 
         return await self._engine.begin().shielded(create)
 
-    async def create(self, record: RunRecord, *, replaces: bool = False) -> Created:
+    async def create(self, record: StoredRecord, *, replaces: bool = False) -> Created:
         """Store a run and hand it to the executor, or find the run that has its id.
 
         With `replaces` it cancels the active run of its thread. Raises `ThreadBusy`, and `RunNotFound` if this process
@@ -192,7 +192,7 @@ class Launcher:
             await self._engine.dispatcher.dispatch(record)
         return Created(record, is_new=True)
 
-    async def claim_key(self, prepared: Prepared) -> tuple[str, RunRecord | None]:
+    async def claim_key(self, prepared: Prepared) -> tuple[str, StoredRecord | None]:
         """Claim the idempotency key of a run, or find the run that it names. The run must have a key.
 
         Returns the id that the key names, and its run, or None if that is yet to be created.
@@ -214,7 +214,7 @@ class Launcher:
                 return run_id, found
             previous = run_id
 
-    async def _find_made(self, spent: Spent) -> RunRecord | None:
+    async def _find_made(self, spent: Spent) -> StoredRecord | None:
         """The run that a request made, or None if it is yet to be made. Raises `TokenSpent`, and `RunNotFound` if it
         was made and has expired: it must not execute twice."""
         (found,) = await self._runs.load([spent.id])

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypedDict
 
 from asgi_realtime.core.config import Span, parse_span
 from asgi_realtime.core.errors import UsageError, shown
-from asgi_realtime.core.runs import RunRecord
+from asgi_realtime.core.run_record import RunRecord
 from asgi_realtime.engine.on_end import OnEnd
 from asgi_realtime.engine.run import Run
 from asgi_realtime.runs.handles import RunHandle

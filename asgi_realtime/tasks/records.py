@@ -16,7 +16,7 @@ from asgi_realtime.core.config import MAX_SPAN_S, Limits, Retention, Span, parse
 from asgi_realtime.core.errors import LimitExceeded, UsageError, shown
 from asgi_realtime.core.metadata import NO_METADATA, check_metadata_key, check_size, encode_metadata
 from asgi_realtime.core.names import check_key, check_run_id, check_tags, check_thread
-from asgi_realtime.core.runs import RunRecord, Status
+from asgi_realtime.core.runs import Status, StoredRecord
 from asgi_realtime.engine.engine import Engine
 from asgi_realtime.runs.tracing import current_traceparent
 from asgi_realtime.tasks.options import OpenRunOptions, RunOptions, ThreadOptions, check_names, unwatched_fields
@@ -34,13 +34,13 @@ class Payload(NamedTuple):
 class Prepared(NamedTuple):
     """A checked run that is not stored yet."""
 
-    record: RunRecord
+    record: StoredRecord
     key_ttl_s: float = 0
     """How long its idempotency key names it."""
     replaces: bool = False
     """It cancels the active run of its thread."""
 
-    def under(self, parent: RunRecord | None) -> Prepared:
+    def under(self, parent: StoredRecord | None) -> Prepared:
         """The same run as a child of `parent`."""
         if parent is None:
             return self
@@ -121,9 +121,9 @@ class RecordFactory:
         tags: str | Iterable[str] | None,
         metadata: Mapping[str, Any] | None,
         run_id: str | None = None,
-    ) -> RunRecord:
+    ) -> StoredRecord:
         run_id, now_ms = run_id or new_run_id(), self._engine.runs.now_ms()
-        return RunRecord(
+        return StoredRecord(
             id=run_id,
             task=task_id,
             status=status,

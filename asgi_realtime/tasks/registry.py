@@ -19,7 +19,8 @@ from asgi_realtime.core.chunks import decode
 from asgi_realtime.core.config import Retention, Span, parse_span
 from asgi_realtime.core.errors import InvalidConfiguration, InvalidTransition, UnknownTask, UsageError
 from asgi_realtime.core.names import check_key, check_run_id
-from asgi_realtime.core.runs import RunError, RunRecord, Started
+from asgi_realtime.core.run_changes import Started
+from asgi_realtime.core.runs import RunError, StoredRecord
 from asgi_realtime.engine.engine import Engine
 from asgi_realtime.engine.execution import Execution
 from asgi_realtime.engine.executor import AttachedExecutor, Executor, InProcessExecutor
@@ -149,7 +150,7 @@ class Tasks:
         payload: Payload,
         options: RunOptions,
         *,
-        parent: RunRecord | None,
+        parent: StoredRecord | None,
         owner: str | None,
     ) -> Prepared:
         """As `prepare`, for a payload that is valid JSON already. `parent` is the run that triggers it, and `owner` the
@@ -158,7 +159,7 @@ class Tasks:
         found.check_payload(payload.json, limit_bytes=self._limits.payload_bytes, is_valid=True)
         return self.records.new_triggered_run(found, payload, options).under(parent).triggered_by(owner)
 
-    async def _parent(self, parent_id: str | None) -> RunRecord | None:
+    async def _parent(self, parent_id: str | None) -> StoredRecord | None:
         """The run that triggers another: the one named, or the current one."""
         if parent_id is not None:
             return await self._runs.get(parent_id)
@@ -185,7 +186,7 @@ class Tasks:
         finally:
             self._engine.executions.remove(execution)
 
-    async def _task_of(self, record: RunRecord) -> Task[Any, Any]:
+    async def _task_of(self, record: StoredRecord) -> Task[Any, Any]:
         try:
             return self.get(record.task)
         except UnknownTask:
@@ -200,7 +201,7 @@ class Tasks:
             self._threads = TaskThreads(self._limits.task_threads, supervisor)
         return self._threads
 
-    def decode_output(self, record: RunRecord) -> Any:
+    def decode_output(self, record: StoredRecord) -> Any:
         """The output of a run, in the type that its task declares if the task is registered here."""
         if record.output_json is None:
             return None
@@ -210,7 +211,7 @@ class Tasks:
 
 async def _run_task(
     task: Task[Any, Any], execution: Execution, *, threads: Callable[[], TaskThreads], turn: anyio.Lock
-) -> RunRecord:
+) -> StoredRecord:
     """Call the task and end its run. Returns the last record.
 
     `threads` returns the pool for `def` functions, and `turn` is held while a large payload is decoded. Cancelling the

@@ -18,18 +18,8 @@ from asgi_realtime.core.config import Cors, Limits, Retention, Timeouts
 from asgi_realtime.core.errors import RunNotFound
 from asgi_realtime.core.log import StreamKey
 from asgi_realtime.core.names import input_stream
-from asgi_realtime.core.runs import (
-    BatchMember,
-    Finished,
-    InputAdded,
-    RunChange,
-    RunError,
-    RunRecord,
-    Started,
-    Status,
-    StreamAdded,
-    apply,
-)
+from asgi_realtime.core.run_changes import Finished, InputAdded, RunChange, Started, StreamAdded, apply
+from asgi_realtime.core.runs import BatchMember, RunError, Status, StoredRecord
 from asgi_realtime.engine.watchers import Watchers
 from asgi_realtime.loop.retry import Retry
 from asgi_realtime.metrics import Metrics
@@ -135,22 +125,22 @@ class FakeHost:
         for subscriber in tuple(self.subscribers):
             subscriber.shut_down()
 
-    async def load(self, run_ids: Sequence[str], /) -> list[RunRecord | None]:
+    async def load(self, run_ids: Sequence[str], /) -> list[StoredRecord | None]:
         return await self.broker.load(run_ids)
 
-    async def get(self, run_id: str) -> RunRecord:
+    async def get(self, run_id: str) -> StoredRecord:
         (record,) = await self.broker.load([run_id])
         if record is None:
             raise RunNotFound(f"no run {run_id!r}")
         return record
 
-    async def cancel(self, run_id: str, /) -> RunRecord:
+    async def cancel(self, run_id: str, /) -> StoredRecord:
         return await self.change(run_id, Finished(Status.CANCELED))
 
     async def add_stream(self, key: StreamKey, /) -> None:
         await self.change(key.run, InputAdded(key.name) if key.hidden else StreamAdded(key.name))
 
-    async def update(self, run_id: str, /, *changes: RunChange, mark: ChangeMark | None = None) -> RunRecord:
+    async def update(self, run_id: str, /, *changes: RunChange, mark: ChangeMark | None = None) -> StoredRecord:
         return await self.change(run_id, *changes)
 
     # Called by the tests
@@ -165,9 +155,9 @@ class FakeHost:
         executing: bool = True,
         created_ago_s: float = 0,
         payload: Any = None,
-    ) -> RunRecord:
+    ) -> StoredRecord:
         now_ms = round((self.now - created_ago_s) * 1000)
-        record = RunRecord(
+        record = StoredRecord(
             id=run_id,
             task=task,
             status=Status.QUEUED,
@@ -185,15 +175,15 @@ class FakeHost:
         for index in range(count):
             await self.create(f"run_{index}", batch=BatchMember("batch_1", index, count))
 
-    async def change(self, run_id: str, *changes: RunChange) -> RunRecord:
+    async def change(self, run_id: str, *changes: RunChange) -> StoredRecord:
         return await (await self.prepare_change(run_id, *changes))()
 
-    async def prepare_change(self, run_id: str, *changes: RunChange) -> Callable[[], Awaitable[RunRecord]]:
+    async def prepare_change(self, run_id: str, *changes: RunChange) -> Callable[[], Awaitable[StoredRecord]]:
         """Load the run. The returned function commits the changes and does not load."""
         record = await self.get(run_id)
         following = apply(record, changes, round(self.now * 1000))
 
-        async def commit() -> RunRecord:
+        async def commit() -> StoredRecord:
             if following is not record:
                 await self.broker.commit(following, expect=record.version, change=self._mark())
             return following
@@ -202,7 +192,7 @@ class FakeHost:
 
     async def finish(
         self, run_id: str = "run_1", status: Status = Status.COMPLETED, *, output: Any = None, error: str | None = None
-    ) -> RunRecord:
+    ) -> StoredRecord:
         failure = None if error is None else RunError("TaskError", error)
         return await self.change(run_id, Finished(status, encode_value(output), failure))
 

@@ -6,7 +6,7 @@ import pytest
 
 from asgi_realtime.asgi.auth import RedactAccessToken, authorize, bearer, redact_query, run_resources
 from asgi_realtime.core.errors import ScopeDenied
-from asgi_realtime.core.runs import BatchMember, RunRecord, Status
+from asgi_realtime.core.runs import BatchMember, Status, StoredRecord
 from asgi_realtime.tokens import Claims
 
 
@@ -86,7 +86,7 @@ def test_the_log_filter_redacts_tokens_in_message_and_arguments() -> None:
     assert filtered(ValueError("x")) == "x"
 
 
-RECORD = RunRecord(
+RECORD = StoredRecord(
     id="run_1",
     task="chat",
     status=Status.QUEUED,

@@ -11,8 +11,9 @@ from asgi_realtime.brokers.memory import MemoryBroker, _MemoryTopic
 from asgi_realtime.core.config import Cors, Limits, Timeouts
 from asgi_realtime.core.errors import BrokerUnavailable
 from asgi_realtime.core.metadata import Set
+from asgi_realtime.core.run_changes import MetadataChanged, RunChange, Started, TagsAdded
 from asgi_realtime.core.run_json import run_json
-from asgi_realtime.core.runs import BatchMember, MetadataChanged, RunChange, RunRecord, Started, Status, TagsAdded
+from asgi_realtime.core.runs import BatchMember, Status, StoredRecord
 from asgi_realtime.core.topics import Cursor
 from asgi_realtime.testing import AsgiClient
 from tests.asgi.fake_host import FakeHost
@@ -170,7 +171,7 @@ async def test_an_idle_feed_loads_no_record(host: FakeHost, monkeypatch: pytest.
     loaded: list[str] = []
     load = host.broker.load
 
-    async def counting(run_ids: Sequence[str]) -> list[RunRecord | None]:
+    async def counting(run_ids: Sequence[str]) -> list[StoredRecord | None]:
         loaded.extend(run_ids)
         return await load(run_ids)
 
@@ -229,7 +230,7 @@ async def test_the_end_does_not_reveal_a_hidden_error(host: FakeHost) -> None:
 async def test_a_version_of_a_run_is_encoded_once(host: FakeHost, monkeypatch: pytest.MonkeyPatch) -> None:
     encoded: list[str] = []
 
-    def counting(record: RunRecord, skip: Collection[str]) -> bytes:
+    def counting(record: StoredRecord, skip: Collection[str]) -> bytes:
         encoded.append(record.id)
         return run_json(record, skip=skip)
 

@@ -24,13 +24,13 @@ from asgi_realtime import (
     Realtime,
     RealtimeMiddleware,
     RunNotFound,
-    RunRecord,
     Status,
     TaskError,
     UsageError,
 )
 from asgi_realtime.asgi.connection import CutOff
 from asgi_realtime.core.errors import InvalidRequest, LimitExceeded, ServerShutdown
+from asgi_realtime.core.runs import StoredRecord
 from asgi_realtime.testing import AsgiClient
 from tests.inprocess import make_realtime, until
 
@@ -76,7 +76,7 @@ async def answer(realtime: Realtime, *chunks: Any, run_id: str = "run_1", fail: 
 
 async def executes_elsewhere(realtime: Realtime) -> None:
     """A run for which a shutdown does not wait."""
-    record = RunRecord(id="run_1", task="chat", status=Status.EXECUTING, created_at_ms=0, updated_at_ms=0)
+    record = StoredRecord(id="run_1", task="chat", status=Status.EXECUTING, created_at_ms=0, updated_at_ms=0)
     await realtime.runs.create(record)
 
 

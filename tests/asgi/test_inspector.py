@@ -165,7 +165,7 @@ async def test_a_list_has_no_contents_of_runs(realtime: Realtime) -> None:
 async def test_a_full_list_says_that_it_is_a_sample(realtime: Realtime) -> None:
     client = AsgiClient(realtime, lifespan=False)
     assert realtime.recent is not None
-    record = await realtime.get_run("done")
+    record = await realtime.runs.get("done")
     for number in range(MAX_RUNS):
         if number == MAX_RUNS - 10:
             assert (await client.get("/inspect/runs", headers=KEY)).json()["isSample"] is False

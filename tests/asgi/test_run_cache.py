@@ -10,7 +10,7 @@ from asgi_realtime.asgi.run_cache import RunCache
 from asgi_realtime.asgi.trigger_dev import shapes
 from asgi_realtime.core.metadata import encode_metadata
 from asgi_realtime.core.run_json import run_json
-from asgi_realtime.core.runs import RunRecord, Status
+from asgi_realtime.core.runs import Status, StoredRecord
 from asgi_realtime.core.topics import Change
 
 pytestmark = pytest.mark.anyio
@@ -20,18 +20,18 @@ class Runs:
     """Records which runs are loaded."""
 
     def __init__(self) -> None:
-        self.records: dict[str, RunRecord] = {}
+        self.records: dict[str, StoredRecord] = {}
         self.loaded: list[str] = []
 
-    async def get(self, run_id: str) -> RunRecord:
+    async def get(self, run_id: str) -> StoredRecord:
         return self.records[run_id]
 
-    async def load(self, run_ids: Sequence[str], /) -> list[RunRecord | None]:
+    async def load(self, run_ids: Sequence[str], /) -> list[StoredRecord | None]:
         self.loaded += run_ids
         return [self.records.get(run_id) for run_id in run_ids]
 
-    def put(self, run_id: str, version: int, payload: bytes | None = None, *, updated_at_ms: int = 0) -> RunRecord:
-        record = self.records[run_id] = RunRecord(
+    def put(self, run_id: str, version: int, payload: bytes | None = None, *, updated_at_ms: int = 0) -> StoredRecord:
+        record = self.records[run_id] = StoredRecord(
             id=run_id,
             task="t",
             status=Status.QUEUED,
@@ -129,7 +129,7 @@ async def test_a_slow_load_does_not_restore_an_older_version() -> None:
     old = runs.put("a", 1)
 
     class Racing(Runs):
-        async def load(self, run_ids: Sequence[str], /) -> list[RunRecord | None]:
+        async def load(self, run_ids: Sequence[str], /) -> list[StoredRecord | None]:
             runs.put("a", 2)
             cache._load = runs.load
             await cache.records([change("a", 2)])

@@ -14,7 +14,7 @@ from asgi_realtime.asgi import subscription
 from asgi_realtime.asgi.subscription import MIN_RECONNECT_MS, reconnect_response
 from asgi_realtime.brokers.base import Broker
 from asgi_realtime.core.config import Retention, Timeouts
-from asgi_realtime.core.runs import TagsAdded
+from asgi_realtime.core.run_changes import TagsAdded
 from asgi_realtime.testing import AsgiClient, EventParser
 from asgi_realtime.testing.driver import make_scope
 from tests.asgi.fake_host import FakeHost

@@ -15,7 +15,8 @@ from asgi_realtime.brokers.live_log import LiveLog
 from asgi_realtime.core.config import Cors, Retention
 from asgi_realtime.core.errors import BrokerUnavailable
 from asgi_realtime.core.log import End, Log, Page
-from asgi_realtime.core.runs import BatchMember, Status, StreamAdded
+from asgi_realtime.core.run_changes import StreamAdded
+from asgi_realtime.core.runs import BatchMember, Status
 from asgi_realtime.testing import AsgiClient, Event, EventParser
 from tests.asgi.fake_host import SECRET, FakeHost
 from tests.asgi.official_sdk import on_one_loop

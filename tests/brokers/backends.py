@@ -23,7 +23,7 @@ from asgi_realtime.brokers.live_log import LiveLog
 from asgi_realtime.brokers.memory import MemoryBroker, _MemoryTopic
 from asgi_realtime.brokers.memory_runs import StoredRun
 from asgi_realtime.core.config import Limits, Retention, Timeouts
-from asgi_realtime.core.runs import RunRecord, run_topic
+from asgi_realtime.core.runs import StoredRecord, run_topic
 from asgi_realtime.core.topics import TopicIndex
 from asgi_realtime.testing.conformance import Backend
 from asgi_realtime.testing.conformance.kit import pause
@@ -102,7 +102,12 @@ class RepeatingBroker(MemoryBroker):
         return entry
 
     async def commit(
-        self, record: RunRecord, *, expect: int, change: ChangeMark, floors: Mapping[tuple[str, str], int] | None = None
+        self,
+        record: StoredRecord,
+        *,
+        expect: int,
+        change: ChangeMark,
+        floors: Mapping[tuple[str, str], int] | None = None,
     ) -> int:
         version = await super().commit(record, expect=expect, change=change, floors=floors)
         self._later.start_soon(self._publish_again, record.id)
@@ -153,7 +158,12 @@ class DistantBroker(MemoryBroker):
             yield live
 
     async def commit(
-        self, record: RunRecord, *, expect: int, change: ChangeMark, floors: Mapping[tuple[str, str], int] | None = None
+        self,
+        record: StoredRecord,
+        *,
+        expect: int,
+        change: ChangeMark,
+        floors: Mapping[tuple[str, str], int] | None = None,
     ) -> int:
         await pause(1)
         version = await super().commit(record, expect=expect, change=change, floors=floors)
@@ -175,7 +185,7 @@ class DistantBroker(MemoryBroker):
             super()._publish_topics(run)  # including what was committed during the calls
             self._due["unpublished"].set(run_id, None)
 
-    async def load(self, run_ids: Sequence[str]) -> list[RunRecord | None]:
+    async def load(self, run_ids: Sequence[str]) -> list[StoredRecord | None]:
         await pause(1)
         records = await super().load(run_ids)
         await pause(1)

@@ -21,7 +21,7 @@ from asgi_realtime.brokers.memory_runs import StoredRun
 from asgi_realtime.core.errors import RealtimeError, StreamClosed
 from asgi_realtime.core.log import Log
 from asgi_realtime.core.run_errors import VersionConflict
-from asgi_realtime.core.runs import RunRecord, Status
+from asgi_realtime.core.runs import Status, StoredRecord
 from asgi_realtime.core.topics import TopicIndex
 from asgi_realtime.loop.waiting import WaitList
 from asgi_realtime.testing import conformance
@@ -312,7 +312,12 @@ class EndsTheRunBeforeItsStreams(MemoryBroker):
     """Acknowledges entries between the terminal record and the end of the streams."""
 
     async def commit(
-        self, record: RunRecord, *, expect: int, change: ChangeMark, floors: Mapping[tuple[str, str], int] | None = None
+        self,
+        record: StoredRecord,
+        *,
+        expect: int,
+        change: ChangeMark,
+        floors: Mapping[tuple[str, str], int] | None = None,
     ) -> int:
         if record.end is None:
             return await super().commit(record, expect=expect, change=change, floors=floors)
@@ -329,7 +334,12 @@ class EndsTheRunBeforeItsStreams(MemoryBroker):
 
 class EndsOnlyWrittenStreams(MemoryBroker):
     async def commit(
-        self, record: RunRecord, *, expect: int, change: ChangeMark, floors: Mapping[tuple[str, str], int] | None = None
+        self,
+        record: StoredRecord,
+        *,
+        expect: int,
+        change: ChangeMark,
+        floors: Mapping[tuple[str, str], int] | None = None,
     ) -> int:
         run = self._runs.get(record.id)
         streams = {} if run is None else run.streams
@@ -347,7 +357,12 @@ class EndsOnlyWrittenStreams(MemoryBroker):
 
 class CommitsWithoutComparing(MemoryBroker):
     async def commit(
-        self, record: RunRecord, *, expect: int, change: ChangeMark, floors: Mapping[tuple[str, str], int] | None = None
+        self,
+        record: StoredRecord,
+        *,
+        expect: int,
+        change: ChangeMark,
+        floors: Mapping[tuple[str, str], int] | None = None,
     ) -> int:
         run = self._runs.get(record.id)
         stored = 0 if run is None else run.record.version
@@ -357,7 +372,12 @@ class CommitsWithoutComparing(MemoryBroker):
 
 class ComparesAndThenCommits(MemoryBroker):
     async def commit(
-        self, record: RunRecord, *, expect: int, change: ChangeMark, floors: Mapping[tuple[str, str], int] | None = None
+        self,
+        record: StoredRecord,
+        *,
+        expect: int,
+        change: ChangeMark,
+        floors: Mapping[tuple[str, str], int] | None = None,
     ) -> int:
         run = self._runs.get(record.id)
         stored = 0 if run is None else run.record.version
@@ -371,7 +391,12 @@ class ComparesAndThenCommits(MemoryBroker):
 
 class ForgetsTheConflictingRecord(MemoryBroker):
     async def commit(
-        self, record: RunRecord, *, expect: int, change: ChangeMark, floors: Mapping[tuple[str, str], int] | None = None
+        self,
+        record: StoredRecord,
+        *,
+        expect: int,
+        change: ChangeMark,
+        floors: Mapping[tuple[str, str], int] | None = None,
     ) -> int:
         try:
             return await super().commit(record, expect=expect, change=change, floors=floors)
@@ -383,7 +408,12 @@ class KnowsOnlyTheLastMark(MemoryBroker):
     """Remembers one commit, so a retry after the commit of another writer is a conflict."""
 
     async def commit(
-        self, record: RunRecord, *, expect: int, change: ChangeMark, floors: Mapping[tuple[str, str], int] | None = None
+        self,
+        record: StoredRecord,
+        *,
+        expect: int,
+        change: ChangeMark,
+        floors: Mapping[tuple[str, str], int] | None = None,
     ) -> int:
         version = await super().commit(record, expect=expect, change=change, floors=floors)
         self._runs[record.id].marks = {change: version}
@@ -394,7 +424,12 @@ class TakesLateCommitsForRetries(MemoryBroker):
     """Assumes that the numbers of a writer arrive in order."""
 
     async def commit(
-        self, record: RunRecord, *, expect: int, change: ChangeMark, floors: Mapping[tuple[str, str], int] | None = None
+        self,
+        record: StoredRecord,
+        *,
+        expect: int,
+        change: ChangeMark,
+        floors: Mapping[tuple[str, str], int] | None = None,
     ) -> int:
         run = self._runs.get(record.id)
         for known, version in {} if run is None else run.marks.items():
@@ -433,7 +468,12 @@ class PublishesWithoutMark(MemoryBroker):
         pass
 
     async def commit(
-        self, record: RunRecord, *, expect: int, change: ChangeMark, floors: Mapping[tuple[str, str], int] | None = None
+        self,
+        record: StoredRecord,
+        *,
+        expect: int,
+        change: ChangeMark,
+        floors: Mapping[tuple[str, str], int] | None = None,
     ) -> int:
         version = await super().commit(record, expect=expect, change=change, floors=floors)
         await pause(1)
@@ -443,7 +483,12 @@ class PublishesWithoutMark(MemoryBroker):
 
 class PublishesTheRunTopicLater(MemoryBroker):
     async def commit(
-        self, record: RunRecord, *, expect: int, change: ChangeMark, floors: Mapping[tuple[str, str], int] | None = None
+        self,
+        record: StoredRecord,
+        *,
+        expect: int,
+        change: ChangeMark,
+        floors: Mapping[tuple[str, str], int] | None = None,
     ) -> int:
         publish, self._publish = self._publish, lambda topic, record: None  # type: ignore[method-assign]
         try:
@@ -605,14 +650,14 @@ class RenewsForAnyone(MemoryBroker):
 
 
 class RenewsWithEveryCommit(MemoryBroker):
-    def _schedule(self, record: RunRecord, was: Status | None) -> None:
+    def _schedule(self, record: StoredRecord, was: Status | None) -> None:
         super()._schedule(record, was)
         if record.status is Status.EXECUTING:
             self._due["lease"].set(record.id, self._lease_end())
 
 
 class EnqueuesAfterEveryCommit(MemoryBroker):
-    def _schedule(self, record: RunRecord, was: Status | None) -> None:
+    def _schedule(self, record: StoredRecord, was: Status | None) -> None:
         super()._schedule(record, was)
         if record.status is Status.QUEUED:
             self._due["enqueue"].set(record.id, self._lease_end())
@@ -628,7 +673,7 @@ class EnqueuesWhatAQueueHas(MemoryBroker):
 
 
 class EnqueuesOnlyNewRuns(MemoryBroker):
-    def _schedule(self, record: RunRecord, was: Status | None) -> None:
+    def _schedule(self, record: StoredRecord, was: Status | None) -> None:
         super()._schedule(record, was)
         if was is Status.DELAYED:
             self._due["enqueue"].set(record.id, None)
@@ -689,7 +734,7 @@ class CancelsAtTheLastLeave(MemoryBroker):
 
 
 class WatchesEndedRuns(MemoryBroker):
-    def _schedule(self, record: RunRecord, was: Status | None) -> None:
+    def _schedule(self, record: StoredRecord, was: Status | None) -> None:
         unwatched, self._due["unwatched"] = self._due["unwatched"], DueTimes()
         super()._schedule(record, was)
         self._due["unwatched"] = unwatched

@@ -9,7 +9,7 @@ import pytest
 from asgi_realtime.brokers import MemoryBroker
 from asgi_realtime.brokers.base import ChangeMark, Changes, Cursor
 from asgi_realtime.brokers.following import Follower, following
-from asgi_realtime.core.runs import RunRecord, Status
+from asgi_realtime.core.runs import Status, StoredRecord
 from asgi_realtime.loop.waiting import WaitList, make_waiter
 from tests.inprocess import GUARD_S
 
@@ -77,7 +77,7 @@ async def test_a_cancelled_follower_leaves_no_waiter() -> None:
 
 
 async def test_following_reports_each_commit() -> None:
-    run = RunRecord(id="run_1", task="t", status=Status.QUEUED, tags=("a",), created_at_ms=1, updated_at_ms=1)
+    run = StoredRecord(id="run_1", task="t", status=Status.QUEUED, tags=("a",), created_at_ms=1, updated_at_ms=1)
     async with MemoryBroker() as broker, following(broker, "tag:a") as follower:
         assert not (await follower.changes(None)).items
         await broker.commit(run, expect=0, change=ChangeMark("us", 0))

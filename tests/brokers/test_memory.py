@@ -14,7 +14,7 @@ from asgi_realtime.core.config import Limits, Retention, Timeouts
 from asgi_realtime.core.errors import InvalidConfiguration, LimitExceeded, ProducerGap, RunNotFound, StreamClosed
 from asgi_realtime.core.log import End
 from asgi_realtime.core.metadata import encode_metadata
-from asgi_realtime.core.runs import RunRecord, Status
+from asgi_realtime.core.runs import Status, StoredRecord
 from asgi_realtime.testing.conformance.kit import next_version
 from tests.brokers.backends import Clock, held
 from tests.inprocess import FakeClock
@@ -25,19 +25,19 @@ COMPLETE = End("complete")
 KIB = b"x" * 1000
 
 
-def record(run_id: str, **fields: object) -> RunRecord:
-    return RunRecord(
+def record(run_id: str, **fields: object) -> StoredRecord:
+    return StoredRecord(
         **{"id": run_id, "task": "test", "status": Status.QUEUED, "created_at_ms": 0, "updated_at_ms": 0} | fields  # type: ignore[arg-type]
     )
 
 
-async def create(broker: Broker, run_id: str, **fields: object) -> RunRecord:
+async def create(broker: Broker, run_id: str, **fields: object) -> StoredRecord:
     made = record(run_id, **fields)
     await broker.commit(made, expect=0, change=ChangeMark(run_id, 0))
     return made
 
 
-async def finish(broker: Broker, run: RunRecord, *, at_ms: int = 0, **fields: object) -> RunRecord:
+async def finish(broker: Broker, run: StoredRecord, *, at_ms: int = 0, **fields: object) -> StoredRecord:
     ended = next_version(run, status=Status.COMPLETED, completed_at_ms=at_ms, **fields)
     await broker.commit(ended, expect=run.version, change=ChangeMark(run.id, run.version))
     return ended

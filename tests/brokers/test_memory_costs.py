@@ -11,7 +11,7 @@ import pytest
 from asgi_realtime.brokers import MemoryBroker
 from asgi_realtime.brokers.base import ChangeMark, Producer, StreamKey
 from asgi_realtime.core.metadata import encode_metadata
-from asgi_realtime.core.runs import RunRecord, Status
+from asgi_realtime.core.runs import Status, StoredRecord
 from asgi_realtime.testing.conformance.kit import next_version
 from tests.inprocess import make_realtime
 
@@ -20,8 +20,8 @@ pytestmark = pytest.mark.anyio
 COUNT = 60
 
 
-async def store(broker: MemoryBroker, number: int, **fields: object) -> RunRecord:
-    made = RunRecord(
+async def store(broker: MemoryBroker, number: int, **fields: object) -> StoredRecord:
+    made = StoredRecord(
         **{"id": f"run_{number:026}", "task": "t", "status": Status.QUEUED}  # type: ignore[arg-type]
         | {"created_at_ms": 1_700_000_000_000 + number, "updated_at_ms": 1_700_000_000_000 + number}
         | fields

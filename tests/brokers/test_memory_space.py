@@ -14,7 +14,7 @@ from asgi_realtime.brokers.base import ChangeMark, Producer, StreamKey
 from asgi_realtime.brokers.memory_costs import MARK, claim_cost, record_cost, stream_cost
 from asgi_realtime.core.config import Retention
 from asgi_realtime.core.errors import InvalidConfiguration, LimitExceeded, RunNotFound, StreamClosed
-from asgi_realtime.core.runs import RunRecord, Status
+from asgi_realtime.core.runs import Status, StoredRecord
 from asgi_realtime.testing.conformance.kit import next_version
 
 pytestmark = pytest.mark.anyio
@@ -28,9 +28,9 @@ def broker_of(total: int = TOTAL) -> MemoryBroker:
     return MemoryBroker(retention=Retention(total_bytes=total))
 
 
-async def create(broker: MemoryBroker, run_id: str, owner: str | None = None, size: int = 0) -> RunRecord:
+async def create(broker: MemoryBroker, run_id: str, owner: str | None = None, size: int = 0) -> StoredRecord:
     """A run that costs 4096 bytes and `size` more."""
-    made = RunRecord(
+    made = StoredRecord(
         id=run_id,
         task="t",
         status=Status.QUEUED,
@@ -44,7 +44,7 @@ async def create(broker: MemoryBroker, run_id: str, owner: str | None = None, si
     return made
 
 
-async def end(broker: MemoryBroker, run: RunRecord, at_ms: int = 1) -> None:
+async def end(broker: MemoryBroker, run: StoredRecord, at_ms: int = 1) -> None:
     ended = next_version(run, status=Status.COMPLETED, completed_at_ms=at_ms)
     await broker.commit(ended, expect=run.version, change=ChangeMark(run.id, 1))
 

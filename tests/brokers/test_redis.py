@@ -35,7 +35,8 @@ from asgi_realtime.brokers.redis import RedisBroker, mirrors, schedule
 from asgi_realtime.brokers.redis.keys import Keys
 from asgi_realtime.brokers.redis.topic_mirror import TopicMirror
 from asgi_realtime.core.errors import BrokerUnavailable
-from asgi_realtime.core.runs import Finished, RunError, TagsAdded, apply
+from asgi_realtime.core.run_changes import Finished, TagsAdded, apply
+from asgi_realtime.core.runs import RunError
 from asgi_realtime.core.sse import chunk_frame
 from asgi_realtime.tasks.options import RunOptions
 from asgi_realtime.testing import AsgiClient
@@ -474,7 +475,7 @@ async def test_a_run_whose_start_was_lost_and_that_executes_elsewhere_is_stopped
         await asyncio.wait_for(executing, GUARD_S)
         go_on.set()
         await asyncio.wait_for(again, GUARD_S)
-        stored = await ours.get_run(record.id)
+        stored = await ours.runs.get(record.id)
         assert (stored.status, stored.output, stored.owner) == (Status.COMPLETED, "theirs", theirs.runs.owner)
 
 

@@ -12,7 +12,7 @@ from asgi_realtime.client.errors import ServerUnreachable, error_from_response
 from asgi_realtime.client.protocol import ChunksProtocol, Raised, RunsProtocol
 from asgi_realtime.core.errors import ExpiredToken, LimitExceeded
 from asgi_realtime.core.run_json import run_json
-from asgi_realtime.core.runs import RunRecord, Status
+from asgi_realtime.core.runs import Status, StoredRecord
 
 HEARTBEAT = b": heartbeat\n"
 CONNECTED = b"retry: 1000\n: connected\n"
@@ -215,12 +215,12 @@ def test_events_of_later_versions_are_ignored(clock: Clock) -> None:
         assert (list(protocol.ready), protocol.last_event_id) == ([], "7")
 
 
-def record(run_id: str, **changes: Any) -> RunRecord:
+def record(run_id: str, **changes: Any) -> StoredRecord:
     fixed: dict[str, Any] = {"task": "chat", "status": Status.QUEUED, "created_at_ms": 0, "updated_at_ms": 0}
-    return RunRecord(id=run_id, **{**fixed, **changes})
+    return StoredRecord(id=run_id, **{**fixed, **changes})
 
 
-def run_event(state: RunRecord, id: str | None = None) -> bytes:
+def run_event(state: StoredRecord, id: str | None = None) -> bytes:
     line = b"" if id is None else f"id: {id}\n".encode()
     return b"event: run\n%bdata: %b\n\n" % (line, run_json(state))
 

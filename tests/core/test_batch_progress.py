@@ -3,11 +3,11 @@ from __future__ import annotations
 import pytest
 
 from asgi_realtime.core.batch_progress import BatchProgress
-from asgi_realtime.core.runs import BatchMember, RunRecord, Status
+from asgi_realtime.core.runs import BatchMember, Status, StoredRecord
 
 
-def member(index: int, status: Status = Status.QUEUED, *, count: int = 3) -> RunRecord:
-    return RunRecord(
+def member(index: int, status: Status = Status.QUEUED, *, count: int = 3) -> StoredRecord:
+    return StoredRecord(
         id=f"run_{index}",
         task="t",
         status=status,
@@ -51,5 +51,5 @@ def test_runs_that_no_longer_exist_count_as_over() -> None:
 
 def test_a_run_outside_of_any_batch_does_not_complete_one() -> None:
     progress = BatchProgress()
-    progress.add(RunRecord(id="run_1", task="t", status=Status.COMPLETED, created_at_ms=1, updated_at_ms=1))
+    progress.add(StoredRecord(id="run_1", task="t", status=Status.COMPLETED, created_at_ms=1, updated_at_ms=1))
     assert not progress.is_over

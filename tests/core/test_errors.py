@@ -23,9 +23,9 @@ from asgi_realtime.core.errors import (
     shown,
 )
 from asgi_realtime.core.run_errors import RunEnded, VersionConflict
-from asgi_realtime.core.runs import RunRecord, Status
+from asgi_realtime.core.runs import Status, StoredRecord
 
-RECORD = RunRecord(id="run_1", task="chat", status=Status.FAILED, created_at_ms=0, updated_at_ms=0)
+RECORD = StoredRecord(id="run_1", task="chat", status=Status.FAILED, created_at_ms=0, updated_at_ms=0)
 MORE: dict[type[RealtimeError], dict[str, Any]] = {
     LimitExceeded: {"status": 413},
     ProducerGap: {"expected": 5},

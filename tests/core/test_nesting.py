@@ -14,7 +14,7 @@ from asgi_realtime.core.errors import LimitExceeded
 from asgi_realtime.core.metadata import check_size, encode_metadata
 from asgi_realtime.core.nesting import check_depth, check_parts
 from asgi_realtime.core.run_json import run_json
-from asgi_realtime.core.runs import RunRecord, Status
+from asgi_realtime.core.runs import Status, StoredRecord
 from asgi_realtime.streams.writer import encode_within
 
 TEXT = st.text(alphabet='a"\\[]{},\n\ud800', max_size=5)
@@ -68,7 +68,7 @@ def test_whatever_can_be_stored_can_be_published() -> None:
     """Feeds wrap metadata several levels deeper."""
     deep = json.loads('{"a":' * 100 + "0" + "}" * 100)
     check_size(encode_metadata(deep), 10_000)
-    record = RunRecord(
+    record = StoredRecord(
         id="run_1",
         task="chat",
         status=Status.QUEUED,

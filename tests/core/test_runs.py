@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from itertools import product
 from typing import Any
 
@@ -15,6 +14,17 @@ from hypothesis import strategies as st
 from asgi_realtime.core.errors import InvalidTransition
 from asgi_realtime.core.log import End
 from asgi_realtime.core.metadata import Append, Increment, Operation, Set, apply_operations, encode_metadata
+from asgi_realtime.core.run_changes import (
+    CancelRequested,
+    Finished,
+    MetadataChanged,
+    Queued,
+    RunChange,
+    Started,
+    StreamAdded,
+    TagsAdded,
+    apply,
+)
 from asgi_realtime.core.runs import (
     DUE_KINDS,
     END_REASONS,
@@ -22,18 +32,9 @@ from asgi_realtime.core.runs import (
     TRANSITIONS,
     WAITING,
     BatchMember,
-    CancelRequested,
-    Finished,
-    MetadataChanged,
-    Queued,
-    RunChange,
     RunError,
-    RunRecord,
-    Started,
     Status,
-    StreamAdded,
-    TagsAdded,
-    apply,
+    StoredRecord,
     batch_topic,
     due_times,
     run_topic,
@@ -43,10 +44,10 @@ from asgi_realtime.core.runs import (
 NOW = 1_700_000_000_000
 
 
-def record(status: Status = Status.QUEUED, **fields: Any) -> RunRecord:
+def record(status: Status = Status.QUEUED, **fields: Any) -> StoredRecord:
     if status in TERMINAL:
         fields.setdefault("completed_at_ms", NOW)
-    return RunRecord(id="run_1", task="chat", status=status, created_at_ms=NOW, updated_at_ms=NOW, **fields)
+    return StoredRecord(id="run_1", task="chat", status=status, created_at_ms=NOW, updated_at_ms=NOW, **fields)
 
 
 def becoming(status: Status) -> RunChange:
@@ -256,7 +257,7 @@ def test_a_record_survives_json() -> None:
         metadata_json=encode_metadata({"x": [None, 1.5]}),
         batch=BatchMember("batch_1", 0, 2),
     )
-    assert msgspec.json.decode(msgspec.json.encode(run), type=RunRecord) == run
+    assert msgspec.json.decode(msgspec.json.encode(run), type=StoredRecord) == run
     assert (run.payload, run.output) == ({"prompt": "hi"}, [1])
 
 
@@ -279,13 +280,7 @@ def test_changes_of_metadata_that_cancel_out_make_no_version() -> None:
 
 
 def test_a_record_without_payload_and_output_has_none() -> None:
-    assert (record().payload, record().output, record().finished_at) == (None, None, None)
-
-
-def test_times_are_available_as_datetimes() -> None:
-    run = record(Status.COMPLETED, completed_at_ms=NOW + 1500)
-    assert run.created_at == run.updated_at == datetime.fromtimestamp(NOW / 1000, UTC)
-    assert run.finished_at == datetime.fromtimestamp(NOW / 1000 + 1.5, UTC)
+    assert (record().payload, record().output) == (None, None)
 
 
 @pytest.mark.parametrize("status", Status)
@@ -323,7 +318,7 @@ def test_the_topics_of_a_run_are_its_tags_and_its_batch() -> None:
         (record(Status.COMPLETED, expires_at_ms=NOW + 9, cancel_requested_at_ms=NOW), {"expiry": NOW + 60_000}),
     ],
 )
-def test_when_a_run_is_due(run: RunRecord, due: dict[str, int]) -> None:
+def test_when_a_run_is_due(run: StoredRecord, due: dict[str, int]) -> None:
     assert due_times(run, cancel_s=2.5, after_end_s=60) == due
     assert set(due) <= set(DUE_KINDS)
 
@@ -335,7 +330,7 @@ def test_metadata_is_decoded_once_for_all_changes(monkeypatch: pytest.MonkeyPatc
         applied.append(len(operations))
         return apply_operations(metadata, operations, strict=strict)
 
-    monkeypatch.setattr("asgi_realtime.core.runs.apply_operations", spy)
+    monkeypatch.setattr("asgi_realtime.core.run_changes.apply_operations", spy)
     changes: list[RunChange] = [
         MetadataChanged((Increment("n", 1),)),
         TagsAdded(("a",)),

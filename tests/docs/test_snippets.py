@@ -244,14 +244,14 @@ async def check_canceled(names: Names, printed: str) -> None:
 async def check_unwatched(names: Names, printed: str) -> None:
     realtime: Realtime = names["realtime"]
     await names["handle"].result()
-    record = await realtime.get_run(names["handle"])
+    record = await realtime.runs.get(names["handle"].id)
     assert (record.metadata, record.counts_watchers, record.unwatched_grace_s) == ({"watchers": 0}, True, 30.0)
 
 
 async def check_options(names: Names, printed: str) -> None:
     realtime = names["realtime"]
     assert (await realtime.get_run(names["later"])).status is Status.DELAYED
-    assert (await realtime.get_run(names["brief"])).ttl_s == 30
+    assert (await realtime.get_run(names["brief"])).ttl == "30s"
 
 
 async def check_threads(names: Names, printed: str) -> None:

@@ -11,10 +11,11 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Mount, Route
 
-from asgi_realtime import Realtime, Retention, RunRecord, Status, Timeouts
+from asgi_realtime import Realtime, Retention, Status, Timeouts
 from asgi_realtime.brokers.base import StreamKey
 from asgi_realtime.core.log import End
-from asgi_realtime.core.runs import Finished, RunError
+from asgi_realtime.core.run_changes import Finished
+from asgi_realtime.core.runs import RunError, StoredRecord
 
 realtime = Realtime(
     secret_key="a key for tests, 32 bytes or more",
@@ -26,7 +27,7 @@ realtime = Realtime(
 async def open_run(request: Request) -> JSONResponse:
     """A run that executes nowhere, so that a shutdown does not wait for it."""
     run_id: str = (await request.json())["id"]
-    record = RunRecord(id=run_id, task="chat", status=Status.EXECUTING, created_at_ms=0, updated_at_ms=0)
+    record = StoredRecord(id=run_id, task="chat", status=Status.EXECUTING, created_at_ms=0, updated_at_ms=0)
     await realtime.runs.create(record)
     token = realtime.create_public_token(scopes={"read": {"runs": [run_id]}}, expires_in=1)
     return JSONResponse({"token": token})

@@ -17,7 +17,8 @@ from typing import Any
 import anyio
 import redis
 
-from asgi_realtime import Realtime, RunCanceled, RunFailed, RunRecord
+from asgi_realtime import Realtime, RunCanceled, RunFailed
+from asgi_realtime.core.runs import StoredRecord
 from asgi_realtime.runs.handles import RunHandle
 from asgi_realtime.tasks.options import RunLike
 
@@ -105,7 +106,7 @@ class Stage:
             pass
         return found
 
-    async def ended(self, handle: RunHandle[Any]) -> RunRecord:
+    async def ended(self, handle: RunHandle[Any]) -> StoredRecord:
         return await self.realtime.runs.ended(handle.id)
 
     def note(self, handle: RunHandle[Any]) -> str | None:

@@ -51,7 +51,7 @@ async def test_a_worker_executes_with_full_context(stage: Stage) -> None:
 async def test_processes_of_one_worker_are_different_owners(stage: Stage) -> None:
     handles = [await stage.realtime.trigger("endless") for _ in range(2)]
     pids = {await stage.begun(handle) for handle in handles}
-    owners = {(await stage.realtime.get_run(handle)).owner for handle in handles}
+    owners = {(await stage.realtime.runs.get(handle.id)).owner for handle in handles}
     assert len(pids) == len(owners) == 2
     for handle in handles:
         await stage.realtime.cancel(handle)
@@ -106,5 +106,5 @@ async def test_a_process_that_was_paused_beyond_its_lease_is_fenced_off(stage: S
     os.kill(pid, signal.SIGCONT)
     await until(lambda: stage.note(handle))
     assert stage.note(handle) == "cancelled, refused"
-    assert await stage.realtime.get_run(handle) == record
+    assert await stage.realtime.runs.get(handle.id) == record
     assert await stage.chunks(handle) == chunks

@@ -150,7 +150,7 @@ async def test_a_worker_paused_beyond_its_lease_cannot_write(stage: Stage) -> No
     assert await stage.worker_of(after) == pid  # it continues with other runs
     await stage.realtime.send_input(after, "first", 1)
     await after.result()
-    assert await stage.realtime.get_run(handle) == record
+    assert await stage.realtime.runs.get(handle.id) == record
     assert await stage.chunks(handle) == chunks
 
 

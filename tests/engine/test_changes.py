@@ -9,15 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from asgi_realtime import (
-    BrokerUnavailable,
-    Run,
-    RunNotFound,
-    RunRecord,
-    Timeouts,
-)
+from asgi_realtime import BrokerUnavailable, Run, RunNotFound, Timeouts
 from asgi_realtime.brokers.base import ChangeMark
 from asgi_realtime.brokers.memory import MemoryBroker
+from asgi_realtime.core.runs import StoredRecord
 from asgi_realtime.engine import changes
 from asgi_realtime.engine.changes import COALESCE_S
 from asgi_realtime.engine.run import RelatedRun
@@ -32,10 +27,15 @@ class Counting(MemoryBroker):
 
     def __init__(self) -> None:
         super().__init__()
-        self.commits: list[RunRecord] = []
+        self.commits: list[StoredRecord] = []
 
     async def commit(
-        self, record: RunRecord, *, expect: int, change: ChangeMark, floors: Mapping[tuple[str, str], int] | None = None
+        self,
+        record: StoredRecord,
+        *,
+        expect: int,
+        change: ChangeMark,
+        floors: Mapping[tuple[str, str], int] | None = None,
     ) -> int:
         self.commits.append(record)
         return await super().commit(record, expect=expect, change=change, floors=floors)
@@ -48,7 +48,12 @@ class Away(MemoryBroker):
     refused = 0
 
     async def commit(
-        self, record: RunRecord, *, expect: int, change: ChangeMark, floors: Mapping[tuple[str, str], int] | None = None
+        self,
+        record: StoredRecord,
+        *,
+        expect: int,
+        change: ChangeMark,
+        floors: Mapping[tuple[str, str], int] | None = None,
     ) -> int:
         if self.away:
             self.refused += 1
@@ -207,7 +212,7 @@ async def test_lost_changes_of_a_removed_run_are_logged(caplog: pytest.LogCaptur
         async with realtime.open_run("r") as opened:
             pass
         supervisor = realtime.engine.begin()
-        run = RelatedRun(await realtime.get_run(opened), runs=realtime.runs, supervisor=supervisor)
+        run = RelatedRun(await realtime.runs.get(opened.id), runs=realtime.runs, supervisor=supervisor)
         await realtime.broker.remove(run.id)
         run.metadata.set("n", 1)
         with pytest.raises(RunNotFound):

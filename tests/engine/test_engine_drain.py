@@ -15,7 +15,7 @@ from asgi_realtime import BrokerUnavailable, Run, RunError, Status, Timeouts
 from asgi_realtime.brokers.base import ChangeMark
 from asgi_realtime.brokers.memory import MemoryBroker
 from asgi_realtime.core.errors import ServerShutdown
-from asgi_realtime.core.runs import RunRecord
+from asgi_realtime.core.runs import StoredRecord
 from asgi_realtime.engine import drain as drain_module
 from tests.inprocess import GUARD_S, ended, make_realtime, until
 
@@ -129,7 +129,12 @@ class Slow(MemoryBroker):
     """Takes 5 ms for each commit."""
 
     async def commit(
-        self, record: RunRecord, *, expect: int, change: ChangeMark, floors: Mapping[tuple[str, str], int] | None = None
+        self,
+        record: StoredRecord,
+        *,
+        expect: int,
+        change: ChangeMark,
+        floors: Mapping[tuple[str, str], int] | None = None,
     ) -> int:
         await anyio.sleep(0.005)
         return await super().commit(record, expect=expect, change=change, floors=floors)
@@ -286,7 +291,12 @@ class NoCommits(MemoryBroker):
     away = False
 
     async def commit(
-        self, record: RunRecord, *, expect: int, change: ChangeMark, floors: Mapping[tuple[str, str], int] | None = None
+        self,
+        record: StoredRecord,
+        *,
+        expect: int,
+        change: ChangeMark,
+        floors: Mapping[tuple[str, str], int] | None = None,
     ) -> int:
         if self.away:
             raise BrokerUnavailable("no answer")
@@ -366,7 +376,12 @@ class Hanging(MemoryBroker):
         await self._respond()
 
     async def commit(
-        self, record: RunRecord, *, expect: int, change: ChangeMark, floors: Mapping[tuple[str, str], int] | None = None
+        self,
+        record: StoredRecord,
+        *,
+        expect: int,
+        change: ChangeMark,
+        floors: Mapping[tuple[str, str], int] | None = None,
     ) -> int:
         await self._respond()
         return await super().commit(record, expect=expect, change=change, floors=floors)

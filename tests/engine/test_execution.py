@@ -8,7 +8,7 @@ import pytest
 
 from asgi_realtime import Realtime, Run, RunCanceled, RunError, RunFailed, Status
 from asgi_realtime.brokers.memory import MemoryBroker
-from asgi_realtime.core.runs import Finished, TagsAdded
+from asgi_realtime.core.run_changes import Finished, TagsAdded
 from asgi_realtime.engine.execution import Phase
 from tests.brokers.backends import DistantBroker
 from tests.inprocess import GUARD_S, FakeClock, ended, make_realtime, until
@@ -79,7 +79,7 @@ async def test_any_process_cancels_a_run_after_5_s_if_its_owner_does_not() -> No
         assert record.status is Status.CANCELED
         go.set()
         await until(lambda: not owner.engine.executions)
-        assert await owner.get_run(handle) == record
+        assert await owner.runs.get(handle.id) == record
 
 
 async def test_a_run_crashes_without_renewals_and_its_code_is_stopped() -> None:

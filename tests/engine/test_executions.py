@@ -7,7 +7,7 @@ import pytest
 
 from asgi_realtime import BrokerUnavailable, Run
 from asgi_realtime.brokers.memory import MemoryBroker
-from asgi_realtime.core.runs import RunRecord
+from asgi_realtime.core.runs import StoredRecord
 from tests.inprocess import GUARD_S, make_realtime
 
 pytestmark = pytest.mark.anyio
@@ -18,7 +18,7 @@ class FailsOnce(MemoryBroker):
 
     failing: list[str] | None = None
 
-    async def load(self, run_ids: Sequence[str]) -> list[RunRecord | None]:
+    async def load(self, run_ids: Sequence[str]) -> list[StoredRecord | None]:
         if list(run_ids) == self.failing:
             self.failing = None
             raise BrokerUnavailable("no answer")
@@ -46,7 +46,7 @@ async def test_a_run_without_a_parent_loads_no_other_run() -> None:
     class Counting(MemoryBroker):
         loads = 0
 
-        async def load(self, run_ids: Sequence[str]) -> list[RunRecord | None]:
+        async def load(self, run_ids: Sequence[str]) -> list[StoredRecord | None]:
             self.loads += 1
             return await super().load(run_ids)
 

@@ -9,7 +9,8 @@ import pytest
 from asgi_realtime import BrokerUnavailable, Realtime, Run, RunCanceled, RunNotFound, Status, StreamClosed
 from asgi_realtime.brokers.base import LiveTopic
 from asgi_realtime.brokers.memory import MemoryBroker
-from asgi_realtime.core.runs import Finished, RunRecord, run_topic
+from asgi_realtime.core.run_changes import Finished
+from asgi_realtime.core.runs import StoredRecord, run_topic
 from asgi_realtime.engine import executions
 from tests.brokers.backends import DistantBroker, held
 from tests.inprocess import GUARD_S, ended, make_realtime, until
@@ -26,7 +27,7 @@ class Counting(DistantBroker):
         self.away = False
         self.follows = 0
 
-    async def load(self, run_ids: Sequence[str]) -> list[RunRecord | None]:
+    async def load(self, run_ids: Sequence[str]) -> list[StoredRecord | None]:
         self.loads += 1
         return await super().load(run_ids)
 
@@ -91,7 +92,7 @@ async def test_a_run_that_another_process_crashed_is_stopped() -> None:
         record = await ended(other, handle)
         await until(lambda: not owner.engine.held)
         assert raised == [StreamClosed]
-        after = await other.get_run(handle)
+        after = await other.runs.get(handle.id)
         assert after == record and after.status is Status.CRASHED and after.metadata == {}
 
 

@@ -7,8 +7,9 @@ import anyio
 import msgspec
 import pytest
 
-from asgi_realtime import LimitExceeded, Realtime, Run, RunError, RunRecord, Status, Timeouts, UnknownTask
+from asgi_realtime import LimitExceeded, Realtime, Run, RunError, Status, Timeouts, UnknownTask
 from asgi_realtime.brokers.memory import MemoryBroker
+from asgi_realtime.core.runs import StoredRecord
 from asgi_realtime.tasks import ExecutorHost, InProcessExecutor, Task
 from tests.brokers.backends import DistantBroker
 from tests.faults import RemoteBroker
@@ -30,7 +31,7 @@ class Queue:
         self.sent.append((run_id, task_id))
 
 
-def make_record(realtime: Realtime) -> RunRecord:
+def make_record(realtime: Realtime) -> StoredRecord:
     """A run of the task "t" as `trigger` stores it, before it is dispatched."""
     return msgspec.structs.replace(
         realtime.tasks.records.new_open_run("t", {}).record,
@@ -128,7 +129,7 @@ async def test_a_waiting_run_that_is_canceled_never_starts() -> None:
         await until(lambda: started)
         canceled = await realtime.cancel(second)
         assert canceled.status is Status.CANCELED
-        assert canceled.completed_at_ms is not None
+        assert canceled.finished_at is not None
         go.set()
         assert (await ended(realtime, third)).status is Status.COMPLETED
         assert (await ended(realtime, first)).status is Status.COMPLETED
@@ -407,7 +408,7 @@ async def test_a_run_that_is_dispatched_twice_executes_once() -> None:
             for realtime in (one, two, one):
                 group.start_soon(realtime.engine.make_ticker().once)
         for record in records:
-            assert await one.result(record, timeout=GUARD_S) == "done"
+            assert await one.result(record.id, timeout=GUARD_S) == "done"
     assert sorted(executions) == sorted(record.id for record in records)
 
 
@@ -427,7 +428,7 @@ async def test_a_run_of_an_unknown_task_is_left_to_processes_that_know_it() -> N
         await knows_not.engine.make_ticker().once()
         assert knows_not.engine.held == []
         async with knows:
-            assert await knows.result(record, timeout=GUARD_S) == "done"
+            assert await knows.result(record.id, timeout=GUARD_S) == "done"
 
 
 async def test_a_worker_that_does_not_know_the_task_fails_the_run() -> None:

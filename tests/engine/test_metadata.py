@@ -16,7 +16,7 @@ from asgi_realtime import (
     UsageError,
 )
 from asgi_realtime.core.metadata import Set, encode_metadata
-from asgi_realtime.core.runs import MetadataChanged, TagsAdded
+from asgi_realtime.core.run_changes import MetadataChanged, TagsAdded
 from tests.brokers.backends import DistantBroker
 from tests.inprocess import ended, make_realtime
 

@@ -26,7 +26,7 @@ from asgi_realtime import (
 from asgi_realtime.ai.message import message_id_of
 from asgi_realtime.brokers.base import ChangeMark, StreamKey
 from asgi_realtime.brokers.memory import MemoryBroker
-from asgi_realtime.core.runs import Finished, Started, apply
+from asgi_realtime.core.run_changes import Finished, Started, apply
 from asgi_realtime.engine.on_end import ABANDONED_S
 from tests.brokers.backends import DistantBroker
 from tests.inprocess import FakeClock, ended, make_realtime, until

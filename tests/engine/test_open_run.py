@@ -14,7 +14,6 @@ from asgi_realtime import (
     Run,
     RunCanceled,
     RunError,
-    RunRecord,
     Status,
     TaskError,
     Timeouts,
@@ -24,6 +23,7 @@ from asgi_realtime import (
 from asgi_realtime.brokers.base import ChangeMark
 from asgi_realtime.brokers.memory import MemoryBroker
 from asgi_realtime.core.errors import ServerShutdown
+from asgi_realtime.core.runs import StoredRecord
 from tests.brokers.backends import DistantBroker
 from tests.inprocess import GUARD_S, ended, make_realtime, until
 
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.anyio
 async def test_leaving_completes_the_run_with_the_output_that_was_set() -> None:
     async with make_realtime() as realtime:
         async with realtime.open_run("report", tags=["user:1"], metadata={"n": 1}) as run:
-            record = await realtime.get_run(run)
+            record = await realtime.runs.get(run.id)
             assert record.status is Status.EXECUTING
             assert (record.task, record.tags, record.metadata) == ("report", ("user:1",), {"n": 1})
             assert current_run() is run
@@ -329,7 +329,12 @@ async def test_a_run_that_an_ended_task_left_open_does_not_delay_the_stop() -> N
 
 class NoEnd(MemoryBroker):
     async def commit(
-        self, record: RunRecord, *, expect: int, change: ChangeMark, floors: Mapping[tuple[str, str], int] | None = None
+        self,
+        record: StoredRecord,
+        *,
+        expect: int,
+        change: ChangeMark,
+        floors: Mapping[tuple[str, str], int] | None = None,
     ) -> int:
         if record.is_completed:
             raise BrokerUnavailable("the broker is away")

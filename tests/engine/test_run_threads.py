@@ -30,7 +30,7 @@ from asgi_realtime import (
 )
 from asgi_realtime.brokers import MemoryBroker
 from asgi_realtime.core.config import MAX_SPAN_S
-from asgi_realtime.core.runs import Finished
+from asgi_realtime.core.run_changes import Finished
 from tests.faults import RemoteBroker, steps, stored
 from tests.inprocess import GUARD_S, FakeClock, ended, make_realtime, until
 
@@ -133,7 +133,7 @@ async def test_the_thread_of_a_killed_process_is_free_once_its_lease_expires() -
         await realtime.engine.run_threads.create(record, replace=False)
         with pytest.raises(ThreadBusy):
             await realtime.trigger("answer", thread=THREAD)
-        assert (await ended(realtime, record)).status is Status.CRASHED
+        assert (await ended(realtime, record.id)).status is Status.CRASHED
         await realtime.trigger("answer", thread=THREAD)
 
 

@@ -64,7 +64,7 @@ class Processes:
         return await self.first.broker.watchers(run_id)
 
     async def is_canceled(self, run_id: str) -> bool:
-        record = await self.first.get_run(run_id)
+        record = await self.first.runs.get(run_id)
         return record.status is Status.CANCELED or record.cancel_requested_at_ms is not None
 
 
@@ -231,7 +231,7 @@ async def test_a_trigger_replaces_what_the_task_says() -> None:
             ({"on_unwatched": "continue"}, (True, None)),
             ({"on_unwatched": "cancel", "unwatched_grace": "1m"}, (True, 60.0)),
         ):
-            record = await both.first.get_run(await both.run(**options))
+            record = await both.first.runs.get(await both.run(**options))
             assert (record.counts_watchers, record.unwatched_grace_s) == expected
 
 

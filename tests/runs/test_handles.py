@@ -6,6 +6,7 @@ import json
 import logging
 import pickle
 import pprint
+from datetime import UTC, datetime
 from typing import Any
 
 import anyio
@@ -16,10 +17,12 @@ import msgspec
 import pydantic
 import pytest
 import quart
+from pydantic.alias_generators import to_camel
 
 from asgi_realtime import BatchHandle, Realtime, RunHandle, RunRecord, UsageError
+from asgi_realtime.core.run_json import run_json
 from asgi_realtime.core.runs import RunError, Status
-from tests.core.test_run_json import FULL
+from tests.core.test_run_json import FULL, QUEUED
 from tests.inprocess import GUARD_S, make_realtime
 
 pytestmark = pytest.mark.anyio
@@ -96,7 +99,7 @@ async def test_handles_and_records_are_annotations_of_fastapi_routes() -> None:
     """`-> RunHandle` failed at import, and a returned `RunRecord` was a 500."""
     realtime = with_echo()
     run, batch = await handles()
-    record = RunRecord(id="run_1", task="echo", status=Status.QUEUED, created_at_ms=0, updated_at_ms=0, token_owner="x")
+    record = RunRecord(QUEUED)
     returned: list[tuple[Any, Any]] = [
         (RunHandle, run),
         (RunHandle[int], run),
@@ -119,7 +122,7 @@ async def test_handles_and_records_are_annotations_of_fastapi_routes() -> None:
     assert list(run_schema["properties"]) == list(run)
     assert set(record_schema["required"]) == set(dict(record)), "the optional fields of this one are absent"
     error = RunError("E", "m")
-    full = [FULL, msgspec.structs.replace(FULL, status=Status.EXPIRED, error=error)]
+    full = [RunRecord(one) for one in (FULL, msgspec.structs.replace(FULL, status=Status.EXPIRED, error=error))]
     assert set(record_schema["properties"]) == {name for one in full for name in dict(one)}
 
 
@@ -153,7 +156,9 @@ async def test_handles_can_be_pickled_and_copied() -> None:
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])  # for Quart
 @pytest.mark.parametrize("framework", ["litestar", "quart"])
 async def test_routes_of_other_frameworks_return_handles_and_records(framework: str) -> None:
+    """Quart raised `TypeError` for a `RunRecord`, and Litestar sent the owner, the token's owner and the trace."""
     realtime = with_echo()
+    secretive = msgspec.structs.replace(FULL, owner="me", token_owner="user:1", traceparent="00-1-2-01", thread="t")
 
     async def run() -> RunHandle[Any]:
         return await realtime.trigger("echo", 1)
@@ -161,10 +166,13 @@ async def test_routes_of_other_frameworks_return_handles_and_records(framework: 
     async def batch() -> BatchHandle:
         return await realtime.batch_trigger([("echo", 1)])
 
-    async def record() -> dict[str, Any]:
-        return dict(await realtime.get_run(await realtime.trigger("echo", 1)))
+    async def record() -> RunRecord:
+        return RunRecord(secretive)
 
-    routes = {"/run": run, "/batch": batch, "/record": record}
+    async def records() -> list[RunRecord]:
+        return [RunRecord(secretive)]
+
+    routes = {"/run": run, "/batch": batch, "/record": record, "/records": records}
     app: Any
     if framework == "litestar":
         app = litestar.Litestar([litestar.get(path)(route) for path, route in routes.items()], logging_config=None)
@@ -179,7 +187,8 @@ async def test_routes_of_other_frameworks_return_handles_and_records(framework: 
             assert set(schema["paths"]) == set(routes)
     assert set(found["/run"]) == {"id", "publicAccessToken", "isCached"}
     assert found["/batch"]["runCount"] == 1
-    assert (found["/record"]["taskIdentifier"], found["/record"]["payload"]) == ("echo", 1)
+    assert found["/record"] == json.loads(run_json(secretive))
+    assert found["/records"] == [found["/record"]]
 
 
 async def test_records_can_be_pickled_and_copied() -> None:
@@ -189,7 +198,33 @@ async def test_records_can_be_pickled_and_copied() -> None:
         record = await realtime.get_run(handle)
     for made in (copy.copy(record), copy.deepcopy(record), pickle.loads(pickle.dumps(record))):
         assert made == record
-        assert (made.status, made.output, made.metadata) == (Status.COMPLETED, 1, {"a": 1})
+        assert (type(made), made.status, made.version) == (RunRecord, Status.COMPLETED, record.version)
+        assert (made.output, made.metadata) == (1, {"a": 1})
+
+
+def test_the_attributes_of_a_record_are_its_values_in_python() -> None:
+    full = RunRecord(msgspec.structs.replace(FULL, error=RunError("E", "m"), completed_at_ms=1_500))
+    assert {name: getattr(full, name) for name in ("id", "task", "payload", "output", "metadata", "ttl")} == {
+        "id": full["id"],
+        "task": full["taskIdentifier"],
+        "payload": full["payload"],
+        "output": full["output"],
+        "metadata": full["metadata"],
+        "ttl": full["ttl"],
+    }
+    assert full.finished_at == datetime.fromtimestamp(1.5, UTC)
+    for name in ("created_at", "updated_at", "started_at", "delayed_until"):
+        assert getattr(full, name) == datetime.fromisoformat(full[to_camel(name)])
+    for name in ("is_queued", "is_executing", "is_completed", "is_success", "is_failed", "depth", "duration_ms"):
+        assert getattr(full, name) == full[to_camel(name)]
+    assert (full.is_canceled, full.tags, full.streams) == (False, ("a", "b"), ("default",))
+    assert (full.error, full.idempotency_key) == (RunError("E", "m"), full["idempotencyKey"])
+    assert full.batch is not None and full.batch.id == full["batchId"]
+    assert (full.thread, full.parent_id, full.root_id, full.max_duration_s) == (None, None, None, None)
+    empty = RunRecord(QUEUED)
+    assert (empty.payload, empty.output, empty.error, empty.started_at) == (None, None, None, None)
+    assert (empty.cancel_requested_at, empty.batch) == (None, None)
+    assert repr(full) == str(full) == f"<RunRecord {full.id} COMPLETED>"
 
 
 async def test_the_token_reads_the_run_and_writes_its_inputs_only() -> None:

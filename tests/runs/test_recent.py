@@ -6,7 +6,7 @@ import pytest
 
 from asgi_realtime.brokers.memory import MemoryBroker
 from asgi_realtime.core.errors import BrokerUnavailable
-from asgi_realtime.core.runs import RunError, RunRecord, Status
+from asgi_realtime.core.runs import RunError, Status, StoredRecord
 from asgi_realtime.runs.recent import MAX_FAILED, MAX_RUNS, RecentRuns, summarize
 
 pytestmark = pytest.mark.anyio
@@ -37,8 +37,8 @@ class SharedLists(MemoryBroker):
         return list(self.lists.get(name, {}).values())
 
 
-def record(number: int, status: Status = Status.EXECUTING, *, version: int = 1) -> RunRecord:
-    return RunRecord(
+def record(number: int, status: Status = Status.EXECUTING, *, version: int = 1) -> StoredRecord:
+    return StoredRecord(
         id=f"run_{number:05}",
         task="chat",
         status=status,

@@ -11,13 +11,14 @@ import anyio
 import msgspec
 import pytest
 
-from asgi_realtime import Realtime, RunNotFound, RunRecord, Status, Timeouts
+from asgi_realtime import Realtime, RunNotFound, Status, Timeouts
 from asgi_realtime.brokers.base import End, Position, Producer, StreamKey
 from asgi_realtime.core.config import Retention
 from asgi_realtime.core.errors import BrokerUnavailable, StreamClosed, StreamLost
 from asgi_realtime.core.log import Log
 from asgi_realtime.core.metadata import encode_metadata
-from asgi_realtime.core.runs import Finished, RunError, TagsAdded
+from asgi_realtime.core.run_changes import Finished, TagsAdded
+from asgi_realtime.core.runs import RunError, StoredRecord
 from asgi_realtime.runs import restoring
 from asgi_realtime.runs.restoring import OwnedRuns, RestorableProducer
 from asgi_realtime.streams.outbox import Outbox
@@ -99,14 +100,14 @@ async def test_a_busy_producer_holds_a_limited_size(monkeypatch: pytest.MonkeyPa
 
 def record(
     version: int = 3, status: Status = Status.EXECUTING, owner: str | None = "us", **fields: object
-) -> RunRecord:
-    made = RunRecord(
+) -> StoredRecord:
+    made = StoredRecord(
         id="run_1", task="t", status=status, version=version, owner=owner, created_at_ms=1, updated_at_ms=1
     )
     return msgspec.structs.replace(made, **fields)
 
 
-def owning(known: RunRecord, *, lossy: bool = True) -> OwnedRuns:
+def owning(known: StoredRecord, *, lossy: bool = True) -> OwnedRuns:
     owned = OwnedRuns(lossy=lossy, clock=FakeClock(), retention=Retention(after_end=60))
     owned.own(known)
     return owned
@@ -122,7 +123,7 @@ def owning(known: RunRecord, *, lossy: bool = True) -> OwnedRuns:
         record(2, owner="them"),
     ],
 )
-async def test_what_others_stored_stays(stored: RunRecord) -> None:
+async def test_what_others_stored_stays(stored: StoredRecord) -> None:
     assert owning(record(3)).reconcile("run_1", stored) is stored
 
 
@@ -152,7 +153,7 @@ async def test_a_lost_run_is_restored_while_it_cannot_have_expired() -> None:
 
 
 @pytest.mark.parametrize("stored", [None, record(1)])
-async def test_only_owned_runs_of_a_lossy_broker_are_restored(stored: RunRecord | None) -> None:
+async def test_only_owned_runs_of_a_lossy_broker_are_restored(stored: StoredRecord | None) -> None:
     owned = owning(record(5))
     assert owned.reconcile("run_2", stored) is stored
     assert owning(record(5), lossy=False).reconcile("run_1", stored) is stored
@@ -224,7 +225,7 @@ class LosingBroker(RemoteBroker):
         del self.inner._runs[run_id]
         self.history.clear()
 
-    def lose_version(self, run_id: str, record: RunRecord) -> None:
+    def lose_version(self, run_id: str, record: StoredRecord) -> None:
         self.inner._runs[run_id].record = record
 
 
@@ -282,7 +283,7 @@ async def test_an_append_restores_a_lost_run() -> None:
 async def test_a_change_restores_a_lost_version() -> None:
     broker = LosingBroker()
     async with make(broker=broker, timeouts=STILL) as realtime, realtime.open_run("r") as run:
-        before = await realtime.get_run(run)
+        before = await realtime.runs.get(run.id)
         run.metadata.set("n", 1)
         await run.metadata.flush()
         broker.lose_version(run.id, before)

@@ -7,14 +7,15 @@ import anyio
 import msgspec
 import pytest
 
-from asgi_realtime import BrokerUnavailable, LimitExceeded, RunNotFound, RunRecord, Status
+from asgi_realtime import BrokerUnavailable, LimitExceeded, RunNotFound, Status
 from asgi_realtime.brokers.base import MARKS_KEPT, ChangeMark, StreamKey
 from asgi_realtime.brokers.memory import MemoryBroker
 from asgi_realtime.core.config import Limits
 from asgi_realtime.core.errors import InvalidTransition
 from asgi_realtime.core.metadata import Append, Delete, Increment, Set, encode_metadata
+from asgi_realtime.core.run_changes import Finished, MetadataChanged, Started, TagsAdded
 from asgi_realtime.core.run_errors import VersionConflict
-from asgi_realtime.core.runs import Finished, MetadataChanged, Started, TagsAdded
+from asgi_realtime.core.runs import StoredRecord
 from asgi_realtime.runs.store import RunStore
 from tests.brokers.backends import DistantBroker
 from tests.inprocess import FakeClock, until
@@ -26,8 +27,8 @@ def store(broker: MemoryBroker, *, patience_s: float = 5.0, **limits: int) -> Ru
     return RunStore(broker, clock=FakeClock(), patience_s=patience_s, limits=Limits(**{"streams_per_run": 3} | limits))
 
 
-def record(run_id: str = "run_1", status: Status = Status.EXECUTING) -> RunRecord:
-    return RunRecord(id=run_id, task="t", status=status, created_at_ms=1, updated_at_ms=1)
+def record(run_id: str = "run_1", status: Status = Status.EXECUTING) -> StoredRecord:
+    return StoredRecord(id=run_id, task="t", status=status, created_at_ms=1, updated_at_ms=1)
 
 
 def increment(by: int = 1) -> MetadataChanged:
@@ -57,7 +58,7 @@ async def test_a_known_record_saves_a_load() -> None:
     class Counting(MemoryBroker):
         loads = 0
 
-        async def load(self, run_ids: Sequence[str]) -> list[RunRecord | None]:
+        async def load(self, run_ids: Sequence[str]) -> list[StoredRecord | None]:
             self.loads += 1
             return await super().load(run_ids)
 
@@ -171,7 +172,12 @@ class Removing(MemoryBroker):
     """Removes a run between its load and its commit."""
 
     async def commit(
-        self, record: RunRecord, *, expect: int, change: ChangeMark, floors: Mapping[tuple[str, str], int] | None = None
+        self,
+        record: StoredRecord,
+        *,
+        expect: int,
+        change: ChangeMark,
+        floors: Mapping[tuple[str, str], int] | None = None,
     ) -> int:
         if expect:
             await self.remove(record.id)
@@ -199,7 +205,12 @@ class Flaky(MemoryBroker):
             raise BrokerUnavailable("no answer")
 
     async def commit(
-        self, record: RunRecord, *, expect: int, change: ChangeMark, floors: Mapping[tuple[str, str], int] | None = None
+        self,
+        record: StoredRecord,
+        *,
+        expect: int,
+        change: ChangeMark,
+        floors: Mapping[tuple[str, str], int] | None = None,
     ) -> int:
         self.marks.append(change)
         version = await super().commit(record, expect=expect, change=change, floors=floors)
@@ -213,7 +224,7 @@ class Flaky(MemoryBroker):
         self.fail()
         return claimed
 
-    async def load(self, run_ids: Sequence[str]) -> list[RunRecord | None]:
+    async def load(self, run_ids: Sequence[str]) -> list[StoredRecord | None]:
         return await super().load(run_ids)
 
 

@@ -18,6 +18,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 
 from asgi_realtime import Realtime, TaskError
 from asgi_realtime.brokers.redis import RedisBroker
+from asgi_realtime.core.run_record import RunRecord
 from asgi_realtime.testing import AsgiClient
 from tests.inprocess import SECRET, ended, make_realtime, until
 
@@ -158,14 +159,14 @@ async def test_subscribers_do_not_see_the_position_in_the_trace(exporter: InMemo
         with trace.get_tracer(TRACER).start_as_current_span("request") as span:
             async with realtime.open_run("opened") as run:
                 pass
-        record = await realtime.get_run(run)
+        record = await realtime.runs.get(run.id)
         trace_id = f"{span.get_span_context().trace_id:032x}"
         assert (record.traceparent or "").startswith(f"00-{trace_id}-{span.get_span_context().span_id:016x}-")
         client = AsgiClient(realtime, token=SECRET)
         bodies = [(await client.get(path)).text for path in (f"/v1/runs/{run.id}", f"/api/v3/runs/{run.id}")]
         async with client.stream(f"/v1/runs/{run.id}") as feed:
             bodies.append((await feed.read()).decode())
-    assert all(run.id in body and trace_id not in body for body in [*bodies[1:], str(dict(record))])
+    assert all(run.id in body and trace_id not in body for body in [*bodies[1:], str(RunRecord(record))])
 
 
 class _Elsewhere:
@@ -227,7 +228,7 @@ def test_a_host_without_opentelemetry_does_not_load_it() -> None:
         "async def main():\n"
         "    async with Realtime(secret_key='x' * 32, signals=False) as realtime:\n"
         "        async with realtime.open_run('chat') as run: pass\n"
-        "        assert (await realtime.get_run(run)).traceparent is None\n"
+        "        assert (await realtime.runs.get(run.id)).traceparent is None\n"
         "asyncio.run(main())\n"
         "print([name for name in sys.modules if 'opentelemetry' in name])"
     )

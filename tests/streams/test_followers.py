@@ -10,7 +10,8 @@ import pytest
 
 from asgi_realtime.core.config import Limits, Retention, Timeouts
 from asgi_realtime.core.errors import RunNotFound, StreamGap, UsageError
-from asgi_realtime.core.runs import RunRecord, Status
+from asgi_realtime.core.run_record import RunRecord
+from asgi_realtime.core.runs import Status, StoredRecord
 from asgi_realtime.streams.followers import StreamChunk
 from tests.faults import RemoteBroker, make, steps, take, until
 from tests.inprocess import GUARD_S
@@ -24,7 +25,7 @@ class CountingBroker(RemoteBroker):
 
     loaded = 0
 
-    async def load(self, run_ids: Sequence[str]) -> list[RunRecord | None]:
+    async def load(self, run_ids: Sequence[str]) -> list[StoredRecord | None]:
         self.loaded += len(run_ids)
         return await super().load(run_ids)
 

@@ -54,7 +54,7 @@ async def test_items_of_a_batch_have_options_and_a_common_parent() -> None:
         )
         one, two = [await realtime.get_run(run_id) for run_id in batch.runs]
     assert (one.tags, one.metadata, one.parent_id) == (("a",), {"n": 1}, parent.id)
-    assert (two.status, two.ttl_s) == (Status.DELAYED, 60)
+    assert (two.status, two.ttl) == (Status.DELAYED, "60s")
 
 
 async def test_an_item_of_a_batch_can_refer_to_an_earlier_run() -> None:

@@ -5,11 +5,9 @@ from collections.abc import Sequence
 import anyio
 import pytest
 
-from asgi_realtime import (
-    RunHandle,
-    RunRecord,
-)
+from asgi_realtime import RunHandle
 from asgi_realtime.brokers.memory import MemoryBroker
+from asgi_realtime.core.runs import StoredRecord
 from tests.brokers.backends import DistantBroker
 from tests.inprocess import GUARD_S, FakeClock, ended, make_realtime, until
 from tests.tasks.echo import SlowExecutor, count_runs, with_echo
@@ -45,7 +43,7 @@ async def test_a_run_that_is_removed_during_the_lookup_of_its_key_is_not_created
     class RemovesBeforeLoad(MemoryBroker):
         victim = ""
 
-        async def load(self, run_ids: Sequence[str]) -> list[RunRecord | None]:
+        async def load(self, run_ids: Sequence[str]) -> list[StoredRecord | None]:
             await self.remove(self.victim)
             return await super().load(run_ids)
 

@@ -6,18 +6,11 @@ from typing import Any
 import anyio
 import pytest
 
-from asgi_realtime import (
-    LimitExceeded,
-    Limits,
-    RunError,
-    RunNotFound,
-    Status,
-    UsageError,
-)
+from asgi_realtime import LimitExceeded, Limits, RunError, RunNotFound, Status, UsageError
 from asgi_realtime.core.names import check_key
 from asgi_realtime.tasks.batches import new_batch_id
 from asgi_realtime.tasks.records import new_run_id
-from tests.inprocess import GUARD_S, FakeClock, ended, make_realtime, until
+from tests.inprocess import GUARD_S, FakeClock, ended, make_realtime, stored, until
 from tests.tasks.echo import count_runs, with_echo
 
 pytestmark = pytest.mark.anyio
@@ -78,7 +71,7 @@ async def test_a_delayed_run_starts_after_its_delay() -> None:
     clock = FakeClock()
     async with with_echo(clock=clock) as realtime:
         handle = await realtime.trigger("echo", "late", delay="1m")
-        record = await realtime.get_run(handle)
+        record = await stored(realtime, handle)
         assert record.status is Status.DELAYED
         assert record.delay_until_ms == record.created_at_ms + 60_000
         assert record.queued_at_ms is None
@@ -87,19 +80,19 @@ async def test_a_delayed_run_starts_after_its_delay() -> None:
         assert (await realtime.get_run(handle)).status is Status.DELAYED
         clock.seconds += 2
         assert (await ended(realtime, handle)).output == "late"
-        assert (await realtime.get_run(handle)).queued_at_ms == int(clock.seconds * 1000)
+        assert (await stored(realtime, handle)).queued_at_ms == int(clock.seconds * 1000)
 
 
 async def test_a_delay_can_be_a_datetime() -> None:
     clock = FakeClock()
     async with with_echo(clock=clock) as realtime:
         at = datetime.fromtimestamp(clock.seconds + 90.5, timezone(timedelta(hours=2)))
-        record = await realtime.get_run(await realtime.trigger("echo", delay=at))
+        record = await stored(realtime, await realtime.trigger("echo", delay=at))
         assert (record.status, record.delay_until_ms) == (Status.DELAYED, record.created_at_ms + 90_500)
         clock.seconds += 91
-        assert (await ended(realtime, record)).status is Status.COMPLETED
+        assert (await ended(realtime, record.id)).status is Status.COMPLETED
         past = await realtime.trigger("echo", 1, delay=at)
-        assert (await realtime.get_run(past)).delay_until_ms is None, (
+        assert (await stored(realtime, past)).delay_until_ms is None, (
             "clocks differ, so a time in the past is not an error"
         )
         assert await past.result(timeout=GUARD_S) == 1

@@ -472,7 +472,7 @@ async def test_cancelling_a_running_task_stops_it_with_its_cleanup() -> None:
         handle = await realtime.trigger(task)
         await started.wait()
         asked = await realtime.cancel(handle)
-        assert asked.cancel_requested_at_ms is not None
+        assert asked.cancel_requested_at is not None
         record = await ended(realtime, handle)
         with pytest.raises(RunCanceled):
             await handle.result()

@@ -25,7 +25,7 @@ from asgi_realtime import (
 )
 from asgi_realtime.core.chunks import decode
 from asgi_realtime.tasks.decoding import decoder_of
-from tests.inprocess import GUARD_S, make_realtime
+from tests.inprocess import GUARD_S, make_realtime, stored
 
 
 @dataclass
@@ -492,7 +492,7 @@ async def test_a_result_has_the_type_of_the_return_annotation_if_it_matches(
     async with realtime:
         handle = await realtime.trigger(task, payload)
         assert await handle.result(timeout=GUARD_S) == output
-        record = await realtime.get_run(handle)
+        record = await stored(realtime, handle)
         assert record.output == decode(record.output_json or b"")
 
 

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from asgi_realtime.core.chunks import encode_value
-from asgi_realtime.core.runs import RunRecord, iso
+from asgi_realtime.core.runs import StoredRecord, iso
 from asgi_realtime.tasks.batch_records import BatchRecord
 
 
-def batch_json(batch_id: str, runs: Sequence[RunRecord], batch: BatchRecord | None, *, now_ms: int) -> bytes:
+def batch_json(batch_id: str, runs: Sequence[StoredRecord], batch: BatchRecord | None, *, now_ms: int) -> bytes:
     """Encode a batch. `runs` are the runs that still exist, in the order of the items.
 
     `batch` is None if only the runs are stored, as for a batch that was triggered in process.
@@ -41,7 +41,7 @@ def batch_json(batch_id: str, runs: Sequence[RunRecord], batch: BatchRecord | No
     return encode_value(encoded | key)
 
 
-def _status(runs: Sequence[RunRecord], *, whole: bool) -> str:
+def _status(runs: Sequence[StoredRecord], *, whole: bool) -> str:
     """`whole`: all runs of the batch have been created."""
     if not all(run.is_completed for run in runs):
         return "PROCESSING"

@@ -39,7 +39,7 @@ from asgi_realtime.core.errors import (
     shown,
 )
 from asgi_realtime.core.metadata import NO_METADATA
-from asgi_realtime.core.runs import RunRecord, batch_topic
+from asgi_realtime.core.runs import StoredRecord, batch_topic
 from asgi_realtime.core.scopes import parse
 from asgi_realtime.runs.handles import batch_scopes
 from asgi_realtime.tasks.batch_records import BatchRecord
@@ -178,7 +178,7 @@ async def _prepare_items(request: Request, batch: BatchRecord, items: Sequence[I
     return prepared
 
 
-async def _prepare(request: Request, parent: RunRecord | None, item: Item, pacer: _Pacer) -> Prepared:
+async def _prepare(request: Request, parent: StoredRecord | None, item: Item, pacer: _Pacer) -> Prepared:
     if not item.task:
         raise InvalidRequest("task is missing; it must be the id of a task")
     _authorize_tasks(request, [item.task])
@@ -219,13 +219,13 @@ async def retrieve_batch(request: Request, batch_id: str) -> Response:
     return json_bytes_response(batch_json(batch_id, runs, batch, now_ms=round(host.clock() * 1000)))
 
 
-def _index(run: RunRecord) -> int:
+def _index(run: StoredRecord) -> int:
     return run.batch.index if run.batch else 0
 
 
-async def _load_runs(host: Host, run_ids: Sequence[str]) -> list[RunRecord]:
+async def _load_runs(host: Host, run_ids: Sequence[str]) -> list[StoredRecord]:
     """The runs that still exist, in the given order, without what can be large. Several items can have the same run."""
-    found: dict[str, RunRecord] = {}
+    found: dict[str, StoredRecord] = {}
     ids = list(dict.fromkeys(run_ids))
     for start in range(0, len(ids), _PAGE):
         for record in await host.runs.load(ids[start : start + _PAGE]):

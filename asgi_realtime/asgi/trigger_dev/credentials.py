@@ -9,7 +9,7 @@ from asgi_realtime.asgi.auth import authorize
 from asgi_realtime.asgi.request import REQUEST_KEY, Request
 from asgi_realtime.core.config import MAX_SPAN_S
 from asgi_realtime.core.errors import ScopeDenied, UnknownTask, UsageError, shown
-from asgi_realtime.core.runs import RunRecord
+from asgi_realtime.core.runs import StoredRecord
 from asgi_realtime.runs.handles import TOKEN_EXPIRES_IN_S
 from asgi_realtime.tasks.launch import Once
 from asgi_realtime.tokens import Claims
@@ -72,7 +72,7 @@ def handle_token(request: Request, scopes: Sequence[str]) -> str:
     )
 
 
-async def find_parent(request: Request, run_id: str | None) -> RunRecord | None:
+async def find_parent(request: Request, run_id: str | None) -> StoredRecord | None:
     """The parent of a new run. The task of a child can change the metadata of its parent, so the token must grant
     writing to the parent. Raises `ScopeDenied`, `RunNotFound`."""
     if run_id is None:
@@ -81,7 +81,7 @@ async def find_parent(request: Request, run_id: str | None) -> RunRecord | None:
     return await request.host.runs.get(run_id)
 
 
-async def find_open_run(request: Request, run_id: str) -> RunRecord:
+async def find_open_run(request: Request, run_id: str) -> StoredRecord:
     """The run that a request with the secret key changes. Raises `ScopeDenied`, `RunNotFound`, and `UsageError` if the
     run is over."""
     require_secret(request, "changing a run")

@@ -17,7 +17,8 @@ from asgi_realtime.asgi.trigger_dev.decoding import read_json
 from asgi_realtime.brokers.base import ChangeMark
 from asgi_realtime.core.errors import LimitExceeded, RunNotFound
 from asgi_realtime.core.metadata import NO_METADATA, Operation, Replace, apply_operations, check_size, encode_metadata
-from asgi_realtime.core.runs import MetadataChanged, RunRecord
+from asgi_realtime.core.run_changes import MetadataChanged
+from asgi_realtime.core.runs import StoredRecord
 from asgi_realtime.tasks.launch import Once
 
 MAX_UPDATE_BYTES = 1024 * 1024
@@ -40,7 +41,7 @@ class MetadataUpdate(msgspec.Struct, rename="camel"):
     parent_operations: list[msgspec.Raw] = []
     root_operations: list[msgspec.Raw] = []
 
-    def by_run(self, record: RunRecord) -> dict[str, list[Operation]]:
+    def by_run(self, record: StoredRecord) -> dict[str, list[Operation]]:
         """The operations by the id of the run they change. A run without a parent counts as its own parent, as with
         Trigger.dev. Raises `InvalidRequest`, `UsageError`, `LimitExceeded`."""
         count, most = len(self.operations) + len(self.parent_operations) + len(self.root_operations), MAX_OPERATIONS
@@ -91,7 +92,7 @@ async def update_metadata(request: Request, run_id: str) -> Response:
     return json_response({"metadata": record.metadata_json})
 
 
-async def _open_runs(request: Request, record: RunRecord, changes: dict[str, list[Operation]]) -> list[RunRecord]:
+async def _open_runs(request: Request, record: StoredRecord, changes: dict[str, list[Operation]]) -> list[StoredRecord]:
     """The runs to change, this run first. A parent or root that is over or expired is skipped."""
     others = await request.host.runs.load([run_id for run_id in changes if run_id != record.id])
     found = [other for other in others if other is not None and not other.is_completed]

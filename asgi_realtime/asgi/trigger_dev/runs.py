@@ -25,8 +25,8 @@ from asgi_realtime.asgi.trigger_dev.decoding import read_json
 from asgi_realtime.asgi.trigger_dev.run_requests import NO_STORE, RunRequest, max_body_bytes, read_options, read_payload
 from asgi_realtime.core.errors import LimitExceeded, RunNotFound
 from asgi_realtime.core.names import check_tags
+from asgi_realtime.core.run_changes import TagsAdded
 from asgi_realtime.core.run_json import run_json
-from asgi_realtime.core.runs import TagsAdded
 from asgi_realtime.core.scopes import named_ids
 from asgi_realtime.runs.handles import run_scopes
 

@@ -17,7 +17,7 @@ import msgspec
 
 from asgi_realtime.core.chunks import encode_value
 from asgi_realtime.core.run_columns import SKIPPABLE_COLUMNS
-from asgi_realtime.core.runs import RunRecord, Status, iso
+from asgi_realtime.core.runs import Status, StoredRecord, iso
 
 WIRE_STATUS: dict[Status, str] = {
     Status.DELAYED: "DELAYED",
@@ -40,7 +40,7 @@ _CURSOR = re.compile(r"(.+)\.([0-9]{1,18}) ([0-9]{1,18})_0", re.DOTALL)
 _JSON = "application/json"
 _SUPERJSON = "application/super+json"
 
-Encode = Callable[[RunRecord], "str | None"]
+Encode = Callable[[StoredRecord], "str | None"]
 
 
 def _timestamp(time_ms: int | None) -> str | None:
@@ -54,7 +54,7 @@ def _array(items: Iterable[str]) -> str:
     return "{" + ",".join(f'"{item}"' for item in quoted) + "}"
 
 
-def _payload(record: RunRecord) -> str | None:
+def _payload(record: StoredRecord) -> str | None:
     if record.payload_json is None:
         return None
     payload = record.payload_json.decode()
@@ -62,7 +62,7 @@ def _payload(record: RunRecord) -> str | None:
     return payload if meta is None else f'{{"json":{payload},"meta":{meta.decode()}}}'
 
 
-def _error(record: RunRecord) -> str | None:
+def _error(record: StoredRecord) -> str | None:
     if record.error is None:
         return None
     error = {"type": "BUILT_IN_ERROR", "name": record.error.name, "message": record.error.message, "stackTrace": ""}
@@ -120,7 +120,7 @@ def _column(kind: str) -> dict[str, str | int]:
     return {"type": kind[:-2], "dims": 1} if kind.endswith("[]") else {"type": kind}
 
 
-def row(record: RunRecord, skip: Collection[str] = ()) -> bytes:
+def row(record: StoredRecord, skip: Collection[str] = ()) -> bytes:
     """One run as a change message, which replaces the row that a client holds of this run.
 
     Pass the result of `skippable_columns` as `skip`.

@@ -27,7 +27,7 @@ from asgi_realtime.brokers.base import Producer, StreamKey
 from asgi_realtime.core.chunks import json_line
 from asgi_realtime.core.errors import InvalidRequest, ProducerGap, RequestCutOff, StreamClosed, UsageError, shown
 from asgi_realtime.core.names import input_stream, stream_name
-from asgi_realtime.core.runs import RunRecord
+from asgi_realtime.core.runs import StoredRecord
 from asgi_realtime.streams.outbox import CALL_BYTES, CALL_ITEMS
 from asgi_realtime.streams.writer import encode_within
 
@@ -142,7 +142,7 @@ def _writer(request: Request) -> tuple[str, int]:
 class _WriterBody:
     """Appends the body of a writer while it arrives. `index` is the writer's own index of its next chunk."""
 
-    def __init__(self, host: Host, record: RunRecord, key: StreamKey, producer: str, start: int) -> None:
+    def __init__(self, host: Host, record: StoredRecord, key: StreamKey, producer: str, start: int) -> None:
         self.index = start
         self._host = host
         self._record = record
@@ -203,7 +203,7 @@ def _chunk(line: bytes) -> bytes:
         raise InvalidRequest(f"{exc}; each line must be one JSON value") from exc
 
 
-async def _find_stream(request: Request, run_id: str, target: str, key: str) -> tuple[RunRecord, StreamKey]:
+async def _find_stream(request: Request, run_id: str, target: str, key: str) -> tuple[StoredRecord, StreamKey]:
     """The run that is written to, and its stream. Takes the secret key, because only the host's programs write streams.
 
     Raises `InvalidToken`, `ScopeDenied`, `UsageError`, `InvalidRequest`, `RunNotFound`.
@@ -227,11 +227,11 @@ def _new_producer() -> str:
     return f"once:{secrets.token_hex(8)}"
 
 
-def _run_over(record: RunRecord) -> InvalidRequest:
+def _run_over(record: StoredRecord) -> InvalidRequest:
     return InvalidRequest(f"run {shown(record.id)} is over ({record.status}) and accepts no more chunks")
 
 
-async def _append_once(request: Request, record: RunRecord, key: StreamKey, item: bytes) -> Response:
+async def _append_once(request: Request, record: StoredRecord, key: StreamKey, item: bytes) -> Response:
     """Append one item, unless an earlier attempt of the same request has appended it."""
     part, call = request.name(_PART_ID), request.name(REQUEST_KEY)
     producer = f"part:{part}" if part else f"request:{call}" if call else _new_producer()
@@ -240,7 +240,7 @@ async def _append_once(request: Request, record: RunRecord, key: StreamKey, item
     return json_response({"ok": True})
 
 
-async def _append(host: Host, record: RunRecord, key: StreamKey, items: Sequence[bytes], producer: Producer) -> None:
+async def _append(host: Host, record: StoredRecord, key: StreamKey, items: Sequence[bytes], producer: Producer) -> None:
     """Append, waiting while the broker is unavailable. Items that the producer has stored before are skipped, even if
     the run is over. Raises `InvalidRequest` for new items of a run that is over."""
     began = perf_counter()

@@ -43,7 +43,7 @@ from asgi_realtime.core.errors import (
     StreamClosed,
 )
 from asgi_realtime.core.log import End, Entry, Page, Position, Producer, StreamKey, misplaced
-from asgi_realtime.core.runs import RunRecord
+from asgi_realtime.core.runs import StoredRecord
 from asgi_realtime.core.topics import Changes, Cursor
 from asgi_realtime.loop.logger import logger
 from asgi_realtime.loop.thread_calls import ThreadLoop
@@ -256,7 +256,12 @@ class RedisBroker:
     # Runs
 
     async def commit(
-        self, record: RunRecord, *, expect: int, change: ChangeMark, floors: Mapping[tuple[str, str], int] | None = None
+        self,
+        record: StoredRecord,
+        *,
+        expect: int,
+        change: ChangeMark,
+        floors: Mapping[tuple[str, str], int] | None = None,
     ) -> int:
         opened = self._open
         try:
@@ -273,11 +278,11 @@ class RedisBroker:
             raise
         return version
 
-    async def _hint_at(self, record: RunRecord) -> None:
+    async def _hint_at(self, record: StoredRecord) -> None:
         with suppress(BrokerUnavailable):  # then it is found when its partition is scanned
             await self._open.schedule.add_hints(record, has_new_lease=True, unpublished=True)
 
-    async def load(self, run_ids: Sequence[str]) -> list[RunRecord | None]:
+    async def load(self, run_ids: Sequence[str]) -> list[StoredRecord | None]:
         return list(await asyncio.gather(*map(self._open.records.load, run_ids)))
 
     async def remove(self, run_id: str) -> None:

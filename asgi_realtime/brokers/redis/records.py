@@ -17,10 +17,10 @@ from asgi_realtime.core.chunks import decode_as, encode_value
 from asgi_realtime.core.errors import StreamBehind, UsageError
 from asgi_realtime.core.log import StreamKey
 from asgi_realtime.core.run_errors import VersionConflict
-from asgi_realtime.core.runs import RunRecord, lease_kind, run_topic
+from asgi_realtime.core.runs import StoredRecord, lease_kind, run_topic
 from asgi_realtime.loop.logger import logger
 
-_decode = msgspec.json.Decoder(RunRecord).decode
+_decode = msgspec.json.Decoder(StoredRecord).decode
 
 _MAX_UNREADABLE = 1000
 """Runs that are remembered so that each is reported once."""
@@ -36,7 +36,7 @@ class Records:
         self._unreadable: set[str] = set()
 
     async def store(
-        self, record: RunRecord, expect: int, change: ChangeMark, floors: Mapping[tuple[str, str], int]
+        self, record: StoredRecord, expect: int, change: ChangeMark, floors: Mapping[tuple[str, str], int]
     ) -> tuple[int, bool]:
         """Store a version in one step with the run's own topic. Returns the version, and whether a lease begins.
 
@@ -75,7 +75,7 @@ class Records:
             raise VersionConflict(f"run {record.id!r} has version {int(answer[1])}, expected {expect}", current=current)
         return int(answer[1]), answer[2] == b"1"
 
-    async def load(self, run_id: str) -> RunRecord | None:
+    async def load(self, run_id: str) -> StoredRecord | None:
         """None also for a record that cannot be decoded, so that lists with other runs do not fail."""
         key = self._keys.run(run_id)
         fields = await self._servers.call(key, "HMGET", key, "record", "payload", "output", bulk=True)
@@ -103,14 +103,14 @@ class Records:
         )
 
 
-def _decode_record(fields: Sequence[bytes | None]) -> RunRecord | None:
+def _decode_record(fields: Sequence[bytes | None]) -> StoredRecord | None:
     record, payload, output = fields
     if record is None:
         return None
     try:
-        decoded: RunRecord = _decode(record)
+        decoded: StoredRecord = _decode(record)
     except msgspec.DecodeError:  # metadata with a lone surrogate
-        decoded = decode_as(record, RunRecord)
+        decoded = decode_as(record, StoredRecord)
     if payload is None and output is None:
         return decoded
     payload, _, meta = (payload or b"").partition(b"\n")
@@ -119,7 +119,7 @@ def _decode_record(fields: Sequence[bytes | None]) -> RunRecord | None:
     )
 
 
-def _encode_payload(record: RunRecord) -> bytes:
+def _encode_payload(record: StoredRecord) -> bytes:
     """The payload, and after a line feed, which our JSON never contains, its superjson `meta`."""
     payload = record.payload_json or b""
     return payload if record.payload_meta_json is None else payload + b"\n" + record.payload_meta_json

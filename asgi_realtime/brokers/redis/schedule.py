@@ -19,7 +19,7 @@ from asgi_realtime.brokers.redis import scripts
 from asgi_realtime.brokers.redis.keys import DUE_OF_PARTITION, PARTITIONS, Keys
 from asgi_realtime.brokers.redis.servers import Servers
 from asgi_realtime.core.config import Retention, Timeouts
-from asgi_realtime.core.runs import LEASE_KINDS, RunRecord, due_times, lease_kind
+from asgi_realtime.core.runs import LEASE_KINDS, StoredRecord, due_times, lease_kind
 
 _SCAN_S = 1.0
 _SCANNED = 4
@@ -47,10 +47,10 @@ class Schedule:
         self._next_scanned = random.randrange(PARTITIONS)
         self._scanned_at = -_SCAN_S
 
-    def due_times(self, record: RunRecord) -> dict[str, int]:
+    def due_times(self, record: StoredRecord) -> dict[str, int]:
         return due_times(record, cancel_s=self._timeouts.cancel, after_end_s=self._retention.after_end)
 
-    async def add_hints(self, record: RunRecord, *, has_new_lease: bool, unpublished: bool = False) -> None:
+    async def add_hints(self, record: StoredRecord, *, has_new_lease: bool, unpublished: bool = False) -> None:
         """Hint at the times at which a run is due, also at the end of a lease that begins with its status."""
         hints = {kind: f"a{at}" for kind, at in self.due_times(record).items()}
         kind = lease_kind(record)

@@ -9,7 +9,7 @@ from asgi_realtime.brokers.base import Broker, StreamKey
 from asgi_realtime.brokers.following import Follower, following
 from asgi_realtime.core.errors import RunNotFound
 from asgi_realtime.core.run_errors import VersionConflict
-from asgi_realtime.core.runs import BatchMember, RunRecord, run_topic
+from asgi_realtime.core.runs import BatchMember, StoredRecord, run_topic
 from asgi_realtime.testing.conformance.kit import (
     COMPLETE,
     LEASE_MS,
@@ -38,7 +38,7 @@ from asgi_realtime.testing.conformance.kit import (
 # Calling the `on_end` of a run
 
 
-async def _end_with_on_end(backend: Backend) -> RunRecord:
+async def _end_with_on_end(backend: Backend) -> StoredRecord:
     return await store(backend.broker, finished(backend, await create(backend, has_on_end=True)))
 
 

@@ -26,7 +26,7 @@ from asgi_realtime.brokers.following import Follower
 from asgi_realtime.brokers.live_log import LiveLog
 from asgi_realtime.core.config import Limits, Retention, Timeouts
 from asgi_realtime.core.metadata import encode_metadata
-from asgi_realtime.core.runs import RunRecord, Status
+from asgi_realtime.core.runs import Status, StoredRecord
 from asgi_realtime.core.sse import chunk_frame
 
 T = TypeVar("T")
@@ -124,10 +124,10 @@ async def in_time(backend: Backend, within_s: float, attempt: Callable[[], Await
 # Runs
 
 
-def new_record(backend: Backend, *, status: Status = Status.QUEUED, **fields: Any) -> RunRecord:
+def new_record(backend: Backend, *, status: Status = Status.QUEUED, **fields: Any) -> StoredRecord:
     now_ms = backend.now_ms()
     run_id = f"run_{secrets.token_hex(8)}"
-    return RunRecord(
+    return StoredRecord(
         id=run_id, task="test", status=status, created_at_ms=now_ms, updated_at_ms=now_ms, **_encoded(fields)
     )
 
@@ -147,24 +147,24 @@ def new_mark() -> ChangeMark:
     return ChangeMark(secrets.token_hex(8), 0)
 
 
-def next_version(record: RunRecord, **fields: Any) -> RunRecord:
+def next_version(record: StoredRecord, **fields: Any) -> StoredRecord:
     """The next version of a record."""
     return msgspec.structs.replace(record, **{"version": record.version + 1, **_encoded(fields)})
 
 
-def finished(backend: Backend, record: RunRecord, **fields: Any) -> RunRecord:
+def finished(backend: Backend, record: StoredRecord, **fields: Any) -> StoredRecord:
     """The next version of a record, COMPLETED."""
     return next_version(record, status=Status.COMPLETED, completed_at_ms=backend.now_ms(), **fields)
 
 
-async def create(backend: Backend, **fields: Any) -> RunRecord:
+async def create(backend: Backend, **fields: Any) -> StoredRecord:
     """Store a new run."""
     record = new_record(backend, **fields)
     assert await backend.broker.commit(record, expect=0, change=new_mark()) == 1
     return record
 
 
-async def store(broker: Broker, record: RunRecord) -> RunRecord:
+async def store(broker: Broker, record: StoredRecord) -> StoredRecord:
     """Commit the next version of a run."""
     assert await broker.commit(record, expect=record.version - 1, change=new_mark()) == record.version
     return record

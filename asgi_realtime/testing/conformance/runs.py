@@ -11,7 +11,7 @@ import pytest
 from asgi_realtime.brokers.base import MARKS_KEPT, Broker, ChangeMark, Producer, StreamKey
 from asgi_realtime.core.errors import StreamBehind
 from asgi_realtime.core.run_errors import VersionConflict
-from asgi_realtime.core.runs import BatchMember, RunError, RunRecord, Status, run_topic
+from asgi_realtime.core.runs import BatchMember, RunError, Status, StoredRecord, run_topic
 from asgi_realtime.testing.conformance.kit import (
     Backend,
     MakeBroker,
@@ -171,7 +171,7 @@ async def test_one_of_concurrent_committers_wins_each_version(make_broker: MakeB
 async def test_one_of_concurrent_creators_wins(make_broker: MakeBroker) -> None:
     async with open_backend(make_broker) as backend:
         record = new_record(backend)
-        losers: list[RunRecord | None] = []
+        losers: list[StoredRecord | None] = []
 
         async def try_to_create(broker: Broker) -> None:
             try:
@@ -283,7 +283,7 @@ async def test_a_cancelled_commit_takes_full_effect_or_none(make_broker: MakeBro
     """If it took effect, another process publishes it to every topic."""
     async with open_backend(make_broker) as backend:
         held = backend.held()
-        commits: list[tuple[RunRecord, RunRecord, ChangeMark]] = []
+        commits: list[tuple[StoredRecord, StoredRecord, ChangeMark]] = []
         for number in count():  # pragma: no branch
             record = await create(backend, tags=(new_tag(),), batch=BatchMember(new_tag(), 0, 1))
             changed, mark = next_version(record, metadata={"n": 1}), new_mark()
@@ -298,10 +298,10 @@ async def test_a_cancelled_commit_takes_full_effect_or_none(make_broker: MakeBro
         assert backend.held() == held
 
 
-async def published_at_last(backend: Backend, record: RunRecord) -> RunRecord:
+async def published_at_last(backend: Backend, record: StoredRecord) -> StoredRecord:
     """Do what the ticker of another process does, until all topics have the stored version and no mark is left."""
     topics = [run_topic(record.id), *record.topics]
-    stored: RunRecord | None = None
+    stored: StoredRecord | None = None
 
     async def is_published() -> bool:
         nonlocal stored

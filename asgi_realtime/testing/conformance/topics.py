@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from asgi_realtime.brokers.base import Broker, Changes, Cursor
 from asgi_realtime.core.run_errors import VersionConflict
-from asgi_realtime.core.runs import BatchMember, RunRecord, run_topic
+from asgi_realtime.core.runs import BatchMember, StoredRecord, run_topic
 from asgi_realtime.testing.conformance.kit import (
     PROPERTY,
     MakeBroker,
@@ -203,7 +203,7 @@ class Feed:
         self.broker = broker
         self.topic = topic
         self.versions: dict[str, int] = {}
-        self.rows: dict[str, RunRecord] = {}
+        self.rows: dict[str, StoredRecord] = {}
         self.cursor: Cursor | None = None
 
     async def run(self, expected: dict[str, int], limit: int = 1000) -> None:
@@ -244,7 +244,7 @@ async def test_whenever_a_feed_starts_it_misses_no_change(
         expected = {run.id: 2 + len(changes) for run, changes in zip(created, runs, strict=True)}
         reading = [(Feed(backend.processes[elsewhere], f"tag:{tag}"), late, limit) for late, elsewhere, limit in feeds]
 
-        async def change(record: RunRecord, changes: list[tuple[int, bool]]) -> None:
+        async def change(record: StoredRecord, changes: list[tuple[int, bool]]) -> None:
             record = await store(backend.broker, next_version(record, tags=(tag,)))
             for late, elsewhere in changes:
                 await pause(late)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from asgi_realtime.core.runs import RunRecord
+from asgi_realtime.core.runs import StoredRecord
 from asgi_realtime.testing.conformance.kit import (
     LEASE_MS,
     SHORT_MS,
@@ -62,7 +62,7 @@ async def test_the_readers_of_all_processes_count_until_they_expire(make_broker:
     """A process that dies leaves its count behind."""
     async with open_backend(make_broker) as backend:
 
-        async def count() -> tuple[RunRecord, int, list[int]]:
+        async def count() -> tuple[StoredRecord, int, list[int]]:
             run, counted_ms = await create(backend), backend.now_ms()
             await _watch(backend, run.id, ours=2, theirs=3)
             await _watch(backend, run.id, ours=1)

@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 
 from asgi_realtime.asgi.trigger_dev.batch_json import batch_json
-from asgi_realtime.core.runs import TERMINAL, BatchMember, RunRecord, Status
+from asgi_realtime.core.runs import TERMINAL, BatchMember, Status, StoredRecord
 from asgi_realtime.tasks.batch_records import BatchRecord
 
 
-def member(index: int, status: Status, *, created_ms: int = 1000, updated_ms: int = 2000) -> RunRecord:
-    return RunRecord(
+def member(index: int, status: Status, *, created_ms: int = 1000, updated_ms: int = 2000) -> StoredRecord:
+    return StoredRecord(
         id=f"run_{index}",
         task="t",
         status=status,
@@ -21,7 +21,7 @@ def member(index: int, status: Status, *, created_ms: int = 1000, updated_ms: in
     )
 
 
-def encoded(*members: RunRecord, record: BatchRecord | None = None) -> dict[str, Any]:
+def encoded(*members: StoredRecord, record: BatchRecord | None = None) -> dict[str, Any]:
     batch: dict[str, Any] = json.loads(batch_json("batch_1", members, record, now_ms=50))
     return batch
 
@@ -74,5 +74,5 @@ def test_known_values_take_precedence_over_those_of_the_runs() -> None:
         ([member(0, Status.COMPLETED), member(1, Status.QUEUED)], "PROCESSING"),
     ],
 )
-def test_a_batch_without_all_its_runs_is_never_complete(members: list[RunRecord], status: str) -> None:
+def test_a_batch_without_all_its_runs_is_never_complete(members: list[StoredRecord], status: str) -> None:
     assert encoded(*members, record=stored())["status"] == status

@@ -8,11 +8,11 @@ import anyio
 import anyio.lowlevel
 import pytest
 
-from asgi_realtime import Limits, Realtime, Retention, RunRecord, Status, Timeouts
+from asgi_realtime import Limits, Realtime, Retention, Status, Timeouts
 from asgi_realtime.brokers.base import Broker
 from asgi_realtime.brokers.memory import MemoryBroker
 from asgi_realtime.core.errors import LimitExceeded
-from asgi_realtime.core.runs import BatchMember
+from asgi_realtime.core.runs import BatchMember, StoredRecord
 from asgi_realtime.testing import AsgiClient, EventParser
 from tests.asgi.official_sdk import (
     Answer,
@@ -49,7 +49,7 @@ async def retrieve(realtime: Realtime, batch_id: str, *, token: str = SECRET) ->
     return await call(realtime, "GET", f"/api/v2/batches/{batch_id}", token=token)
 
 
-async def members(realtime: Realtime, batch_id: str) -> list[RunRecord]:
+async def members(realtime: Realtime, batch_id: str) -> list[StoredRecord]:
     """The runs of a batch, in order."""
     changes = await realtime.broker.changes(f"batch:{batch_id}")
     records = await realtime.runs.load([change.run_id for change in changes.items])
@@ -227,7 +227,7 @@ class RejectsThird(MemoryBroker):
 
     room = 2
 
-    async def commit(self, record: RunRecord, *, expect: int, **more: Any) -> int:
+    async def commit(self, record: StoredRecord, *, expect: int, **more: Any) -> int:
         if expect == 0:
             if self.room == 0:
                 raise LimitExceeded("there is no room", status=503)
@@ -514,7 +514,7 @@ class RejectsThirdOnce(MemoryBroker):
 
     room = 2
 
-    async def commit(self, record: RunRecord, *, expect: int, **more: Any) -> int:
+    async def commit(self, record: StoredRecord, *, expect: int, **more: Any) -> int:
         if expect == 0:
             if self.room == 0:
                 self.room = 100

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
-from asgi_realtime import BrokerUnavailable, Limits, Realtime, Run, RunRecord, Timeouts
+from asgi_realtime import BrokerUnavailable, Limits, Realtime, Run, Timeouts
 from asgi_realtime.asgi.trigger_dev import metadata as metadata_endpoints
 from asgi_realtime.brokers.memory import MemoryBroker
+from asgi_realtime.core.runs import StoredRecord
 from asgi_realtime.testing import AsgiClient
 from tests.asgi.official_sdk import Answer, call, count_runs, on_one_loop, with_tasks
 from tests.faults import RemoteBroker
@@ -137,7 +138,7 @@ class Flaky(RemoteBroker):
 
     rejected = ""
 
-    async def commit(self, record: RunRecord, **options: Any) -> int:
+    async def commit(self, record: StoredRecord, **options: Any) -> int:
         if record.id == self.rejected:
             raise BrokerUnavailable("its partition is away")
         return await super().commit(record, **options)

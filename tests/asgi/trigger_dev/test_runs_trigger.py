@@ -8,9 +8,10 @@ import anyio
 import anyio.lowlevel
 import pytest
 
-from asgi_realtime import BrokerUnavailable, Limits, Realtime, Retention, RunRecord, Status
+from asgi_realtime import BrokerUnavailable, Limits, Realtime, Retention, Status
 from asgi_realtime.brokers.base import Broker
 from asgi_realtime.brokers.memory import MemoryBroker
+from asgi_realtime.core.runs import StoredRecord
 from asgi_realtime.runs.handles import run_scopes
 from asgi_realtime.tasks import launch
 from asgi_realtime.testing import AsgiClient
@@ -31,9 +32,9 @@ REQUEST_KINDS = pytest.mark.parametrize(
 """Each pair of an event loop, a token kind, and a request with or without an idempotency key."""
 
 
-async def started(realtime: Realtime, answer: Answer) -> RunRecord:
+async def started(realtime: Realtime, answer: Answer) -> StoredRecord:
     assert answer.status == 200, answer.json
-    return await realtime.get_run(answer.json["id"])
+    return await realtime.runs.get(answer.json["id"])
 
 
 # The response

@@ -16,7 +16,8 @@ from asgi_realtime.brokers.memory import MemoryBroker
 from asgi_realtime.core.config import Limits, Timeouts
 from asgi_realtime.core.errors import BrokerUnavailable
 from asgi_realtime.core.metadata import Set
-from asgi_realtime.core.runs import BatchMember, MetadataChanged, RunChange, Started, Status
+from asgi_realtime.core.run_changes import MetadataChanged, RunChange, Started
+from asgi_realtime.core.runs import BatchMember, Status
 from asgi_realtime.testing import AsgiClient, Response
 from asgi_realtime.testing.driver import make_scope
 from tests.asgi.fake_host import FakeHost

@@ -10,9 +10,9 @@ from asgi_realtime.asgi.trigger_dev import shapes
 from asgi_realtime.asgi.trigger_dev.shapes import ShapeCursor
 from asgi_realtime.core.metadata import encode_metadata
 from asgi_realtime.core.run_columns import REQUIRED_COLUMNS, RUN_COLUMNS
-from asgi_realtime.core.runs import RunError, RunRecord, Status
+from asgi_realtime.core.runs import RunError, Status, StoredRecord
 
-QUEUED = RunRecord(
+QUEUED = StoredRecord(
     id="run_1", task="chat", status=Status.QUEUED, created_at_ms=1_767_323_045_678, updated_at_ms=1_767_323_045_678
 )
 FULL = msgspec.structs.replace(
@@ -34,7 +34,7 @@ FULL = msgspec.structs.replace(
 NUMBERS = {"number", "usageDurationMs", "costInCents", "baseCostInCents", "isTest"}
 
 
-def columns(record: RunRecord, skip: tuple[str, ...] = ()) -> dict[str, Any]:
+def columns(record: StoredRecord, skip: tuple[str, ...] = ()) -> dict[str, Any]:
     message = json.loads(shapes.row(record, skip=skip))
     assert message["headers"] == {"operation": "insert"}
     value: dict[str, Any] = message["value"]
@@ -42,7 +42,7 @@ def columns(record: RunRecord, skip: tuple[str, ...] = ()) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("record", [QUEUED, FULL])
-def test_values_are_text_or_null_and_numbers_are_never_null(record: RunRecord) -> None:
+def test_values_are_text_or_null_and_numbers_are_never_null(record: StoredRecord) -> None:
     row = columns(record)
     assert all(value is None or isinstance(value, str) for value in row.values())
     assert not [name for name in NUMBERS | REQUIRED_COLUMNS if row[name] is None]
