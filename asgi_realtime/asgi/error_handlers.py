@@ -40,5 +40,7 @@ def realtime_error_response(error: Exception) -> tuple[bytes, int, dict[str, str
     """
     if not isinstance(error, RealtimeError) or error.status == 500:
         logger.error("a request to the host failed", exc_info=error)
+    else:
+        logger.debug("a request to the host gets %d %s: %s", error.status, error.code, error)
     response = exception_response(error, now=time.time())
     return bytes(response.body), response.status_code, dict(response.headers)

@@ -29,6 +29,9 @@ NOT_CACHED = "private, no-store"
 query does not keep a cache from storing the response, as an `Authorization` header does: RFC 6750, 2.3."""
 
 
+_BUSY = "the previous request is still in progress; wait until it is done, or stop it"
+
+
 def json_bytes_response(body: bytes, status: int = 200, headers: dict[str, str] | None = None) -> Response:
     """A response whose body is JSON already."""
     headers = {"cache-control": NOT_CACHED, **(headers or {})}
@@ -70,8 +73,8 @@ def exception_response(error: Exception, *, now: float, debug: bool = False) -> 
         message = "the server is shutting down; try again"
         return error_response(error.status, error.code, message, {"retry-after": "1"})
     body = {"error": str(error), "code": error.code}
-    if isinstance(error, ThreadBusy):
-        body |= {"runId": error.run_id}
+    if isinstance(error, ThreadBusy):  # the user of a chat sees the text; the log has that of the exception
+        body |= {"error": _BUSY, "runId": error.run_id}
         return json_response(body, error.status, {"x-should-retry": "false"})  # the official clients repeat after a 409
     if isinstance(error, ScopeDenied):
         body |= {"param": "access_token", "type": "authorization"}  # the official clients expect these

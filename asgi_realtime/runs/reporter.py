@@ -20,6 +20,7 @@ from asgi_realtime.core.errors import (
     RunNotFound,
     ServerShutdown,
     TaskError,
+    ThreadBusy,
 )
 from asgi_realtime.core.log import StreamKey
 from asgi_realtime.core.runs import Status, StoredRecord
@@ -111,5 +112,6 @@ class Reporter:
         level = logging.DEBUG if isinstance(error, _EXPECTED) else logging.WARNING
         more = self._throttle.admit(f"rejected {error.code}") if logger.isEnabledFor(level) else None
         if more is not None:
-            why = f": {error}" if isinstance(error, LimitExceeded) else ""  # other messages can quote the request
+            is_safe = isinstance(error, LimitExceeded | ThreadBusy)  # other messages can quote much of the request
+            why = f": {error}" if is_safe else ""
             logger.log(level, "rejected %s with %d %s%s%s", request, error.status, error.code, why, more)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -21,6 +22,7 @@ from asgi_realtime import (
     RealtimeError,
     RunFailed,
     RunNotFound,
+    ThreadBusy,
     realtime_error_handler,
     realtime_error_response,
 )
@@ -34,6 +36,7 @@ CASES: list[tuple[Exception, int, dict[str, str]]] = [
     (InvalidToken("no token"), 401, {"www-authenticate": "Bearer"}),
     (BrokerUnavailable("redis is down"), 503, {}),
     (ServerShutdown(), 503, {"retry-after": "1"}),
+    (ThreadBusy("chat:1", "run_1"), 409, {"x-should-retry": "false"}),
     (RunFailed("the run ended failed: task failed"), 500, {}),
 ]
 
@@ -93,6 +96,24 @@ def test_flask_accepts_the_same_response_as_quart() -> None:
     app.register_error_handler(RealtimeError, realtime_error_response)
     response = app.test_client().get("/")
     assert (response.status_code, response.json) == (404, {"error": "no run 'run_1'", "code": "run_not_found"})
+
+
+def test_a_busy_thread_is_explained_to_the_user_and_its_details_are_logged(caplog: pytest.LogCaptureFixture) -> None:
+    """A chat shows the text of the response to its user, who knows nothing of threads, runs and on_conflict."""
+    with caplog.at_level(logging.DEBUG, "asgi_realtime"):
+        body, _, _ = realtime_error_response(ThreadBusy("chat:1", "run_1"))
+    assert json.loads(body) == {
+        "error": "the previous request is still in progress; wait until it is done, or stop it",
+        "code": "thread_busy",
+        "runId": "run_1",
+    }
+    assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
+        (
+            "DEBUG",
+            "a request to the host gets 409 thread_busy: thread 'chat:1' has an active run, run_1; wait until it ends,"
+            " or replace it (on_conflict)",
+        )
+    ]
 
 
 def test_an_error_of_the_server_is_logged(caplog: pytest.LogCaptureFixture) -> None:

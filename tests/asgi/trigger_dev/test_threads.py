@@ -27,14 +27,15 @@ def with_tasks() -> Realtime:
     return realtime
 
 
-async def test_a_busy_thread_is_409_and_names_the_run() -> None:
+async def test_a_busy_thread_is_409_and_names_the_run(caplog: pytest.LogCaptureFixture) -> None:
     async with with_tasks() as realtime:
         first = await trigger(realtime, "answer", thread=THREAD)
         assert first.status == 200
         run_id = first.json["id"]
         busy = await trigger(realtime, "answer", thread=THREAD, onConflict="reject")
         assert (busy.status, busy.json["code"], busy.json["runId"]) == (409, "thread_busy", run_id)
-        assert busy.error.startswith(f"thread 'chat:1' has an active run, {run_id}; ")
+        assert busy.error.startswith("the previous request is still in progress; ")
+        assert f"409 thread_busy: thread 'chat:1' has an active run, {run_id}; " in caplog.text
         assert busy.headers["x-should-retry"] == "false", "the official SDK would repeat the request four times"
         active = await realtime.active_run(THREAD)
         assert active is not None and active.id == run_id
