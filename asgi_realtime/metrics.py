@@ -1,8 +1,8 @@
 """Metrics in the format of Prometheus, for `Realtime(metrics=…)`. Needs the extra `metrics`.
 
-What happens seldom (a run starts, a reader stalls) is counted when it happens. What happens for each chunk is counted
-by the writers and the subscriptions, whether there are metrics or not, and read from them at every tick and every
-scrape. So metrics add nothing to the cost of a chunk.
+What happens seldom (a run starts, a reader stalls) is counted when it happens. Chunks are counted by the writers and
+the cursors of the subscriptions, which need that themselves, and read from them at every tick and every scrape. Bytes
+are counted by a function around the `send` of each subscription, which exists only if metrics are on (`counting`).
 
 The objects of prometheus-client store the values, so its multiprocess mode works: with `PROMETHEUS_MULTIPROC_DIR` each
 worker writes files, and any of them responds with the sums. Tasks are labels, runs never are. docs/operations.md lists
@@ -16,7 +16,7 @@ from collections import Counter as Counts
 from collections import deque
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 from weakref import WeakSet
 
 import anyio
@@ -25,7 +25,7 @@ from asgi_realtime.core.errors import InvalidConfiguration, RealtimeError, shown
 from asgi_realtime.core.log import StreamKey
 from asgi_realtime.core.runs import StoredRecord
 from asgi_realtime.engine.engine import Engine
-from asgi_realtime.runs.reporter import Reporter, Written
+from asgi_realtime.runs.reporter import Reporter, S, Written
 
 try:
     from prometheus_client import CollectorRegistry as CollectorRegistry
@@ -81,7 +81,7 @@ class Metrics(Reporter):
         self._written = [0, 0]  # chunks and bytes of closed writers
         self._closed_writers: deque[tuple[int, int]] = deque()
         self._sent_chunks = 0  # of ended subscriptions
-        self._sent_bytes = dict.fromkeys(EVENT_STREAMS, 0)  # of ended subscriptions
+        self._sent_bytes = dict.fromkeys(EVENT_STREAMS, 0)
         try:
             self._register(registry)
         except ValueError as exc:
@@ -117,7 +117,7 @@ class Metrics(Reporter):
             _Rising(chunks_in, lambda: self._written[0] + sum(writer.chunks for writer in self._writers)),
             _Rising(bytes_in, lambda: self._written[1] + sum(writer.bytes for writer in self._writers)),
             _Rising(chunks_out, self._all_sent_chunks),
-            *(_Rising(bytes_out.labels(kind), partial(self._all_sent_bytes, kind)) for kind in EVENT_STREAMS),
+            *(_Rising(bytes_out.labels(kind), partial(self._sent_bytes.__getitem__, kind)) for kind in EVENT_STREAMS),
         ]
 
     # Read
@@ -171,10 +171,6 @@ class Metrics(Reporter):
     def _all_sent_chunks(self) -> int:
         return self._sent_chunks + sum(getattr(one, "sent_chunks", 0) for one in self._open())
 
-    def _all_sent_bytes(self, kind: str) -> int:
-        open_ones = (one for one in self._open() if getattr(one, "kind", "") == kind)
-        return self._sent_bytes[kind] + sum(getattr(one, "sent_bytes", 0) for one in open_ones)
-
     def _open(self) -> Iterable[object]:
         return () if self._engine is None else self._engine.subscribers.open
 
@@ -211,9 +207,17 @@ class Metrics(Reporter):
     def broker_failed(self) -> None:
         self._broker_errors.inc()
 
-    def subscription_ended(self, kind: str, chunks: int, bytes: int) -> None:
+    def counting(self, kind: str, send: S) -> S:
+        sent_bytes = self._sent_bytes
+
+        async def counted(message: Any) -> None:
+            sent_bytes[kind] += len(message.get("body", b""))
+            await send(message)
+
+        return cast(S, counted)
+
+    def subscription_ended(self, chunks: int) -> None:
         self._sent_chunks += chunks
-        self._sent_bytes[kind] += bytes
 
     def reader_stalled(self, kind: str, run_id: str, seconds: float) -> None:
         super().reader_stalled(kind, run_id, seconds)

@@ -173,7 +173,6 @@ class StreamResponse(SubscriptionResponse[LiveLog]):
             waiter.wake()
             return
         self._phase = SENDING
-        self.sent_bytes += len(piece.body)
         sending = self._send({"type": "http.response.body", "body": piece.body, "more_body": True})
         self._after = piece.last
         source.waiting.add(self)

@@ -184,7 +184,6 @@ class SubscriptionResponse(ABC, Generic[S]):
         "_waiter",
         "fail",
         "raw_headers",
-        "sent_bytes",
     )
     framing: Framing = NATIVE
     kind: ClassVar[str]
@@ -212,15 +211,13 @@ class SubscriptionResponse(ABC, Generic[S]):
         """Makes the response if an exception prevents this one. It holds the request, so it is None once the head is
         sent."""
         self._comment = "connected"  # opens the body
-        self.sent_bytes = 0
-        """Of the body."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Respond, once. If that fails before the head is sent, `fail` makes the response."""
         failure: Exception | None = None
         try:
             self._acquire()
-            self._send = send
+            self._send = self._host.runs.reporter.counting(self.kind, send)
             self._transport = find_transport(scope.get("http_version", "1.1"), send, receive)
             self._host.subscribers.add(self)
             self._alert = Alert.SHUTDOWN if self._is_shut_down else None  # a later shutdown calls `shut_down`
@@ -294,7 +291,6 @@ class SubscriptionResponse(ABC, Generic[S]):
         if len(body) > WHOLE_BYTES:
             return self._write_large((body,))
         self._phase = SENDING
-        self.sent_bytes += len(body)
         return self._send({"type": "http.response.body", "body": body, "more_body": True})
 
     async def _write_large(self, parts: Iterable[bytes]) -> None:
@@ -303,7 +299,6 @@ class SubscriptionResponse(ABC, Generic[S]):
         for piece in pieces(parts):
             if self._alert is None or self._alert < Alert.TOO_OLD:
                 self._phase = SENDING
-            self.sent_bytes += len(piece)
             await self._send({"type": "http.response.body", "body": piece, "more_body": True})
 
     async def _send_last(self, last: bytes) -> None:
@@ -313,7 +308,6 @@ class SubscriptionResponse(ABC, Generic[S]):
             await self._write(last)
             last = b""
         self._phase = SENDING
-        self.sent_bytes += len(last)
         await self._send({"type": "http.response.body", "body": last, "more_body": False})
 
     async def _cut_off(self) -> None:
@@ -442,4 +436,4 @@ class SubscriptionResponse(ABC, Generic[S]):
         limits, self._subscription_limits = self._subscription_limits, None
         if limits is not None:
             limits.release(self._run_id, self._owner)
-            self._host.runs.reporter.subscription_ended(self.kind, self.sent_chunks, self.sent_bytes)
+            self._host.runs.reporter.subscription_ended(self.sent_chunks)

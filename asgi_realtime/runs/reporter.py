@@ -1,14 +1,15 @@
 """What happens in a process, for the people who operate it: the log, and the metrics if they are on.
 
 A `Reporter` writes the log. `metrics.Metrics` is a `Reporter` that also counts. No method is called for each chunk: the
-writers and the subscriptions count those anyway, and hand over what they can count with when they begin and end. No
+writers and the subscriptions count chunks for themselves, and hand over what can be counted when they begin and end. No
 message contains a token, a payload or a chunk, and a flood of events does not flood the log.
 """
 
 from __future__ import annotations
 
 import logging
-from typing import Protocol
+from collections.abc import Awaitable, Callable
+from typing import Any, Protocol, TypeVar
 
 from asgi_realtime.core.errors import (
     AuthorizeFailed,
@@ -30,6 +31,9 @@ from asgi_realtime.loop.throttle import Throttle
 _EXPECTED = (RunNotFound, RequestCutOff, ServerShutdown, BrokerUnavailable, AuthorizeFailed, ExpiredToken)
 """Rejections for which a client came early, left or has to come again; the log has their causes. They are logged at
 DEBUG."""
+
+
+S = TypeVar("S", bound=Callable[[Any], Awaitable[None]])
 
 
 class Written(Protocol):
@@ -89,8 +93,12 @@ class Reporter:
 
     # Readers
 
-    def subscription_ended(self, kind: str, chunks: int, bytes: int) -> None:
-        """A subscription of this kind has ended, and this is what it has sent in all."""
+    def counting(self, kind: str, send: S) -> S:
+        """The `send` of a subscription of this kind; it may count the bytes of its body."""
+        return send
+
+    def subscription_ended(self, chunks: int) -> None:
+        """A subscription has ended, and has sent so many chunks in all."""
 
     def reader_stalled(self, kind: str, run_id: str, seconds: float) -> None:
         """The connection of a reader is dropped because it did not accept data for so long."""
