@@ -9,6 +9,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
@@ -743,7 +744,7 @@ def test_a_call_that_is_interrupted_at_any_line_is_cancelled(monkeypatch: pytest
         finally:
             ended += 1
 
-    try:
+    def interrupt_at_each_line() -> None:
         bridge = realtime.sync._bridge
         supervisor = bridge.supervisor()
         for line in range(1, 120):
@@ -751,6 +752,11 @@ def test_a_call_that_is_interrupted_at_any_line_is_cancelled(monkeypatch: pytest
                 ThreadCall(supervisor, wait).make()
             bridge.call(anyio.lowlevel.checkpoint)  # after this the interrupted call has begun, if it ever does
             wait_for(lambda: ended == begun)
+
+    try:
+        # In a thread of its own, which keeps the exception that is being handled at the interrupted line.
+        with ThreadPoolExecutor() as pool:
+            pool.submit(interrupt_at_each_line).result(GUARD_S)
         assert ended > 50
     finally:
         realtime.sync.close()

@@ -70,10 +70,9 @@ class RunWatch:
         while True:
             changes = await follower.changes(cursor)
             cursor = changes.cursor
-            newest = max((change.version for change in changes.items), default=None)
-            if newest is None and changes.snapshot:
-                newest = self._seen + 1  # the topic was removed, and so was the run
-            if newest is not None and await self._is_stopped_by(newest):
+            # A topic without the run, or a wake-up without a change: the run was removed.
+            newest = max((change.version for change in changes.items), default=self._seen + 1)
+            if await self._is_stopped_by(newest):
                 return
             await follower.wait()
 

@@ -69,8 +69,8 @@ class AsgiClient:
 
     async def __aenter__(self) -> AsgiClient:
         if self._needs_lifespan:
-            lifespan = Lifespan(self.app, timeout=self.timeout)
-            await lifespan.start()
+            lifespan = Lifespan(self.app)
+            await lifespan.start(self.timeout)
             self._lifespan = lifespan
         return self
 
@@ -79,7 +79,7 @@ class AsgiClient:
         if lifespan is None:
             return
         try:
-            await lifespan.stop()
+            await lifespan.stop(self.timeout)
         except Exception:
             if exc_type is None:
                 raise  # otherwise the first failure is the one to report

@@ -21,10 +21,9 @@ from asgi_realtime.testing.driver import LEAVE_S
 class Lifespan:
     """Starts and stops an app. `state` is what its start-up provides to its requests."""
 
-    def __init__(self, app: App, *, timeout: float | None) -> None:
+    def __init__(self, app: App) -> None:
         self.state: dict[str, Any] = {}
         self._app = app
-        self._timeout = timeout
         self._supported = False  # the app received the first message, so it supports lifespans
         self._stopping = anyio.Event()
         self._started = anyio.Event()
@@ -33,12 +32,12 @@ class Lifespan:
         self._calls: set[anyio.Event] = set()
         self._supervisor = Supervisor(context=contextvars.copy_context(), drain=self._over.wait)
 
-    async def start(self) -> None:
+    async def start(self, timeout: float | None) -> None:
         """Raise what the start-up raises, or `RuntimeError` with its message. An app without a lifespan starts too."""
         self._supervisor.start()
         self._supervisor.spawn_detached(self._run)
         try:
-            with at_most(self._timeout, lambda: f"the app did not start within {self._timeout:g} s"):
+            with at_most(timeout, lambda: f"the app did not start within {timeout:g} s"):
                 await self._started.wait()
             self._check()
         except BaseException:
@@ -59,14 +58,14 @@ class Lifespan:
         self._calls.add(done)
         self._supervisor.spawn(run)
 
-    async def stop(self) -> None:
+    async def stop(self, timeout: float | None) -> None:
         """Raise what the shutdown raises, or `RuntimeError` with its message. Like a server, wait for calls first."""
         with anyio.move_on_after(LEAVE_S):
             for done in tuple(self._calls):
                 await done.wait()
         self._stopping.set()
         try:
-            with at_most(self._timeout, lambda: f"the app did not shut down within {self._timeout:g} s"):
+            with at_most(timeout, lambda: f"the app did not shut down within {timeout:g} s"):
                 await self._over.wait()
         finally:
             await self._end(at_once=not self._over.is_set())

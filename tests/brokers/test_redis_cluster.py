@@ -6,7 +6,7 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Iterator
 from contextlib import asynccontextmanager
 from threading import Event
 
@@ -125,6 +125,12 @@ async def test_each_node_closes_connections(cluster: RedisCluster, log: Log, kin
     assert log.outages == 0
 
 
+async def seconds(call: Awaitable[object]) -> float:
+    began = time.monotonic()
+    await call
+    return time.monotonic() - began
+
+
 @pytest.mark.parametrize("how", ["killed", "paused"])
 async def test_a_primary_fails_and_the_others_continue(cluster: RedisCluster, log: Log, how: str) -> None:
     async with processes(cluster.url, timeouts=SHORT) as backend:
@@ -134,9 +140,11 @@ async def test_a_primary_fails_and_the_others_continue(cluster: RedisCluster, lo
             for broker in backend.processes:
                 with pytest.raises(BrokerUnavailable):
                     await broker.ping()
-            started = time.monotonic()
-            await asyncio.gather(*(streams[other].continues() for other in cluster.nodes[1:]))
-            assert time.monotonic() - started < SHORT.broker * 2  # nothing waits for the primary that is down
+            took = [
+                await seconds(asyncio.gather(*(streams[other].continues() for other in cluster.nodes[1:])))
+                for _ in range(3)
+            ]
+            assert min(took) < SHORT.broker  # waiting for the primary that is down would delay them all
             await asyncio.to_thread(node.restart, keep_data=True) if how == "killed" else node.resume()
             await asyncio.to_thread(cluster.until_well)
             await streams[node].continues()

@@ -65,14 +65,14 @@ async def test_changes_are_stored_together_within_50_ms() -> None:
     broker = Counting()
     async with make_realtime(broker=broker) as realtime, realtime.open_run("r") as run:
         created = len(broker.commits)
+        began = anyio.current_time()
         for number in range(100):
             run.metadata.set("n", number)
             run.metadata.increment("sum", number)
             run.tags.add("a", "b")
         assert len(broker.commits) == created
-        began = anyio.current_time()
         await until(lambda: len(broker.commits) > created)
-        assert COALESCE_S - 0.01 <= anyio.current_time() - began < 2
+        assert anyio.current_time() - began >= COALESCE_S
         assert len(broker.commits) == created + 1
         record = await realtime.get_run(run)
         assert record.metadata == {"n": 99, "sum": 4950}

@@ -126,13 +126,15 @@ async def test_the_thread_is_free_when_a_reader_sees_the_end() -> None:
 
 
 async def test_the_thread_of_a_killed_process_is_free_once_its_lease_expires() -> None:
-    inner = MemoryBroker(timeouts=Timeouts(lease=0.1))
-    async with make(RemoteBroker(inner)) as realtime:
+    clock = FakeClock()
+    inner = MemoryBroker(clock=clock)
+    async with make(RemoteBroker(inner), clock=clock) as realtime:
         record = realtime.tasks.records.new_open_run("r", {"thread": THREAD}).record
         record = msgspec.structs.replace(record, owner="a killed process")
         await realtime.engine.run_threads.create(record, replace=False)
         with pytest.raises(ThreadBusy):
             await realtime.trigger("answer", thread=THREAD)
+        clock.seconds += TIMEOUTS.lease
         assert (await ended(realtime, record.id)).status is Status.CRASHED
         await realtime.trigger("answer", thread=THREAD)
 
@@ -360,6 +362,7 @@ async def test_a_run_that_the_broker_lost_stops_if_another_has_its_thread(lost: 
         with pytest.raises(RunCanceled), anyio.fail_after(GUARD_S):
             async with ours.open_run("r", thread=THREAD) as run:
                 await ours.append("one", run=run)
+                await anyio.wait_all_tasks_blocked()  # the process watches its run: what is lost now was not noticed
                 broker.away = {"append", "commit", "claim"}  # or it would restore the run before it is replaced
                 await lose(ours, run.id, *lost)
                 group.start_soon(take_over)

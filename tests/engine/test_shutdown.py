@@ -80,9 +80,12 @@ async def test_the_readers_of_a_run_that_is_cut_get_its_end(caplog: pytest.LogCa
     assert re.fullmatch(r"shutdown: 0 runs finished, 1 cut after \d+\.\d s \(chat\)", record.getMessage())
 
 
-async def test_the_log_names_what_finished_and_what_was_cut(caplog: pytest.LogCaptureFixture) -> None:
+async def test_the_log_names_what_finished_and_what_was_cut(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     caplog.set_level(logging.INFO, "asgi_realtime")
-    realtime = make_realtime(timeouts=Timeouts(tick=0.01, drain=0.05, cancel=1.0))
+    monkeypatch.setattr("asgi_realtime.engine.shutdown.QUICK_DRAIN_S", 0)
+    realtime = make_realtime(timeouts=LONG)
 
     @realtime.task("short")
     async def short() -> None:
@@ -96,6 +99,9 @@ async def test_the_log_names_what_finished_and_what_was_cut(caplog: pytest.LogCa
         for task in (short, endless, endless, endless):
             await realtime.trigger(task)
         await until(lambda: len(realtime.engine.executions) == 3)
+        realtime.begin_shutdown()
+        await until(lambda: len(realtime.engine.executions) == 2)
+        realtime.engine.shutdown.announce(quick=True)
     assert "shutdown: 1 run finished, 2 cut after" in caplog.text
     assert "(endless × 2), 1 not started" in caplog.text
     caplog.clear()

@@ -25,6 +25,11 @@ from tests.inprocess import GUARD_S, SECRET, make_realtime
 pytestmark = pytest.mark.anyio
 
 
+@pytest.fixture(autouse=True)
+def an_app_has_time_to_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("asgi_realtime.testing.faults.LEAVE_S", GUARD_S)
+
+
 class Numbers:
     """Sends numbers, `per_chunk` events per chunk, until its client disconnects. `how` is the way it ended."""
 

@@ -599,7 +599,7 @@ async def test_writes_after_the_start_of_the_shutdown_are_503(host: FakeHost, me
 
 async def test_the_shutdown_interrupts_an_append_and_its_count_stays_right(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(open_request, "CLOSING_GRACE_S", math.inf)  # a slow machine can take longer to respond to HEAD
-    async with started() as (realtime, broker, run_id):
+    async with started(timeouts=Timeouts(tick=0.01)) as (realtime, broker, run_id):
         key = StreamKey(run_id, "default")
         async with upload(realtime, path_of(run_id), client_id="c") as writer:
             await writer.part(b"0\n")
