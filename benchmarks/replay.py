@@ -56,7 +56,7 @@ def replay(live: LiveLog, protocol: str) -> int:
     live.leave()  # nothing is shared with an earlier reader
     live.enter()
     while (piece := framing.take(live, after)) is not None:
-        size, after = size + len(piece.body), piece.last
+        size, after = size + len(piece[0]), piece[1]
     return size
 
 

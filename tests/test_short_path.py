@@ -180,7 +180,7 @@ READS = st.lists(
 
 
 async def read(
-    take_turn: Callable[[StreamResponse], None], history: list[Any], stalls: list[int], *, settles: bool
+    take_turn: Callable[[StreamResponse], bool | None], history: list[Any], stalls: list[int], *, settles: bool
 ) -> Reader:
     host = FakeHost(timeouts=Timeouts(heartbeat=5, send=3600))
     await host.create()

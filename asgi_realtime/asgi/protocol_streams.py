@@ -88,7 +88,7 @@ class ConvertedFraming(Framing):
         if taken.last == after:
             return None
         self._next = (taken.last, taken.state)
-        return Slice(taken.body or _NOTHING, taken.last)
+        return taken.body or _NOTHING, taken.last
 
     def _convert(self, live: LiveLog, after: int, state: Any) -> Converted[Any]:
         if after + 2 == live.log.next:
@@ -215,5 +215,5 @@ class ConvertedResponse(StreamResponse):
         piece = self.framing.take(source, self._after)
         if piece is None:
             raise Ended(self.framing.reject(self._after))
-        self._after = piece.last
-        return piece.body
+        body, self._after = piece
+        return body

@@ -115,10 +115,10 @@ class StreamResponse(SubscriptionResponse[LiveLog]):
         if self._alert is not None or self._after + 1 < source.log.first:
             return b""
         piece = self.framing.take(source, self._after)
-        if piece is None or len(piece.body) > _MAX_FIRST:
+        if piece is None or len(piece[0]) > _MAX_FIRST:
             return b""
-        self._after = piece.last
-        return piece.body
+        body, self._after = piece
+        return body
 
     async def _follow(self, source: LiveLog) -> bytes:
         waiter, log, self._source = self._waiter, source.log, source
@@ -154,30 +154,35 @@ class StreamResponse(SubscriptionResponse[LiveLog]):
         """What follows the cursor, in one body, and advance the cursor."""
         piece = self.framing.take(source, self._after)
         assert piece is not None
-        self._after = piece.last
-        return piece.body
+        body, self._after = piece
+        return body
 
     def wake(self) -> None:
         """Let the task of this subscription continue `_follow`."""
         self._waiter.wake()
 
-    def take_turn(self) -> None:
-        """What `_follow` would do next, if that is to send one body and to wait again; otherwise wake its task."""
+    def take_turn(self) -> bool:
+        """What `_follow` would do next, if that is to send one body and to wait again; otherwise wake its task.
+
+        Returns whether it waits again.
+        """
         waiter, source, after = self._waiter, self._source, self._after
         log = source.log
         if not waiter.is_parked:
-            return
+            return False
         is_open = log.end is None and source.failure is None
         piece = self.framing.take(source, after) if is_open and log.first <= after + 1 else None
-        if piece is None or piece.last + 1 < log.next or len(piece.body) > WHOLE_BYTES:
+        if piece is None or piece[1] + 1 < log.next or len(piece[0]) > WHOLE_BYTES:
             waiter.wake()
-            return
+            return False
+        body, last = piece
         self._phase = SENDING
-        sending = self._send({"type": "http.response.body", "body": piece.body, "more_body": True})
-        self._after = piece.last
-        source.waiting.add(self)
-        if waiter.begin(sending):
-            self._phase = WAITING
+        sending = self._send({"type": "http.response.body", "body": body, "more_body": True})
+        self._after = last
+        if not waiter.begin(sending):
+            return False
+        self._phase = WAITING
+        return True
 
     async def _respond_to_alert(self, source: LiveLog) -> bytes | None:
         """Clear the alert. Returns the last frame if it ends the body; of a stream that was read to its end, `end`."""

@@ -8,7 +8,7 @@ joined history and tail before a reader gets here.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from asgi_realtime.core.log import End, Entry, Log
 from asgi_realtime.loop.waiting import WaitList, WakeSoon
@@ -23,11 +23,8 @@ _SHARED_SLICES = 4
 T = TypeVar("T")
 
 
-class Slice(NamedTuple):
-    """Frames to send in one piece, and the cursor after them."""
-
-    body: bytes
-    last: int
+Slice = tuple[bytes, int]
+"""Frames to send in one piece, and the cursor after them. A plain tuple: one is made for each delivery."""
 
 
 class LiveLog:
@@ -86,7 +83,7 @@ class LiveLog:
         log = self.log
         ahead = log.next - after - 1
         if ahead <= 1:
-            return Slice(log.newest(), after + 1) if ahead == 1 else None  # nothing to join, so nothing to share
+            return (log.newest, after + 1) if ahead == 1 else None  # nothing to join, so nothing to share
         if self._slices_at != log.next:
             self._slices.clear()
             self._slices_at = log.next
@@ -94,7 +91,7 @@ class LiveLog:
         if found is None:
             frames = log.frames(after, MAX_BODY)
             body = frames[0] if len(frames) == 1 else b"".join(frames)
-            found = self._share(after, Slice(body, max(after + 1, log.first) + len(frames) - 1))
+            found = self._share(after, (body, max(after + 1, log.first) + len(frames) - 1))
         return found
 
     def take_as(self, after: int, encode: Callable[[Sequence[Entry]], bytes]) -> Slice | None:
@@ -105,7 +102,7 @@ class LiveLog:
 
     def _encoded(self, after: int, encode: Callable[[Sequence[Entry]], bytes]) -> Slice:
         entries = self.log.entries(after, len(self.log.frames(after, MAX_BODY)))
-        return Slice(encode(entries), entries[-1].seq)
+        return encode(entries), entries[-1].seq
 
     def shared(self, key: Hashable, build: Callable[[], T]) -> T:
         """What `build` returns, once for all readers with this key, while the log does not grow."""

@@ -66,7 +66,7 @@ class StreamCalls(Parts):
 
         Raises `EncodingError`, `LimitExceeded`, `RunNotFound`, `StreamClosed`, `BrokerUnavailable`, `NoCurrentRun`.
         """
-        run_id = self._run_id(run)
+        run_id = run if type(run) is str and run else self._run_id(run)
         try:
             data = encode_within(chunk, self.limits.chunk_bytes)
         except UsageError as exc:

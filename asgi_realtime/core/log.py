@@ -15,7 +15,7 @@ from itertools import accumulate
 from typing import NamedTuple
 
 from asgi_realtime.core.errors import ProducerGap, RealtimeError, RestoreOutOfOrder, StreamClosed, StreamLost
-from asgi_realtime.core.sse import chunk_frame, frame_data
+from asgi_realtime.core.sse import CHUNK_FRAME, chunk_frame, frame_data
 
 COMPACT_AFTER = 1024
 """Trimmed slots at the front of the lists before the lists are compacted."""
@@ -95,13 +95,15 @@ def misplaced(at: int, following: int) -> RealtimeError:
 class Log:
     """The entries of one stream. Not thread-safe; every method is atomic on its event loop."""
 
-    __slots__ = ("_base", "_frames", "_producers", "_times", "end", "first", "next", "size")
+    __slots__ = ("_base", "_frames", "_producers", "_times", "end", "first", "newest", "next", "size")
 
     def __init__(self) -> None:
         self.first = 0
         self.next = 0
         self.size = 0
         """Bytes of the retained frames."""
+        self.newest = b""
+        """The last frame."""
         self.end: End | None = None
         self._base = 0  # the seq of _frames[0]; slots from _base to first - 1 are empty
         self._frames: list[bytes] = []
@@ -134,6 +136,7 @@ class Log:
             raise misplaced(at, seq)
         frames = [chunk_frame(number, item) for number, item in enumerate(items, seq)]  # can fail, so first
         self._frames += frames
+        self.newest = frames[-1]
         self._times.extend([now_ms] * len(frames))
         self.size += sum(map(len, frames))
         self.next = seq = seq + len(frames)
@@ -144,7 +147,7 @@ class Log:
     def push(self, item: bytes, now_ms: int) -> int:
         """Append one JSON item to a log that has not ended. Returns the size of its frame."""
         seq = self.next
-        frame = chunk_frame(seq, item)
+        self.newest = frame = CHUNK_FRAME % (seq, item)
         self._frames.append(frame)
         self._times.append(now_ms)
         size = len(frame)
@@ -177,6 +180,7 @@ class Log:
         """Remove all entries and continue at another seq. For a copy of a log that skips a part of it."""
         self.first = self.next = self._base = seq
         self.size = 0
+        self.newest = b""
         self._frames.clear()
         del self._times[:]
 
@@ -191,10 +195,6 @@ class Log:
         if sums and sums[-1] > max_bytes:
             del frames[max(bisect_right(sums, max_bytes), 1) :]
         return frames
-
-    def newest(self) -> bytes:
-        """The last frame. There must be one."""
-        return self._frames[-1]
 
     def entries(self, after: int, limit: int) -> list[Entry]:
         """The entries after the cursor, at most `limit`."""

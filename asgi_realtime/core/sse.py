@@ -18,9 +18,13 @@ _LINE_BREAK = re.compile(r"[\r\n\0]")  # NUL: clients ignore an id that contains
 _DATA = len(b"data: ")
 
 
+CHUNK_FRAME = b"id: %d\ndata: %b\n\n"
+"""The frame of a stream entry: its seq, and its data as `encode_value` returns it. Unchecked, for the hot path."""
+
+
 def chunk_frame(seq: int, data: bytes) -> bytes:
-    """The frame of a stream entry. Unchecked, for the hot path: `data` must come from `encode_value`."""
-    return b"id: %d\ndata: %b\n\n" % (seq, data)
+    """The frame of a stream entry. `data` must come from `encode_value`."""
+    return CHUNK_FRAME % (seq, data)
 
 
 def frame_data(frame: bytes) -> bytes:

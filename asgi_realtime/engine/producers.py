@@ -12,7 +12,6 @@ import anyio
 
 from asgi_realtime.brokers.base import StreamKey
 from asgi_realtime.core.errors import BrokerUnavailable, RunExists, ServerShutdown, ThreadBusy
-from asgi_realtime.core.log import HIDDEN_STREAM
 from asgi_realtime.core.runs import StoredRecord
 from asgi_realtime.engine.engine import Engine
 from asgi_realtime.engine.on_end import OnEnd
@@ -32,7 +31,8 @@ class Producers:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._shared: dict[tuple[str, str], StreamWriter] = {}  # by StreamKey
+        self._shared: dict[tuple[str, str], StreamWriter] = {}  # by StreamKey, without inputs
+        self._inputs: dict[tuple[str, str], StreamWriter] = {}
         self._outboxes: WeakValueDictionary[StreamKey, Outbox] = WeakValueDictionary()
 
     # Writers
@@ -51,22 +51,21 @@ class Producers:
 
     def known(self, run_id: str, stream: object) -> StreamWriter | None:
         """The shared writer of a user's stream, if `append` can use it without waiting. For the hot path."""
-        if not isinstance(stream, str) or stream.startswith(HIDDEN_STREAM) or not self._engine.running:
-            return None
-        writer = self._shared.get((run_id, stream))
-        return None if writer is None or writer.failure is not None else writer
+        writer = self._shared.get((run_id, stream)) if type(stream) is str else None
+        return None if writer is None or writer.failure is not None or not self._engine.running else writer
 
     async def shared(self, key: StreamKey) -> StreamWriter:
         """The writer that all calls of `append` for a stream share, so that they keep their order. It is open."""
         await self._engine.ensure_started()
         writer = self.writer(key)
         await writer.open()
-        found = self._shared.get(key)
+        shared = self._inputs if key.hidden else self._shared
+        found = shared.get(key)
         if found is not None and found.failure is None:
             return found
-        if len(self._shared) >= _SHARED_WRITERS:
-            del self._shared[next(iter(self._shared))]
-        self._shared[key] = writer
+        if len(shared) >= _SHARED_WRITERS:
+            del shared[next(iter(shared))]
+        shared[key] = writer
         return writer
 
     # Pipes

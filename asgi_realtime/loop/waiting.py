@@ -93,8 +93,8 @@ class Wakeable(Protocol):
     def wake(self) -> None:
         """End the wait, if any. Never raises."""
 
-    def take_turn(self) -> None:
-        """As `wake`, called by a callback of the loop, outside of any task."""
+    def take_turn(self) -> bool | None:
+        """As `wake`, called by a callback of the loop, outside of any task. Returns whether it still waits."""
 
 
 def asyncio_loop() -> asyncio.AbstractEventLoop | None:
@@ -141,12 +141,14 @@ class WaitList:
 
     def take_turns(self) -> None:
         """As `wake`, called by a callback of the loop."""
-        woken, self.waiters = self.waiters, {}
-        for waiter in woken:
+        waiters = self.waiters
+        for waiter in tuple(waiters):
             try:
-                waiter.take_turn()
+                if waiter.take_turn():
+                    continue
             except Exception:  # its task meets the same error and handles it
                 waiter.wake()
+            waiters.pop(waiter, None)
 
     async def wait(self) -> None:
         """Wait for the next `wake`."""

@@ -35,14 +35,14 @@ def test_readers_at_one_cursor_share_one_body() -> None:
     live.log.append([b"2"], 1)
     grown = live.take(-1)
     assert grown is not None
-    assert grown.last == 2, "a body from before the append is not shared after it"
+    assert grown[1] == 2, "a body from before the append is not shared after it"
 
 
 def test_a_single_frame_is_not_copied() -> None:
     live = followed(b"0")
     found = live.take(-1)
     assert found is not None
-    assert found.body is live.log.frames(-1, 1)[0]
+    assert found[0] is live.log.frames(-1, 1)[0]
 
 
 def test_few_bodies_are_retained_and_none_without_readers() -> None:
@@ -63,15 +63,15 @@ def test_a_body_is_at_most_about_a_write_buffer() -> None:
     live = followed(*[item] * 10)
     found = live.take(-1)
     assert found is not None
-    assert found.last == 2
-    assert len(found.body) <= MAX_BODY < len(found.body) + 20_000
+    assert found[1] == 2
+    assert len(found[0]) <= MAX_BODY < len(found[0]) + 20_000
 
 
 def test_an_entry_larger_than_a_body_is_a_body_of_its_own() -> None:
     live = followed(b"x" * MAX_BODY, b"1")
     found = live.take(-1)
     assert found is not None
-    assert (found.last, len(found.body) > MAX_BODY) == (0, True)
+    assert (found[1], len(found[0]) > MAX_BODY) == (0, True)
 
 
 def test_a_reader_before_the_retained_part_has_a_gap() -> None:

@@ -240,9 +240,10 @@ class Reader:
         found = live.take(self.after)
         if found is None:
             return False
+        body, last = found
         entries = live.entries(self.after, 1_000_000)
-        entries = entries[: found.last - entries[0].seq + 1]
-        assert b"".join(chunk_frame(entry.seq, entry.data) for entry in entries) == found.body
+        entries = entries[: last - entries[0].seq + 1]
+        assert b"".join(chunk_frame(entry.seq, entry.data) for entry in entries) == body
         self._add(entries)
         return True
 
