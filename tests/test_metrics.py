@@ -21,6 +21,7 @@ from asgi_realtime.brokers.redis import RedisBroker
 from asgi_realtime.metrics import KINDS, MAX_TASKS, OTHER, Metrics
 from asgi_realtime.testing import AsgiClient
 from tests.asgi.fake_host import FakeHost
+from tests.docs.blocks import blocks
 from tests.inprocess import SECRET, FakeClock, ended, make_realtime, until
 from tests.requirements import promtool_binary
 
@@ -373,6 +374,14 @@ def test_without_the_package_the_error_names_the_extra() -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert "InvalidConfiguration: metrics need prometheus-client" in done.stderr
     assert "pip install 'asgi_realtime[metrics]'" in done.stderr
+
+
+def test_promtool_accepts_the_documented_scrape(tmp_path: Path) -> None:
+    config = tmp_path / "prometheus.yml"
+    config.write_text(blocks("prometheus")["scrape"].text)
+    command = [promtool_binary(), "check", "config", "--syntax-only", str(config)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 async def test_promtool_accepts_the_output() -> None:

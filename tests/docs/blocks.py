@@ -13,8 +13,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
-CODE = frozenset({"python", "js", "html", "bash", "json"})
-"""Languages of blocks that must be tested. For others (`text`, `console`) a test is optional."""
+NO_CODE = frozenset({"text", "console", "mermaid", "http", "diff"})
+"""Languages of blocks for which a test is optional. Blocks of all others must be tested."""
 
 _COMMENT = re.compile(r"<!-- test: (\w+)(?: (\w+))? -->")
 
