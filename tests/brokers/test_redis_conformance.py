@@ -81,6 +81,8 @@ EVERYWHERE = {
     "test_an_unusable_cursor_gets_a_snapshot_at_once",
     "test_a_topic_retains_its_newest_runs_and_older_cursors_get_a_snapshot",
     "test_a_follower_gets_the_changes_of_every_process",
+    "test_a_list_retains_the_runs_of_all_processes_that_changed_last",
+    "test_a_list_never_exceeds_its_size",
 }
 """The tests that also run on Valkey and on a Cluster: they use every script, keys of several slots, and every channel.
 What the other tests find does not depend on the server."""

@@ -1,4 +1,4 @@
-"""Lists of runs in Redis, for the inspector."""
+"""Lists of runs in Redis, for the inspector, beyond what the conformance suite tests."""
 
 from __future__ import annotations
 
@@ -30,20 +30,6 @@ async def broker(redis_url: str, anyio_backend: str) -> AsyncIterator[RedisBroke
 def test_brokers_have_lists_if_they_are_shared() -> None:
     assert isinstance(RedisBroker("redis://localhost"), RunLists)
     assert not isinstance(MemoryBroker(), RunLists)
-
-
-async def test_a_list_retains_the_runs_that_changed_last(broker: RedisBroker) -> None:
-    await broker.note_runs("recent", [(f"run_{n}", n, 1, b"%d" % n) for n in (3, 1, 2)], size=3)
-    await broker.note_runs("recent", [("run_1", 9, 2, b"one again"), ("run_4", 4, 1, b"4")], size=3)
-    assert sorted(await broker.noted_runs("recent")) == [b"3", b"4", b"one again"]
-    assert await broker.noted_runs("failed") == []
-
-
-async def test_an_older_version_does_not_replace_a_newer_one(broker: RedisBroker) -> None:
-    """The processes of a run write at different times."""
-    await broker.note_runs("recent", [("run_1", 20, 10, b"new")], size=3)
-    await broker.note_runs("recent", [("run_1", 30, 9, b"old")], size=3)
-    assert await broker.noted_runs("recent") == [b"new"]
 
 
 async def test_a_list_expires(broker: RedisBroker) -> None:

@@ -41,6 +41,7 @@ from asgi_realtime.testing.conformance.ended_runs import *  # noqa: E402, F403
 from asgi_realtime.testing.conformance.kit import Backend, MakeBroker  # noqa: E402
 from asgi_realtime.testing.conformance.live import *  # noqa: E402, F403
 from asgi_realtime.testing.conformance.producers import *  # noqa: E402, F403
+from asgi_realtime.testing.conformance.run_lists import *  # noqa: E402, F403
 from asgi_realtime.testing.conformance.runs import *  # noqa: E402, F403
 from asgi_realtime.testing.conformance.stream_limits import *  # noqa: E402, F403
 from asgi_realtime.testing.conformance.streams import *  # noqa: E402, F403
