@@ -121,6 +121,8 @@ class Limits(_Positive):
     """Threads that read sync iterables, per process."""
     task_threads: int = 64
     """Threads that run `def` tasks, per process."""
+    on_end_calls: int = 32
+    """Calls of `on_end` functions at a time in this process; the others wait. Each can need a database connection."""
     task_concurrency: int = 1000
     """Runs of one task that execute at once in this process, unless the task sets its own limit."""
     subscribers: int = 20_000

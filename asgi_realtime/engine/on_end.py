@@ -6,6 +6,8 @@ the function has returned, the ticker of another process takes the run over and 
 a second time only after a crash. That of a pipe or of `open_run` exists in the process of its execution only, and is
 lost with it.
 
+A process calls `Limits.on_end_calls` functions at a time. The runs that wait for a turn are renewed, too.
+
 A function that raises has been called; trying it again is up to its own code, which knows what is safe to repeat. A
 shutdown waits for the calls like for runs. What it has to cancel remains due, for another process.
 """
@@ -127,6 +129,7 @@ class OnEnds:
         self._on_held = on_held
         self._on_called = on_called
         self._threads: TaskThreads | None = None
+        self._turns: anyio.Semaphore
         self._calls: dict[str, None] = {}
         self.of_task = lambda task_id: None
         runs.on_ended = self.ended
@@ -190,12 +193,14 @@ class OnEnds:
     async def _call(self, record: StoredRecord, on_end: OnEnd, supervisor: Supervisor) -> None:
         end = RunEnd(record, runs=self._runs)
         try:
-            if _is_async(on_end):
-                result = on_end(end)
-            else:
-                result = await self._task_threads(supervisor).run(lambda: on_end(SyncRunEnd(end, supervisor)))
-            if inspect.isawaitable(result):
-                await result
+            threads, turns = self._prepare(supervisor)
+            async with turns:
+                if _is_async(on_end):
+                    result = on_end(end)
+                else:
+                    result = await threads.run(lambda: on_end(SyncRunEnd(end, supervisor)))
+                if inspect.isawaitable(result):
+                    await result
         except BaseException as exc:
             is_cancelled = isinstance(exc, anyio.get_cancelled_exc_class())
             if is_failure(exc) or (is_cancelled and cancelled_itself()):
@@ -210,11 +215,12 @@ class OnEnds:
                 logger.warning("the on_end of run %s (task %r) was cut by the shutdown", record.id, record.task)
             raise
 
-    def _task_threads(self, supervisor: Supervisor) -> TaskThreads:
-        """Threads apart from those of tasks, which a shutdown can leave occupied."""
+    def _prepare(self, supervisor: Supervisor) -> tuple[TaskThreads, anyio.Semaphore]:
+        """Threads apart from those of tasks, which a shutdown can leave occupied; and the turns of all calls."""
         if self._threads is None or self._threads.supervisor is not supervisor:
-            self._threads = TaskThreads(self._runs.limits.task_threads, supervisor)
-        return self._threads
+            limit = self._runs.limits.on_end_calls
+            self._threads, self._turns = TaskThreads(limit, supervisor), anyio.Semaphore(limit)
+        return self._threads, self._turns
 
 
 def _is_async(on_end: OnEnd) -> bool:

@@ -13,6 +13,7 @@ import pytest
 
 from asgi_realtime import (
     InvalidConfiguration,
+    Limits,
     Realtime,
     Retention,
     RunCanceled,
@@ -29,7 +30,7 @@ from asgi_realtime.brokers.memory import MemoryBroker
 from asgi_realtime.core.run_changes import Finished, Started, apply
 from asgi_realtime.engine.on_end import ABANDONED_S
 from tests.brokers.backends import DistantBroker
-from tests.inprocess import FakeClock, ended, make_realtime, until
+from tests.inprocess import GUARD_S, FakeClock, ended, make_realtime, until
 
 pytestmark = pytest.mark.anyio
 
@@ -61,6 +62,59 @@ def add_tasks(realtime: Realtime, on_end: Any) -> None:
     async def endless() -> None:
         await realtime.append("a")
         await anyio.sleep_forever()
+
+
+@pytest.mark.parametrize("is_sync", [False, True])
+async def test_a_process_calls_a_limited_number_at_a_time(is_sync: bool) -> None:
+    """Each call can need a connection to a database, and a thousand runs can end at once."""
+    open_calls: set[str] = set()
+    called: list[str] = []
+    may_return = threading.Event()
+
+    def on_end(end: SyncRunEnd) -> None:
+        open_calls.add(end.run.id)
+        may_return.wait()
+        called.append(end.run.id)
+        open_calls.discard(end.run.id)
+
+    async def on_end_async(end: RunEnd) -> None:
+        open_calls.add(end.run.id)
+        await until(may_return.is_set)
+        called.append(end.run.id)
+        open_calls.discard(end.run.id)
+
+    async with make_realtime(limits=Limits(on_end_calls=3), timeouts=Timeouts(tick=0.01, drain=GUARD_S)) as realtime:
+        add_tasks(realtime, on_end if is_sync else on_end_async)
+        handles = [await realtime.trigger("complete") for _ in range(20)]
+        for handle in handles:
+            await ended(realtime, handle)
+        try:
+            await until(lambda: len(open_calls) >= 3)
+            async with realtime.open_run("unrelated"):
+                await realtime.append("not delayed")
+            assert (len(open_calls), called) == (3, [])
+            assert len(realtime.engine.on_ends.ids) == 20, "those that wait are renewed, too"
+        finally:
+            may_return.set()
+    assert sorted(called) == sorted(handle.id for handle in handles), "the shutdown waits for them"
+
+
+async def test_a_call_that_waits_for_others_and_is_cut_remains_due() -> None:
+    clock, started = FakeClock(), Calls()
+
+    async def on_end(end: RunEnd) -> None:
+        await started(end)
+        await anyio.sleep_forever()
+
+    async with make_realtime(clock=clock, limits=Limits(on_end_calls=1)) as realtime:
+        add_tasks(realtime, on_end)
+        handles = [await realtime.trigger("complete") for _ in range(2)]
+        for handle in handles:
+            await ended(realtime, handle)
+        await until(lambda: started)
+    assert len(started) == 1
+    for handle in handles:
+        assert await is_due(realtime, handle.id, clock)
 
 
 @pytest.mark.parametrize("status", [Status.COMPLETED, Status.FAILED, Status.CANCELED, Status.TIMED_OUT])
