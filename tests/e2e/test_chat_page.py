@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, BrowserContext, Page, Request
+from playwright.sync_api import Browser, BrowserContext, Page, Request, expect
 
 from examples.local_model import Model
 from tests.e2e.conftest import GUARD_S, Relay, Server, example
@@ -98,7 +98,7 @@ def ask(page: Page, question: str = QUESTION) -> str:
     return run_id
 
 
-SHOWN_RUN = "JSON.parse(sessionStorage.getItem('shown') ?? '{}').id ?? null"
+SHOWN_RUN = "/^#(run_.+)/.exec(location.hash)?.[1] ?? null"
 
 
 def shown_run(page: Page) -> str | None:
@@ -161,7 +161,7 @@ def test_a_reload_in_mid_answer_resumes_without_a_missing_or_doubled_token(
     page.reload()
     wait_for_text(page, len(before))
     assert answer(page).startswith(before)
-    assert page.text_content("#question") == QUESTION
+    expect(page.locator("#question")).to_have_text(QUESTION, timeout=GUARD_S * 1000)
     held.let_go()
 
     wait_for_end(page, "COMPLETED")
@@ -242,6 +242,37 @@ def test_the_list_of_runs_follows_what_happens_in_another_tab(
     wait_for_end(other, "COMPLETED")
     wait_for_end(page, "COMPLETED")
     assert answer(other) == answer(page)
+
+
+def test_the_address_names_the_open_answer(server: Server, page: Page) -> None:
+    open_chat(page, server)
+    ask(page, "Say hello.")
+    wait_for_end(page, "COMPLETED")
+    expect(page.locator("#prompt")).to_be_focused()
+    before = answer(page)
+
+    page.click("#new")
+    expect(page.locator("#welcome")).to_be_visible()
+    expect(page.locator("#prompt")).to_be_focused()
+    assert page.is_hidden("#conversation")
+
+    page.go_back()
+    wait_for_end(page, "COMPLETED")
+    assert answer(page) == before
+    assert page.is_hidden("#welcome")
+
+
+def test_a_question_that_was_not_sent_stays_in_the_field(server: Server, page: Page) -> None:
+    open_chat(page, server)
+    page.route("**/chat", lambda route: route.abort())
+    page.click("#ideas button >> nth=0")
+    page.wait_for_selector("#note:has-text('The question was not sent')")
+    assert page.input_value("#prompt") == QUESTION
+    page.unroute("**/chat")
+    page.click("#send")
+    wait_for_end(page, "COMPLETED")
+    expect(page.locator("#question")).to_have_text(QUESTION)
+    assert page.text_content("#note") == ""
 
 
 def test_users_do_not_see_each_other(server: Server, chromium: Browser, page: Page) -> None:
