@@ -20,6 +20,7 @@ ROOT = Path(__file__).parent.parent.parent
 PAGES = {"CHANGELOG.md": "changelog.md", "SECURITY.md": "security.md", "CONTRIBUTING.md": "contributing.md"}
 """Documents of the root, and their names on the site."""
 
+STYLE = Path(__file__).parent / "site.css"
 MERMAID = Path(__file__).parent / "node_modules/mermaid/dist/mermaid.min.js"
 
 _LINK = re.compile(r"(?<!!)\[([^\]]*)\]\(([^)\s:#]+)(#[^)]*)?\)")
@@ -30,6 +31,7 @@ _INCLUDE = re.compile(r"^<!-- README: (\w+ \w+) -->\n", re.MULTILINE)
 def on_config(config: MkDocsConfig) -> None:
     project: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     config.repo_url = project.get("urls", {}).get("Repository")
+    config.extra_css.append("assets/site.css")
     if MERMAID.exists():  # otherwise the theme loads it from a CDN
         config.extra_javascript.append("assets/mermaid.min.js")
 
@@ -37,6 +39,7 @@ def on_config(config: MkDocsConfig) -> None:
 def on_files(files: Files, config: MkDocsConfig) -> None:
     for document, name in PAGES.items():
         files.append(File.generated(config, name, content=(ROOT / document).read_text("utf-8")))
+    files.append(File.generated(config, "assets/site.css", abs_src_path=str(STYLE)))
     if MERMAID.exists():
         files.append(File.generated(config, "assets/mermaid.min.js", abs_src_path=str(MERMAID)))
 
