@@ -19,6 +19,7 @@ import httpx
 import pytest
 
 from asgi_realtime.testing import Event, EventParser
+from tests import processes
 from tests.docs.blocks import ROOT, blocks
 from tests.ports import free_port
 from tests.requirements import missing
@@ -41,29 +42,13 @@ def running(command: str, folder: Path, environment: dict[str, str] | None = Non
     port = free_port()
     program, *arguments = command.split()
     log = folder / f"{program}.log"
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", program, *arguments, _PORT[program].format(port)],
-            cwd=folder,
-            env={**os.environ, **(environment or {})},
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    try:
+    command_line = [sys.executable, "-m", program, *arguments, _PORT[program].format(port)]
+    with processes.running(command_line, log, cwd=folder, env={**os.environ, **(environment or {})}) as process:
         wait_for_server(port, process)
         yield f"http://127.0.0.1:{port}"
         process.send_signal(signal.SIGTERM)
         assert process.wait(GUARD_S) in (0, -signal.SIGTERM)
-    finally:
-        try:
-            os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-        process.wait()
-        printed = log.read_text(errors="replace")
-        print(printed)  # noqa: T201 - shown if the test fails
-    assert "Traceback" not in printed
+    assert "Traceback" not in log.read_text(errors="replace")
 
 
 def wait_for_server(port: int, process: subprocess.Popen[bytes]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ import httpx
 import pytest
 
 from asgi_realtime.testing import EventParser
+from tests import processes
 from tests.docs.blocks import blocks
 from tests.docs.programs import served
 from tests.redis_servers import RedisServer
@@ -40,26 +40,11 @@ def test_every_program_with_workers_is_started_as_documented() -> None:
 @contextmanager
 def working(command: str, folder: Path, environment: dict[str, str]) -> Iterator[None]:
     """Run a worker in a folder. Fails if SIGTERM does not end it in time."""
-    with (folder / "worker.log").open("w") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", *command.split()],
-            cwd=folder,
-            env={**os.environ, **environment},
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    try:
+    words, log = [sys.executable, "-m", *command.split()], folder / "worker.log"
+    with processes.running(words, log, cwd=folder, env={**os.environ, **environment}) as process:
         yield
         process.send_signal(signal.SIGTERM)
         process.wait(GUARD_S)
-    finally:
-        try:
-            os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-        process.wait()
-        print((folder / "worker.log").read_text())  # noqa: T201 - shown if the test fails
 
 
 @pytest.mark.parametrize("name", WORKERS)

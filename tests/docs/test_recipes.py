@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import shutil
 import sys
 import threading
 import types
@@ -19,12 +18,12 @@ from starlette.requests import Request
 from starlette.testclient import TestClient
 
 from asgi_realtime.testing import AsgiClient
+from tests.chromium import launched
 from tests.docs.blocks import BLOCKS, ROOT, blocks
 from tests.docs.programs import GUARD_S, completions_endpoint, served
 from tests.inprocess import until
 from tests.models import test_parts_langchain as langchain_
 from tests.models.needs import need
-from tests.requirements import missing
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -353,15 +352,8 @@ def page():
 @pytest.fixture
 def browser() -> Iterator[Browser]:
     """One for each test: while it is open, Playwright's event loop runs in this thread, and no other can."""
-    from playwright.sync_api import sync_playwright
-
-    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if path is None:
-        missing("Chromium is not installed (on Debian: apt-get install chromium)")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=["--headless", "--no-sandbox"])
+    with launched() as browser:
         yield browser
-        browser.close()
 
 
 def use_text_only(page: Page) -> None:

@@ -26,6 +26,7 @@ from fastapi import FastAPI
 from asgi_realtime import EXPOSED_HEADERS, Limits, PipeResult, Realtime, Retention, Status, Timeouts, current_run
 from asgi_realtime.brokers.redis import RedisBroker
 from asgi_realtime.testing import AsgiClient, Event, EventParser
+from tests.chromium import launched
 from tests.docs.blocks import BLOCKS, NO_CODE, ROOT, Block, blocks
 from tests.docs.programs import GUARD_S, completions_endpoint, served
 from tests.requirements import missing
@@ -492,17 +493,10 @@ FOLLOW = """async () => {
 @pytest.fixture
 def page(smallest: str) -> Iterator[Page]:
     """A page of the smallest program, at an address without a document."""
-    from playwright.sync_api import sync_playwright
-
-    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if path is None:
-        missing("Chromium is not installed (on Debian: apt-get install chromium)")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=["--headless", "--no-sandbox"])
+    with launched() as browser:
         page = browser.new_page(base_url=smallest)
         page.goto("/openapi.json")
         yield page
-        browser.close()
 
 
 @pytest.mark.slow

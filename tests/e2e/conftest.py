@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -14,9 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, sync_playwright
+from playwright.sync_api import Browser
 
 from examples.local_model import Model, ModelMissing, find_model, serving
+from tests.chromium import GUARD_S as GUARD_S
+from tests.chromium import launched
 from tests.e2e import node
 from tests.e2e.fake_model import FakeModel, fake_model
 from tests.e2e.site import Site
@@ -24,20 +25,6 @@ from tests.e2e.site import serving as serving_site
 from tests.requirements import missing, node_binary, npm_packages
 
 ROOT = Path(__file__).parent.parent.parent
-GUARD_S = 60.0
-"""The longest wait. It says nothing about speed, as the machine may be busy."""
-
-CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome")
-CHROMIUM_FLAGS = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 
 
 @dataclass(frozen=True)
@@ -123,13 +110,8 @@ def start_uvicorn(
 # At most module scope: Playwright's sync API leaves its event loop running, and other tests start their own.
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[Browser]:
-    path = next(filter(None, map(shutil.which, CHROMIUM_NAMES)), None)
-    if path is None:
-        missing("Chromium is not installed (on Debian: apt-get install chromium)")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=CHROMIUM_FLAGS)
+    with launched() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="session")

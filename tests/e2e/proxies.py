@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-import signal
 import socket
 import ssl
 import subprocess
@@ -21,6 +20,7 @@ import httpx
 import trustme
 
 from asgi_realtime.testing import Event, EventParser
+from tests import processes
 from tests.e2e.hosts.servers import GUARD_S, ROOT
 from tests.requirements import missing
 
@@ -42,17 +42,8 @@ def listens(port: int) -> bool:
 
 @contextmanager
 def running(command: Sequence[str], port: int, log: Path, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a command in a new session, and wait until it listens on its port. At the end, kill what is left."""
-    with log.open("ab") as output:
-        process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env={**os.environ, **environment},
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    try:
+    """Run a command, and wait until it listens on its port. At the end, kill what is left."""
+    with processes.running(command, log, cwd=ROOT, env={**os.environ, **environment}) as process:
 
         def answers_or_ended() -> bool:
             assert process.poll() is None, f"{command[0]} ended"
@@ -60,13 +51,6 @@ def running(command: Sequence[str], port: int, log: Path, **environment: str) ->
 
         wait_for(answers_or_ended, f"{command[0]} does not listen")
         yield process
-    finally:
-        try:
-            os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-        process.wait()
-        print(log.read_text(errors="replace"))  # noqa: T201 - shown if the test fails
 
 
 @contextmanager

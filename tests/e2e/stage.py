@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import secrets
-import signal
 import socket
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from asgi_realtime import Realtime, RunCanceled, RunFailed
 from asgi_realtime.core.runs import StoredRecord
 from asgi_realtime.runs.handles import RunHandle
 from asgi_realtime.tasks.options import RunLike
+from tests import processes
 
 GUARD_S = 60.0
 ROOT = Path(__file__).parent.parent.parent
@@ -43,25 +43,9 @@ class Stage:
     ) -> Iterator[subprocess.Popen[bytes]]:
         """Run a command in a new session. At the end, kill what is left."""
         log = self.folder / f"{secrets.token_hex(4)}.log"
-        with log.open("wb") as output:
-            process = subprocess.Popen(
-                [sys.executable, "-m", *command],
-                cwd=ROOT,
-                env={**os.environ, "REDIS_URL": self.url, "PREFIX": self.prefix, **(environment or {})},
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                **options,
-            )
-        try:
+        env = {**os.environ, "REDIS_URL": self.url, "PREFIX": self.prefix, **(environment or {})}
+        with processes.running([sys.executable, "-m", *command], log, cwd=ROOT, env=env, **options) as process:
             yield process
-        finally:
-            try:
-                os.killpg(process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
-            process.wait()
-            print(log.read_text(errors="replace"))  # noqa: T201 - shown if the test fails
 
     def start(self, *command: str, **options: Any) -> subprocess.Popen[bytes]:
         return self.processes.enter_context(self.running(*command, **options))

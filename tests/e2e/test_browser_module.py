@@ -7,7 +7,6 @@ page shows or requests; nothing depends on timing.
 from __future__ import annotations
 
 import secrets
-import shutil
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
@@ -16,10 +15,10 @@ from dataclasses import dataclass, field
 
 import httpx
 import pytest
-from playwright.sync_api import Browser, BrowserContext, Page, Request, expect, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Page, Request, expect
 
-from tests.e2e.conftest import CHROMIUM_FLAGS, CHROMIUM_NAMES, GUARD_S, Relay, start_uvicorn
-from tests.requirements import missing
+from tests.chromium import launched, profile
+from tests.e2e.conftest import GUARD_S, Relay, start_uvicorn
 
 pytestmark = [pytest.mark.slow, pytest.mark.chromium, pytest.mark.redis]
 
@@ -81,25 +80,14 @@ def stage(redis_url: str) -> Iterator[Stage]:
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[Browser]:
     """As users have it, with a back/forward cache."""
-    path = next(filter(None, map(shutil.which, CHROMIUM_NAMES)), None)
-    if path is None:
-        missing("Chromium is not installed (on Debian: apt-get install chromium)")
-    with sync_playwright() as playwright:
-        without = ["--disable-back-forward-cache"]
-        browser = playwright.chromium.launch(executable_path=path, args=CHROMIUM_FLAGS, ignore_default_args=without)
+    with launched(ignore_default_args=["--disable-back-forward-cache"]) as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture
 def context(chromium: Browser) -> Iterator[BrowserContext]:
-    context = chromium.new_context()
-    context.set_default_timeout(GUARD_S * 1000)
-    errors: list[str] = []
-    context.on("weberror", lambda error: errors.append(str(error.error)))
-    yield context
-    context.close()
-    assert errors == []
+    with profile(chromium) as context:
+        yield context
 
 
 @pytest.fixture

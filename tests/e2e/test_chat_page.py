@@ -15,6 +15,7 @@ import pytest
 from playwright.sync_api import Browser, BrowserContext, Page, Request, expect
 
 from examples.local_model import Model
+from tests.chromium import profile
 from tests.e2e.conftest import GUARD_S, Relay, Server, example
 from tests.e2e.fake_model import ANSWER, FakeModel
 from tests.ports import free_port
@@ -60,15 +61,9 @@ def server(fake: FakeModel) -> Iterator[Server]:
 
 @pytest.fixture
 def context(chromium: Browser) -> Iterator[BrowserContext]:
-    """A new browser profile, so a new user. Fails if a script of the page failed."""
-    context = chromium.new_context()
-    context.set_default_timeout(GUARD_S * 1000)
-    context.add_init_script(WATCH)
-    errors: list[str] = []
-    context.on("weberror", lambda error: errors.append(str(error.error)))
-    yield context
-    context.close()
-    assert errors == []
+    with profile(chromium) as context:
+        context.add_init_script(WATCH)
+        yield context
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from playwright.sync_api import Browser, Page
 from examples import local_model
 from examples.local_model import ModelMissing, find_model, model_endpoint
 from examples.server import free_socket
+from tests.chromium import profile
 from tests.e2e.conftest import GUARD_S, ROOT
 
 
@@ -82,31 +83,26 @@ def served(*command: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
 @pytest.mark.chromium
 def test_the_page_of_the_django_example(chromium: Browser) -> None:
     with served("uvicorn", "examples.django_asgi:app", "--port", "0") as (url, process):
-        context = chromium.new_context()
-        context.set_default_timeout(GUARD_S * 1000)
-        errors: list[str] = []
-        context.on("weberror", lambda error: errors.append(str(error.error)))
-        page = context.new_page()
-        page.goto(url)
-        page.fill("#limit", "30")
-        page.keyboard.press("Enter")
-        page.wait_for_selector("#status[data-status=COMPLETED]")
-        page.wait_for_function("document.querySelector('#numbers').textContent.endsWith('29 ')")
-        assert page.text_content("#numbers") == "2 3 5 7 11 13 17 19 23 29 "
-        assert page.text_content("#status") == "COMPLETED: 10 primes"
-        assert page.evaluate("document.querySelector('#progress').value") == 1
-        assert page.is_hidden("#stop")
+        with profile(chromium) as context:
+            page = context.new_page()
+            page.goto(url)
+            page.fill("#limit", "30")
+            page.keyboard.press("Enter")
+            page.wait_for_selector("#status[data-status=COMPLETED]")
+            page.wait_for_function("document.querySelector('#numbers').textContent.endsWith('29 ')")
+            assert page.text_content("#numbers") == "2 3 5 7 11 13 17 19 23 29 "
+            assert page.text_content("#status") == "COMPLETED: 10 primes"
+            assert page.evaluate("document.querySelector('#progress').value") == 1
+            assert page.is_hidden("#stop")
 
-        page.fill("#limit", "100000")
-        page.keyboard.press("Enter")
-        page.wait_for_function("document.querySelector('#numbers').textContent.length > 100")
-        refuse_a_stranger(chromium, page, url)
-        with page.expect_response(re.compile("/stop/")) as stopping:
-            page.click("#stop")
-        assert stopping.value.status == 204
-        page.wait_for_selector("#status[data-status=CANCELED]")
-        context.close()
-        assert errors == []
+            page.fill("#limit", "100000")
+            page.keyboard.press("Enter")
+            page.wait_for_function("document.querySelector('#numbers').textContent.length > 100")
+            refuse_a_stranger(chromium, page, url)
+            with page.expect_response(re.compile("/stop/")) as stopping:
+                page.click("#stop")
+            assert stopping.value.status == 204
+            page.wait_for_selector("#status[data-status=CANCELED]")
         process.send_signal(signal.SIGINT)
         printed, _ = process.communicate(timeout=GUARD_S)
     assert process.returncode in (0, -signal.SIGINT)

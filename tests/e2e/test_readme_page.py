@@ -16,6 +16,7 @@ import pytest
 import redis
 from playwright.sync_api import Browser, Page, expect
 
+from tests.chromium import profile
 from tests.docs.blocks import blocks
 from tests.e2e.conftest import GUARD_S, Relay, start_uvicorn
 from tests.e2e.test_browser_module import requests_of, until
@@ -90,13 +91,8 @@ def site(redis_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
 
 @pytest.fixture
 def page(chromium: Browser) -> Iterator[Page]:
-    context = chromium.new_context()
-    context.set_default_timeout(GUARD_S * 1000)
-    errors: list[str] = []
-    context.on("weberror", lambda error: errors.append(str(error.error)))
-    yield context.new_page()
-    context.close()
-    assert errors == []
+    with profile(chromium) as context:
+        yield context.new_page()
 
 
 def shows(page: Page, text: str) -> None:

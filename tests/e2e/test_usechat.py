@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, BrowserContext
 
+from tests.chromium import profile
 from tests.e2e.answers import ANSWERS, OUTPUT, TEXT, end, say
 from tests.e2e.conftest import Relay
 from tests.e2e.site import Site, serving, starting
@@ -40,12 +41,8 @@ def version(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def context(chromium: Browser) -> Iterator[BrowserContext]:
-    context = chromium.new_context()
-    errors: list[str] = []
-    context.on("weberror", lambda error: errors.append(str(error.error)))
-    yield context
-    context.close()
-    assert errors == []
+    with profile(chromium) as context:
+        yield context
 
 
 @pytest.fixture

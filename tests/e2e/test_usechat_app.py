@@ -18,7 +18,8 @@ from examples.local_redis import wait_until
 from examples.processes import running
 from examples.redis_workers.__main__ import is_up
 from examples.usechat_app.serving import FOLDER, web
-from tests.e2e.conftest import GUARD_S, Relay, example
+from tests.chromium import profile
+from tests.e2e.conftest import Relay, example
 from tests.e2e.fake_model import ANSWER, FAILS, FakeModel
 from tests.ports import free_port
 from tests.requirements import node_binary, npm_packages
@@ -59,14 +60,8 @@ def demo(fake: FakeModel, redis_url: str, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture
 def context(chromium: Browser) -> Iterator[BrowserContext]:
-    """A separate browser, so a separate user."""
-    context = chromium.new_context()
-    context.set_default_timeout(GUARD_S * 1000)
-    errors: list[str] = []
-    context.on("weberror", lambda error: errors.append(str(error.error)))
-    yield context
-    context.close()
-    assert errors == []
+    with profile(chromium) as context:
+        yield context
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import httpx
 
+from tests import processes
 from tests.ports import free_port
 
 ROOT = Path(__file__).parent.parent.parent.parent
@@ -75,26 +76,11 @@ def serving(
         command = command[:-2]  # with --workers it serves from a child process, and --reload does not accept the option
     outside = {name: value for name, value in os.environ.items() if name != "PYTEST_XDIST_WORKER"}  # no test uses it
     log = folder / "server.log"
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", *command, *options],
-            cwd=cwd,
-            env={**outside, **environment, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "default"},
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    running = Serving(process, f"http://127.0.0.1:{port}", log)
-    try:
+    env = {**outside, **environment, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "default"}
+    with processes.running([sys.executable, "-m", *command, *options], log, cwd=cwd, env=env) as process:
+        running = Serving(process, f"http://127.0.0.1:{port}", log)
         _until_it_answers(running, health)
         yield running
-    finally:
-        try:
-            os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-        process.wait()
-        print(log.read_text(errors="replace"))  # noqa: T201 - shown if the test fails
 
 
 def _until_it_answers(running: Serving, health: str) -> None:
