@@ -9,7 +9,7 @@ from typing import Any
 import anyio
 import pytest
 
-from asgi_realtime import Limits, Run, TaskError, Timeouts
+from asgi_realtime import Limits, Run, RunEnd, TaskError, Timeouts
 from asgi_realtime.testing import AsgiClient
 from tests.asgi.fake_host import FakeHost
 from tests.inprocess import SECRET, ended, make_realtime, until
@@ -120,6 +120,24 @@ async def test_a_thousand_failures_are_not_a_thousand_tracebacks(caplog: pytest.
             await ended(realtime, run)
     assert sum(record.exc_info is not None for record in caplog.records) == 10
     assert sum(record.levelno >= logging.WARNING for record in caplog.records) == 10
+
+
+async def test_a_hundred_failures_of_on_end_are_not_a_hundred_tracebacks(caplog: pytest.LogCaptureFixture) -> None:
+    """A database that is down makes all of them fail."""
+    realtime, called = make_realtime(), list[str]()
+
+    async def save(end: RunEnd) -> None:
+        called.append(end.run.id)
+        raise OSError("the database is down")
+
+    @realtime.task("works", on_end=save)
+    async def works() -> None: ...
+
+    async with realtime:
+        for _ in range(100):
+            await realtime.trigger(works)
+        await until(lambda: len(called) == 100)
+    assert sum(record.exc_info is not None for record in caplog.records) == 10
 
 
 async def test_runs_that_succeed_are_not_logged_at_info(caplog: pytest.LogCaptureFixture) -> None:

@@ -79,8 +79,9 @@ async def ask_host(function: Callable[..., Any], request: Request, *more: object
     """Call a function of the host with its kind of request: in a thread, because a session is often in a database; a
     coroutine function on the loop. Raises the errors of this library that the function raises, and `AuthorizeFailed`
     for all others, or if it takes too long."""
+    limit_s = request.host.timeouts.authorize
     try:
-        with at_most(request.host.timeouts.authorize, lambda: f"{name}= did not return within Timeouts.authorize"):
+        with at_most(limit_s, lambda: f"{name}= did not return within {limit_s:g} s (Timeouts.authorize)"):
             return await _call(function, HostRequest(request.scope), *more)
     except Exception as exc:
         if isinstance(exc, RealtimeError) and exc.status != 500:

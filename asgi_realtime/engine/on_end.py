@@ -204,15 +204,10 @@ class OnEnds:
         except BaseException as exc:
             is_cancelled = isinstance(exc, anyio.get_cancelled_exc_class())
             if is_failure(exc) or (is_cancelled and cancelled_itself()):
-                logger.error(
-                    "the on_end of run %s (task %r) failed; it is not called again",
-                    record.id,
-                    record.task,
-                    exc_info=exc,
-                )
+                self._runs.reporter.on_end_failed(record.id, record.task, exc)
                 return
             if is_cancelled:
-                logger.warning("the on_end of run %s (task %r) was cut by the shutdown", record.id, record.task)
+                self._runs.reporter.on_end_cut(record.id, record.task)
             raise
 
     def _prepare(self, supervisor: Supervisor) -> tuple[TaskThreads, anyio.Semaphore]:

@@ -72,6 +72,19 @@ class Reporter:
         if more is not None:
             logger.error("run %s of task %r failed%s", run_id, task, more, exc_info=error)
 
+    def on_end_failed(self, run_id: str, task: str, error: BaseException) -> None:
+        """The `on_end` of a run has raised."""
+        more = self._throttle.admit(f"on_end {task} {type(error).__name__}")
+        if more is not None:
+            text = "the on_end of run %s (task %r) failed; it is not called again%s"
+            logger.error(text, run_id, task, more, exc_info=error)
+
+    def on_end_cut(self, run_id: str, task: str) -> None:
+        """A shutdown did not wait any longer for the `on_end` of a run."""
+        more = self._throttle.admit(f"on_end {task}")
+        if more is not None:
+            logger.warning("the on_end of run %s (task %r) was cut by the shutdown%s", run_id, task, more)
+
     # Chunks
 
     def writer_opened(self, writer: Written) -> None:
@@ -113,7 +126,7 @@ class Reporter:
         """The host's function of this name, which authorizes requests, has raised or took too long."""
         more = self._throttle.admit(f"{name} {type(error).__name__}")
         if more is not None:
-            logger.error("%s= failed for %s; the request gets 503%s", name, request, more, exc_info=error)
+            logger.error("%s= failed for %s; the client will try again%s", name, request, more, exc_info=error)
 
     def rejected(self, error: RealtimeError, request: str) -> None:
         """A request was answered with an error. `request` is what to show of it."""
