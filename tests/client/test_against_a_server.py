@@ -136,12 +136,14 @@ def test_expired_chunks_are_a_gap(site: Site, run: Opened) -> None:
     assert [item.index for item in outcome.items] == list(range(gap.first, count))
 
 
-@pytest.mark.parametrize(("start", "rest"), [(1, ["b", "c"]), (3, []), (9, [])])
+@pytest.mark.parametrize(("start", "rest"), [(1, ["b", "c"]), (3, [])])
 def test_reading_starts_at_an_index(site: Site, run: Opened, start: int, rest: list[str]) -> None:
     run.append("a", "b", "c")
     run.end()
     outcome = read("sync", site.base_url, run.token, lambda client: client.read(run.id, start_index=start))
     assert (outcome.items, outcome.errors) == (rest, [])
+    outcome = read("sync", site.base_url, run.token, lambda client: client.read(run.id, start_index=9))
+    assert (outcome.items, type(outcome.error)) == ([], RunFailed), "chunks that were there were lost"
 
 
 # Runs
