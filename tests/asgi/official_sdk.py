@@ -12,6 +12,13 @@ from asgi_realtime.testing import AsgiClient, Response
 from asgi_realtime.testing.driver import make_scope
 from tests.inprocess import SECRET, make_realtime
 
+KEY = {"idempotencyKey": "k"}
+REQUEST_KINDS = pytest.mark.parametrize(
+    ("anyio_backend", "one_time", "options"),
+    [("asyncio", True, {}), ("asyncio", False, KEY), ("trio", True, KEY), ("trio", False, {})],
+)
+"""Each pair of an event loop, a token kind, and a request with or without an idempotency key."""
+
 on_one_loop = pytest.mark.parametrize("anyio_backend", ["asyncio"])
 """For tables of inputs, which do not depend on the event loop."""
 
