@@ -15,7 +15,7 @@ from asgi_realtime.testing import conformance
 from asgi_realtime.testing.conformance import *  # noqa: F403
 from asgi_realtime.testing.conformance import Backend, MakeBroker
 
-pytestmark = [pytest.mark.redis]  # twice the guard of the suite
+pytestmark = [pytest.mark.redis]
 
 
 class OnRedis:
