@@ -147,7 +147,7 @@ def test_a_script_that_exits_ends_its_runs(redis_url: str) -> None:
     assert "1 cut after" in errors and "Traceback" not in errors
     run_id = printed.split()[1]
     with script(
-        f"record = realtime.sync.get_run({run_id!r}); print(record.status, record.end.error)", redis_url
+        f"record = realtime.sync.get_run({run_id!r}); print(record.status, record.error.message)", redis_url
     ) as process:
         printed, errors = process.communicate(timeout=GUARD_S)
     assert (printed, errors) == ("FAILED the server was shut down\n", "")
