@@ -436,6 +436,12 @@ def test_every_program_is_served_by_a_test() -> None:
     assert set(blocks("page")) == {"smallest"}
 
 
+def test_the_readme_and_its_script_are_short() -> None:
+    assert len((ROOT / "README.md").read_text("utf-8").splitlines()) <= 150
+    script = blocks("page")["smallest"].text.partition('<script type="module">\n')[2].partition("</script>")[0]
+    assert 0 < len(script.splitlines()) <= 15
+
+
 @pytest.fixture(scope="module")
 def smallest(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of the smallest program."""

@@ -99,11 +99,6 @@ def shows(page: Page, text: str) -> None:
     expect(page.locator("body")).to_have_text(text, timeout=GUARD_S * 1000)
 
 
-def test_the_script_has_at_most_15_lines() -> None:
-    script = PAGE.partition('<script type="module">\n')[2].partition("</script>")[0]
-    assert 0 < len(script.splitlines()) <= 15
-
-
 @pytest.fixture
 def relay(site: Site) -> Iterator[Relay]:
     with Relay(site.port) as relay:
