@@ -120,7 +120,7 @@ export async function* followRuns({ tags, batch, createdAt, skipColumns, ...opti
  * continues with the rest. `resume` returns the URL of the rest, by default that in the header `x-realtime-resume`. A
  * response without one is passed on as it is.
  *
- * @param {Omit<Options, "signal"> & { fetch?: typeof fetch, resume?: (response: Response, url: string) => string | URL | undefined }} [options]
+ * @param {Omit<Options, "signal"> & { fetch?: typeof fetch, resume?: (response: Response, url: string) => string | URL | null | undefined }} [options]
  * @returns {typeof fetch}
  */
 export function resumingFetch({ fetch: send = (input, init) => fetch(input, init), resume, ...options } = {}) {

@@ -56,9 +56,10 @@ def packed(folder: Path) -> Path:
     source = folder / SOURCE.relative_to(ROOT)
     source.parent.mkdir(parents=True)
     shutil.copy(SOURCE, source)
+    shutil.copy(ROOT / "LICENSE", folder)
     (packed,) = json.loads(run(npm, "pack", "--json", "--silent", cwd=checkout))
     names = {file["path"] for file in packed["files"]}
-    assert names == {"README.md", "client.d.ts", "client.js", "package.json"}
+    assert names == {"LICENSE", "README.md", "client.d.ts", "client.js", "package.json"}
     with tarfile.open(checkout / packed["filename"]) as archive:
         archive.extractall(folder, filter="data")
     return folder / "package"
@@ -72,7 +73,7 @@ for await (const chunk of stream) chunk.toUpperCase();
 const reason: string | undefined = stream.end?.reason;
 for await (const run of followRun("/run")) run.status.toUpperCase();
 for await (const { runs, removed } of followRuns({ tags: ["a"] })) runs.get(removed[0])?.metadata;
-const send: typeof fetch = resumingFetch({ base: "/realtime" });
+const send: typeof fetch = resumingFetch({ base: "/realtime", resume: ({ headers }) => headers.get("x-rest") });
 // @ts-expect-error a source is required
 readStream();
 // @ts-expect-error no such option
