@@ -59,7 +59,7 @@ async def trigger():
 @app.post("/flood")
 async def flood():
     import msgspec
-    record = await realtime.get_run("flooded")
+    record = await realtime.runs.get("flooded")
     for number in range(1000):
         realtime.recent.note(msgspec.structs.replace(record, id=f"run_{number}"))
 """
