@@ -313,7 +313,9 @@ async function* follow(target, options, lastId, first, send = (url, init) => fet
         }
         if (!isTemporary(error)) throw error;
         if (Date.now() - openedAt > 10_000) tries = 0;
-        delay = error.retryAfter ?? Math.min(500 * 2 ** tries++, 15_000) * (0.5 + Math.random() / 2);
+        const { status, retryAfter } = error;
+        const backoff = () => Math.min(500 * 2 ** tries++, 15_000) * (0.5 + Math.random() / 2);
+        delay = status && retryAfter ? retryAfter + backoff() : (retryAfter ?? backoff()); // `Retry-After` is the same for all
         onState?.("reconnecting", error);
       } finally {
         request.abort();

@@ -157,7 +157,8 @@ test("waits as long as the server asks, and longer after each failure", async (t
   for (const [place, longest] of bounds.entries()) {
     assert.ok(waits[place] >= longest / 2 && waits[place] <= longest, `wait ${place} is ${waits[place]}`);
   }
-  assert.deepEqual(rest.slice(0, 2), [7000, 1234]);
+  assert.ok(rest[0] >= 7000 + 7500 && rest[0] <= 7000 + 15_000, `not all pages at the same moment: ${rest[0]}`);
+  assert.equal(rest[1], 1234);
   assert.ok(rest[2] <= 500, "an event resets the delays");
   assert.deepEqual(states.slice(6), ["broker_unavailable", "limit_exceeded", "live", "reconnect", "live", "network", "live"]);
 });
@@ -309,7 +310,8 @@ test("a route for tokens can be unavailable for a while", async (t) => {
     return answer;
   };
   assert.deepEqual(await collect(readStream({ id: "run_1" }, { base: server.base, refreshToken })), { found: [] });
-  assert.deepEqual([server.requests.length, waits.length, waits[2]], [1, 3, 3000]);
+  assert.deepEqual([server.requests.length, waits.length], [1, 3]);
+  assert.ok(waits[2] >= 3000 + 1000 && waits[2] <= 3000 + 2000, `waits: ${waits}`);
 });
 
 test("a route for tokens can deny them", async (t) => {
