@@ -306,8 +306,8 @@ class AuthorizeFailed(RealtimeError):
     status = 503
     code = "authorize_failed"
 
-    def __init__(self) -> None:
-        super().__init__("the server could not check the session; try again")
+    def __init__(self, message: str = "the server could not check the session; try again") -> None:
+        super().__init__(message)
 
 
 class ServerShutdown(RealtimeError):

@@ -25,7 +25,8 @@ def test_without_a_handler_messages_start_with_the_name(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Python prints the bare messages of warnings then."""
-    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    for configured in (None, "asgi_realtime", "asgi_realtime.client"):
+        monkeypatch.setattr(logging.getLogger(configured), "handlers", [])
     logger.warning("run %s is %d %% done", "run_1", 5)
     client_logger.warning("gave up")
     assert capsys.readouterr().err == "asgi_realtime: run run_1 is 5 % done\nasgi_realtime: gave up\n"
