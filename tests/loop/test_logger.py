@@ -1,6 +1,8 @@
 from __future__ import annotations
 
-import logging
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -21,15 +23,17 @@ def test_the_messages_of_a_handler_do_not_repeat_the_name(caplog: pytest.LogCapt
     assert caplog.records[0].args == ("run_1", 5)
 
 
-def test_without_a_handler_messages_start_with_the_name(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.slow
+def test_without_a_handler_messages_start_with_the_name() -> None:
     """Python prints the bare messages of warnings then."""
-    for configured in (None, "asgi_realtime", "asgi_realtime.client"):
-        monkeypatch.setattr(logging.getLogger(configured), "handlers", [])
-    logger.warning("run %s is %d %% done", "run_1", 5)
-    client_logger.warning("gave up")
-    assert capsys.readouterr().err == "asgi_realtime: run run_1 is 5 % done\nasgi_realtime: gave up\n"
+    program = """
+        from asgi_realtime.loop.logger import client_logger, logger
+        logger.warning("run %s is %d %% done", "run_1", 5)
+        client_logger.warning("gave up")
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stderr == "asgi_realtime: run run_1 is 5 % done\nasgi_realtime: gave up\n"
 
 
 def test_no_module_has_a_logger_of_its_own() -> None:
