@@ -24,8 +24,8 @@ SCRIPTS = Path(asgi_realtime.brokers.redis.__file__).parent / "lua"
 @pytest.mark.asyncio
 async def test_the_documented_rules_are_sufficient(redis_server: RedisServer) -> None:
     url = redis_server.add_user("app", "secret", *RULES)
-    timeouts = Timeouts(tick=0.02, lease=0.3, append=3)
-    retention = Retention(after_end=0.2, stream_bytes=1000)
+    timeouts = Timeouts(tick=0.02, lease=4, append=3)
+    retention = Retention(after_end=2, stream_bytes=1000)
     async with Realtime(
         secret_key=SECRET, signals=False, broker=url, timeouts=timeouts, retention=retention
     ) as realtime:
@@ -34,7 +34,7 @@ async def test_the_documented_rules_are_sufficient(redis_server: RedisServer) ->
         async def task(count: int) -> int:
             for number in range(count):
                 await realtime.append([number, "x" * 100])
-            await anyio.sleep(timeouts.lease)  # long enough to be renewed
+            await anyio.sleep(timeouts.lease / 2)  # long enough to be renewed
             return count
 
         handle = await realtime.trigger(task, 40, tags=["a"], idempotency_key="key", delay=0.05)

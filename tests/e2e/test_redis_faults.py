@@ -241,7 +241,7 @@ async def test_more_is_lost_than_can_be_restored(sites: Sites, redis_server: Red
 
 async def test_an_absence_longer_than_a_lease(sites: Sites, redis_server: RedisServer) -> None:
     """No process marks the run CRASHED only because its lease could not be renewed."""
-    lease_s = 1.5
+    lease_s = 4.0
     with sites.processes({"REDIS_URL": redis_server.url, "LEASE": str(lease_s)}) as (worker, web):
         site, following = await sites.begin(worker, web)
         redis_server.kill()
