@@ -477,12 +477,13 @@ async def test_no_cache_shares_the_responses() -> None:
         assert response.headers["cache-control"].startswith("private, no-store")
 
 
-async def test_the_session_middleware_of_the_host_adds_the_only_vary_cookie() -> None:
+async def test_vary_names_the_cookie_at_most_once_behind_a_session_middleware() -> None:
     """It appends the value without a look at ours, so the header was `Cookie, Cookie`."""
     host = await host_with_run(lambda request, resource: request.session.get("user", True))
     await host.finish()
     app = SessionMiddleware(host, secret_key="a secret of the host")
-    assert (await AsgiClient(app, headers=SAME_ORIGIN).get(STREAM)).headers["vary"] == "Cookie"
+    response = await AsgiClient(app, headers=SAME_ORIGIN).get(STREAM)
+    assert response.headers.get("vary", "") in ("Cookie", ""), "older versions of the middleware add nothing"
 
 
 async def test_without_the_setting_a_cookie_is_nothing() -> None:
