@@ -364,6 +364,10 @@ async def test_leaving_waits_for_pipes_and_a_cancellation_stops_them() -> None:
             await go.wait()
             yield 2
 
+        async def interrupt(scope: anyio.CancelScope) -> None:
+            await anyio.wait_all_tasks_blocked()
+            scope.cancel()
+
         async with anyio.create_task_group() as group:
 
             async def release() -> None:
@@ -377,9 +381,11 @@ async def test_leaving_waits_for_pipes_and_a_cancellation_stops_them() -> None:
         assert (await ended(realtime, run.id)).status is Status.COMPLETED
 
         go = anyio.Event()
-        with anyio.move_on_after(0.02) as scope:
-            async with realtime.open_run("r") as run:
-                pipe = realtime.pipe(chunks())
+        async with anyio.create_task_group() as group:
+            with anyio.CancelScope() as scope:
+                async with realtime.open_run("r") as run:
+                    pipe = realtime.pipe(chunks())
+                    group.start_soon(interrupt, scope)
         assert scope.cancelled_caught
         assert (await ended(realtime, run.id)).status is Status.CANCELED
         assert pipe.result.chunks == 1
