@@ -158,9 +158,14 @@ def _reconnect(framing: Framing, longest_ms: int) -> bytes:
 
 
 def _raised_by(send: Send, exc: Exception) -> bool:
-    """Whether `send` raised it. After a disconnect it can be anything: uvicorn on uvloop raises `RuntimeError`."""
-    code = getattr(send, "__code__", None)
-    return code is not None and any(frame.f_code is code for frame, _ in walk_tb(exc.__traceback__))
+    """Whether `send`, or what it wraps, raised it. After a disconnect it can be anything: uvicorn on uvloop raises
+    `RuntimeError`."""
+    codes = set()
+    step: object = send
+    while step is not None:
+        codes.add(getattr(step, "__code__", None))
+        step = getattr(step, "__wrapped__", None)
+    return any(frame.f_code in codes for frame, _ in walk_tb(exc.__traceback__))
 
 
 class SubscriptionResponse(ABC, Generic[S]):

@@ -12,6 +12,8 @@ import pytest
 from asgi_realtime.asgi.subscription import AGE_RECONNECT_MS, MIN_RECONNECT_MS, SubscriptionResponse
 from asgi_realtime.brokers.base import StreamKey
 from asgi_realtime.core.config import Limits, Timeouts
+from asgi_realtime.metrics import Metrics
+from asgi_realtime.runs.reporter import Reporter
 from asgi_realtime.testing import AsgiClient, Event
 from asgi_realtime.testing.driver import make_scope
 from tests.asgi.fake_host import SECRET, FakeHost
@@ -167,11 +169,13 @@ async def test_a_thousand_connections_release_everything(host: FakeHost) -> None
     assert len(anyio.get_running_tasks()) == before
 
 
+@pytest.mark.parametrize("reporter", [Reporter, Metrics])
 @pytest.mark.parametrize("error", [OSError("gone"), BrokenPipeError(), RuntimeError("the handler is closed")])
 async def test_an_error_of_send_is_a_disconnect(
-    host: FakeHost, error: Exception, caplog: pytest.LogCaptureFixture
+    host: FakeHost, error: Exception, reporter: type[Reporter], caplog: pytest.LogCaptureFixture
 ) -> None:
     """uvicorn on uvloop raises `RuntimeError`, and each client that vanished was logged with a traceback."""
+    host.reporter = reporter()
     await host.create()
     await host.append("a")
 
