@@ -35,11 +35,12 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import os
 import signal
-import threading
 from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import Future
 from enum import Enum
+from threading import get_ident
 from typing import Any, TypeVar
 
 import anyio
@@ -72,6 +73,18 @@ _NEXT: dict[State, frozenset[State]] = {
 
 _TOO_LATE = (State.ENDING, State.ENDED)
 
+_forks = 0
+"""How often this process is the child of a fork. In a child, the loop that ran in the parent seems to run still."""
+
+
+def _count_fork() -> None:
+    global _forks
+    _forks += 1
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_count_fork)
+
 
 class Supervisor:
     """Runs jobs in one task group until it is stopped. Belongs to the loop on which it was created."""
@@ -89,7 +102,8 @@ class Supervisor:
         self._brief: set[asyncio.Task[None]] = set()
         self._work = WaitList()
         self._ended = WaitList()
-        self._thread = threading.get_ident()
+        self._thread = get_ident()
+        self._forks = _forks
         self._loop = asyncio.get_running_loop() if on_asyncio() else None
         self._token = anyio.lowlevel.current_token()
         self._task: Any = None
@@ -130,8 +144,14 @@ class Supervisor:
 
     @property
     def accepts_jobs(self) -> bool:
-        """Whether a job that the calling code spawns can do its work."""
-        return self._state not in _TOO_LATE and self._is_current()
+        """Whether a job that the calling code spawns can do its work.
+
+        For the hot path, so it does not ask which loop runs here: before Python 3.12 that costs a system call.
+        """
+        if self._state in _TOO_LATE or self._forks != _forks:
+            return False
+        loop = self._loop
+        return self._is_current() if loop is None else loop.is_running() and get_ident() == self._thread
 
     def _is_current(self) -> bool:
         try:
@@ -148,7 +168,7 @@ class Supervisor:
 
     @property
     def on_own_thread(self) -> bool:
-        return threading.get_ident() == self._thread
+        return get_ident() == self._thread
 
     @property
     def has_the_loop(self) -> bool:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import os
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -201,6 +202,41 @@ async def test_posted_calls_are_made_on_the_thread_of_the_loop() -> None:
         supervisor.post(lambda: made.append(0))
         await until(lambda: len(made) == 4)
     assert made == [threading.get_ident()] * 3 + [0]
+
+
+def accepts_jobs_in_a_child(supervisor: Supervisor) -> bool:
+    child = os.fork()
+    if not child:
+        os._exit(supervisor.accepts_jobs)
+    return os.waitpid(child, 0)[1] != 0
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+async def test_only_code_on_the_loop_of_the_supervisor_can_spawn_jobs() -> None:
+    async with supervising() as supervisor:
+        assert supervisor.accepts_jobs
+        assert not accepts_jobs_in_a_child(supervisor)  # its copy of the loop seems to run
+        found: list[bool] = []
+        thread = threading.Thread(target=lambda: found.append(supervisor.accepts_jobs))
+        thread.start()
+        thread.join()
+        assert found == [False]
+        assert supervisor.accepts_jobs
+    assert not supervisor.accepts_jobs
+
+
+def test_a_supervisor_whose_loop_was_closed_accepts_no_jobs() -> None:
+    made: list[Supervisor] = []
+
+    async def abandon() -> None:
+        made.append(Supervisor(context=contextvars.copy_context(), drain=nothing))
+
+    async def ask() -> bool:
+        return made[0].accepts_jobs
+
+    asyncio.run(abandon())
+    assert not made[0].accepts_jobs
+    assert not asyncio.run(ask())
 
 
 async def test_jobs_spawned_by_callbacks_of_the_loop_keep_their_context() -> None:
