@@ -162,7 +162,9 @@ class RealtimeApp:
         try:
             respond: Callable[[], Awaitable[AnyResponse]] = partial(route.endpoint, request, *params)
             if route.needs_token:
-                authorize = None if request.has_token else self._host.authorize
+                authorize = self._host.authorize
+                if authorize is not None and request.has_token:
+                    authorize = None
                 resource_of = RESOURCES.get((route.method, route.pattern))
                 if authorize is None or resource_of is None:
                     request.authenticate()
