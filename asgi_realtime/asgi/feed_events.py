@@ -15,8 +15,9 @@ import msgspec
 
 from asgi_realtime.asgi.connection import WHOLE_BYTES
 from asgi_realtime.asgi.feed_kinds import Feed, FeedChange, select_changes
+from asgi_realtime.asgi.phases import WAITING
 from asgi_realtime.asgi.request import Request
-from asgi_realtime.asgi.subscription import WAITING, SubscriptionResponse
+from asgi_realtime.asgi.subscription import SubscriptionResponse
 from asgi_realtime.brokers.base import LiveTopic
 from asgi_realtime.brokers.following import Follower
 from asgi_realtime.brokers.live_log import MAX_BODY

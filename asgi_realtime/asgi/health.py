@@ -14,9 +14,10 @@ from typing import Any
 import anyio
 from starlette.responses import Response
 
+from asgi_realtime.asgi.phases import WAITING
 from asgi_realtime.asgi.request import Request
 from asgi_realtime.asgi.responses import json_response
-from asgi_realtime.asgi.subscription import WAITING, SubscriptionResponse
+from asgi_realtime.asgi.subscription import SubscriptionResponse
 from asgi_realtime.core.chunks import encode_value
 from asgi_realtime.core.errors import BrokerUnavailable
 from asgi_realtime.core.log import End

@@ -20,9 +20,10 @@ from asgi_realtime.ai.conversion import NOT_PARTS, Conversion, Converted
 from asgi_realtime.ai.ui_stream import UiMessageStream
 from asgi_realtime.asgi.framing import CUT_OFF, Framing
 from asgi_realtime.asgi.lookup import find_run
+from asgi_realtime.asgi.phases import Alert
 from asgi_realtime.asgi.request import Access, Request
 from asgi_realtime.asgi.streams import StreamResponse
-from asgi_realtime.asgi.subscription import Alert, Ended
+from asgi_realtime.asgi.subscription import Ended
 from asgi_realtime.brokers.live_log import MAX_BODY, LiveLog, Slice
 from asgi_realtime.core.errors import InvalidRequest, ServerShutdown, StreamGap, shown
 from asgi_realtime.core.log import End, Entry, StreamKey

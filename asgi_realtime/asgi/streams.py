@@ -15,8 +15,9 @@ from typing import Self
 from asgi_realtime.asgi.connection import WHOLE_BYTES
 from asgi_realtime.asgi.framing import Framing
 from asgi_realtime.asgi.lookup import find_run
+from asgi_realtime.asgi.phases import SENDING, WAITING
 from asgi_realtime.asgi.request import Access, Request
-from asgi_realtime.asgi.subscription import SENDING, WAITING, Ended, SubscriptionResponse
+from asgi_realtime.asgi.subscription import Ended, SubscriptionResponse
 from asgi_realtime.brokers.live_log import MAX_BODY, LiveLog
 from asgi_realtime.core.chunks import encode_value
 from asgi_realtime.core.errors import BrokerUnavailable, InvalidRequest, shown

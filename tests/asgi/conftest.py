@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from asgi_realtime.asgi.subscription import OPENING, TRANSITIONS, Phase, SubscriptionResponse
+from asgi_realtime.asgi.phases import OPENING, TRANSITIONS, Phase
+from asgi_realtime.asgi.subscription import SubscriptionResponse
 from asgi_realtime.core.config import Cors
 from tests.asgi.fake_host import FakeHost
 

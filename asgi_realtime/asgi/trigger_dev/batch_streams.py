@@ -14,9 +14,9 @@ from collections.abc import Sequence
 import msgspec
 
 from asgi_realtime.asgi.framing import Framing
+from asgi_realtime.asgi.phases import STILL_WAITING, WAITING, Alert
 from asgi_realtime.asgi.request import Request
 from asgi_realtime.asgi.streams import StreamResponse
-from asgi_realtime.asgi.subscription import STILL_WAITING, WAITING, Alert
 from asgi_realtime.asgi.trigger_dev.client_version import check_client
 from asgi_realtime.brokers.live_log import LiveLog, Slice
 from asgi_realtime.core.errors import InvalidRequest, StreamGap, StreamLost, shown
