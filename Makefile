@@ -81,19 +81,23 @@ lowest: $(DEV)  ## the tests on the lowest versions of our dependencies that pyp
 	$(BIN)/uv venv --quiet --clear --no-python-downloads --python $(BIN)/python $(LOWEST)
 	$(BIN)/uv pip compile --quiet --python $(LOWEST) --resolution lowest-direct --all-extras pyproject.toml -o $(LOWEST)/pins.txt
 	$(BIN)/uv pip install --quiet --python $(LOWEST) --constraints $(LOWEST)/pins.txt --editable '.[client,metrics,otel,redis,taskiq,trio]' --group dev
-	$(LOWEST)/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -p no:cacheprovider \
+	$(LOWEST)/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -p no:cacheprovider \
 		-m 'redis or not server' -k 'not valkey' --ignore=tests/e2e --ignore=tests/docs --ignore=tests/benchmarks --ignore=tests/models \
 		--ignore=tests/test_redis_servers.py --ignore=tests/test_distribution.py --ignore=tests/brokers/test_conformance_catches.py \
-		--ignore=tests/test_layering.py --ignore=tests/test_short_path.py --ignore=tests/security/test_fuzz.py $(ARGS)
+		--ignore=tests/brokers/test_memory_conformance.py --ignore=tests/brokers/test_memory_costs.py --ignore=tests/ai \
+		--ignore=tests/engine/test_siblings.py --ignore=tests/loop/test_signals.py --ignore=tests/security/test_fuzz.py \
+		--ignore=tests/test_layering.py --ignore=tests/test_short_path.py $(ARGS)
 
 newest: $(DEV)  ## the tests in Node on the newest 4.x of the official clients, if those are newer than the ones pinned
-	@rm -rf $(NEWEST) && mkdir -p $(NEWEST) && cp tests/clients/package.json tests/clients/*.mjs $(NEWEST)
-	@cd $(NEWEST) && npm install $(NPM_FLAGS) '@trigger.dev/core@^4' '@trigger.dev/sdk@^4'
 	@pinned=$$(node -p "require('./tests/clients/package.json').dependencies['@trigger.dev/sdk']"); \
-	newest=$$(node -p "require('./$(NEWEST)/node_modules/@trigger.dev/sdk/package.json').version"); \
+	newest=$$(npm view '@trigger.dev/sdk@^4' version --json | \
+		node -p '[JSON.parse(require("fs").readFileSync(0))].flat().sort((a, b) => a.localeCompare(b, "en", { numeric: true })).at(-1)'); \
 	if [ "$$newest" = "$$pinned" ]; then \
-		echo "The newest 4.x of the official clients is $$newest, the one that make test runs with: nothing to do."; \
-	elif CLIENTS=$(NEWEST) $(BIN)/python -m pytest $(wildcard tests/e2e/test_node_client*.py) $(ARGS); then \
+		echo "The newest 4.x of the official clients is $$newest, the one that make test runs with: nothing to do."; exit; \
+	fi; \
+	rm -rf $(NEWEST) && mkdir -p $(NEWEST) && cp tests/clients/package.json tests/clients/*.mjs $(NEWEST) && \
+	(cd $(NEWEST) && npm install $(NPM_FLAGS) "@trigger.dev/core@$$newest" "@trigger.dev/sdk@$$newest") && \
+	if CLIENTS=$(NEWEST) $(BIN)/python -m pytest $(wildcard tests/e2e/test_node_client*.py) $(ARGS); then \
 		echo "The official clients $$newest (pinned: $$pinned) pass."; \
 	else \
 		echo "The official clients $$newest (pinned: $$pinned) do NOT pass."; exit 1; \
