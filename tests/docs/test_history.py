@@ -25,8 +25,17 @@ from tests.docs.programs import GUARD_S, served
 pytestmark = [pytest.mark.slow, pytest.mark.redis]
 
 PROGRAM = blocks("program")["history"].text
-SHORT_LEASE = PROGRAM.replace("realtime = Realtime(", "realtime = Realtime(timeouts=Timeouts(lease=1), ").replace(
-    "import Realtime, ", "import Timeouts, Realtime, "
+TOGETHER = """
+    import pathlib
+    pathlib.Path(f"{os.getpid()}.starts").touch()
+    while len(list(pathlib.Path().glob("*.starts"))) < 2:
+        pass
+    async with engine.begin() as"""
+"""Both processes create the table at the same moment: the slower one must not fail."""
+STAGED = (
+    PROGRAM.replace("realtime = Realtime(", "realtime = Realtime(timeouts=Timeouts(lease=1), ")
+    .replace("import Realtime, ", "import Timeouts, Realtime, ")
+    .replace("\n    async with engine.begin() as", TOGETHER)
 )
 
 
@@ -67,7 +76,7 @@ def test_the_partial_answer_is_saved_after_a_stop_and_after_a_crash(tmp_path: Pa
         "REDIS_URL": redis_url,
         "DATABASE_URL": f"sqlite+aiosqlite:///{database}",
     }
-    with served(SHORT_LEASE, tmp_path, environment) as survivor, killed(tmp_path, environment) as (victim, pid):
+    with served(STAGED, tmp_path, environment) as survivor, killed(tmp_path, environment) as (victim, pid):
         for how, status in (("stop", "CANCELED"), ("crash", "CRASHED")):
             started = httpx.post(f"{victim}/answers", params={"prompt": how}, timeout=GUARD_S).json()
             stream = f"{survivor}/realtime/v1/streams/{started['id']}/default"
