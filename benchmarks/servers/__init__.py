@@ -17,6 +17,9 @@ TOKEN_PEERS = PEERS | {
 }
 """The servers with one reader per stream: also `pipe` instead of `append`, and what frameworks have built in."""
 
+IN_PROCESS_PEERS = TOKEN_PEERS | {"asgi_realtime metrics": "benchmarks.servers.ours:OursMetricsPeer"}
+"""Without sockets, where what metrics cost is the largest part of a token."""
+
 REDIS_PEERS = {
     "memory": PEERS["asgi_realtime"],
     "xadd": "benchmarks.servers.xadd:XaddPeer",

@@ -100,8 +100,8 @@ async def measure(peer: Peer, *, streams: int, tokens: int, segments: int) -> fl
     names = [f"in-process-{number}" for number in range(streams)]
     found = []
     async with _open(peer, names) as readers:
+        gc.collect()
         for segment in range(segments + 1):
-            gc.collect()
             start = time.process_time()
             for number in range(tokens):
                 chunk = [f"{segment} {number} {_TEXT}"]

@@ -19,8 +19,8 @@ _RETENTION = Retention(stream_bytes=256 * 1024 * 1024)
 class OursPeer:
     """A `Realtime` and its open runs."""
 
-    def __init__(self) -> None:
-        self._realtime = Realtime(secret_key=SECRET, retention=_RETENTION)
+    def __init__(self, *, metrics: bool = False) -> None:
+        self._realtime = Realtime(secret_key=SECRET, retention=_RETENTION, metrics=metrics)
         self._app = RealtimeMiddleware(PlainTextResponse("not found", 404), self._realtime, path="/realtime")
         self._open: dict[str, tuple[AbstractAsyncContextManager[Run], str]] = {}
 
@@ -45,3 +45,10 @@ class OursPeer:
 
     async def end_stream(self, name: str) -> None:
         await self._open.pop(name)[0].__aexit__(None, None, None)
+
+
+class OursMetricsPeer(OursPeer):
+    """The same with metrics."""
+
+    def __init__(self) -> None:
+        super().__init__(metrics=True)
