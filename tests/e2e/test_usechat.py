@@ -55,7 +55,7 @@ def test_an_answer_is_shown_as_it_arrives(chat: Chat) -> None:
     chat.open()
     run = chat.send()
     say(run, "Hel")
-    assert chat.until_text("Hel")["status"] == "streaming"
+    chat.until_text("Hel", streams=True)
     say(run, "lo")
     chat.until_text("Hello")
     end(run)
@@ -90,7 +90,7 @@ def test_a_reload_in_mid_answer_continues_it(chat: Chat) -> None:
     before: list[Any] = []
     for messages in (before, stored):  # the page may have stored the part that it has seen
         chat.open(resume=True, messages=messages)
-        assert chat.until_text("Hell")["status"] == "streaming"
+        chat.until_text("Hell", streams=True)
     say(run, "o")
     state = chat.until_text("Hello")
     assert [message["id"] for message in state["messages"]] == [message["id"] for message in stored]
@@ -166,7 +166,7 @@ def test_a_stopped_server_is_an_error_and_not_an_end(chat: Chat, host: Site) -> 
     chat.open()
     run = chat.send()
     say(run, *TEXT[:2])
-    chat.until_text("Hel")
+    chat.until_text("Hel", streams=True)
     host.stop()
     state = chat.until("status !== 'streaming'")
     host.start()
@@ -189,7 +189,7 @@ def test_a_process_that_stops_breaks_the_answers_of_others(
         for chat in chats:
             chat.origin = other.origin
             chat.open(resume=True)
-            chat.until_text("Hel")
+            chat.until_text("Hel", streams=True)
         other.stop()
         for chat in chats:
             assert chat.until("status !== 'streaming'")["status"] == "error"

@@ -60,7 +60,7 @@ class Chat:
         state: dict[str, Any] = json.loads(self.page.inner_text("pre"))
         return state
 
-    def until_text(self, text: str) -> dict[str, Any]:
-        """Wait until the last message has this text."""
+    def until_text(self, text: str, *, streams: bool = False) -> dict[str, Any]:
+        """Wait until the last message has this text, and, if `streams`, until the chat receives the rest of it."""
         texts = "messages.at(-1)?.parts.map((part) => part.text ?? '').join('')"
-        return self.until(f"{texts} === {json.dumps(text)}")
+        return self.until(f"{texts} === {json.dumps(text)}" + " && status === 'streaming'" * streams)
