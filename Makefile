@@ -76,13 +76,14 @@ docs: $(DOCS) $(if $(NODE),tools/site/node_modules/.stamp)  ## the documentation
 release-check: $(RELEASE)  ## build the distributions, check them, and run the README's program on the installed wheel
 	$(BIN)/python tools/release_check.py
 
-# What depends on our dependencies. The library's own kits, layers, properties, documents and servers run in make test.
+# What depends on our dependencies, on trio only what knows about event loops. The library's own kits, layers, properties,
+# documents and servers run in make test.
 lowest: $(DEV)  ## the tests on the lowest versions of our dependencies that pyproject.toml allows
 	$(BIN)/uv venv --quiet --clear --no-python-downloads --python $(BIN)/python $(LOWEST)
 	$(BIN)/uv pip compile --quiet --python $(LOWEST) --resolution lowest-direct --all-extras pyproject.toml -o $(LOWEST)/pins.txt
 	$(BIN)/uv pip install --quiet --python $(LOWEST) --constraints $(LOWEST)/pins.txt --editable '.[client,metrics,otel,redis,taskiq,trio]' --group dev
 	$(LOWEST)/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -p no:cacheprovider \
-		-m 'redis or not server' -k 'not valkey' --ignore=tests/e2e --ignore=tests/docs --ignore=tests/benchmarks --ignore=tests/models \
+		-m 'redis or not server' -k 'not valkey and (loop or not trio)' --ignore=tests/e2e --ignore=tests/docs --ignore=tests/benchmarks --ignore=tests/models \
 		--ignore=tests/test_redis_servers.py --ignore=tests/test_distribution.py --ignore=tests/brokers/test_conformance_catches.py \
 		--ignore=tests/brokers/test_memory_conformance.py --ignore=tests/brokers/test_memory_costs.py --ignore=tests/ai \
 		--ignore=tests/engine/test_siblings.py --ignore=tests/loop/test_signals.py --ignore=tests/security/test_fuzz.py \
