@@ -163,10 +163,8 @@ class RealtimeApp:
             respond: Callable[[], Awaitable[AnyResponse]] = partial(route.endpoint, request, *params)
             if route.needs_token:
                 authorize = self._host.authorize
-                if authorize is not None and request.has_token:
-                    authorize = None
                 resource_of = RESOURCES.get((route.method, route.pattern))
-                if authorize is None or resource_of is None:
+                if authorize is None or resource_of is None or request.has_token:
                     request.authenticate()
                 else:
                     resource = resource_of(request, *params)
