@@ -119,12 +119,8 @@ def _reconnect(framing: Framing, longest_ms: int) -> bytes:
 def _raised_by(send: Send, exc: Exception) -> bool:
     """Whether `send`, or what it wraps, raised it. After a disconnect it can be anything: uvicorn on uvloop raises
     `RuntimeError`."""
-    codes = set()
-    step: object = send
-    while step is not None:
-        codes.add(getattr(step, "__code__", None))
-        step = getattr(step, "__wrapped__", None)
-    return any(frame.f_code in codes for frame, _ in walk_tb(exc.__traceback__))
+    codes = [getattr(step, "__code__", None) for step in (send, getattr(send, "__wrapped__", None))]
+    return any(frame.f_code is code for frame, _ in walk_tb(exc.__traceback__) for code in codes)
 
 
 class SubscriptionResponse(ABC, Generic[S]):
