@@ -34,7 +34,7 @@ def vercel(agent: Any) -> Any:
 
 
 def ag_ui(agent: Any) -> Any:
-    adapters, core = need("pydantic_ai.ui.ag_ui"), need("ag_ui.core")
+    core, adapters = need("ag_ui.core"), need("pydantic_ai.ui.ag_ui")  # without the first, the second fails differently
     message = core.UserMessage(id="u", content="hi")
     request = core.RunAgentInput(
         thread_id="t", run_id="r", state={"a": CANARY}, messages=[message], tools=[], context=[], forwarded_props={}
